@@ -1,0 +1,37 @@
+# make demo and make test need only Python >= 3.10; everything they install goes into .venv
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint types docs format clean
+
+demo: .venv/installed
+	$(BIN)/clusterguard demo
+
+test: .venv/installed
+	$(BIN)/pytest -q -n 2 --dist worksteal
+
+test-all: .venv/installed
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not gpu and not network"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,plots]"
+	touch $@

@@ -1,0 +1,55 @@
+"""Put a guard in front of an image classifier: it detects adversarial examples, also when the attacker knows it.
+
+Shapes in all docstrings: B images in a batch, C channels, H × W pixels in [0, 1]; m dimensions of the
+representation; K classes. Rates are fractions, distances Euclidean, ε in pixel units of [0, 1].
+"""
+
+from importlib.metadata import version
+
+from clusterguard.torchvision_operators import declare_missing_operators
+
+declare_missing_operators()  # before anything can import torchvision
+
+from clusterguard import attacks, errors, samples  # noqa: E402
+from clusterguard.attacks import BIM, FGSM, MIM, NES, PGD, Attack, MultiTarget, Towards  # noqa: E402
+from clusterguard.calibration import Calibration, Calibrator  # noqa: E402
+from clusterguard.checkpoints import EpochRecord  # noqa: E402
+from clusterguard.clusters import GaussianClusters  # noqa: E402
+from clusterguard.confidence import ConfidenceDetector  # noqa: E402
+from clusterguard.decision import Detection, Detector, Evidence, decide, success_margin  # noqa: E402
+from clusterguard.detector import DetectorModule, WithThresholds  # noqa: E402
+from clusterguard.evaluation import Evaluation, evaluate  # noqa: E402
+from clusterguard.guard import ClusterGuard  # noqa: E402
+from clusterguard.training import AdversarialClusterTrainer  # noqa: E402
+
+__version__ = version("clusterguard")
+
+__all__ = [
+    "BIM",
+    "FGSM",
+    "MIM",
+    "NES",
+    "PGD",
+    "AdversarialClusterTrainer",
+    "Attack",
+    "Calibration",
+    "Calibrator",
+    "ClusterGuard",
+    "ConfidenceDetector",
+    "Detection",
+    "Detector",
+    "DetectorModule",
+    "EpochRecord",
+    "Evaluation",
+    "Evidence",
+    "GaussianClusters",
+    "MultiTarget",
+    "Towards",
+    "WithThresholds",
+    "attacks",
+    "decide",
+    "errors",
+    "evaluate",
+    "samples",
+    "success_margin",
+]

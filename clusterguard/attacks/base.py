@@ -1,0 +1,134 @@
+"""What every attack shares: the call, its checks, and what it leaves as it found it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from clusterguard.checks import check_calibrated, check_images, check_labels
+from clusterguard.decision import Detector
+from clusterguard.errors import ConfigurationError, InputError
+from clusterguard.modes import evaluation_mode
+from torch import Generator, Tensor
+
+
+class Attack(Protocol):
+    """Any callable with this signature is an attack; a plain function is one."""
+
+    def __call__(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Attacked images, of the shape of the images (B, C, H, W)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltInAttack(ABC):
+    """Base of clusterguard's own attacks, all frozen keyword-only dataclasses.
+
+    A call checks its input before any work, runs the detector in eval mode, leaves every module's mode and every
+    parameter's gradient as it was, works under ``no_grad`` and ``inference_mode``, and returns detached images.
+
+    Args:
+        batch_size: how many images to attack at a time, which bounds memory; None takes all that are handed in.
+    """
+
+    batch_size: int | None = None
+
+    def __call__(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Attack images.
+
+        Args:
+            detector: whatever yields evidence and thresholds.
+            images: (B, C, H, W), finite, in [0, 1].
+            labels: (B,) true labels.
+            targets: (B,) wrong labels to aim at; None aims at any wrong label.
+            generator: randomness, on the images' device; None takes torch's global one.
+
+        Returns:
+            (B, C, H, W), in [0, 1] and within the attack's budget of the images.
+
+        Raises:
+            InputError: images, labels or targets of a wrong shape, dtype, range or device.
+            NotCalibratedError: the detector has no thresholds.
+        """
+        check_attack_input(detector, images, labels, targets)
+        if not len(images):
+            return images
+        with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(detector):
+            # Inference tensors cannot take part in autograd; a clone made outside inference mode can.
+            images, labels = images.detach().clone(), labels.clone()
+            targets = None if targets is None else targets.clone()
+            size = len(images) if self.batch_size is None else self.batch_size
+            parts = [
+                self._perturb(
+                    detector, images[rows], labels[rows], targets if targets is None else targets[rows], generator
+                )
+                for rows in torch.arange(len(images), device=images.device).split(size)
+            ]
+        return torch.cat(parts).detach()
+
+    @abstractmethod
+    def _perturb(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        """The attack itself; its input has been checked."""
+
+
+def check_attack_input(detector: Detector, images: Tensor, labels: Tensor, targets: Tensor | None = None) -> None:
+    """All that can be wrong with an attack's input, before any work is done.
+
+    Raises:
+        InputError: images, labels or targets of a wrong shape, dtype, range or device.
+        NotCalibratedError: the detector has no thresholds.
+    """
+    check_images(images)
+    if not images.isfinite().all():
+        raise InputError("expected finite images, got NaN or infinite pixels; a guard refuses those without an attack")
+    if images.device != detector.thresholds.device:
+        raise InputError(
+            f"expected images on {detector.thresholds.device} like the detector, got {images.device}; "
+            "move one of them with .to(device)"
+        )
+    num_classes = len(detector.thresholds)
+    check_labels(labels, images, num_classes)
+    if targets is not None:
+        check_labels(targets, images, num_classes, name="targets")
+        if (targets == labels).any():
+            raise InputError("expected targets that differ from the labels, got some that are equal")
+    check_calibrated(detector.thresholds)
+
+
+def check_budget(*, eps: float, steps: int = 1, step_size: float = 1.0, batch_size: int | None = None) -> None:
+    """Options that many attacks have.
+
+    Raises:
+        ConfigurationError: a negative eps, fewer than one step or image at a time, or a step size that is not positive.
+    """
+    if not eps >= 0:
+        raise ConfigurationError(f"expected eps of at least 0, got {eps}")
+    if steps < 1:
+        raise ConfigurationError(f"expected at least 1 step, got {steps}")
+    if not step_size > 0:
+        raise ConfigurationError(f"expected a positive step_size, got {step_size}")
+    if batch_size is not None and batch_size < 1:
+        raise ConfigurationError(f"expected a batch_size of at least 1, got {batch_size}")

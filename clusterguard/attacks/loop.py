@@ -1,0 +1,156 @@
+"""The loop of iterated attacks, in one place: evaluate, remember the best iterate, step, drop what is done."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from clusterguard.attacks.norms import Norm
+from clusterguard.attacks.objectives import Objective
+from clusterguard.decision import Detector, success_margin
+from torch import Generator, Tensor
+
+Keep = Literal["best", "last"]
+OnStep = Callable[[int, Tensor], None]
+"""(step, best success margins so far (B,)): called at every step, for traces and plots."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is attacked: a batch of images, and what may be done to them.
+
+    Attributes:
+        detector: whatever yields evidence and thresholds.
+        images: (B, C, H, W) the clean images.
+        labels: (B,) their true labels.
+        targets: (B,) wrong labels aimed at, or None.
+        norm: of the perturbation.
+        eps: its largest size, one number or (B,).
+        objective: what to minimise.
+        generator: randomness.
+    """
+
+    detector: Detector
+    images: Tensor
+    labels: Tensor
+    targets: Tensor | None
+    norm: Norm
+    eps: float | Tensor
+    objective: Objective
+    generator: Generator | None = None
+
+    def project(self, candidates: Tensor) -> Tensor:
+        """Candidates (B, C, H, W), projected onto ball ∩ box."""
+        return self.norm.project(self.images, candidates, self.eps)
+
+    def margin(self, candidates: Tensor) -> Tensor:
+        """(B,) success margins, without gradients."""
+        with torch.no_grad():
+            evidence = self.detector.evidence(candidates)
+            return success_margin(evidence, self.detector.thresholds, self.labels, self.targets)
+
+    def select(self, index: Tensor) -> "Problem":
+        """The problem of some of the images; index is (b,) integers or (B,) bools."""
+        return replace(
+            self,
+            images=self.images[index],
+            labels=self.labels[index],
+            targets=None if self.targets is None else self.targets[index],
+            eps=self.eps[index] if isinstance(self.eps, Tensor) else self.eps,
+        )
+
+
+class Evaluation(NamedTuple):
+    """One look at a batch of iterates.
+
+    Attributes:
+        loss: (B,) the objective.
+        margin: (B,) success margin, at most 0 for a success.
+        gradient: (B, C, H, W) of the loss, or an estimate of it.
+    """
+
+    loss: Tensor
+    margin: Tensor
+    gradient: Tensor
+
+
+Gradient = Callable[[Problem, Tensor], Evaluation]
+"""(problem, iterates) -> evaluation: by backpropagation, or estimated from queries."""
+
+
+class Rule(Protocol):
+    """How to go on from an iterate; it may remember things per image."""
+
+    def step(self, problem: Problem, iterates: Tensor, evaluation: Evaluation) -> Tensor:
+        """The next iterates (B, C, H, W), inside ball and box."""
+        ...
+
+    def select(self, index: Tensor) -> None:
+        """Forget the images that are not in the index, (b,) positions in the present batch."""
+        ...
+
+
+def descend(
+    problem: Problem,
+    start: Tensor,
+    rule: Rule,
+    *,
+    gradient: Gradient,
+    steps: int,
+    keep: Keep = "best",
+    stop_early: bool = False,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Take steps down the objective.
+
+    Args:
+        problem: what is attacked.
+        start: (B, C, H, W) first iterates.
+        rule: makes the next iterates.
+        gradient: evaluates iterates.
+        steps: how many to take, at least 1.
+        keep: "best" returns each image's iterate with the smallest success margin, the start among them, and costs
+            one more forward pass than "last".
+        stop_early: images with a success leave the batch; needs ``keep="best"`` and does not change which images
+            succeed, only how far beyond success they get.
+        on_step: see `OnStep`.
+
+    Returns:
+        (B, C, H, W).
+    """
+    best, best_margin = start.clone(), start.new_full((len(start),), torch.inf)
+    active = torch.arange(len(start), device=start.device)
+    iterates = start
+
+    def remember(iterates: Tensor, margin: Tensor) -> None:
+        improved = margin < best_margin[active]
+        rows = active[improved]
+        best[rows], best_margin[rows] = iterates[improved], margin[improved].to(best_margin.dtype)
+
+    for step in range(steps):
+        evaluation = gradient(problem, iterates)
+        with torch.no_grad():
+            if keep == "best":
+                remember(iterates, evaluation.margin)
+            if on_step is not None:
+                on_step(step, best_margin.clone())
+            if stop_early and step % _LOOK_EVERY == 0:
+                open_rows = (best_margin[active] > 0).nonzero().squeeze(1)
+                if not len(open_rows):
+                    return best
+                if len(open_rows) <= _WORTH_IT * len(active):
+                    problem, iterates, active = problem.select(open_rows), iterates[open_rows], active[open_rows]
+                    evaluation = Evaluation(*(part[open_rows] for part in evaluation))
+                    rule.select(open_rows)
+            iterates = rule.step(problem, iterates, evaluation)
+    if keep == "last":
+        return iterates
+    remember(iterates, problem.margin(iterates))
+    if on_step is not None:
+        on_step(steps, best_margin.clone())
+    return best
+
+
+# Looking whether images are done waits for the device, and dropping them copies: neither pays at every step.
+_LOOK_EVERY = 5
+_WORTH_IT = 0.9

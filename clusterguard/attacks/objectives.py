@@ -1,0 +1,82 @@
+"""What an attacker minimises, one number per example: names for options, functions for the curious."""
+
+from typing import Protocol
+
+from clusterguard.decision import Evidence, success_margin
+from clusterguard.errors import ConfigurationError
+from torch import Tensor
+from torch.nn import functional
+
+
+class Objective(Protocol):
+    """(evidence, thresholds (K,), labels (B,), targets (B,) or None) -> (B,), smaller is closer to success."""
+
+    def __call__(self, evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None, /) -> Tensor:
+        """The loss of each example; never summed over the batch."""
+        ...
+
+
+def suspicion(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """Suspicion of the target, or of the wrong class where it is smallest: for a guard the nearest wrong distance.
+
+    The nearest wrong class is chosen anew at every call, as the paper's adaptive attack does.
+
+    Reference:
+        arXiv 2012.03483, equations 17 to 19.
+    """
+    return _at_target(evidence.suspicion, labels, targets)
+
+
+def margin(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """The success margin itself: at most 0 iff the attack has succeeded."""
+    return success_margin(evidence, thresholds, labels, targets)
+
+
+def logit(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """The best rival's score minus the target's; untargeted, the true class's minus the best wrong one's.
+
+    It does not see thresholds.
+
+    Reference:
+        Carlini & Wagner, "Towards evaluating the robustness of neural networks" (2017).
+    """
+    scores = evidence.class_scores
+    if targets is None:
+        own = scores.gather(1, labels[:, None]).squeeze(1)
+        return own - scores.scatter(1, labels[:, None], -float("inf")).amax(dim=1)
+    aimed = scores.gather(1, targets[:, None]).squeeze(1)
+    return scores.scatter(1, targets[:, None], -float("inf")).amax(dim=1) - aimed
+
+
+def cross_entropy(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """Cross-entropy of the class scores to the target, or minus that to the true label. It does not see thresholds."""
+    if targets is None:
+        return -functional.cross_entropy(evidence.class_scores, labels, reduction="none")
+    return functional.cross_entropy(evidence.class_scores, targets, reduction="none")
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "suspicion": suspicion,
+    "margin": margin,
+    "logit": logit,
+    "cross_entropy": cross_entropy,
+}
+
+
+def get_objective(objective: str | Objective) -> Objective:
+    """The objective of that name, or the callable itself.
+
+    Raises:
+        ConfigurationError: an unknown name.
+    """
+    if not isinstance(objective, str):
+        return objective
+    if objective not in OBJECTIVES:
+        raise ConfigurationError(f"expected an objective among {', '.join(OBJECTIVES)}, got {objective!r}")
+    return OBJECTIVES[objective]
+
+
+def _at_target(values: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    if targets is None:
+        return values.scatter(1, labels[:, None], float("inf")).amin(dim=1)
+    return values.gather(1, targets[:, None]).squeeze(1)

@@ -1,0 +1,61 @@
+"""The undefended classifier as a detector: refuse what it is not confident about."""
+
+from collections.abc import Sequence
+
+import torch
+from clusterguard.backbones import find_normalization, find_num_classes
+from clusterguard.decision import Evidence
+from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite
+from clusterguard.errors import ConfigurationError
+from torch import Tensor, nn
+
+
+class ConfidenceDetector(DetectorModule):
+    """A classifier with a threshold on its confidence, the yardstick that a real defence must beat.
+
+    Its suspicion is −log p(class | image): the probability itself rounds to 1 in float32 and would tie.
+
+    Args:
+        classifier: maps images to logits (B, K); it is shared, not copied.
+        num_classes: K; None takes the classifier's own.
+        mean: per channel, as in `ClusterGuard`.
+        std: per channel, as in `ClusterGuard`.
+
+    Raises:
+        ConfigurationError: num_classes neither given nor found.
+
+    Reference:
+        arXiv 2012.03483, Table 1, "Vanilla".
+
+    Example:
+        >>> detector = ConfidenceDetector(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), num_classes=10)
+        >>> detector.evidence(torch.rand(4, 1, 28, 28)).suspicion.shape
+        torch.Size([4, 10])
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        num_classes: int | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        classes = find_num_classes(classifier) if num_classes is None else num_classes
+        if classes is None:
+            raise ConfigurationError("this classifier does not tell its number of classes; pass num_classes")
+        super().__init__(classes)
+        found_mean, found_std = find_normalization(classifier)
+        self.normalize = Normalize(found_mean if mean is None else mean, found_std if std is None else std)
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits: images (B, C, H, W) in [0, 1] -> (B, K)."""
+        logits: Tensor = self.classifier(self.normalize(images))
+        return logits
+
+    def evidence(self, images: Tensor) -> Evidence:
+        """Logits as class scores, −log probabilities as suspicion, of images (B, C, H, W) in [0, 1]."""
+        logits = self(images)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # probabilities saturate in half precision
+        return Evidence(logits, refuse_non_finite(images, -logits.log_softmax(dim=1)))

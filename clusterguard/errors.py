@@ -1,0 +1,45 @@
+"""Every error that clusterguard raises on purpose; each message says what to do next.
+
+```
+ClusterGuardError
+├── ConfigurationError (ValueError)        an option, or a combination of options, that cannot work
+├── InputError (ValueError)                images, labels or targets of the wrong shape, dtype or range
+├── UnsupportedBackboneError (TypeError)   no classifier to replace, or an output that is no (B, D) tensor
+├── NotCalibratedError (RuntimeError)      thresholds are needed and none have been fitted
+├── TooFewCalibrationExamplesError (ValueError)  a class has too few examples for the rate asked for
+├── TrainingDivergedError (RuntimeError)   the loss became NaN or infinite; the last good weights are kept
+└── MissingDependencyError (ImportError)   an optional package is needed for this call
+```
+"""
+
+
+class ClusterGuardError(Exception):
+    """Base class: catch this to catch every error that clusterguard raises on purpose."""
+
+
+class ConfigurationError(ClusterGuardError, ValueError):
+    """An option, or a combination of options, that cannot work."""
+
+
+class InputError(ClusterGuardError, ValueError):
+    """Images, labels or targets of the wrong shape, dtype or range."""
+
+
+class UnsupportedBackboneError(ClusterGuardError, TypeError):
+    """A backbone without a classifier that can be replaced, or whose output is not a (B, D) tensor."""
+
+
+class NotCalibratedError(ClusterGuardError, RuntimeError):
+    """Thresholds are needed and none have been fitted."""
+
+
+class TooFewCalibrationExamplesError(ClusterGuardError, ValueError):
+    """A class has too few correctly classified examples for the false-positive rate asked for."""
+
+
+class TrainingDivergedError(ClusterGuardError, RuntimeError):
+    """The training loss became NaN or infinite; the guard holds the last good weights."""
+
+
+class MissingDependencyError(ClusterGuardError, ImportError):
+    """An optional package is needed for this call and is not installed."""

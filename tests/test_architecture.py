@@ -1,0 +1,109 @@
+"""The walls of docs/architecture.md, held by reading the imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import clusterguard
+import pytest
+
+PACKAGE = Path(clusterguard.__file__).parent
+HEAVY = {"timm", "torchvision", "matplotlib", "foolbox", "torchattacks", "art", "sklearn", "onnxruntime"}
+
+# Who may import whom; rooms that are not named may import every room.
+ALLOWED = {
+    "errors": set(),
+    "decision": set(),
+    "checkpoints": {"files"},
+    "modes": set(),
+    "files": set(),
+    "torchvision_operators": set(),
+    "clusters": {"errors"},
+    "checks": {"errors"},
+    "metrics": {"decision"},
+    "samples": {"errors"},
+    "backbones": {"errors", "modes", "torchvision_operators"},
+    "attacks": {"attacks", "decision", "errors", "checks", "modes"},
+    "detector": {
+        "decision",
+        "errors",
+        "checks",
+        "modes",
+        "calibration",
+    },  # calibration: only for type checkers
+    "guard": {"backbones", "clusters", "decision", "detector", "errors"},
+    "confidence": {"backbones", "decision", "detector", "errors"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path, *, top_level_only: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_only_what_they_may(path):
+    own = {name.split(".")[1] for name in imports(path, top_level_only=False) if name.startswith("clusterguard.")}
+    allowed = ALLOWED.get(room(path))
+    if allowed is not None:
+        assert own <= allowed | {room(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & HEAVY
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_benchmarks_use_the_public_interface():
+    private = {
+        f"{path.name}: {name}"
+        for path in (PACKAGE.parent / "benchmarks").rglob("*.py")
+        for name in imports(path, top_level_only=False)
+        if name.startswith("clusterguard.") and "._" in name
+    }
+    assert not private
+
+
+def test_importing_clusterguard_imports_neither_timm_nor_torchvision():
+    code = f"import clusterguard, sys; print(sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["torchvision", "timm"])
+def test_after_clusterguard_torchvision_and_timm_import_on_any_torch(package):
+    code = f"import clusterguard, {package}; clusterguard.torchvision_operators.declare_missing_operators()"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_public_names_are_sorted_documented_and_there():
+    assert list(clusterguard.__all__) == sorted(
+        clusterguard.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name)
+    )
+    for name in clusterguard.__all__:
+        assert getattr(clusterguard, name).__doc__, name
+
+
+def test_the_reference_documents_every_public_name():
+    pages = "".join(path.read_text() for path in (PACKAGE.parent / "docs" / "reference").glob("*.md"))
+    modules = {"attacks", "errors", "samples"}
+    missing = [name for name in clusterguard.__all__ if name not in modules and f".{name}" not in pages]
+    assert not missing

@@ -1,0 +1,53 @@
+import json
+
+import pytest
+from clusterguard.cli import app
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.warns(UserWarning, match="pooled threshold"):  # hardly anything is learned from 300 digits
+        result = CliRunner().invoke(
+            app, ["demo", "--output", str(folder), "--epochs", "3", "--limit", "300"], catch_exceptions=False
+        )
+    return folder, result
+
+
+def test_the_demo_writes_what_it_promises(dry_run):
+    folder, result = dry_run
+    assert result.exit_code == 0
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"guard.safetensors", "report.json", "representations.png", "distances.png"}
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith("png"))
+
+
+def test_its_table_says_what_it_measured_and_its_text_how_little_that_is(dry_run):
+    folder, result = dry_run
+    report = json.loads((folder / "report.json").read_text())
+    for text in ("undefended", "guarded", "accuracy", "false positives", "ASR-1", "EROC", "0.2", "0.3"):
+        assert text in report["table"]
+    assert report["table"] in result.output
+    assert "not as robustness" in result.output
+    assert len(report["undefended"]["results"]) == len(report["guarded"]["results"]) == 2
+    assert len(report["training"]["history"]) == 3
+
+
+def test_without_matplotlib_the_demo_says_so_and_does_the_rest(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.warns(UserWarning, match="pooled threshold"):
+        result = CliRunner().invoke(
+            app,
+            ["demo", "--output", str(tmp_path), "--epochs", "3", "--limit", "100"],
+            catch_exceptions=False,
+        )
+    assert "clusterguard[plots]" in result.output
+    assert (tmp_path / "report.json").exists()
+
+
+def test_help_shows_an_example():
+    result = CliRunner().invoke(app, ["demo", "--help"])
+    assert "Example: clusterguard demo" in result.output

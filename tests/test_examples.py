@@ -1,0 +1,29 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
+def test_examples_run(script, tmp_path):
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # other tests run beside this one
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, env=one_thread)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "worst case per image" in done.stdout
+
+
+def test_the_readme_shows_the_example_that_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks == [(ROOT / "examples" / "drop_in.py").read_text()]
+
+
+def test_links_in_the_front_pages_lead_somewhere():
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{page}: {target}"

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from clusterguard import ClusterGuard, Detector
+from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
+from torch import nn
+
+
+def test_a_guard_is_a_detector_and_a_classifier(small_guard):
+    images = torch.rand(5, 1, 8, 8)
+    assert isinstance(small_guard, Detector)
+    assert small_guard.represent(images).shape == (5, 6)
+    distances = small_guard.distances(images)
+    detection = small_guard.detect(images)
+    assert torch.equal(detection.labels, small_guard(images).argmax(1))
+    torch.testing.assert_close(detection.distances, distances.amin(1))
+    assert torch.equal(detection.is_adversarial, distances.amin(1) > 14.0)
+
+
+def test_uncalibrated_detection_says_what_to_call(small_guard):
+    small_guard.reset_calibration()
+    assert not small_guard.is_calibrated
+    with pytest.raises(NotCalibratedError, match=r"Calibrator\(false_positive_rate=0.01\).fit"):
+        small_guard.detect(torch.rand(1, 1, 8, 8))
+    assert small_guard.detect(torch.rand(4, 1, 8, 8), check=False).is_adversarial.all()
+
+
+@pytest.mark.parametrize("pixel", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Sigmoid(), nn.Hardtanh()])
+def test_an_image_that_is_not_finite_is_refused_and_its_neighbours_are_not(pixel, activation):
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 4), activation), 2, example=torch.rand(1, 1, 4, 4))
+    guard.thresholds = torch.full((2,), 1e6)
+    images = torch.rand(3, 1, 4, 4)
+    images[1, 0, 2, 2] = pixel
+    assert guard.detect(images).is_adversarial.tolist() == [False, True, False]
+
+
+def test_representations_that_are_not_finite_are_refused(small_guard):
+    small_guard.thresholds = torch.full((3,), torch.inf)
+    with torch.no_grad():
+        small_guard.encoder[-1].weight[0] = torch.nan
+    assert small_guard.detect(torch.rand(4, 1, 8, 8)).is_adversarial.all()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(1, 8, 8), r"shape \(B, C, H, W\)"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "divide 8-bit images by 255"),
+        (torch.full((1, 1, 8, 8), 1.01), "do not normalise them yourself"),
+        (torch.full((1, 1, 8, 8), -0.01), r"expected images in \[0, 1\]"),
+    ],
+)
+def test_images_of_the_wrong_kind_are_named(small_guard, images, message):
+    with pytest.raises(InputError, match=message):
+        small_guard.detect(images)
+
+
+def test_rounding_beyond_the_box_is_tolerated(small_guard):
+    small_guard.detect(torch.full((1, 1, 8, 8), -3e-8))
+
+
+def test_detect_leaves_every_mode_as_it_was_and_uses_eval_mode():
+    torch.manual_seed(0)
+    frozen = nn.BatchNorm2d(1).eval()
+    guard = ClusterGuard(
+        nn.Sequential(nn.Conv2d(1, 1, 3), frozen, nn.Dropout(0.9), nn.Flatten()),
+        2,
+        example=torch.rand(2, 1, 8, 8),
+    )
+    guard.thresholds = torch.full((2,), 100.0)
+    modes = [module.training for module in guard.modules()]
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(guard.detect(images).distances, guard.detect(images).distances)
+    assert [module.training for module in guard.modules()] == modes
+    assert True in modes
+    assert False in modes
+
+
+def test_thresholds_travel_in_the_state_dict_and_stay_exact_in_half_precision(small_guard):
+    small_guard.thresholds = torch.tensor([1.0 / 3, 2.0, 7.7])
+    exact = small_guard.thresholds.clone()
+    copy = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU()), 3, representation_dim=6)
+    copy.load_state_dict(small_guard.state_dict())
+    assert copy.is_calibrated
+    assert torch.equal(copy.thresholds, exact)
+    small_guard.to(torch.bfloat16)
+    assert torch.equal(small_guard.thresholds, exact)
+    assert small_guard.detect(torch.rand(2, 1, 8, 8).bfloat16()).distances.dtype == torch.float32
+
+
+def test_normalisation_is_inside():
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    example = torch.rand(2, 3, 2, 2)
+    plain = ClusterGuard(backbone, 2, example=example)
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    normalised = ClusterGuard(backbone, 2, mean=mean, std=std, example=example)
+    normalised.encoder.load_state_dict(plain.encoder.state_dict())
+    by_hand = (example - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(normalised.represent(example), plain.represent(by_hand))
+
+
+def test_normalisation_for_other_channels_is_refused():
+    guard = ClusterGuard(nn.Flatten(), 2, mean=[0.5] * 3, std=[0.5] * 3, example=torch.rand(1, 3, 2, 2))
+    with pytest.raises(InputError, match="3 channels, got 1"):
+        guard(torch.rand(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.5] * 3, [0.5] * 2), ([0.5], [0.0]), ([0.5], [-1.0])])
+def test_normalisation_that_cannot_work_is_refused(mean, std):
+    with pytest.raises(ConfigurationError, match="mean and std"):
+        ClusterGuard(nn.Flatten(), 2, mean=mean, std=std, example=torch.rand(1, 1, 2, 2))
+
+
+def test_a_backbone_that_does_not_tell_its_classes_needs_num_classes():
+    with pytest.raises(ConfigurationError, match="pass num_classes"):
+        ClusterGuard(nn.Flatten(), example=torch.rand(1, 1, 2, 2))

@@ -1,0 +1,258 @@
+import copy
+import math
+
+import pytest
+import torch
+from clusterguard import FGSM, PGD, AdversarialClusterTrainer, ClusterGuard, GaussianClusters, WithThresholds
+from clusterguard.clusters import cluster_loss
+from clusterguard.errors import ConfigurationError, TooFewCalibrationExamplesError, TrainingDivergedError
+from clusterguard.samples import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ATTACK = PGD(eps=0.1, step_size=0.05, steps=3, keep="last")
+
+
+def new_guard(*layers: nn.Module, seed: int = 0) -> ClusterGuard:
+    torch.manual_seed(seed)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), *layers)
+    return ClusterGuard(backbone, num_classes=3, example=torch.rand(2, 1, 8, 8))
+
+
+def train(guard, blobs, *, epochs=2, seed=0, **options):
+    fit = {name: options.pop(name) for name in list(options) if name in ("checkpoint", "on_epoch_end", "calibrate")}
+    torch.manual_seed(seed)
+    optimizer = options.pop("optimizer", None) or torch.optim.Adam(guard.parameters(), lr=5e-3)
+    attack = options.pop("attack", ATTACK)
+    trainer = AdversarialClusterTrainer(guard, attack, optimizer=optimizer, refresh_every=3, **options)
+    loader = DataLoader(blobs.dataset, batch_size=60, shuffle=True)
+    return trainer.fit(loader, blobs, epochs=epochs, progress=False, **fit)
+
+
+def weights(guard):
+    return torch.cat([parameter.detach().flatten() for parameter in guard.parameters()])
+
+
+def test_cluster_loss_by_hand():
+    clusters = GaussianClusters(2, center_scale=2.0)
+    z = torch.tensor([[2.0, 1.0], [0.0, 0.0], [3.0, 4.0]])
+    labels = torch.tensor([0, 1, 0])
+    # Own centres: squared distances 1 and 4, mean 2.5; the third is adversarial: 25 from the origin.
+    loss = cluster_loss(clusters, z, labels, torch.tensor([False, False, True]), adversarial_weight=0.5)
+    assert loss.item() == pytest.approx(0.5 * (2.5 + 0.5 * 25))
+
+
+def test_cluster_loss_of_equation_31_is_the_likelihoods_logarithm():
+    clusters = GaussianClusters(3, 6)
+    z, labels = torch.randn(8, 6), torch.arange(8) % 3
+    nothing = torch.zeros(8, dtype=torch.bool)
+    expected = -clusters.log_likelihood(z).gather(1, labels[:, None]).mean() - 3 * math.log(2 * math.pi)
+    torch.testing.assert_close(cluster_loss(clusters, z, labels, nothing), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_one_epoch_on_real_digits_lowers_the_loss():
+    torch.manual_seed(0)
+    data = TensorDataset(*(part[:1500] for part in load_digits("train").tensors))
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU()), 10, example=data[0][0][None])
+    losses = []
+
+    def record(detector, images, labels, *, targets=None, generator=None):
+        with torch.no_grad():
+            own = guard.clusters.squared_distances(guard.represent(images)).gather(1, labels[:, None])
+        losses.append(own.mean().item())
+        return FGSM(eps=0.1)(detector, images, labels)
+
+    loader = DataLoader(data, batch_size=100, shuffle=True)
+    optimizer = torch.optim.Adam(guard.parameters(), lr=5e-3)
+    trainer = AdversarialClusterTrainer(guard, record, optimizer=optimizer)
+    trainer.fit(loader, loader, epochs=1, calibrate=False, progress=False)
+    assert len(losses) == 15
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_trained_guard_detects_what_an_untrained_one_lets_through(blobs):
+    guard = new_guard()
+    history = train(guard, blobs, epochs=15)
+    assert guard.is_calibrated
+    assert guard.calibration.realised_rate <= 0.01
+    assert history[-1].loss < history[0].loss
+    assert history[-1].accuracy > 0.97
+    assert [record.epoch for record in history] == list(range(1, 16))
+    assert math.isfinite(history[-1].mean_threshold)
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not(blobs):
+    runs = []
+    for seed in (0, 0, 1):
+        guard = new_guard(nn.Dropout(0.2))
+        train(guard, blobs, seed=seed, calibrate=False)
+        runs.append(weights(guard))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(blobs, tmp_path):
+    straight = new_guard(nn.Dropout(0.2), nn.BatchNorm1d(16))
+    whole = train(straight, blobs, epochs=3)
+
+    def interrupt(record):
+        if record.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            new_guard(nn.Dropout(0.2), nn.BatchNorm1d(16)),
+            blobs,
+            epochs=3,
+            checkpoint=tmp_path / "run.pt",
+            on_epoch_end=interrupt,
+        )
+    resumed = new_guard(nn.Dropout(0.2), nn.BatchNorm1d(16), seed=5)
+    parts = train(resumed, blobs, epochs=3, seed=9, checkpoint=tmp_path / "run.pt")
+    assert torch.equal(weights(straight), weights(resumed))
+    assert torch.equal(straight.thresholds, resumed.thresholds)
+    assert [record.loss for record in parts] == [record.loss for record in whole]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_what_got_through_goes_to_the_origin_and_the_rest_keeps_its_class(blobs, monkeypatch):
+    seen = []
+
+    def spy(clusters, representations, labels, is_separate, **options):
+        seen.append((representations.detach(), labels, is_separate))
+        return cluster_loss(clusters, representations, labels, is_separate, **options)
+
+    monkeypatch.setattr("clusterguard.training.cluster_loss", spy)
+    guard = new_guard()
+    before = copy.deepcopy(guard).eval()
+    images, labels = next(iter(blobs))
+    attacked = PGD(eps=0.5, step_size=0.1, steps=10, keep="last")(
+        WithThresholds(before, torch.full((3,), torch.inf)), images, labels
+    )
+    trainer = AdversarialClusterTrainer(guard, lambda *_, **__: attacked)
+    trainer.fit([(images, labels)], blobs, epochs=1, calibrate=False, progress=False)
+    _, used_labels, is_separate = seen[0]
+    misclassified = before.distances(attacked).argmin(1) != labels  # with thresholds at +inf that is success
+    assert 0 < misclassified.sum() < len(labels)
+    assert torch.equal(is_separate, torch.cat([torch.zeros(60, dtype=torch.bool), misclassified]))
+    assert torch.equal(used_labels, torch.cat([labels, labels]))
+
+
+def test_relabelling_to_the_original_class_never_uses_the_origin(blobs, monkeypatch):
+    monkeypatch.setattr(GaussianClusters, "adversarial_squared_distance", lambda self, z: z.new_full((len(z),), 1e9))
+    history = train(new_guard(), blobs, relabel="original", calibrate=False)
+    assert history[-1].loss < 1e3
+    assert history[-1].attack_success_rate > 0
+
+
+def test_a_batch_without_successful_attacks_trains_on_the_rest(blobs):
+    guard = new_guard()
+    train(guard, blobs, epochs=8, warmup_epochs=8, calibrate=False)
+    history = train(guard, blobs, attack=lambda detector, images, labels, **_: images, calibrate=False)
+    assert history[-1].attack_success_rate < 0.02
+    assert math.isfinite(history[-1].loss)
+
+
+def test_warm_up_does_not_attack(blobs):
+    history = train(
+        new_guard(), blobs, warmup_epochs=2, attack=lambda *_, **__: pytest.fail("attacked"), calibrate=False
+    )
+    assert all(math.isnan(record.attack_success_rate) for record in history)
+    assert history[1].loss < history[0].loss
+
+
+def test_the_attack_sees_the_guard_in_eval_mode_and_thresholds_that_get_refreshed(blobs):
+    seen = []
+
+    def attack(detector, images, labels, *, targets=None, generator=None):
+        seen.append(detector.thresholds.clone())
+        return ATTACK(detector, images, labels)
+
+    guard = new_guard(nn.BatchNorm1d(16))
+    train(guard, blobs, epochs=6, attack=attack, calibrate=False, refresh_batches=10)
+    assert seen[0].isinf().all()
+    assert seen[2].isinf().all()
+    assert seen[-1].isfinite().all()
+    assert not guard.is_calibrated  # thresholds for training are not thresholds for use
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_good_weights(blobs):
+    guard = new_guard()
+
+    def attack(detector, images, labels, *, targets=None, generator=None):
+        calls.append(1)
+        return images * torch.nan if len(calls) > 7 else images
+
+    calls: list[int] = []
+    guard.thresholds = torch.ones(3)
+    with pytest.raises(TrainingDivergedError, match=r"nan at step 7 \(epoch 1\).*weights of step 6"):
+        train(guard, blobs, attack=attack)
+    assert weights(guard).isfinite().all()
+    assert not guard.is_calibrated
+
+
+def test_a_calibration_set_that_cannot_suffice_is_refused_before_training(blobs):
+    few = DataLoader(TensorDataset(*(part[:30] for part in blobs.dataset.tensors)), batch_size=30)
+    guard = new_guard()
+    before = weights(guard)
+    with pytest.raises(TooFewCalibrationExamplesError, match=r"\[10, 10, 10\]"):
+        AdversarialClusterTrainer(guard, ATTACK).fit(blobs, few, epochs=1, progress=False)
+    assert torch.equal(weights(guard), before)
+
+
+def test_a_calibration_that_fails_after_training_keeps_the_training(blobs):
+    guard = new_guard()
+    images, labels = blobs.dataset.tensors
+    mislabelled = DataLoader(TensorDataset(images, (labels + 1) % 3), batch_size=60)
+    trainer = AdversarialClusterTrainer(guard, ATTACK, warmup_epochs=2)
+    with pytest.warns(UserWarning, match="trained, but not calibrated"):
+        history = trainer.fit(blobs, mislabelled, epochs=2, progress=False)
+    assert len(history) == 2
+    assert not guard.is_calibrated
+
+
+def test_a_scheduler_steps_every_epoch_and_any_optimizer_will_do(blobs):
+    guard = new_guard()
+    optimizer = torch.optim.SGD(guard.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    train(guard, blobs, optimizer=optimizer, scheduler=scheduler, calibrate=False)
+    assert optimizer.param_groups[0]["lr"] == 2.5e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"relabel": "x"},
+        {"adversarial_weight": -1.0},
+        {"adversarial_weight": math.nan},
+        {"refresh_every": 0},
+        {"warmup_epochs": -1},
+    ],
+)
+def test_options_are_checked_at_once(options):
+    with pytest.raises(ConfigurationError, match="expected"):
+        AdversarialClusterTrainer(new_guard(), ATTACK, **options)
+
+
+def test_a_train_loader_with_a_frozen_batchnorm_keeps_it_frozen(blobs):
+    guard = new_guard(nn.BatchNorm1d(16))
+    guard.train()
+    guard.encoder[0][3].eval()
+    mean = guard.encoder[0][3].running_mean.clone()
+    train(guard, blobs, calibrate=False)
+    assert torch.equal(guard.encoder[0][3].running_mean, mean)
+    assert guard.training
+
+
+def test_a_guard_in_eval_mode_is_trained_in_train_mode_and_given_back_in_eval_mode(blobs):
+    guard = new_guard(nn.BatchNorm1d(16)).eval()
+    mean = guard.encoder[0][3].running_mean.clone()
+    train(guard, blobs, calibrate=False)
+    assert not torch.equal(guard.encoder[0][3].running_mean, mean)
+    assert not any(module.training for module in guard.modules())
+
+
+def test_a_guard_takes_the_mode_of_its_backbone():
+    backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64))
+    assert ClusterGuard(backbone, 2, example=torch.rand(2, 1, 8, 8)).training
+    assert not ClusterGuard(backbone.eval(), 2, example=torch.rand(2, 1, 8, 8)).training
