@@ -161,7 +161,7 @@ def save(path: Path, outcomes: Outcomes, names: dict[str, list[str]], versions: 
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions,
         "checks": CHECKS,
-        "legend": {"passed": "name: where the model ran", "failed": "name: why"},
+        "legend": {"passed": "name: where the model ran (meta: shapes only, no values)", "failed": "name: why"},
         "libraries": libraries,
     }
     write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))

@@ -65,7 +65,7 @@ def run_demo(
 
     Args:
         output: folder for `guard.safetensors`, `report.json`, `representations.png` and `distances.png`.
-        epochs: of the guard, its two of warm-up included.
+        epochs: of either training; the first two of the guard are warm-up.
         epsilons: radii of the evaluation's attacks, at least one.
         seed: of everything random.
         device: None takes a GPU if there is one.
@@ -83,7 +83,7 @@ def run_demo(
     calibration_loader = DataLoader(calibration, batch_size=250)
     test_loader = DataLoader(_first(test, limit), batch_size=250)
 
-    undefended = _train_undefended(train_loader, device, progress)
+    undefended = _train_undefended(train_loader, epochs, device, progress)
     guard = ClusterGuard(digit_network(), num_classes=10, example=test[0][0][None]).to(device)
     attack = PGD(norm="linf", eps=0.3, step_size=0.06, steps=10, keep="last")
     trainer = AdversarialClusterTrainer(guard, attack, warmup_epochs=2, refresh_batches=6)
@@ -120,11 +120,11 @@ def run_demo(
     return report
 
 
-def _train_undefended(loader: DataLoader[Any], device: torch.device, progress: bool) -> ConfidenceDetector:
-    """The yardstick: the same network, plain cross-entropy, five epochs."""
+def _train_undefended(loader: DataLoader[Any], epochs: int, device: torch.device, progress: bool) -> ConfidenceDetector:
+    """The yardstick: the same network and epochs, plain cross-entropy."""
     classifier = nn.Sequential(digit_network(), nn.Linear(100, 10)).to(device)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3)
-    for _ in tqdm(range(5), desc="undefended classifier", disable=not progress, leave=False):
+    for _ in tqdm(range(epochs), desc="undefended classifier", disable=not progress, leave=False):
         for images, labels in loader:
             loss = functional.cross_entropy(classifier(images.to(device)), labels.to(device))
             optimizer.zero_grad()

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from clusterguard import BIM, MIM, NES, PGD, MultiTarget, Towards, decide, success_margin
@@ -219,7 +221,7 @@ def test_each_step_reports_the_best_margins_so_far(small_guard):
     attack = PGD(eps=0.2, step_size=0.05, steps=4, on_step=lambda step, margins: seen.append((step, margins)))
     attack(small_guard, torch.rand(5, 1, 8, 8), torch.arange(5) % 3)
     assert [step for step, _ in seen] == [0, 1, 2, 3, 4]
-    assert all((later <= earlier).all() for (_, earlier), (_, later) in zip(seen, seen[1:], strict=False))
+    assert all((later <= earlier).all() for (_, earlier), (_, later) in pairwise(seen))
 
 
 @pytest.mark.parametrize(
