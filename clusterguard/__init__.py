@@ -11,20 +11,42 @@ from clusterguard.torchvision_operators import declare_missing_operators
 declare_missing_operators()  # before anything can import torchvision
 
 from clusterguard import attacks, errors, samples  # noqa: E402
-from clusterguard.attacks import BIM, FGSM, MIM, NES, PGD, Attack, MultiTarget, Towards  # noqa: E402
+from clusterguard.attacks import (  # noqa: E402
+    APGD,
+    BIM,
+    FGSM,
+    MIM,
+    NES,
+    PGD,
+    Attack,
+    CarliniWagner,
+    MultiTarget,
+    OrthogonalPGD,
+    PaperProtocol,
+    RandomTarget,
+    RepelThenMinimise,
+    RepresentationMatching,
+    SparseRS,
+    Square,
+    Towards,
+    Transfer,
+    WorstCaseSuite,
+)
 from clusterguard.calibration import Calibration, Calibrator  # noqa: E402
 from clusterguard.checkpoints import EpochRecord  # noqa: E402
 from clusterguard.clusters import GaussianClusters  # noqa: E402
 from clusterguard.confidence import ConfidenceDetector  # noqa: E402
 from clusterguard.decision import Detection, Detector, Evidence, decide, success_margin  # noqa: E402
 from clusterguard.detector import DetectorModule, WithThresholds  # noqa: E402
-from clusterguard.evaluation import Evaluation, evaluate  # noqa: E402
+from clusterguard.evaluation import evaluate  # noqa: E402
 from clusterguard.guard import ClusterGuard  # noqa: E402
+from clusterguard.results import Evaluation  # noqa: E402
 from clusterguard.training import AdversarialClusterTrainer  # noqa: E402
 
 __version__ = version("clusterguard")
 
 __all__ = [
+    "APGD",
     "BIM",
     "FGSM",
     "MIM",
@@ -34,6 +56,7 @@ __all__ = [
     "Attack",
     "Calibration",
     "Calibrator",
+    "CarliniWagner",
     "ClusterGuard",
     "ConfidenceDetector",
     "Detection",
@@ -44,8 +67,17 @@ __all__ = [
     "Evidence",
     "GaussianClusters",
     "MultiTarget",
+    "OrthogonalPGD",
+    "PaperProtocol",
+    "RandomTarget",
+    "RepelThenMinimise",
+    "RepresentationMatching",
+    "SparseRS",
+    "Square",
     "Towards",
+    "Transfer",
     "WithThresholds",
+    "WorstCaseSuite",
     "attacks",
     "decide",
     "errors",

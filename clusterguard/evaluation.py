@@ -1,22 +1,19 @@
 """Evaluate a detector: run attacks, believe none of them, count what really gets through."""
 
-import json
-import math
-import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from clusterguard.attacks import Attack
 from clusterguard.attacks.base import check_attack_input
+from clusterguard.attacks.metering import Metered
 from clusterguard.attacks.norms import get_norm
+from clusterguard.attacks.suite import WorstCaseSuite
+from clusterguard.attacks.suite_state import StageRecord
 from clusterguard.decision import Detection, Detector, decide
 from clusterguard.detector import Loader, judge
 from clusterguard.errors import ConfigurationError, InputError
-from clusterguard.files import write_atomically
 from clusterguard.metrics import (
     Rate,
     accuracy,
@@ -28,88 +25,10 @@ from clusterguard.metrics import (
     is_eligible,
 )
 from clusterguard.modes import evaluation_mode
+from clusterguard.results import AttackResult, Evaluation, Gallery
+from clusterguard.sanity import examine
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """What one attack achieved.
-
-    Attributes:
-        name: under which it was handed in.
-        attack: how it prints, with its options.
-        success: ASR, over the images labelled correctly and accepted before the attack.
-        expected_roc_auc: EROC.
-        invalid: attacked images that left the box or the attack's own budget and so did not count.
-        seconds: wall time.
-    """
-
-    name: str
-    attack: str
-    success: Rate
-    expected_roc_auc: float
-    invalid: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A detector's figures on clean and attacked images; print it for a table.
-
-    Attributes:
-        images: how many images were evaluated.
-        accuracy: labelled correctly, refused or not.
-        accuracy_after_rejection: labelled correctly among the accepted.
-        false_positives: refused among the correctly labelled, all classes together.
-        false_positives_by_class: the same for each of the K true classes.
-        results: one per attack.
-        worst_case: an image counts if any of the attacks broke it; the stricter of the two worst cases.
-        benign_reference: what EROC compared with, "calibration" or "evaluated" images.
-    """
-
-    images: int
-    accuracy: Rate
-    accuracy_after_rejection: Rate
-    false_positives: Rate
-    false_positives_by_class: tuple[Rate, ...]
-    results: tuple[AttackResult, ...]
-    worst_case: Rate
-    benign_reference: str
-
-    @property
-    def asr(self) -> float:
-        """Worst case per example: the share of images that some attack broke."""
-        return self.worst_case.value
-
-    @property
-    def eroc(self) -> float:
-        """The smallest EROC of any attack."""
-        return min((result.expected_roc_auc for result in self.results), default=math.nan)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: rates with count, total, value and 95 % interval, and the versions used."""
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        return {**_plain(self), "versions": versions}
-
-    def to_json(self, path: str | Path) -> Path:
-        """Write `to_dict` to a file, whole or not at all."""
-        return write_atomically(path, lambda file: file.write_text(json.dumps(self.to_dict(), indent=2) + "\n"))
-
-    def to_markdown(self) -> str:
-        """The figures as Markdown, n and 95 % intervals with them."""
-        lines = [
-            f"n = {self.images}; accuracy {self.accuracy}; after rejection {self.accuracy_after_rejection}; "
-            f"false positives {self.false_positives}",
-            "",
-            "| attack | ASR [95 %] (n) | EROC |",
-            "|---|---|---|",
-            *(f"| {result.name} | {result.success} | {result.expected_roc_auc:.3f} |" for result in self.results),
-            f"| worst case per image | {self.worst_case} | {self.eroc:.3f} |",
-        ]
-        return "\n".join(lines)
-
-    __str__ = to_markdown
 
 
 def evaluate(
@@ -119,6 +38,8 @@ def evaluate(
     *,
     calibration_loader: Loader | None = None,
     generator: Generator | None = None,
+    sanity_images: int = 100,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Attack a calibrated detector and count what gets through.
@@ -128,10 +49,12 @@ def evaluate(
 
     Args:
         detector: calibrated; on the device where the work shall be done.
-        attacks: one attack, or several by name.
+        attacks: one attack or suite, or several by name.
         loader: batches of clean test images (B, C, H, W) in [0, 1] and labels (B,).
         calibration_loader: the benign images that EROC compares with; None compares with those of `loader`.
         generator: the attacks' randomness, on the detector's device.
+        sanity_images: how many images the sanity report examines, see `Sanity`; 0 switches it off.
+        checkpoint: a folder in which suites keep what they have done, so that an interrupted run can go on.
         progress: show a progress bar.
 
     Returns:
@@ -164,30 +87,42 @@ def evaluate(
     for batch in batches:
         check_attack_input(detector, *batch)  # everything is checked before the first attack starts
     clean, labels = judge(detector, batches)
+    eligible = is_eligible(clean, labels)
     benign, benign_labels = (clean, labels) if calibration_loader is None else judge(detector, calibration_loader)
-    results, any_broken = [], torch.zeros_like(labels, dtype=torch.bool)
+    results: list[AttackResult] = []
+    broken: dict[str, Tensor] = {}
+    gallery: Gallery | None = None
     for name, attack in named.items():
         started = time.perf_counter()
-        attacked = [
-            attack(detector, images, own, generator=generator)
-            for images, own in tqdm(batches, desc=name, disable=not progress, leave=False)
-        ]
+        metered = Metered(detector)
+        file = None if checkpoint is None else Path(checkpoint) / f"{name}.pt"
+        attacked, stages = _attack(attack, metered, batches, generator, name if progress else "", file)
         seconds = time.perf_counter() - started
         valid = torch.cat([_is_valid(attack, old, new) for (old, _), new in zip(batches, attacked, strict=True)])
         verdict = _judge_attacked(detector, attacked)
         verdict = verdict._replace(is_adversarial=verdict.is_adversarial | ~valid)
-        any_broken |= is_broken(verdict, labels)
+        hits = is_broken(verdict, labels) & eligible
+        norm = getattr(attack, "norm", None)
+        broken[str(norm)] = broken.get(str(norm), torch.zeros_like(hits)) | hits
         results.append(
             AttackResult(
                 name=name,
                 attack=repr(attack),
+                norm=norm,
+                eps=getattr(attack, "eps", None),
                 success=attack_success_rate(clean, verdict, labels),
                 expected_roc_auc=expected_roc_auc(benign, benign_labels, verdict, labels, num_classes),
                 invalid=int((~valid).sum()),
+                cost=metered.cost,
                 seconds=seconds,
+                stages=stages,
+                verdict=verdict,
             )
         )
-    broken = any_broken[is_eligible(clean, labels)]
+        ratios = verdict.distances / detector.thresholds.cpu()[verdict.labels]
+        images = torch.cat([images for images, _ in batches])
+        gallery = _worst_broken(gallery, Gallery(images, torch.cat(attacked), labels, verdict.labels, ratios), hits)
+    total = int(eligible.sum())
     return Evaluation(
         images=len(labels),
         accuracy=accuracy(clean, labels),
@@ -198,9 +133,31 @@ def evaluate(
             for index in range(num_classes)
         ),
         results=tuple(results),
-        worst_case=Rate(int(broken.sum()), len(broken)),
+        worst_by_norm={norm: Rate(int(hits.sum()), total) for norm, hits in broken.items()},
+        worst_case=Rate(int(torch.stack(list(broken.values())).any(dim=0).sum()), total),
         benign_reference="evaluated" if calibration_loader is None else "calibration",
+        thresholds=tuple(detector.thresholds.tolist()),
+        seed=None if generator is None else generator.initial_seed(),
+        sanity=examine(detector, *_head(batches, sanity_images), results, generator) if sanity_images else None,
+        clean=clean,
+        labels=labels,
+        gallery=gallery,
     )
+
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def _attack(
+    attack: Attack, detector: Detector, batches: Batches, generator: Generator | None, title: str, file: Path | None
+) -> tuple[list[Tensor], tuple[StageRecord, ...]]:
+    """Attacked images, in the batches they came in; a suite gets all of them at once, for they are its references."""
+    if isinstance(attack, WorstCaseSuite):
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        result = attack.run(detector, images, labels, generator=generator, checkpoint=file, progress=bool(title))
+        return list(result.images.split([len(own) for _, own in batches])), result.stages
+    bar = tqdm(batches, desc=title, disable=not title, leave=False)
+    return [attack(detector, images, own, generator=generator) for images, own in bar], ()
 
 
 @torch.no_grad()
@@ -224,14 +181,14 @@ def _is_valid(attack: Attack, images: Tensor, attacked: Tensor) -> Tensor:
     return (in_box & in_budget).cpu()
 
 
-def _plain(value: Any) -> Any:
-    """Only what JSON has: rates spelled out, and null where there is no number."""
-    if isinstance(value, Rate):
-        return _plain({"count": value.count, "total": value.total, "value": value.value, "interval": value.interval})
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _head(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return images[:count], labels[:count]
+
+
+def _worst_broken(best: Gallery | None, fresh: Gallery, hits: Tensor, count: int = 12) -> Gallery:
+    """Broken images at the smallest suspicion over threshold, of those so far and of a further attack."""
+    broken = Gallery(*(part.cpu()[hits] for part in fresh))
+    merged = broken if best is None else Gallery(*(torch.cat(parts) for parts in zip(best, broken, strict=True)))
+    order = merged.ratios.argsort()[:count]
+    return Gallery(*(part[order] for part in merged))

@@ -1,5 +1,6 @@
 """Pictures of what a detector sees; needs matplotlib (`pip install "clusterguard[plots]"`)."""
 
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from clusterguard.metrics import is_broken
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from clusterguard.results import Evaluation
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -116,31 +118,94 @@ def plot_distances(panels: Mapping[str, Panel], path: str | Path) -> Path:
     """
     figure, axes = _figure(len(panels), height=3.9)
     for axis, (title, panel) in zip(axes, panels.items(), strict=True):
-        ratios = [
-            (verdict.distances / panel.thresholds[verdict.labels]).clamp(1e-4, 1e4).log10().cpu().numpy()
-            for verdict in (panel.benign, panel.attacked)
-        ]
-        low, high = min(ratio.min() for ratio in ratios), max(max(ratio.max() for ratio in ratios), 0.1)
-        bins = [low + (high - low) * step / 50 for step in range(51)]
-        for ratio, label, colour in zip(ratios, ("benign", "attacked"), ("tab:blue", "tab:red"), strict=True):
-            axis.hist(ratio, bins=bins, alpha=0.6, label=label, color=colour)
-        axis.axvline(0, color="black", linewidth=1, label="τ")
-        axis.set(title=title, xlabel="suspicion ÷ τ of the predicted label (log scale)", ylabel="images")
-        steps = (0.0001, 0.001, 0.01, 0.1, 0.3, 1, 3, 10, 100)
-        ticks = [step for step in steps if low <= math.log10(step) <= high]
-        axis.set_xticks([math.log10(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
-        axis.legend(frameon=False)
+        verdicts = {"benign": panel.benign, "attacked": panel.attacked}
+        _histogram(axis, {name: _ratio(verdict, panel.thresholds) for name, verdict in verdicts.items()})
+        axis.set_title(title)
     return _save(figure, path)
 
 
-def _figure(columns: int, *, height: float) -> "tuple[Figure, list[Axes]]":
+def evaluation_figures(evaluation: "Evaluation") -> dict[str, tuple[bytes, str]]:
+    """The pictures of an evaluation's HTML page: title -> (PNG, caption).
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    thresholds = torch.tensor(evaluation.thresholds)
+    clean = _ratio(evaluation.clean, thresholds)[evaluation.clean.labels == evaluation.labels]
+    figure, (roc, histogram) = _figure(2, height=4.0)
+    for result in evaluation.results:
+        attacked = _ratio(result.verdict, thresholds)
+        caught = attacked.masked_fill(result.verdict.labels == evaluation.labels, torch.inf)
+        cuts = torch.cat([clean, clean.new_tensor([0.0])]).sort().values
+        rates = [(float((clean > cut).double().mean()), float((caught > cut).double().mean())) for cut in cuts]
+        roc.plot(*zip(*rates, strict=True), label=result.name, linewidth=1.3)
+    roc.axvline(max(evaluation.false_positives.value, 1e-4), color="black", linewidth=0.8, linestyle=":")
+    roc.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="false-positive rate", ylabel="attacked images caught")
+    roc.set_xscale("symlog", linthresh=0.01)
+    roc.legend(frameon=False, fontsize=8)
+    _histogram(histogram, {"benign": clean, **{r.name: _ratio(r.verdict, thresholds) for r in evaluation.results}})
+    pictures = {
+        "ROC curves and suspicion": (
+            _png(figure),
+            "Left: all thresholds scaled together, dotted: those in use; an attacked image that is still labelled "
+            "correctly counts as caught. Right: suspicion over the predicted label's threshold; right of 1 is refused.",
+        )
+    }
+    if evaluation.sanity is not None:
+        sanity = evaluation.sanity
+        figure, (radius, steps) = _figure(2, height=3.4)
+        points = [(eps, rate.value, *rate.interval) for eps, rate in sanity.by_eps]
+        values = [value for _, value, _, _ in points]
+        below, above = zip(*((value - low, high - value) for _, value, low, high in points), strict=True)
+        radius.errorbar([eps for eps, *_ in points], values, [below, above], marker="o", capsize=3, color="tab:red")
+        radius.set_xscale("log")
+        radius.set(xlabel=f"eps ({sanity.norm}); the last point is the whole box", ylabel="ASR", ylim=(-0.02, 1.02))
+        steps.plot([rate.value for rate in sanity.by_step], color="tab:red")
+        steps.set(xlabel=f"step of PGD at {sanity.norm} {sanity.eps:g}", ylabel="ASR so far", ylim=(-0.02, 1.02))
+        caption = f"From the sanity probe, {sanity.images} images; bars: 95 % intervals."
+        pictures["ASR against eps and steps"] = (_png(figure), caption)
+    gallery = evaluation.gallery
+    if gallery is not None and len(gallery.labels):
+        count = len(gallery.labels)
+        figure, axes = _figure(count, height=2.8, width=1.2, rows=2)
+        for axis, image in zip(axes, torch.cat([gallery.clean, gallery.attacked]), strict=True):
+            axis.imshow(image.permute(1, 2, 0).clamp(0, 1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+        for index, axis in enumerate(axes):
+            row = gallery.labels if index < count else gallery.predicted
+            axis.set_title(f"{row[index % count]}", fontsize=9)
+        axes[0].set_ylabel("clean")
+        axes[count].set_ylabel("attacked")
+        caption = "Above the true label, below the one under which the attacked image is accepted, most trusted first."
+        pictures["Worst-broken images"] = (_png(figure), caption)
+    return pictures
+
+
+def _ratio(verdict: Detection, thresholds: Tensor) -> Tensor:
+    return verdict.distances.cpu() / thresholds[verdict.labels.cpu()]
+
+
+def _histogram(axis: "Axes", ratios: Mapping[str, Tensor]) -> None:
+    """Suspicion over threshold, log scale, several sets over each other."""
+    logs = {name: ratio.clamp(1e-4, 1e4).log10().numpy() for name, ratio in ratios.items()}
+    low, high = min(values.min() for values in logs.values()), max(0.1, *(values.max() for values in logs.values()))
+    bins = [low + (high - low) * step / 50 for step in range(51)]
+    for name, values in logs.items():
+        axis.hist(values, bins=bins, alpha=0.6 if name == "benign" else 0.45, label=name)
+    axis.axvline(0, color="black", linewidth=1, label="τ")
+    axis.set(xlabel="suspicion ÷ τ of the predicted label (log scale)", ylabel="images")
+    ticks = [step for step in (0.0001, 0.001, 0.01, 0.1, 0.3, 1, 3, 10, 100) if low <= math.log10(step) <= high]
+    axis.set_xticks([math.log10(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _figure(columns: int, *, height: float, width: float = 4.8, rows: int = 1) -> "tuple[Figure, list[Axes]]":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError('pictures need matplotlib: pip install "clusterguard[plots]"') from error
-    figure = Figure(figsize=(4.8 * columns, height), dpi=150, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, list(axes)
+    figure = Figure(figsize=(width * columns, height), dpi=150, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _xy(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,5 +218,12 @@ def _marker(marker: str, colour: str, label: str) -> "Line2D":
     return Line2D([], [], marker=marker, color=colour, linestyle="", label=label)
 
 
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def _save(figure: "Figure", path: str | Path) -> Path:
-    return write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    picture = _png(figure)
+    return write_atomically(path, lambda file: file.write_bytes(picture))

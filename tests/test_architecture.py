@@ -24,7 +24,7 @@ ALLOWED = {
     "metrics": {"decision"},
     "samples": {"errors"},
     "backbones": {"errors", "modes", "torchvision_operators"},
-    "attacks": {"attacks", "decision", "errors", "checks", "modes"},
+    "attacks": {"attacks", "decision", "errors", "checks", "modes", "files"},
     "detector": {
         "decision",
         "errors",

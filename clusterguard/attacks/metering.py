@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from clusterguard.attacks.representation import find_representation, has_representation
 from clusterguard.decision import Detector, Evidence
 from torch import Tensor, nn
 
@@ -39,19 +40,29 @@ class Metered(nn.Module):
         super().__init__()
         self.detector = detector
         self.cost = Cost()
+        if has_representation(detector):  # attacks on representations do not ask for evidence
+            represent = find_representation(detector)
+            self.represent = lambda images: represent(self._count(images))
 
     @property
     def thresholds(self) -> Tensor:
         """(K,) the detector's."""
         return self.detector.thresholds
 
+    @thresholds.setter
+    def thresholds(self, thresholds: Tensor) -> None:
+        self.detector.thresholds = thresholds
+
     def evidence(self, images: Tensor) -> Evidence:
         """The detector's evidence."""
+        return self.detector.evidence(self._count(images))
+
+    def _count(self, images: Tensor) -> Tensor:
         self.cost = self.cost._replace(forward=self.cost.forward + len(images))
         if images.requires_grad:
             images = images.view_as(images)  # a hook of this call alone, fired once per gradient taken through it
             images.register_hook(self._count_gradient)
-        return self.detector.evidence(images)
+        return images
 
     def _count_gradient(self, gradient: Tensor) -> None:
         self.cost = self.cost._replace(backward=self.cost.backward + len(gradient))

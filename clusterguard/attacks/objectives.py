@@ -55,11 +55,26 @@ def cross_entropy(evidence: Evidence, thresholds: Tensor, labels: Tensor, target
     return functional.cross_entropy(evidence.class_scores, targets, reduction="none")
 
 
+def adaptive(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """Equation 7: a classification loss (`logit`) plus the detection metric of the class that is aimed at.
+
+    Reference:
+        arXiv 2012.03483, equation 7 and Table 1.
+    """
+    if targets is None:
+        aimed = evidence.class_scores.scatter(1, labels[:, None], -float("inf")).argmax(dim=1)
+    else:
+        aimed = targets
+    metric = evidence.suspicion.gather(1, aimed[:, None]).squeeze(1)
+    return logit(evidence, thresholds, labels, targets) + metric
+
+
 OBJECTIVES: dict[str, Objective] = {
     "suspicion": suspicion,
     "margin": margin,
     "logit": logit,
     "cross_entropy": cross_entropy,
+    "adaptive": adaptive,
 }
 
 

@@ -1,0 +1,104 @@
+"""The paper's own way to attack: adaptive PGD at several step sizes, targeted and untargeted, the worst of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from clusterguard.attacks.base import Attack, BuiltInAttack
+from clusterguard.attacks.iterative import PGD
+from clusterguard.decision import Detector
+from clusterguard.errors import ConfigurationError
+from torch import Generator, Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RandomTarget(BuiltInAttack):
+    """Aim an attack at one random wrong class per image.
+
+    Args:
+        attack: run with these targets.
+
+    Example:
+        >>> RandomTarget(attack=PGD(eps=0.3, step_size=0.01)).eps
+        0.3
+    """
+
+    attack: Attack
+
+    @property
+    def norm(self) -> str | None:
+        """The inner attack's."""
+        return getattr(self.attack, "norm", None)
+
+    @property
+    def eps(self) -> float | None:
+        """The inner attack's."""
+        return getattr(self.attack, "eps", None)
+
+    def _perturb(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        if targets is None:
+            classes = len(detector.thresholds)
+            shift = torch.randint(1, classes, labels.shape, generator=generator, device=labels.device)
+            targets = (labels + shift) % classes
+        return self.attack(detector, images, labels, targets=targets, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperProtocol:
+    """The attacks behind one row of the paper's Table 2; its figure is the largest ASR among them.
+
+    Hand `attacks()` to `evaluate` and read `largest_mean_asr`. It is weaker than `WorstCaseSuite`.
+
+    Args:
+        norm: "linf", "l2", "l1" or "l0".
+        eps: radius of the ball.
+        step_sizes: the paper tries 3 to 8.
+        targeted: aim at a random wrong class per image ("T") instead of any ("U").
+        steps: k; the paper's figures converge before 1,000.
+
+    Raises:
+        ConfigurationError: no step sizes, or an option out of its range.
+
+    Reference:
+        arXiv 2012.03483, section 5.1, Table 2, figures 6 and 7.
+
+    Example:
+        >>> list(PaperProtocol(norm="l2", eps=2.0, step_sizes=(0.1, 0.2), targeted=True).attacks())
+        ['PGD l2 2 T, step 0.1', 'PGD l2 2 T, step 0.2']
+    """
+
+    norm: str
+    eps: float
+    step_sizes: Sequence[float]
+    targeted: bool = False
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not self.step_sizes:
+            raise ConfigurationError("expected at least one step size, got none")
+        self.attacks()
+
+    def attacks(self) -> dict[str, Attack]:
+        """One attack per step size, by name."""
+        named: dict[str, Attack] = {}
+        for step_size in self.step_sizes:
+            attack = PGD(
+                norm=self.norm,
+                eps=self.eps,
+                step_size=step_size,
+                steps=self.steps,
+                sparsity=None,  # the paper's l1 step is dense
+                keep="last",
+            )
+            name = f"PGD {self.norm} {self.eps:g} {'T' if self.targeted else 'U'}, step {step_size:g}"
+            named[name] = RandomTarget(attack=attack) if self.targeted else attack
+        return named

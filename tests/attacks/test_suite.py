@@ -1,0 +1,134 @@
+import pytest
+import torch
+from clusterguard import PGD, Towards, WithThresholds, WorstCaseSuite, decide
+from clusterguard.attacks.metering import Metered
+from clusterguard.attacks.norms import get_norm
+from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
+from clusterguard.metrics import is_broken
+
+EPS = {"linf": 0.05, "l2": 0.25, "l1": 1.2, "l0": 3}
+
+
+@pytest.fixture
+def cases(small_guard):
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return images, small_guard(images).argmax(1)
+
+
+def broken(guard, attacked, labels):
+    return is_broken(decide(guard.evidence(attacked), guard.thresholds), labels)
+
+
+@pytest.mark.parametrize("norm", EPS)
+def test_no_single_attack_beats_the_suite(small_guard, cases, norm):
+    images, labels = cases
+    suite = WorstCaseSuite(norm, eps=EPS[norm], budget="quick")
+    result = suite.run(small_guard, images, labels, generator=torch.Generator().manual_seed(0))
+    found = broken(small_guard, result.images, labels)
+    assert 0 < found.sum() < len(labels)
+    assert (get_norm(norm).size(result.images - images) <= EPS[norm] * (1 + 1e-5) + 1e-6).all()
+    assert result.images.min() >= 0
+    assert result.images.max() <= 1
+    references = Towards.accepted(small_guard, images, labels)
+    for name, attack in suite.stages(small_guard, references).items():
+        single = attack(small_guard, images, labels, generator=torch.Generator().manual_seed(0))
+        assert not (broken(small_guard, single, labels) & ~found).any(), name
+
+
+def test_stages_work_on_survivors_and_count_what_they_broke_and_cost(small_guard, cases):
+    images, labels = cases
+    records = []
+    suite = WorstCaseSuite("linf", eps=0.05, budget="quick", batch_size=16)
+    result = suite.run(small_guard, images, labels, on_stage=records.append)
+    assert tuple(records) == result.stages
+    survivors = len(labels) - int(broken(small_guard, images, labels).sum())
+    for record in result.stages:
+        assert record.attacked == survivors
+        assert record.forward > 0
+        survivors -= record.broken
+    assert survivors == int((~broken(small_guard, result.images, labels)).sum())
+    assert next(record for record in result.stages if record.name == "Square").backward == 0
+
+
+def test_an_interrupted_run_goes_on_where_it_was(small_guard, cases, tmp_path):
+    images, labels = cases
+    suite = WorstCaseSuite("linf", eps=0.05, budget="quick")
+    whole = suite.run(small_guard, images, labels, generator=torch.Generator().manual_seed(0))
+
+    def interrupt(record):
+        seen.append(record)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    seen = []
+    file = tmp_path / "suite.pt"
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(small_guard, images, labels, generator=generator, checkpoint=file, on_stage=interrupt)
+    rest = []
+    resumed = suite.run(small_guard, images, labels, generator=torch.Generator(), checkpoint=file, on_stage=rest.append)
+    assert torch.equal(resumed.images, whole.images)
+    assert resumed.stages == whole.stages
+    assert tuple(seen + rest) == whole.stages
+
+
+def test_a_checkpoint_of_something_else_is_refused(small_guard, cases, tmp_path):
+    images, labels = cases
+    file = tmp_path / "suite.pt"
+    WorstCaseSuite("linf", eps=0.01, budget="quick").run(small_guard, images[:4], labels[:4], checkpoint=file)
+    with pytest.raises(ConfigurationError, match="another checkpoint"):
+        WorstCaseSuite("linf", eps=0.02, budget="quick").run(small_guard, images[:4], labels[:4], checkpoint=file)
+    with pytest.raises(ConfigurationError, match="other images"):
+        WorstCaseSuite("linf", eps=0.01, budget="quick").run(small_guard, images[4:8], labels[4:8], checkpoint=file)
+
+
+def test_the_whole_box_breaks_everything(small_guard, cases):
+    images, labels = cases
+    references = torch.rand(60, 1, 8, 8)
+    suite = WorstCaseSuite("linf", eps=1.0, budget="quick", references=(references, small_guard(references).argmax(1)))
+    assert broken(small_guard, suite(small_guard, images, labels), labels).all()
+
+
+def test_targets_are_aimed_at(small_guard, cases):
+    images, labels = cases
+    targets = (labels + 1) % 3
+    attacked = WorstCaseSuite("linf", eps=0.3, budget="quick")(small_guard, images, labels, targets=targets)
+    detection = decide(small_guard.evidence(attacked), small_guard.thresholds)
+    hit = is_broken(detection, labels)
+    assert hit.sum() > 30
+    assert torch.equal(detection.labels[hit], targets[hit])
+
+
+def test_detectors_without_representations_get_orthogonal_attacks(linear_detector):
+    references = Towards(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))
+    stages = WorstCaseSuite("linf", eps=0.1).stages(linear_detector, references)
+    assert "orthogonal PGD" in stages
+    assert "match representations" not in stages
+
+
+def test_wrapped_guards_keep_their_representations(small_guard):
+    references = Towards(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
+    wrapped = Metered(WithThresholds(small_guard, small_guard.thresholds))
+    assert "match representations" in WorstCaseSuite("linf", eps=0.1).stages(wrapped, references)
+
+
+def test_the_meter_counts_everything(small_guard):
+    metered = Metered(small_guard)
+    PGD(eps=0.1, step_size=0.1, steps=5)(metered, torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2]))
+    assert metered.cost == (18, 15)
+
+
+def test_bad_input_is_named_before_any_work(small_guard, cases):
+    images, labels = cases
+    suite = WorstCaseSuite("linf", eps=0.1)
+    with pytest.raises(InputError, match="finite"):
+        suite(small_guard, images * torch.nan, labels)
+    small_guard.reset_calibration()
+    with pytest.raises(NotCalibratedError):
+        suite(small_guard, images, labels)
+
+
+@pytest.mark.parametrize("options", [{"norm": "l3"}, {"eps": -1}, {"budget": "huge"}, {"batch_size": 0}])
+def test_options_are_checked_at_once(options):
+    with pytest.raises(ConfigurationError, match="expected"):
+        WorstCaseSuite(**({"norm": "linf", "eps": 0.1} | options))
