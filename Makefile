@@ -30,8 +30,9 @@ format: .venv/installed
 clean:
 	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt tests/peers.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,plots]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/peers.txt
 	touch $@

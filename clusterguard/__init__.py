@@ -10,7 +10,7 @@ from clusterguard.torchvision_operators import declare_missing_operators
 
 declare_missing_operators()  # before anything can import torchvision
 
-from clusterguard import attacks, errors, samples  # noqa: E402
+from clusterguard import attacks, errors, interop, samples  # noqa: E402
 from clusterguard.attacks import (  # noqa: E402
     APGD,
     BIM,
@@ -82,6 +82,7 @@ __all__ = [
     "decide",
     "errors",
     "evaluate",
+    "interop",
     "samples",
     "success_margin",
 ]

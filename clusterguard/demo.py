@@ -55,7 +55,7 @@ def evaluation_attack(eps: float) -> PGD:
 def run_demo(
     output: Path,
     *,
-    epochs: int = 14,
+    epochs: int = 12,
     epsilons: tuple[float, ...] = (0.2, 0.3),
     seed: int = 0,
     device: torch.device | None = None,

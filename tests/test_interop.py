@@ -1,0 +1,566 @@
+import copy
+import importlib.machinery
+import math
+import sys
+import types
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from clusterguard import (
+    FGSM,
+    MIM,
+    PGD,
+    AdversarialClusterTrainer,
+    Calibrator,
+    ClusterGuard,
+    Evidence,
+    MultiTarget,
+    Towards,
+    WithThresholds,
+    decide,
+    evaluate,
+)
+from clusterguard.attacks.norms import get_norm
+from clusterguard.errors import ConfigurationError, MissingDependencyError, NotCalibratedError
+from clusterguard.interop import (
+    PeerAttack,
+    as_classifier,
+    as_rejecting_classifier,
+    from_art,
+    from_autoattack,
+    from_foolbox,
+    from_torchattacks,
+)
+from clusterguard.metrics import is_broken
+from clusterguard.samples import load_digits
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+EPS = {"linf": 0.1, "l2": 1.5, "l1": 12.0}
+LARGE = {"linf": 0.5, "l2": 12.0, "l1": 120.0}
+
+
+@pytest.fixture(scope="session")
+def trained_guard():
+    torch.manual_seed(0)
+    train = TensorDataset(*(part[:1500] for part in load_digits("train").tensors))
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU()), 10, example=train[0][0][None])
+    optimizer = torch.optim.Adam(guard.parameters(), lr=5e-3)
+    trainer = AdversarialClusterTrainer(guard, FGSM(eps=0.1), optimizer=optimizer, warmup_epochs=2)
+    loader = DataLoader(train, batch_size=100, shuffle=True)
+    trainer.fit(loader, loader, epochs=6, calibrate=False, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # classes that share the pooled threshold
+        Calibrator(false_positive_rate=0.05, scarce="pool").fit(
+            guard, DataLoader(load_digits("calibration"), batch_size=500)
+        )
+    return guard.eval()
+
+
+@pytest.fixture(scope="session")
+def clean(trained_guard):
+    """330 test images that the guard accepts, and their labels; the first 30 get attacked."""
+    images, labels = load_digits("test").tensors
+    verdict = trained_guard.detect(images)
+    usable = (verdict.labels == labels) & ~verdict.is_adversarial
+    return images[usable][:330], labels[usable][:330]
+
+
+@pytest.fixture(scope="session")
+def images(clean):
+    return clean[0][:30]
+
+
+@pytest.fixture(scope="session")
+def labels(clean):
+    return clean[1][:30]
+
+
+@pytest.fixture(scope="session")
+def references(trained_guard, clean):
+    return Towards.accepted(trained_guard, clean[0][30:], clean[1][30:])
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def broken(guard, attacked, labels):
+    return is_broken(guard.detect(attacked), labels)
+
+
+def torchattacks(name, norm, /, *, minimises=False, **options):
+    def make(budget=EPS, references=None, **how):
+        library = pytest.importorskip("torchattacks")
+        eps = None if minimises else budget[norm]
+        given = options if minimises else {"eps": eps} | options
+        return from_torchattacks(partial(getattr(library, name), **given), norm=norm, eps=eps, **how)
+
+    return make
+
+
+def foolbox(name, norm, /, *, needs_starts=False, **options):
+    def make(budget=EPS, references=None, **how):
+        library = pytest.importorskip("foolbox")
+        starts = {"references": references} if needs_starts else {}
+        return from_foolbox(getattr(library.attacks, name)(**options), norm=norm, eps=budget[norm], **starts, **how)
+
+    return make
+
+
+def art(name, norm, /, **options):
+    def make(budget=EPS, references=None, **how):
+        library = pytest.importorskip("art.attacks.evasion")
+        order = {"linf": np.inf, "l2": 2, "l1": 1}[norm]
+        silent = {} if name == "FastGradientMethod" else {"verbose": False}
+        given = {"norm": order, "eps": budget[norm]} | silent | options
+        return from_art(partial(getattr(library, name), **given), norm=norm, eps=budget[norm], **how)
+
+    return make
+
+
+def autoattack(norm):
+    def make(budget=EPS, references=None):
+        pytest.importorskip("pyautoattack")
+        return from_autoattack(norm=norm, eps=budget[norm])
+
+    return make
+
+
+SLOW = pytest.mark.slow
+AIMED = {
+    "torchattacks FGSM": torchattacks("FGSM", "linf"),
+    "torchattacks PGD": torchattacks("PGD", "linf", alpha=0.03, steps=20),
+    "torchattacks PGDL2": torchattacks("PGDL2", "l2", alpha=0.5, steps=20),
+    "torchattacks CW": torchattacks("CW", "l2", minimises=True, c=100, lr=0.1, steps=60),
+    "torchattacks Square": torchattacks("Square", "linf", n_queries=100),
+    "Foolbox LinfPGD": foolbox("LinfPGD", "linf", steps=20),
+    "Foolbox L2PGD": foolbox("L2PGD", "l2", steps=20),
+    "Foolbox L1PGD": foolbox("L1PGD", "l1", steps=20),
+    "Foolbox SparseL1": foolbox("SparseL1DescentAttack", "l1", steps=20),
+    "Foolbox L2CarliniWagner": foolbox(
+        "L2CarliniWagnerAttack", "l2", binary_search_steps=2, steps=60, stepsize=0.1, initial_const=10.0
+    ),
+    "Foolbox DDN": foolbox("DDNAttack", "l2", steps=40),
+    "Foolbox LInfFMN": foolbox("LInfFMNAttack", "linf", steps=20),
+    "Foolbox L2FMN": foolbox("L2FMNAttack", "l2", steps=20),
+    "Foolbox L1FMN": foolbox("L1FMNAttack", "l1", steps=20),
+    "Foolbox Boundary": foolbox("BoundaryAttack", "l2", needs_starts=True, steps=100),
+    "Foolbox HopSkipJump": foolbox(
+        "HopSkipJumpAttack",
+        "l2",
+        needs_starts=True,
+        steps=2,
+        initial_gradient_eval_steps=20,
+        max_gradient_eval_steps=50,
+    ),
+    "ART PGD": art("ProjectedGradientDescent", "linf", eps_step=0.05, max_iter=20),
+    "ART PGD l2": art("ProjectedGradientDescent", "l2", eps_step=0.5, max_iter=20),
+    "ART AutoPGD": art("AutoProjectedGradientDescent", "linf", eps_step=0.02, max_iter=20, nb_random_init=1),
+}
+UNAIMED = {
+    "torchattacks APGD": torchattacks("APGD", "linf", steps=20),
+    "torchattacks APGDT": torchattacks("APGDT", "linf", steps=5),
+    "torchattacks FAB": torchattacks("FAB", "linf", steps=10),
+    "ART Square": art("SquareAttack", "linf", max_iter=50, nb_restarts=1),
+}
+LONG = {
+    "torchattacks AutoAttack": torchattacks("AutoAttack", "linf"),
+    "torchattacks AutoAttack l2": torchattacks("AutoAttack", "l2", norm="L2"),
+    "AutoAttack": autoattack("linf"),
+    "AutoAttack l2": autoattack("l2"),
+    "AutoAttack l1": autoattack("l1"),
+}
+EVERY = [
+    *(pytest.param(make, id=name) for name, make in (AIMED | UNAIMED).items()),
+    *(pytest.param(make, id=name, marks=SLOW) for name, make in LONG.items()),
+]
+
+
+def check_valid(attack, images, attacked):
+    assert attacked.shape == images.shape
+    assert attacked.dtype == images.dtype
+    assert not attacked.requires_grad
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+    assert not torch.equal(attacked, images)
+    if attack.eps is not None:
+        assert (get_norm(attack.norm).size(attacked - images) <= attack.eps + 1e-5 * (1 + attack.eps)).all()
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_peers_attack_a_guard_as_a_classifier(trained_guard, images, labels, references, make, capsys):
+    attack = make(references=references)
+    attacked = attack(trained_guard, images, labels, generator=seeded())
+    check_valid(attack, images, attacked)
+    before, after = (scores_margin(trained_guard, x, labels) for x in (images, attacked))
+    assert (after[after != before] < before[after != before]).double().mean() > 0.9
+    assert capsys.readouterr().out == ""
+
+
+def scores_margin(guard, images, labels):
+    """The true class's score minus the best wrong one's, which is what attacks on a classifier lower."""
+    scores = guard.evidence(images).class_scores.detach()
+    own = scores.gather(1, labels[:, None])
+    return own.squeeze(1) - scores.scatter(1, labels[:, None], -torch.inf).amax(1)
+
+
+@pytest.mark.parametrize("make", AIMED.values(), ids=AIMED)
+def test_peers_aim_at_the_target_in_a_rejecting_classifier(trained_guard, images, labels, references, make):
+    attack = make(LARGE, references, rejecting=True)
+    targets = (labels + 1) % 10
+    attacked = attack(trained_guard, images, labels, targets=targets, generator=seeded())
+    check_valid(attack, images, attacked)
+    hits = broken(trained_guard, attacked, labels) & (trained_guard.detect(attacked).labels == targets)
+    # Foolbox keeps SparseL1 off pixels at 0 and 1 as if it always ascended, so there its targeted mode hardly works.
+    assert hits.double().mean() > 0.1 or "SparseL1" in attack.peer
+
+
+@pytest.mark.parametrize("make", UNAIMED.values(), ids=UNAIMED)
+@pytest.mark.parametrize("rejecting", [False, True])
+def test_a_peer_without_a_targeted_mode_says_so(trained_guard, images, labels, make, rejecting):
+    targets = None if rejecting else (labels + 1) % 10
+    with pytest.raises(ConfigurationError, match="takes no targets"):
+        make(rejecting=rejecting)(trained_guard, images, labels, targets=targets)
+
+
+def test_autoattack_takes_no_targets(trained_guard, images, labels):
+    with pytest.raises(ConfigurationError, match="takes no targets"):
+        autoattack("linf")()(trained_guard, images, labels, targets=(labels + 1) % 10)
+
+
+def test_without_targets_a_rejecting_attack_tries_every_wrong_class(trained_guard, images, labels):
+    images, labels = images[:15], labels[:15]
+    blind, seeing = (
+        torchattacks("PGD", "linf", alpha=0.02, steps=15, random_start=False)(rejecting=rejecting)
+        for rejecting in (False, True)
+    )
+    found = [broken(trained_guard, attack(trained_guard, images, labels), labels).sum() for attack in (blind, seeing)]
+    assert found[1] > found[0]
+    every = MultiTarget(attack=seeing)
+    assert torch.equal(seeing(trained_guard, images, labels), every(trained_guard, images, labels))
+
+
+@pytest.mark.filterwarnings("ignore:LinearSearchBlendedUniformNoiseAttack")
+def test_decision_based_attacks_need_accepted_images_to_start_from(trained_guard, images, labels, references):
+    make = foolbox("HopSkipJumpAttack", "l2", needs_starts=True, steps=1, initial_gradient_eval_steps=5)
+    targets = (labels + 1) % 10
+    with pytest.raises(ConfigurationError, match="init_attack failed"):
+        make(LARGE, rejecting=True)(trained_guard, images, labels, targets=targets)
+    without_three = Towards(references.images[references.labels != 3], references.labels[references.labels != 3])
+    attack = make(LARGE, without_three, rejecting=True)
+    attacked = attack(trained_guard, images, labels, targets=targets, generator=seeded())
+    moved = (attacked != images).flatten(1).any(1)
+    assert torch.equal(moved, targets != 3)
+
+
+class Scores(nn.Module):
+    """A detector that refuses nothing and whose class scores are exactly what a peer sees, for their smallest is 0."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 4))
+        self.thresholds = torch.full((4,), torch.inf)
+
+    def evidence(self, images):
+        scores = self.layers(images) * 3
+        return Evidence(scores - scores.detach().amin(1, keepdim=True), torch.zeros_like(scores))
+
+
+CE = {"objective": "cross_entropy"}
+LAST = {"steps": 8, "keep": "last"} | CE
+LINF = {"linf": 0.1}, PGD(norm="linf", eps=0.1, step_size=0.03, **LAST)
+L2 = {"l2": 0.5}, PGD(norm="l2", eps=0.5, step_size=0.15, **LAST)
+L1 = {"l1": 2.0}, PGD(norm="l1", eps=2.0, step_size=0.25, sparsity=None, **LAST)
+SPARSE = {"l1": 2.0}, PGD(norm="l1", eps=2.0, step_size=0.25, sparsity=1e-9, **LAST)
+MOMENTUM = {"linf": 0.1}, MIM(norm="linf", eps=0.1, step_size=0.03, decay=1.0, **LAST)
+ONE_STEP = {"linf": 0.1}, FGSM(norm="linf", eps=0.1, **CE)
+SAME = {
+    "torchattacks PGD": (torchattacks("PGD", "linf", alpha=0.03, steps=8, random_start=False), *LINF),
+    "Foolbox LinfPGD": (foolbox("LinfPGD", "linf", abs_stepsize=0.03, steps=8, random_start=False), *LINF),
+    "ART PGD": (art("ProjectedGradientDescent", "linf", eps_step=0.03, max_iter=8, num_random_init=0), *LINF),
+    "torchattacks PGDL2": (torchattacks("PGDL2", "l2", alpha=0.15, steps=8, random_start=False), *L2),
+    "Foolbox L2PGD": (foolbox("L2PGD", "l2", abs_stepsize=0.15, steps=8, random_start=False), *L2),
+    "ART PGD l2": (art("ProjectedGradientDescent", "l2", eps_step=0.15, max_iter=8, num_random_init=0), *L2),
+    "Foolbox L1PGD": (foolbox("L1PGD", "l1", abs_stepsize=0.25, steps=8, random_start=False), *L1),
+    "ART PGD l1": (art("ProjectedGradientDescent", "l1", eps_step=0.25, max_iter=8, num_random_init=0), *SPARSE),
+    "torchattacks MIFGSM": (torchattacks("MIFGSM", "linf", alpha=0.03, steps=8, decay=1.0), *MOMENTUM),
+    "ART MIM": (art("MomentumIterativeMethod", "linf", eps_step=0.03, max_iter=8, decay=1.0), *MOMENTUM),
+    "torchattacks FGSM": (torchattacks("FGSM", "linf"), *ONE_STEP),
+    "Foolbox FGSM": (foolbox("LinfFastGradientAttack", "linf"), *ONE_STEP),
+    "ART FGSM": (art("FastGradientMethod", "linf"), *ONE_STEP),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "targeted"),
+    [(name, targeted) for name in SAME for targeted in (False, True) if name != "Foolbox FGSM" or not targeted],
+)
+def test_the_same_attack_takes_the_same_steps(name, targeted):
+    make, budget, ours = SAME[name]
+    detector, labels = Scores(), torch.arange(12) % 4
+    images = 0.3 + 0.4 * torch.rand(12, 1, 8, 8, generator=seeded())  # the box does not bind
+    targets = (labels + 1) % 4 if targeted else None
+    theirs = make(budget)(detector, images, labels, targets=targets)
+    expected = ours(detector, images, labels, targets=targets)
+    assert (expected - images).abs().max() > 0.01
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)
+
+
+class Preset(nn.Module):
+    """A detector that has made up its mind."""
+
+    def __init__(self, scores, suspicion, thresholds):
+        super().__init__()
+        self.known = Evidence(scores, suspicion)
+        self.thresholds = thresholds
+
+    def evidence(self, images):
+        return self.known
+
+
+@pytest.mark.parametrize("whole_numbers", [False, True])
+def test_the_rejecting_classifier_decides_as_the_detector_does(whole_numbers):
+    scores, suspicion = (5 * torch.randn(2000, 4, generator=seeded(seed)) for seed in (1, 2))
+    if whole_numbers:  # so that suspicion meets thresholds exactly
+        scores, suspicion = scores.round(), suspicion.round()
+        untied = scores.topk(2).values.diff().squeeze(1) != 0
+        scores, suspicion = scores[untied], suspicion[untied]
+    scores[:3, 0], suspicion[3:6, 1] = torch.tensor([torch.nan, torch.inf, -torch.inf]), torch.inf
+    detector = Preset(scores, suspicion, torch.tensor([0.0, 3.0, -2.0, torch.inf]))
+    logits = as_rejecting_classifier(detector)(torch.rand(1, 1, 2, 2))
+    verdict = decide(detector.known, detector.thresholds)
+    assert torch.equal(logits.argmax(1), torch.where(verdict.is_adversarial, 4, verdict.labels))
+    assert logits.isfinite().all()
+    assert logits.amin(1).eq(0).all()
+    assert 0.2 < verdict.is_adversarial.double().mean() < 0.8
+
+
+def test_the_classifier_keeps_labels_and_losses(trained_guard, images, labels):
+    scores = trained_guard.evidence(images).class_scores
+    logits = as_classifier(trained_guard)(images)
+    assert logits.amin(1).eq(0).all()
+    assert torch.equal(logits.argmax(1), trained_guard.detect(images).labels)
+    torch.testing.assert_close(logits.diff(dim=1), scores.diff(dim=1))
+    torch.testing.assert_close(cross_entropy(logits, labels), cross_entropy(scores, labels))
+    torch.testing.assert_close(as_classifier(trained_guard, temperature=0.5)(images), 2 * logits)
+    for temperature in (0.0, -1.0, math.nan):
+        with pytest.raises(ConfigurationError, match="positive temperature"):
+            as_classifier(trained_guard, temperature=temperature)
+
+
+def test_attacks_that_mask_logits_with_zero_work_only_on_shifted_ones(trained_guard, images, labels):
+    class Negative(nn.Linear):
+        def forward(self, x):
+            return trained_guard.evidence(x).class_scores
+
+    attack = partial(pytest.importorskip("torchattacks").CW, c=100, lr=0.1, steps=30)
+    assert torch.equal(attack(Negative(1, 1))(images, labels), images)
+    assert not torch.equal(attack(as_classifier(trained_guard))(images, labels), images)
+
+
+def test_temperature_reaches_the_peer(trained_guard, images, labels):
+    seen = []
+    attack = from_torchattacks(lambda model: lambda x, _: seen.append(model(x)) or x, norm=None, eps=None)
+    for temperature in (1.0, 0.25):
+        replace(attack, temperature=temperature)(trained_guard, images, labels)
+    torch.testing.assert_close(seen[1], 4 * seen[0])
+
+
+def test_an_uncalibrated_detector_cannot_reject(small_guard):
+    small_guard.reset_calibration()
+    with pytest.raises(NotCalibratedError, match="Calibrator"):
+        as_rejecting_classifier(small_guard)
+
+
+ONE_OF_EACH = {
+    "torchattacks": torchattacks("CW", "l2", minimises=True, c=100, steps=5),
+    "Foolbox": foolbox("L2CarliniWagnerAttack", "l2", binary_search_steps=1, steps=5),
+    "ART": art("ProjectedGradientDescent", "linf", eps_step=0.05, max_iter=3),
+}
+
+
+def half_frozen_guard():
+    """In train mode, one BatchNorm frozen, one weight fixed, one with a gradient that its owner still needs."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.Dropout(0.5), nn.Flatten())
+    guard = ClusterGuard(backbone, 3, example=torch.rand(2, 1, 6, 6)).train()
+    guard.encoder[0][2].eval()
+    guard.thresholds = torch.full((3,), 20.0)
+    guard.encoder[0][0].weight.requires_grad_(False)
+    guard.encoder[1].weight.grad = torch.ones_like(guard.encoder[1].weight)
+    return guard
+
+
+def fingerprint(guard):
+    """All that a peer could disturb, as plain values."""
+    return (
+        [module.training for module in guard.modules()],
+        [parameter.requires_grad for parameter in guard.parameters()],
+        [None if parameter.grad is None else parameter.grad.tolist() for parameter in guard.parameters()],
+        {name: value.tolist() for name, value in guard.state_dict().items()},
+    )
+
+
+@pytest.mark.parametrize("make", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
+@pytest.mark.parametrize("rejecting", [False, True])
+def test_the_detector_is_left_as_it_was(make, rejecting):
+    guard = half_frozen_guard()
+    before = fingerprint(guard)
+    make(rejecting=rejecting)(guard, torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0]))
+    assert fingerprint(guard) == before
+
+
+def test_a_classifier_handed_to_a_peer_by_the_user_protects_the_detector_too():
+    guard, images, labels = half_frozen_guard(), torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
+    before = fingerprint(guard)
+    model = as_classifier(guard)
+    expected = model(images)
+    model.train().double()
+    cross_entropy(model(images), labels)
+    pytest.importorskip("torchattacks").PGD(model)(images, labels)
+    leaf = images.clone().requires_grad_()
+    cross_entropy(model(leaf), labels).backward()
+    model.zero_grad()
+    assert leaf.grad.abs().max() > 0
+    torch.testing.assert_close(model(images), expected)
+    assert fingerprint(guard) == before
+
+
+@pytest.mark.parametrize("make", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_peers_work_where_the_caller_has_switched_gradients_off(trained_guard, images, labels, make, context):
+    attack = make()
+    expected = attack(trained_guard, images, labels, generator=seeded())
+    with context():
+        attacked = attack(trained_guard, images.clone(), labels.clone(), generator=seeded())
+    assert torch.equal(attacked, expected)
+
+
+@pytest.mark.parametrize("make", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
+def test_bounds_are_meant_with_a_tolerance_and_doubles_stay_doubles(trained_guard, images, labels, make):
+    outside = torch.where(images == 0, -3e-8, images).double()
+    outside[0, 0, 0, 0] = 1 + 3e-8
+    attack = make()
+    attacked = attack(copy.deepcopy(trained_guard).double(), outside, labels, generator=seeded())
+    check_valid(attack, outside, attacked)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torchattacks("PGD", "linf", alpha=0.01, steps=2),
+        art("ProjectedGradientDescent", "linf", eps_step=0.01, max_iter=2, num_random_init=1),
+    ],
+    ids=["torch's stream", "NumPy's stream"],
+)
+def test_randomness_comes_from_the_generator_alone(trained_guard, images, labels, make):
+    streams = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+    runs = [make()(trained_guard, images, labels, generator=seeded(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert torch.equal(torch.get_rng_state(), streams[0])
+    assert (np.random.get_state()[1] == streams[1]).all()  # noqa: NPY002
+
+
+def peer(change, *, norm="linf", eps=0.1, **options):
+    """A peer that returns changed images."""
+    return PeerAttack(peer="", norm=norm, eps=eps, run=lambda problem, goal, model: change(problem.images), **options)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_what_rounding_took_outside_is_put_back(trained_guard, norm):
+    labels, grey = torch.zeros(5, dtype=torch.long), torch.full((5, 1, 28, 28), 0.5)
+    length = get_norm(norm).size(torch.full_like(grey, 0.1))[:, None, None, None]
+    attack = peer(lambda x: x + 0.1 * (1 + 1e-6), norm=norm, eps=length[0].item())
+    assert (get_norm(norm).size(attack(trained_guard, grey, labels) - grey) <= attack.eps).all()
+    beyond_the_box = peer(lambda x: x + 2e-7)(trained_guard, torch.ones_like(grey), labels)
+    assert beyond_the_box.max() == 1
+
+
+def test_gross_violations_are_left_for_the_evaluator(trained_guard, images, labels):
+    too_far, too_bright, broken_pixels = (
+        peer(change) for change in (lambda x: (x - 0.2).abs(), lambda x: x + 0.05, lambda x: x * torch.nan)
+    )
+    assert torch.equal(too_far(trained_guard, images, labels), (images - 0.2).abs())
+    assert too_bright(trained_guard, images, labels).max() > 1.04
+    assert broken_pixels(trained_guard, images, labels).isnan().all()
+    attacks = {"far": too_far, "bright": too_bright, "PGD": torchattacks("PGD", "linf", alpha=0.02, steps=10)()}
+    results = evaluate(trained_guard, attacks, [(images, labels)]).results
+    assert [result.invalid for result in results] == [30, 30, 0]
+    assert [result.success.count for result in results[:2]] == [0, 0]
+    assert results[2].success.total == 30
+
+
+def test_peers_work_through_other_detectors_and_in_parts(trained_guard, images, labels):
+    wrapped = WithThresholds(trained_guard, torch.full((10,), torch.inf))
+    attack = torchattacks("PGD", "linf", alpha=0.02, steps=5, random_start=False)(rejecting=True)
+    attacked = attack(wrapped, images, labels, targets=(labels + 1) % 10)
+    parts = replace(attack, batch_size=7)(wrapped, images, labels, targets=(labels + 1) % 10)
+    torch.testing.assert_close(parts, attacked)
+
+
+def test_attacks_print_what_they_run():
+    assert "PGD" in repr(torchattacks("PGD", "linf", alpha=0.02)())
+    assert "alpha=0.02" in repr(torchattacks("PGD", "linf", alpha=0.02)())
+    assert "steps=7" in repr(foolbox("LinfPGD", "linf", steps=7)())
+    assert "rejecting=True" in repr(art("SquareAttack", "linf")(rejecting=True))
+
+
+def test_options_are_checked_at_once():
+    for options in ({"norm": "l3"}, {"eps": -1.0}, {"batch_size": 0}):
+        with pytest.raises(ConfigurationError, match="expected"):
+            peer(lambda x: x, **options)
+    with pytest.raises(ConfigurationError, match="expected a norm among linf, l2, l1"):
+        from_autoattack(norm="l0", eps=1)
+    library = pytest.importorskip("foolbox")
+    with pytest.raises(ConfigurationError, match="own norm 'l2', got 'linf'"):
+        from_foolbox(library.attacks.L2PGD(), norm="linf", eps=1)
+
+
+@pytest.mark.parametrize(("name", "options"), [("LinfPGD", {}), ("NewtonFoolAttack", {"targeted": True})])
+def test_what_foolbox_refuses_is_explained(trained_guard, images, labels, name, options):
+    library = pytest.importorskip("foolbox")
+    attack = from_foolbox(getattr(library.attacks, name)(), norm=None, eps=None)
+    with pytest.raises(ConfigurationError, match=r"Foolbox cannot run (Linf|NewtonFool)"):
+        attack(trained_guard, images, labels, targets=(labels + 1) % 10 if options else None)
+
+
+@pytest.mark.parametrize(
+    ("missing", "call"),
+    [
+        ("foolbox", lambda guard, x, y: from_foolbox(None, norm=None, eps=None)),
+        ("art.estimators.classification", lambda guard, x, y: from_art(None, norm=None, eps=None)(guard, x, y)),
+        ("pyautoattack", lambda guard, x, y: from_autoattack(norm="linf", eps=0.1)),
+    ],
+)
+def test_a_missing_library_is_named_with_the_command(trained_guard, images, labels, monkeypatch, missing, call):
+    monkeypatch.setitem(sys.modules, "autoattack", None)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(MissingDependencyError, match="pip install"):
+        call(trained_guard, images, labels)
+
+
+def test_the_original_autoattack_is_preferred_and_called_as_its_authors_say(trained_guard, images, labels, monkeypatch):
+    class AutoAttack:
+        def __init__(self, model, norm="Linf", eps=0.3, seed=None, verbose=True, attacks_to_run=(), version="standard",
+                     is_tf_model=False, device="cuda", log_path=None):  # fmt: skip
+            assert (norm, version, verbose, device) == ("L2", "rand", False, torch.device("cpu"))
+            self.model, self.step = model, eps * (1 + seed % 7) / 1000
+
+        def run_standard_evaluation(self, x_orig, y_orig, bs=250, return_labels=False, state_path=None):
+            assert self.model(x_orig).argmax(1).eq(y_orig).all()
+            return (x_orig - self.step).abs()
+
+    package = types.ModuleType("autoattack")
+    package.__spec__ = importlib.machinery.ModuleSpec("autoattack", None)
+    package.AutoAttack = AutoAttack
+    monkeypatch.setitem(sys.modules, "autoattack", package)
+    attack = from_autoattack(norm="l2", eps=0.5, version="rand")
+    assert not torch.equal(attack(trained_guard, images, labels, generator=seeded()), images)
