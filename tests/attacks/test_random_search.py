@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from clusterguard import SparseRS, Square, decide, success_margin
 from clusterguard.attacks.norms import get_norm
 from clusterguard.errors import ConfigurationError
