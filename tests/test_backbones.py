@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from clusterguard import ClusterGuard
 from clusterguard.backbones import find_normalization, find_num_classes, make_encoder
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
 from torch import Tensor, nn
@@ -103,6 +104,15 @@ def test_images_become_representations_that_have_a_gradient(made: Made) -> None:
     (gradient,) = torch.autograd.grad(representations[:, 0].sum(), images)
     assert gradient.isfinite().all()
     assert gradient.flatten(1).abs().amax(dim=1).min() > 0
+
+
+def test_a_guard_around_it_gives_logits_and_a_gradient(made: Made) -> None:
+    guard = ClusterGuard(made.backbone).eval()
+    images = made.images.clone().requires_grad_()
+    logits = guard(images)
+    assert logits.shape == (2, K)
+    (gradient,) = torch.autograd.grad(guard.distances(images).amin(), images)
+    assert gradient.isfinite().all()
 
 
 def test_train_mode_returns_a_plain_tensor_too(made: Made) -> None:
