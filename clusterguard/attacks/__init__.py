@@ -2,6 +2,7 @@
 
 from clusterguard.attacks.auto_pgd import APGD
 from clusterguard.attacks.base import Attack
+from clusterguard.attacks.boundary import Boundary
 from clusterguard.attacks.carlini_wagner import CarliniWagner
 from clusterguard.attacks.fixed_schedule import BIM, FGSM
 from clusterguard.attacks.iterative import MIM, NES, PGD
@@ -22,6 +23,7 @@ __all__ = [
     "NES",
     "PGD",
     "Attack",
+    "Boundary",
     "CarliniWagner",
     "MultiTarget",
     "OrthogonalPGD",
