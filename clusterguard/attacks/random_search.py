@@ -54,11 +54,11 @@ class RandomSearch(BuiltInAttack):
         """Of the perturbation."""
 
     @abstractmethod
-    def _begin(self, problem: Problem, draws: "_Draws") -> Tensor:
+    def _begin(self, problem: Problem, draws: "Draws") -> Tensor:
         """First states (B, C, H, W)."""
 
     @abstractmethod
-    def _propose(self, problem: Problem, states: Tensor, share: float, draws: "_Draws") -> Tensor:
+    def _propose(self, problem: Problem, states: Tensor, share: float, draws: "Draws") -> Tensor:
         """States (B, C, H, W), a random part of each changed."""
 
     def _show(self, problem: Problem, states: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class RandomSearch(BuiltInAttack):
     ) -> Tensor:
         objective = get_objective(self.objective)
         problem = Problem(detector, images, labels, targets, get_norm(self.norm), self.eps, objective)
-        draws = _Draws(images, generator)
+        draws = Draws(images, generator)
         best = images.clone()
         _, best_margin = _ask(problem, images)
         states, loss = self._begin(problem, draws), torch.full_like(best_margin, torch.inf)
@@ -86,7 +86,7 @@ class RandomSearch(BuiltInAttack):
             proposals = states if query == 1 else self._propose(problem, states, self._share(query), draws)
             shown = self._show(problem, proposals)
             proposed_loss, margin = _ask(problem, shown)
-            fell = proposed_loss < loss
+            fell = proposed_loss < loss  # which NaN never is
             states = torch.where(fell[:, None, None, None], proposals, states)
             loss = torch.where(fell, proposed_loss, loss)
             better = margin < best_margin[draws.rows]
@@ -137,7 +137,7 @@ class Square(RandomSearch):
         if self.norm not in ("linf", "l2", "l1"):
             raise ConfigurationError(f"expected a norm among linf, l2, l1, got {self.norm!r}; SparseRS attacks in l0")
 
-    def _begin(self, problem: Problem, draws: "_Draws") -> Tensor:
+    def _begin(self, problem: Problem, draws: "Draws") -> Tensor:
         images = problem.images
         _, channels, height, width = images.shape
         if self.norm == "linf":
@@ -148,7 +148,7 @@ class Square(RandomSearch):
         tiles = torch.kron(signs, _bump(side, images))[..., :height, :width]
         return problem.project(images + radius * _unit(problem, tiles))
 
-    def _propose(self, problem: Problem, states: Tensor, share: float, draws: "_Draws") -> Tensor:
+    def _propose(self, problem: Problem, states: Tensor, share: float, draws: "Draws") -> Tensor:
         images = problem.images
         _, channels, height, width = images.shape
         smallest = 1 if self.norm == "linf" else 3  # a bump needs room for two signs
@@ -214,11 +214,11 @@ class SparseRS(RandomSearch):
 
     # A state holds the colours of the chosen pixels, and NaN everywhere else.
 
-    def _begin(self, problem: Problem, draws: "_Draws") -> Tensor:
+    def _begin(self, problem: Problem, draws: "Draws") -> Tensor:
         states = torch.full_like(problem.images, torch.nan)
         return self._enter(states, self._count(states), draws)
 
-    def _propose(self, problem: Problem, states: Tensor, share: float, draws: "_Draws") -> Tensor:
+    def _propose(self, problem: Problem, states: Tensor, share: float, draws: "Draws") -> Tensor:
         count = self._count(states)
         moving = min(max(1, int(share * count)), count)
         leaving = draws.choose(~states[:, :1].isnan(), moving)
@@ -231,12 +231,12 @@ class SparseRS(RandomSearch):
         return int(min(self.eps, states[0, 0].numel()))
 
     @staticmethod
-    def _enter(states: Tensor, count: int, draws: "_Draws") -> Tensor:
+    def _enter(states: Tensor, count: int, draws: "Draws") -> Tensor:
         entering = draws.choose(states[:, :1].isnan(), count)
         return torch.where(entering, (draws.signs(*states.shape[1:]) + 1) / 2, states)
 
 
-class _Draws:
+class Draws:
     """Random numbers for a whole batch, of which the images still in it get theirs.
 
     So what happens to an image does not depend on which others have left.
@@ -275,11 +275,11 @@ class _Draws:
 
 
 def _ask(problem: Problem, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss, +inf where it is NaN, and success margin of each image, from one query."""
+    """Loss and success margin of each image, from one query."""
     evidence, thresholds = problem.detector.evidence(images), problem.detector.thresholds
     loss = problem.objective(evidence, thresholds, problem.labels, problem.targets)
     margin = success_margin(evidence, thresholds, problem.labels, problem.targets)
-    return loss.masked_fill(loss.isnan(), torch.inf).to(margin.dtype), margin
+    return loss.to(margin.dtype), margin
 
 
 def _bump(side: int, like: Tensor) -> Tensor:
