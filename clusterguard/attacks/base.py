@@ -105,21 +105,24 @@ def check_attack_input(detector: Detector, images: Tensor, labels: Tensor, targe
     if not images.isfinite().all():
         raise InputError("expected finite images, got NaN or infinite pixels; a guard refuses those without an attack")
     thresholds: Tensor | None = getattr(detector, "thresholds", None)
-    if thresholds is None:  # a black box that gives verdicts only: its number of classes is its own secret
-        check_labels(labels, images, int(labels.max()) + 1 if len(labels) else 0)
-        return
-    if images.device != thresholds.device:
+    if thresholds is None:  # a black box that gives verdicts only keeps its number of classes to itself
+        num_classes = 1 + max(
+            (int(own.max()) for own in (labels, targets) if own is not None and own.numel()), default=0
+        )
+    else:
+        num_classes = len(thresholds)
+    if thresholds is not None and images.device != thresholds.device:
         raise InputError(
             f"expected images on {thresholds.device} like the detector, got {images.device}; "
             "move one of them with .to(device)"
         )
-    num_classes = len(thresholds)
     check_labels(labels, images, num_classes)
     if targets is not None:
         check_labels(targets, images, num_classes, name="targets")
         if (targets == labels).any():
             raise InputError("expected targets that differ from the labels, got some that are equal")
-    check_calibrated(thresholds)
+    if thresholds is not None:
+        check_calibrated(thresholds)
 
 
 def check_budget(*, eps: float, steps: int = 1, step_size: float = 1.0, batch_size: int | None = None) -> None:

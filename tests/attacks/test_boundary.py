@@ -241,3 +241,15 @@ def test_an_uncalibrated_detector_is_named(small_guard, cases):
 def test_options_are_checked_at_once(options):
     with pytest.raises(ConfigurationError, match="expected"):
         Boundary(**({"eps": 0.1} | options))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"), [([0, 1], "targets that differ"), ([1], r"shape \(2,\)"), ([1, -1], "from 0")]
+)
+def test_wrong_targets_are_named_for_an_object_with_verdicts_only(small_guard, targets, message):
+    class VerdictsOnly:
+        detect = small_guard.detect
+
+    images, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 0])
+    with pytest.raises(InputError, match=message):
+        Boundary(eps=1.0)(VerdictsOnly(), images, labels, targets=torch.tensor(targets))
