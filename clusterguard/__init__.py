@@ -21,6 +21,7 @@ from clusterguard.attacks import (  # noqa: E402
     Attack,
     Boundary,
     CarliniWagner,
+    FastMinimumNorm,
     MultiTarget,
     OrthogonalPGD,
     PaperProtocol,
@@ -43,6 +44,7 @@ from clusterguard.evaluation import evaluate  # noqa: E402
 from clusterguard.guard import ClusterGuard  # noqa: E402
 from clusterguard.results import Evaluation  # noqa: E402
 from clusterguard.training import AdversarialClusterTrainer  # noqa: E402
+from clusterguard.training_loop import DetectorTrainer, TrainingStep  # noqa: E402
 
 __version__ = version("clusterguard")
 
@@ -64,9 +66,11 @@ __all__ = [
     "Detection",
     "Detector",
     "DetectorModule",
+    "DetectorTrainer",
     "EpochRecord",
     "Evaluation",
     "Evidence",
+    "FastMinimumNorm",
     "GaussianClusters",
     "MultiTarget",
     "OrthogonalPGD",
@@ -77,6 +81,7 @@ __all__ = [
     "SparseRS",
     "Square",
     "Towards",
+    "TrainingStep",
     "Transfer",
     "WithThresholds",
     "WorstCaseSuite",

@@ -174,9 +174,10 @@ class Calibrator:
     Example:
         >>> from clusterguard import ConfidenceDetector
         >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> detector = ConfidenceDetector(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)), 2)
-        >>> loader = DataLoader(TensorDataset(torch.rand(99, 1, 2, 2), torch.arange(99) % 2), batch_size=32)
-        >>> calibration = Calibrator(false_positive_rate=0.1, scarce="pool").fit(detector, loader)
+        >>> detector = ConfidenceDetector(torch.nn.Flatten(), num_classes=2)  # the brighter of two pixels
+        >>> images = torch.rand(99, 1, 1, 2)
+        >>> loader = DataLoader(TensorDataset(images, images.flatten(1).argmax(dim=1)), batch_size=32)
+        >>> calibration = Calibrator(false_positive_rate=0.1).fit(detector, loader)
         >>> detector.is_calibrated
         True
     """

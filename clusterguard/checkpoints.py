@@ -17,8 +17,9 @@ class EpochRecord:
 
     Attributes:
         epoch: counted from 1.
-        loss: mean over steps of equation 31 as a negative log-likelihood, without its constant.
-        accuracy: share of benign training images whose nearest centre was their own, while training.
+        loss: mean over steps; for `AdversarialClusterTrainer` equation 31 as a negative log-likelihood, without its
+            constant.
+        accuracy: share of benign training images that were labelled rightly, while training.
         attack_success_rate: share of the training attack's images accepted under a wrong label; NaN in warm-up.
         mean_threshold: mean over classes of the thresholds in use at the end; +inf before the first refresh.
         seconds: wall time.

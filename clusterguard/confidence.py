@@ -1,5 +1,6 @@
 """The undefended classifier as a detector: refuse what it is not confident about."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,8 @@ class ConfidenceDetector(DetectorModule):
         num_classes: K; None takes the classifier's own.
         mean: per channel, as in `ClusterGuard`.
         std: per channel, as in `ClusterGuard`.
+
+    It warns if the first logits it sees look like probabilities.
 
     Raises:
         ConfigurationError: num_classes neither given nor found.
@@ -48,6 +51,7 @@ class ConfidenceDetector(DetectorModule):
         found_mean, found_std = find_normalization(classifier)
         self.normalize = Normalize(found_mean if mean is None else mean, found_std if std is None else std)
         self.classifier = classifier
+        self._looked = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits: images (B, C, H, W) in [0, 1] -> (B, K)."""
@@ -57,5 +61,18 @@ class ConfidenceDetector(DetectorModule):
     def evidence(self, images: Tensor) -> Evidence:
         """Logits as class scores, −log probabilities as suspicion, of images (B, C, H, W) in [0, 1]."""
         logits = self(images)
+        if not self._looked:  # at the first batch only, for it waits for the device
+            self._looked = True
+            _warn_of_probabilities(logits.detach())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # probabilities saturate in half precision
         return Evidence(logits, refuse_non_finite(images, -logits.log_softmax(dim=1)))
+
+
+def _warn_of_probabilities(logits: Tensor) -> None:
+    in_range = bool(((logits >= 0) & (logits <= 1)).all())
+    if in_range and torch.allclose(logits.sum(dim=1), torch.ones_like(logits[:, 0]), atol=1e-3):
+        warnings.warn(
+            "expected logits from the classifier, got what look like probabilities; take its softmax away, "
+            "or attacks will hardly find gradients and look weaker than they are",
+            stacklevel=3,
+        )

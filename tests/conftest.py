@@ -4,9 +4,12 @@ import clusterguard
 import pytest
 import torch
 from clusterguard import ClusterGuard, Evidence
+from hypothesis import settings
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+settings.register_profile("patient", deadline=None)  # how long an example takes says nothing on a shared machine
+settings.load_profile("patient")
 torch.set_num_threads(1)  # tests run in parallel processes; more threads than cores stall each other
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from clusterguard import FGSM, PGD, AdversarialClusterTrainer, ClusterGuard, GaussianClusters, WithThresholds
 from clusterguard.clusters import cluster_loss
-from clusterguard.errors import ConfigurationError, TooFewCalibrationExamplesError, TrainingDivergedError
+from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError, TrainingDivergedError
 from clusterguard.samples import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -181,11 +181,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_good_weights(blobs):
 
     def attack(detector, images, labels, *, targets=None, generator=None):
         calls.append(1)
-        return images * torch.nan if len(calls) > 7 else images
+        return images * torch.nan if len(calls) > 13 else images
 
     calls: list[int] = []
     guard.thresholds = torch.ones(3)
-    with pytest.raises(TrainingDivergedError, match=r"nan at step 7 \(epoch 1\).*weights of step 6"):
+    with pytest.raises(TrainingDivergedError, match=r"nan at step 13 \(epoch 2\).*weights of step 10"):
         train(guard, blobs, attack=attack)
     assert weights(guard).isfinite().all()
     assert not guard.is_calibrated
@@ -198,6 +198,12 @@ def test_a_calibration_set_that_cannot_suffice_is_refused_before_training(blobs)
     with pytest.raises(TooFewCalibrationExamplesError, match=r"\[10, 10, 10\]"):
         AdversarialClusterTrainer(guard, ATTACK).fit(blobs, few, epochs=1, progress=False)
     assert torch.equal(weights(guard), before)
+
+
+def test_an_empty_calibration_loader_is_named_instead_of_asked_for_ever(blobs):
+    trainer = AdversarialClusterTrainer(new_guard(), PGD(eps=0.1, step_size=0.1, steps=1), refresh_every=1)
+    with pytest.raises(InputError, match="empty"):
+        trainer.fit(blobs, [], epochs=1, calibrate=False, progress=False)
 
 
 def test_a_calibration_that_fails_after_training_keeps_the_training(blobs):

@@ -6,6 +6,7 @@ from clusterguard.attacks.boundary import Boundary
 from clusterguard.attacks.carlini_wagner import CarliniWagner
 from clusterguard.attacks.fixed_schedule import BIM, FGSM
 from clusterguard.attacks.iterative import MIM, NES, PGD
+from clusterguard.attacks.minimum_norm import FastMinimumNorm
 from clusterguard.attacks.multi_target import MultiTarget
 from clusterguard.attacks.orthogonal import OrthogonalPGD
 from clusterguard.attacks.paper import PaperProtocol, RandomTarget
@@ -25,6 +26,7 @@ __all__ = [
     "Attack",
     "Boundary",
     "CarliniWagner",
+    "FastMinimumNorm",
     "MultiTarget",
     "OrthogonalPGD",
     "PaperProtocol",

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import final
 
+import torch
 from clusterguard.attacks.base import BuiltInAttack, check_budget
 from clusterguard.attacks.gradients import NaturalEvolution, backpropagate
 from clusterguard.attacks.loop import Evaluation, Gradient, Keep, OnStep, Problem, Rule, descend
@@ -53,7 +54,8 @@ class IteratedAttack(BuiltInAttack):
     def _rule(self, problem: Problem, start: Tensor) -> Rule:
         """A fresh rule for a batch."""
 
-    def _gradient(self) -> Gradient:
+    def _gradient(self, rule: Rule) -> Gradient:
+        """How iterates are evaluated; a rule that must see every evaluation does it itself."""
         return backpropagate
 
     def _perturb(
@@ -67,11 +69,12 @@ class IteratedAttack(BuiltInAttack):
         objective = get_objective(self.objective)
         problem = Problem(detector, images, labels, targets, get_norm(self.norm), self.eps, objective, generator)
         start = get_start(self.start)(problem)
+        rule = self._rule(problem, start)
         return descend(
             problem,
             start,
-            self._rule(problem, start),
-            gradient=self._gradient(),
+            rule,
+            gradient=self._gradient(rule),
             steps=self.steps,
             keep=self.keep,
             stop_early=self.stop_early,
@@ -83,7 +86,7 @@ class SteepestDescent:
     """The rule of FGSM, BIM and PGD: a step of fixed length along the steepest direction, then project.
 
     Args:
-        step_size: length of the step in the problem's norm.
+        step_size: length of the step in the problem's norm, one number or (B,).
         sparsity: fraction of coordinates that an l1 step changes; None takes the paper's dense step.
         momentum: decay of a running sum of l1-normalised gradients that replaces the gradient; None takes none.
 
@@ -91,8 +94,8 @@ class SteepestDescent:
         Madry et al. (2018); Dong et al., "Boosting adversarial attacks with momentum" (2018).
     """
 
-    def __init__(self, step_size: float, *, sparsity: float | None, momentum: float | None = None) -> None:
-        self.step_size = step_size
+    def __init__(self, step_size: float | Tensor, *, sparsity: float | None, momentum: float | None = None) -> None:
+        self.step_size = step_size.view(-1, 1, 1, 1) if isinstance(step_size, Tensor) else step_size
         self.sparsity = sparsity
         self.momentum = momentum
         self._sum: Tensor | float = 0.0
@@ -110,9 +113,11 @@ class SteepestDescent:
         return problem.project(iterates - self.step_size * direction)
 
     def select(self, index: Tensor) -> None:
-        """Keep the sums of these images."""
+        """Keep the sums and step sizes of these images."""
         if isinstance(self._sum, Tensor):
             self._sum = self._sum[index]
+        if isinstance(self.step_size, Tensor):
+            self.step_size = self.step_size[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,16 +125,18 @@ class SteppedAttack(IteratedAttack):
     """What iterated attacks with steps of one fixed length share.
 
     Args:
-        step_size: length of a step in the norm, positive.
+        step_size: length of a step in the norm, positive; (B,) gives each image its own, see `at_step_sizes`.
         sparsity: fraction of coordinates that an l1 step changes, in (0, 1]; None takes the paper's dense step.
     """
 
-    step_size: float
+    step_size: float | Tensor
     sparsity: float | None = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_budget(eps=self.eps, step_size=self.step_size)
+        if isinstance(self.step_size, Tensor) and self.batch_size is not None:
+            raise ConfigurationError("expected one step_size for all images where batch_size is set")
+        check_budget(eps=self.eps, step_size=float(torch.as_tensor(self.step_size).min()))
         if self.sparsity is not None and not 0 < self.sparsity <= 1:
             raise ConfigurationError(f"expected sparsity in (0, 1] or None, got {self.sparsity}")
 
@@ -225,5 +232,5 @@ class NES(SteppedAttack):
                 f"expected an even number of samples and a positive sigma, got {self.samples} and {self.sigma}"
             )
 
-    def _gradient(self) -> Gradient:
+    def _gradient(self, rule: Rule) -> Gradient:
         return NaturalEvolution(samples=self.samples, sigma=self.sigma)

@@ -63,7 +63,8 @@ class MultiTarget(BuiltInAttack):
             return self.attack(detector, images, labels, targets=targets, generator=generator)
         with torch.no_grad():
             promise = class_margins(detector.evidence(images), detector.thresholds)
-            promise.scatter_(1, labels[:, None], torch.inf)
+            # An image that cannot be judged has infinite margins everywhere: its own label must still come last.
+            promise = promise.clamp_max(torch.finfo(promise.dtype).max).scatter(1, labels[:, None], torch.inf)
             order = promise.argsort(dim=1)[:, : len(detector.thresholds) - 1][:, : self.max_targets]
         best, best_margin = images.clone(), images.new_full((len(images),), torch.inf)
         for column in order.T:

@@ -5,7 +5,7 @@ from typing import Literal, final
 
 import torch
 from clusterguard.attacks.iterative import SteppedAttack
-from clusterguard.attacks.loop import Evaluation, Gradient, Problem
+from clusterguard.attacks.loop import Evaluation, Gradient, Problem, Rule
 from clusterguard.attacks.norms import get_norm
 from clusterguard.attacks.objectives import Objective, logit
 from clusterguard.decision import success_margin
@@ -49,7 +49,7 @@ class OrthogonalPGD(SteppedAttack):
         if self.strategy not in ("orthogonal", "selective"):
             raise ConfigurationError(f"expected strategy 'orthogonal' or 'selective', got {self.strategy!r}")
 
-    def _gradient(self) -> Gradient:
+    def _gradient(self, rule: Rule) -> Gradient:
         return _Alternating(self.strategy)
 
 

@@ -1,15 +1,78 @@
 """The paper's own way to attack: adaptive PGD at several step sizes, targeted and untargeted, the worst of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from clusterguard.attacks.base import Attack, BuiltInAttack
-from clusterguard.attacks.iterative import PGD
+from clusterguard.attacks.iterative import PGD, SteppedAttack
 from clusterguard.decision import Detector
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
+
+
+def random_targets(labels: Tensor, num_classes: int, generator: Generator | None = None) -> Tensor:
+    """A wrong class for each label (B,), all equally likely.
+
+    Example:
+        >>> bool((random_targets(torch.tensor([0, 1, 2]), num_classes=3) != torch.tensor([0, 1, 2])).all())
+        True
+    """
+    shift = torch.randint(1, num_classes, labels.shape, generator=generator, device=labels.device)
+    return (labels + shift) % num_classes
+
+
+def at_step_sizes(
+    attack: SteppedAttack,
+    step_sizes: Sequence[float],
+    detector: Detector,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    targets: Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """One attack at A step sizes, all in one batch: on a GPU that costs little more than one of them.
+
+    An attack without randomness finds what A attacks one after the other find.
+
+    Args:
+        attack: such as `PGD`; its own step size is not used.
+        step_sizes: A lengths, positive.
+        detector: calibrated.
+        images: (B, C, H, W), finite, in [0, 1].
+        labels: (B,) true labels.
+        targets: (B,) wrong labels to aim at; None aims at any wrong label.
+        generator: randomness, on the images' device.
+
+    Returns:
+        (A, B, C, H, W) attacked images.
+
+    Raises:
+        ConfigurationError: no step size, or one that is not positive.
+        InputError: images, labels or targets of a wrong shape, dtype, range or device.
+        NotCalibratedError: the detector has no thresholds.
+
+    Example:
+        >>> from clusterguard import ConfidenceDetector, WithThresholds
+        >>> detector = WithThresholds(ConfidenceDetector(torch.nn.Flatten(), 4), torch.full((4,), torch.inf))
+        >>> attack = PGD(eps=0.1, step_size=0.1, steps=3)
+        >>> at_step_sizes(attack, [0.1, 0.05], detector, torch.rand(5, 1, 2, 2), torch.zeros(5).long()).shape
+        torch.Size([2, 5, 1, 2, 2])
+    """
+    if not step_sizes:
+        raise ConfigurationError("expected at least one step size, got none")
+    count = len(step_sizes)
+    sizes = torch.tensor(step_sizes, device=images.device).repeat_interleave(len(images))
+    attacked: Tensor = replace(attack, step_size=sizes, batch_size=None)(
+        detector,
+        images.repeat(count, 1, 1, 1),
+        labels.repeat(count),
+        targets=None if targets is None else targets.repeat(count),
+        generator=generator,
+    )
+    return attacked.view(count, *images.shape)
 
 
 @final
@@ -46,9 +109,7 @@ class RandomTarget(BuiltInAttack):
         generator: Generator | None,
     ) -> Tensor:
         if targets is None:
-            classes = len(detector.thresholds)
-            shift = torch.randint(1, classes, labels.shape, generator=generator, device=labels.device)
-            targets = (labels + shift) % classes
+            targets = random_targets(labels, len(detector.thresholds), generator)
         return self.attack(detector, images, labels, targets=targets, generator=generator)
 
 

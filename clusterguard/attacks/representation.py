@@ -9,7 +9,7 @@ import torch
 from clusterguard.attacks.base import BuiltInAttack
 from clusterguard.attacks.gradients import backpropagate
 from clusterguard.attacks.iterative import PGD, SteepestDescent, SteppedAttack
-from clusterguard.attacks.loop import Evaluation, Gradient, OnStep, Problem, descend
+from clusterguard.attacks.loop import Evaluation, Gradient, OnStep, Problem, Rule, descend
 from clusterguard.attacks.norms import get_norm
 from clusterguard.attacks.objectives import Objective, margin
 from clusterguard.attacks.starts import Towards
@@ -130,7 +130,7 @@ class RepelThenMinimise(SteppedAttack):
         if not 0 <= self.share <= 1:
             raise ConfigurationError(f"expected share in [0, 1], got {self.share}")
 
-    def _gradient(self) -> Gradient:
+    def _gradient(self, rule: Rule) -> Gradient:
         return _RepelFirst(round(self.share * self.steps))
 
 

@@ -11,6 +11,7 @@ from clusterguard.attacks.base import Attack, BuiltInAttack, check_attack_input,
 from clusterguard.attacks.carlini_wagner import CarliniWagner
 from clusterguard.attacks.iterative import MIM, PGD
 from clusterguard.attacks.metering import Metered
+from clusterguard.attacks.minimum_norm import FastMinimumNorm
 from clusterguard.attacks.multi_target import MultiTarget
 from clusterguard.attacks.norms import get_norm
 from clusterguard.attacks.orthogonal import OrthogonalPGD
@@ -51,9 +52,9 @@ class WorstCaseSuite(BuiltInAttack):
 
     Stages: (1) APGD on the success margin from the image, random, output-diversified, and towards accepted images of
     other classes; (2) APGD aimed at every wrong class, from the image and from an accepted image of that class;
-    (3) MIM, and Carlini & Wagner for l2; (4) escapes from the adversarial plateau: repel first, match
-    representations, orthogonal gradients, transfer; (5) gradient-free: Square, or Sparse-RS for l0. Images that are
-    broken leave.
+    (3) MIM, fast minimum norm aimed at every wrong class, and Carlini & Wagner for l2; (4) escapes from the
+    adversarial plateau: repel first, match representations, orthogonal gradients, transfer; (5) gradient-free: Square,
+    or Sparse-RS for l0. Images that are broken leave.
 
     Args:
         norm: "linf", "l2", "l1" or "l0".
@@ -95,7 +96,8 @@ class WorstCaseSuite(BuiltInAttack):
         """
         effort = EFFORTS[self.budget]
         # Sparse norms change few coordinates at a time, each as far as it may go.
-        step = self.eps if self.norm in ("l0", "l1") else 2 * self.eps / max(10, effort.steps // 5)
+        coordinates = float(references.images.shape[1:].numel())
+        step = {"l1": self.eps, "l0": coordinates}.get(self.norm, 2 * self.eps / max(10, effort.steps // 5))
         step = step or 1.0  # eps = 0
 
         def apgd(start: str | Start, objective: str = "margin", steps: int = effort.steps) -> APGD:
@@ -123,6 +125,14 @@ class WorstCaseSuite(BuiltInAttack):
             ),
             "MIM": MIM(objective="margin", **iterated),
             "PGD towards accepted images": PGD(objective="suspicion", start=references, **iterated),
+            # Two lengths of step, for each finds what the other misses; many steps, for it converges slowly.
+            **{
+                f"multi-target fast minimum norm, step {length:g}": MultiTarget(
+                    attack=FastMinimumNorm(step_size=length, steps=3 * effort.steps, stop_early=True, **options),
+                    max_targets=effort.targets,
+                )
+                for length in ((10.0, 1.0) if self.norm == "l0" else (1.0, 0.3))
+            },
         }
         if self.norm == "l2":
             stages["Carlini-Wagner"] = CarliniWagner(

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from clusterguard import FastMinimumNorm, MultiTarget, decide, success_margin
+from clusterguard.attacks.norms import get_norm
+from clusterguard.errors import ConfigurationError
+from clusterguard.metrics import is_broken
+
+NORMS = {"linf": 0.1, "l2": 0.6, "l1": 3.0, "l0": 12.0}
+
+
+@pytest.fixture
+def cases(small_guard):
+    images = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return images, small_guard(images).argmax(1)
+
+
+def broken(guard, attacked, labels):
+    return is_broken(decide(guard.evidence(attacked), guard.thresholds), labels)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("scale", [0, 1, 1000])
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("start", ["image", "random"])
+def test_the_result_is_inside_ball_and_box(small_guard, cases, norm, scale, keep, start):
+    images, labels, eps = cases[0][:8], cases[1][:8], NORMS[norm] * scale
+    attack = FastMinimumNorm(norm=norm, eps=eps, steps=13, keep=keep, start=start)
+    attacked = attack(small_guard, images, labels)
+    assert (get_norm(norm).size(attacked - images) <= eps).all()
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_it_never_ends_worse_than_the_image_and_breaks_some(small_guard, cases, norm):
+    images, labels = cases
+    attacked = FastMinimumNorm(norm=norm, eps=NORMS[norm], steps=40)(small_guard, images, labels)
+    before, after = (
+        success_margin(small_guard.evidence(x), small_guard.thresholds, labels) for x in (images, attacked)
+    )
+    assert (after <= before).all()
+    assert 0 < broken(small_guard, attacked, labels).sum() < 60
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_stopping_early_breaks_the_same_images(small_guard, cases, norm):
+    hits = []
+    for stop_early in (False, True):
+        attack = FastMinimumNorm(norm=norm, eps=NORMS[norm], steps=30, stop_early=stop_early)
+        hits.append(broken(small_guard, attack(small_guard, *cases), cases[1]))
+    assert torch.equal(*hits)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_results_do_not_depend_on_the_batch(small_guard, cases, norm):
+    images, labels = cases[0][:11], cases[1][:11]
+    whole, parts = (
+        FastMinimumNorm(norm=norm, eps=NORMS[norm], steps=10, batch_size=size)(small_guard, images, labels)
+        for size in (None, 4)
+    )
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-4)
+
+
+def test_targets_are_aimed_at(small_guard, cases):
+    images, labels = cases
+    targets = (labels + 1) % 3
+    attacked = FastMinimumNorm(norm="l2", eps=10.0, steps=40)(small_guard, images, labels, targets=targets)
+    verdict = small_guard.detect(attacked)
+    assert ((verdict.labels == targets) & ~verdict.is_adversarial).double().mean() > 0.9
+
+
+class Detour:
+    """Class 1 lies behind a ridge: within eps the slope leads to a corner without it, further out the slope turns."""
+
+    thresholds = torch.tensor([torch.inf, torch.inf])
+
+    def evidence(self, images):
+        from clusterguard import Evidence
+
+        x, y = images[:, 0, 0, 0] - 0.5, images[:, 0, 0, 1] - 0.5
+        # Downhill along x up to 0.15, a wall in y until x > 0.12, success only beyond y = 0.1.
+        margin = 0.3 - x - torch.where(x > 0.12, 3 * y, -y)
+        return Evidence(torch.stack([margin, -margin], 1), torch.zeros(len(images), 2))
+
+
+def test_a_way_through_a_larger_ball_is_found_where_success_lies_within_the_budget():
+    images, labels = torch.full((1, 1, 1, 2), 0.5), torch.tensor([0])
+    attack = FastMinimumNorm(norm="linf", eps=0.13, steps=200, step_size=0.1)
+    assert broken(Detour(), attack(Detour(), images, labels), labels).all()
+
+
+def test_evidence_that_is_not_finite_does_not_fail_the_batch(small_guard, cases, monkeypatch):
+    images, labels = cases[0][:6], cases[1][:6]
+    attack = FastMinimumNorm(eps=0.1, steps=10)
+    expected = attack(small_guard, images[1:], labels[1:])
+    represent = type(small_guard).represent
+
+    def overflowing(self, batch):
+        representations = represent(self, batch)
+        sick = (batch - images[0]).flatten(1).abs().amax(1) <= 0.1 + 1e-6
+        return representations / (~sick[:, None]).float()
+
+    monkeypatch.setattr(type(small_guard), "represent", overflowing)
+    attacked = attack(small_guard, images, labels)
+    assert attacked.isfinite().all()
+    torch.testing.assert_close(attacked[1:], expected)
+
+
+def test_inside_multi_target_it_prints_and_costs_a_gradient_a_step(small_guard, cases):
+    from clusterguard.attacks.metering import Metered
+
+    metered = Metered(small_guard)
+    attack = FastMinimumNorm(eps=1e-6, steps=7)
+    MultiTarget(attack=attack)(metered, cases[0][:5], cases[1][:5])
+    assert metered.cost.backward == 2 * 7 * 5
+    assert "FastMinimumNorm" in repr(attack)
+    assert attack == FastMinimumNorm(eps=1e-6, steps=7)
+
+
+@pytest.mark.parametrize("wrong", [{"step_size": 0}, {"adjustment": 0}, {"adjustment": 1.0}, {"steps": 0}, {"eps": -1}])
+def test_options_are_checked_at_once(wrong):
+    with pytest.raises(ConfigurationError, match="expected"):
+        FastMinimumNorm(**({"eps": 0.1} | wrong))
