@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint types docs format clean
+.PHONY: demo test test-all benchmark-quick lint types docs format clean
 
 demo: .venv/installed
 	$(BIN)/clusterguard demo
@@ -12,6 +12,11 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not gpu and not network"
+
+# every MNIST experiment on a tiny network and few images: wiring, not numbers
+benchmark-quick: .venv/installed
+	$(BIN)/python -m benchmarks run mnist --profile quick --device cpu
+	$(BIN)/python -m benchmarks report --profile quick --pages runs/quick/pages
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -42,6 +42,7 @@ from clusterguard.decision import Detection, Detector, Evidence, decide, success
 from clusterguard.detector import DetectorModule, WithThresholds  # noqa: E402
 from clusterguard.evaluation import evaluate  # noqa: E402
 from clusterguard.guard import ClusterGuard  # noqa: E402
+from clusterguard.monitoring import FalsePositiveMonitor, MonitorReport, plausible_rate  # noqa: E402
 from clusterguard.results import Evaluation  # noqa: E402
 from clusterguard.training import AdversarialClusterTrainer  # noqa: E402
 from clusterguard.training_loop import DetectorTrainer, TrainingStep  # noqa: E402
@@ -70,8 +71,10 @@ __all__ = [
     "EpochRecord",
     "Evaluation",
     "Evidence",
+    "FalsePositiveMonitor",
     "FastMinimumNorm",
     "GaussianClusters",
+    "MonitorReport",
     "MultiTarget",
     "OrthogonalPGD",
     "PaperProtocol",
@@ -90,6 +93,7 @@ __all__ = [
     "errors",
     "evaluate",
     "interop",
+    "plausible_rate",
     "samples",
     "success_margin",
 ]

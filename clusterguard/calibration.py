@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
@@ -182,7 +182,7 @@ class Calibrator:
         True
     """
 
-    false_positive_rate: float = 0.01
+    false_positive_rate: float = field(default=0.01, kw_only=False)
     method: Method = "conformal"
     scarce: Scarce = "error"
 

@@ -32,6 +32,7 @@ ALLOWED = {
         "modes",
         "calibration",
     },  # calibration: only for type checkers
+    "monitoring": {"calibration", "decision", "errors"},
     "guard": {"backbones", "clusters", "decision", "detector", "errors"},
     "confidence": {"backbones", "decision", "detector", "errors"},
 }

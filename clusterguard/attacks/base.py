@@ -94,6 +94,27 @@ class BuiltInAttack(ABC):
         """The attack itself; its input has been checked."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class WrappingAttack(BuiltInAttack):
+    """What attacks around another attack share: its budget is theirs.
+
+    Args:
+        attack: the one inside.
+    """
+
+    attack: Attack
+
+    @property
+    def norm(self) -> str | None:
+        """The inner attack's."""
+        return getattr(self.attack, "norm", None)
+
+    @property
+    def eps(self) -> float | None:
+        """The inner attack's."""
+        return getattr(self.attack, "eps", None)
+
+
 def check_attack_input(detector: Detector, images: Tensor, labels: Tensor, targets: Tensor | None = None) -> None:
     """All that can be wrong with an attack's input, before any work is done.
 

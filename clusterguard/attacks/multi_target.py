@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from clusterguard.attacks.base import Attack, BuiltInAttack, check_budget
+from clusterguard.attacks.base import WrappingAttack, check_budget
 from clusterguard.decision import Detector, class_margins, success_margin
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class MultiTarget(BuiltInAttack):
+class MultiTarget(WrappingAttack):
     """Aim an attack at every wrong class in turn and keep what came closest to success.
 
     Choosing the nearest wrong class anew at each step gets stuck between classes; this does not.
@@ -33,23 +33,12 @@ class MultiTarget(BuiltInAttack):
         True
     """
 
-    attack: Attack
     max_targets: int | None = None
 
     def __post_init__(self) -> None:
         check_budget(eps=0, batch_size=self.batch_size)
         if self.max_targets is not None and self.max_targets < 1:
             raise ConfigurationError(f"expected max_targets of at least 1, got {self.max_targets}")
-
-    @property
-    def norm(self) -> str | None:
-        """The inner attack's."""
-        return getattr(self.attack, "norm", None)
-
-    @property
-    def eps(self) -> float | None:
-        """The inner attack's."""
-        return getattr(self.attack, "eps", None)
 
     def _perturb(
         self,

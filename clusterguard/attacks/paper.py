@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from clusterguard.attacks.base import Attack, BuiltInAttack
+from clusterguard.attacks.base import Attack, WrappingAttack
 from clusterguard.attacks.iterative import PGD, SteppedAttack
 from clusterguard.decision import Detector
 from clusterguard.errors import ConfigurationError
@@ -77,7 +77,7 @@ def at_step_sizes(
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class RandomTarget(BuiltInAttack):
+class RandomTarget(WrappingAttack):
     """Aim an attack at one random wrong class per image.
 
     Args:
@@ -87,18 +87,6 @@ class RandomTarget(BuiltInAttack):
         >>> RandomTarget(attack=PGD(eps=0.3, step_size=0.01)).eps
         0.3
     """
-
-    attack: Attack
-
-    @property
-    def norm(self) -> str | None:
-        """The inner attack's."""
-        return getattr(self.attack, "norm", None)
-
-    @property
-    def eps(self) -> float | None:
-        """The inner attack's."""
-        return getattr(self.attack, "eps", None)
 
     def _perturb(
         self,

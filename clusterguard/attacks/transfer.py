@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from clusterguard.attacks.base import Attack, BuiltInAttack, check_attack_input, check_budget
+from clusterguard.attacks.base import WrappingAttack, check_attack_input, check_budget
 from clusterguard.decision import Detector
 from clusterguard.modes import evaluation_mode
 from torch import Generator, Tensor
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Transfer(BuiltInAttack):
+class Transfer(WrappingAttack):
     """Attack a surrogate, and hope that its mistakes are the victim's too; the victim is never asked for evidence.
 
     Args:
@@ -37,20 +37,9 @@ class Transfer(BuiltInAttack):
     """
 
     surrogate: Detector
-    attack: Attack
 
     def __post_init__(self) -> None:
         check_budget(eps=0, batch_size=self.batch_size)
-
-    @property
-    def norm(self) -> str | None:
-        """The inner attack's."""
-        return getattr(self.attack, "norm", None)
-
-    @property
-    def eps(self) -> float | None:
-        """The inner attack's."""
-        return getattr(self.attack, "eps", None)
 
     def __repr__(self) -> str:
         surrogate = type(self.surrogate).__name__

@@ -1,0 +1,149 @@
+"""`python -m benchmarks`: fetch data, plan, run, look at and report the paper's experiments."""
+
+import time
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, get_args
+
+import torch
+import typer
+from clusterguard.errors import ClusterGuardError
+
+from benchmarks import fetch as sources
+from benchmarks import plan as planning
+from benchmarks.cells import Cell, Profile, all_cells, list_experiments, load_experiment
+from benchmarks.clock import Clock, OutOfTimeError
+from benchmarks.report import write_report
+from benchmarks.runner import Runner
+from benchmarks.store import RESULTS, Store
+
+UNFINISHED = 3  # exit status of a run that stopped in time, with work left
+Names = Annotated[list[str], typer.Argument(help=f"all, mnist, cifar10, or of {', '.join(list_experiments())}.")]
+ProfileOption = Annotated[Profile, typer.Option(help="quick: wiring; cpu: what a CPU can bear; full: the paper's.")]
+OutOption = Annotated[Path | None, typer.Option(help="Folder of results; else benchmarks/results or runs/quick.")]
+OnlyOption = Annotated[str, typer.Option(help="Cells whose title matches, such as 'ours*linf*'.")]
+DataOption = Annotated[Path | None, typer.Option(help="Folder of data sets; else $CLUSTERGUARD_DATA or data.")]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def data(names: Annotated[list[str], typer.Argument(help="mnist, cifar10.")], data: DataOption = None) -> None:
+    """Fetch data sets and verify them.
+
+    Example: python -m benchmarks data mnist cifar10
+    """
+    for name in names:
+        print(f"{name}: complete in {sources.fetch(name, data)}")
+
+
+@app.command()
+def run(
+    names: Names,
+    profile: ProfileOption = "full",
+    device: Annotated[str, typer.Option(help="Such as cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    time_budget: Annotated[float | None, typer.Option(help="Seconds after which to stop cleanly.")] = None,
+    out: OutOption = None,
+    only: OnlyOption = "*",
+    data: DataOption = None,
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+) -> None:
+    """Run what is not there yet; a killed run goes on where it was. Exit status 3 says that work is left.
+
+    Example: python -m benchmarks run table2-mnist --device cuda --time-budget 540
+    """
+    store = Store(_folder(out, profile))
+    cells = [cell for cell in _cells(names, profile, only) if store.read_cell(cell.key) is None]
+    clock = Clock(time_budget)
+    runner = Runner(store, device=torch.device(device), data=data, clock=clock, progress=progress)
+    left = list(cells)
+    try:
+        for index, cell in enumerate(cells, start=1):
+            started = time.perf_counter()
+            clock.check()
+            runner.run(cell)
+            left.remove(cell)
+            print(f"[{index}/{len(cells)}] {cell.title}: {time.perf_counter() - started:.1f} s", flush=True)
+    except OutOfTimeError:
+        print(f"out of time; {len(left)} of {len(cells)} cells are left, and will go on where they were")
+        planning.print_plan(left, planning.throughput(device))
+        raise typer.Exit(UNFINISHED) from None
+    print(f"{len(cells)} cells run, nothing is left")
+
+
+@app.command()
+def status(profile: ProfileOption = "full", out: OutOption = None) -> None:
+    """What is done, what is missing, and which results no experiment asks for any more.
+
+    Example: python -m benchmarks status
+    """
+    store = Store(_folder(out, profile))
+    for name in list_experiments():
+        keys = [cell.key for cell in load_experiment(name, profile).cells]
+        done = sum(key in store.cell_keys() for key in keys)
+        print(f"{name:20} {done:4} of {len(keys):4} cells done")
+    wanted = {cell.key for every in get_args(Profile) for _, cell in all_cells(every)}
+    for key in sorted(store.cell_keys() - wanted):
+        print(f"stale: {key} {(store.read_cell(key) or {})['title']}")
+
+
+@app.command()
+def plan(
+    names: Names,
+    profile: ProfileOption = "full",
+    device: Annotated[str, typer.Option(help="One that has been measured, or cpu, cuda, or h200.")] = "h200",
+    calibrate: Annotated[bool, typer.Option(help="Measure this machine's throughput first.")] = False,
+    out: OutOption = None,
+    only: OnlyOption = "*",
+) -> None:
+    """Cells that are left, their gradient evaluations, and how long they should take.
+
+    Example: python -m benchmarks plan table2-mnist --device h200
+    """
+    store = Store(_folder(out, profile))
+    cells = [cell for cell in _cells(names, profile, only) if store.read_cell(cell.key) is None]
+    if calibrate:
+        planning.calibrate(cells, torch.device(device))
+    planning.print_plan(cells, planning.throughput(device), trained=lambda key: store.load_weights(key) is not None)
+
+
+@app.command()
+def report(
+    profile: ProfileOption = "full",
+    out: OutOption = None,
+    pages: Annotated[Path, typer.Option(help="Folder for Markdown and figures.")] = Path("docs/results"),
+) -> None:
+    """Tables and figures from the results alone.
+
+    Example: python -m benchmarks report
+    """
+    for page in write_report(Store(_folder(out, profile)), profile, pages):
+        print(page)
+
+
+def _folder(out: Path | None, profile: Profile) -> Path:
+    return out or (Path("runs/quick") if profile == "quick" else RESULTS)
+
+
+def _cells(names: Iterable[str], profile: Profile, only: str) -> list[Cell]:
+    """Matching cells, each once, those of one training together."""
+    groups = {group: [name for name in list_experiments() if name.endswith(group)] for group in ("mnist", "cifar10")}
+    groups["all"] = list_experiments()
+    names = [name for given in names for name in groups.get(given, [given])]
+    cells = {cell.key: cell for name in names for cell in load_experiment(name, profile).cells}
+    matching = [cell for cell in cells.values() if fnmatch(cell.title, only)]
+    order = {key: index for index, key in enumerate(dict.fromkeys(cell.training.key for cell in matching))}
+    return sorted(matching, key=lambda cell: order[cell.training.key])
+
+
+def main() -> None:
+    """Errors that were raised on purpose are told in one line."""
+    try:
+        app()
+    except ClusterGuardError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

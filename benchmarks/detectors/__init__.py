@@ -1,0 +1,50 @@
+"""The detectors of the comparison, by the names that experiments use."""
+
+from typing import Any
+
+from clusterguard.errors import ConfigurationError
+
+from benchmarks.detectors.ccat import CCAT
+from benchmarks.detectors.fs import FS
+from benchmarks.detectors.lid import LID
+from benchmarks.detectors.madry import MADRY
+from benchmarks.detectors.maha import MAHA
+from benchmarks.detectors.ours import L_BEN, OURS
+from benchmarks.detectors.rectified_rejection import RECTIFIED_REJECTION
+from benchmarks.detectors.resisting import RESISTING
+from benchmarks.detectors.trades import TRADES
+from benchmarks.detectors.vanilla import VANILLA
+from benchmarks.recipe import Recipe
+
+RECIPES: dict[str, Recipe] = {
+    "ours": OURS,
+    "l-ben": L_BEN,
+    "vanilla": VANILLA,
+    "resisting": RESISTING,
+    "fs": FS,
+    "lid": LID,
+    "madry": MADRY,
+    "trades": TRADES,
+    "maha": MAHA,
+    "ccat": CCAT,
+    "rectified-rejection": RECTIFIED_REJECTION,
+}
+
+
+def make_recipe(name: str, options: dict[str, Any]) -> Recipe:
+    """A recipe by name, with the options of an ablation.
+
+    Raises:
+        ConfigurationError: an unknown name, or options that the recipe does not have.
+    """
+    if name not in RECIPES:
+        raise ConfigurationError(f"expected a detector among {', '.join(RECIPES)}, got {name!r}")
+    recipe = RECIPES[name]
+    if not options:
+        return recipe
+    if recipe.variant is None:
+        raise ConfigurationError(f"{name} has no options, got {options}")
+    try:
+        return recipe.variant(**options)
+    except TypeError as error:
+        raise ConfigurationError(f"{name}: {error}") from error

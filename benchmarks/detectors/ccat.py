@@ -1,0 +1,62 @@
+"""Confidence-calibrated adversarial training: the further an image is attacked, the less confident it shall be.
+
+Stutz et al. train on momentum PGD with backtracking; here it is the experiment's attack, with their objective and
+start. Their attack on the finished detector, too, maximises the confidence of a wrong class.
+"""
+
+from dataclasses import replace
+
+import torch
+from clusterguard import PGD, TrainingStep, WithThresholds
+from clusterguard.attacks.loop import Problem
+from clusterguard.attacks.norms import get_norm
+from torch import Generator, Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+from benchmarks.detectors.vanilla import VANILLA
+from benchmarks.detectors.vanilla import loss as benign_loss
+from benchmarks.recipe import LossTrainer
+
+RHO = 10  # how fast confidence fades, Stutz et al.'s choice
+
+
+def of_any_size(problem: Problem) -> Tensor:
+    """Their start: about half of the images as they are, the others perturbed to a random share of the radius."""
+    share = torch.empty_like(problem.images[:, 0, 0, 0]).uniform_(-1, 1, generator=problem.generator).clamp_min(0)
+    return problem.norm.random_start(problem.images, problem.eps * share, problem.generator)
+
+
+def soft_targets(labels: Tensor, sizes: Tensor, eps: float, num_classes: int) -> Tensor:
+    """λ · one-hot + (1 − λ) · uniform with λ = (1 − min(1, size / ε))^ρ: labels (B,), sizes (B,) -> (B, K)."""
+    share = (sizes / max(eps, torch.finfo(sizes.dtype).tiny)).clamp_max(1)  # without a budget nothing is perturbed
+    certain = (1 - share)[:, None] ** RHO
+    return certain * one_hot(labels, num_classes) + (1 - certain) / num_classes
+
+
+def loss(
+    detector: WithThresholds, images: Tensor, labels: Tensor, attack: PGD | None, generator: Generator | None
+) -> TrainingStep:
+    """Cross-entropy on a benign half of the batch, and to soft targets on an attacked half."""
+    if attack is None:
+        return benign_loss(detector, images, labels, attack, generator)
+    half, classes = (len(labels) + 1) // 2, len(detector.thresholds)
+    attack = replace(attack, objective="suspicion", start=of_any_size, keep="last")
+    attacked = attack(detector, images[half:], labels[half:], generator=generator)
+    sizes = get_norm(attack.norm).size(attacked - images[half:])
+    targets = torch.cat([one_hot(labels[:half], classes), soft_targets(labels[half:], sizes, attack.eps, classes)])
+    logits = detector.evidence(torch.cat([images[:half], attacked])).class_scores
+    right = logits.argmax(dim=1) == labels
+    # The record is about whole batches: each half stands for the other one too.
+    correct = right[:half].sum() * len(labels) // half
+    successes = (~right[half:]).sum() * len(labels) // max(1, len(labels) - half)
+    return TrainingStep(cross_entropy(logits, targets.to(logits.dtype)), correct, successes)
+
+
+CCAT = replace(
+    VANILLA,
+    title="CCAT",
+    reference="Stutz et al., Confidence-calibrated adversarial training (2020)",
+    training="ccat",
+    trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
+    objective="suspicion",
+)

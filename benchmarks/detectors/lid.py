@@ -1,0 +1,69 @@
+"""Local intrinsic dimensionality: around an adversarial image, features fill more dimensions.
+
+The dimensionality is Ma et al.'s maximum-likelihood estimate from the k nearest of a fixed reference batch. They find
+it higher for adversarial images, so that is what is suspicious here; the paper's Table 1 prints "Low". The paper takes
+the score itself, Ma et al. train a classifier on the scores of all layers.
+"""
+
+from dataclasses import replace
+
+import torch
+from clusterguard import DetectorModule, Evidence
+from clusterguard.detector import Loader, refuse_non_finite
+from torch import Tensor
+
+from benchmarks.detectors.features import FeatureDetector, check_classes, fitted
+from benchmarks.detectors.vanilla import VANILLA
+
+REFERENCES, NEIGHBOURS = 100, 20  # Ma et al.'s mini-batch and k
+
+
+class LocalDimensionality(FeatureDetector):
+    """A classifier under the local intrinsic dimensionality of its features, the same for every label.
+
+    Attributes:
+        references: (100, D) features of benign training images, as many of every class.
+    """
+
+    references: Tensor
+
+    def __init__(self, trained: DetectorModule) -> None:
+        super().__init__(trained)
+        self.register_buffer("references", torch.full((REFERENCES, self.num_features), torch.nan))
+
+    def fit(self, batches: Loader) -> None:
+        """Take the first images of every class."""
+        each, found, counts = REFERENCES // self.num_classes, [], torch.zeros(self.num_classes)
+        for batch in self.read_all(batches):
+            found.append(batch)
+            features, labels = map(torch.cat, zip(*found, strict=True))
+            counts = labels.bincount(minlength=self.num_classes)
+            if counts.min() >= each:
+                break
+        check_classes(counts, each)
+        self.references = torch.cat([features[labels == index][:each] for index in range(self.num_classes)])
+
+    def evidence(self, images: Tensor) -> Evidence:
+        """Logits as class scores, the dimensionality as suspicion, of images (B, C, H, W) in [0, 1]."""
+        features, logits = self.read(images)
+        dimensionality = local_dimensionality(features, self.references.to(features.dtype))
+        return Evidence(logits, refuse_non_finite(images, dimensionality[:, None].expand_as(logits)))
+
+
+def local_dimensionality(features: Tensor, references: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
+    """−1 / mean log(rᵢ / rₖ) over the k nearest of the references (R, D): features (B, D) -> (B,)."""
+    distances = torch.cdist(features, references, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances.topk(neighbours, largest=False, sorted=True).values
+    # An image of the reference batch itself is at distance 0, where the logarithm has no value and no slope.
+    logarithms = nearest.clamp_min(torch.finfo(nearest.dtype).tiny).log()
+    spread = logarithms[:, -1] - logarithms.mean(dim=1)
+    return 1 / spread.clamp_min(torch.finfo(spread.dtype).eps)
+
+
+LID = replace(
+    VANILLA,
+    title="LID",
+    reference="Ma et al., Characterizing adversarial subspaces using local intrinsic dimensionality (2018)",
+    finish=fitted(LocalDimensionality),
+    objective="adaptive",
+)

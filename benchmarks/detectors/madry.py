@@ -1,0 +1,39 @@
+"""Adversarial training: cross-entropy on attacked images instead of benign ones."""
+
+from dataclasses import replace
+
+from clusterguard import PGD, TrainingStep, WithThresholds
+from torch import Generator, Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks.detectors.vanilla import VANILLA
+from benchmarks.detectors.vanilla import loss as benign_loss
+from benchmarks.recipe import LossTrainer
+
+
+def attack_labels(
+    detector: WithThresholds, images: Tensor, labels: Tensor, attack: PGD, generator: Generator | None
+) -> Tensor:
+    """Images (B, C, H, W) attacked from a random start, to cost the true label probability."""
+    attack = replace(attack, objective="cross_entropy", start="random", keep="last")
+    return attack(detector, images, labels, generator=generator)
+
+
+def loss(
+    detector: WithThresholds, images: Tensor, labels: Tensor, attack: PGD | None, generator: Generator | None
+) -> TrainingStep:
+    """Cross-entropy on attacked images."""
+    if attack is None:
+        return benign_loss(detector, images, labels, attack, generator)
+    logits = detector.evidence(attack_labels(detector, images, labels, attack, generator)).class_scores
+    wrong = (logits.argmax(dim=1) != labels).sum()
+    return TrainingStep(cross_entropy(logits, labels), len(labels) - wrong, wrong)
+
+
+MADRY = replace(
+    VANILLA,
+    title="Madry",
+    reference="Madry et al., Towards deep learning models resistant to adversarial attacks (2018)",
+    training="madry",
+    trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
+)

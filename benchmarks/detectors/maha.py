@@ -1,0 +1,74 @@
+"""Mahalanobis distance of the features to the classes, all of one covariance.
+
+The label is the classifier's, as in Lee et al.; they are suspicious of the smallest distance to any class, we of the
+distance to the class that an image is labelled as, as the paper's other detectors are. Lee et al. also join the
+distances of all layers by a logistic regression and add noise to the input; the paper's Table 1 takes neither.
+"""
+
+from dataclasses import replace
+
+import torch
+from clusterguard import DetectorModule, Evidence
+from clusterguard.detector import Loader, refuse_non_finite
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from benchmarks.detectors.features import FeatureDetector, check_classes, fitted
+from benchmarks.detectors.vanilla import VANILLA
+
+
+class MahalanobisDetector(FeatureDetector):
+    """A classifier under the Mahalanobis distance (not squared) of its features to the mean of each class.
+
+    Attributes:
+        whitening: (D, D), features @ whitening have unit covariance within classes; columns that belong to
+            directions in which features do not vary are 0.
+        means: (K, D) the classes' means after whitening.
+    """
+
+    whitening: Tensor
+    means: Tensor
+
+    def __init__(self, trained: DetectorModule) -> None:
+        super().__init__(trained)
+        self.register_buffer("whitening", torch.full((self.num_features, self.num_features), torch.nan))
+        self.register_buffer("means", torch.full((self.num_classes, self.num_features), torch.nan))
+
+    def fit(self, batches: Loader) -> None:
+        """Means and covariance of all batches, in one pass and in float64."""
+        sums = torch.zeros_like(self.means, dtype=torch.float64)
+        squares = torch.zeros_like(self.whitening, dtype=torch.float64)
+        counts = sums.new_zeros(self.num_classes)
+        for features, labels in self.read_all(batches):
+            wide, members = features.double(), one_hot(labels, self.num_classes).double()
+            counts, sums, squares = counts + members.sum(dim=0), sums + members.T @ wide, squares + wide.T @ wide
+        check_classes(counts, 1)
+        means = sums / counts[:, None]
+        whitening = whiten((squares - means.T @ sums) / counts.sum())
+        self.whitening, self.means = whitening.to(self.whitening.dtype), (means @ whitening).to(self.means.dtype)
+
+    def evidence(self, images: Tensor) -> Evidence:
+        """Logits as class scores, distances as suspicion, of images (B, C, H, W) in [0, 1]."""
+        features, logits = self.read(images)
+        with torch.autocast(images.device.type, enabled=False):  # it would multiply in half precision
+            white = features @ self.whitening.to(features.dtype)
+            distances = torch.cdist(white, self.means.to(white.dtype), compute_mode="donot_use_mm_for_euclid_dist")
+        return Evidence(logits, refuse_non_finite(images, distances))
+
+
+def whiten(covariance: Tensor) -> Tensor:
+    """A root of the pseudo-inverse of a covariance (D, D): W @ W.T, in directions with some variance."""
+    variances, directions = torch.linalg.eigh(covariance)
+    some = variances > 1e-6 * variances[-1]  # features behind a ReLU may be dead, or depend on each other
+    root: Tensor = directions * torch.where(some, variances, torch.inf).rsqrt()
+    return root
+
+
+MAHA = replace(
+    VANILLA,
+    title="MAHA",
+    reference="Lee et al., A simple unified framework for detecting out-of-distribution samples and adversarial "
+    "attacks (2018)",
+    finish=fitted(MahalanobisDetector),
+    objective="adaptive",
+)

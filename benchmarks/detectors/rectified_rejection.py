@@ -1,0 +1,75 @@
+"""Rectified rejection: adversarial training with a second head that says how far to trust the confidence."""
+
+from typing import cast
+
+import torch
+from clusterguard import PGD, DetectorModule, Evidence, TrainingStep, WithThresholds
+from clusterguard.detector import refuse_non_finite
+from torch import Generator, Tensor, nn
+from torch.nn.functional import binary_cross_entropy, cross_entropy, logsigmoid
+
+from benchmarks.detectors.features import widen
+from benchmarks.detectors.madry import attack_labels
+from benchmarks.recipe import LossTrainer, Recipe
+
+
+class RectifiedRejection(DetectorModule):
+    """A classifier and a rectifier A in [0, 1] on the same features; their product is the rectified confidence.
+
+    Args:
+        network: with num_features.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(num_classes=10)
+        width = cast(int, network.num_features)
+        hidden = max(1, width // 2)
+        self.network = network
+        self.head = nn.Linear(width, self.num_classes)
+        self.rectifier = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) and the rectifier's logit (B, 1) of images (B, C, H, W) in [0, 1], in float32 at least."""
+        features = self.network(images)
+        return widen(self.head(features)), widen(self.rectifier(features))
+
+    def evidence(self, images: Tensor) -> Evidence:
+        """Logits as class scores, −log(p · A) as suspicion, of images (B, C, H, W) in [0, 1]."""
+        logits, trust = self.read(images)
+        return Evidence(logits, refuse_non_finite(images, -logits.log_softmax(dim=1) - logsigmoid(trust)))
+
+
+def rectification_loss(logits: Tensor, trust: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of the rectified confidence to the true class's probability, a scalar.
+
+    As in the authors' code, no gradient flows into the target, nor into the confidence of a right prediction.
+    """
+    probabilities = logits.softmax(dim=1)
+    confidence, predicted = probabilities.max(dim=1)
+    confidence = torch.where(predicted == labels, confidence.detach(), confidence)
+    true = probabilities.gather(1, labels[:, None]).squeeze(1).detach()
+    return binary_cross_entropy(confidence * trust.sigmoid().squeeze(1), true)
+
+
+def loss(
+    detector: WithThresholds, images: Tensor, labels: Tensor, attack: PGD | None, generator: Generator | None
+) -> TrainingStep:
+    """Cross-entropy and rectification on attacked images; on benign ones in the warm-up."""
+    model = detector.detector
+    assert isinstance(model, RectifiedRejection)  # tells the type checker
+    if attack is not None:
+        images = attack_labels(detector, images, labels, attack, generator)
+    logits, trust = model.read(images)
+    wrong = (logits.argmax(dim=1) != labels).sum()
+    total = cross_entropy(logits, labels) + rectification_loss(logits, trust, labels)
+    return TrainingStep(total, len(labels) - wrong, None if attack is None else wrong)
+
+
+RECTIFIED_REJECTION = Recipe(
+    title="RR",
+    reference="Pang et al., Two coupled rejection metrics can tell adversarial examples apart (2022)",
+    training="rectified-rejection",
+    build=RectifiedRejection,
+    trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
+    objective="suspicion",
+)

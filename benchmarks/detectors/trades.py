@@ -1,0 +1,67 @@
+"""TRADES: cross-entropy on benign images, and predictions that an attack moves little."""
+
+from dataclasses import replace
+
+import torch
+from clusterguard import PGD, Evidence, TrainingStep, WithThresholds
+from clusterguard.attacks.loop import Problem
+from clusterguard.attacks.objectives import Objective
+from clusterguard.modes import evaluation_mode
+from torch import Generator, Tensor
+from torch.nn.functional import cross_entropy, kl_div
+
+from benchmarks.detectors.vanilla import VANILLA
+from benchmarks.detectors.vanilla import loss as benign_loss
+from benchmarks.recipe import LossTrainer
+
+BETA = 6.0  # 1/λ of the authors' results and of their CIFAR10 script; their MNIST script has 1
+
+
+def near_image(problem: Problem) -> Tensor:
+    """The authors' start, a little noise: at the image itself the divergence has no slope."""
+    noise = torch.empty_like(problem.images).normal_(generator=problem.generator)
+    return problem.project(problem.images + 0.001 * noise)
+
+
+def away_from(benign: Tensor) -> Objective:
+    """Minus the divergence of each prediction from the benign log-probabilities (B, K), row by row."""
+
+    def objective(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+        return -divergences(benign, evidence.class_scores.log_softmax(dim=1))
+
+    return objective
+
+
+def divergences(benign: Tensor, attacked: Tensor) -> Tensor:
+    """KL(benign ‖ attacked) of log-probabilities (B, K) -> (B,)."""
+    return kl_div(attacked, benign, reduction="none", log_target=True).sum(dim=1)
+
+
+def loss(
+    detector: WithThresholds, images: Tensor, labels: Tensor, attack: PGD | None, generator: Generator | None
+) -> TrainingStep:
+    """Cross-entropy on benign images plus β times the divergence that the attack can cause."""
+    if attack is None:
+        return benign_loss(detector, images, labels, attack, generator)
+    with torch.no_grad(), evaluation_mode(detector):  # the mode in which the attack sees the detector
+        benign = detector.evidence(images).class_scores.log_softmax(dim=1)
+    # The objective's rows are those of the whole batch: nothing may split it or drop rows.
+    attack = replace(attack, batch_size=None, stop_early=False, keep="last")
+    attack = replace(attack, objective=away_from(benign), start=near_image)
+    attacked = attack(detector, images, labels, generator=generator)
+    logits, moved = detector.evidence(images).class_scores, detector.evidence(attacked).class_scores
+    robust = divergences(logits.log_softmax(dim=1), moved.log_softmax(dim=1)).mean()
+    return TrainingStep(
+        cross_entropy(logits, labels) + BETA * robust,
+        (logits.argmax(dim=1) == labels).sum(),
+        (moved.argmax(dim=1) != labels).sum(),
+    )
+
+
+TRADES = replace(
+    VANILLA,
+    title="TRADES",
+    reference="Zhang et al., Theoretically principled trade-off between robustness and accuracy (2019)",
+    training="trades",
+    trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
+)

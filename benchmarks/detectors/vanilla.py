@@ -1,0 +1,30 @@
+"""The undefended classifier: refuse what it is not confident about."""
+
+from clusterguard import PGD, ConfidenceDetector, DetectorModule, TrainingStep, WithThresholds
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.recipe import LossTrainer, Recipe, add_classifier
+
+
+def build(network: nn.Module) -> DetectorModule:
+    """A linear classifier on the network's features, with thresholds on −log p(label)."""
+    return ConfidenceDetector(add_classifier(network), num_classes=10)
+
+
+def loss(
+    detector: WithThresholds, images: Tensor, labels: Tensor, attack: PGD | None, generator: Generator | None
+) -> TrainingStep:
+    """Cross-entropy on benign images."""
+    logits = detector.evidence(images).class_scores
+    return TrainingStep(cross_entropy(logits, labels), (logits.argmax(dim=1) == labels).sum())
+
+
+VANILLA = Recipe(
+    title="Vanilla",
+    reference="arXiv 2012.03483, Table 1",
+    training="vanilla",
+    build=build,
+    trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
+    objective="logit",
+)

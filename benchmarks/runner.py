@@ -1,0 +1,192 @@
+"""Run cells: have their detectors trained, once; attack, chunk by chunk; judge; write one JSON each."""
+
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from clusterguard import Detector, DetectorModule, Evaluation, WithThresholds
+from clusterguard.attacks.suite_state import StageRecord
+from clusterguard.files import write_atomically
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from benchmarks import datasets
+from benchmarks.cells import Cell
+from benchmarks.clock import Clock
+from benchmarks.datasets import Batches, DataSet
+from benchmarks.detectors import RECIPES, make_recipe
+from benchmarks.judging import judge_attacked, map_points, thresholds_at
+from benchmarks.kinds import KINDS, Outcome, Scene
+from benchmarks.store import Store, provenance
+from benchmarks.training import JUDGED_AT_ONCE
+from benchmarks.training import train as train_detector
+
+REFERENCES = 2000  # calibration images that attacks may start towards
+
+
+class Runner:
+    """Runs cells into a store.
+
+    Args:
+        store: of results.
+        device: where to compute.
+        data: folder of data sets, see `benchmarks.fetch.data_root`.
+        clock: the time budget.
+        progress: show progress bars.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        device: torch.device,
+        data: Path | None = None,
+        clock: Clock | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.store = store
+        self.device = device
+        self.data = data
+        self.clock = Clock() if clock is None else clock
+        self.progress = progress
+        self._sets: dict[str, DataSet] = {}
+        self._trained: dict[tuple[str, str], tuple[DetectorModule, dict[str, Any]]] = {}
+
+    def dataset(self, name: str) -> DataSet:
+        """A data set, training and calibration images on the device."""
+        if name not in self._sets:
+            loaded = datasets.load(name, self.data)
+            train, calibration = loaded.train.to(self.device), loaded.calibration.to(self.device)
+            self._sets[name] = replace(loaded, train=train, calibration=calibration)
+        return self._sets[name]
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """A cell's result, from the store if it is there.
+
+        Raises:
+            OutOfTimeError: the budget is used up; the next run goes on where this one stopped.
+        """
+        known = self.store.read_cell(cell.key)
+        if known is not None:
+            return known
+        started = time.perf_counter()
+        detector, record = self.detector(cell)
+        surrogate = None if cell.surrogate is None else self._surrogate(cell.surrogate)
+        data = self.dataset(cell.training.dataset)
+        images, labels = data.open_test().head(cell.images).to(self.device).floats()
+        calibration = Batches(data.calibration, JUDGED_AT_ONCE)
+        thresholds = thresholds_at(detector, calibration, cell.rates)
+        # An attack that sees thresholds is run for each rate; what another finds is judged at all of them.
+        groups = [cell.rates] if not KINDS[cell.kind].sees_thresholds else [(rate,) for rate in cell.rates]
+        results: dict[str, Any] = {}
+        stages: list[dict[str, Any]] = []
+        first: Evaluation | None = None
+        for rates in groups:
+            attacked = self._attack(
+                cell, WithThresholds(detector, thresholds[rates[0]]), images, labels, surrogate, rates[0]
+            )
+            report, judged = judge_attacked(
+                detector,
+                {rate: thresholds[rate] for rate in rates},
+                attacked.attacked,
+                images,
+                labels,
+                norm=cell.options.get("norm", "l2"),
+                eps=cell.options["eps"],
+                calibration=calibration,
+            )
+            first = first or report
+            stages += [{"rate": rates[0], **asdict(stage)} for stage in attacked.stages]
+            for variant, own in judged.items():
+                results.setdefault(variant, {"eroc": own["eroc"], "rates": {}})["rates"] |= own["rates"]
+        assert first is not None  # there is at least one rate
+        points = {}
+        if cell.points:
+            found = next(iter(attacked.attacked.values()))
+            seen = WithThresholds(detector, thresholds[cell.rates[0]])
+            shown = (part[: cell.points] for part in (images, labels, found))
+            points = {"points": map_points(seen, *shown, seed=cell.seed)}
+        result = {
+            "title": cell.title,
+            "definition": cell.definition,
+            "training": record,
+            "images": cell.images,
+            "accuracy": [first.accuracy.count, first.accuracy.total],
+            "results": results,
+            "stages": stages,
+            **points,
+            "seconds": round(time.perf_counter() - started, 2),
+            "checksums": data.checksums,
+            "provenance": provenance(self.device),
+        }
+        self.store.write_cell(cell.key, result)
+        self.store.finish(cell.key)
+        return result
+
+    def detector(self, cell: Cell) -> tuple[DetectorModule, dict[str, Any]]:
+        """A cell's detector, trained and finished but not calibrated, and the record of its training."""
+        name = cell.detector, cell.training.key
+        if name not in self._trained:
+            recipe, data = make_recipe(cell.detector, cell.training.options), self.dataset(cell.training.dataset)
+            trained, record = train_detector(
+                cell.training,
+                recipe,
+                data,
+                self.store,
+                device=self.device,
+                clock=self.clock,
+                progress=self.progress,
+            )
+            batches = Batches(data.train.head(cell.training.images), JUDGED_AT_ONCE)
+            finished = recipe.finish(trained.eval(), batches).to(self.device).eval().requires_grad_(False)
+            self._trained = dict(list(self._trained.items())[-3:]) | {name: (finished, record)}
+        return self._trained[name]
+
+    def _surrogate(self, cell: Cell) -> tuple[Detector, Any]:
+        detector, _ = self.detector(cell)
+        calibration = Batches(self.dataset(cell.training.dataset).calibration, JUDGED_AT_ONCE)
+        (thresholds,) = thresholds_at(detector, calibration, cell.rates[:1]).values()
+        return WithThresholds(detector, thresholds), RECIPES[cell.detector].objective
+
+    def _attack(
+        self,
+        cell: Cell,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        surrogate: tuple[Detector, Any] | None,
+        rate: float,
+    ) -> Outcome:
+        """All images attacked, in chunks that are kept, so that a killed run loses one of them at most."""
+        kind, folder = KINDS[cell.kind], self.store.work(cell.key)
+        references = self.dataset(cell.training.dataset).calibration.head(REFERENCES).floats()
+        size = len(labels) if kind.whole else cell.chunk
+        outcomes, took = [], 0.0
+        rows = torch.arange(len(labels), device=self.device).split(size)
+        for index, own in enumerate(tqdm(rows, desc=cell.title, disable=not self.progress, leave=False)):
+            file = folder / f"{rate:g}-{index}.pt"
+            if not file.exists():
+                self.clock.check(took)
+                started = time.perf_counter()
+                scene = Scene(
+                    detector=detector,
+                    images=images[own],
+                    labels=labels[own],
+                    objective=RECIPES[cell.detector].objective,
+                    references=references,
+                    surrogate=surrogate,
+                    # A chunk's randomness is its own, so that results do not depend on where a run was killed.
+                    generator=Generator(self.device).manual_seed(10_000 * cell.seed + index),
+                    checkpoint=folder / f"{rate:g}-{index}.state",
+                    on_stage=lambda stage: self.clock.check(),
+                )
+                outcome = kind.run(scene, **cell.options)
+                kept = {"attacked": outcome.attacked, "stages": [asdict(stage) for stage in outcome.stages]}
+                write_atomically(file, partial(torch.save, kept))
+                took = time.perf_counter() - started
+            outcomes.append(torch.load(file, weights_only=True, map_location=self.device))
+        variants = {name: torch.cat([part["attacked"][name] for part in outcomes]) for name in outcomes[0]["attacked"]}
+        return Outcome(variants, tuple(StageRecord(**stage) for part in outcomes for stage in part["stages"]))

@@ -1,0 +1,105 @@
+"""Train a detector of the comparison, or load it; a killed training goes on from its last epoch."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from clusterguard import PGD, DetectorModule, EpochRecord
+from torch import Generator, nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+
+from benchmarks import models
+from benchmarks.cells import Training
+from benchmarks.clock import Clock
+from benchmarks.datasets import Batches, DataSet
+from benchmarks.recipe import Recipe, Schedule
+from benchmarks.store import Store, provenance
+
+JUDGED_AT_ONCE = 500
+
+
+def train(
+    training: Training,
+    recipe: Recipe,
+    data: DataSet,
+    store: Store,
+    *,
+    device: torch.device,
+    clock: Clock,
+    progress: bool = False,
+) -> tuple[DetectorModule, dict[str, Any]]:
+    """The trained detector, uncalibrated, and the record of its training; from the store, if it is there.
+
+    Raises:
+        OutOfTimeError: the budget is used up; the next call goes on where this one stopped.
+    """
+    torch.manual_seed(training.seed)
+    network = models.build(training.model, data.image_shape)
+    detector = recipe.build(network).to(device)
+    saved = store.load_weights(training.key)
+    if saved is not None:
+        detector.load_state_dict(saved[0])
+        return detector, saved[1]["record"]
+    network.mixed_precision = training.mixed_precision
+
+    def look_at_the_clock(record: EpochRecord) -> None:
+        if record.epoch < training.epochs:
+            clock.check(1.1 * record.seconds)
+
+    history = recipe.trainer(detector, make_schedule(training)).fit(
+        Batches(
+            data.train.head(training.images),
+            training.batch_size,
+            shuffle=True,
+            augment=training.augment,
+            generator=Generator().manual_seed(training.seed),
+        ),
+        Batches(data.calibration, JUDGED_AT_ONCE),
+        epochs=training.epochs,
+        checkpoint=store.work(training.key) / "training.pt",
+        generator=Generator(device).manual_seed(training.seed),
+        calibrate=False,
+        progress=progress,
+        on_epoch_end=look_at_the_clock,
+    )
+    network.mixed_precision = False
+    state = detector.state_dict()
+    if training.half:
+        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+        detector.load_state_dict(state)  # what is evaluated is what is kept
+    record = {
+        "definition": asdict(training),
+        "epochs": len(history),
+        "seconds": round(sum(epoch.seconds for epoch in history), 1),
+        "last": {key: value for key, value in asdict(history[-1]).items() if math.isfinite(value)},
+        "provenance": provenance(device),
+    }
+    store.save_weights(training.key, state, {"record": record})
+    store.finish(training.key)
+    return detector, record
+
+
+def make_schedule(training: Training) -> Schedule:
+    """What a training's numbers and names mean."""
+
+    def optimizer(module: nn.Module) -> Optimizer:
+        rate, decay = training.learning_rate, training.weight_decay
+        if training.optimizer == "sgd":
+            return SGD(module.parameters(), lr=rate, momentum=0.9, weight_decay=decay, nesterov=True)
+        return Adam(module.parameters(), lr=rate, weight_decay=decay)
+
+    def scheduler(own: Optimizer) -> LRScheduler:
+        if training.schedule == "cosine":
+            return CosineAnnealingLR(own, training.epochs)
+        return MultiStepLR(own, [training.epochs // 2, training.epochs * 3 // 4])
+
+    make_scheduler: Callable[[Optimizer], LRScheduler] | None = None if training.schedule == "constant" else scheduler
+    return Schedule(
+        attack=PGD(**training.attack),
+        optimizer=optimizer,
+        scheduler=make_scheduler,
+        warmup_epochs=training.warmup_epochs,
+    )

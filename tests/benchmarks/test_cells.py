@@ -1,0 +1,143 @@
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from clusterguard.errors import ConfigurationError
+
+from benchmarks import cells
+from benchmarks.cells import list_experiments, load_experiment, merge
+from benchmarks.detectors import RECIPES, make_recipe
+
+PAPER = cells.tomllib.loads((Path(cells.__file__).parent / "paper.toml").read_text())
+TABLES = [f"table{table}-{dataset}" for table in (2, 3, 4) for dataset in ("mnist", "cifar10")]
+
+
+@pytest.mark.parametrize("name", list_experiments())
+@pytest.mark.parametrize("profile", ["quick", "cpu", "full"])
+def test_every_experiment_says_what_it_is(name, profile):
+    experiment = load_experiment(name, profile)
+    keys = Counter(cell.key for cell in experiment.cells)
+    assert max(keys.values()) == 1
+    assert len(keys) == len(experiment.detectors) * len(experiment.attacks) * len(experiment.variants)
+    for cell in experiment.cells:
+        make_recipe(cell.detector, cell.training.options)
+        assert (cell.training.model == "tiny-cnn") == (profile == "quick" or (profile == "cpu" and "mnist" in name))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_have_the_rows_and_columns_of_the_paper(name):
+    experiment, printed = load_experiment(name), dict(PAPER[name])
+    assert list(experiment.detectors) == printed.pop("detectors")
+    printed.pop("accuracy", None)
+    worst = printed.pop("worst case", None)
+    assert list(experiment.attacks) == list(printed)
+    for row in printed.values():
+        for metric, values in row.items():
+            assert len(values) == len(experiment.detectors)
+            rate = float(metric.removeprefix("ASR-")) / 100 if metric != "EROC" else None
+            cell = next(cell for cell in experiment.cells if printed[cell.attack] is row)
+            assert rate is None or rate in cell.rates
+    if worst is not None:  # the paper's own, from its own rows, to its own two digits
+        for column in range(len(experiment.detectors)):
+            assert worst["ASR-1"][column] == max(row["ASR-1"][column] for row in printed.values())
+            assert worst["EROC"][column] == min(row["EROC"][column] for row in printed.values())
+
+
+def test_quick_mnist_needs_no_download():
+    for name in list_experiments():
+        if name.endswith("mnist"):
+            assert {cell.training.dataset for cell in load_experiment(name, "quick").cells} == {"digits"}
+
+
+def test_tables_share_what_they_share():
+    second, fourth = (load_experiment(name) for name in ("table2-mnist", "table4-mnist"))
+    shared = {cell.key for cell in second.cells} & {cell.key for cell in fourth.cells}
+    assert len(shared) == 3 * 4  # three rows that Table 4 takes from Table 2, four detectors
+    trainings = {cell.training.key for cell in second.cells}
+    assert len(trainings) == 6  # FS and LID rest on Vanilla's
+
+
+def test_whatever_determines_a_result_is_in_its_name():
+    cell = load_experiment("table2-mnist").cells[0]
+    changes = [
+        {"images": 999},
+        {"seed": 1},
+        {"chunk": 500},
+        {"rates": (0.01,)},
+        {"kind": "mim"},
+        {"detector": "l-ben"},
+        {"points": 3},
+        {"options": cell.options | {"steps": 999}},
+        *({"training": replace(cell.training, **{name: value})} for name, value in {
+            "dataset": "cifar10", "model": "released-cnn", "seed": 1, "epochs": 51, "batch_size": 64, "augment": True,
+            "learning_rate": 0.1, "optimizer": "sgd", "weight_decay": 0.1, "schedule": "cosine", "warmup_epochs": 1,
+            "options": {"center_scale": 5.0}, "attack": {"steps": 1}, "images": 5, "half": True, "recipe": "vanilla",
+            "mixed_precision": True,
+        }.items()),
+        {"surrogate": cell},
+    ]  # fmt: skip
+    keys = {replace(cell, **change).key for change in changes} | {cell.key}
+    assert len(keys) == len(changes) + 1
+    assert replace(cell, attack="another name", variant="another").key == cell.key
+
+
+def test_a_surrogate_is_trained_from_another_seed():
+    for cell in load_experiment("table3-mnist").cells:
+        if cell.surrogate is not None:
+            assert cell.surrogate.training.seed != cell.training.seed
+            assert cell.surrogate.training.key != cell.training.key
+
+
+def write(folder, text):
+    (folder / "mine.toml").write_text('title = "t"\ndataset = "digits"\nmodel = "tiny-cnn"\nimages = 5\nchunk = 5\n'
+                                      'rates = [0.1]\nseeds = [0, 1]\n' + text)  # fmt: skip
+
+
+TRAINING = "[training]\nepochs = 1\nattack = { eps = 0.1, step_size = 0.1, steps = 1 }\n"
+ATTACK = 'attacks = [{ name = "a", kind = "fgsm", norm = "linf", eps = 0.1 }]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('detectors = ["owrs"]\n' + ATTACK + TRAINING, "owrs"),
+        ('detectors = ["ours"]\n' + ATTACK.replace("fgsm", "fsgm") + TRAINING, "fsgm"),
+        ('detectors = ["ours"]\nimagse = 3\n' + ATTACK + TRAINING, "imagse"),
+        ('detectors = ["ours"]\n' + ATTACK + TRAINING + "epoch = 3\n", "epoch"),
+        ('detectors = ["ours"]\n' + TRAINING, "attacks"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, monkeypatch, text, message):
+    monkeypatch.setattr(cells, "FOLDER", tmp_path)
+    write(tmp_path, text)
+    with pytest.raises(ConfigurationError, match=message):
+        load_experiment("mine")
+
+
+def test_variants_and_seeds_multiply(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "FOLDER", tmp_path)
+    variants = 'variants = [{ name = "a" }, { name = "b", training.options.center_scale = 5.0 }]\n'
+    write(tmp_path, 'detectors = ["ours"]\n' + variants + ATTACK + TRAINING)
+    found = load_experiment("mine").cells
+    assert [(cell.variant, cell.seed, cell.training.options) for cell in found] == [
+        ("a", 0, {}),
+        ("a", 1, {}),
+        ("b", 0, {"center_scale": 5.0}),
+        ("b", 1, {"center_scale": 5.0}),
+    ]
+
+
+def test_an_unknown_experiment_is_named():
+    with pytest.raises(ConfigurationError, match="table9"):
+        load_experiment("table9")
+
+
+def test_options_that_a_recipe_does_not_have_are_named():
+    for name in RECIPES:
+        with pytest.raises(ConfigurationError, match="colour"):
+            make_recipe(name, {"colour": "red"})
+
+
+def test_merging_replaces_lists_and_goes_into_tables():
+    assert merge({"a": [1, 2], "b": {"c": 1}}, {"a": [3], "b": {"d": 2}}) == {"a": [3], "b": {"c": 1, "d": 2}}

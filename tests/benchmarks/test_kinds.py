@@ -1,0 +1,78 @@
+"""Every detector under every kind of attack, and nothing that knows one detector from another."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from clusterguard import WithThresholds
+from clusterguard.attacks.norms import get_norm
+
+import benchmarks
+from benchmarks import models
+from benchmarks.datasets import Batches, load
+from benchmarks.detectors import RECIPES
+from benchmarks.kinds import KINDS, Scene
+
+ROOM = Path(benchmarks.__file__).parent
+OPTIONS = {
+    "pgd": {"norm": "l1", "eps": 9.0, "steps": 2, "step_sizes": [2.0, 4.0], "targeted": True},
+    "mim": {"norm": "linf", "eps": 0.3, "steps": 2, "step_sizes": [0.1]},
+    "nes": {"norm": "l2", "eps": 2.0, "steps": 1, "samples": 4, "step_sizes": [0.5]},
+    "fgsm": {"norm": "linf", "eps": 0.3},
+    "cw": {"eps": 3.0, "searches": 1, "steps": 2},
+    "boundary": {"norm": "linf", "eps": 0.9, "queries": 9},
+    "transfer": {"norm": "linf", "eps": 0.3, "steps": 2, "step_size": 0.1},
+    "suite": {"norm": "l2", "eps": 0.01, "budget": "quick"},
+}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def case(request):
+    """An untrained detector of each recipe, as its finished self, and some digits."""
+    recipe, data = RECIPES[request.param], load("digits")
+    torch.manual_seed(0)
+    trained = recipe.build(models.build("tiny-cnn", data.image_shape)).eval()
+    detector = recipe.finish(trained, Batches(data.train.head(1500), 500)).eval().requires_grad_(False)
+    return recipe, WithThresholds(detector, torch.full((10,), 50.0)), data.calibration.head(8).floats()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_attack_runs_on_every_detector(case, kind, tmp_path):
+    recipe, detector, (images, labels) = case
+    scene = Scene(
+        detector=detector,
+        images=images[:3],
+        labels=labels[:3],
+        objective=recipe.objective,
+        references=(images, labels),
+        surrogate=(detector, recipe.objective),
+        generator=torch.Generator().manual_seed(0),
+        checkpoint=tmp_path / "state",
+        on_stage=lambda stage: None,
+    )
+    options = OPTIONS[kind]
+    outcome = KINDS[kind].run(scene, **options)
+    assert len(outcome.attacked) == len(options.get("step_sizes", [0]))
+    for attacked in outcome.attacked.values():
+        assert attacked.shape == scene.images.shape
+        assert attacked.isfinite().all()
+        size = get_norm(options.get("norm", "l2")).size(attacked - scene.images)
+        assert (size <= options["eps"] * (1 + 1e-5)).all()
+    if kind in ("pgd", "mim", "fgsm"):  # gradients arrive
+        assert all((attacked != scene.images).flatten(1).any(dim=1).all() for attacked in outcome.attacked.values())
+
+
+def literals(path):
+    return {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+
+
+@pytest.mark.parametrize("name", ["runner", "training", "judging", "kinds", "store", "plan", "cells", "clock"])
+def test_nothing_knows_one_detector_from_another(name):
+    assert not literals(ROOM / f"{name}.py") & set(RECIPES)
+
+
+def test_files_stay_short():
+    for path in ROOM.rglob("*.py"):
+        lines = len(path.read_text().splitlines())
+        assert lines <= (200 if path.parent.name == "detectors" else 300), path

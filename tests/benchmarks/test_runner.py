@@ -1,0 +1,284 @@
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from clusterguard import WithThresholds
+from clusterguard.attacks.metering import Metered
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from benchmarks import cells, plan, runner
+from benchmarks.__main__ import app
+from benchmarks.cells import load_experiment
+from benchmarks.clock import Clock, OutOfTimeError
+from benchmarks.detectors import RECIPES
+from benchmarks.judging import from_hex, to_hex
+from benchmarks.kinds import KINDS
+from benchmarks.runner import Runner
+from benchmarks.store import Store
+
+SMALL = """
+title = "Everything once"
+dataset = "digits"
+model = "tiny-cnn"
+images = 12
+chunk = 5
+rates = [0.05, 0.2]
+seeds = [0]
+detectors = ["ours", "fs"]
+points = 8
+
+attacks = [
+  { name = "PGD", kind = "pgd", norm = "linf", eps = 0.2, steps = 3, targeted = true, step_sizes = [0.05, 0.1] },
+  { name = "MIM", kind = "mim", norm = "l1", eps = 9, steps = 3, step_sizes = [3] },
+  { name = "NES", kind = "nes", norm = "l2", eps = 2.0, steps = 2, samples = 4, step_sizes = [0.5] },
+  { name = "FGSM", kind = "fgsm", norm = "linf", eps = 0.2 },
+  { name = "CW", kind = "cw", eps = 3.0, searches = 2, steps = 4 },
+  { name = "Boundary", kind = "boundary", norm = "linf", eps = 0.3, queries = 9 },
+  { name = "Transfer", kind = "transfer", norm = "linf", eps = 0.2, steps = 3, step_size = 0.1, surrogate = "vanilla" },
+  { name = "suite", kind = "suite", norm = "l0", eps = 9.0, budget = "quick" },
+]
+
+[training]
+epochs = 2
+images = 500
+batch_size = 50
+attack = { norm = "linf", eps = 0.2, step_size = 0.1, steps = 2 }
+"""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiments")
+    (folder / "small.toml").write_text(SMALL)
+    return folder
+
+
+@pytest.fixture
+def experiment(folder, monkeypatch):
+    monkeypatch.setattr(cells, "FOLDER", folder)
+    return load_experiment("small")
+
+
+def run_all(experiment, root, clock=None):
+    own = Runner(Store(root), device=torch.device("cpu"), clock=clock)
+    return [own.run(cell) for cell in experiment.cells]
+
+
+def comparable(result):
+    """Without what a repetition may change."""
+    result = json.loads(json.dumps(result))
+    for part in (result, result["training"], result["training"]["last"]):
+        part.pop("seconds", None)
+        part.pop("provenance", None)
+    return result
+
+
+@pytest.fixture(scope="session")
+def finished(folder, tmp_path_factory):
+    """The store of a run that nobody interrupted, and its results."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "FOLDER", folder)
+        root = tmp_path_factory.mktemp("finished")
+        return root, [comparable(result) for result in run_all(load_experiment("small"), root)]
+
+
+def test_every_kind_of_attack_runs_on_any_detector_through_one_code_path(finished, experiment):
+    root, results = finished
+    assert {cell.kind for cell in experiment.cells} == set(KINDS)
+    for cell, result in zip(experiment.cells, results, strict=True):
+        assert result["definition"] == json.loads(json.dumps(cell.definition))
+        variants = result["results"]
+        assert len(variants) == len(cell.options.get("step_sizes", [0]))
+        for own in variants.values():
+            assert own["eroc"] is None or 0 <= own["eroc"] <= 1
+            assert list(own["rates"]) == ["0.05", "0.2"]
+            for rate in own["rates"].values():
+                count, total = rate["success"]
+                eligible, broken = (from_hex(rate[name], cell.images) for name in ("eligible", "broken"))
+                assert (int(broken.sum()), int(eligible.sum())) == (count, total)
+                assert not (broken & ~eligible).any()
+                assert rate["invalid"] == 0
+        strict, lax = (next(iter(variants.values()))["rates"][rate]["success"][1] for rate in ("0.2", "0.05"))
+        assert strict <= lax
+        assert len(result["points"]["benign"]) == len(result["points"]["attacked"]) == 8
+        assert bool(result["stages"]) == (cell.kind == "suite")
+    assert not list((root / "work").glob("*"))
+
+
+def test_detectors_of_one_training_are_trained_once(finished):
+    root, _ = finished
+    assert len(list((root / "models").glob("*.json"))) == 3  # ours, vanilla for FS, and the surrogate
+
+
+class Impatient(Clock):
+    """Lets so many looks at it pass, then stops the run."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.looks = looks
+
+    def check(self, needed=0.0):
+        self.looks -= 1
+        if self.looks < 0:
+            raise OutOfTimeError
+
+
+def test_a_run_stopped_again_and_again_ends_with_the_same_results(finished, experiment, tmp_path):
+    wanted = {"PGD", "CW", "Transfer", "suite"}
+    chosen = [cell for cell in experiment.cells if cell.attack in wanted]
+    short, stops = replace(experiment, cells=tuple(chosen)), 0
+    while True:
+        try:
+            results = run_all(short, tmp_path, Impatient(looks=2))
+            break
+        except OutOfTimeError:
+            stops += 1
+    assert stops > 8
+    expected = {result["title"]: result for result in finished[1]}
+    assert [comparable(result) for result in results] == [expected[cell.title] for cell in chosen]
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_same_results(finished, folder, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import cells; cells.FOLDER = Path(sys.argv[1]);"
+        "from benchmarks.__main__ import app; app(['run', 'small', '--device', 'cpu', '--out', sys.argv[2]])"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path)]
+    for patience in (6, 9, 14):
+        process = subprocess.Popen(command)
+        time.sleep(patience)
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True)
+    for key in Store(tmp_path).cell_keys():
+        assert comparable(Store(tmp_path).read_cell(key)) == comparable(Store(finished[0]).read_cell(key))
+    assert Store(tmp_path).cell_keys() == Store(finished[0]).cell_keys()
+
+
+def test_what_is_done_is_not_done_again(finished, experiment, monkeypatch):
+    monkeypatch.setattr(runner, "train_detector", None)
+    results = run_all(experiment, finished[0])
+    assert [comparable(result) for result in results] == finished[1]
+
+
+def test_training_and_calibration_never_touch_the_test_set(experiment, tmp_path, monkeypatch):
+    own = Runner(Store(tmp_path), device=torch.device("cpu"))
+    opened = []
+    data = own.dataset("digits")
+    own._sets["digits"] = replace(data, open_test=lambda: opened.append(1) or data.open_test())
+    cell = experiment.cells[0]
+    own.detector(cell)
+    assert not opened
+    own.run(cell)
+    assert len(opened) == 1
+
+
+def test_half_precision_weights_are_the_ones_that_get_evaluated(experiment, tmp_path):
+    cell = experiment.cells[0]
+    cell = replace(cell, training=replace(cell.training, half=True, epochs=1))
+    fresh, _ = Runner(Store(tmp_path), device=torch.device("cpu")).detector(cell)
+    loaded, _ = Runner(Store(tmp_path), device=torch.device("cpu")).detector(cell)
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value.nan_to_num(), loaded.state_dict()[name].nan_to_num()), name
+    stored, _ = Store(tmp_path).load_weights(cell.training.key)
+    assert {value.dtype for value in stored.values() if value.is_floating_point()} == {torch.float16}
+
+
+def test_large_weights_come_in_parts(tmp_path):
+    store = Store(tmp_path)
+    state = {f"layer{index}": torch.full((1_000_000,), float(index)) for index in range(9)} | {"ids": torch.arange(3)}
+    store.save_weights("key", state, {"record": {"epochs": 1}})
+    files = sorted((tmp_path / "models").glob("*.safetensors"))
+    assert len(files) == 3
+    assert max(file.stat().st_size for file in files) < 16 * 2**20
+    loaded, record = store.load_weights("key")
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    assert record["record"] == {"epochs": 1}
+    assert store.load_weights("other") is None
+
+
+@pytest.mark.parametrize("attack", [line.split('"')[1] for line in SMALL.splitlines() if "kind" in line])
+def test_no_attack_costs_more_than_planned(experiment, tmp_path_factory, finished, attack, tmp_path):
+    own = Runner(Store(finished[0]), device=torch.device("cpu"))
+    cell = next(cell for cell in experiment.cells if cell.attack == attack)
+    detector, _ = own.detector(cell)
+    metered = Metered(WithThresholds(detector, torch.full((10,), 12.0)))
+    images, labels = own.dataset("digits").calibration.head(6).floats()
+    scene = runner.Scene(
+        detector=metered,
+        images=images,
+        labels=labels,
+        objective="suspicion",
+        references=(images, labels),
+        surrogate=(metered, "logit"),
+        generator=torch.Generator().manual_seed(0),
+        checkpoint=tmp_path / "state",
+        on_stage=lambda stage: None,
+    )
+    kind = KINDS[cell.kind]
+    kind.run(scene, **cell.options)
+    planned = kind.cost(10, **cell.options)
+    assert metered.cost.backward <= 6 * planned.backward
+    if cell.kind != "suite":  # which stops where everything is broken
+        assert metered.cost.backward >= 0.99 * 6 * planned.backward
+
+
+@given(st.lists(st.booleans(), max_size=30))
+def test_bits_survive(bits):
+    assert from_hex(to_hex(torch.tensor(bits, dtype=torch.bool)), len(bits)).tolist() == bits
+
+
+def test_the_plan_adds_up(experiment, capsys):
+    speed = plan.Throughput("made up", lambda model, dataset, batch: (0.001, 0.01))
+    plan.print_plan(experiment.cells[:1], speed)
+    text = capsys.readouterr().out
+    # 500 images: 2 epochs, each a step on them and their attacked versions, after 2 steps of attack
+    assert "4,000 gradients" in text
+    assert "72 gradients" in text  # 12 images, 3 steps, 2 step sizes
+    assert "1 cells, 1 trainings, about 41 s in all" in text
+
+
+@pytest.mark.parametrize("device", ["h200", "cpu", "cuda:0"])
+def test_devices_that_were_never_measured_get_stated_assumptions(device, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "FILE", tmp_path / "none.json")
+    speed = plan.throughput(device)
+    assert "assumed" in speed.source
+    forward, both = speed.seconds("small-cnn", "mnist", 1000)
+    assert 0 < forward < both < 0.1
+
+
+def test_measured_throughput_is_found_again(experiment, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "FILE", tmp_path / "throughput.json")
+    monkeypatch.setattr(plan, "PATIENCE", 0.05)
+    plan.calibrate(experiment.cells[:1], torch.device("cpu"))
+    speed = plan.throughput("cpu")
+    assert "measured" in speed.source
+    assert speed.seconds("tiny-cnn", "digits", 10_000)[1] > 0
+
+
+def test_the_command_line_runs_plans_and_tells(experiment, finished, monkeypatch):
+    def call(*arguments):
+        return CliRunner().invoke(app, list(arguments))
+
+    out = ["--out", str(finished[0])]
+    assert "nothing is left" in call("run", "small", "--device", "cpu", *out).output
+    assert "16 of   16 cells done" in call("status", *out).output
+    assert "0 cells" in call("plan", "small", *out).output
+    stopped = call("run", "small", "--device", "cpu", "--time-budget", "0", "--out", str(finished[0] / "new"))
+    assert stopped.exit_code == 3
+    assert "16 of 16 cells are left" in stopped.output
+    assert "stale" not in call("status", *out).output
+    Store(finished[0]).write_cell("0" * 12, {"title": "an old one"})
+    assert "stale: 000000000000 an old one" in call("status", *out).output
+    (finished[0] / "cells" / f"{'0' * 12}.json").unlink()
+
+
+def test_every_detector_is_there():
+    assert len(RECIPES) == 11
