@@ -103,7 +103,8 @@ def evaluate(
         verdict = verdict._replace(is_adversarial=verdict.is_adversarial | ~valid)
         hits = is_broken(verdict, labels) & eligible
         norm = getattr(attack, "norm", None)
-        broken[str(norm)] = broken.get(str(norm), torch.zeros_like(hits)) | hits
+        budget = norm or "attacks without a stated norm"
+        broken[budget] = broken.get(budget, torch.zeros_like(hits)) | hits
         results.append(
             AttackResult(
                 name=name,

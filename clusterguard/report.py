@@ -47,7 +47,7 @@ def to_markdown(evaluation: "Evaluation") -> str:
         for result in evaluation.results
     ]
     if len(evaluation.worst_by_norm) > 1:
-        lines += [f"| worst of {_budget(norm)}, per image | {rate} | | | |" for norm, rate in evaluation.worst_by_norm.items()]
+        lines += [f"| worst of {norm}, per image | {rate} | | | |" for norm, rate in evaluation.worst_by_norm.items()]
     lines.append(f"| worst case per image | {evaluation.worst_case} | {_number(evaluation.eroc)} | | |")
     for result in evaluation.results:
         if result.stages:
@@ -110,7 +110,7 @@ def write_html(evaluation: "Evaluation", path: str | Path) -> Path:
                 ]
                 for result in evaluation.results
             ]
-            + [[f"worst of {_budget(norm)}, per image", *_rate_cells(rate)] for norm, rate in evaluation.worst_by_norm.items()]
+            + [[f"worst of {norm}, per image", *_rate_cells(rate)] for norm, rate in evaluation.worst_by_norm.items()]
             + [["worst case, any attack", *_rate_cells(evaluation.worst_case), _number(evaluation.eroc)]],
         ),
         "<p>ASR: of the images labelled correctly and accepted before the attack, the share accepted under a wrong "
@@ -202,7 +202,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _budget(norm: str) -> str:
-    return "attacks that state no budget" if norm == "None" else norm
