@@ -48,6 +48,7 @@ def run(
     only: OnlyOption = "*",
     data: DataOption = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+    compiled: Annotated[bool, typer.Option("--compile", help="Run networks through torch.compile.")] = False,
 ) -> None:
     """Run what is not there yet; a killed run goes on where it was. Exit status 3 says that work is left.
 
@@ -56,7 +57,8 @@ def run(
     store = Store(_folder(out, profile))
     cells = [cell for cell in _cells(names, profile, only) if store.read_cell(cell.key) is None]
     clock = Clock(time_budget)
-    runner = Runner(store, device=torch.device(device), data=data, clock=clock, progress=progress)
+    place = torch.device(device)
+    runner = Runner(store, device=place, data=data, clock=clock, progress=progress, compiled=compiled)
     left = list(cells)
     try:
         for index, cell in enumerate(cells, start=1):

@@ -36,6 +36,7 @@ class Runner:
         data: folder of data sets, see `benchmarks.fetch.data_root`.
         clock: the time budget.
         progress: show progress bars.
+        compiled: run networks through torch.compile; results agree to rounding.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Runner:
         data: Path | None = None,
         clock: Clock | None = None,
         progress: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.store = store
         self.device = device
         self.data = data
         self.clock = Clock() if clock is None else clock
         self.progress = progress
+        self.compiled = compiled
         self._sets: dict[str, DataSet] = {}
         self._trained: dict[tuple[str, str], tuple[DetectorModule, dict[str, Any]]] = {}
 
@@ -120,7 +123,7 @@ class Runner:
             **points,
             "seconds": round(time.perf_counter() - started, 2),
             "checksums": data.checksums,
-            "provenance": provenance(self.device),
+            "provenance": provenance(self.device) | {"compiled": self.compiled},
         }
         self.store.write_cell(cell.key, result)
         self.store.finish(cell.key)
@@ -139,6 +142,7 @@ class Runner:
                 device=self.device,
                 clock=self.clock,
                 progress=self.progress,
+                compiled=self.compiled,
             )
             batches = Batches(data.train.head(cell.training.images), JUDGED_AT_ONCE)
             finished = recipe.finish(trained.eval(), batches).to(self.device).eval().requires_grad_(False)

@@ -30,8 +30,19 @@ def train(
     device: torch.device,
     clock: Clock,
     progress: bool = False,
+    compiled: bool = False,
 ) -> tuple[DetectorModule, dict[str, Any]]:
     """The trained detector, uncalibrated, and the record of its training; from the store, if it is there.
+
+    Args:
+        training: what determines it.
+        recipe: how it is built and trained.
+        data: to train on.
+        store: of weights.
+        device: where to compute.
+        clock: the time budget.
+        progress: show progress bars.
+        compiled: run the network through torch.compile, here and in whatever the detector is used for.
 
     Raises:
         OutOfTimeError: the budget is used up; the next call goes on where this one stopped.
@@ -39,6 +50,8 @@ def train(
     torch.manual_seed(training.seed)
     network = models.build(training.model, data.image_shape)
     detector = recipe.build(network).to(device)
+    if compiled:
+        network.body.compile()
     saved = store.load_weights(training.key)
     if saved is not None:
         detector.load_state_dict(saved[0])
@@ -75,7 +88,7 @@ def train(
         "epochs": len(history),
         "seconds": round(sum(epoch.seconds for epoch in history), 1),
         "last": {key: value for key, value in asdict(history[-1]).items() if math.isfinite(value)},
-        "provenance": provenance(device),
+        "provenance": provenance(device) | {"compiled": compiled},
     }
     store.save_weights(training.key, state, {"record": record})
     store.finish(training.key)

@@ -191,6 +191,24 @@ def test_half_precision_weights_are_the_ones_that_get_evaluated(experiment, tmp_
     assert {value.dtype for value in stored.values() if value.is_floating_point()} == {torch.float16}
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+def test_compiled_networks_give_the_same_results(finished, experiment, tmp_path):
+    pytest.importorskip("torch._inductor")
+    chosen = [cell for cell in experiment.cells if cell.attack in ("PGD", "FGSM")]
+    own = Runner(Store(tmp_path), device=torch.device("cpu"), compiled=True)
+    for cell in chosen:
+        result, expected = own.run(cell), Store(finished[0]).read_cell(cell.key)
+        assert result["provenance"]["compiled"]
+        assert set(Store(tmp_path).load_weights(cell.training.key)[0]) == set(
+            Store(finished[0]).load_weights(cell.training.key)[0]
+        )
+        for variant, rates in expected["results"].items():
+            for rate, counts in rates["rates"].items():
+                found = result["results"][variant]["rates"][rate]["success"]
+                assert abs(found[0] - counts["success"][0]) <= 2  # rounding moves an image or two
+
+
 def test_large_weights_come_in_parts(tmp_path):
     store = Store(tmp_path)
     state = {f"layer{index}": torch.full((1_000_000,), float(index)) for index in range(9)} | {"ids": torch.arange(3)}
