@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from benchmarks.detectors import RECIPES
 from benchmarks.estimates import (
@@ -125,18 +125,20 @@ def compare(results: Results, paper: Result, metric: str, suite: Results) -> str
     rows.append(row("**worst row**", worst, paper.get("worst case", {}).get(metric, ())))
     if rate is not None:
         rows.append(row("**worst per image**", lambda detector: worst_per_image(slots[detector], rate)))
-    return table(["", *(RECIPES[detector].title for detector in own.detectors)], rows)
+    learned = {RECIPES[detector].title: estimate(_any(slots[detector]), accuracy) for detector in own.detectors}
+    return table(["", *learned], rows) + _beginners(learned)
 
 
 def attack_table(results: Results) -> str:
     """ASR-1, for experiments that the paper does not have: a row a detector or variant, a column an attack."""
     own = results.experiment
-    rows = []
+    rows, learned = [], {}
     for name, slots in _lines(results, own.attacks):
         clean = _any(slots)
+        learned[name] = estimate(clean, accuracy)
         found = [show(estimate(slot, success(ONE_PERCENT))) for slot in slots]
         rows.append([name, show(estimate(clean, accuracy)), _counted(clean, ONE_PERCENT), *found])
-    return table(["", "accuracy", "images counted", *map(label, own.attacks)], rows)
+    return table(["", "accuracy", "images counted", *map(label, own.attacks)], rows) + _beginners(learned)
 
 
 def area_table(results: Results) -> str:
@@ -204,3 +206,9 @@ def _either(results: Iterable[Result | None]) -> Result | None:
 def _counted(slot: Slot, rate: float) -> str:
     totals = [success(rate)(result).total for result in slot if result is not None]
     return "–".join(str(total) for total in sorted({*_range(totals)})) if totals else NOT_RUN
+
+
+def _beginners(learned: Mapping[str, Estimate]) -> str:
+    """A warning below a table: what labels hardly anything rightly has hardly anything to be broken."""
+    names = [name for name, found in learned.items() if found.mean < 0.5]
+    return f"\n\n**{', '.join(names)} has not learned to classify here: its figures say nothing.**" if names else ""

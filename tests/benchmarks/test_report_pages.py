@@ -97,6 +97,13 @@ def test_a_cell_shows_the_worst_step_size_its_interval_and_the_paper():
     assert cell == ["**0.38**", "<small>.14–.69</small>", "(0.21)"]
 
 
+def test_a_detector_that_has_not_learned_is_said_to_mean_nothing():
+    found = {("madry", "PGD linf 0.3 U"): made_up({"": "00000000"}) | {"accuracy": [3, 8]}}
+    assert "Madry has not learned" in compare(read("table2-mnist", found), PAPER["table2-mnist"], "ASR-1", NOTHING)
+    found["madry", "PGD linf 0.3 U"]["accuracy"] = [5, 8]
+    assert "not learned" not in compare(read("table2-mnist", found), PAPER["table2-mnist"], "ASR-1", NOTHING)
+
+
 def test_an_area_is_the_smallest_of_the_step_sizes_and_may_be_undefined():
     made = made_up({"a": "1" * 8, "b": "1" * 8}, eroc={"a": 0.9, "b": 0.7})
     undefined = made_up({"a": "1" * 8}, eroc=None)
