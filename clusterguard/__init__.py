@@ -41,6 +41,7 @@ from clusterguard.confidence import ConfidenceDetector  # noqa: E402
 from clusterguard.decision import Detection, Detector, Evidence, decide, success_margin  # noqa: E402
 from clusterguard.detector import DetectorModule, WithThresholds  # noqa: E402
 from clusterguard.evaluation import evaluate  # noqa: E402
+from clusterguard.export import OnnxDetector, export_onnx, export_program, load_onnx  # noqa: E402
 from clusterguard.guard import ClusterGuard  # noqa: E402
 from clusterguard.monitoring import FalsePositiveMonitor, MonitorReport, plausible_rate  # noqa: E402
 from clusterguard.results import Evaluation  # noqa: E402
@@ -76,6 +77,7 @@ __all__ = [
     "GaussianClusters",
     "MonitorReport",
     "MultiTarget",
+    "OnnxDetector",
     "OrthogonalPGD",
     "PaperProtocol",
     "RandomTarget",
@@ -92,7 +94,10 @@ __all__ = [
     "decide",
     "errors",
     "evaluate",
+    "export_onnx",
+    "export_program",
     "interop",
+    "load_onnx",
     "plausible_rate",
     "samples",
     "success_margin",

@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from clusterguard.checks import check_labels
@@ -44,6 +45,28 @@ class Calibration:
         """The share of all correctly classified calibration images that the thresholds refuse."""
         refused = sum(count * rate for count, rate in zip(self.counts, self.realised_rates, strict=True))
         return refused / max(1, sum(self.counts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the thresholds as plain values for JSON; the thresholds are the detector's, exact in its own file."""
+        return {name: value for name, value in asdict(self).items() if name != "thresholds"}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], thresholds: Tensor) -> "Calibration":
+        """The record that `to_dict` wrote, beside these thresholds.
+
+        Args:
+            values: what `to_dict` returned, also by way of JSON.
+            thresholds: (K,).
+
+        Raises:
+            TypeError: names that are missing or unknown.
+        """
+        plain: dict[str, Any] = {key: tuple(own) if isinstance(own, list) else own for key, own in values.items()}
+        return cls(thresholds=tuple(thresholds.tolist()), **plain)
+
+    def describes(self, thresholds: Tensor) -> bool:
+        """Whether these (K,) thresholds are still the ones that were fitted."""
+        return self.thresholds == tuple(thresholds.tolist())
 
 
 def minimum_examples(false_positive_rate: float) -> int:

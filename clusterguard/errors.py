@@ -8,6 +8,7 @@ ClusterGuardError
 ├── NotCalibratedError (RuntimeError)      thresholds are needed and none have been fitted
 ├── TooFewCalibrationExamplesError (ValueError)  a class has too few examples for the rate asked for
 ├── TrainingDivergedError (RuntimeError)   the loss became NaN or infinite; the last good weights are kept
+├── PersistenceError (RuntimeError)        a saved guard or graph is missing, damaged, foreign, too new or does not fit
 └── MissingDependencyError (ImportError)   an optional package is needed for this call
 ```
 """
@@ -39,6 +40,10 @@ class TooFewCalibrationExamplesError(ClusterGuardError, ValueError):
 
 class TrainingDivergedError(ClusterGuardError, RuntimeError):
     """The training loss became NaN or infinite; the guard holds the last good weights."""
+
+
+class PersistenceError(ClusterGuardError, RuntimeError):
+    """A saved guard or graph that is missing, damaged, not clusterguard's, too new, or does not fit its backbone."""
 
 
 class MissingDependencyError(ClusterGuardError, ImportError):

@@ -1,16 +1,24 @@
 """ClusterGuard: a backbone and the Gaussian mixture behind it, the module that users hold."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from clusterguard.backbones import find_normalization, find_num_classes, make_encoder
 from clusterguard.clusters import GaussianClusters
 from clusterguard.decision import Evidence
 from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite
 from clusterguard.errors import ConfigurationError
+from clusterguard.persistence import find_folder, load_guard, save_guard
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from clusterguard.results import Evaluation
+    from typing_extensions import Self
 
-class ClusterGuard(DetectorModule):
+
+class ClusterGuard(DetectorModule, ModelHubMixin):
     """An image classifier that notices adversarial examples: a drop-in for the classifier it wraps.
 
     The backbone's classifier is replaced by one with m outputs, the representation. An image is labelled by the
@@ -84,3 +92,87 @@ class ClusterGuard(DetectorModule):
         """Class scores −d and suspicion d of images (B, C, H, W) in [0, 1], d (B, K) the distances."""
         distances = self.distances(images)
         return Evidence(-distances, distances)
+
+    def save_pretrained(  # type: ignore[override]  # the Hub's version takes options of its own and returns an address
+        self,
+        save_directory: str | Path,
+        *,
+        training: Mapping[str, Any] | None = None,
+        evaluation: "Evaluation | None" = None,
+        config: Mapping[str, Any] | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the guard as a folder: `model.safetensors`, `config.json`, and a model card in `README.md`.
+
+        An interrupted save leaves the old guard, or a folder that `from_pretrained` refuses, never a mixture.
+
+        Args:
+            save_directory: the folder; an older guard in it is replaced, other files stay.
+            training: how it was trained, anything that JSON has; recorded as it is.
+            evaluation: of this guard at these thresholds; its figures go into the card.
+            config: the name under which `push_to_hub` hands over `training`.
+            model_card_kwargs: in which `push_to_hub` hands over ``{"evaluation": ...}``.
+
+        Raises:
+            PersistenceError: the folder holds another model's files.
+            ConfigurationError: training that JSON has no words for, or an evaluation at other thresholds.
+
+        Warns:
+            UserWarning: no call of timm or torchvision rebuilds the backbone, so loading will need the module.
+
+        Example:
+            >>> import tempfile, torch
+            >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU())
+            >>> guard, images = ClusterGuard(backbone, num_classes=10), torch.rand(4, 1, 28, 28)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     guard.save_pretrained(folder, training={"epochs": 30})
+            ...     again = ClusterGuard.from_pretrained(folder, backbone=backbone)
+            >>> torch.equal(again.distances(images), guard.distances(images))
+            True
+        """
+        records = {"training": config if training is None else training, "evaluation": evaluation}
+        save_guard(self, Path(save_directory), **{**records, **(model_card_kwargs or {})})
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the Hub's version takes any option
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        backbone: nn.Module | None = None,
+        example: Tensor | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> "Self":
+        """The guard that `save_pretrained` or `push_to_hub` wrote, on the CPU, in eval mode, calibration restored.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or an id on the Hugging Face Hub.
+            backbone: the module the guard was made with, weights aside; None rebuilds it from `config.json`.
+            example: as in `ClusterGuard`, if that module needed one.
+            revision: on the Hub: a branch, tag or commit.
+            token: for the Hub; None takes the one that is logged in.
+            cache_dir: where downloads are kept.
+            force_download: fetch it even if it is there.
+            local_files_only: do not ask the Hub.
+
+        Returns:
+            The guard; its tensors are the saved ones, bit by bit.
+
+        Raises:
+            PersistenceError: it is missing, damaged, foreign, too new, or does not fit the backbone.
+
+        Example:
+            See `save_pretrained`.
+        """
+        folder = find_folder(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        return load_guard(cls, folder, backbone=backbone, example=example)

@@ -1,0 +1,298 @@
+"""A detector as one graph, images -> labels, distances, is_adversarial: for `torch.export` and for ONNX."""
+
+import copy
+import importlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from clusterguard.calibration import Calibration
+from clusterguard.checks import check_calibrated, check_images
+from clusterguard.decision import Detection, Evidence, decide
+from clusterguard.detector import DetectorModule
+from clusterguard.errors import ConfigurationError, InputError, MissingDependencyError, PersistenceError
+from clusterguard.files import write_atomically
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn.functional import one_hot
+
+_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+
+
+def export_program(detector: DetectorModule, example: Tensor | None = None) -> ExportedProgram:
+    """Export a detector with its thresholds by `torch.export`.
+
+    The graph holds copies: training or calibrating the detector later does not change it.
+
+    Args:
+        detector: calibrated.
+        example: (B, C, H, W) images in [0, 1]. C, H and W become part of the graph, B stays free. None takes the
+            size that a timm backbone was configured for.
+
+    Returns:
+        A program that maps images to labels, distances and is_adversarial, each (B,), as `detect` does in eval mode.
+
+    Raises:
+        NotCalibratedError: the detector has no thresholds.
+        InputError: an example of a wrong shape, dtype or range.
+        ConfigurationError: no example, and no timm backbone that tells its size.
+
+    Example:
+        >>> from clusterguard import ClusterGuard
+        >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU()), num_classes=2)
+        >>> guard.thresholds = torch.tensor([12.0, 12.0])
+        >>> program = export_program(guard, torch.rand(1, 1, 4, 4))
+        >>> labels, distances, is_adversarial = program.module()(torch.rand(7, 1, 4, 4))
+        >>> labels.shape
+        torch.Size([7])
+    """
+    decision, images = _prepare(detector, example)
+    with _quiet():
+        return torch.export.export(decision, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+
+
+def export_onnx(detector: DetectorModule, path: str | Path, example: Tensor | None = None) -> Path:
+    """Export a detector with its thresholds as an ONNX file.
+
+    Args:
+        detector: calibrated, in float32 or float16.
+        path: of the file; what was there stays there if anything fails.
+        example: as in `export_program`.
+
+    Returns:
+        The path. The graph maps "images" to "labels", "distances" and "is_adversarial"; its initializer "thresholds" is
+        the only part that calibration sets. Its metadata say how they were fitted.
+
+    Raises:
+        MissingDependencyError: onnx or onnxscript is not installed.
+        NotCalibratedError: the detector has no thresholds.
+        InputError: an example of a wrong shape, dtype or range.
+        ConfigurationError: as in `export_program`, or another precision.
+
+    Example:
+        >>> import tempfile
+        >>> from clusterguard import ClusterGuard
+        >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU()), num_classes=2)
+        >>> guard.thresholds = torch.tensor([12.0, 12.0])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_onnx(guard, f"{folder}/guard.onnx", torch.rand(1, 1, 4, 4)).name
+        'guard.onnx'
+    """
+    _import("onnx", "onnxscript")
+    decision, images = _prepare(detector, example)
+    if images.dtype not in _DTYPES.values():
+        raise ConfigurationError(
+            f"expected a detector in float32 or float16, got {images.dtype}; export "
+            "copy.deepcopy(detector).float() and calibrate the graph, for its distances will differ"
+        )
+    thresholds, shapes = detector.thresholds.cpu(), ({0: Dim("batch")}, None)
+    with _quiet():
+        program = torch.export.export(
+            decision.cpu(), (images.cpu(), thresholds), dynamic_shapes=shapes, strict=False
+        ).run_decompositions({torch.ops.aten.clamp_min.default: _clamp_min})
+        names: dict[str, Any] = {"input_names": ["images", "thresholds"], "output_names": Detection._fields}
+        exported: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    model = exported.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # stack traces, with paths of this machine
+    del model.graph.value_info[:]
+    for value in [model.graph.input[0], *model.graph.output]:
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    return _write(model, detector, path)
+
+
+class OnnxDetector(DetectorModule):
+    """A detector that `export_onnx` wrote, run by onnxruntime; make it with `load_onnx`.
+
+    It detects and can be calibrated like any detector. The graph tells one suspicion an image, that of its label, so
+    evidence for other classes is a place holder, and there are no gradients: attack the detector that was exported.
+
+    Args:
+        model: the graph, its thresholds an input.
+        session: that runs it.
+        thresholds: (K,).
+    """
+
+    def __init__(self, model: Any, session: Any, thresholds: Tensor) -> None:
+        super().__init__(len(thresholds))
+        self.thresholds = thresholds
+        self._model, self._session = model, session
+        self._shape, self._dtype = session.get_inputs()[0].shape[1:], _DTYPES[session.get_inputs()[0].type]
+
+    def evidence(self, images: Tensor) -> Evidence:
+        """Images (B, C, H, W) -> class scores and suspicion (B, K) on which `decide` says what the graph says."""
+        # At these thresholds the graph refuses what is not finite and nothing else.
+        labels, distances, not_finite = self._run(images, torch.full_like(self.thresholds, torch.inf))
+        is_label = one_hot(labels, self.num_classes).bool()
+        best = torch.where(not_finite, torch.inf, 1.0)
+        return Evidence(torch.where(is_label, best[:, None], 0.0), distances[:, None].expand_as(is_label))
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, *, check: bool = True) -> Detection:
+        """The graph's labels, distances and verdicts; as `DetectorModule.detect`."""
+        if check:
+            check_images(images)
+            check_calibrated(self.thresholds)
+        return self._run(images, self.thresholds)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the graph with the thresholds it has now.
+
+        Raises:
+            NotCalibratedError: it has none.
+        """
+        check_calibrated(self.thresholds)
+        model = type(self._model)()
+        model.CopyFrom(self._model)
+        return _write(model, self, path)
+
+    def _run(self, images: Tensor, thresholds: Tensor) -> Detection:
+        if list(images.shape[1:]) != self._shape:
+            raise InputError(
+                f"expected images of shape (B, {', '.join(map(str, self._shape))}), as the graph was exported for, got "
+                f"{tuple(images.shape)}; export it again with such images as example"
+            )
+        feeds = {"images": images.detach().to("cpu", self._dtype).contiguous(), "thresholds": thresholds.cpu()}
+        outputs = self._session.run(Detection._fields, {name: own.numpy() for name, own in feeds.items()})
+        return Detection(*(torch.from_numpy(own).to(images.device) for own in outputs))
+
+
+def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProvider",)) -> OnnxDetector:
+    """A graph that `export_onnx` wrote, also after quantisation, as a detector that can be calibrated again.
+
+    Args:
+        path: of the file.
+        providers: onnxruntime's execution providers, the preferred first.
+
+    Returns:
+        The detector, with the file's thresholds and the record of their calibration.
+
+    Raises:
+        MissingDependencyError: onnx or onnxruntime is not installed.
+        PersistenceError: the file is missing, damaged, or not from `export_onnx`.
+
+    Example:
+        >>> import tempfile
+        >>> from clusterguard import ClusterGuard
+        >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU()), num_classes=2)
+        >>> guard.thresholds = torch.tensor([12.0, 12.0])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = export_onnx(guard, f"{folder}/guard.onnx", torch.rand(1, 1, 4, 4))
+        ...     detector = load_onnx(path)
+        ...     detector.thresholds = torch.tensor([9.0, 9.0])  # or Calibrator(0.01).fit(detector, loader)
+        ...     load_onnx(detector.save(path)).thresholds
+        tensor([9., 9.])
+    """
+    onnx, onnxruntime = _import("onnx", "onnxruntime")
+    try:
+        model = onnx.load(path)
+        properties = {own.key: own.value for own in model.metadata_props}
+        if "clusterguard" not in properties:
+            raise ValueError("its metadata do not name clusterguard")
+        thresholds = _open(model)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=list(providers))
+        detector = OnnxDetector(model, session, thresholds)
+        if "calibration" in properties:
+            detector.calibration = Calibration.from_dict(json.loads(properties["calibration"]), thresholds)
+    except Exception as error:  # protobuf's and onnxruntime's errors have no base class in common
+        raise PersistenceError(
+            f"{path} is missing, damaged, or not written by export_onnx; export the detector again. What went wrong: "
+            f"{error!r}"
+        ) from error
+    return detector
+
+
+class _Decision(nn.Module):
+    """What is exported: a detector and the rule, `decide`."""
+
+    def __init__(self, detector: DetectorModule) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor, thresholds: Tensor | None = None) -> tuple[Tensor, ...]:
+        scores, suspicion = self.detector.evidence(images)
+        # Torch takes a NaN for the largest score, other runtimes do not; infinity is refused as well.
+        scores = scores.masked_fill(scores.isnan(), torch.inf)
+        return tuple(
+            decide(Evidence(scores, suspicion), self.detector.thresholds if thresholds is None else thresholds)
+        )
+
+
+def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decision, Tensor]:
+    """A frozen copy in eval mode, and two blank images for it; with one, export would take B for a constant."""
+    check_calibrated(detector.thresholds)
+    if example is not None:
+        check_images(example)
+    decision = _Decision(copy.deepcopy(detector)).requires_grad_(False)
+    for module in decision.modules():
+        module.training = False
+    like = next((own for own in decision.parameters() if own.is_floating_point()), detector.thresholds)
+    images = like.new_zeros(2, *(_configured_shape(detector) if example is None else example.shape[1:]))
+    with _quiet(), torch.no_grad():
+        decision(images)  # what a detector does at its first batch alone is no part of the graph
+    return decision, images
+
+
+def _configured_shape(detector: nn.Module) -> tuple[int, ...]:
+    for module in detector.modules():
+        settings = getattr(module, "pretrained_cfg", None)
+        if isinstance(settings, dict) and "input_size" in settings:
+            size = getattr(getattr(module, "patch_embed", None), "img_size", None) or settings["input_size"][1:]
+            return (getattr(module, "in_chans", 3), *size)
+    raise ConfigurationError("this detector does not tell the size of its images; pass example=images, a batch of them")
+
+
+def _clamp_min(values: Tensor, smallest: float) -> Tensor:
+    # ONNX leaves open what Clip makes of NaN, and onnxruntime makes a finite number of +inf; both must stay what they
+    # are, or what is not finite would be accepted.
+    return torch.where(values < smallest, smallest, values)
+
+
+def _write(model: Any, detector: DetectorModule, path: str | Path) -> Path:
+    """Turn the input "thresholds" into an initializer, say how it was fitted, and write the graph."""
+    (onnx,) = _import("onnx")
+    record = detector.calibration
+    properties = {"clusterguard": version("clusterguard"), "num_classes": str(detector.num_classes)}
+    if record is not None and record.describes(detector.thresholds):
+        properties |= {
+            "false_positive_rate": str(record.false_positive_rate),
+            "method": record.method,
+            "calibration": json.dumps(record.to_dict()),
+        }
+    onnx.helper.set_model_props(model, properties)
+    model.graph.input.remove(next(own for own in model.graph.input if own.name == "thresholds"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(detector.thresholds.cpu().numpy(), "thresholds"))
+    onnx.checker.check_model(model)
+    return write_atomically(path, lambda file: onnx.save(model, file))
+
+
+def _open(model: Any) -> Tensor:
+    """Turn the initializer "thresholds" into an input, and return it."""
+    (onnx,) = _import("onnx")
+    initializer = next(own for own in model.graph.initializer if own.name == "thresholds")
+    values = onnx.numpy_helper.to_array(initializer)
+    model.graph.initializer.remove(initializer)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("thresholds", initializer.data_type, values.shape))
+    return torch.tensor(values)
+
+
+def _import(*names: str) -> list[Any]:
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'{" and ".join(names)} are needed for this; run: pip install "clusterguard[export]"'
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn of their own deprecations; there is nothing that the caller could do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
