@@ -23,7 +23,11 @@ def test_the_readme_shows_the_example_that_runs():
     assert blocks == [(ROOT / "examples" / "drop_in.py").read_text()]
 
 
+def test_the_quickstart_includes_the_example_that_runs():
+    assert '--8<-- "examples/drop_in.py"' in (ROOT / "docs" / "quickstart.md").read_text()
+
+
 def test_links_in_the_front_pages_lead_somewhere():
-    for page in ("README.md", "CONTRIBUTING.md"):
+    for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
             assert target.startswith("https://") or (ROOT / target).exists(), f"{page}: {target}"
