@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all benchmark-quick lint types docs format clean
+.PHONY: demo test test-all benchmark-quick speed lint types docs format clean
 
 demo: .venv/installed
 	$(BIN)/clusterguard demo
@@ -17,6 +17,9 @@ test-all: .venv/installed
 benchmark-quick: .venv/installed
 	$(BIN)/python -m benchmarks run mnist --profile quick --device cpu
 	$(BIN)/python -m benchmarks report --profile quick --pages runs/quick/pages
+
+speed: .venv/installed
+	for row in head projection attack detection; do $(BIN)/python -m benchmarks.speed.$$row; done
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -211,4 +211,7 @@ def _counted(slot: Slot, rate: float) -> str:
 def _beginners(learned: Mapping[str, Estimate]) -> str:
     """A warning below a table: what labels hardly anything rightly has hardly anything to be broken."""
     names = [name for name, found in learned.items() if found.mean < 0.5]
-    return f"\n\n**{', '.join(names)} has not learned to classify here: its figures say nothing.**" if names else ""
+    if not names:
+        return ""
+    says = "has not learned to classify here: its" if len(names) == 1 else "have not learned to classify here: their"
+    return f"\n\n**{', '.join(names)} {says} figures say nothing.**"
