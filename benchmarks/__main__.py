@@ -59,17 +59,23 @@ def run(
     clock = Clock(time_budget)
     place = torch.device(device)
     runner = Runner(store, device=place, data=data, clock=clock, progress=progress, compiled=compiled)
-    left = list(cells)
+    left, pace = list(cells), dict[str, float]()  # seconds a pass takes, by network
     try:
-        for index, cell in enumerate(cells, start=1):
-            started = time.perf_counter()
+        while left:
             clock.check()
+            # Near the end of the budget whole cells that still fit come first; what is begun last goes on next time.
+            fitting = (own for own in left if pace.get(own.training.model, 0) * planning.passes(own) <= clock.left)
+            cell = next(fitting, left[0])
+            trained, started = store.has_weights(cell.training.key), time.perf_counter()
             runner.run(cell)
             left.remove(cell)
-            print(f"[{index}/{len(cells)}] {cell.title}: {time.perf_counter() - started:.1f} s", flush=True)
+            seconds = time.perf_counter() - started
+            if trained:
+                pace[cell.training.model] = seconds / planning.passes(cell)
+            print(f"[{len(cells) - len(left)}/{len(cells)}] {cell.title}: {seconds:.1f} s", flush=True)
     except OutOfTimeError:
         print(f"out of time; {len(left)} of {len(cells)} cells are left, and will go on where they were")
-        planning.print_plan(left, planning.throughput(device))
+        planning.print_plan(left, planning.throughput(device), trained=store.has_weights)
         raise typer.Exit(UNFINISHED) from None
     print(f"{len(cells)} cells run, nothing is left")
 
@@ -107,7 +113,7 @@ def plan(
     cells = [cell for cell in _cells(names, profile, only) if store.read_cell(cell.key) is None]
     if calibrate:
         planning.calibrate(cells, torch.device(device))
-    planning.print_plan(cells, planning.throughput(device), trained=lambda key: store.load_weights(key) is not None)
+    planning.print_plan(cells, planning.throughput(device), trained=store.has_weights)
 
 
 @app.command()

@@ -124,22 +124,34 @@ def training_passes(training: Training) -> int:
     return count * (training.epochs + attacked * (steps + 1))
 
 
+def attack_passes(cell: Cell) -> tuple[int, int]:
+    """Images through a forward pass, and through a backward pass, that a cell's attack takes at most."""
+    forward, backward = KINDS[cell.kind].cost(10, **cell.options)
+    times = cell.images * (len(cell.rates) if KINDS[cell.kind].sees_thresholds else 1)
+    return times * forward, times * backward
+
+
+def passes(cell: Cell) -> int:
+    """The same as one number; a backward pass costs about two forward ones."""
+    forward, backward = attack_passes(cell)
+    return forward + 2 * backward
+
+
 def print_plan(cells: Sequence[Cell], speed: Throughput, *, trained: Callable[[str], bool] = lambda key: False) -> None:
     """Cells, what they cost and how long they should take, trainings first."""
     print(f"seconds: {speed.source}")
     total = 0.0
     needed = {own.training.key: own for cell in cells for own in (cell, cell.surrogate) if own is not None}
     for own in (own for key, own in needed.items() if not trained(key)):
-        training, passes = own.training, training_passes(own.training)
-        seconds = passes * speed.seconds(training.model, training.dataset, training.batch_size)[1]
+        training, count = own.training, training_passes(own.training)
+        seconds = count * speed.seconds(training.model, training.dataset, training.batch_size)[1]
         total += seconds
-        print(f"  train  {own.detector:40} {passes:>14,} gradients {seconds:>9,.0f} s")
+        print(f"  train  {own.detector:40} {count:>14,} gradients {seconds:>9,.0f} s")
     for cell in cells:
-        forward, backward = KINDS[cell.kind].cost(10, **cell.options)
-        times = cell.images * (len(cell.rates) if KINDS[cell.kind].sees_thresholds else 1)
+        forward, backward = attack_passes(cell)
         batch = min(cell.chunk, cell.images) * len(cell.options.get("step_sizes", [0]))
         alone, both = speed.seconds(cell.training.model, cell.training.dataset, batch)
-        seconds = times * ((forward - backward) * alone + backward * both)
+        seconds = (forward - backward) * alone + backward * both
         total += seconds
-        print(f"  attack {cell.title:40} {times * backward:>14,} gradients {seconds:>9,.0f} s")
+        print(f"  attack {cell.title:40} {backward:>14,} gradients {seconds:>9,.0f} s")
     print(f"{len(cells)} cells, {len(needed)} trainings, about {total:,.0f} s in all")

@@ -68,18 +68,24 @@ class Store:
         for index, part in enumerate(parts):
             write_atomically(self._weights(key, index), partial(save_file, part))
         text = json.dumps({"parts": len(parts), **record}, indent=1) + "\n"
-        write_atomically(self.root / "models" / f"{key}.json", lambda file: file.write_text(text))
+        write_atomically(self._record(key), lambda file: file.write_text(text))
+
+    def has_weights(self, key: str) -> bool:
+        """Whether a training is finished."""
+        return self._record(key).exists()
 
     def load_weights(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Weights and their record, None if they are not complete."""
-        path = self.root / "models" / f"{key}.json"
-        if not path.exists():
+        if not self.has_weights(key):
             return None
-        record: dict[str, Any] = json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(self._record(key).read_text())
         state: dict[str, Tensor] = {}
         for index in range(record["parts"]):
             state |= load_file(self._weights(key, index))
         return state, record
+
+    def _record(self, key: str) -> Path:
+        return self.root / "models" / f"{key}.json"
 
     def _weights(self, key: str, index: int) -> Path:
         return self.root / "models" / f"{key}-{index + 1}.safetensors"

@@ -298,5 +298,28 @@ def test_the_command_line_runs_plans_and_tells(experiment, finished, monkeypatch
     (finished[0] / "cells" / f"{'0' * 12}.json").unlink()
 
 
+def test_near_the_end_of_the_budget_cells_that_fit_come_first(experiment, tmp_path, monkeypatch):
+    """A made-up machine: a pass takes a millisecond, and training nothing."""
+    now, order = [0.0], []
+
+    class Machine(Runner):
+        def run(self, cell):
+            now[0] += 0.001 * plan.passes(cell)
+            if now[0] > 4.0:
+                raise OutOfTimeError
+            order.append(cell.attack)
+
+    monkeypatch.setattr("benchmarks.__main__.Runner", Machine)
+    monkeypatch.setattr("benchmarks.clock.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Store, "has_weights", lambda self, key: True)
+    command = ["run", "small", "--device", "cpu", "--out", str(tmp_path), "--time-budget", "4", "--only", "ours*"]
+    assert CliRunner().invoke(app, command).exit_code == 3
+    costs = {cell.attack: 0.001 * plan.passes(cell) for cell in experiment.cells if cell.detector == "ours"}
+    assert costs["suite"] > 4  # it does not fit, so all others are whole before it is begun
+    assert order == [name for name in costs if name != "suite"][: len(order)]
+    assert sum(costs[name] for name in order) <= 4
+    assert len(order) == len([name for name in costs if name != "suite"])
+
+
 def test_every_detector_is_there():
     assert len(RECIPES) == 11
