@@ -14,7 +14,8 @@ from clusterguard.files import write_atomically
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models
-from benchmarks.cells import Cell, Training
+from benchmarks.cells import Cell
+from benchmarks.detectors import RECIPES
 from benchmarks.kinds import KINDS
 from benchmarks.store import RESULTS, device_name
 
@@ -116,10 +117,11 @@ def _flops(model: str, shape: tuple[int, int, int]) -> int:
     return total
 
 
-def training_passes(training: Training) -> int:
-    """Forward and backward passes a training takes: the attack's steps and two more on every image, every epoch."""
-    count = training.images or SIZES[training.dataset][0]
-    attacked = training.epochs - training.warmup_epochs
+def training_passes(cell: Cell) -> int:
+    """Forward and backward passes of a cell's training: in each epoch one an image, and more where it attacks."""
+    training = cell.training
+    count: int = training.images or SIZES[training.dataset][0]
+    attacked = training.epochs - training.warmup_epochs if RECIPES[cell.detector].attacked else 0
     steps: int = training.attack["steps"]
     return count * (training.epochs + attacked * (steps + 1))
 
@@ -143,7 +145,7 @@ def print_plan(cells: Sequence[Cell], speed: Throughput, *, trained: Callable[[s
     total = 0.0
     needed = {own.training.key: own for cell in cells for own in (cell, cell.surrogate) if own is not None}
     for own in (own for key, own in needed.items() if not trained(key)):
-        training, count = own.training, training_passes(own.training)
+        training, count = own.training, training_passes(own)
         seconds = count * speed.seconds(training.model, training.dataset, training.batch_size)[1]
         total += seconds
         print(f"  train  {own.detector:40} {count:>14,} gradients {seconds:>9,.0f} s")

@@ -100,6 +100,7 @@ class Recipe:
         trainer: trains it.
         finish: what is fitted after training, without gradients.
         objective: of attackers who know the detector, as in the paper's Table 1.
+        attacked: whether its training attacks at all; for estimates.
         variant: makes the recipe with other options, for ablations; None if it has none.
     """
 
@@ -110,4 +111,5 @@ class Recipe:
     trainer: MakeTrainer
     finish: Finish = lambda detector, _: detector
     objective: str | Objective = "adaptive"
+    attacked: bool = True
     variant: Callable[..., "Recipe"] | None = None

@@ -58,5 +58,6 @@ CCAT = replace(
     reference="Stutz et al., Confidence-calibrated adversarial training (2020)",
     training="ccat",
     trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
+    attacked=True,
     objective="suspicion",
 )

@@ -36,4 +36,5 @@ MADRY = replace(
     reference="Madry et al., Towards deep learning models resistant to adversarial attacks (2018)",
     training="madry",
     trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
+    attacked=True,
 )

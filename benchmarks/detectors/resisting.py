@@ -89,4 +89,5 @@ RESISTING = Recipe(
     build=GaussianMixtureAutoencoder,
     trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
     objective="adaptive",
+    attacked=False,
 )

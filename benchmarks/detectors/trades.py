@@ -64,4 +64,5 @@ TRADES = replace(
     reference="Zhang et al., Theoretically principled trade-off between robustness and accuracy (2019)",
     training="trades",
     trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
+    attacked=True,
 )

@@ -27,4 +27,5 @@ VANILLA = Recipe(
     build=build,
     trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
     objective="logit",
+    attacked=False,
 )

@@ -323,3 +323,9 @@ def test_near_the_end_of_the_budget_cells_that_fit_come_first(experiment, tmp_pa
 
 def test_every_detector_is_there():
     assert len(RECIPES) == 11
+
+
+def test_estimates_know_which_trainings_attack():
+    cells_of = {cell.detector: cell for cell in load_experiment("strict-mnist").cells}
+    attacked = {name for name, cell in cells_of.items() if plan.training_passes(cell) > 55_000 * cell.training.epochs}
+    assert attacked == {"ours", "l-ben", "madry", "trades", "ccat", "rectified-rejection"}
