@@ -9,7 +9,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from clusterguard.errors import ConfigurationError
 from clusterguard.files import write_atomically
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -80,24 +79,25 @@ def _measure(model: str, shape: tuple[int, int, int], batch: int, device: torch.
 def throughput(device: str) -> Throughput:
     """Measured figures of a device, found by a part of its name; else assumed ones."""
     known: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for name, measured in known.items():
-        if device.lower() in name.lower():
-            return Throughput(f"measured on {name}", partial(_nearest, measured))
     kind = "h200" if device.startswith("cuda") else device
     flops, launches = ASSUMED.get(kind, ASSUMED["cpu"])
+    for name, measured in known.items():
+        if device.lower() in name.lower():
+            source = f"measured on {name}, assumed for networks that were not"
+            return Throughput(source, partial(_nearest, measured, flops, launches))
     return Throughput(
         f"assumed for {device}: {flops / 1e9:,.0f} GFLOP/s, {launches:,.0f} kernels/s",
         partial(_assumed, flops, launches),
     )
 
 
-def _nearest(measured: dict[str, Any], model: str, dataset: str, batch: int) -> tuple[float, float]:
+def _nearest(
+    measured: dict[str, Any], flops: float, launches: float, model: str, dataset: str, batch: int
+) -> tuple[float, float]:
     """The figures at the nearest size of batch that was measured."""
     sizes = [int(key.split()[2]) for key in measured if key.split()[:2] == [model, dataset]]
     if not sizes:
-        raise ConfigurationError(
-            f"{model} on {dataset} has not been measured on this device; run with --calibrate there"
-        )
+        return _assumed(flops, launches, model, dataset, batch)
     forward, both = measured[f"{model} {dataset} {min(sizes, key=lambda size: abs(math.log(size / batch)))}"]
     return forward, both
 

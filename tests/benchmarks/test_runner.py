@@ -279,6 +279,7 @@ def test_measured_throughput_is_found_again(experiment, monkeypatch, tmp_path):
     speed = plan.throughput("cpu")
     assert "measured" in speed.source
     assert speed.seconds("tiny-cnn", "digits", 10_000)[1] > 0
+    assert speed.seconds("small-cnn", "mnist", 1000)[1] > 0  # assumed: it was not measured
 
 
 def test_the_command_line_runs_plans_and_tells(experiment, finished, monkeypatch):
