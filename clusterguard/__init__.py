@@ -22,6 +22,7 @@ from clusterguard.attacks import (  # noqa: E402
     Boundary,
     CarliniWagner,
     FastMinimumNorm,
+    MixedAttack,
     MultiTarget,
     OrthogonalPGD,
     PaperProtocol,
@@ -46,7 +47,9 @@ from clusterguard.guard import ClusterGuard  # noqa: E402
 from clusterguard.monitoring import FalsePositiveMonitor, MonitorReport, plausible_rate  # noqa: E402
 from clusterguard.results import Evaluation  # noqa: E402
 from clusterguard.training import AdversarialClusterTrainer  # noqa: E402
-from clusterguard.training_loop import DetectorTrainer, TrainingStep  # noqa: E402
+from clusterguard.training_engine import TrainingStep  # noqa: E402
+from clusterguard.training_loop import DetectorTrainer  # noqa: E402
+from clusterguard.training_options import TrainingOptions  # noqa: E402
 
 __version__ = version("clusterguard")
 
@@ -75,6 +78,7 @@ __all__ = [
     "FalsePositiveMonitor",
     "FastMinimumNorm",
     "GaussianClusters",
+    "MixedAttack",
     "MonitorReport",
     "MultiTarget",
     "OnnxDetector",
@@ -86,6 +90,7 @@ __all__ = [
     "SparseRS",
     "Square",
     "Towards",
+    "TrainingOptions",
     "TrainingStep",
     "Transfer",
     "WithThresholds",

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from clusterguard.checks import check_labels
@@ -13,6 +13,9 @@ from clusterguard.decision import Detector
 from clusterguard.detector import DetectorModule, Loader, judge
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Method = Literal["conformal", "quantile"]
 Scarce = Literal["error", "pool"]
@@ -233,13 +236,16 @@ class Calibrator:
                 f"every class, got {counts.tolist()}; add examples, or allow a higher rate"
             )
 
-    def fit(self, detector: Detector, loader: Loader, *, progress: bool = False) -> Calibration:
+    def fit(
+        self, detector: Detector, loader: Loader, *, accelerator: "Accelerator | None" = None, progress: bool = False
+    ) -> Calibration:
         """Fit and set the detector's thresholds; they are left as they were if anything fails.
 
         Args:
             detector: anything that yields evidence; a `DetectorModule` also keeps the returned record.
             loader: batches of images (B, C, H, W) in [0, 1] and labels (B,). Only suspicion and labels are kept,
                 so memory does not grow with the images' size.
+            accelerator: whose processes share the work, a batch each in turn; all get the same thresholds.
             progress: show a progress bar.
 
         Returns:
@@ -249,7 +255,7 @@ class Calibrator:
             InputError: images or labels of a wrong shape, dtype or range, or an empty loader.
             TooFewCalibrationExamplesError: naming classes and counts.
         """
-        detection, labels = judge(detector, loader, progress="calibrating" if progress else "")
+        detection, labels = judge(detector, loader, accelerator=accelerator, progress="calibrating" * progress)
         calibration = fit_thresholds(
             detection.distances,
             detection.labels,

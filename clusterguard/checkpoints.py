@@ -1,14 +1,19 @@
 """What a training run leaves behind: a record of each epoch, and a file that it can go on from."""
 
+import copy
+import math
+import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from clusterguard.errors import PersistenceError
 from clusterguard.files import write_atomically
-from torch import Generator
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,50 @@ class EpochRecord:
     seconds: float
 
 
+@dataclass
+class EpochTotals:
+    """Sums over the steps of an epoch so far.
+
+    Attributes:
+        steps: batches, that is.
+        loss: summed over steps.
+        images: seen.
+        correct: of them, labelled rightly.
+        attacked: images attacked.
+        successes: of them, those that got through.
+        seconds: wall time.
+    """
+
+    steps: int = 0
+    loss: float = 0.0
+    images: int = 0
+    correct: int = 0
+    attacked: int = 0
+    successes: int = 0
+    seconds: float = 0.0
+
+    def add(self, loss: Tensor, images: int, correct: Tensor, successes: Tensor | None) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.loss += loss.item()
+        self.images += images
+        self.correct += int(correct)
+        if successes is not None:
+            self.attacked += images
+            self.successes += int(successes)
+
+    def record(self, epoch: int, mean_threshold: float) -> EpochRecord:
+        """The epoch's record."""
+        return EpochRecord(
+            epoch=epoch,
+            loss=self.loss / max(1, self.steps),
+            accuracy=self.correct / max(1, self.images),
+            attack_success_rate=self.successes / self.attacked if self.attacked else math.nan,
+            mean_threshold=mean_threshold,
+            seconds=self.seconds,
+        )
+
+
 class Stateful(Protocol):
     """Modules, optimisers, schedulers."""
 
@@ -45,50 +94,88 @@ class Stateful(Protocol):
         ...
 
 
-def save_checkpoint(
-    path: str | Path,
-    *,
-    parts: Mapping[str, Stateful | None],
-    generators: Mapping[str, Generator | None],
-    values: Mapping[str, Any],
-) -> None:
-    """Write states, torch's global randomness included, whole or not at all; no code is pickled.
+def save_checkpoint(path: str | Path, *, parts: Mapping[str, Stateful | None], values: Mapping[str, Any]) -> None:
+    """Write states, whole or not at all; no code is pickled. What was at the path stays beside it, as ``.previous``.
 
     Args:
         path: of the file.
         parts: by name; None where a run has no such part.
-        generators: by name; None where a run has no such generator.
         values: tensors, numbers, strings, lists and dicts of them.
     """
     state = {
         "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
-        "generators": {name: own.get_state() for name, own in generators.items() if own is not None},
-        "global_generator": torch.get_rng_state(),
         "values": dict(values),
     }
-    write_atomically(path, partial(torch.save, state))
+
+    def write(temporary: Path) -> None:
+        torch.save(state, temporary)
+        if Path(path).exists():
+            Path(path).replace(previous(path))  # killed here, a run goes on from the previous one
+
+    write_atomically(path, write)
 
 
-def load_checkpoint(
-    path: str | Path, *, parts: Mapping[str, Stateful | None], generators: Mapping[str, Generator | None]
-) -> dict[str, Any]:
-    """Set parts and generators to what `save_checkpoint` wrote under their names.
+def load_checkpoint(path: str | Path, *, parts: Mapping[str, Stateful | None]) -> dict[str, Any] | None:
+    """Set parts to what `save_checkpoint` wrote under their names, last or, if that file is damaged, before.
 
     Args:
         path: of the file.
         parts: as when saved.
-        generators: as when saved.
 
     Returns:
-        The values, tensors on the CPU.
+        The values, tensors on the CPU; None if there is no checkpoint.
+
+    Raises:
+        PersistenceError: there are files, but none of them is whole, or they are another run's.
+
+    Warns:
+        UserWarning: the last file is damaged, and the one before it is used.
     """
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(state["parts"][name])
-    for name, own in generators.items():
-        if own is not None:
-            own.set_state(state["generators"][name])
-    torch.set_rng_state(state["global_generator"])
-    values: dict[str, Any] = state["values"]
-    return values
+    files = [file for file in (Path(path), previous(path)) if file.exists()]
+    for file in files:
+        state = _read(file)
+        if state is None:
+            continue
+        if file != files[0]:
+            warnings.warn(f"{files[0]} is damaged; going on from the checkpoint before it, {file}", stacklevel=2)
+        _restore(parts, state["parts"], file)
+        values: dict[str, Any] = state["values"]
+        return values
+    if files:
+        raise PersistenceError(
+            f"{path} is damaged, and there is no whole checkpoint before it; delete it to start anew"
+        )
+    return None
+
+
+def previous(path: str | Path) -> Path:
+    """Where the checkpoint before the last is kept."""
+    return Path(path).with_name(Path(path).name + ".previous")
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """The file's content; None if it is damaged."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:  # torch itself does not look at checksums
+                return None
+        state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError):
+        return None
+    return state if isinstance(state, dict) and {"parts", "values"} <= set(state) else None
+
+
+def _restore(parts: Mapping[str, Stateful | None], states: Mapping[str, Any], file: Path) -> None:
+    wanted = {name: part for name, part in parts.items() if part is not None}
+    if set(wanted) != set(states):
+        raise PersistenceError(
+            f"{file} was written by another run: it holds {', '.join(states)}, expected {', '.join(wanted)}"
+        )
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in wanted.items()}
+    try:
+        for name, part in wanted.items():
+            part.load_state_dict(states[name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        for name, part in wanted.items():
+            part.load_state_dict(before[name])
+        raise PersistenceError(f"{file} does not fit, so it is another run's: {error}") from None

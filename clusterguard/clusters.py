@@ -124,7 +124,8 @@ def cluster_loss(
         clusters: the mixture.
         representations: (B, m).
         labels: (B,) the class each belongs to, where it belongs to one.
-        is_separate: (B,) True for D_S, the images that belong to the adversarial cluster.
+        is_separate: (B,) True for D_S, the images that belong to the adversarial cluster; or the share of each, in
+            [0, 1], that does.
         adversarial_weight: of the first mean.
 
     Returns:
@@ -140,10 +141,37 @@ def cluster_loss(
         >>> cluster_loss(clusters, torch.zeros(1, 2), torch.tensor([0]), torch.tensor([True]))
         tensor(0.)
     """
+    own, adversarial = cluster_terms(clusters, representations, labels, is_separate, counts_of(is_separate))
+    return own + adversarial_weight * adversarial
+
+
+def counts_of(is_separate: Tensor) -> Tensor:
+    """(2,) how many images belong to their classes and how many to the adversarial cluster, shares added up."""
+    separate = is_separate.float()
+    return torch.stack([(1 - separate).sum(), separate.sum()])
+
+
+def cluster_terms(
+    clusters: GaussianClusters, representations: Tensor, labels: Tensor, is_separate: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The two means of `cluster_loss`: over images of their classes, and over those of the adversarial cluster.
+
+    Args:
+        clusters: the mixture.
+        representations: (B, m).
+        labels: (B,).
+        is_separate: (B,) bools, or shares in [0, 1].
+        counts: (2,) what the two sums are divided by, unless it is less than 1; see `counts_of`.
+
+    Returns:
+        Two scalars.
+    """
+    separate = is_separate.to(counts.dtype)
     own = clusters.squared_distances(representations).gather(1, labels[:, None]).squeeze(1)
     to_origin = clusters.adversarial_squared_distance(representations)
-    return 0.5 * (_mean_where(~is_separate, own) + adversarial_weight * _mean_where(is_separate, to_origin))
-
-
-def _mean_where(mask: Tensor, values: Tensor) -> Tensor:
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
+    sums = [
+        torch.where(share > 0, share * squared, 0).sum()
+        for share, squared in ((1 - separate, own), (separate, to_origin))
+    ]
+    own_mean, adversarial_mean = 0.5 * torch.stack(sums) / counts.clamp_min(1)
+    return own_mean, adversarial_mean

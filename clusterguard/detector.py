@@ -9,10 +9,12 @@ from clusterguard.checks import check_calibrated, check_images, check_labels
 from clusterguard.decision import Detection, Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.modes import evaluation_mode
+from clusterguard.processes import collect, share
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from clusterguard.calibration import Calibration
     from typing_extensions import Self
 
@@ -150,12 +152,15 @@ class WithThresholds(nn.Module):
 
 
 @torch.no_grad()
-def judge(detector: Detector, loader: Loader, *, progress: str = "") -> tuple[Detection, Tensor]:
+def judge(
+    detector: Detector, loader: Loader, *, accelerator: "Accelerator | None" = None, progress: str = ""
+) -> tuple[Detection, Tensor]:
     """Run a detector in eval mode over a whole loader; only verdicts are kept, so memory does not grow with images.
 
     Args:
         detector: whatever yields evidence; without thresholds everything is refused, labels and suspicion still count.
         loader: batches of images (B, C, H, W) in [0, 1] and labels (B,).
+        accelerator: whose processes take a batch each, in turn; all of them get all verdicts.
         progress: the progress bar's title; empty shows none.
 
     Returns:
@@ -164,17 +169,20 @@ def judge(detector: Detector, loader: Loader, *, progress: str = "") -> tuple[De
     Raises:
         InputError: images or labels of a wrong shape, dtype or range, or an empty loader.
     """
-    verdicts, all_labels = [], []
+    verdicts: dict[int, list[Tensor]] = {}
     with evaluation_mode(detector):
-        for images, labels in tqdm(loader, desc=progress, disable=not progress, leave=False):
+        bar = tqdm(loader, desc=progress, disable=not progress, leave=False)
+        for position, (images, labels) in share(bar, accelerator):
             check_images(images)
             check_labels(labels, images, len(detector.thresholds))
             evidence = detector.evidence(images.to(detector.thresholds.device))
-            verdicts.append([part.cpu() for part in decide(evidence, detector.thresholds)])
-            all_labels.append(labels.cpu())
-    if not verdicts:
+            verdict = decide(evidence, detector.thresholds)
+            verdicts[position] = [part.cpu() for part in (*verdict, labels)]
+    found = collect(verdicts, accelerator)
+    if not found:
         raise InputError("expected a loader with at least one batch, got an empty one")
-    return Detection(*map(torch.cat, zip(*verdicts, strict=True))), torch.cat(all_labels)
+    *judged, all_labels = map(torch.cat, zip(*found, strict=True))
+    return Detection(*judged), all_labels
 
 
 def refuse_non_finite(images: Tensor, suspicion: Tensor) -> Tensor:

@@ -3,14 +3,13 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from clusterguard.attacks import Attack
 from clusterguard.attacks.base import check_attack_input
-from clusterguard.attacks.metering import Metered
 from clusterguard.attacks.norms import get_norm
-from clusterguard.attacks.suite import WorstCaseSuite
-from clusterguard.attacks.suite_state import StageRecord
+from clusterguard.batches import Batches, attack_batches
 from clusterguard.decision import Detection, Detector, decide
 from clusterguard.detector import Loader, judge
 from clusterguard.errors import ConfigurationError, InputError
@@ -28,7 +27,9 @@ from clusterguard.modes import evaluation_mode
 from clusterguard.results import AttackResult, Evaluation, Gallery
 from clusterguard.sanity import examine
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def evaluate(
@@ -40,6 +41,7 @@ def evaluate(
     generator: Generator | None = None,
     sanity_images: int = 100,
     checkpoint: str | Path | None = None,
+    accelerator: "Accelerator | None" = None,
     progress: bool = False,
 ) -> Evaluation:
     """Attack a calibrated detector and count what gets through.
@@ -55,6 +57,9 @@ def evaluate(
         generator: the attacks' randomness, on the detector's device.
         sanity_images: how many images the sanity report examines, see `Sanity`; 0 switches it off.
         checkpoint: a folder in which suites keep what they have done, so that an interrupted run can go on.
+        accelerator: whose processes take a batch each, in turn; all get the same result, whatever their number, if
+            the batches are the same in all of them and the generator has the same seed. A suite then runs batch by
+            batch.
         progress: show a progress bar.
 
     Returns:
@@ -86,17 +91,26 @@ def evaluate(
         raise InputError("expected a loader with at least one batch, got an empty one")
     for batch in batches:
         check_attack_input(detector, *batch)  # everything is checked before the first attack starts
-    clean, labels = judge(detector, batches)
+    clean, labels = judge(detector, batches, accelerator=accelerator)
     eligible = is_eligible(clean, labels)
-    benign, benign_labels = (clean, labels) if calibration_loader is None else judge(detector, calibration_loader)
+    benign, benign_labels = clean, labels
+    if calibration_loader is not None:
+        benign, benign_labels = judge(detector, calibration_loader, accelerator=accelerator)
     results: list[AttackResult] = []
     broken: dict[str, Tensor] = {}
     gallery: Gallery | None = None
     for name, attack in named.items():
         started = time.perf_counter()
-        metered = Metered(detector)
         file = None if checkpoint is None else Path(checkpoint) / f"{name}.pt"
-        attacked, stages = _attack(attack, metered, batches, generator, name if progress else "", file)
+        attacked, stages, cost = attack_batches(
+            attack,
+            detector,
+            batches,
+            generator=generator,
+            checkpoint=file,
+            accelerator=accelerator,
+            progress=name if progress else "",
+        )
         seconds = time.perf_counter() - started
         valid = torch.cat([_is_valid(attack, old, new) for (old, _), new in zip(batches, attacked, strict=True)])
         verdict = _judge_attacked(detector, attacked)
@@ -114,7 +128,7 @@ def evaluate(
                 success=attack_success_rate(clean, verdict, labels),
                 expected_roc_auc=expected_roc_auc(benign, benign_labels, verdict, labels, num_classes),
                 invalid=int((~valid).sum()),
-                cost=metered.cost,
+                cost=cost,
                 seconds=seconds,
                 stages=stages,
                 verdict=verdict,
@@ -144,21 +158,6 @@ def evaluate(
         labels=labels,
         gallery=gallery,
     )
-
-
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def _attack(
-    attack: Attack, detector: Detector, batches: Batches, generator: Generator | None, title: str, file: Path | None
-) -> tuple[list[Tensor], tuple[StageRecord, ...]]:
-    """Attacked images, in the batches they came in; a suite gets all of them at once, for they are its references."""
-    if isinstance(attack, WorstCaseSuite):
-        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        result = attack.run(detector, images, labels, generator=generator, checkpoint=file, progress=bool(title))
-        return list(result.images.split([len(own) for _, own in batches])), result.stages
-    bar = tqdm(batches, desc=title, disable=not title, leave=False)
-    return [attack(detector, images, own, generator=generator) for images, own in bar], ()
 
 
 @torch.no_grad()

@@ -3,24 +3,29 @@
 import math
 from collections.abc import Iterator
 from itertools import islice
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from clusterguard.attacks import Attack
+from clusterguard.attacks.base import scale
+from clusterguard.attacks.norms import get_norm
 from clusterguard.calibration import Calibrator, fit_thresholds
-from clusterguard.clusters import cluster_loss
+from clusterguard.clusters import cluster_terms, counts_of
 from clusterguard.decision import decide
 from clusterguard.detector import Loader, WithThresholds, judge
 from clusterguard.errors import ConfigurationError, TooFewCalibrationExamplesError
 from clusterguard.guard import ClusterGuard
-from clusterguard.metrics import is_broken
+from clusterguard.metrics import false_positive_rate, is_broken
 from clusterguard.modes import evaluation_mode
-from clusterguard.training_loop import DetectorTrainer, TrainingStep
+from clusterguard.training_engine import TrainingStep
+from clusterguard.training_loop import DetectorTrainer
+from clusterguard.training_options import TrainingOptions
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-Relabel = Literal["separate", "original"]
+Relabel = Literal["separate", "graded", "original"]
+_SMALLEST = 1e-3  # share of its radius that an attack has when its ramp begins
 
 
 @final
@@ -40,18 +45,24 @@ class AdversarialClusterTrainer(DetectorTrainer):
         scheduler: stepped after every epoch.
         warmup_epochs: epochs on benign images alone first (equations 9 and 10).
         adversarial_weight: of the term of successful attacks, at least 0.
-        relabel: "separate" is the paper's method; "original" gives every attacked image its original class, the
-            paper's ablation L-Ben, which is adversarial training of the same head.
+        relabel: "separate" is the paper's method: what got through belongs to the adversarial cluster. "graded": the
+            more so, the larger its perturbation; see `grading_power`. "original" gives every attacked image its
+            original class, the paper's ablation L-Ben, which is adversarial training of the same head.
+        grading_power: ρ. Graded, a share of 1 − (1 − ‖δ‖ / ε)^ρ of an image that got through belongs to the adversarial
+            cluster and the rest to its class, as if its centre lay between theirs. Needs an attack with a norm and eps.
+        ramp_epochs: epochs after the warm-up over which the attack's radius and steps grow to their full length.
         refresh_every: steps between refreshes of the thresholds that decide what got through. Before the first
             they are +inf, so that "got through" means "misclassified".
         refresh_batches: calibration batches a refresh looks at, taken in turn.
         calibrator: fits the final thresholds; its rate is also that of the refreshes.
+        options: how steps are taken: clipping, averaging, devices and processes; None takes `TrainingOptions()`.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option out of its range, or an attack that lacks what one of them needs.
 
     Reference:
-        arXiv 2012.03483, section 3.3 and algorithm 1.
+        arXiv 2012.03483, section 3.3 and algorithm 1. Grading: Stutz, Hein & Schiele, "Confidence-calibrated
+        adversarial training" (2020).
 
     Example:
         >>> from clusterguard import PGD
@@ -74,12 +85,23 @@ class AdversarialClusterTrainer(DetectorTrainer):
         warmup_epochs: int = 0,
         adversarial_weight: float = 1.0,
         relabel: Relabel = "separate",
+        grading_power: float = 10.0,
+        ramp_epochs: float = 0.0,
         refresh_every: int = 10,
         refresh_batches: int = 4,
         calibrator: Calibrator | None = None,
+        options: TrainingOptions | None = None,
     ) -> None:
-        if relabel not in ("separate", "original"):
-            raise ConfigurationError(f"expected relabel 'separate' or 'original', got {relabel!r}")
+        if relabel not in ("separate", "graded", "original"):
+            raise ConfigurationError(f"expected relabel 'separate', 'graded' or 'original', got {relabel!r}")
+        if relabel == "graded" and (getattr(attack, "norm", None) is None or not getattr(attack, "eps", None)):
+            raise ConfigurationError(f"expected an attack with a norm and a positive eps, to grade by, got {attack!r}")
+        if not 0 < grading_power < math.inf:
+            raise ConfigurationError(f"expected a positive grading_power, got {grading_power}")
+        if not 0 <= ramp_epochs < math.inf:
+            raise ConfigurationError(f"expected ramp_epochs of at least 0, got {ramp_epochs}")
+        if ramp_epochs:
+            scale(attack, 1.0)  # one that cannot be scaled is refused now
         if not 0 <= adversarial_weight < math.inf:
             raise ConfigurationError(f"expected adversarial_weight of at least 0, got {adversarial_weight}")
         if warmup_epochs < 0 or refresh_every < 1 or refresh_batches < 1:
@@ -87,12 +109,14 @@ class AdversarialClusterTrainer(DetectorTrainer):
                 "expected warmup_epochs of at least 0, refresh_every and refresh_batches of at least 1, got "
                 f"{warmup_epochs}, {refresh_every} and {refresh_batches}"
             )
-        super().__init__(guard, optimizer=optimizer, scheduler=scheduler, calibrator=calibrator)
+        super().__init__(guard, optimizer=optimizer, scheduler=scheduler, calibrator=calibrator, options=options)
         self.guard = guard
         self.attack = attack
         self.warmup_epochs = warmup_epochs
         self.adversarial_weight = adversarial_weight
         self.relabel = relabel
+        self.grading_power = grading_power
+        self.ramp_epochs = ramp_epochs
         self.refresh_every = refresh_every
         self.refresh_batches = refresh_batches
 
@@ -103,35 +127,57 @@ class AdversarialClusterTrainer(DetectorTrainer):
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
         """Both phases of algorithm 1: attack a batch and relabel it, then the loss on all of it."""
         batch, batch_labels = images, labels
-        is_separate = torch.zeros_like(labels, dtype=torch.bool)
+        is_separate = torch.zeros(len(labels), device=labels.device)
         successes = None
         if not self._is_warming_up:
             detector = WithThresholds(self.guard, self.thresholds)
-            attacked = self.attack(detector, images, labels, generator=generator)
+            attacked = self._present_attack(detector, images, labels, generator=generator)
             with torch.no_grad(), evaluation_mode(detector):
                 got_through = is_broken(decide(detector.evidence(attacked), self.thresholds), labels)
             successes = got_through.sum()
             batch, batch_labels = torch.cat([images, attacked]), torch.cat([labels, labels])
-            separate = got_through if self.relabel == "separate" else torch.zeros_like(got_through)
-            is_separate = torch.cat([is_separate, separate])
+            is_separate = torch.cat([is_separate, self._separate_shares(images, attacked, got_through)])
         representations = self.guard.represent(batch)
-        loss = cluster_loss(
-            self.guard.clusters,
-            representations,
-            batch_labels,
-            is_separate,
-            adversarial_weight=self.adversarial_weight,
-        )
+        # With several processes the means are over all their images, as if one process had seen them.
+        counts = self.engine.accelerator.reduce(counts_of(is_separate), "mean")
+        own, adversarial = cluster_terms(self.guard.clusters, representations, batch_labels, is_separate, counts)
         predicted = self.guard.clusters.logits(representations[: len(labels)].detach()).argmax(dim=1)
-        return TrainingStep(loss, (predicted == labels).sum(), successes)
+        return TrainingStep(
+            own + self.adversarial_weight * adversarial,
+            (predicted == labels).sum(),
+            successes,
+            {"loss/own": own.detach(), "loss/adversarial": adversarial.detach()},
+        )
+
+    @property
+    def _present_attack(self) -> Attack:
+        """The attack, smaller while the ramp lasts."""
+        ramped = self.epochs_done - self.warmup_epochs
+        if ramped >= self.ramp_epochs:
+            return self.attack
+        return scale(self.attack, max(ramped / self.ramp_epochs, _SMALLEST))
+
+    def _separate_shares(self, images: Tensor, attacked: Tensor, got_through: Tensor) -> Tensor:
+        """(B,) how much of each attacked image belongs to the adversarial cluster, in [0, 1]."""
+        if self.relabel == "original":
+            return torch.zeros_like(got_through, dtype=torch.float32)
+        if self.relabel == "separate":
+            return got_through.float()
+        attack: Any = self.attack  # has both, by the checks above
+        size: Tensor = get_norm(attack.norm).size(attacked - images)
+        shares: Tensor = got_through * (1 - (1 - size.float() / attack.eps).clamp(0, 1) ** self.grading_power)
+        return shares
 
     def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Refresh the thresholds every now and then."""
-        if not self._is_warming_up and self._steps % self.refresh_every == 0:
-            self._refresh_thresholds(islice(calibration_batches, self.refresh_batches))
+        if not self._is_warming_up and self.engine.steps % self.refresh_every == 0:
+            count = self.refresh_batches * self.engine.accelerator.num_processes
+            self._refresh_thresholds(islice(calibration_batches, count))
 
     def _refresh_thresholds(self, batches: Loader) -> None:
-        detection, labels = judge(self.guard, batches)
+        detector = WithThresholds(self.guard, self.thresholds)
+        detection, labels = judge(detector, batches, accelerator=self.engine.accelerator)
+        self.note({"false_positive_rate": false_positive_rate(detection, labels).value})
         finite = detection.distances.isfinite()
         try:
             fitted = fit_thresholds(

@@ -1,38 +1,28 @@
-"""What every training of a detector shares: epochs, records, checkpoints, and the way back when a loss explodes."""
+"""What every training of a detector shares: epochs, records, checkpoints, calibration at the end."""
 
-import math
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from clusterguard.calibration import Calibrator
-from clusterguard.checkpoints import EpochRecord, Stateful, load_checkpoint, save_checkpoint
+from clusterguard.checkpoints import EpochRecord, EpochTotals, load_checkpoint, save_checkpoint
 from clusterguard.checks import check_images, check_labels
 from clusterguard.detector import DetectorModule, Loader
-from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError, TrainingDivergedError
+from clusterguard.errors import ConfigurationError, InputError, PersistenceError, TooFewCalibrationExamplesError
+from clusterguard.processes import collect
+from clusterguard.replay import Replay, random_states, set_random_states
+from clusterguard.training_engine import TrainingEngine, TrainingStep
+from clusterguard.training_options import TrainingOptions
 from torch import Generator, Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
-
-
-class TrainingStep(NamedTuple):
-    """What one batch gave.
-
-    Attributes:
-        loss: a scalar, to be minimised.
-        correct: how many images of the batch were labelled rightly, (); benign ones where they are looked at.
-        successes: how many training attacks got through, (); None if there was no attack.
-    """
-
-    loss: Tensor
-    correct: Tensor
-    successes: Tensor | None = None
 
 
 class DetectorTrainer(ABC):
@@ -41,8 +31,9 @@ class DetectorTrainer(ABC):
     Args:
         detector: trained in place, on its own device.
         optimizer: of the detector's parameters; None takes Adam with learning rate 1e-3.
-        scheduler: stepped after every epoch.
+        scheduler: stepped after every epoch, or as the options say.
         calibrator: fits the final thresholds; None takes `Calibrator()`.
+        options: how steps are taken: clipping, averaging, devices and processes; None takes `TrainingOptions()`.
 
     Attributes:
         thresholds: (K,) those in use while training, +inf at first.
@@ -69,15 +60,18 @@ class DetectorTrainer(ABC):
         optimizer: Optimizer | None = None,
         scheduler: LRScheduler | None = None,
         calibrator: Calibrator | None = None,
+        options: TrainingOptions | None = None,
     ) -> None:
         self.detector = detector
         self.optimizer = Adam(detector.parameters(), lr=1e-3) if optimizer is None else optimizer
         self.scheduler = scheduler
         self.calibrator = Calibrator() if calibrator is None else calibrator
+        self.options = TrainingOptions() if options is None else options
         self.thresholds = torch.full_like(detector.thresholds, torch.inf)
         self.history: list[EpochRecord] = []
-        self._steps = 0
-        self._last_good: tuple[int, dict[str, Tensor]] = (0, {})
+        self._totals = EpochTotals()
+        self._batches: int | None = None
+        self._noted: dict[str, float] = {}
 
     @abstractmethod
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
@@ -85,6 +79,26 @@ class DetectorTrainer(ABC):
 
     def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:  # noqa: B027  # may be left out
         """Called after every step of the optimizer, with an endless supply of calibration batches."""
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Hand numbers to the trackers with the next report."""
+        self._noted |= values
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs so far; the present one counts in part where the loader tells its length."""
+        return len(self.history) + (self._totals.steps / self._batches if self._batches else 0)
+
+    @cached_property
+    def engine(self) -> TrainingEngine:
+        """What takes the steps; made when it is first needed."""
+        return TrainingEngine(
+            self.detector,
+            self.training_step,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            options=self.options,
+        )
 
     def fit(
         self,
@@ -94,6 +108,7 @@ class DetectorTrainer(ABC):
         epochs: int,
         on_epoch_end: Callable[[EpochRecord], None] | None = None,
         checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
         generator: Generator | None = None,
         calibrate: bool = True,
         progress: bool = True,
@@ -103,14 +118,16 @@ class DetectorTrainer(ABC):
         The detector counts as uncalibrated until the end, and stays so if training fails. A detector in eval mode is
         put into train mode meanwhile; in one in train mode, modules that you have put into eval mode, such as a frozen
         BatchNorm, stay there. Equal seeds of torch's global generator, of the loaders and of `generator` give equal
-        weights on the same machine.
+        weights on the same machine. With several processes, batches of the training loader are dealt out in turn.
 
         Args:
             train_loader: batches of images (B, C, H, W) in [0, 1] and labels (B,).
             calibration_loader: the same, of images kept out of training and of evaluation.
             epochs: how many there shall be in all, those of a resumed checkpoint included.
             on_epoch_end: called after every epoch with its record, when the checkpoint has been written.
-            checkpoint: a file written after every epoch; if it exists, training goes on from it.
+            checkpoint: a file written after every epoch; if it exists, training goes on from it, to the same weights
+                as without the interruption. The one before it is kept beside it, as ``.previous``.
+            checkpoint_every: steps of the optimizer after which it is written too; None writes it after epochs only.
             generator: the attack's randomness; None takes torch's global one.
             calibrate: fit thresholds at the end. Where the calibration set turns out too small, a warning says so
                 and the trained detector stays uncalibrated.
@@ -120,121 +137,153 @@ class DetectorTrainer(ABC):
             One record per epoch.
 
         Raises:
-            ConfigurationError: fewer than one epoch.
+            ConfigurationError: fewer than one epoch or step, or a training loader that processes cannot share.
+            PersistenceError: the checkpoint is damaged, and so is the one before it; or it is another run's.
             InputError: images or labels of a wrong shape, dtype or range.
             TooFewCalibrationExamplesError: before training, if the calibration set can't suffice.
             TrainingDivergedError: the loss became NaN or infinite; the detector holds the last good weights.
         """
         if epochs < 1:
             raise ConfigurationError(f"expected at least 1 epoch, got {epochs}")
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise ConfigurationError(f"expected checkpoint_every of at least 1 step, got {checkpoint_every}")
         if calibrate:
             self.calibrator.check_counts(calibration_loader, self.detector.num_classes)
         self.detector.reset_calibration()
         was_training = self.detector.training
         if not was_training:
             self.detector.train()
-        generators = {"attack": generator, "loader": getattr(train_loader, "generator", None)}
-        if checkpoint is not None and Path(checkpoint).exists():
-            self._resume(checkpoint, generators)
+        train = Replay(self.engine.share(train_loader), self.engine.device)
+        run = _Run(train, Replay(calibration_loader, self.engine.device), generator, checkpoint, checkpoint_every)
+        self.thresholds = self.thresholds.to(self.engine.device)
+        self._resume(run)
         while len(self.history) < epochs:
-            record = self._run_epoch(epochs, train_loader, calibration_loader, generator, progress)
+            self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" if progress else "")
+            record = self.engine.end_epoch(self._totals).record(len(self.history) + 1, float(self.thresholds.mean()))
             self.history.append(record)
-            if self.scheduler is not None:
-                self.scheduler.step()
-            if checkpoint is not None:
-                self._save(checkpoint, generators)
+            self._totals = EpochTotals()
+            run.calibration.rewind()
+            self._save(run)
             if on_epoch_end is not None:
                 on_epoch_end(record)
+        self.engine.finish()
         if not was_training:
             self.detector.eval()
         if calibrate:
             try:
-                self.calibrator.fit(self.detector, calibration_loader, progress=progress)
+                accelerator = self.engine.accelerator
+                self.calibrator.fit(self.detector, calibration_loader, accelerator=accelerator, progress=progress)
             except TooFewCalibrationExamplesError as error:
                 warnings.warn(f"trained, but not calibrated: {error}", stacklevel=2)
         return self.history
 
-    def _resume(self, checkpoint: str | Path, generators: dict[str, Generator | None]) -> None:
-        values = load_checkpoint(checkpoint, parts=self._parts, generators=generators)
-        self.thresholds = values["thresholds"].to(self.thresholds.device)
-        self.history = [EpochRecord(**record) for record in values["history"]]
-        self._steps = values["steps"]
-
-    def _save(self, checkpoint: str | Path, generators: dict[str, Generator | None]) -> None:
-        history = [asdict(record) for record in self.history]
-        values = {"thresholds": self.thresholds, "history": history, "steps": self._steps}
-        save_checkpoint(checkpoint, parts=self._parts, generators=generators, values=values)
-
-    @property
-    def _parts(self) -> dict[str, Stateful | None]:
-        return {"guard": self.detector, "optimizer": self.optimizer, "scheduler": self.scheduler}
-
-    def _run_epoch(
-        self,
-        epochs: int,
-        train_loader: Loader,
-        calibration_loader: Loader,
-        generator: Generator | None,
-        progress: bool,
-    ) -> EpochRecord:
-        epoch = len(self.history) + 1
-        started = time.perf_counter()
-        calibration_batches = _forever(calibration_loader)
-        losses, seen, attacked, correct, successes = [], 0, 0, 0, 0
-        bar = tqdm(train_loader, desc=f"epoch {epoch}/{epochs}", disable=not progress, leave=False)
+    def _finish_epoch(self, run: "_Run", title: str) -> None:
+        """Go on with the present epoch to its end."""
+        totals, started = self._totals, time.perf_counter() - self._totals.seconds
+        calibration_batches = _forever(run.calibration)
+        self._batches = run.train.length
+        bar = tqdm(
+            run.train,
+            desc=title,
+            total=self._batches,
+            initial=run.train.taken,
+            disable=not title,
+            leave=False,
+            mininterval=0.5,
+        )
         for images, labels in bar:
             check_images(images)
             check_labels(labels, images, self.detector.num_classes)
-            device = self.detector.thresholds.device
-            step = self.training_step(images.to(device), labels.to(device), generator)
-            self._descend(step.loss)
-            losses.append(step.loss.item())
-            seen, correct = seen + len(labels), correct + int(step.correct)
-            if step.successes is not None:
-                attacked, successes = attacked + len(labels), successes + int(step.successes)
-            self.after_step(calibration_batches)
-            bar.set_postfix(
-                loss=f"{losses[-1]:.2f}",
-                attack=f"{successes / max(1, attacked):.2f}",
-                tau=f"{self.thresholds.mean():.2f}",
-            )
-        return EpochRecord(
-            epoch=epoch,
-            loss=sum(losses) / len(losses),
-            accuracy=correct / seen,
-            attack_success_rate=successes / attacked if attacked else math.nan,
-            mean_threshold=float(self.thresholds.mean()),
-            seconds=time.perf_counter() - started,
-        )
+            step, is_whole = self.engine.take_step(images, labels, generator=run.generator)
+            totals.add(step.loss, len(labels), step.correct, step.successes)
+            totals.seconds = time.perf_counter() - started
+            if is_whole:
+                self.after_step(calibration_batches)
+                self._report(step, len(labels))
+                if run.checkpoint_every is not None and self.engine.steps % run.checkpoint_every == 0:
+                    self._save(run)
+            record = totals.record(len(self.history) + 1, float(self.thresholds.mean()))
+            attack, tau = f"{record.attack_success_rate:.2f}", f"{record.mean_threshold:.2f}"
+            bar.set_postfix(loss=f"{record.loss:.2f}", attack=attack, tau=tau, refresh=False)
 
-    def _descend(self, loss: Tensor) -> None:
-        self._check_loss(loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        self._steps += 1
-
-    def _check_loss(self, loss: Tensor) -> None:
-        """A finite loss vouches for the weights that made it: remember them now and then; else go back to them."""
-        if loss.isfinite():
-            if self._steps % 10 == 0:
-                state = self.detector.state_dict()
-                self._last_good = self._steps, {name: value.clone() for name, value in state.items()}
+    def _report(self, step: TrainingStep, images: int) -> None:
+        if not self.engine.is_reporting:
             return
-        step, weights = self._last_good
-        self.detector.load_state_dict(weights)
-        raise TrainingDivergedError(
-            f"the loss became {loss.item()} at step {self._steps} (epoch {len(self.history) + 1}); the detector holds "
-            f"the weights of step {step} again. Lower the learning rate, or train with fewer or smaller attack steps "
-            "first"
-        )
+        measured = {"loss": step.loss, "accuracy": step.correct / images, **(step.terms or {})}
+        if step.successes is not None:
+            measured["attack_success_rate"] = step.successes / images
+        values = {name: value.item() for name, value in measured.items()}
+        values |= {f"threshold/{index}": value for index, value in enumerate(self.thresholds.tolist())}
+        values["images_per_second"] = self._totals.images / self._totals.seconds
+        self.engine.report(values | self._noted)
+        self._noted = {}
+
+    def _save(self, run: "_Run") -> None:
+        if run.checkpoint is None:
+            return
+        accelerator = self.engine.accelerator
+        own = {accelerator.process_index: run.state_dict(self.engine.device) | {"totals": asdict(self._totals)}}
+        values = {
+            "thresholds": self.thresholds,
+            "history": [asdict(record) for record in self.history],
+            "steps": self.engine.steps,
+            "processes": collect(own, accelerator),
+        }
+        if accelerator.is_main_process:
+            save_checkpoint(run.checkpoint, parts=self.engine.parts, values=values)
+        accelerator.wait_for_everyone()
+
+    def _resume(self, run: "_Run") -> None:
+        values = None if run.checkpoint is None else load_checkpoint(run.checkpoint, parts=self.engine.parts)
+        if values is None:
+            return
+        accelerator, processes = self.engine.accelerator, values["processes"]
+        if len(processes) != accelerator.num_processes:
+            raise PersistenceError(
+                f"{run.checkpoint} was written by {len(processes)} processes; go on with as many, "
+                f"not with {accelerator.num_processes}"
+            )
+        own = processes[accelerator.process_index]
+        self.thresholds = values["thresholds"].to(self.engine.device)
+        self.history = [EpochRecord(**record) for record in values["history"]]
+        self.engine.steps = values["steps"]
+        self._totals = EpochTotals(**own["totals"])
+        run.load_state_dict(own, self.engine.device)
 
 
-def _forever(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+@dataclass(frozen=True)
+class _Run:
+    """What one call of `fit` draws from, and where it leaves checkpoints."""
+
+    train: Replay
+    calibration: Replay
+    generator: Generator | None
+    checkpoint: str | Path | None
+    checkpoint_every: int | None
+
+    def state_dict(self, device: torch.device) -> dict[str, Any]:
+        """Where this process is."""
+        return {
+            "train": self.train.state_dict(),
+            "calibration": self.calibration.state_dict(),
+            "generator": None if self.generator is None else self.generator.get_state(),
+            "global": random_states(device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go there."""
+        self.train.load_state_dict(state["train"])
+        self.calibration.load_state_dict(state["calibration"])
+        if self.generator is not None and state["generator"] is not None:
+            self.generator.set_state(state["generator"])
+        set_random_states(state["global"], device)
+
+
+def _forever(batches: Replay) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
-        count = 0
-        for batch in loader:
-            count += 1
+        given = batches.taken
+        for batch in batches:
+            given += 1
             yield batch
-        if not count:
+        if not given:
             raise InputError("expected a calibration loader with at least one batch, got an empty one")

@@ -26,7 +26,10 @@ HEAVY = {
 ALLOWED = {
     "errors": set(),
     "decision": set(),
-    "checkpoints": {"files"},
+    "checkpoints": {"errors", "files"},
+    "processes": set(),
+    "replay": {"detector", "errors"},
+    "training_options": {"errors"},
     "modes": set(),
     "files": set(),
     "torchvision_operators": set(),
@@ -41,6 +44,7 @@ ALLOWED = {
         "errors",
         "checks",
         "modes",
+        "processes",
         "calibration",
     },  # calibration: only for type checkers
     "monitoring": {"calibration", "decision", "errors"},

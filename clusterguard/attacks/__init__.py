@@ -7,6 +7,7 @@ from clusterguard.attacks.carlini_wagner import CarliniWagner
 from clusterguard.attacks.fixed_schedule import BIM, FGSM
 from clusterguard.attacks.iterative import MIM, NES, PGD
 from clusterguard.attacks.minimum_norm import FastMinimumNorm
+from clusterguard.attacks.mixed import MixedAttack
 from clusterguard.attacks.multi_target import MultiTarget
 from clusterguard.attacks.orthogonal import OrthogonalPGD
 from clusterguard.attacks.paper import PaperProtocol, RandomTarget
@@ -27,6 +28,7 @@ __all__ = [
     "Boundary",
     "CarliniWagner",
     "FastMinimumNorm",
+    "MixedAttack",
     "MultiTarget",
     "OrthogonalPGD",
     "PaperProtocol",

@@ -1,8 +1,9 @@
 """What every attack shares: the call, its checks, and what it leaves as it found it."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from clusterguard.checks import check_calibrated, check_images, check_labels
@@ -10,6 +11,9 @@ from clusterguard.decision import Detector
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.modes import evaluation_mode
 from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Attack(Protocol):
@@ -82,6 +86,21 @@ class BuiltInAttack(ABC):
             ]
         return torch.cat(parts).detach()
 
+    def scaled(self, factor: float) -> "Self":
+        """The same attack with `factor` times the radius and steps as much longer, for schedules.
+
+        Args:
+            factor: positive.
+
+        Raises:
+            ConfigurationError: an attack without a radius.
+        """
+        names = {own.name for own in fields(self)} & {"eps", "step_size"}
+        if "eps" not in names:
+            raise ConfigurationError(f"expected an attack with a radius eps, got {self!r}")
+        changed = {name: factor * getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **changed)
+
     @abstractmethod
     def _perturb(
         self,
@@ -104,6 +123,17 @@ class WrappingAttack(BuiltInAttack):
 
     attack: Attack
 
+    def scaled(self, factor: float) -> "Self":
+        """The same around a scaled attack.
+
+        Args:
+            factor: positive.
+
+        Raises:
+            ConfigurationError: the inner attack cannot be scaled.
+        """
+        return replace(self, attack=scale(self.attack, factor))
+
     @property
     def norm(self) -> str | None:
         """The inner attack's."""
@@ -113,6 +143,20 @@ class WrappingAttack(BuiltInAttack):
     def eps(self) -> float | None:
         """The inner attack's."""
         return getattr(self.attack, "eps", None)
+
+
+def scale(attack: Attack, factor: float) -> Attack:
+    """The attack with `factor` times the radius.
+
+    Raises:
+        ConfigurationError: it has no method `scaled` that makes one.
+    """
+    scaled: Callable[[float], Attack] | None = getattr(attack, "scaled", None)
+    if scaled is None:
+        raise ConfigurationError(
+            f"expected an attack with a method scaled(factor), as the built-in ones have, got {attack!r}"
+        )
+    return scaled(factor)
 
 
 def check_attack_input(detector: Detector, images: Tensor, labels: Tensor, targets: Tensor | None = None) -> None:

@@ -1,0 +1,124 @@
+"""The way back to an exact moment of a run: random states, and loaders that return to the batch where they were."""
+
+import random
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from clusterguard.detector import Loader
+from clusterguard.errors import InputError
+from torch import Generator, Tensor
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The global random states of torch, NumPy and Python, as tensors and numbers.
+
+    Args:
+        device: whose state is taken beside the CPU's.
+    """
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # transforms draw from it, so a replay needs it
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return {
+        "torch": torch.get_rng_state(),
+        "device": own,
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Go back to what `random_states` returned.
+
+    Args:
+        states: of an earlier moment.
+        device: as then.
+    """
+    name, keys, *rest = states["numpy"]
+    torch.set_rng_state(states["torch"])
+    if states["device"] is not None:
+        torch.get_device_module(device).set_rng_state(states["device"], device)
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(states["python"])
+
+
+class Replay:
+    """The batches of a loader, pass after pass; it knows where it is, and finds its way back there.
+
+    It goes back by drawing the same batches again from the same random states, so whatever shuffles or augments
+    them does so as before, provided that it draws from torch, NumPy or Python, or from the loader's `generator`.
+
+    Args:
+        loader: whatever can be passed through repeatedly.
+        device: whose random state counts beside the CPU's.
+
+    Example:
+        >>> replay = Replay([(torch.zeros(1), torch.tensor([index])) for index in range(3)], torch.device("cpu"))
+        >>> [int(labels) for _, labels in replay], int(next(replay)[1])
+        ([0, 1, 2], 0)
+        >>> state = replay.state_dict()
+        >>> int(next(replay)[1])
+        1
+        >>> replay.load_state_dict(state)
+        >>> int(next(replay)[1])
+        1
+    """
+
+    def __init__(self, loader: Loader, device: torch.device) -> None:
+        self.loader, self._device = loader, device
+        self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
+        self._taken, self._start = 0, self._present_states()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        """The next batch; after the last of a pass, StopIteration once, then the first of another pass."""
+        if self._batches is None:
+            self._start = self._present_states()
+            self._batches = iter(self.loader)
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self.rewind()
+            raise
+        self._taken += 1
+        return batch
+
+    def rewind(self) -> None:
+        """Begin a new pass with the next batch."""
+        self._batches, self._taken = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the present pass began, or the next will, and how many batches it has given."""
+        return {"taken": self._taken, "start": self._start if self._taken else self._present_states()}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go there; the global random states are then those after the last of the batches."""
+        self.rewind()
+        set_random_states(state["start"]["global"], self._device)
+        if self._generator is not None and state["start"]["loader"] is not None:
+            self._generator.set_state(state["start"]["loader"])
+        for _ in range(state["taken"]):
+            if next(self, None) is None:
+                raise InputError(f"expected a loader of at least {state['taken']} batches, as when it was interrupted")
+
+    def _present_states(self) -> dict[str, Any]:
+        generator = self._generator
+        own = None if generator is None else generator.get_state()
+        return {"global": random_states(self._device), "loader": own}
+
+    @property
+    def taken(self) -> int:
+        """Batches given in this pass."""
+        return self._taken
+
+    @property
+    def length(self) -> int | None:
+        """Batches of a whole pass; None if the loader does not tell."""
+        return len(self.loader) if isinstance(self.loader, Sized) else None
+
+    @property
+    def _generator(self) -> Generator | None:
+        shared: Generator | None = getattr(self.loader, "synchronized_generator", None)  # of accelerate's loaders
+        return getattr(self.loader, "generator", None) if shared is None else shared

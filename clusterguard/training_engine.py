@@ -1,0 +1,182 @@
+"""Steps of the optimizer: on one device or many, clipped, averaged, and undone when the loss explodes."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from clusterguard.checkpoints import EpochTotals, Stateful
+from clusterguard.detector import DetectorModule, Loader
+from clusterguard.errors import ConfigurationError, TrainingDivergedError
+from clusterguard.training_options import TrainingOptions
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_REMEMBER_EVERY = 10  # steps between copies of good weights
+
+
+class TrainingStep(NamedTuple):
+    """What one batch gave.
+
+    Attributes:
+        loss: a scalar, to be minimised.
+        correct: how many images of the batch were labelled rightly, (); benign ones where they are looked at.
+        successes: how many training attacks got through, (); None if there was no attack.
+        terms: what the loss is made of, scalars by name, for trackers.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    successes: Tensor | None = None
+    terms: Mapping[str, Tensor] | None = None
+
+
+class _WholeStep(nn.Module):
+    """What is prepared for devices and processes: a forward pass that is a whole training step.
+
+    So the attack in it runs on the bare detector, and gradients are exchanged once, for the step's loss.
+    """
+
+    def __init__(self, detector: DetectorModule, training_step: Callable[..., TrainingStep]) -> None:
+        super().__init__()
+        self.detector = detector
+        self.training_step = training_step
+
+    def forward(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
+        """The step of a batch."""
+        return self.training_step(images, labels, generator)
+
+
+class TrainingEngine:
+    """Takes steps for a trainer; everything about devices, processes and precision is accelerate's.
+
+    Args:
+        detector: whose parameters the optimizer has; moved where the accelerator says.
+        training_step: images (B, C, H, W), labels (B,), generator -> `TrainingStep`.
+        optimizer: of the detector's parameters.
+        scheduler: or None.
+        options: how steps are taken.
+
+    Attributes:
+        steps: of the optimizer, so far.
+    """
+
+    def __init__(
+        self,
+        detector: DetectorModule,
+        training_step: Callable[..., TrainingStep],
+        *,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        options: TrainingOptions,
+    ) -> None:
+        self.detector, self.scheduler, self.options = detector, scheduler, options
+        self.accelerator: Accelerator = options.make_accelerator()
+        self.steps = 0
+        self._module: nn.Module = self.accelerator.prepare_model(_WholeStep(detector, training_step))
+        self._optimizer = self.accelerator.prepare_optimizer(optimizer)
+        decay = options.average_decay
+        average = None if decay is None else get_ema_multi_avg_fn(decay)
+        self._average = None if decay is None else AveragedModel(detector, multi_avg_fn=average, use_buffers=True)
+        self._last_good: tuple[int, dict[str, Tensor]] = (0, {})
+
+    @property
+    def device(self) -> torch.device:
+        """The detector's."""
+        return self.detector.thresholds.device
+
+    @property
+    def parts(self) -> dict[str, Stateful | None]:
+        """What a checkpoint holds of it."""
+        return {
+            "guard": self.detector,
+            "optimizer": self._optimizer,
+            "scheduler": self.scheduler,
+            "average": self._average,
+        }
+
+    def share(self, loader: Loader) -> Loader:
+        """The part of the training batches that this process takes.
+
+        Raises:
+            ConfigurationError: several processes, and a loader of which accelerate knows no parts.
+        """
+        if self.accelerator.num_processes == 1:
+            return loader
+        if not isinstance(loader, DataLoader):
+            raise ConfigurationError(f"expected a DataLoader, to train in several processes, got {type(loader)}")
+        shared: Loader = self.accelerator.prepare_data_loader(loader, device_placement=False)
+        return shared
+
+    def take_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> tuple[TrainingStep, bool]:
+        """Descend the loss of a batch.
+
+        Returns:
+            What the batch gave; and whether the optimizer has taken a step, or gradients accumulate still.
+
+        Raises:
+            TrainingDivergedError: the loss is NaN or infinite, in this process or another.
+        """
+        accelerator = self.accelerator
+        with accelerator.accumulate(self._module):
+            step: TrainingStep = self._module(images.to(self.device), labels.to(self.device), generator)
+            self._check_loss(step.loss.detach())
+            accelerator.backward(step.loss)
+            if accelerator.sync_gradients and self.options.clip_norm is not None:
+                accelerator.clip_grad_norm_(self.detector.parameters(), self.options.clip_norm)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            self.steps += 1
+            if self._average is not None:
+                self._average.update_parameters(self.detector)
+            if self.options.schedule_every == "step" and self.scheduler is not None:
+                self.scheduler.step()
+        return step, accelerator.sync_gradients
+
+    def end_epoch(self, totals: EpochTotals) -> EpochTotals:
+        """All processes' totals; the scheduler steps if epochs are what it counts."""
+        if self.options.schedule_every == "epoch" and self.scheduler is not None:
+            self.scheduler.step()
+        if self.accelerator.num_processes == 1:
+            return totals
+        own = [totals.steps, totals.loss, totals.images, totals.correct, totals.attacked, totals.successes]
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        summed = self.accelerator.reduce(torch.tensor(own, dtype=dtype, device=self.device), "sum").tolist()
+        steps, loss, images, correct, attacked, successes = summed
+        return EpochTotals(steps, loss, images, correct, attacked, successes, totals.seconds)
+
+    def finish(self) -> None:
+        """Give the detector the average of its weights, if one is kept."""
+        if self._average is not None and self._average.n_averaged:
+            self.detector.load_state_dict(self._average.module.state_dict())
+
+    def report(self, values: Mapping[str, float]) -> None:
+        """Hand numbers to the accelerator's trackers, if it has any."""
+        if self.accelerator.trackers:
+            rate = self._optimizer.param_groups[0]["lr"]
+            self.accelerator.log({"learning_rate": rate, **values}, step=self.steps)
+
+    @property
+    def is_reporting(self) -> bool:
+        """Whether a report is due."""
+        return bool(self.accelerator.trackers) and self.steps % self.options.log_every == 0
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """A finite loss vouches for the weights that made it: remember them now and then; else go back to them."""
+        if self.accelerator.gather(loss.isfinite()).all():
+            if self.steps % _REMEMBER_EVERY == 0:
+                state = self.detector.state_dict()
+                self._last_good = self.steps, {name: value.clone() for name, value in state.items()}
+            return
+        step, weights = self._last_good
+        self.detector.load_state_dict(weights)
+        raise TrainingDivergedError(
+            f"the loss became {loss.item()} at step {self.steps}; the detector holds the weights of step {step} again. "
+            "Lower the learning rate, clip gradients, or train with fewer or smaller attack steps first"
+        )

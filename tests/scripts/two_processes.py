@@ -1,0 +1,63 @@
+"""Train, calibrate and evaluate; started in one process or in two, it leaves the same results in FOLDER."""
+
+import re
+import sys
+from pathlib import Path
+
+import clusterguard as cg
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def blobs(count: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = 0.4 * torch.rand(count, 1, 6, 6, generator=generator)
+    for index in range(3):
+        images[labels == index, :, 2 * index : 2 * index + 2] += 0.4
+    return TensorDataset(images.clamp(0, 1), labels)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    share = 2 // accelerator.num_processes
+    torch.manual_seed(accelerator.process_index)  # processes start with weights of their own
+    guard = cg.ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU()), 3)
+    guard.load_state_dict(torch.load(folder / "start.pt") if accelerator.process_index == 0 else guard.state_dict())
+    trainer = cg.AdversarialClusterTrainer(
+        guard,
+        cg.PGD(eps=0.15, step_size=0.08, steps=3, keep="last"),
+        optimizer=torch.optim.Adam(guard.parameters(), lr=5e-3),
+        refresh_every=2,
+        refresh_batches=2 * share,
+        calibrator=cg.Calibrator(0.1),
+        options=cg.TrainingOptions(accelerator=accelerator, clip_norm=50.0),
+    )
+    train = DataLoader(blobs(180, 0), batch_size=15 * share)
+    calibration = DataLoader(blobs(165, 1), batch_size=15)  # an odd number of batches
+    history = trainer.fit(train, calibration, epochs=2, checkpoint=folder / "run.pt", progress=False)
+    fitted = cg.Calibrator(0.05).fit(guard, calibration, accelerator=accelerator)
+    test = DataLoader(blobs(30, 2), batch_size=6)
+    attacks = {
+        "PGD": cg.PGD(eps=0.3, step_size=0.1, steps=5, start="random"),
+        "suite": cg.WorstCaseSuite("linf", eps=0.2, budget="quick"),
+    }
+    generator = torch.Generator().manual_seed(0)
+    report = cg.evaluate(guard, attacks, test, generator=generator, accelerator=accelerator, sanity_images=10)
+    result = {
+        "weights": guard.state_dict(),
+        "thresholds": trainer.thresholds,
+        "history": [[record.loss, record.accuracy, record.attack_success_rate] for record in history],
+        "calibration": [*fitted.thresholds, *fitted.counts],
+        "broken": [result.verdict.labels for result in report.results],
+        "cost": [tuple(result.cost) for result in report.results],
+        "report": re.sub(r"\d+\.\d+ s", "", str(report)),
+    }
+    torch.save(result, folder / f"{accelerator.num_processes}-{accelerator.process_index}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
