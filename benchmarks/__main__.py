@@ -17,6 +17,7 @@ from benchmarks.clock import Clock, OutOfTimeError
 from benchmarks.report import write_report
 from benchmarks.runner import Runner
 from benchmarks.store import RESULTS, Store
+from benchmarks.training import CompileMode
 
 UNFINISHED = 3  # exit status of a run that stopped in time, with work left
 Names = Annotated[list[str], typer.Argument(help=f"all, mnist, cifar10, or of {', '.join(list_experiments())}.")]
@@ -48,7 +49,10 @@ def run(
     only: OnlyOption = "*",
     data: DataOption = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
-    compiled: Annotated[bool, typer.Option("--compile", help="Run networks through torch.compile.")] = False,
+    compiled: Annotated[
+        CompileMode | None,
+        typer.Option("--compile", help="Run networks through torch.compile; reduce-overhead takes CUDA graphs."),
+    ] = None,
 ) -> None:
     """Run what is not there yet; a killed run goes on where it was. Exit status 3 says that work is left.
 

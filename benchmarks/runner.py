@@ -21,7 +21,7 @@ from benchmarks.detectors import RECIPES, make_recipe
 from benchmarks.judging import judge_attacked, map_points, thresholds_at
 from benchmarks.kinds import KINDS, Outcome, Scene
 from benchmarks.store import Store, provenance
-from benchmarks.training import JUDGED_AT_ONCE
+from benchmarks.training import JUDGED_AT_ONCE, CompileMode
 from benchmarks.training import train as train_detector
 
 REFERENCES = 2000  # calibration images that attacks may start towards
@@ -36,7 +36,7 @@ class Runner:
         data: folder of data sets, see `benchmarks.fetch.data_root`.
         clock: the time budget.
         progress: show progress bars.
-        compiled: run networks through torch.compile; results agree to rounding.
+        compiled: run networks through torch.compile, in this mode; results agree to rounding.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Runner:
         data: Path | None = None,
         clock: Clock | None = None,
         progress: bool = False,
-        compiled: bool = False,
+        compiled: CompileMode | None = None,
     ) -> None:
         self.store = store
         self.device = device

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from clusterguard import PGD, DetectorModule, EpochRecord
@@ -19,6 +19,7 @@ from benchmarks.recipe import Recipe, Schedule
 from benchmarks.store import Store, provenance
 
 JUDGED_AT_ONCE = 500
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 
 def train(
@@ -30,7 +31,7 @@ def train(
     device: torch.device,
     clock: Clock,
     progress: bool = False,
-    compiled: bool = False,
+    compiled: CompileMode | None = None,
 ) -> tuple[DetectorModule, dict[str, Any]]:
     """The trained detector, uncalibrated, and the record of its training; from the store, if it is there.
 
@@ -42,7 +43,7 @@ def train(
         device: where to compute.
         clock: the time budget.
         progress: show progress bars.
-        compiled: run the network through torch.compile, here and in whatever the detector is used for.
+        compiled: run the network through torch.compile in this mode, here and in whatever the detector is used for.
 
     Raises:
         OutOfTimeError: the budget is used up; the next call goes on where this one stopped.
@@ -50,8 +51,8 @@ def train(
     torch.manual_seed(training.seed)
     network = models.build(training.model, data.image_shape)
     detector = recipe.build(network).to(device)
-    if compiled:
-        network.body.compile()
+    if compiled is not None:
+        network.compile(mode=compiled)  # not the body: torch passes over an nn.Sequential without a word
     saved = store.load_weights(training.key)
     if saved is not None:
         detector.load_state_dict(saved[0])

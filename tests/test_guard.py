@@ -1,6 +1,8 @@
+import copy
+
 import pytest
 import torch
-from clusterguard import ClusterGuard, Detector
+from clusterguard import PGD, ClusterGuard, Detector, export_program
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from torch import nn
 
@@ -114,3 +116,32 @@ def test_normalisation_that_cannot_work_is_refused(mean, std):
 def test_a_backbone_that_does_not_tell_its_classes_needs_num_classes():
     with pytest.raises(ConfigurationError, match="pass num_classes"):
         ClusterGuard(nn.Flatten(), example=torch.rand(1, 1, 2, 2))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # and looks at gradients that are none
+def test_a_compiled_guard_does_the_same_and_is_saved_copied_and_exported_as_before(small_guard, tmp_path):
+    images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    attack = PGD(eps=0.2, step_size=0.05, steps=5)
+    expected, attacked = small_guard.detect(images), attack(small_guard, images, labels)
+    runs = []
+    compiled = copy.deepcopy(small_guard)
+
+    def backend(graph, inputs):
+        def run(*arguments):
+            runs.append(len(arguments))
+            return graph(*arguments)
+
+        return run
+
+    compiled.compile(backend=backend)
+    torch.testing.assert_close(compiled.detect(images).distances, expected.distances)
+    torch.testing.assert_close(attack(compiled, images, labels), attacked)
+    assert len(runs) == 7  # detection and the attack's looks at the images all ran through the graph
+    copied = copy.deepcopy(compiled)
+    runs.clear()
+    torch.testing.assert_close(copied.detect(images).distances, expected.distances)
+    assert not runs
+    assert compiled.state_dict().keys() == small_guard.state_dict().keys()
+    program = export_program(compiled, images)
+    torch.testing.assert_close(program.module()(images)[1], expected.distances)

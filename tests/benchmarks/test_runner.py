@@ -193,13 +193,15 @@ def test_half_precision_weights_are_the_ones_that_get_evaluated(experiment, tmp_
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # and looks at gradients that are none
 def test_compiled_networks_give_the_same_results(finished, experiment, tmp_path):
     pytest.importorskip("torch._inductor")
     chosen = [cell for cell in experiment.cells if cell.attack in ("PGD", "FGSM")]
-    own = Runner(Store(tmp_path), device=torch.device("cpu"), compiled=True)
+    own = Runner(Store(tmp_path), device=torch.device("cpu"), compiled="default")
+    torch._dynamo.utils.counters.clear()
     for cell in chosen:
         result, expected = own.run(cell), Store(finished[0]).read_cell(cell.key)
-        assert result["provenance"]["compiled"]
+        assert result["provenance"]["compiled"] == "default"
         assert set(Store(tmp_path).load_weights(cell.training.key)[0]) == set(
             Store(finished[0]).load_weights(cell.training.key)[0]
         )
@@ -207,6 +209,7 @@ def test_compiled_networks_give_the_same_results(finished, experiment, tmp_path)
             for rate, counts in rates["rates"].items():
                 found = result["results"][variant]["rates"][rate]["success"]
                 assert abs(found[0] - counts["success"][0]) <= 2  # rounding moves an image or two
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # with and without gradients
 
 
 def test_large_weights_come_in_parts(tmp_path):
