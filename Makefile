@@ -19,7 +19,8 @@ benchmark-quick: .venv/installed
 	$(BIN)/python -m benchmarks report --profile quick --pages runs/quick/pages
 
 speed: .venv/installed
-	for row in head projection attack detection; do $(BIN)/python -m benchmarks.speed.$$row; done
+	$(BIN)/python -m benchmarks.speed run --device cpu
+	$(BIN)/python -m benchmarks.speed table
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import torch
 from clusterguard import Calibrator, ClusterGuard, Detection
 from torch import Tensor, nn
 
-from benchmarks.speed.measure import Row, measure
+from benchmarks.speed.measure import Row
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -16,7 +16,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 @torch.no_grad()
 def infer(model: nn.Module, images: Tensor) -> Tensor:
     """What one runs without a guard: normalise, forward, label."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (MEAN, STD))
     labels: Tensor = model((images - mean) / std).argmax(dim=1)
     return labels
 
@@ -39,14 +39,15 @@ def pass_over(guard: ClusterGuard, loader: list[tuple[Tensor, Tensor]]) -> Any:
     return torch.cat([guard(images).argmax(dim=1) for images, _ in loader])
 
 
-def rows() -> list[Row]:
-    """The comparisons."""
+def rows(device: torch.device) -> list[Row]:
+    """The comparisons on a device."""
     import timm
 
     torch.manual_seed(0)
     backbone = timm.create_model("resnet50", num_classes=1000).eval()
-    guard = ClusterGuard(backbone).eval()
-    guard.thresholds = torch.full((1000,), 1e6)
+    guard = ClusterGuard(backbone).eval().to(device)
+    backbone = backbone.to(device)
+    guard.thresholds = torch.full((1000,), 1e6, device=device)
     found = [
         Row(
             f"detection, ResNet-50 at 224, batch {batch}, against the bare backbone",
@@ -56,11 +57,11 @@ def rows() -> list[Row]:
             check=same_labels,
             repeats=11,
         )
-        for batch, allowed in ((1, 1.05), (8, 1.02))
-        for images in [torch.rand(batch, 3, 224, 224)]
+        for batch, allowed in ((1, 1.05), (32 if device.type == "cuda" else 8, 1.02))
+        for images in [torch.rand(batch, 3, 224, 224, device=device)]
     ]
-    small = ClusterGuard(timm.create_model("resnet18", num_classes=10)).eval()
-    images = torch.rand(5, 20, 3, 64, 64)
+    small = ClusterGuard(timm.create_model("resnet18", num_classes=10)).eval().to(device)
+    images = torch.rand(5, 20, 3, 64, 64, device=device)
     labels = pass_over(small, [(part, part) for part in images]).view(5, 20)
     loader = list(zip(images, labels, strict=True))
     found.append(
@@ -73,7 +74,3 @@ def rows() -> list[Row]:
         )
     )
     return found
-
-
-if __name__ == "__main__":
-    measure("detection", rows())

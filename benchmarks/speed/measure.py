@@ -40,6 +40,10 @@ class Row:
     repeats: int = 21
 
 
+Rows = Callable[[torch.device], list[Row]]
+"""The comparisons on a device, at sizes that it bears."""
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How much less time we take.
@@ -94,20 +98,23 @@ def interval(ratios: Sequence[float]) -> Ratio:
 
 
 def count(work: Work) -> dict[str, float]:
-    """What does not drift: torch operators that one call launches, and megabytes that it allocates in all."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+    """What does not drift: torch operators, and a GPU's kernels, that one call launches; megabytes allocated in all."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiled:
         work()
     events = profiled.key_averages()
     operators = sum(event.count for event in events if event.key.startswith("aten::"))
-    megabytes = sum(max(0, event.self_cpu_memory_usage) for event in events) / 2**20
-    return {"operators": operators, "megabytes": round(megabytes, 2)}
+    kernels = sum(event.count for event in events if event.device_type.name == "CUDA")
+    own = (event.self_cpu_memory_usage + event.self_device_memory_usage for event in events)
+    megabytes = sum(max(0, memory) for memory in own) / 2**20
+    return {"operators": operators, "kernels": kernels, "megabytes": round(megabytes, 2)}
 
 
-def measure(name: str, rows: Sequence[Row]) -> None:
-    """Check, time and count rows; print them and keep them in benchmarks/results/speed/NAME.json."""
+def measure(name: str, rows: Rows, device: torch.device) -> None:
+    """Check, time and count rows; print them and keep them in benchmarks/results/speed, a file a device."""
     torch.set_num_threads(1)
     found = {}
-    for row in rows:
+    for row in rows(device):
         ours, theirs = row.ours(), row.theirs()  # warm-up, too
         if row.check is not None:
             row.check(ours, theirs)
@@ -120,12 +127,16 @@ def measure(name: str, rows: Sequence[Row]) -> None:
             "ours": count(row.ours),
             "theirs": count(row.theirs),
         }
-    content = {"rows": found, "provenance": provenance(torch.device("cpu"))}
-    write_atomically(FOLDER / f"{name}.json", lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+    content = {"rows": found, "provenance": provenance(device)}
+    file = FOLDER / f"{name}-{device.type}.json"
+    write_atomically(file, lambda own: own.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def _seconds(work: Work, calls: int) -> float:
+    wait: Work = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     started = time.perf_counter()
     for _ in range(calls):
         work()
+    wait()
     return time.perf_counter() - started

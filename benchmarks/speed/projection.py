@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from clusterguard.attacks.norms import get_norm
 
-from benchmarks.speed.measure import Row, measure
+from benchmarks.speed.measure import Row
 
 BATCH, EPS = 1000, 12.0
 
@@ -24,13 +24,13 @@ def project_rows(images: np.ndarray, candidates: np.ndarray, eps: float) -> np.n
     return projected
 
 
-def rows() -> list[Row]:
-    """The comparisons."""
+def rows(device: torch.device) -> list[Row]:
+    """The comparisons on a device."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(BATCH, 3, 32, 32, generator=generator)
-    candidates = images + 0.05 * torch.randn(BATCH, 3, 32, 32, generator=generator)
+    images = torch.rand(BATCH, 3, 32, 32, generator=generator).to(device)
+    candidates = images + 0.05 * torch.randn(BATCH, 3, 32, 32, generator=generator).to(device)
     changes, norm, wrap = (candidates - images).flatten(1), get_norm("l1"), import_module("eagerpy").astensor
-    flat, aims = (part.flatten(1).double().numpy() for part in (images, candidates))
+    flat, aims = (part.flatten(1).double().cpu().numpy() for part in (images, candidates))
     onto_ball = import_module("foolbox.attacks.fast_minimum_norm").project_onto_l1_ball
 
     def ours() -> torch.Tensor:
@@ -40,11 +40,11 @@ def rows() -> list[Row]:
         return torch.from_numpy(project_rows(flat, aims, EPS)).view_as(images)
 
     def foolbox() -> torch.Tensor:
-        shorter: torch.Tensor = onto_ball(wrap(changes), wrap(torch.full((BATCH,), EPS))).raw
+        shorter: torch.Tensor = onto_ball(wrap(changes), wrap(torch.full((BATCH,), EPS, device=device))).raw
         return (images + shorter.view_as(images)).clamp(0, 1)
 
     def nearest(mine: torch.Tensor, other: torch.Tensor) -> None:
-        torch.testing.assert_close(mine.double(), other, rtol=0, atol=1e-4)
+        torch.testing.assert_close(mine.double().cpu(), other, rtol=0, atol=1e-4)
 
     def no_farther(mine: torch.Tensor, other: torch.Tensor) -> None:
         # Foolbox projects onto the ball and clips then: inside both, but not the nearest point.
@@ -56,7 +56,3 @@ def rows() -> list[Row]:
         Row(f"{setting}, against NumPy row by row", ours, numpy, target=50, check=nearest, repeats=7),
         Row(f"{setting}, against Foolbox (not exact)", ours, foolbox, target=1, check=no_farther),
     ]
-
-
-if __name__ == "__main__":
-    measure("projection", rows())

@@ -4,21 +4,33 @@ from dataclasses import dataclass
 
 import torch
 from clusterguard.attacks.loop import Evaluation, Problem
+from clusterguard.attacks.objectives import margin as margin_objective
 from clusterguard.decision import success_margin
 from torch import Tensor
 
 
-def backpropagate(problem: Problem, iterates: Tensor) -> Evaluation:
-    """Loss, margin and exact input gradient; parameters' gradients are neither computed nor touched."""
+def backpropagate(problem: Problem, iterates: Tensor, *, with_margin: bool = True) -> Evaluation:
+    """Loss, margin and exact input gradient; parameters' gradients are neither computed nor touched.
+
+    Args:
+        problem: what is attacked.
+        iterates: (B, C, H, W).
+        with_margin: margins take more operators than a small network; an attack that keeps the last iterate needs none.
+    """
     detector = problem.detector
     with torch.enable_grad():
         leaf = iterates.detach().requires_grad_()
         evidence = detector.evidence(leaf)
         loss = problem.objective(evidence, detector.thresholds, problem.labels, problem.targets)
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    loss = loss.detach()
+    if problem.objective is margin_objective:
+        return Evaluation(loss, loss, gradient)
+    if not with_margin:
+        return Evaluation(loss, torch.full_like(loss, torch.inf), gradient)
     with torch.no_grad():
         margin = success_margin(evidence, detector.thresholds, problem.labels, problem.targets)
-    return Evaluation(loss.detach(), margin, gradient)
+    return Evaluation(loss, margin, gradient)
 
 
 @dataclass(frozen=True, kw_only=True)

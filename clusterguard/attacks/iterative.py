@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from functools import partial
 from typing import final
 
 import torch
@@ -56,7 +57,7 @@ class IteratedAttack(BuiltInAttack):
 
     def _gradient(self, rule: Rule) -> Gradient:
         """How iterates are evaluated; a rule that must see every evaluation does it itself."""
-        return backpropagate
+        return partial(backpropagate, with_margin=self.keep == "best" or self.on_step is not None)
 
     def _perturb(
         self,

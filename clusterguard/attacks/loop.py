@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -41,7 +42,11 @@ class Problem:
 
     def project(self, candidates: Tensor) -> Tensor:
         """Candidates (B, C, H, W), projected onto ball ∩ box."""
-        return self.norm.project(self.images, candidates, self.eps)
+        return self._projection(candidates)
+
+    @cached_property
+    def _projection(self) -> Callable[[Tensor], Tensor]:
+        return self.norm.projection(self.images, self.eps)
 
     def margin(self, candidates: Tensor) -> Tensor:
         """(B,) success margins, without gradients."""
@@ -65,7 +70,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss: (B,) the objective.
-        margin: (B,) success margin, at most 0 for a success.
+        margin: (B,) success margin, at most 0 for a success; +inf where nobody asked.
         gradient: (B, C, H, W) of the loss, or an estimate of it.
     """
 
@@ -118,37 +123,60 @@ def descend(
     Returns:
         (B, C, H, W).
     """
-    best, best_margin = start.clone(), start.new_full((len(start),), torch.inf)
-    active = torch.arange(len(start), device=start.device)
-    iterates = start
-
-    def remember(iterates: Tensor, margin: Tensor) -> None:
-        improved = margin < best_margin[active]
-        rows = active[improved]
-        best[rows], best_margin[rows] = iterates[improved], margin[improved].to(best_margin.dtype)
-
+    best, iterates = _Best(start), start
     for step in range(steps):
         evaluation = gradient(problem, iterates)
         with torch.no_grad():
             if keep == "best":
-                remember(iterates, evaluation.margin)
+                best.remember(iterates, evaluation.margin)
             if on_step is not None:
-                on_step(step, best_margin.clone())
+                on_step(step, best.of_all()[1])
             if stop_early and step % _LOOK_EVERY == 0:
-                open_rows = (best_margin[active] > 0).nonzero().squeeze(1)
+                open_rows = (best.margins > 0).nonzero().squeeze(1)
                 if not len(open_rows):
-                    return best
-                if len(open_rows) <= _WORTH_IT * len(active):
-                    problem, iterates, active = problem.select(open_rows), iterates[open_rows], active[open_rows]
+                    break
+                if len(open_rows) <= _WORTH_IT * len(iterates):
+                    best.drop_all_but(open_rows)
+                    problem, iterates = problem.select(open_rows), iterates[open_rows]
                     evaluation = Evaluation(*(part[open_rows] for part in evaluation))
                     rule.select(open_rows)
             iterates = rule.step(problem, iterates, evaluation)
-    if keep == "last":
-        return iterates
-    remember(iterates, problem.margin(iterates))
-    if on_step is not None:
-        on_step(steps, best_margin.clone())
-    return best
+    else:
+        if keep == "last":
+            return iterates
+        best.remember(iterates, problem.margin(iterates))
+        if on_step is not None:
+            on_step(steps, best.of_all()[1])
+    return best.of_all()[0]
+
+
+class _Best:
+    """Each image's iterate with the smallest margin; it never waits for the device.
+
+    Attributes:
+        margins: (b,) smallest so far, of the images that are still in the batch.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self._iterates, self.margins = start, start.new_full((len(start),), torch.inf)
+        self._rows = torch.arange(len(start), device=start.device)
+        self._all = start.clone(), self.margins.clone()
+
+    def remember(self, iterates: Tensor, margins: Tensor) -> None:
+        """Take what is better: (b, C, H, W) and (b,)."""
+        better = margins < self.margins
+        self._iterates = torch.where(better[:, None, None, None], iterates, self._iterates)
+        self.margins = torch.where(better, margins.to(self.margins.dtype), self.margins)
+
+    def of_all(self) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) and (B,), with those that have left the batch."""
+        iterates, margins = self._all
+        return iterates.index_copy(0, self._rows, self._iterates), margins.index_copy(0, self._rows, self.margins)
+
+    def drop_all_but(self, index: Tensor) -> None:
+        """The batch goes on with these (c,) of its images."""
+        self._all = self.of_all()
+        self._iterates, self.margins, self._rows = self._iterates[index], self.margins[index], self._rows[index]
 
 
 # Looking whether images are done waits for the device, and dropping them copies: neither pays at every step.

@@ -5,6 +5,7 @@ or float64) and never waits for the device. Gradients are not meant to flow thro
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -46,6 +47,15 @@ class Norm(ABC):
             eps: radius, at least 0, one number or (B,).
             generator: randomness, on the images' device; None takes torch's global one.
         """
+
+    def projection(self, images: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
+        """`project` around these images: what does not depend on candidates is computed once.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            eps: radius, at least 0, one number or (B,).
+        """
+        return lambda candidates: self.project(images, candidates, eps)
 
     def project(self, images: Tensor, candidates: Tensor, eps: float | Tensor) -> Tensor:
         """The point of ball ∩ box nearest to each candidate in Euclidean distance: (B, C, H, W) in [0, 1].
@@ -96,6 +106,12 @@ class LInf(Norm):
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
         """The gradient's signs."""
         return gradient.sign()
+
+    def projection(self, images: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
+        """A clamp between bounds that are computed once: attacks project at every step."""
+        radii = _per_image(eps, images)
+        low, high = (_end(images, reach).clamp(0, 1) for reach in (-radii, radii))
+        return lambda candidates: candidates.clamp(low, high)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """Uniform in ball ∩ box."""
@@ -253,6 +269,12 @@ def _spread(directions: Tensor, eps: float | Tensor, generator: Generator | None
     """Directions on the unit sphere, spread over the ball: volume grows with the C·H·W-th power of length."""
     share = torch.empty_like(directions[:, :1, :1, :1]).uniform_(generator=generator)
     return directions * share.pow(1 / directions.shape[1:].numel()) * _per_image(eps, directions)
+
+
+def _end(images: Tensor, reach: Tensor) -> Tensor:
+    """Images moved by `reach`, rounded towards the image where they would be further away than that."""
+    moved = images + reach
+    return torch.where((moved - images).abs() > reach.abs(), torch.nextafter(moved, images), moved)
 
 
 def _largest(scores: Tensor, count: Tensor) -> Tensor:

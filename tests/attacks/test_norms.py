@@ -481,3 +481,18 @@ def test_the_gpu_agrees(name):
     torch.testing.assert_close(on_gpu.cpu(), norm.project(images, candidates, eps), rtol=0, atol=1e-5)
     assert_inside(norm, images.cuda(), on_gpu, eps)
     assert_inside(norm, images.cuda(), norm.random_start(images.cuda(), eps), eps)
+
+
+@pytest.mark.parametrize("name", ["linf", "l2", "l1", "l0"])
+@given(data=st.data())
+def test_a_prepared_projection_is_the_projection(name, data):
+    seed, eps = data.draw(st.integers(0, 1000)), data.draw(st.sampled_from([0.0, 1e-8, 0.1, 0.3, 1.0, 3.0]))
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(3, 2, 4, 4, generator=generator).pow(data.draw(st.sampled_from([1, 12])))
+    candidates = images + torch.randn(images.shape, generator=generator) * data.draw(st.sampled_from([1e-7, 0.3, 4.0]))
+    norm, radius = get_norm(name), float(round(eps)) if name == "l0" else eps
+    found, expected = norm.projection(images, radius)(candidates), norm.project(images, candidates, radius)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-7)
+    assert (norm.size(found - images) <= radius).all()
+    assert ((found >= 0) & (found <= 1)).all()
+    assert torch.equal(norm.projection(images, radius)(found), found)

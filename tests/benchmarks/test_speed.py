@@ -38,5 +38,5 @@ def test_counts_do_not_drift():
 
 
 def test_both_sides_of_a_row_compute_the_same():
-    row = head.rows()[0]
+    row = head.rows(torch.device("cpu"))[0]
     row.check(row.ours(), row.theirs())
