@@ -2,4 +2,5 @@
 
 from clusterguard.cli import app
 
-app(prog_name="clusterguard")
+if __name__ == "__main__":
+    app(prog_name="clusterguard")
