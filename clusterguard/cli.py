@@ -75,7 +75,7 @@ def train(
     channels: Channels = None,
     norm: Norm = "linf",
     eps: Eps = 0.1,
-    step_size: Annotated[float | None, typer.Option(min=0, help="Of the attack; None takes 2.5 eps / steps.")] = None,
+    step_size: Annotated[float | None, typer.Option(min=0, help="Of the attack; else 2.5 eps / steps.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the attack.")] = 10,
     epochs: Annotated[int, typer.Option(min=1, help="In all, those before --resume included.")] = 12,
     warmup_epochs: Annotated[int, typer.Option(min=0, help="Of these, the first ones without attack.")] = 0,
@@ -149,9 +149,9 @@ def train(
         kept = "run the same command with --resume to go on" if checkpoint.exists() else "nothing was done yet"
         say(f"interrupted after {len(trainer.history)} of {epochs} epochs: {kept}")
         raise typer.Exit(130) from error
-    record |= {"epochs": len(history), "history": plain(history)}
-    guard.save_pretrained(output, training=record)
-    show(as_json, *describe_guard(output))
+    guard.save_pretrained(output, training=record | {"epochs": len(history), "last_epoch": plain(history[-1])})
+    result, text = describe_guard(output)
+    show(as_json, {**result, "history": history}, text)
 
 
 @app.command()

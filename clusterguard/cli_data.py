@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from clusterguard.calibration import Calibration
-from clusterguard.errors import ConfigurationError, InputError
+from clusterguard.errors import ConfigurationError, InputError, PersistenceError
 from clusterguard.files import write_atomically
 from clusterguard.guard import ClusterGuard
 from clusterguard.metrics import Rate
 from clusterguard.model_card import describe_thresholds
-from clusterguard.persistence import CONFIG, WEIGHTS, read_config, read_weights
+from clusterguard.persistence import CONFIG, WEIGHTS, read_config, read_weights, refuse_foreign
 from clusterguard.samples import load_digits
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
@@ -59,7 +59,7 @@ def load_part(data: str, part: Part, *, image_size: int, channels: int, seed: in
         The images.
 
     Raises:
-        InputError: no such folder, or no image in it, or a class without one.
+        InputError: no such folder, or no image in it, or a class without one; later, an image that cannot be read.
 
     Example:
         >>> image, label = load_part("digits", "test", image_size=28, channels=1, seed=0)[0]
@@ -68,7 +68,7 @@ def load_part(data: str, part: Part, *, image_size: int, channels: int, seed: in
     """
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import is_image_file
+    from torchvision.datasets.folder import default_loader, is_image_file
 
     fit = [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
     if data == "digits":
@@ -83,8 +83,14 @@ def load_part(data: str, part: Part, *, image_size: int, channels: int, seed: in
     def belongs(path: str) -> bool:
         return bool(is_image_file(path)) and (is_split or _part_of(Path(path).relative_to(folder), seed) == part)
 
+    def read(path: str) -> Any:
+        try:
+            return default_loader(path)
+        except Exception as error:  # decoders raise all sorts of things, and few say at which file
+            raise InputError(f"expected an image, got {path}, which cannot be read; remove it: {error}") from error
+
     try:
-        items = ImageFolder(str(folder / part if is_split else folder), is_valid_file=belongs)
+        items = ImageFolder(str(folder / part if is_split else folder), loader=read, is_valid_file=belongs)
     except FileNotFoundError as error:
         where = folder / part if is_split else f"{folder}, {SHARES[part]:.0%} of which are for {part}"
         raise InputError(f"expected one subfolder of images a class in {where}; {error}") from error
@@ -95,7 +101,9 @@ def load_part(data: str, part: Part, *, image_size: int, channels: int, seed: in
 def _part_of(path: Path, seed: int) -> Part:
     digest = hashlib.sha256(f"{seed}/{path.as_posix()}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
-    return "train" if position < 0.6 else "calibration" if position < 0.8 else "test"  # SHARES
+    if position < SHARES["train"]:
+        return "train"
+    return "calibration" if position < SHARES["train"] + SHARES["calibration"] else "test"
 
 
 def sample(pictures: Pictures, count: int, seed: int) -> Subset[tuple[Tensor, int]]:
@@ -206,7 +214,16 @@ def describe_guard(folder: Path) -> tuple[dict[str, Any], str]:
         PersistenceError: no guard, or a damaged one.
     """
     config = read_config(folder / CONFIG)
-    thresholds = read_weights(folder / WEIGHTS, config)["thresholds"]
+    state = read_weights(folder / WEIGHTS, config)
+    try:
+        return _describe(folder, config, state["thresholds"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PersistenceError(
+            f"{folder / CONFIG} was edited; save the guard again. What went wrong: {error!r}"
+        ) from error
+
+
+def _describe(folder: Path, config: dict[str, Any], thresholds: Tensor) -> tuple[dict[str, Any], str]:
     calibrated = not bool(thresholds.isnan().any())
     fitted = config["calibration"] and Calibration.from_dict(config["calibration"], thresholds)
     backbone, measured = config["backbone"], config.get("evaluation")
@@ -224,7 +241,7 @@ def describe_guard(folder: Path) -> tuple[dict[str, Any], str]:
         lines += ["  and so on; --json shows all"] if len(thresholds) > 20 else []
     training = config["training"]
     if isinstance(training, dict):
-        training = ", ".join(f"{key} {own}" for key, own in training.items() if key not in ("data", "history"))
+        training = ", ".join(f"{key} {own}" for key, own in training.items() if key != "data")
     lines.append(f"training    {training or 'not recorded'}")
     if measured:
         rates = {name: measured[name] for name in ("accuracy", "false_positives")}
@@ -250,7 +267,9 @@ def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:
 
     Raises:
         ConfigurationError: there is an earlier run and `resume` is off, or its options were others.
+        PersistenceError: the folder holds another program's files, which the guard would overwrite at the end.
     """
+    refuse_foreign(folder)
     checkpoint, record = folder / "checkpoint.pt", folder / "training.json"
     guard = folder / "config.json"
     if checkpoint.exists() and not resume:

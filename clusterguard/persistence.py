@@ -42,7 +42,7 @@ def save_guard(
     evaluation: "Evaluation | None" = None,
 ) -> None:
     """Write a guard; see `ClusterGuard.save_pretrained`."""
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     thresholds = guard.thresholds.tolist()
     if evaluation is not None and str(list(evaluation.thresholds)) != str(thresholds):  # as text, for NaN
         raise ConfigurationError("expected an evaluation at this guard's thresholds, got another's; evaluate it again")
@@ -245,7 +245,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
     """Nothing that clusterguard did not write is overwritten."""
     if folder.exists() and not folder.is_dir():
         raise PersistenceError(f"expected a folder, got the file {folder}; choose another name")

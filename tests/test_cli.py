@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import clusterguard
 import pytest
@@ -68,11 +69,20 @@ def test_help_shows_an_example(command):
     assert f"Example: clusterguard {command} " in result.stdout
 
 
+def test_the_manual_names_options_that_exist():
+    known = "".join(CliRunner().invoke(app, [own, "--help"], terminal_width=200).stdout for own in COMMANDS)
+    manual = (Path(__file__).parents[1] / "docs" / "how-to" / "command-line.md").read_text()
+    named = set(re.findall(r"--[a-z][a-z-]+", manual)) - {"--help"}
+    assert len(named) > 10
+    assert {own for own in named if f"{own} " not in known} == set()
+
+
 def test_training_saves_a_calibrated_guard_with_its_record(trained):
     folder, result = trained
     assert result["is_calibrated"]
     assert result["training"]["data"] == {"classes": ["0", "1", "7"], "seed": 0, "image_size": 16, "channels": 1}
-    assert [record["epoch"] for record in result["training"]["history"]] == list(range(1, EPOCHS + 1))
+    assert [record["epoch"] for record in result["history"]] == list(range(1, EPOCHS + 1))
+    assert result["training"]["last_epoch"] == result["history"][-1]
     guard = ClusterGuard.from_pretrained(folder)
     assert guard.thresholds.tolist() == result["thresholds"]
     assert guard.calibration.false_positive_rate == 0.1
@@ -156,6 +166,13 @@ def test_errors_are_one_line_and_say_what_to_do(guard, photos, tmp_path):
     fails("expected config.json in", "inspect", tmp_path)
     (guard / "checkpoint.pt").unlink()
     fails("holds a guard already", "train", "--output", guard, "--resume")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "README.md").write_text("# Mine")
+    fails("README.md is not clusterguard's", *train, "--data", photos, *SMALL)  # before hours of training, not after
+    config = (guard / "config.json").read_text()
+    (guard / "config.json").write_text(config.replace('"counts"', '"count"'))
+    fails("config.json was edited", "inspect", guard)
+    (guard / "config.json").write_text(config)
     (guard / "model.safetensors").write_bytes(b"cut off")
     fails("damaged, cut off", "inspect", guard)
 
@@ -199,8 +216,19 @@ def test_a_training_that_is_interrupted_goes_on_and_ends_as_if_it_had_not_been(t
     result = run(*command[3:], "--epochs", EPOCHS, "--resume", "--json")
     assert result.exit_code == 0, result.output
     resumed = json.loads(result.stdout)
-    assert len(resumed["training"]["history"]) == EPOCHS
+    assert len(resumed["history"]) == EPOCHS
     assert resumed["thresholds"] == pytest.approx(uninterrupted["thresholds"], rel=1e-5)
+
+
+def test_a_training_that_is_interrupted_before_its_first_checkpoint_may_start_again(photos, tmp_path, monkeypatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clusterguard.AdversarialClusterTrainer.fit", interrupt)
+    for _ in range(2):
+        result = run("train", "--data", photos, "--output", tmp_path / "guard", *SMALL)
+        assert result.exit_code == 130
+        assert result.stderr == "interrupted after 0 of 12 epochs: nothing was done yet\n"
 
 
 def test_ctrl_c_elsewhere_is_exit_code_130(guard, photos, monkeypatch):
@@ -236,6 +264,14 @@ def test_a_folder_with_parts_is_taken_as_it_is(photos, tmp_path):
     assert (len(train), train.classes, train[0][0].shape) == (360, ("0", "1", "7"), (3, 8, 8))
     with pytest.raises(InputError, match="test"):
         load_part(str(tmp_path), "test", image_size=8, channels=3, seed=0)
+
+
+def test_a_file_that_is_no_image_is_named(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "train")
+    (tmp_path / "train" / "7" / "0.png").write_bytes((photos / "7" / "0.png").read_bytes()[:-40])
+    pictures = load_part(str(tmp_path), "train", image_size=8, channels=1, seed=0)
+    with pytest.raises(InputError, match=r"7/0\.png, which cannot be read"):
+        list(pictures)
 
 
 def test_images_come_in_the_size_and_channels_that_are_asked_for():
