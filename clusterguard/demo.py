@@ -18,6 +18,7 @@ from clusterguard.evaluation import evaluate
 from clusterguard.files import write_atomically
 from clusterguard.guard import ClusterGuard
 from clusterguard.plots import Panel, plot_distances, plot_representations, star_coordinates
+from clusterguard.report import plain
 from clusterguard.results import Evaluation
 from clusterguard.samples import load_digits
 from clusterguard.training import AdversarialClusterTrainer
@@ -132,7 +133,7 @@ def run_demo(
         report["pictures"] = str(error)
     report["seconds"] = time.perf_counter() - started
     report["table"] = _table(evaluations, worst)
-    write_atomically(output / "report.json", lambda file: file.write_text(json.dumps(report, indent=2) + "\n"))
+    write_atomically(output / "report.json", lambda file: file.write_text(json.dumps(plain(report), indent=2) + "\n"))
     return report
 
 

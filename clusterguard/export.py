@@ -111,6 +111,7 @@ class OnnxDetector(DetectorModule):
 
     It detects and can be calibrated like any detector. The graph tells one suspicion an image, that of its label, so
     evidence for other classes is a place holder, and there are no gradients: attack the detector that was exported.
+    Its `image_shape` is the (C, H, W) of the images that it takes.
 
     Args:
         model: the graph, its thresholds an input.
@@ -122,7 +123,7 @@ class OnnxDetector(DetectorModule):
         super().__init__(len(thresholds))
         self.thresholds = thresholds
         self._model, self._session = model, session
-        self._shape, self._dtype = session.get_inputs()[0].shape[1:], _DTYPES[session.get_inputs()[0].type]
+        self.image_shape, self._dtype = session.get_inputs()[0].shape[1:], _DTYPES[session.get_inputs()[0].type]
 
     def evidence(self, images: Tensor) -> Evidence:
         """Images (B, C, H, W) -> class scores and suspicion (B, K) on which `decide` says what the graph says."""
@@ -152,10 +153,10 @@ class OnnxDetector(DetectorModule):
         return _write(model, self, path)
 
     def _run(self, images: Tensor, thresholds: Tensor) -> Detection:
-        if list(images.shape[1:]) != self._shape:
+        if list(images.shape[1:]) != self.image_shape:
             raise InputError(
-                f"expected images of shape (B, {', '.join(map(str, self._shape))}), as the graph was exported for, got "
-                f"{tuple(images.shape)}; export it again with such images as example"
+                f"expected images of shape (B, {', '.join(map(str, self.image_shape))}), as the graph was exported "
+                f"for, got {tuple(images.shape)}; export it again with such images as example"
             )
         feeds = {"images": images.detach().to("cpu", self._dtype).contiguous(), "thresholds": thresholds.cpu()}
         outputs = self._session.run(Detection._fields, {name: own.numpy() for name, own in feeds.items()})

@@ -79,7 +79,7 @@ def model_card(
         f"{guard['center_scale']:g}, {guard['dtype']}. Saved with {versions}. The "
         "backbone's name tells its architecture, not the weights that training started from.",
         "## Thresholds",
-        _thresholds(calibrated, calibration),
+        describe_thresholds(calibrated, calibration),
         "## Measured",
         "Not measured: no evaluation was handed in." if evaluation is None else evaluation.to_markdown(),
         "## Training",
@@ -93,7 +93,8 @@ def model_card(
     return "\n\n".join(lines) + "\n"
 
 
-def _thresholds(calibrated: bool, calibration: Calibration | None) -> str:
+def describe_thresholds(calibrated: bool, calibration: Calibration | None) -> str:
+    """What is known of a guard's thresholds, in a sentence or two."""
     if not calibrated:
         return "None: fit them with `Calibrator` before use; until then everything is refused."
     if calibration is None:

@@ -42,7 +42,7 @@ def save_guard(
     evaluation: "Evaluation | None" = None,
 ) -> None:
     """Write a guard; see `ClusterGuard.save_pretrained`."""
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     thresholds = guard.thresholds.tolist()
     if evaluation is not None and str(list(evaluation.thresholds)) != str(thresholds):  # as text, for NaN
         raise ConfigurationError("expected an evaluation at this guard's thresholds, got another's; evaluate it again")
@@ -69,6 +69,7 @@ def save_guard(
         },
         "calibration": record.to_dict() if record else None,
         "training": training,
+        "evaluation": None if evaluation is None else evaluation.to_dict(),
         "versions": {name: version(name) for name in _PACKAGES},
     }
     files = {
@@ -88,8 +89,8 @@ def load_guard(
     cls: type[Guard], folder: Path, *, backbone: nn.Module | None = None, example: Tensor | None = None
 ) -> Guard:
     """Read a guard; see `ClusterGuard.from_pretrained`."""
-    config = _read_config(folder / CONFIG)
-    state = _read_weights(folder / WEIGHTS, config)
+    config = read_config(folder / CONFIG)
+    state = read_weights(folder / WEIGHTS, config)
     try:
         recipe, own = config["backbone"], config["guard"]
         if backbone is None and recipe["source"] == "module":
@@ -244,7 +245,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
     """Nothing that clusterguard did not write is overwritten."""
     if folder.exists() and not folder.is_dir():
         raise PersistenceError(f"expected a folder, got the file {folder}; choose another name")
@@ -254,7 +255,8 @@ def _refuse_foreign(folder: Path) -> None:
             raise PersistenceError(f"{file} is not clusterguard's; choose another folder, or remove that file")
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """What `config.json` holds, if it is a guard's and of a format that is known."""
     try:
         config = json.loads(file.read_bytes())
     except FileNotFoundError as error:
@@ -271,7 +273,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_weights(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of `model.safetensors`, if it is the file that this config was saved with."""
     again = "download it or save the guard again"
     try:
         content = file.read_bytes()

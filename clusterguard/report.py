@@ -23,7 +23,7 @@ def to_plain(evaluation: "Evaluation") -> dict[str, Any]:
     from clusterguard import __version__
 
     versions = {"clusterguard": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    return {**_plain(evaluation), "versions": versions, "machine": platform.machine()}
+    return {**plain(evaluation), "versions": versions, "machine": platform.machine()}
 
 
 def write_json(evaluation: "Evaluation", path: str | Path) -> Path:
@@ -188,17 +188,17 @@ def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Only what JSON has: rates spelled out, and null where there is no number."""
     if isinstance(value, Rate):
-        return _plain({"count": value.count, "total": value.total, "value": value.value, "interval": value.interval})
+        return plain({"count": value.count, "total": value.total, "value": value.value, "interval": value.interval})
     if is_dataclass(value):
         shown = (own for own in fields(value) if own.metadata.get("json", True))
-        return {own.name: _plain(getattr(value, own.name)) for own in shown}
+        return {own.name: plain(getattr(value, own.name)) for own in shown}
     if hasattr(value, "_asdict"):
-        return _plain(value._asdict())
+        return plain(value._asdict())
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -41,11 +41,19 @@ def test_without_matplotlib_the_demo_says_so_and_does_the_rest(tmp_path, monkeyp
     with pytest.warns(UserWarning, match="pooled threshold"):
         result = CliRunner().invoke(
             app,
-            ["demo", "--output", str(tmp_path), "--epochs", "3", "--limit", "100"],
+            ["demo", "--output", str(tmp_path), "--epochs", "3", "--limit", "100", "--json"],
             catch_exceptions=False,
         )
-    assert "clusterguard[plots]" in result.output
-    assert (tmp_path / "report.json").exists()
+    assert "clusterguard[plots]" in result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert json.loads(result.stdout)["guarded"] == report["guarded"]
+
+
+def test_its_report_is_strict_json(dry_run):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")  # there is no attack to succeed while warming up
+
+    json.loads((dry_run[0] / "report.json").read_text(), parse_constant=refuse)
 
 
 def test_help_shows_an_example():

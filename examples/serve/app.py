@@ -1,0 +1,222 @@
+"""A guard as a web service: `POST /detect` with image files or a JSON batch, `/metrics` for Prometheus, `/health`.
+
+CLUSTERGUARD_GRAPH=guard.onnx uvicorn --app-dir examples/serve --factory app:create_app
+"""
+
+import io
+import json
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import clusterguard as cg
+import numpy as np
+import torch
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
+from torchvision import transforms
+
+MAX_BYTES = 4 * 2**20  # of a request
+MAX_PIXELS = 4_000_000  # of an image
+MAX_IMAGES = 64  # in a request
+MAX_RATIO = 20  # of an image's sides; a thin line would grow without bound when its shorter side is scaled
+PATHS = ("/detect", "/health", "/metrics")
+DECODERS = {"image/png": "PNG", "image/jpeg": "JPEG"}
+
+
+class Verdict(BaseModel):
+    """On one image. Distances stay inside: they would show an attacker which changes bring him closer."""
+
+    is_adversarial: bool
+    label: int | None  # None where the image is refused, so that nobody takes it for an answer
+
+
+class Answer(BaseModel):
+    """Verdicts in the order of the images."""
+
+    verdicts: list[Verdict]
+
+
+class Metrics:
+    """What Prometheus reads; of one process."""
+
+    def __init__(self, monitor: cg.FalsePositiveMonitor) -> None:
+        self.registry = CollectorRegistry()
+        shared: dict[str, Any] = {"namespace": "clusterguard", "registry": self.registry}
+        self.images = Counter("images", "Images judged.", ["verdict"], **shared)
+        self.distances = Histogram(
+            "distance_over_threshold",
+            "Finite distances over the threshold of their class; accepted up to 1.",
+            buckets=(0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0),
+            **shared,
+        )
+        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **shared)
+        self.seconds = Histogram("request_seconds", "From request to answer.", ["path"], **shared)
+        self.alarm = Gauge("monitor_alarm", "1 if more is refused than calibration explains.", **shared)
+        self.evidence = Gauge("monitor_evidence", "The alarm sounds at clusterguard_monitor_level.", **shared)
+        Gauge("monitor_level", "Evidence at which the alarm sounds.", **shared).set(monitor.run_length)
+        Gauge("monitor_limit", "Refusal rate that calibration makes plausible.", **shared).set(monitor.limit)
+        for verdict in ("accepted", "refused"):
+            self.images.labels(verdict)  # so that rates are 0 and not absent at first
+
+    def count(self, found: cg.Detection, ratios: Tensor, report: cg.MonitorReport) -> None:
+        """Take up the verdicts of a request."""
+        refused = int(found.is_adversarial.sum())
+        self.images.labels("refused").inc(refused)
+        self.images.labels("accepted").inc(len(found.labels) - refused)
+        for ratio in ratios[ratios.isfinite()].tolist():
+            self.distances.observe(ratio)
+        self.alarm.set(report.alarm)
+        self.evidence.set(report.evidence)
+
+
+class Gate:
+    """Reads a request's body, up to a limit, before anything else looks at it, and times the answer."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, path = time.perf_counter(), scope["path"] if scope["path"] in PATHS else "other"
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.requests.labels(path, message["status"]).inc()
+                self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
+            await send(message)
+
+        body, size, more = bytearray(), 0, True
+        while more and size <= 16 * MAX_BYTES:  # who sends a little too much shall hear so; not for ever
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+            if size <= MAX_BYTES:
+                body += message.get("body", b"")
+        if size > MAX_BYTES:
+            error = JSONResponse({"detail": f"expected at most {MAX_BYTES} bytes, got more"}, status_code=413)
+            await error(scope, receive, answer)
+            return
+        pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        try:
+            await self.app(scope, replay, answer)
+        except Exception:
+            self.metrics.requests.labels(path, 500).inc()  # answered further out
+            raise
+
+
+def create_app(graph: str | None = None) -> FastAPI:
+    """The service of a graph that `clusterguard export` wrote; None takes its path from CLUSTERGUARD_GRAPH."""
+    detector = cg.load_onnx(graph or os.environ["CLUSTERGUARD_GRAPH"])
+    if detector.calibration is None:
+        raise RuntimeError("expected thresholds that a Calibrator fitted, got others; run: clusterguard calibrate")
+    monitor = cg.FalsePositiveMonitor(cg.plausible_rate(detector.calibration))
+    metrics = Metrics(monitor)
+    channels, *size = detector.image_shape
+    grey = [transforms.Grayscale()] if channels == 1 else []
+    fit = [transforms.Resize(min(size)), transforms.CenterCrop(size)]  # as `clusterguard train` reads images
+    to_image = transforms.Compose([*fit, *grey, transforms.ToTensor()])
+    workers = CapacityLimiter(os.cpu_count() or 1)  # more threads than cores only wait for each other
+    app = FastAPI(title="clusterguard")
+    app.add_middleware(Gate, metrics=metrics)
+
+    def judge(read: Any, content: Any) -> cg.Detection:
+        images = read(content)
+        try:
+            return detector.detect(images)
+        except cg.errors.InputError as error:
+            raise HTTPException(422, str(error)) from error
+
+    def read_files(files: Sequence[tuple[str, bytes]]) -> Tensor:
+        return torch.stack([to_image(decode(*own)) for own in files])
+
+    @app.post("/detect")
+    async def detect(request: Request) -> Answer:
+        """Verdicts on `images`: files of a multipart form, or nested lists (B, C, H, W) in [0, 1] in JSON."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "application/json":
+            found = await to_thread.run_sync(judge, read_json, await request.body(), limiter=workers)
+        elif kind == "multipart/form-data":
+            found = await to_thread.run_sync(judge, read_files, await uploads(request), limiter=workers)
+        else:
+            raise HTTPException(415, f"expected multipart/form-data or application/json, got {kind or 'nothing'}")
+        metrics.count(found, found.distances / detector.thresholds[found.labels], monitor.update(found))
+        pairs = zip(found.labels.tolist(), found.is_adversarial.tolist(), strict=True)
+        return Answer(verdicts=[Verdict(is_adversarial=bad, label=None if bad else label) for label, bad in pairs])
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        """The service is up; nothing is said of the traffic, for which see the monitor."""
+        return {"status": "ok", "classes": detector.num_classes, "image_shape": detector.image_shape}
+
+    @app.get("/metrics")
+    def report() -> Response:
+        """For Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+async def uploads(request: Request) -> list[tuple[str, bytes]]:
+    """Media types and contents of the files in a form."""
+    async with request.form() as form:
+        found = form.getlist("images")
+        files = [own for own in found if isinstance(own, UploadFile)]
+        if not files or len(files) < len(found):
+            raise HTTPException(422, "expected one or several files under the name images, and only files")
+        if len(files) > MAX_IMAGES:
+            raise HTTPException(413, f"expected at most {MAX_IMAGES} images, got {len(files)}")
+        kinds = [own.content_type or "no media type" for own in files]
+        for kind in kinds:
+            if kind not in DECODERS:
+                raise HTTPException(415, f"expected {' or '.join(DECODERS)}, got {kind}")
+        return [(kind, await own.read()) for kind, own in zip(kinds, files, strict=True)]
+
+
+def decode(media_type: str, content: bytes) -> Image.Image:
+    """An opaque, still image of 8 bits a channel: what others look like depends on who looks; they are not judged."""
+    try:
+        picture = Image.open(io.BytesIO(content), formats=[DECODERS[media_type]])
+        if picture.width * picture.height > MAX_PIXELS:  # known before any of them is decoded
+            raise HTTPException(413, f"expected at most {MAX_PIXELS} pixels, got {picture.size}")
+        if max(picture.size) > MAX_RATIO * min(picture.size):
+            raise HTTPException(422, f"expected sides of at most {MAX_RATIO} : 1, got {picture.size}")
+        is_plain = picture.mode in ("L", "RGB") and "transparency" not in picture.info
+        if not is_plain or getattr(picture, "is_animated", False):
+            raise HTTPException(422, f"expected one opaque image, grey or RGB, of 8 bits, got mode {picture.mode}")
+        return picture.convert("RGB")
+    except HTTPException:
+        raise
+    except Image.DecompressionBombError as error:
+        raise HTTPException(413, str(error)) from error
+    except Exception as error:  # decoders raise all sorts of things at files that are damaged
+        raise HTTPException(422, f"expected a whole {media_type}, got one that cannot be read: {error}") from error
+
+
+def read_json(content: bytes) -> Tensor:
+    """Images (B, C, H, W) from `{"images": nested lists}`; NaN and infinity are no JSON, and overflow is infinity."""
+    try:
+        images = np.asarray(json.loads(content)["images"], dtype=np.float64)
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise HTTPException(422, f"expected {{'images': numbers, (B, C, H, W)}}, got {error}") from error
+    if images.ndim != 4 or not len(images) or not np.isfinite(images).all():
+        raise HTTPException(422, f"expected finite images of shape (B, C, H, W), got shape {images.shape}")
+    if len(images) > MAX_IMAGES:
+        raise HTTPException(413, f"expected at most {MAX_IMAGES} images, got {len(images)}")
+    return torch.from_numpy(images).clamp(-2, 2).float()  # what is outside [0, 1] stays there, and float32 holds it

@@ -1,0 +1,297 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import clusterguard
+import pytest
+import torch
+from clusterguard import ClusterGuard
+from clusterguard.cli import app
+from clusterguard.cli_data import Pictures, load_part, make_backbone, sample
+from clusterguard.errors import ConfigurationError, InputError
+from PIL import Image
+from typer.testing import CliRunner
+
+COMMANDS = ("demo", "train", "calibrate", "evaluate", "export", "inspect")
+CLASSES = (0, 1, 7)
+EPOCHS = 8  # of 7 steps
+SMALL = ["--backbone", "timm:test_resnet", "--image-size", "16", "--channels", "1", "--steps", "1", "--eps", "0.05"]
+SMALL += ["--batch-size", "32", "--learning-rate", "0.003", "--false-positive-rate", "0.1"]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(own) for own in arguments])
+
+
+def fails(message: str, *arguments: object) -> None:
+    """One line of text on stderr, nothing on stdout, exit code 1."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert re.match(f"error: .*{message}", result.stderr), result.stderr
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Digits as image files, one subfolder a class."""
+    folder = tmp_path_factory.mktemp("photos")
+    images, labels = clusterguard.samples.load_digits("calibration").tensors
+    for label in CLASSES:
+        (folder / str(label)).mkdir()
+        for index, image in enumerate(images[labels == label][:120]):
+            Image.fromarray((image[0] * 255).byte().numpy()).save(folder / str(label) / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "guard"
+    result = run("train", "--data", photos, "--output", folder, "--epochs", EPOCHS, *SMALL, "--json")
+    assert result.exit_code == 0, result.output
+    return folder, json.loads(result.stdout)
+
+
+@pytest.fixture
+def guard(trained, tmp_path):
+    return shutil.copytree(trained[0], tmp_path / "guard")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: clusterguard {command} " in result.stdout
+
+
+def test_the_manual_names_options_that_exist():
+    known = "".join(CliRunner().invoke(app, [own, "--help"], terminal_width=200).stdout for own in COMMANDS)
+    manual = (Path(__file__).parents[1] / "docs" / "how-to" / "command-line.md").read_text()
+    named = set(re.findall(r"--[a-z][a-z-]+", manual)) - {"--help"}
+    assert len(named) > 10
+    assert {own for own in named if f"{own} " not in known} == set()
+
+
+def test_training_saves_a_calibrated_guard_with_its_record(trained):
+    folder, result = trained
+    assert result["is_calibrated"]
+    assert result["training"]["data"] == {"classes": ["0", "1", "7"], "seed": 0, "image_size": 16, "channels": 1}
+    assert [record["epoch"] for record in result["history"]] == list(range(1, EPOCHS + 1))
+    assert result["training"]["last_epoch"] == result["history"][-1]
+    guard = ClusterGuard.from_pretrained(folder)
+    assert guard.thresholds.tolist() == result["thresholds"]
+    assert guard.calibration.false_positive_rate == 0.1
+
+
+def test_inspect_says_what_is_there(trained):
+    text = run("inspect", trained[0]).stdout
+    for part in ("timm:test_resnet", "3: 0, 1, 7", "conformal", "0.1", "eps=0.05", "nothing recorded", "torch"):
+        assert part in text
+
+
+def test_inspect_says_that_a_guard_is_not_calibrated_and_export_and_evaluate_refuse_it(guard, photos):
+    detector = ClusterGuard.from_pretrained(guard)
+    detector.reset_calibration()
+    detector.save_pretrained(guard)
+    result = run("inspect", guard)
+    assert result.exit_code == 0
+    assert "everything is refused" in result.stdout
+    told = json.loads(run("inspect", guard, "--json").stdout)
+    assert (told["is_calibrated"], told["thresholds"]) == (False, [None] * 3)
+    fails("run: clusterguard calibrate", "evaluate", guard, "--data", photos)
+    fails("no thresholds yet", "export", guard, "--output", guard / "guard.pt2", "--image-size", 16, "--channels", 1)
+
+
+def test_calibrate_changes_thresholds_and_nothing_else(guard, photos):
+    before, weights = json.loads(run("inspect", guard, "--json").stdout), ClusterGuard.from_pretrained(guard)
+    options = ("--data", photos, "--false-positive-rate", 0.2, "--method", "quantile")
+    after = json.loads(run("calibrate", guard, *options, "--json").stdout)
+    assert after["thresholds"] != before["thresholds"]
+    assert (after["calibration"]["false_positive_rate"], after["calibration"]["method"]) == (0.2, "quantile")
+    assert after["training"] == before["training"]
+    again = ClusterGuard.from_pretrained(guard)
+    assert all(torch.equal(own, again.get_parameter(name)) for name, own in weights.named_parameters())
+
+
+def test_calibrate_that_fails_leaves_the_guard_as_it_was(guard, photos):
+    before = (guard / "model.safetensors").read_bytes()
+    fails("needs at least 999", "calibrate", guard, "--data", photos, "--false-positive-rate", 0.001)
+    fails("expected images of the classes that were trained, 0, 1, 7", "calibrate", guard)  # on all ten digits
+    assert (guard / "model.safetensors").read_bytes() == before
+
+
+def test_evaluate_reports_and_records(guard, photos, tmp_path):
+    outputs = [tmp_path / f"report.{kind}" for kind in ("json", "md", "html")]
+    files = [part for path in outputs for part in ("--output", path)]
+    options = ("--data", photos, "--budget", "quick", "--eps", 0.05, "--images", 4, "--sanity-images", 0)
+    result = run("evaluate", guard, *options, *files, "--record", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["images"] == 4
+    assert json.loads(outputs[0].read_text())["worst_case"] == told["worst_case"]
+    assert "worst case per image" in outputs[1].read_text()
+    assert outputs[2].read_text().startswith("<!doctype html>")
+    assert "on 4 images" in run("inspect", guard).stdout
+    assert "suite quick linf 0.05" in (guard / "README.md").read_text()
+    run("calibrate", guard, "--data", photos, "--false-positive-rate", 0.2)
+    assert "nothing recorded" in run("inspect", guard).stdout  # figures at other thresholds would be a lie
+
+
+def test_an_exported_program_says_what_the_guard_says(guard, photos, tmp_path):
+    program = tmp_path / "guard.pt2"  # tests/test_serving.py exports ONNX
+    assert json.loads(run("export", guard, "--output", program, "--json").stdout) == {"files": [str(program)]}
+    pictures = load_part(str(photos), "test", image_size=16, channels=1, seed=0)
+    images = torch.stack([image for image, _ in pictures])
+    expected = ClusterGuard.from_pretrained(guard).detect(images)
+    labels, distances, is_adversarial = torch.export.load(program).module()(images)
+    assert torch.equal(labels, expected.labels)
+    assert torch.allclose(distances, expected.distances, atol=1e-4)
+    assert torch.equal(is_adversarial, expected.is_adversarial)
+
+
+def test_errors_are_one_line_and_say_what_to_do(guard, photos, tmp_path):
+    train = ("train", "--output", tmp_path / "new")
+    fails("checkpoint.pt is of an earlier training; go on with --resume", "train", "--output", guard)
+    fails("expected the options .* attack .*eps=0.05", "train", "--data", photos, "--output", guard, "--resume")
+    fails("'digits' or a folder of images, got 'nowhere'", *train, "--data", "nowhere")
+    fails("expected one subfolder of images a class", *train, "--data", tmp_path)
+    fails("such as timm:resnet18 or torchvision:resnet50, got 'resnet18'", *train, "--backbone", "resnet18")
+    fails("expected a model of timm, got 'resnet'", *train, "--backbone", "timm:resnet")
+    fails("take 3 channels, got 1", *train, "--backbone", "torchvision:resnet18")
+    fails("expected config.json in", "inspect", tmp_path)
+    (guard / "checkpoint.pt").unlink()
+    fails("holds a guard already", "train", "--output", guard, "--resume")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "README.md").write_text("# Mine")
+    fails("README.md is not clusterguard's", *train, "--data", photos, *SMALL)  # before hours of training, not after
+    config = (guard / "config.json").read_text()
+    (guard / "config.json").write_text(config.replace('"counts"', '"count"'))
+    fails("config.json was edited", "inspect", guard)
+    (guard / "config.json").write_text(config)
+    (guard / "model.safetensors").write_bytes(b"cut off")
+    fails("damaged, cut off", "inspect", guard)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train",),
+        ("train", "--output", "new", "--norm", "l3"),
+        ("train", "--output", "new", "--epochs", "2", "--warmup-epochs", "2"),
+        ("train", "--output", "new", "--learning-rate", "nan"),
+        ("train", "--output", "new", "--device", "abacus"),
+        ("inspect", "nowhere"),
+        ("export", ".", "--output", "guard.pickle"),
+        ("evaluate", ".", "--output", "report.docx"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_leaves_nothing_behind(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_is_interrupted_goes_on_and_ends_as_if_it_had_not_been(trained, photos, tmp_path):
+    _, uninterrupted = trained
+    command = [sys.executable, "-m", "clusterguard", "train", "--data", str(photos), "--output", str(tmp_path), *SMALL]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--epochs", "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stderr.readline().startswith("epoch 1/1000")
+    process.send_signal(signal.SIGINT)
+    told, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told == ""
+    assert re.search(r"interrupted after \d+ of 1000 epochs: run the same command with --resume to go on", said)
+    assert not (tmp_path / "config.json").exists()
+
+    result = run(*command[3:], "--epochs", EPOCHS, "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    resumed = json.loads(result.stdout)
+    assert len(resumed["history"]) == EPOCHS
+    assert resumed["thresholds"] == pytest.approx(uninterrupted["thresholds"], rel=1e-5)
+
+
+def test_a_training_that_is_interrupted_before_its_first_checkpoint_may_start_again(photos, tmp_path, monkeypatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clusterguard.AdversarialClusterTrainer.fit", interrupt)
+    for _ in range(2):
+        result = run("train", "--data", photos, "--output", tmp_path / "guard", *SMALL)
+        assert result.exit_code == 130
+        assert result.stderr == "interrupted after 0 of 12 epochs: nothing was done yet\n"
+
+
+def test_ctrl_c_elsewhere_is_exit_code_130(guard, photos, monkeypatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clusterguard.Calibrator.fit", interrupt)
+    result = run("calibrate", guard, "--data", photos)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_folder_is_split_into_parts_that_are_disjoint_complete_and_stay_when_images_come(photos, tmp_path):
+    def paths(folder):
+        parts = {
+            part: load_part(str(folder), part, image_size=8, channels=1, seed=3)
+            for part in ("train", "calibration", "test")
+        }
+        return {part: {path.removeprefix(str(folder)) for path, _ in own.items.samples} for part, own in parts.items()}
+
+    before = paths(photos)
+    assert sum(map(len, before.values())) == len(set().union(*before.values())) == 3 * 120
+    assert 0.5 < len(before["train"]) / 360 < 0.7
+    more = shutil.copytree(photos, tmp_path / "more")
+    shutil.copy(more / "0" / "0.png", more / "0" / "new.png")
+    after = paths(more)
+    assert all(before[part] <= after[part] for part in before)
+
+
+def test_a_folder_with_parts_is_taken_as_it_is(photos, tmp_path):
+    for part in ("train", "calibration"):
+        shutil.copytree(photos, tmp_path / part)
+    train = load_part(str(tmp_path), "train", image_size=8, channels=3, seed=0)
+    assert (len(train), train.classes, train[0][0].shape) == (360, ("0", "1", "7"), (3, 8, 8))
+    with pytest.raises(InputError, match="test"):
+        load_part(str(tmp_path), "test", image_size=8, channels=3, seed=0)
+
+
+def test_a_file_that_is_no_image_is_named(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "train")
+    (tmp_path / "train" / "7" / "0.png").write_bytes((photos / "7" / "0.png").read_bytes()[:-40])
+    pictures = load_part(str(tmp_path), "train", image_size=8, channels=1, seed=0)
+    with pytest.raises(InputError, match=r"7/0\.png, which cannot be read"):
+        list(pictures)
+
+
+def test_images_come_in_the_size_and_channels_that_are_asked_for():
+    image, label = load_part("digits", "test", image_size=20, channels=3, seed=0)[0]
+    exact, _ = load_part("digits", "test", image_size=28, channels=1, seed=0)[0]
+    assert (image.shape, image.dtype, type(label)) == ((3, 20, 20), torch.float32, int)
+    assert torch.equal(exact, clusterguard.samples.load_digits("test").tensors[0][0])
+
+
+def test_a_sample_is_of_all_classes_and_always_the_same():
+    pictures = Pictures([(index, index // 100) for index in range(300)], "abc", lambda index: torch.tensor([index]))
+    first, again = sample(pictures, 50, seed=1), sample(pictures, 50, seed=1)
+    assert first.indices == again.indices
+    assert len(set(first.indices)) == 50
+    assert {label for _, label in first} == {0, 1, 2}
+    assert len(sample(pictures, 1000, seed=1)) == 300
+
+
+def test_backbones_of_torchvision_are_found_by_name():
+    network = make_backbone("torchvision:squeezenet1_1", num_classes=4, channels=3, pretrained=False)
+    assert ClusterGuard(network, num_classes=4).num_classes == 4
+    with pytest.raises(ConfigurationError, match="got 'fasterrcnn_resnet50_fpn'"):
+        make_backbone("torchvision:fasterrcnn_resnet50_fpn", num_classes=4, channels=3, pretrained=False)
