@@ -24,6 +24,7 @@ FOLDER = Path(__file__).parent / "experiments"
 FORMAT = 1  # of what a cell's result holds; raising it makes every result stale
 Profile = Literal["quick", "cpu", "full"]
 """quick: wiring, not numbers; cpu: honest numbers of a small network that a CPU can bear; full: the paper's setting."""
+Split = Literal["test", "validation"]
 Options = dict[str, Any]
 
 
@@ -42,7 +43,8 @@ class Training:
         learning_rate: at the start.
         optimizer: "adam" or "sgd", the latter with momentum 0.9.
         weight_decay: of the optimizer.
-        schedule: "constant", "cosine" over all epochs, or "step": a tenth after half and after three quarters of them.
+        schedule: "constant", "cosine" over all epochs, "step": a tenth after half and after three quarters of them, or
+            "one-cycle": up to the learning rate in the first third of all steps, and down again.
         warmup_epochs: epochs without the attack first.
         attack: options of PGD, the training attack.
         augment: random crops and flips.
@@ -61,7 +63,7 @@ class Training:
     learning_rate: float = 1e-3
     optimizer: Literal["adam", "sgd"] = "adam"
     weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine", "step"] = "constant"
+    schedule: Literal["constant", "cosine", "step", "one-cycle"] = "constant"
     warmup_epochs: int = 0
     attack: Options
     augment: bool = False
@@ -92,6 +94,7 @@ class Cell:
         seed: of the attack.
         points: how many images to keep representations of, for figures.
         variant: what sets an ablation apart, for tables.
+        split: "test", or "validation", images kept out of training and of thresholds, for choosing among recipes.
     """
 
     detector: str
@@ -106,6 +109,7 @@ class Cell:
     seed: int
     points: int = 0
     variant: str = ""
+    split: Split = "test"
 
     @property
     def definition(self) -> Options:
@@ -116,6 +120,8 @@ class Cell:
         own["training"] = self.training.key
         own["surrogate"] = None if self.surrogate is None else [self.surrogate.detector, self.surrogate.training.key]
         own["chunk"] = None if KINDS[self.kind].whole else self.chunk
+        if self.split == "test":
+            del own["split"]  # results from before there was a choice stay valid
         return own | {"format": FORMAT, "rates": list(self.rates)}
 
     @cached_property
@@ -200,7 +206,7 @@ def _expand(name: str, profile: Profile, table: Options, limits: Options) -> Exp
 
 
 def _cell(table: Options, detector: str, attack: Options, limits: Options, seed: int, variant: str) -> Cell:
-    known = {"dataset", "model", "images", "rates", "chunk", "seeds", "training", "training_of", "points"}
+    known = {"dataset", "model", "images", "rates", "chunk", "seeds", "training", "training_of", "points", "split"}
     if set(table) - known:
         raise ConfigurationError(f"expected keys among {', '.join(sorted(known))}, got {sorted(set(table) - known)}")
     options = {key: value for key, value in attack.items() if key not in ("name", "kind", "rates", "surrogate")}
@@ -218,6 +224,7 @@ def _cell(table: Options, detector: str, attack: Options, limits: Options, seed:
         "images": table["images"],
         "rates": tuple(merge(table, attack)["rates"]),
         "points": table.get("points", 0),
+        "split": table.get("split", "test"),
         "chunk": table["chunk"],
         "seed": seed,
     }

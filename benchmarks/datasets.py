@@ -16,6 +16,7 @@ from torch.nn import functional
 from benchmarks.fetch import CHECKSUMS, fetch
 
 CALIBRATION = 5000  # images of the training set kept for calibration
+VALIDATION = 1000  # of these, images that recipes are chosen by
 SPLIT_SEED = 20_201_207  # the day the paper appeared
 
 
@@ -53,6 +54,8 @@ class DataSet:
         train: what is trained on.
         calibration: taken out of the training set, for thresholds.
         open_test: loads the test set.
+
+    Sets for choosing among recipes leave the test set closed: see `held_out`.
     """
 
     name: str
@@ -60,6 +63,11 @@ class DataSet:
     train: Images
     calibration: Images
     open_test: Callable[[], Images]
+
+    def held_out(self) -> tuple[Images, Images]:
+        """Calibration and validation images, both out of what is kept for calibration; the test set stays closed."""
+        kept = len(self.calibration.labels) - min(VALIDATION, len(self.calibration.labels) // 2)
+        return Images(*(part[:kept] for part in self.calibration)), Images(*(part[kept:] for part in self.calibration))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

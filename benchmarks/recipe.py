@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, cast, final
+from typing import Literal, Protocol, TypeAlias, cast, final
 
 from clusterguard import (
     PGD,
     DetectorModule,
     DetectorTrainer,
+    TrainingOptions,
     TrainingStep,
     WithThresholds,
 )
@@ -25,13 +26,15 @@ class Schedule:
     Attributes:
         attack: the training attack with its budget; a recipe may change objective and start.
         optimizer: made from the detector's parameters.
-        scheduler: made from the optimizer, stepped after every epoch.
+        scheduler: made from the optimizer.
+        schedule_every: when the scheduler steps.
         warmup_epochs: epochs without the attack first.
     """
 
     attack: PGD
     optimizer: Callable[[nn.Module], Optimizer]
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    schedule_every: Literal["epoch", "step"] = "epoch"
     warmup_epochs: int = 0
 
 
@@ -55,7 +58,8 @@ class LossTrainer(DetectorTrainer):
     def __init__(self, detector: DetectorModule, loss: Loss, schedule: Schedule) -> None:
         optimizer = schedule.optimizer(detector)
         scheduler = None if schedule.scheduler is None else schedule.scheduler(optimizer)
-        super().__init__(detector, optimizer=optimizer, scheduler=scheduler)
+        options = TrainingOptions(schedule_every=schedule.schedule_every)
+        super().__init__(detector, optimizer=optimizer, scheduler=scheduler, options=options)
         self.loss = loss
         self.schedule = schedule
 

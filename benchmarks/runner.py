@@ -79,8 +79,9 @@ class Runner:
         detector, record = self.detector(cell)
         surrogate = None if cell.surrogate is None else self._surrogate(cell.surrogate)
         data = self.dataset(cell.training.dataset)
-        images, labels = data.open_test().head(cell.images).to(self.device).floats()
-        calibration = Batches(data.calibration, JUDGED_AT_ONCE)
+        held, judged = data.held_out() if cell.split == "validation" else (data.calibration, data.open_test())
+        images, labels = judged.head(cell.images).to(self.device).floats()
+        calibration = Batches(held, JUDGED_AT_ONCE)
         thresholds = thresholds_at(detector, calibration, cell.rates)
         # An attack that sees thresholds is run for each rate; what another finds is judged at all of them.
         groups = [cell.rates] if not KINDS[cell.kind].sees_thresholds else [(rate,) for rate in cell.rates]
@@ -91,7 +92,7 @@ class Runner:
             attacked = self._attack(
                 cell, WithThresholds(detector, thresholds[rates[0]]), images, labels, surrogate, rates[0]
             )
-            report, judged = judge_attacked(
+            report, verdicts = judge_attacked(
                 detector,
                 {rate: thresholds[rate] for rate in rates},
                 attacked.attacked,
@@ -103,7 +104,7 @@ class Runner:
             )
             first = first or report
             stages += [{"rate": rates[0], **asdict(stage)} for stage in attacked.stages]
-            for variant, own in judged.items():
+            for variant, own in verdicts.items():
                 results.setdefault(variant, {"eroc": own["eroc"], "rates": {}})["rates"] |= own["rates"]
         assert first is not None  # there is at least one rate
         points = {}

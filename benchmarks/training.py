@@ -9,7 +9,7 @@ import torch
 from clusterguard import PGD, DetectorModule, EpochRecord
 from torch import Generator, nn
 from torch.optim import SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from benchmarks import models
 from benchmarks.cells import Training
@@ -63,14 +63,15 @@ def train(
         if record.epoch < training.epochs:
             clock.check(1.1 * record.seconds)
 
-    history = recipe.trainer(detector, make_schedule(training)).fit(
-        Batches(
-            data.train.head(training.images),
-            training.batch_size,
-            shuffle=True,
-            augment=training.augment,
-            generator=Generator().manual_seed(training.seed),
-        ),
+    batches = Batches(
+        data.train.head(training.images),
+        training.batch_size,
+        shuffle=True,
+        augment=training.augment,
+        generator=Generator().manual_seed(training.seed),
+    )
+    history = recipe.trainer(detector, make_schedule(training, len(batches))).fit(
+        batches,
         Batches(data.calibration, JUDGED_AT_ONCE),
         epochs=training.epochs,
         checkpoint=store.work(training.key) / "training.pt",
@@ -96,8 +97,8 @@ def train(
     return detector, record
 
 
-def make_schedule(training: Training) -> Schedule:
-    """What a training's numbers and names mean."""
+def make_schedule(training: Training, steps: int) -> Schedule:
+    """What a training's numbers and names mean, with so many steps an epoch."""
 
     def optimizer(module: nn.Module) -> Optimizer:
         rate, decay = training.learning_rate, training.weight_decay
@@ -106,6 +107,8 @@ def make_schedule(training: Training) -> Schedule:
         return Adam(module.parameters(), lr=rate, weight_decay=decay)
 
     def scheduler(own: Optimizer) -> LRScheduler:
+        if training.schedule == "one-cycle":
+            return OneCycleLR(own, training.learning_rate, total_steps=training.epochs * steps)
         if training.schedule == "cosine":
             return CosineAnnealingLR(own, training.epochs)
         return MultiStepLR(own, [training.epochs // 2, training.epochs * 3 // 4])
@@ -115,5 +118,6 @@ def make_schedule(training: Training) -> Schedule:
         attack=PGD(**training.attack),
         optimizer=optimizer,
         scheduler=make_scheduler,
+        schedule_every="step" if training.schedule == "one-cycle" else "epoch",
         warmup_epochs=training.warmup_epochs,
     )

@@ -142,6 +142,7 @@ def train(
                 f"attack success {own.attack_success_rate:.3f}, {own.seconds:.0f} s"
             ),
             checkpoint=checkpoint,
+            checkpoint_every=100,
             progress=is_watched(),
             generator=torch.Generator(target).manual_seed(seed),
         )

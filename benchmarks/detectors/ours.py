@@ -1,11 +1,22 @@
 """The paper's method, and its ablation L-Ben, which gives every attacked image its original class."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import cast
 
 import torch
-from clusterguard import AdversarialClusterTrainer, ClusterGuard, DetectorModule, DetectorTrainer
+from clusterguard import (
+    PGD,
+    AdversarialClusterTrainer,
+    Attack,
+    ClusterGuard,
+    DetectorModule,
+    DetectorTrainer,
+    MixedAttack,
+    MultiTarget,
+    TrainingOptions,
+)
 from clusterguard.training import Relabel
 from torch import nn
 
@@ -20,6 +31,13 @@ def ours(
     adversarial_weight: float = 1.0,
     refresh_every: int = 10,
     start: str = "image",
+    objective: str = "suspicion",
+    ramp_epochs: float = 0.0,
+    clip_norm: float | None = None,
+    average_decay: float | None = None,
+    radii: Mapping[str, float] | None = None,
+    targets: int | None = None,
+    grading_power: float = 10.0,
 ) -> Recipe:
     """The library's guard, trained by the library's trainer.
 
@@ -30,6 +48,13 @@ def ours(
         adversarial_weight: of the loss of attacks that got through.
         refresh_every: steps between refreshes of the thresholds that say what got through.
         start: of the training attack; the paper's starts at the image.
+        objective: of the training attack.
+        ramp_epochs: over which its radius grows.
+        clip_norm: of the gradient.
+        average_decay: of the average of weights.
+        radii: by norm; another norm a batch, instead of the training attack's own.
+        targets: aim at so many classes in turn, the most promising ones.
+        grading_power: for relabel "graded".
     """
 
     def build(network: nn.Module) -> ClusterGuard:
@@ -38,24 +63,45 @@ def ours(
             network, num_classes=10, representation_dim=10 * block, center_scale=center_scale, example=example
         )
 
+    def make_attack(given: PGD) -> Attack:
+        attack = replace(given, objective=objective, start=start, keep="last")
+
+        def aimed(own: PGD) -> Attack:
+            return own if targets is None else MultiTarget(attack=own, max_targets=targets)
+
+        if radii is None:
+            return aimed(attack)
+        # A step is the same share of the radius in every norm.
+        share = attack.step_size / attack.eps
+        return MixedAttack(
+            attacks=tuple(
+                aimed(replace(attack, norm=norm, eps=eps, step_size=share * eps)) for norm, eps in radii.items()
+            )
+        )
+
     def make_trainer(detector: DetectorModule, schedule: Schedule) -> DetectorTrainer:
         assert isinstance(detector, ClusterGuard)  # tells the type checker
         optimizer = schedule.optimizer(detector)
         return AdversarialClusterTrainer(
             detector,
-            replace(schedule.attack, objective="suspicion", start=start, keep="last"),
+            make_attack(schedule.attack),
             optimizer=optimizer,
             scheduler=None if schedule.scheduler is None else schedule.scheduler(optimizer),
             warmup_epochs=schedule.warmup_epochs,
             adversarial_weight=adversarial_weight,
             relabel=relabel,
+            grading_power=grading_power,
+            ramp_epochs=ramp_epochs,
             refresh_every=refresh_every,
+            options=TrainingOptions(
+                clip_norm=clip_norm, average_decay=average_decay, schedule_every=schedule.schedule_every
+            ),
         )
 
     return Recipe(
-        title="Ours" if relabel == "separate" else "L-Ben",
+        title="L-Ben" if relabel == "original" else "Ours",
         reference="arXiv 2012.03483",
-        training="ours" if relabel == "separate" else "l-ben",
+        training="l-ben" if relabel == "original" else "ours",
         build=build,
         trainer=make_trainer,
         objective="suspicion",

@@ -55,6 +55,29 @@ def trained(training):
     return detector.eval()
 
 
+def test_every_ingredient_of_a_recipe_reaches_the_trainer():
+    options = {
+        "relabel": "graded",
+        "start": "random",
+        "objective": "margin",
+        "ramp_epochs": 2.0,
+        "clip_norm": 1.0,
+        "average_decay": 0.9,
+        "grading_power": 2.0,
+        "adversarial_weight": 0.5,
+        "refresh_every": 7,
+    }
+    recipe = RECIPES["ours"].variant(**options)
+    trainer = recipe.trainer(recipe.build(network()), schedule())
+    for name, value in options.items():
+        assert value in (getattr(part, name, None) for part in (trainer, trainer.options, trainer.attack)), name
+    mixed = RECIPES["l-ben"].variant(radii={"linf": 0.3, "l1": 15.0}, targets=2)
+    attack = mixed.trainer(mixed.build(network()), schedule()).attack
+    assert [own.max_targets for own in attack.attacks] == [2, 2]
+    inner = [own.attack for own in attack.attacks]
+    assert [(own.norm, own.eps, own.step_size) for own in inner] == [("linf", 0.3, 0.15), ("l1", 15.0, 7.5)]
+
+
 @dataclasses.dataclass
 class Case:
     name: str

@@ -180,6 +180,18 @@ def test_training_and_calibration_never_touch_the_test_set(experiment, tmp_path,
     assert len(opened) == 1
 
 
+def test_recipes_are_chosen_without_the_test_set_and_judged_on_images_that_nothing_was_fitted_to(experiment, tmp_path):
+    own = Runner(Store(tmp_path), device=torch.device("cpu"))
+    data = own.dataset("digits")
+    own._sets["digits"] = replace(data, open_test=lambda: pytest.fail("opened the test set"))
+    cell = replace(experiment.cells[0], split="validation")
+    assert own.run(cell)["images"] == cell.images
+    assert cell.key != experiment.cells[0].key
+    calibration, validation = data.held_out()
+    assert len(calibration.labels) + len(validation.labels) == len(data.calibration.labels)
+    assert torch.equal(torch.cat([calibration.pixels, validation.pixels]), data.calibration.pixels)
+
+
 def test_half_precision_weights_are_the_ones_that_get_evaluated(experiment, tmp_path):
     cell = experiment.cells[0]
     cell = replace(cell, training=replace(cell.training, half=True, epochs=1))
