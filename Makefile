@@ -20,6 +20,7 @@ benchmark-quick: .venv/installed
 
 speed: .venv/installed
 	$(BIN)/python -m benchmarks.speed run --device cpu
+	$(BIN)/python -m benchmarks.speed memory --device cpu
 	$(BIN)/python -m benchmarks.speed table
 
 lint: .venv/installed

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 from clusterguard import PGD, DetectorModule, EpochRecord
+from clusterguard.compiling import check_gradients
+from clusterguard.modes import evaluation_mode
 from torch import Generator, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
@@ -53,6 +55,8 @@ def train(
     detector = recipe.build(network).to(device)
     if compiled is not None:
         network.compile(mode=compiled)  # not the body: torch passes over an nn.Sequential without a word
+        with evaluation_mode(network):
+            check_gradients(network, network.forward, torch.rand(8, *data.image_shape, device=device))
     saved = store.load_weights(training.key)
     if saved is not None:
         detector.load_state_dict(saved[0])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from clusterguard.backbones import find_normalization, find_num_classes, make_encoder
 from clusterguard.clusters import GaussianClusters
+from clusterguard.compiling import Call, CheckedCall, call
 from clusterguard.decision import Evidence
 from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite
 from clusterguard.errors import ConfigurationError
@@ -73,7 +74,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         self.clusters = GaussianClusters(classes, representation_dim, center_scale=center_scale)
         self.normalize = Normalize(found_mean if mean is None else mean, found_std if std is None else std)
         self.encoder = make_encoder(backbone, self.clusters.representation_dim, example=example)
-        self._encode = _call
+        self._encode: Call = call
         # A backbone in eval mode makes a guard in eval mode; in a training one, frozen modules stay frozen.
         self.training = backbone.training
 
@@ -98,10 +99,15 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         """Run the encoder through `torch.compile`, in place: detection, attacks and training all gain.
 
         Saving and exporting work as before; copies are not compiled. Call it on the device where the guard shall stay.
+        The first time a gradient is taken it is compared with the eager one: torch.compile gives some networks wrong
+        gradients without a word, and then attacks fail and the guard looks robust.
 
         Args:
             *args: of `torch.compile`.
             **kwargs: of `torch.compile`; ``mode="reduce-overhead"`` takes CUDA graphs, for small batches on a GPU.
+
+        Raises:
+            ConfigurationError: not here, but at the first gradient, if it is wrong.
 
         Example:
             >>> guard = ClusterGuard(nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 2, 2))
@@ -109,10 +115,12 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             >>> guard.distances(torch.rand(5, 1, 2, 2)).shape
             torch.Size([5, 2])
         """
-        self._encode = torch.compile(_call, *args, **kwargs)  # module.compile() skips an nn.Sequential without a word
+        self._encode = CheckedCall(
+            torch.compile(call, *args, **kwargs)
+        )  # module.compile() skips nn.Sequential silently
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_encode": _call}  # what was compiled stays with this guard, as in torch
+        return {**self.__dict__, "_encode": call}  # what was compiled stays with this guard, as in torch
 
     def save_pretrained(  # type: ignore[override]  # the Hub's version takes options of its own and returns an address
         self,
@@ -197,8 +205,3 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             local_files_only=local_files_only,
         )
         return load_guard(cls, folder, backbone=backbone, example=example)
-
-
-def _call(module: nn.Module, images: Tensor) -> Tensor:
-    output: Tensor = module(images)
-    return output

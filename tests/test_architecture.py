@@ -49,7 +49,8 @@ ALLOWED = {
     },  # calibration: only for type checkers
     "monitoring": {"calibration", "decision", "errors"},
     # results: only for type checkers, in these three; so is guard in the second
-    "guard": {"backbones", "clusters", "decision", "detector", "errors", "persistence", "results"},
+    "compiling": {"errors", "modes"},
+    "guard": {"backbones", "clusters", "compiling", "decision", "detector", "errors", "persistence", "results"},
     "persistence": {"backbones", "calibration", "errors", "guard", "model_card", "results"},
     "model_card": {"calibration", "metrics", "results"},
     "export": {"calibration", "checks", "decision", "detector", "errors", "files"},

@@ -137,7 +137,7 @@ def test_a_compiled_guard_does_the_same_and_is_saved_copied_and_exported_as_befo
     compiled.compile(backend=backend)
     torch.testing.assert_close(compiled.detect(images).distances, expected.distances)
     torch.testing.assert_close(attack(compiled, images, labels), attacked)
-    assert len(runs) == 7  # detection and the attack's looks at the images all ran through the graph
+    assert len(runs) == 8  # detection, a look at gradients, and the attack's all ran through the graph
     copied = copy.deepcopy(compiled)
     runs.clear()
     torch.testing.assert_close(copied.detect(images).distances, expected.distances)
@@ -145,3 +145,27 @@ def test_a_compiled_guard_does_the_same_and_is_saved_copied_and_exported_as_befo
     assert compiled.state_dict().keys() == small_guard.state_dict().keys()
     program = export_program(compiled, images)
     torch.testing.assert_close(program.module()(images)[1], expected.distances)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("factor", [0.0, 1.1, torch.nan])
+def test_a_compiler_that_gets_gradients_wrong_is_found_out_before_an_attack_believes_them(small_guard, factor):
+    images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+
+    class Distort(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            return values.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return factor * gradient
+
+    def miscompile(graph, inputs):
+        return lambda *arguments: tuple(Distort.apply(own) for own in graph(*arguments))
+
+    small_guard.compile(backend=miscompile)
+    small_guard.detect(images)  # no gradient, no harm
+    with pytest.raises(ConfigurationError, match="wrong input gradients"):
+        PGD(eps=0.2, step_size=0.05, steps=5)(small_guard, images, labels)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -11,9 +10,10 @@ import typer
 from clusterguard.files import write_atomically
 
 from benchmarks.speed.measure import FOLDER, measure
+from benchmarks.speed.memory import BATCHES, measure_memory
 
 ROWS = ("attack", "suite", "training", "head", "projection", "detection")
-TABLE = Path(__file__).parents[2] / "docs" / "speed.md.table"
+TABLE = FOLDER / "table.md"
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -32,15 +32,43 @@ def run(
 
 
 @app.command()
+def memory(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu") -> None:
+    """Measure peak memory by batch size.
+
+    Example: python -m benchmarks.speed memory --device cpu
+    """
+    measure_memory(torch.device(device))
+
+
+@app.command()
 def table() -> None:
-    """Write the table in docs/performance.md from what has been timed; what has not is shown as not run.
+    """Write the tables in docs/performance.md from what has been measured; what has not is shown as not run.
 
     Example: python -m benchmarks.speed table
     """
-    write_atomically(TABLE, lambda file: file.write_text("\n".join(_lines()) + "\n"))
+    write_atomically(TABLE, lambda file: file.write_text("\n".join(lines()) + "\n"))
 
 
-def _lines() -> Iterator[str]:
+def lines() -> Iterator[str]:
+    """Of the tables, as Markdown."""
+    yield from _ratios()
+    yield ""
+    yield from _memory()
+
+
+def _memory() -> Iterator[str]:
+    yield f"| peak megabytes, ResNet-50 at 224 | {' | '.join(f'batch {batch}' for batch in BATCHES)} |"
+    yield "| --- |" + " --- |" * len(BATCHES)
+    for device in ("cpu", "cuda"):
+        file = FOLDER / f"memory-{device}.json"
+        if not file.exists():
+            yield f"| *{device}* | not run |" + " |" * (len(BATCHES) - 1)
+            continue
+        for work, found in json.loads(file.read_text())["megabytes"].items():
+            yield f"| {work}, {device} | {' | '.join(f'{found[str(batch)]:,.0f}' for batch in BATCHES)} |"
+
+
+def _ratios() -> Iterator[str]:
     yield "| comparison | their time over ours | target | operators, ours and theirs | MB allocated |"
     yield "| --- | --- | --- | --- | --- |"
     for device in ("cpu", "cuda"):

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from clusterguard import PGD, ConfidenceDetector, WithThresholds
+from clusterguard.compiling import check_gradients
+from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 
 from benchmarks import models
@@ -66,10 +68,16 @@ def rows(device: torch.device) -> list[Row]:
         images, labels = torch.rand(batch, *shape, device=device), torch.arange(batch, device=device) % 10
         eager, compiled = (ConfidenceDetector(model, 10).to(device) for _ in range(2))
         compiled.compile(mode=COMPILED[device.type])
+        ways = {"": eager}
+        try:
+            check_gradients(compiled, compiled.forward, images)
+            ways["compiled, "] = compiled
+        except ConfigurationError as error:  # nothing to be timed
+            print(f"{title}: {error}")
         attack = PGD(eps=EPS, step_size=STEP, steps=steps, objective="cross_entropy", keep="last")
         theirs = peers(model, images, labels, steps)
         limit = partial(bare, model, images, labels, steps)
-        for way, detector in {"": eager, "compiled, ": compiled}.items():
+        for way, detector in ways.items():
             accepting = WithThresholds(detector, torch.full((10,), torch.inf, device=device))
             ours = partial(attack, accepting, images, labels)
             setting = f"PGD, {way}{title}, batch {batch}, {steps} steps, against"

@@ -257,3 +257,26 @@ def test_thresholds_of_another_detector_make_another_detector(guard, cases, atta
     images, labels = cases
     attacked = attack(permissive, images, labels, generator=seeded())
     assert (guard(attacked).argmax(1) != labels).any()
+
+
+@each(ATTACKS)
+def test_an_attack_holds_no_more_images_at_a_time_than_asked_to(attack, guard):
+    seen = []
+
+    class Watched(nn.Module):
+        thresholds = guard.thresholds
+
+        def evidence(self, images):
+            seen.append(len(images))
+            return guard.evidence(images)
+
+        def represent(self, images):
+            seen.append(len(images))
+            return guard.represent(images)
+
+    images, labels = torch.rand(7, 1, 8, 8), torch.arange(7) % 3
+    bounded = replace(attack, batch_size=3)
+    watched = Watched()
+    watched.inner = guard  # so that it is put into eval mode
+    bounded(watched, images, labels, generator=torch.Generator().manual_seed(0))
+    assert max(seen) <= 3

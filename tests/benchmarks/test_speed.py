@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.speed import head
+from benchmarks.speed.__main__ import TABLE, lines
 from benchmarks.speed.measure import compare, count, interval
 
 
@@ -40,3 +41,7 @@ def test_counts_do_not_drift():
 def test_both_sides_of_a_row_compute_the_same():
     row = head.rows(torch.device("cpu"))[0]
     row.check(row.ours(), row.theirs())
+
+
+def test_the_committed_tables_are_those_of_the_committed_measurements():
+    assert TABLE.read_text() == "\n".join(lines()) + "\n"
