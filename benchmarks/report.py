@@ -34,7 +34,7 @@ REMARKS: dict[Profile, str] = {
     "full": "",
 }
 WARNING = "A tiny network, few images, short attacks: nothing here says how good a detector is."
-KINDS = ("table", "strict", "ablation", "figure")  # sections in this order
+KINDS = ("table", "strict", "ablation", "recipe", "figure")  # sections in this order
 
 LEGEND = """
 **Bold** is measured here; below it its 95 % interval; in parentheses what the paper prints. ASR-p: of the images that
@@ -124,7 +124,7 @@ def _section(results: Results, every: Sequence[Results]) -> Iterator[str]:
         yield attack_table(results)
         if own.name.startswith("strict"):
             yield from _strict(results, every)
-        else:
+        elif own.name.startswith("ablation"):
             yield _caption(results, "EROC.")
             yield area_table(results)
     invalid = sum(_invalid(result) for result in results.found)
@@ -160,7 +160,8 @@ def _caption(results: Results, text: str) -> str:
     told = "as in the paper" if network == theirs else f"the paper: {theirs}"
     images = _list(cell.points or cell.images for cell in cells)
     warning = f"{remark[0].upper()}{remark[1:]}. " if remark else ""
-    return f"**{warning}{text}** The first {images} test images, {_seeds(cells)}, network {network} ({told})."
+    split = _list("test" if cell.split == "test" else "held-out training" for cell in cells)
+    return f"**{warning}{text}** The first {images} {split} images, {_seeds(cells)}, network {network} ({told})."
 
 
 def _asr(rate: float) -> str:
@@ -183,7 +184,8 @@ def _setting(every: Sequence[Results]) -> Iterator[str]:
     cells = [cell for results in every for cell, _ in results.cells]
     data = cells[0].training.dataset
     name = TITLES.get(data, "the digits that ship with clusterguard")
-    yield f"Data: {name}; attacked are the first {_list(cell.images for cell in cells)} test images; {_seeds(cells)}."
+    images = _list(cell.images for cell in cells if cell.split == "test")
+    yield f"Data: {name}; attacked are the first {images} test images, unless said otherwise; {_seeds(cells)}."
     yield f"Network: {_list(f'`{cell.training.model}`' for cell in cells)}. {PAPER_SETTINGS[_dataset(every[0])]}"
     for schedule, trained in _schedules(every).items():
         yield f"Training of {', '.join(trained)}: {schedule}."

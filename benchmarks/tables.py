@@ -133,12 +133,14 @@ def attack_table(results: Results) -> str:
     """ASR-1, for experiments that the paper does not have: a row a detector or variant, a column an attack."""
     own = results.experiment
     rows, learned = [], {}
+    union = ["any of these"] if own.name.startswith("recipe") else []
     for name, slots in _lines(results, own.attacks):
         clean = _any(slots)
         learned[name] = estimate(clean, accuracy)
         found = [show(estimate(slot, success(ONE_PERCENT))) for slot in slots]
+        found += [show(worst_per_image(slots, ONE_PERCENT)) for _ in union]
         rows.append([name, show(estimate(clean, accuracy)), _counted(clean, ONE_PERCENT), *found])
-    return table(["", "accuracy", "images counted", *map(label, own.attacks)], rows) + _beginners(learned)
+    return table(["", "accuracy", "images counted", *map(label, own.attacks), *union], rows) + _beginners(learned)
 
 
 def area_table(results: Results) -> str:
@@ -190,7 +192,9 @@ def stages_table(suite: Results, detector: str) -> str:
 def _lines(results: Results, attacks: Sequence[str]) -> Iterator[tuple[str, list[Slot]]]:
     for variant in results.experiment.variants:
         for detector in results.experiment.detectors:
-            name = variant or RECIPES[detector].title
+            title = RECIPES[detector].title
+            many = len(results.experiment.detectors) > 1
+            name = f"{title}: {variant}" if variant and many else variant or title
             yield name, [results.slot(detector, attack, variant) for attack in attacks]
 
 
