@@ -196,6 +196,9 @@ def test_a_mixed_attack_takes_each_in_turn_at_random_and_scales_them_all(linear_
     assert all(sum(one) == 1 for one in chosen)
     assert 4 < sum(one[0] for one in chosen) < 16
     assert [attack.eps for attack in mixed.scaled(0.5).attacks] == [0.05, 0.15]
+    assert (mixed.norm, mixed.eps) == (None, None)
+    alike = MixedAttack(attacks=(FGSM(eps=0.1), PGD(eps=0.1, step_size=0.1)))
+    assert (alike.norm, alike.eps) == ("linf", 0.1)
     with pytest.raises(ConfigurationError, match="at least one"):
         MixedAttack(attacks=())
 

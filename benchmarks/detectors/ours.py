@@ -1,6 +1,6 @@
 """The paper's method, and its ablation L-Ben, which gives every attacked image its original class."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -30,7 +30,7 @@ def ours(
     block: int = 1,
     adversarial_weight: float = 1.0,
     refresh_every: int = 10,
-    start: str = "image",
+    start: str | Sequence[str] = "image",
     objective: str = "suspicion",
     ramp_epochs: float = 0.0,
     clip_norm: float | None = None,
@@ -47,7 +47,7 @@ def ours(
         block: l, dimensions of the representation a class.
         adversarial_weight: of the loss of attacks that got through.
         refresh_every: steps between refreshes of the thresholds that say what got through.
-        start: of the training attack; the paper's starts at the image.
+        start: of the training attack, or several, another one a batch; the paper's starts at the image.
         objective: of the training attack.
         ramp_epochs: over which its radius grows.
         clip_norm: of the gradient.
@@ -64,20 +64,25 @@ def ours(
         )
 
     def make_attack(given: PGD) -> Attack:
-        attack = replace(given, objective=objective, start=start, keep="last")
-
-        def aimed(own: PGD) -> Attack:
-            return own if targets is None else MultiTarget(attack=own, max_targets=targets)
-
-        if radii is None:
-            return aimed(attack)
-        # A step is the same share of the radius in every norm.
-        share = attack.step_size / attack.eps
-        return MixedAttack(
-            attacks=tuple(
-                aimed(replace(attack, norm=norm, eps=eps, step_size=share * eps)) for norm, eps in radii.items()
+        budgets = {given.norm: given.eps} if radii is None else radii
+        share = given.step_size / given.eps  # a step is the same share of the radius in every norm
+        plain = [
+            replace(
+                given,
+                norm=norm,
+                eps=eps,
+                step_size=given.step_size if eps == given.eps else share * eps,
+                start=own,
+                objective=objective,
+                keep="last",
             )
-        )
+            for norm, eps in budgets.items()
+            for own in ([start] if isinstance(start, str) else start)
+        ]
+        attacks: list[Attack] = [
+            own if targets is None else MultiTarget(attack=own, max_targets=targets) for own in plain
+        ]
+        return attacks[0] if len(attacks) == 1 else MixedAttack(attacks=attacks)
 
     def make_trainer(detector: DetectorModule, schedule: Schedule) -> DetectorTrainer:
         assert isinstance(detector, ClusterGuard)  # tells the type checker

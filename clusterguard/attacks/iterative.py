@@ -25,7 +25,7 @@ class IteratedAttack(BuiltInAttack):
         norm: "linf", "l2", "l1" or "l0".
         eps: radius of the ball, at least 0, in units of the norm over pixels in [0, 1]; for l0 a number of pixels.
         steps: at least 1.
-        start: "image", "random", "output_diversified", or a callable such as `Towards`.
+        start: "image", "random", "output_diversified", "towards_batch", or a callable such as `Towards`.
         keep: "best" iterate by success margin, or "last".
         objective: what to minimise, a name of `clusterguard.attacks.objectives` or a callable.
         stop_early: images that are broken leave the batch; the same images get broken at less cost.

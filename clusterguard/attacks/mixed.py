@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from clusterguard.attacks.base import Attack, BuiltInAttack, check_budget, scale
@@ -41,6 +41,20 @@ class MixedAttack(BuiltInAttack):
         check_budget(eps=0, batch_size=self.batch_size)
         if not self.attacks:
             raise ConfigurationError("expected at least one attack, got none")
+
+    @property
+    def norm(self) -> str | None:
+        """That of all of them; None if they differ."""
+        return self._common("norm")
+
+    @property
+    def eps(self) -> float | None:
+        """That of all of them; None if they differ."""
+        return self._common("eps")
+
+    def _common(self, name: str) -> Any:
+        found = {getattr(attack, name, None) for attack in self.attacks}
+        return found.pop() if len(found) == 1 else None
 
     def scaled(self, factor: float) -> "Self":
         """The same of scaled attacks.

@@ -97,7 +97,20 @@ class Towards:
         return f"Towards({len(self.images)} images of {len(self.labels.unique())} classes)"
 
 
-STARTS: dict[str, Start] = {"image": at_image, "random": at_random, "output_diversified": output_diversified}
+def towards_batch(problem: Problem) -> Tensor:
+    """As close as the ball allows to the nearest image of a wrong class, or of the target, in the same batch.
+
+    For training against an adversarial cluster: gradients from the clean image do not find what lies behind it.
+    """
+    return Towards(problem.images, problem.labels)(problem)
+
+
+STARTS: dict[str, Start] = {
+    "image": at_image,
+    "random": at_random,
+    "output_diversified": output_diversified,
+    "towards_batch": towards_batch,
+}
 
 
 def get_start(start: str | Start) -> Start:
