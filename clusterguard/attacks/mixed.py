@@ -45,12 +45,14 @@ class MixedAttack(BuiltInAttack):
     @property
     def norm(self) -> str | None:
         """That of all of them; None if they differ."""
-        return self._common("norm")
+        norm: str | None = self._common("norm")
+        return norm
 
     @property
     def eps(self) -> float | None:
         """That of all of them; None if they differ."""
-        return self._common("eps")
+        eps: float | None = self._common("eps")
+        return eps
 
     def _common(self, name: str) -> Any:
         found = {getattr(attack, name, None) for attack in self.attacks}
