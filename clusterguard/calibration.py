@@ -70,7 +70,7 @@ class Calibration:
 
 
 def minimum_examples(false_positive_rate: float) -> int:
-    """The smallest number of examples for which a threshold with that rate exists: ⌈1/α⌉ − 1.
+    """The smallest number of examples for which a threshold with a `false_positive_rate` of α exists: ⌈1/α⌉ − 1.
 
     Example:
         >>> minimum_examples(0.01)

@@ -52,7 +52,7 @@ class GaussianClusters(nn.Module):
         self.register_buffer("center_scale", torch.tensor(float(center_scale)))
 
     def extra_repr(self) -> str:
-        """Show K, m and M when the module is printed."""
+        """What is shown when the module is printed: K, m and M."""
         return f"num_classes={self.num_classes}, representation_dim={self.representation_dim}, M={self.center_scale:g}"
 
     @property

@@ -59,7 +59,7 @@ class ConfidenceDetector(DetectorModule):
         return logits
 
     def evidence(self, images: Tensor) -> Evidence:
-        """Logits as class scores, −log probabilities as suspicion, of images (B, C, H, W) in [0, 1]."""
+        """The logits as class scores, −log probabilities as suspicion, of images (B, C, H, W) in [0, 1]."""
         logits = self(images)
         if not self._looked:  # at the first batch only, for it waits for the device
             self._looked = True

@@ -43,12 +43,24 @@ class Detector(Protocol):
     Attributes:
         thresholds: (K,) largest suspicion that is accepted, per label. NaN means not calibrated (and accepts
             nothing); +inf accepts every finite suspicion.
+
+    Example:
+        >>> class Brighter:  # of two pixels, and suspicious if they are nearly the same
+        ...     thresholds = torch.tensor([-0.1, -0.1])
+        ...
+        ...     def evidence(self, images):
+        ...         pixels = images.flatten(1)
+        ...         return Evidence(pixels, -(pixels[:, :1] - pixels[:, 1:]).abs().expand_as(pixels))
+        >>> isinstance(Brighter(), Detector)
+        True
+        >>> decide(Brighter().evidence(torch.tensor([[[[0.2, 0.9]]]])), Brighter.thresholds).labels
+        tensor([1])
     """
 
     thresholds: Tensor
 
     def evidence(self, images: Tensor) -> Evidence:
-        """Class scores and suspicion of images (B, C, H, W) in [0, 1]; differentiable in the images."""
+        """The class scores and suspicion of images (B, C, H, W) in [0, 1]; differentiable in the images."""
         ...
 
 

@@ -30,6 +30,15 @@ class DetectorModule(nn.Module, ABC):
         thresholds: (K,) float32 buffer, NaN until calibrated. It stays float32 under ``.half()``, because
             rounding a threshold would void its calibration.
         calibration: how the thresholds were fitted; None if they were not, or not by a `Calibrator`.
+
+    Example:
+        >>> class Brighter(DetectorModule):  # of K pixels
+        ...     def evidence(self, images):
+        ...         return Evidence(images.flatten(1), 1 - images.flatten(1))
+        >>> detector = Brighter(num_classes=2)
+        >>> detector.thresholds = torch.tensor([0.5, 0.5])
+        >>> detector.detect(torch.tensor([[[[0.2, 0.9]]], [[[0.1, 0.3]]]])).is_adversarial
+        tensor([False,  True])
     """
 
     thresholds: Tensor
@@ -42,7 +51,7 @@ class DetectorModule(nn.Module, ABC):
 
     @abstractmethod
     def evidence(self, images: Tensor) -> Evidence:
-        """Class scores and suspicion of images (B, C, H, W) in [0, 1]; differentiable in the images."""
+        """The class scores and suspicion of images (B, C, H, W) in [0, 1]; differentiable in the images."""
 
     @property
     def is_calibrated(self) -> bool:
@@ -145,7 +154,7 @@ class WithThresholds(nn.Module):
         self.register_buffer("thresholds", thresholds.detach())
 
     def evidence(self, images: Tensor) -> Evidence:
-        """The wrapped detector's evidence."""
+        """The wrapped detector's evidence on images (B, C, H, W)."""
         return self.detector.evidence(images)
 
 

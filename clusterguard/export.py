@@ -116,6 +116,9 @@ class OnnxDetector(DetectorModule):
         model: the graph, its thresholds an input.
         session: that runs it.
         thresholds: (K,).
+
+    Example:
+        See `load_onnx`.
     """
 
     def __init__(self, model: Any, session: Any, thresholds: Tensor) -> None:
@@ -141,15 +144,13 @@ class OnnxDetector(DetectorModule):
         return self._run(images, self.thresholds)
 
     def save(self, path: str | Path) -> Path:
-        """Write the graph with the thresholds it has now.
+        """The path to which the graph is written, with the thresholds it has now.
 
         Raises:
             NotCalibratedError: it has none.
         """
         check_calibrated(self.thresholds)
-        model = type(self._model)()
-        model.CopyFrom(self._model)
-        return _write(model, self, path)
+        return _write(copy.deepcopy(self._model), self, path)
 
     def _run(self, images: Tensor, thresholds: Tensor) -> Detection:
         if list(images.shape[1:]) != self._shape:

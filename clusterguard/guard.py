@@ -89,7 +89,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         return refuse_non_finite(images, self.clusters.distances(self.represent(images)))
 
     def evidence(self, images: Tensor) -> Evidence:
-        """Class scores −d and suspicion d of images (B, C, H, W) in [0, 1], d (B, K) the distances."""
+        """The class scores −d and suspicion d of images (B, C, H, W) in [0, 1], d (B, K) the distances."""
         distances = self.distances(images)
         return Evidence(-distances, distances)
 

@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 
 
 class DetectorAsClassifier(nn.Module):
-    """A detector behind glass: it runs in eval mode and stays as it was, whatever a peer does to its model."""
+    """A detector behind glass, whatever a peer does to its model; `to_logits` makes its `num_logits` logits."""
 
     def __init__(self, detector: Detector, to_logits: Callable[[Evidence, Tensor], Tensor], num_logits: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class DetectorAsClassifier(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> logits in float32 at least, the smallest of each row 0."""
+        """Images (B, C, H, W) in [0, 1] -> logits in float32 at least, the smallest of each row 0; in eval mode."""
         detector, to_logits = self._held
         with evaluation_mode(detector), ExitStack() as later:
             # With parameters as constants the graph does not reach them, so a peer's backward() spares their gradients.
@@ -265,7 +265,7 @@ def from_art(
 
 
 def from_autoattack(*, norm: str, eps: float, version: str = "standard") -> PeerAttack:
-    """AutoAttack by Croce & Hein (2020), from their repository or else PyPI's pyautoattack; it takes no targets.
+    """The AutoAttack of Croce & Hein (2020), from their repository or else PyPI's pyautoattack; it takes no targets.
 
     Args:
         norm: "linf", "l2" or "l1".

@@ -99,7 +99,7 @@ def false_positive_rate(detection: Detection, labels: Tensor) -> Rate:
 
 
 def attack_success_rate(clean: Detection, adversarial: Detection, labels: Tensor) -> Rate:
-    """ASR: of the images labelled correctly and accepted before the attack, the share accepted under a wrong label.
+    """The ASR: of the images labelled correctly and accepted before the attack, the share accepted wrongly after it.
 
     With thresholds at p % false positives this is the paper's ASR-p.
 
@@ -123,12 +123,12 @@ def attack_success_rate(clean: Detection, adversarial: Detection, labels: Tensor
 
 
 def is_eligible(clean: Detection, labels: Tensor) -> Tensor:
-    """(n,) True where a clean image is labelled correctly and accepted, so that there is something to break."""
+    """(n,) True where a clean image is accepted under its true label, of labels (n,): there is something to break."""
     return (clean.labels == labels) & ~clean.is_adversarial
 
 
 def is_broken(adversarial: Detection, labels: Tensor) -> Tensor:
-    """(n,) True where an attacked image is accepted under a wrong label."""
+    """(n,) True where an adversarial image is accepted under another label than its own, of labels (n,)."""
     return (adversarial.labels != labels) & ~adversarial.is_adversarial
 
 
@@ -163,8 +163,8 @@ def expected_roc_auc(
     as perfectly detected. A class with attacked images but no benign ones to compare with is left out.
 
     Args:
-        benign: verdicts on benign images, best those that the thresholds were calibrated on.
-        benign_labels: their true labels.
+        benign: verdicts on k benign images, best those that the thresholds were calibrated on.
+        benign_labels: (k,) their true labels.
         adversarial: verdicts on n attacked images.
         labels: (n,) their true labels.
         num_classes: K.

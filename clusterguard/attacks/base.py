@@ -13,7 +13,18 @@ from torch import Generator, Tensor
 
 
 class Attack(Protocol):
-    """Any callable with this signature is an attack; a plain function is one."""
+    """Any callable with this signature is an attack; a plain function is one.
+
+    Example:
+        >>> from clusterguard import ConfidenceDetector, WithThresholds, evaluate
+        >>> def invert(detector, images, labels, *, targets=None, generator=None):
+        ...     return 1 - images
+        >>> pixels = ConfidenceDetector(torch.nn.Flatten(), num_classes=2)  # the brighter of two pixels
+        >>> detector = WithThresholds(pixels, torch.full((2,), torch.inf))
+        >>> batches = [(torch.tensor([[[[0.2, 0.7]]], [[[0.9, 0.1]]]]), torch.tensor([1, 0]))]
+        >>> evaluate(detector, invert, batches, sanity_images=0).asr
+        1.0
+    """
 
     def __call__(
         self,
@@ -24,7 +35,18 @@ class Attack(Protocol):
         targets: Tensor | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
-        """Attacked images, of the shape of the images (B, C, H, W)."""
+        """Attack images.
+
+        Args:
+            detector: whatever yields evidence and thresholds.
+            images: (B, C, H, W) in [0, 1].
+            labels: (B,) true labels.
+            targets: (B,) wrong labels to aim at; None aims at any wrong label.
+            generator: randomness; None takes torch's global one.
+
+        Returns:
+            (B, C, H, W), attacked.
+        """
         ...
 
 

@@ -32,7 +32,7 @@ class Norm(ABC):
         """The step along which a function of this gradient rises fastest: (B, C, H, W) -> (B, C, H, W).
 
         Args:
-            gradient: of any scale: the step has length 1, or 0 for a gradient of exactly 0.
+            gradient: (B, C, H, W) of any scale: the step has length 1, or 0 for a gradient of exactly 0.
             sparsity: how many coordinates an l1 step changes, at least 1, one number or (B,); None means 1.
                 The other norms ignore it.
         """

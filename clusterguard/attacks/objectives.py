@@ -9,10 +9,20 @@ from torch.nn import functional
 
 
 class Objective(Protocol):
-    """(evidence, thresholds (K,), labels (B,), targets (B,) or None) -> (B,), smaller is closer to success."""
+    """What an attack makes smaller: any callable with this signature, such as the functions below."""
 
     def __call__(self, evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None, /) -> Tensor:
-        """The loss of each example; never summed over the batch."""
+        """The loss of each example; never summed over the batch.
+
+        Args:
+            evidence: of B images, K classes.
+            thresholds: (K,).
+            labels: (B,) true labels.
+            targets: (B,) wrong labels aimed at; None means that any wrong label will do.
+
+        Returns:
+            (B,), smaller is closer to success.
+        """
         ...
 
 
