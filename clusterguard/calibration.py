@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 import torch
-from clusterguard.checks import check_labels
+from clusterguard.checks import check_labels, check_tensor
 from clusterguard.decision import Detector
 from clusterguard.detector import DetectorModule, Loader, judge
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError
@@ -76,6 +76,7 @@ def minimum_examples(false_positive_rate: float) -> int:
         >>> minimum_examples(0.01)
         99
     """
+    _check_options(false_positive_rate)
     return math.ceil(1 / _exact(false_positive_rate)) - 1
 
 
@@ -105,12 +106,13 @@ def fit_threshold(suspicion: Tensor, false_positive_rate: float, *, method: Meth
         90.0
     """
     _check_options(false_positive_rate, method)
+    check_tensor(suspicion, "suspicion", "n")
     count, needed = len(suspicion), minimum_examples(false_positive_rate)
     if count < needed:
         raise TooFewCalibrationExamplesError(
             f"expected at least {needed} examples for a false-positive rate of {false_positive_rate}, got {count}"
         )
-    ordered = suspicion.double().sort().values
+    ordered = suspicion.double().masked_fill(~suspicion.isfinite(), math.inf).sort().values  # those are refused anyway
     alpha = _exact(false_positive_rate)
     if method == "conformal":
         threshold = float(ordered[math.ceil((count + 1) * (1 - alpha)) - 1])
@@ -150,9 +152,13 @@ def fit_thresholds(
 
     Raises:
         TooFewCalibrationExamplesError: naming the classes and their counts.
+        InputError: tensors of a wrong shape, dtype or device, labels out of range, or too many that are not finite.
         ConfigurationError: a rate outside (0, 1), or an unknown method or way with scarce classes.
     """
     _check_options(false_positive_rate, method, scarce)
+    check_tensor(suspicion, "suspicion", "n")
+    check_labels(predicted, suspicion, num_classes, name="predicted labels")
+    check_labels(labels, suspicion, num_classes)
     correct = predicted == labels
     by_class = [suspicion[correct & (labels == index)] for index in range(num_classes)]
     counts = tuple(len(values) for values in by_class)
@@ -227,7 +233,7 @@ class Calibrator:
             check_labels(labels, images, num_classes)
             counts += torch.bincount(labels.cpu(), minlength=num_classes)
         needed = minimum_examples(self.false_positive_rate)
-        if (counts.sum() if self.scarce == "pool" else counts.min()) < needed:
+        if int(counts.sum() if self.scarce == "pool" else counts.min()) < needed:
             raise TooFewCalibrationExamplesError(
                 f"a false-positive rate of {self.false_positive_rate} needs at least {needed} calibration examples of "
                 f"every class, got {counts.tolist()}; add examples, or allow a higher rate"

@@ -3,7 +3,8 @@
 import math
 
 import torch
-from clusterguard.errors import ConfigurationError, InputError
+from clusterguard.checks import check_range, check_tensor
+from clusterguard.errors import ConfigurationError
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
@@ -99,10 +100,7 @@ class GaussianClusters(nn.Module):
         return self.logits(representations).softmax(dim=1)
 
     def _blocks(self, representations: Tensor) -> Tensor:
-        if representations.ndim != 2 or representations.shape[1] != self.representation_dim:
-            raise InputError(
-                f"expected representations of shape (B, {self.representation_dim}), got {tuple(representations.shape)}"
-            )
+        check_tensor(representations, "representations", "B", self.representation_dim)
         wide = representations.to(torch.promote_types(representations.dtype, torch.float32))
         return rearrange(wide, "b (k l) -> b k l", k=self.num_classes)
 
@@ -130,6 +128,9 @@ def cluster_loss(
     Returns:
         A scalar.
 
+    Raises:
+        InputError: tensors of a wrong shape, dtype or device, or labels out of range.
+
     Reference:
         arXiv 2012.03483, equation 31.
 
@@ -140,7 +141,12 @@ def cluster_loss(
         >>> cluster_loss(clusters, torch.zeros(1, 2), torch.tensor([0]), torch.tensor([True]))
         tensor(0.)
     """
-    own = clusters.squared_distances(representations).gather(1, labels[:, None]).squeeze(1)
+    squared = clusters.squared_distances(representations)
+    check_tensor(labels, "labels", len(squared), kind="integer", like=representations)
+    check_tensor(is_separate, "is_separate", len(squared), kind="bool", like=representations)
+    if labels.device.type == "cpu":  # elsewhere looking waits for the device
+        check_range(labels, clusters.num_classes)
+    own = squared.gather(1, labels[:, None].long()).squeeze(1)
     to_origin = clusters.adversarial_squared_distance(representations)
     return 0.5 * (_mean_where(~is_separate, own) + adversarial_weight * _mean_where(is_separate, to_origin))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from clusterguard.backbones import find_normalization, find_num_classes, make_encoder
 from clusterguard.clusters import GaussianClusters
 from clusterguard.decision import Evidence
-from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite
+from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite, run_network
 from clusterguard.errors import ConfigurationError
 from clusterguard.persistence import find_folder, load_guard, save_guard
 from huggingface_hub import ModelHubMixin
@@ -77,8 +77,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
 
     def represent(self, images: Tensor) -> Tensor:
         """The representation z: images (B, C, H, W) in [0, 1] -> (B, m)."""
-        representations: Tensor = self.encoder(self.normalize(images))
-        return representations
+        return run_network(self.encoder, self.normalize(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits: images (B, C, H, W) in [0, 1] -> (B, K). Their softmax is the mixture's posterior."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from clusterguard.attacks.gradients import backpropagate
 from clusterguard.attacks.loop import Problem
+from clusterguard.checks import check_detector, check_images, check_labels
 from clusterguard.decision import Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError
 from clusterguard.modes import evaluation_mode
@@ -71,6 +72,11 @@ class Towards:
     @torch.no_grad()
     def accepted(cls, detector: Detector, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> "Towards":
         """Those images (R, C, H, W) the detector accepts under their labels (R,), judged `batch_size` at a time."""
+        check_detector(detector)
+        check_images(images)
+        check_labels(labels, images, len(detector.thresholds))
+        if batch_size < 1:
+            raise ConfigurationError(f"expected a batch_size of at least 1, got {batch_size}")
         with evaluation_mode(detector):
             verdicts = [decide(detector.evidence(part), detector.thresholds) for part in images.split(batch_size)]
         predicted = torch.cat([verdict.labels for verdict in verdicts])
