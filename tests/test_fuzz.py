@@ -6,7 +6,9 @@ device stand for those on a wrong device: they can be moved nowhere without an e
 
 import contextlib
 import copy
+import functools
 import math
+import tempfile
 import warnings
 from collections import Counter
 
@@ -330,6 +332,23 @@ def network(draw):
         ]
 
 
+@functools.cache
+def a_graph():
+    with tempfile.TemporaryDirectory() as folder:
+        return cg.load_onnx(cg.export_onnx(a_guard(), f"{folder}/guard.onnx", torch.rand(1, *SHAPE)))
+
+
+def graph(draw):
+    images, detector = draw_images(draw, draw(counts)), copy.copy(a_graph())
+    if getattr(images, "is_meta", False):
+        return  # a graph moves its images to where it runs
+    detector.thresholds = draw_thresholds(draw) if draw(st.booleans()) else a_graph().thresholds
+    verdict = detector.detect(images, check=draw(st.booleans()))
+    assert verdict.is_adversarial[~images.isfinite().flatten(1).all(dim=1)].all()
+    evidence = detector.evidence(images)
+    assert torch.equal(cg.decide(evidence, detector.thresholds).is_adversarial, verdict.is_adversarial)
+
+
 def normalise(draw):
     mean, std = ([draw_number(draw) for _ in range(draw(st.sampled_from([1, 1, 3, 0])))] for _ in range(2))
     images = draw_images(draw, 2)
@@ -478,6 +497,7 @@ CALLS = [
     judged,
     detect,
     network,
+    graph,
     normalise,
     mixture,
     norm,
