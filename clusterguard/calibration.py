@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from clusterguard.checks import check_labels
+from clusterguard.checks import check_labels, check_tensor
 from clusterguard.decision import Detector
 from clusterguard.detector import DetectorModule, Loader, judge
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError
@@ -60,9 +60,6 @@ class Calibration:
         Args:
             values: what `to_dict` returned, also by way of JSON.
             thresholds: (K,).
-
-        Raises:
-            TypeError: names that are missing or unknown.
         """
         plain: dict[str, Any] = {key: tuple(own) if isinstance(own, list) else own for key, own in values.items()}
         return cls(thresholds=tuple(thresholds.tolist()), **plain)
@@ -73,12 +70,13 @@ class Calibration:
 
 
 def minimum_examples(false_positive_rate: float) -> int:
-    """The smallest number of examples for which a threshold with that rate exists: ⌈1/α⌉ − 1.
+    """The smallest number of examples for which a threshold with a `false_positive_rate` of α exists: ⌈1/α⌉ − 1.
 
     Example:
         >>> minimum_examples(0.01)
         99
     """
+    _check_options(false_positive_rate)
     return math.ceil(1 / _exact(false_positive_rate)) - 1
 
 
@@ -108,12 +106,13 @@ def fit_threshold(suspicion: Tensor, false_positive_rate: float, *, method: Meth
         90.0
     """
     _check_options(false_positive_rate, method)
+    check_tensor(suspicion, "suspicion", "n")
     count, needed = len(suspicion), minimum_examples(false_positive_rate)
     if count < needed:
         raise TooFewCalibrationExamplesError(
             f"expected at least {needed} examples for a false-positive rate of {false_positive_rate}, got {count}"
         )
-    ordered = suspicion.double().sort().values
+    ordered = suspicion.double().masked_fill(~suspicion.isfinite(), math.inf).sort().values  # those are refused anyway
     alpha = _exact(false_positive_rate)
     if method == "conformal":
         threshold = float(ordered[math.ceil((count + 1) * (1 - alpha)) - 1])
@@ -153,9 +152,13 @@ def fit_thresholds(
 
     Raises:
         TooFewCalibrationExamplesError: naming the classes and their counts.
+        InputError: tensors of a wrong shape, dtype or device, labels out of range, or too many that are not finite.
         ConfigurationError: a rate outside (0, 1), or an unknown method or way with scarce classes.
     """
     _check_options(false_positive_rate, method, scarce)
+    check_tensor(suspicion, "suspicion", "n")
+    check_labels(predicted, suspicion, num_classes, name="predicted labels")
+    check_labels(labels, suspicion, num_classes)
     correct = predicted == labels
     by_class = [suspicion[correct & (labels == index)] for index in range(num_classes)]
     counts = tuple(len(values) for values in by_class)
@@ -230,10 +233,10 @@ class Calibrator:
             check_labels(labels, images, num_classes)
             counts += torch.bincount(labels.cpu(), minlength=num_classes)
         needed = minimum_examples(self.false_positive_rate)
-        if (counts.sum() if self.scarce == "pool" else counts.min()) < needed:
+        if int(counts.sum() if self.scarce == "pool" else counts.min()) < needed:
+            wanted = f"at least {needed} calibration examples of every class, for a rate of {self.false_positive_rate}"
             raise TooFewCalibrationExamplesError(
-                f"a false-positive rate of {self.false_positive_rate} needs at least {needed} calibration examples of "
-                f"every class, got {counts.tolist()}; add examples, or allow a higher rate"
+                f"expected {wanted}, got {counts.tolist()}; add some, or raise the rate"
             )
 
     def fit(
@@ -284,9 +287,7 @@ def _exact(rate: float) -> Fraction:
 
 def _check_options(false_positive_rate: float, method: str = "conformal", scarce: str = "error") -> None:
     if not 0 < false_positive_rate < 1:
-        raise ConfigurationError(
-            f"expected a false-positive rate in (0, 1), such as 0.01 for 1 %, got {false_positive_rate}"
-        )
+        raise ConfigurationError(f"expected a false-positive rate in (0, 1), such as 0.01, got {false_positive_rate}")
     if method not in ("conformal", "quantile"):
         raise ConfigurationError(f"expected method 'conformal' or 'quantile', got {method!r}")
     if scarce not in ("error", "pool"):
@@ -295,6 +296,4 @@ def _check_options(false_positive_rate: float, method: str = "conformal", scarce
 
 def _round_up_to_float32(value: float) -> float:
     rounded = torch.tensor(value, dtype=torch.float32)
-    if float(rounded) < value:
-        rounded = torch.nextafter(rounded, torch.tensor(torch.inf))
-    return float(rounded)
+    return float(rounded if float(rounded) >= value else torch.nextafter(rounded, torch.tensor(torch.inf)))

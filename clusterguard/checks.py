@@ -1,10 +1,61 @@
 """Checks of what users hand in: early, cheap, and each message says what was expected and what came."""
 
+from typing import Any, Literal
+
 import torch
 from clusterguard.errors import InputError, NotCalibratedError
 from torch import Tensor
 
 _TOLERANCE = 1e-4  # projections and image decoders overshoot [0, 1] by rounding
+Kind = Literal["floating-point", "float32 or float64", "integer", "bool"]
+_DTYPES: dict[Kind, tuple[torch.dtype, ...]] = {
+    "floating-point": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    "float32 or float64": (torch.float32, torch.float64),
+    "integer": (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    "bool": (torch.bool,),
+}
+
+
+def check_tensor(
+    value: Any,
+    name: str,
+    *shape: int | str,
+    kind: Kind = "floating-point",
+    like: Tensor | None = None,
+) -> None:
+    """A value is a dense tensor of this shape, where a letter stands for any length, on the device of another one.
+
+    Raises:
+        InputError: otherwise.
+    """
+    if torch.compiler.is_compiling():
+        return
+    is_right = isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in _DTYPES[kind]
+    if is_right:
+        lengths = [own if isinstance(want, str) else want for want, own in zip(shape, value.shape, strict=False)]
+        is_right = len(shape) == value.ndim and lengths == [*value.shape]
+    if not is_right:
+        expected = f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+        got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"expected {kind} {name} of shape {expected}, got {got}")
+    if like is not None and value.device != like.device:
+        raise InputError(
+            f"expected {name} on {like.device} like the rest, got {value.device}; move it with .to(device)"
+        )
+
+
+def check_detector(detector: object) -> None:
+    """It can be asked for evidence, and has thresholds or a place for them.
+
+    Raises:
+        InputError: otherwise.
+    """
+    thresholds = getattr(detector, "thresholds", None)
+    if not callable(getattr(detector, "evidence", None)) or not isinstance(thresholds, Tensor) or thresholds.ndim != 1:
+        raise InputError(
+            f"expected a detector with evidence(images) and thresholds (K,), got {type(detector).__name__}; "
+            "the Boundary attack alone needs no more than detect(images)"
+        )
 
 
 def check_images(images: Tensor) -> None:
@@ -16,8 +67,13 @@ def check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise InputError(f"expected images of shape (B, C, H, W), got {shape}; add the batch axis with images[None]")
-    if not images.is_floating_point():
-        raise InputError(f"expected floating-point images in [0, 1], got {images.dtype}; divide 8-bit images by 255")
+    if images.dtype not in _DTYPES["floating-point"] or images.layout != torch.strided or images.is_meta:
+        raise InputError(
+            f"expected dense floating-point images in [0, 1], got {images.dtype} ({images.layout}, {images.device}); "
+            "divide 8-bit images by 255"
+        )
+    if not images.shape[1:].numel():
+        raise InputError(f"expected images with at least one pixel, got shape {tuple(images.shape)}")
     outside = ((images < -_TOLERANCE) | (images > 1 + _TOLERANCE)) & images.isfinite()
     if outside.any():
         low, high = images[images.isfinite()].aminmax()
@@ -33,14 +89,34 @@ def check_labels(labels: Tensor, images: Tensor, num_classes: int, *, name: str 
     Raises:
         InputError: otherwise.
     """
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise InputError(
-            f"expected integer {name} of shape ({len(images)},), got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    if labels.device != images.device:
-        raise InputError(f"expected {name} on {images.device} like the images, got {labels.device}")
-    if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
+    if not isinstance(images, Tensor) or not images.ndim:
+        raise InputError(f"expected images of shape (B, C, H, W), got {type(images).__name__}")
+    check_tensor(labels, name, len(images), kind="integer", like=images)
+    check_range(labels, num_classes, name=name)
+
+
+def check_range(labels: Tensor, num_classes: int, *, name: str = "labels") -> None:
+    """Labels are in [0, K).
+
+    Raises:
+        InputError: otherwise.
+    """
+    if labels.numel() and not labels.is_meta and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise InputError(f"expected {name} from 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+
+
+def check_verdicts(labels: Tensor, *verdicts: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Verdicts, each of labels, distances and is_adversarial, are of as many images as there are labels.
+
+    Raises:
+        InputError: otherwise.
+    """
+    count = len(labels) if isinstance(labels, Tensor) and labels.ndim else "n"
+    check_tensor(labels, "labels", count, kind="integer")
+    for predicted, distances, is_adversarial in verdicts:
+        check_tensor(predicted, "predicted labels", count, kind="integer", like=labels)
+        check_tensor(distances, "distances", count, like=labels)
+        check_tensor(is_adversarial, "is_adversarial", count, kind="bool", like=labels)
 
 
 def check_calibrated(thresholds: Tensor) -> None:
@@ -49,7 +125,7 @@ def check_calibrated(thresholds: Tensor) -> None:
     Raises:
         NotCalibratedError: if any is NaN.
     """
-    if thresholds.isnan().any():
+    if thresholds.is_meta or thresholds.isnan().any():
         raise NotCalibratedError(
             "this detector has no thresholds yet; call "
             "Calibrator(false_positive_rate=0.01).fit(detector, calibration_loader) first"

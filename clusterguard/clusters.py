@@ -3,7 +3,8 @@
 import math
 
 import torch
-from clusterguard.errors import ConfigurationError, InputError
+from clusterguard.checks import check_range, check_tensor
+from clusterguard.errors import ConfigurationError
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ class GaussianClusters(nn.Module):
         self.register_buffer("center_scale", torch.tensor(float(center_scale)))
 
     def extra_repr(self) -> str:
-        """Show K, m and M when the module is printed."""
+        """What is shown when the module is printed: K, m and M."""
         return f"num_classes={self.num_classes}, representation_dim={self.representation_dim}, M={self.center_scale:g}"
 
     @property
@@ -99,10 +100,7 @@ class GaussianClusters(nn.Module):
         return self.logits(representations).softmax(dim=1)
 
     def _blocks(self, representations: Tensor) -> Tensor:
-        if representations.ndim != 2 or representations.shape[1] != self.representation_dim:
-            raise InputError(
-                f"expected representations of shape (B, {self.representation_dim}), got {tuple(representations.shape)}"
-            )
+        check_tensor(representations, "representations", "B", self.representation_dim)
         wide = representations.to(torch.promote_types(representations.dtype, torch.float32))
         return rearrange(wide, "b (k l) -> b k l", k=self.num_classes)
 
@@ -131,6 +129,9 @@ def cluster_loss(
     Returns:
         A scalar.
 
+    Raises:
+        InputError: tensors of a wrong shape, dtype or device, or labels out of range.
+
     Reference:
         arXiv 2012.03483, equation 31.
 
@@ -141,12 +142,22 @@ def cluster_loss(
         >>> cluster_loss(clusters, torch.zeros(1, 2), torch.tensor([0]), torch.tensor([True]))
         tensor(0.)
     """
+    _check_shares(is_separate, len(representations), like=representations)
     own, adversarial = cluster_terms(clusters, representations, labels, is_separate, counts_of(is_separate))
     return own + adversarial_weight * adversarial
 
 
+def _check_shares(is_separate: Tensor, count: int, *, like: Tensor) -> None:
+    is_share = isinstance(is_separate, Tensor) and is_separate.is_floating_point()
+    check_tensor(is_separate, "is_separate", count, kind="floating-point" if is_share else "bool", like=like)
+
+
 def counts_of(is_separate: Tensor) -> Tensor:
-    """(2,) how many images belong to their classes and how many to the adversarial cluster, shares added up."""
+    """How many images belong to their classes and how many to the adversarial cluster, (2,), shares added up.
+
+    Args:
+        is_separate: (B,) bools, or shares in [0, 1].
+    """
     separate = is_separate.float()
     return torch.stack([(1 - separate).sum(), separate.sum()])
 
@@ -166,8 +177,13 @@ def cluster_terms(
     Returns:
         Two scalars.
     """
+    squared = clusters.squared_distances(representations)
+    check_tensor(labels, "labels", len(squared), kind="integer", like=representations)
+    _check_shares(is_separate, len(squared), like=representations)
+    if labels.device.type == "cpu":  # elsewhere looking waits for the device
+        check_range(labels, clusters.num_classes)
     separate = is_separate.to(counts.dtype)
-    own = clusters.squared_distances(representations).gather(1, labels[:, None]).squeeze(1)
+    own = squared.gather(1, labels[:, None].long()).squeeze(1)
     to_origin = clusters.adversarial_squared_distance(representations)
     sums = [
         torch.where(share > 0, share * squared, 0).sum()

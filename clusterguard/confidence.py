@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from clusterguard.backbones import find_normalization, find_num_classes
 from clusterguard.decision import Evidence
-from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite
+from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite, run_network
 from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 
@@ -55,11 +55,10 @@ class ConfidenceDetector(DetectorModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits: images (B, C, H, W) in [0, 1] -> (B, K)."""
-        logits: Tensor = self.classifier(self.normalize(images))
-        return logits
+        return run_network(self.classifier, self.normalize(images))
 
     def evidence(self, images: Tensor) -> Evidence:
-        """Logits as class scores, −log probabilities as suspicion, of images (B, C, H, W) in [0, 1]."""
+        """The logits as class scores, −log probabilities as suspicion, of images (B, C, H, W) in [0, 1]."""
         logits = self(images)
         if not self._looked:  # at the first batch only, for it waits for the device
             self._looked = True

@@ -6,6 +6,8 @@ Everything else (the guard, the baselines, relabelling in training, attacks, met
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+from clusterguard.checks import check_range, check_tensor
+from clusterguard.errors import InputError
 from torch import Tensor
 
 
@@ -43,12 +45,24 @@ class Detector(Protocol):
     Attributes:
         thresholds: (K,) largest suspicion that is accepted, per label. NaN means not calibrated (and accepts
             nothing); +inf accepts every finite suspicion.
+
+    Example:
+        >>> class Brighter:  # of two pixels, and suspicious if they are nearly the same
+        ...     thresholds = torch.tensor([-0.1, -0.1])
+        ...
+        ...     def evidence(self, images):
+        ...         pixels = images.flatten(1)
+        ...         return Evidence(pixels, -(pixels[:, :1] - pixels[:, 1:]).abs().expand_as(pixels))
+        >>> isinstance(Brighter(), Detector)
+        True
+        >>> decide(Brighter().evidence(torch.tensor([[[[0.2, 0.9]]]])), Brighter.thresholds).labels
+        tensor([1])
     """
 
     thresholds: Tensor
 
     def evidence(self, images: Tensor) -> Evidence:
-        """Class scores and suspicion of images (B, C, H, W) in [0, 1]; differentiable in the images."""
+        """The class scores and suspicion of images (B, C, H, W) in [0, 1]; differentiable in the images."""
         ...
 
 
@@ -66,6 +80,9 @@ def decide(evidence: Evidence, thresholds: Tensor) -> Detection:
     Returns:
         Labels, the labels' suspicion, and the verdict, each (B,).
 
+    Raises:
+        InputError: tensors of a wrong shape, dtype or device.
+
     Reference:
         arXiv 2012.03483, equation 16 and section 3.2.
 
@@ -74,6 +91,7 @@ def decide(evidence: Evidence, thresholds: Tensor) -> Detection:
         >>> decide(evidence, thresholds=torch.tensor([2.0, 2.0])).is_adversarial
         tensor([False,  True])
     """
+    _check_evidence(evidence, thresholds)
     labels = evidence.class_scores.argmax(dim=1)
     suspicion = evidence.suspicion.gather(1, labels[:, None]).squeeze(1)
     accepted = (suspicion <= thresholds[labels]) & _is_finite(evidence)
@@ -94,11 +112,15 @@ def class_margins(evidence: Evidence, thresholds: Tensor) -> Tensor:
     Returns:
         (B, K), in the units of the evidence; differentiable.
 
+    Raises:
+        InputError: tensors of a wrong shape, dtype or device, or a single class.
+
     Example:
         >>> evidence = Evidence(torch.tensor([[-1.0, -9.0]]), torch.tensor([[1.0, 9.0]]))
         >>> class_margins(evidence, thresholds=torch.tensor([2.0, 2.0]))
         tensor([[-1.,  8.]])
     """
+    _check_evidence(evidence, thresholds, classes=2)
     scores, suspicion = evidence
     top = scores.amax(dim=1, keepdim=True)
     label = scores.argmax(dim=1, keepdim=True)
@@ -122,16 +144,43 @@ def success_margin(evidence: Evidence, thresholds: Tensor, labels: Tensor, targe
     Returns:
         (B,) the margin of the target, or the smallest margin of a wrong class.
 
+    Raises:
+        InputError: tensors of a wrong shape, dtype or device, or labels out of range.
+
     Example:
         >>> evidence = Evidence(torch.tensor([[-1.0, -9.0]]), torch.tensor([[1.0, 9.0]]))
         >>> thresholds = torch.tensor([2.0, 2.0])
         >>> success_margin(evidence, thresholds, labels=torch.tensor([1]))  # accepted as class 0: a success
         tensor([-1.])
     """
+    check_goal(evidence, thresholds, labels, targets)
     margins = class_margins(evidence, thresholds)
     if targets is not None:
-        return margins.gather(1, targets[:, None]).squeeze(1)
-    return margins.scatter(1, labels[:, None], torch.inf).amin(dim=1)
+        return margins.gather(1, targets[:, None].long()).squeeze(1)
+    return margins.scatter(1, labels[:, None].long(), torch.inf).amin(dim=1)
+
+
+def check_goal(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> None:
+    """Evidence is of B images and K >= 2 classes, and all the rest fits it: what an objective needs.
+
+    Raises:
+        InputError: otherwise.
+    """
+    _check_evidence(evidence, thresholds, classes=2)
+    scores = evidence.class_scores
+    for name, own in {"labels": labels, "targets": labels if targets is None else targets}.items():
+        check_tensor(own, name, len(scores), kind="integer", like=scores)
+        if own.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking waits for the device
+            check_range(own, scores.shape[1], name=name)
+
+
+def _check_evidence(evidence: Evidence, thresholds: Tensor, *, classes: int = 1) -> None:
+    scores, suspicion = evidence
+    check_tensor(scores, "class_scores", "B", "K")
+    check_tensor(suspicion, "suspicion", *scores.shape, like=scores)
+    check_tensor(thresholds, "thresholds", scores.shape[1], like=scores)
+    if scores.shape[1] < classes:
+        raise InputError(f"expected evidence for at least {classes} classes, got {scores.shape[1]}")
 
 
 def _is_finite(evidence: Evidence) -> Tensor:

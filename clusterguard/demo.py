@@ -36,7 +36,7 @@ HONESTY = (
 
 
 def digit_network() -> nn.Module:
-    """Two strided convolutions and a linear layer, 28 × 28 digits to 100 features; about 1 MFLOP an image."""
+    """A network of two strided convolutions and a linear layer: 28 × 28 digits to 100 features, 1 MFLOP an image."""
     return nn.Sequential(
         nn.Conv2d(1, 16, kernel_size=4, stride=2, padding=1),
         nn.ReLU(),
@@ -49,7 +49,7 @@ def digit_network() -> nn.Module:
 
 
 def evaluation_attack(eps: float) -> PGD:
-    """The demo's attack: adaptive PGD, linf, 40 steps, best iterate."""
+    """The demo's attack: adaptive PGD, linf up to eps, 40 steps, best iterate."""
     return PGD(norm="linf", eps=eps, step_size=eps / 10, steps=40)
 
 

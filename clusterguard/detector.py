@@ -1,11 +1,12 @@
 """What every detector that is a module shares: thresholds, the checked `detect`, calibration's record."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from clusterguard.checks import check_calibrated, check_images, check_labels
+from clusterguard.checks import check_calibrated, check_detector, check_images, check_labels, check_tensor
 from clusterguard.decision import Detection, Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.modes import evaluation_mode
@@ -26,25 +27,39 @@ class DetectorModule(nn.Module, ABC):
     """Base of detectors that are modules: write `evidence`, get `detect`, `thresholds` and their persistence.
 
     Args:
-        num_classes: K.
+        num_classes: K, at least 2.
+
+    Raises:
+        ConfigurationError: fewer than two classes.
 
     Attributes:
         thresholds: (K,) float32 buffer, NaN until calibrated. It stays float32 under ``.half()``, because
             rounding a threshold would void its calibration.
         calibration: how the thresholds were fitted; None if they were not, or not by a `Calibrator`.
+
+    Example:
+        >>> class Brighter(DetectorModule):  # of K pixels
+        ...     def evidence(self, images):
+        ...         return Evidence(images.flatten(1), 1 - images.flatten(1))
+        >>> detector = Brighter(num_classes=2)
+        >>> detector.thresholds = torch.tensor([0.5, 0.5])
+        >>> detector.detect(torch.tensor([[[[0.2, 0.9]]], [[[0.1, 0.3]]]])).is_adversarial
+        tensor([False,  True])
     """
 
     thresholds: Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
+        if num_classes < 2:
+            raise ConfigurationError(f"expected num_classes of at least 2, got {num_classes}")
         self.num_classes = num_classes
         self.register_buffer("thresholds", torch.full((num_classes,), torch.nan))
         self.calibration: Calibration | None = None
 
     @abstractmethod
     def evidence(self, images: Tensor) -> Evidence:
-        """Class scores and suspicion of images (B, C, H, W) in [0, 1]; differentiable in the images."""
+        """The class scores and suspicion of images (B, C, H, W) in [0, 1]; differentiable in the images."""
 
     @property
     def is_calibrated(self) -> bool:
@@ -106,15 +121,17 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if {len(mean), len(std)} - {1, max(len(mean), len(std))} or not all(value > 0 for value in std):
+        lengths_fit = {len(mean), len(std)} <= {1, max(len(mean), len(std))} - {0}
+        if not lengths_fit or not all(map(math.isfinite, (*mean, *std))) or not all(value > 0 for value in std):
             raise ConfigurationError(
-                f"expected mean and std with one number per channel, std positive, got {mean} and {std}"
+                f"expected mean and std with one finite number per channel, std positive, got {mean} and {std}"
             )
-        self.register_buffer("mean", torch.tensor(tuple(mean)).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(tuple(std)).view(-1, 1, 1))
+        self.register_buffer("mean", torch.tensor(tuple(map(float, mean))).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(tuple(map(float, std))).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> the same shape, normalised, in the images' dtype."""
+        check_tensor(images, "images", "B", "C", "H", "W", like=self.mean)
         channels = max(len(self.mean), len(self.std))
         if channels not in (1, images.shape[1]):
             raise InputError(
@@ -131,6 +148,9 @@ class WithThresholds(nn.Module):
         detector: whatever yields evidence; it is shared, not copied.
         thresholds: (K,).
 
+    Raises:
+        InputError: it yields no evidence, or thresholds are not (K,).
+
     Example:
         >>> from clusterguard import ConfidenceDetector
         >>> detector = ConfidenceDetector(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), num_classes=2)
@@ -143,11 +163,13 @@ class WithThresholds(nn.Module):
 
     def __init__(self, detector: Detector, thresholds: Tensor) -> None:
         super().__init__()
+        check_detector(detector)
+        check_tensor(thresholds, "thresholds", len(detector.thresholds))
         self.detector = detector
         self.register_buffer("thresholds", thresholds.detach())
 
     def evidence(self, images: Tensor) -> Evidence:
-        """The wrapped detector's evidence."""
+        """The wrapped detector's evidence on images (B, C, H, W)."""
         return self.detector.evidence(images)
 
 
@@ -169,6 +191,7 @@ def judge(
     Raises:
         InputError: images or labels of a wrong shape, dtype or range, or an empty loader.
     """
+    check_detector(detector)
     verdicts: dict[int, list[Tensor]] = {}
     with evaluation_mode(detector):
         bar = tqdm(loader, desc=progress, disable=not progress, leave=False)
@@ -183,6 +206,25 @@ def judge(
         raise InputError("expected a loader with at least one batch, got an empty one")
     *judged, all_labels = map(torch.cat, zip(*found, strict=True))
     return Detection(*judged), all_labels
+
+
+def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """What a network makes of images (B, C, H, W); where it cannot run on them, that is an error of theirs.
+
+    Raises:
+        InputError: the network fails on images of this size, dtype or device.
+    """
+    if torch.compiler.is_compiling():
+        return network(images)
+    try:
+        return network(images)
+    except (RuntimeError, AssertionError) as error:
+        if type(error) not in (RuntimeError, NotImplementedError, AssertionError):
+            raise  # of memory or the device, which other images do not help
+        raise InputError(
+            f"expected images that the network can take, got {images.dtype} of shape {tuple(images.shape)} on "
+            f"{images.device}; it failed with: {error}"
+        ) from error
 
 
 def refuse_non_finite(images: Tensor, suspicion: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from clusterguard.attacks import Attack
 from clusterguard.attacks.base import check_attack_input
 from clusterguard.attacks.norms import get_norm
 from clusterguard.batches import Batches, attack_batches
+from clusterguard.checks import check_detector, check_tensor
 from clusterguard.decision import Detection, Detector, decide
 from clusterguard.detector import Loader, judge
 from clusterguard.errors import ConfigurationError, InputError
@@ -68,7 +69,7 @@ def evaluate(
     Raises:
         NotCalibratedError: the detector has no thresholds.
         InputError: images or labels of a wrong shape, dtype or range, or an empty loader.
-        ConfigurationError: no attacks.
+        ConfigurationError: no attacks, or a negative number of sanity images.
 
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".
@@ -85,8 +86,11 @@ def evaluate(
     named = dict(attacks) if isinstance(attacks, Mapping) else {type(attacks).__name__: attacks}
     if not named:
         raise ConfigurationError("expected at least one attack, got none")
+    check_detector(detector)
+    if sanity_images < 0:
+        raise ConfigurationError(f"expected sanity_images of at least 0, got {sanity_images}")
     device, num_classes = detector.thresholds.device, len(detector.thresholds)
-    batches = [(images.to(device), labels.to(device)) for images, labels in loader]
+    batches = [(_moved(images, device), _moved(labels, device)) for images, labels in loader]
     if not batches:
         raise InputError("expected a loader with at least one batch, got an empty one")
     for batch in batches:
@@ -160,6 +164,11 @@ def evaluate(
     )
 
 
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, if it is a tensor with values; if not, the checks say so."""
+    return tensor.to(device) if isinstance(tensor, Tensor) and not tensor.is_meta else tensor
+
+
 @torch.no_grad()
 def _judge_attacked(detector: Detector, batches: list[Tensor]) -> Detection:
     """Verdicts on attacked images as they are stored; unlike clean ones they may be outside [0, 1]."""
@@ -170,8 +179,7 @@ def _judge_attacked(detector: Detector, batches: list[Tensor]) -> Detection:
 
 def _is_valid(attack: Attack, images: Tensor, attacked: Tensor) -> Tensor:
     """(B,) whether attacked images are images, and within the budget that the attack states."""
-    if attacked.shape != images.shape:
-        raise InputError(f"expected the attack to return shape {tuple(images.shape)}, got {tuple(attacked.shape)}")
+    check_tensor(attacked, "what the attack returns", *images.shape, like=images)
     in_box = ((attacked >= 0) & (attacked <= 1)).flatten(1).all(dim=1)
     norm, eps = getattr(attack, "norm", None), getattr(attack, "eps", None)
     if norm is None or eps is None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from clusterguard.calibration import Calibration
-from clusterguard.checks import check_calibrated, check_images
+from clusterguard.checks import check_calibrated, check_images, check_tensor
 from clusterguard.decision import Detection, Evidence, decide
 from clusterguard.detector import DetectorModule
-from clusterguard.errors import ConfigurationError, InputError, MissingDependencyError, PersistenceError
+from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError
 from clusterguard.files import write_atomically
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -117,6 +117,9 @@ class OnnxDetector(DetectorModule):
         model: the graph, its thresholds an input.
         session: that runs it.
         thresholds: (K,).
+
+    Example:
+        See `load_onnx`.
     """
 
     def __init__(self, model: Any, session: Any, thresholds: Tensor) -> None:
@@ -142,22 +145,17 @@ class OnnxDetector(DetectorModule):
         return self._run(images, self.thresholds)
 
     def save(self, path: str | Path) -> Path:
-        """Write the graph with the thresholds it has now.
+        """The path to which the graph is written, with the thresholds it has now.
 
         Raises:
             NotCalibratedError: it has none.
         """
         check_calibrated(self.thresholds)
-        model = type(self._model)()
-        model.CopyFrom(self._model)
-        return _write(model, self, path)
+        return _write(copy.deepcopy(self._model), self, path)
 
     def _run(self, images: Tensor, thresholds: Tensor) -> Detection:
-        if list(images.shape[1:]) != self.image_shape:
-            raise InputError(
-                f"expected images of shape (B, {', '.join(map(str, self.image_shape))}), as the graph was exported "
-                f"for, got {tuple(images.shape)}; export it again with such images as example"
-            )
+        check_tensor(images, "images, as the graph was exported for,", "B", *self.image_shape)
+        check_tensor(thresholds, "thresholds", self.num_classes)
         feeds = {"images": images.detach().to("cpu", self._dtype).contiguous(), "thresholds": thresholds.cpu()}
         outputs = self._session.run(Detection._fields, {name: own.numpy() for name, own in feeds.items()})
         return Detection(*(torch.from_numpy(own).to(images.device) for own in outputs))

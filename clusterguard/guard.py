@@ -1,6 +1,7 @@
 """ClusterGuard: a backbone and the Gaussian mixture behind it, the module that users hold."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from clusterguard.backbones import find_normalization, find_num_classes, make_en
 from clusterguard.clusters import GaussianClusters
 from clusterguard.compiling import Call, CheckedCall, call
 from clusterguard.decision import Evidence
-from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite
+from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite, run_network
 from clusterguard.errors import ConfigurationError
 from clusterguard.persistence import find_folder, load_guard, save_guard
 from huggingface_hub import ModelHubMixin
@@ -80,7 +81,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
 
     def represent(self, images: Tensor) -> Tensor:
         """The representation z: images (B, C, H, W) in [0, 1] -> (B, m)."""
-        return self._encode(self.encoder, self.normalize(images))
+        return run_network(partial(self._encode, self.encoder), self.normalize(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits: images (B, C, H, W) in [0, 1] -> (B, K). Their softmax is the mixture's posterior."""
@@ -91,7 +92,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         return refuse_non_finite(images, self.clusters.distances(self.represent(images)))
 
     def evidence(self, images: Tensor) -> Evidence:
-        """Class scores −d and suspicion d of images (B, C, H, W) in [0, 1], d (B, K) the distances."""
+        """The class scores −d and suspicion d of images (B, C, H, W) in [0, 1], d (B, K) the distances."""
         distances = self.distances(images)
         return Evidence(-distances, distances)
 

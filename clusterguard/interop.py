@@ -14,7 +14,7 @@ from clusterguard.attacks.base import BuiltInAttack, check_budget
 from clusterguard.attacks.loop import Problem
 from clusterguard.attacks.norms import get_norm
 from clusterguard.attacks.objectives import margin
-from clusterguard.checks import check_calibrated
+from clusterguard.checks import check_calibrated, check_detector
 from clusterguard.decision import Detector, Evidence, class_margins
 from clusterguard.errors import ConfigurationError, MissingDependencyError
 from clusterguard.modes import evaluation_mode
@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 
 
 class DetectorAsClassifier(nn.Module):
-    """A detector behind glass: it runs in eval mode and stays as it was, whatever a peer does to its model."""
+    """A detector behind glass, whatever a peer does to its model; `to_logits` makes its `num_logits` logits."""
 
     def __init__(self, detector: Detector, to_logits: Callable[[Evidence, Tensor], Tensor], num_logits: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class DetectorAsClassifier(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> logits in float32 at least, the smallest of each row 0."""
+        """Images (B, C, H, W) in [0, 1] -> logits in float32 at least, the smallest of each row 0; in eval mode."""
         detector, to_logits = self._held
         with evaluation_mode(detector), ExitStack() as later:
             # With parameters as constants the graph does not reach them, so a peer's backward() spares their gradients.
@@ -67,7 +67,8 @@ def as_classifier(detector: Detector, *, temperature: float = 1.0) -> DetectorAs
         >>> as_classifier(ConfidenceDetector(nn.Flatten(), 3))(torch.tensor([[[[0.25, 0.5, 1.0]]]]))
         tensor([[0.0000, 0.2500, 0.7500]])
     """
-    if not temperature > 0:
+    check_detector(detector)
+    if not 0 < temperature < math.inf:
         raise ConfigurationError(f"expected a positive temperature, got {temperature}")
     return DetectorAsClassifier(detector, lambda seen, _: seen.class_scores / temperature, len(detector.thresholds))
 
@@ -94,11 +95,11 @@ def as_rejecting_classifier(detector: Detector) -> DetectorAsClassifier:
         >>> as_rejecting_classifier(strict)(torch.rand(2, 1, 1, 3)).argmax(dim=1)
         tensor([3, 3])
     """
+    check_detector(detector)
     check_calibrated(detector.thresholds)
 
     def to_logits(evidence: Evidence, thresholds: Tensor) -> Tensor:
-        margins = class_margins(evidence, thresholds).nan_to_num(posinf=1e4)  # infinite in whole rows: never compared
-        return nn.functional.pad(-margins, (0, 1))
+        return nn.functional.pad(-class_margins(evidence, thresholds).nan_to_num(posinf=1e4), (0, 1))  # inf: whole rows
 
     return DetectorAsClassifier(detector, to_logits, len(detector.thresholds) + 1)
 
@@ -131,7 +132,7 @@ class PeerAttack(BuiltInAttack):
     run: Callable[[Problem, Tensor, DetectorAsClassifier], Tensor] = field(repr=False)
 
     def __post_init__(self) -> None:
-        check_budget(eps=self.eps or 0, batch_size=self.batch_size)
+        check_budget(eps=self.eps or 0, batch_size=self.batch_size, may_be_unbounded=True)
         get_norm(self.norm or "linf")
 
     def _perturb(
@@ -139,9 +140,8 @@ class PeerAttack(BuiltInAttack):
     ) -> Tensor:
         if self.rejecting and targets is None:
             return MultiTarget(attack=self)(detector, images, labels, generator=generator)
-        model = as_classifier(detector, temperature=self.temperature)
-        if self.rejecting:
-            model = as_rejecting_classifier(detector)
+        plain = as_classifier(detector, temperature=self.temperature)
+        model = as_rejecting_classifier(detector) if self.rejecting else plain
         eps = math.inf if self.eps is None or self.norm is None else self.eps
         images = images.clamp(0, 1)  # peers refuse -3e-8
         problem = Problem(detector, images, labels, targets, get_norm(self.norm or "linf"), eps, margin, generator)
@@ -265,7 +265,7 @@ def from_art(
 
 
 def from_autoattack(*, norm: str, eps: float, version: str = "standard") -> PeerAttack:
-    """AutoAttack by Croce & Hein (2020), from their repository or else PyPI's pyautoattack; it takes no targets.
+    """The AutoAttack of Croce & Hein (2020), from their repository or else PyPI's pyautoattack; it takes no targets.
 
     Args:
         norm: "linf", "l2" or "l1".

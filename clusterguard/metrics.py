@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from clusterguard.checks import check_tensor, check_verdicts
 from clusterguard.decision import Detection
+from clusterguard.errors import InputError
 from torch import Tensor
 
 
@@ -50,6 +52,9 @@ def wilson_interval(count: int, total: int, *, confidence: float = 0.95) -> tupl
     Returns:
         Lower and upper end, in [0, 1].
 
+    Raises:
+        InputError: a count that is not from 0 to the total, or a confidence outside (0, 1).
+
     Reference:
         Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
 
@@ -58,6 +63,10 @@ def wilson_interval(count: int, total: int, *, confidence: float = 0.95) -> tupl
         >>> round(low, 4), round(high, 4)
         (0.0, 0.0038)
     """
+    if not (0 <= count <= total and 0 < confidence < 1):
+        raise InputError(
+            f"expected a count from 0 to the total and a confidence in (0, 1), got {count}, {total} and {confidence}"
+        )
     if not total:
         return 0.0, 1.0
     z = math.sqrt(2) * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64)))
@@ -74,6 +83,7 @@ def accuracy(detection: Detection, labels: Tensor) -> Rate:
         detection: of n clean images.
         labels: (n,) true labels.
     """
+    check_verdicts(labels, detection)
     return _rate(detection.labels == labels)
 
 
@@ -84,6 +94,7 @@ def accuracy_after_rejection(detection: Detection, labels: Tensor) -> Rate:
         detection: of n clean images.
         labels: (n,) true labels.
     """
+    check_verdicts(labels, detection)
     accepted = ~detection.is_adversarial
     return _rate((detection.labels == labels)[accepted])
 
@@ -95,11 +106,12 @@ def false_positive_rate(detection: Detection, labels: Tensor) -> Rate:
         detection: of n clean images.
         labels: (n,) true labels.
     """
+    check_verdicts(labels, detection)
     return _rate(detection.is_adversarial[detection.labels == labels])
 
 
 def attack_success_rate(clean: Detection, adversarial: Detection, labels: Tensor) -> Rate:
-    """ASR: of the images labelled correctly and accepted before the attack, the share accepted under a wrong label.
+    """The ASR: of the images labelled correctly and accepted before the attack, the share accepted wrongly after it.
 
     With thresholds at p % false positives this is the paper's ASR-p.
 
@@ -123,12 +135,14 @@ def attack_success_rate(clean: Detection, adversarial: Detection, labels: Tensor
 
 
 def is_eligible(clean: Detection, labels: Tensor) -> Tensor:
-    """(n,) True where a clean image is labelled correctly and accepted, so that there is something to break."""
+    """(n,) True where a clean image is accepted under its true label, of labels (n,): there is something to break."""
+    check_verdicts(labels, clean)
     return (clean.labels == labels) & ~clean.is_adversarial
 
 
 def is_broken(adversarial: Detection, labels: Tensor) -> Tensor:
-    """(n,) True where an attacked image is accepted under a wrong label."""
+    """(n,) True where an adversarial image is accepted under another label than its own, of labels (n,)."""
+    check_verdicts(labels, adversarial)
     return (adversarial.labels != labels) & ~adversarial.is_adversarial
 
 
@@ -136,18 +150,25 @@ def roc_auc(benign: Tensor, adversarial: Tensor) -> float:
     """The chance that an adversarial example is more suspicious than a benign one, ties counted half.
 
     Args:
-        benign: (n,) suspicion, +inf allowed.
-        adversarial: (k,) suspicion, +inf allowed.
+        benign: (n,) suspicion; what is not finite is refused at every threshold, so it counts as +inf.
+        adversarial: (k,) suspicion, likewise.
 
     Returns:
         The area under the ROC curve, in [0, 1]; NaN if either is empty.
+
+    Raises:
+        InputError: tensors of a wrong shape, dtype or device.
 
     Example:
         >>> roc_auc(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0]))
         0.875
     """
+    check_tensor(benign, "benign", "n")
+    check_tensor(adversarial, "adversarial", "k", like=benign)
     if not len(benign) or not len(adversarial):
         return math.nan
+    wide = torch.promote_types(benign.dtype, adversarial.dtype)
+    benign, adversarial = (own.to(wide).masked_fill(~own.isfinite(), torch.inf) for own in (benign, adversarial))
     ordered = benign.sort().values
     below = torch.searchsorted(ordered, adversarial, side="left")
     not_above = torch.searchsorted(ordered, adversarial, side="right")
@@ -163,8 +184,8 @@ def expected_roc_auc(
     as perfectly detected. A class with attacked images but no benign ones to compare with is left out.
 
     Args:
-        benign: verdicts on benign images, best those that the thresholds were calibrated on.
-        benign_labels: their true labels.
+        benign: verdicts on k benign images, best those that the thresholds were calibrated on.
+        benign_labels: (k,) their true labels.
         adversarial: verdicts on n attacked images.
         labels: (n,) their true labels.
         num_classes: K.
@@ -175,6 +196,8 @@ def expected_roc_auc(
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".
     """
+    check_verdicts(benign_labels, benign)
+    check_verdicts(labels, adversarial)
     correct = benign.labels == benign_labels
     suspicion = adversarial.distances.masked_fill(adversarial.labels == labels, torch.inf)
     total, weighted = 0, 0.0

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from clusterguard.calibration import Calibration
+from clusterguard.checks import check_tensor, check_verdicts
 from clusterguard.decision import Detection
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
@@ -148,10 +150,12 @@ class FalsePositiveMonitor:
             statistics = [float(value) for value in state["statistics"]]  # type: ignore[union-attr]
             monitor._seen, monitor._refused = int(state["seen"]), int(state["refused"])  # type: ignore[arg-type]
             monitor._alarm = bool(state["alarm"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"expected the state_dict of a FalsePositiveMonitor, got {state!r}") from error
         if len(statistics) != len(FACTORS) or not all(value >= 0 for value in statistics):
             raise InputError(f"expected {len(FACTORS)} statistics of at least 0, got {statistics}")
+        if not 0 <= monitor._refused <= monitor._seen:
+            raise InputError(f"expected counts of at least 0, no more refused than seen, got {state!r}")
         monitor._statistics = statistics
         return monitor
 
@@ -173,6 +177,7 @@ def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mi
 
     Raises:
         ConfigurationError: a confidence outside (0, 1).
+        InputError: a calibration that rests on too few examples to make anything plausible.
 
     Reference:
         Vovk, "Conditional validity of inductive conformal predictors" (2012).
@@ -185,10 +190,14 @@ def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mi
     if not 0 < confidence < 1:
         raise ConfigurationError(f"expected a confidence in (0, 1), got {confidence}")
     total, classes = sum(calibration.counts), len(calibration.counts)
+    if not total > 0:
+        raise InputError(f"expected a calibration that rests on examples, got counts {calibration.counts}")
     shapes = []
     for index, count in enumerate(calibration.counts):
         examples = total if index in calibration.pooled else count
         refused = examples + 1 - math.ceil((examples + 1) * (1 - calibration.false_positive_rate) - 1e-9)
+        if refused < 1 or count < 0:
+            raise InputError(f"expected enough calibration examples of class {index}, got {count} of {total}")
         shapes.append((refused, examples + 1 - refused))
     if any_mix:
         miss = (1 - confidence) / classes
@@ -198,18 +207,25 @@ def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mi
 
 
 def _flags(refused: Detection | Tensor | Iterable[bool], labels: Tensor | None) -> list[bool]:
-    flags = refused.is_adversarial if isinstance(refused, Detection) else refused
-    flags = flags if isinstance(flags, Tensor) else torch.tensor(list(flags), dtype=torch.bool)
-    if flags.dtype != torch.bool or flags.ndim != 1:
-        raise InputError(f"expected bools of shape (B,), got {flags.dtype} of shape {tuple(flags.shape)}")
+    if isinstance(refused, Detection):
+        flags = refused.is_adversarial
+    else:
+        flags = refused if isinstance(refused, Tensor) else torch.tensor(_bools(refused), dtype=torch.bool)
+    check_tensor(flags, "flags", "B", kind="bool")
     if labels is not None:
         if not isinstance(refused, Detection):
             raise InputError("expected a Detection where labels are given, got flags without predicted labels")
-        if labels.shape != flags.shape or labels.is_floating_point():
-            raise InputError(f"expected integer labels of shape {tuple(flags.shape)}, got {tuple(labels.shape)}")
+        check_verdicts(labels, refused)
         flags = flags[(labels == refused.labels) & (labels >= 0)]
     found: list[bool] = flags.tolist()
     return found
+
+
+def _bools(flags: object) -> list[bool]:
+    found = list(flags) if isinstance(flags, Iterable) else [flags]
+    if not all(isinstance(flag, bool | np.bool_) for flag in found):
+        raise InputError(f"expected bools, True where refused, got {flags!r}")
+    return [bool(flag) for flag in found]
 
 
 def _mean_bound(parts: Counter[tuple[int, int, float]], miss: float) -> float:

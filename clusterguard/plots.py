@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from clusterguard.checks import check_tensor
 from clusterguard.decision import Detection
-from clusterguard.errors import MissingDependencyError
+from clusterguard.errors import InputError, MissingDependencyError
 from clusterguard.files import write_atomically
 from clusterguard.metrics import is_broken
 from torch import Tensor
@@ -55,8 +56,11 @@ def star_coordinates(block_means: Tensor) -> Tensor:
         >>> star_coordinates(torch.eye(4)).round().abs().tolist()
         [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
     """
+    check_tensor(block_means, "block_means", "n", "K")
+    if not block_means.shape[1]:
+        raise InputError("expected block_means of at least one class, got none")
     angles = torch.arange(block_means.shape[1], device=block_means.device) * (2 * math.pi / block_means.shape[1])
-    return block_means @ torch.stack([angles.cos(), angles.sin()], dim=1)
+    return block_means @ torch.stack([angles.cos(), angles.sin()], dim=1).to(block_means.dtype)
 
 
 def plot_representations(panels: Mapping[str, Panel], path: str | Path) -> Path:

@@ -116,13 +116,13 @@ class Evaluation:
         return min((result.expected_roc_auc for result in self.results), default=math.nan)
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON: rates with count, total, value and 95 % interval, and the versions used."""
+        """The figures as plain values for JSON: rates with count, total, value and 95 % interval, and versions used."""
         from clusterguard.report import to_plain
 
         return to_plain(self)
 
     def to_json(self, path: str | Path) -> Path:
-        """Write `to_dict` to a file, whole or not at all."""
+        """The path of the JSON file to which `to_dict` is written, whole or not at all."""
         from clusterguard.report import write_json
 
         return write_json(self, path)
@@ -134,7 +134,7 @@ class Evaluation:
         return to_markdown(self)
 
     def to_html(self, path: str | Path) -> Path:
-        """One self-contained page: tables, curves, histograms, the worst-broken images. Needs matplotlib."""
+        """The path of one page that holds all it needs: tables, curves, the worst-broken images. Needs matplotlib."""
         from clusterguard.report import write_html
 
         return write_html(self, path)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from clusterguard.attacks.base import Attack
+from clusterguard.attacks.base import Attack, check_attack_input
 from clusterguard.attacks.gradients import backpropagate
 from clusterguard.attacks.iterative import PGD, SteepestDescent
 from clusterguard.attacks.loop import Evaluation, Problem, descend
@@ -95,6 +95,7 @@ def examine(
     Returns:
         The report; None if no attack states its norm and eps, or no image is labelled correctly and accepted.
     """
+    check_attack_input(detector, images, labels)
     stated = [result for result in results if result.norm is not None and result.eps]
     with torch.no_grad(), evaluation_mode(detector):
         usable = is_eligible(decide(detector.evidence(images), detector.thresholds), labels)

@@ -125,7 +125,13 @@ class AdversarialClusterTrainer(DetectorTrainer):
         return len(self.history) < self.warmup_epochs
 
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
-        """Both phases of algorithm 1: attack a batch and relabel it, then the loss on all of it."""
+        """Both phases of algorithm 1: attack a batch and relabel it, then the loss on all of it.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], on the guard's device.
+            labels: (B,).
+            generator: the attack's randomness; None takes torch's global one.
+        """
         batch, batch_labels = images, labels
         is_separate = torch.zeros(len(labels), device=labels.device)
         successes = None

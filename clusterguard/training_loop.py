@@ -75,13 +75,19 @@ class DetectorTrainer(ABC):
 
     @abstractmethod
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
-        """The loss of a batch of images (B, C, H, W) and labels (B,), on the detector's device."""
+        """The loss of a batch.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], on the detector's device.
+            labels: (B,).
+            generator: the attack's randomness; None takes torch's global one.
+        """
 
     def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:  # noqa: B027  # may be left out
         """Called after every step of the optimizer, with an endless supply of calibration batches."""
 
     def note(self, values: Mapping[str, float]) -> None:
-        """Hand numbers to the trackers with the next report."""
+        """Hand values, numbers by name, to the trackers with the next report."""
         self._noted |= values
 
     @property
@@ -159,6 +165,8 @@ class DetectorTrainer(ABC):
         self._resume(run)
         while len(self.history) < epochs:
             self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" if progress else "")
+            if not self._totals.images:
+                raise InputError("expected a training loader with at least one image, got an empty one")
             record = self.engine.end_epoch(self._totals).record(len(self.history) + 1, float(self.thresholds.mean()))
             self.history.append(record)
             self._totals = EpochTotals()

@@ -12,4 +12,6 @@ def on_page_content(content: str, **_: object) -> str:
 
 
 def _to_mathml(found: re.Match[str]) -> str:
-    return convert(html.unescape(found[3]), display="block" if found[2] == "[" else "inline")
+    if found[2] == "(":
+        return convert(html.unescape(found[3]), display="inline")
+    return f'<div class="formula">{convert(html.unescape(found[3]), display="block")}</div>'

@@ -111,5 +111,5 @@ def test_a_scale_that_cannot_work_is_refused(scale):
 
 
 def test_representations_of_the_wrong_width_are_refused():
-    with pytest.raises(InputError, match=r"expected representations of shape \(B, 3\), got \(2, 4\)"):
+    with pytest.raises(InputError, match=r"representations of shape \(B, 3\), got .* \(2, 4\)"):
         GaussianClusters(3).distances(torch.zeros(2, 4))

@@ -106,5 +106,5 @@ def test_everything_is_checked_before_the_first_attack(small_guard, loader):
 
 
 def test_an_attack_that_returns_another_shape_is_named(small_guard, loader):
-    with pytest.raises(InputError, match="expected the attack to return shape"):
+    with pytest.raises(InputError, match="what the attack returns of shape"):
         evaluate(small_guard, lambda detector, images, labels, **_: images[:1], loader)

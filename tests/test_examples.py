@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -5,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -31,3 +33,22 @@ def test_links_in_the_front_pages_lead_somewhere():
     for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
             assert target.startswith("https://") or (ROOT / target).exists(), f"{page}: {target}"
+
+
+def test_the_notebook_runs_and_is_committed_without_outputs(capsys):
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    namespace = {"__name__": "__main__"}
+    with torch.random.fork_rng():
+        for cell in cells:
+            exec("".join(cell["source"]), namespace)
+    printed = capsys.readouterr().out
+    assert "worst case per image" in printed
+    assert namespace["guard"].is_calibrated
+
+
+def test_links_in_the_notebook_lead_somewhere():
+    text = (ROOT / "examples" / "quickstart.ipynb").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / "examples" / target).exists(), target

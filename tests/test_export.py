@@ -290,7 +290,7 @@ def test_a_graphs_evidence_and_its_verdicts_agree(calibrated, thresholds):
 
 
 def test_images_of_another_size_are_named(calibrated):
-    with pytest.raises(InputError, match=r"expected images of shape \(B, 1, 4, 4\).*got \(2, 1, 5, 5\)"):
+    with pytest.raises(InputError, match=r"as the graph was exported for, of shape \(B, 1, 4, 4\).*\(2, 1, 5, 5\)"):
         load_onnx(calibrated[1]).detect(torch.rand(2, 1, 5, 5))
 
 

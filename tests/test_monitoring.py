@@ -95,7 +95,7 @@ def test_with_labels_only_benign_images_that_are_labelled_rightly_count():
 @pytest.mark.parametrize(
     ("refused", "labels", "message"),
     [
-        (torch.ones(3), None, "bools"),
+        (torch.ones(3), None, "bool flags"),
         (torch.ones(3, 1, dtype=torch.bool), None, "shape"),
         (torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=torch.long), "Detection"),
         (Detection(torch.ones(2).long(), torch.ones(2), torch.ones(2).bool()), torch.ones(3).long(), "labels"),

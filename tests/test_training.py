@@ -262,3 +262,9 @@ def test_a_guard_takes_the_mode_of_its_backbone():
     backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64))
     assert ClusterGuard(backbone, 2, example=torch.rand(2, 1, 8, 8)).training
     assert not ClusterGuard(backbone.eval(), 2, example=torch.rand(2, 1, 8, 8)).training
+
+
+@pytest.mark.parametrize("loader", [[], [(torch.zeros(0, 1, 8, 8), torch.zeros(0).long())]])
+def test_an_empty_training_loader_is_named(blobs, loader):
+    with pytest.raises(InputError, match="image"):
+        AdversarialClusterTrainer(new_guard(), ATTACK).fit(loader, blobs, epochs=1, progress=False)

@@ -3,10 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
-from clusterguard.checks import check_calibrated, check_images, check_labels
+from clusterguard.checks import check_calibrated, check_detector, check_images, check_labels
 from clusterguard.decision import Detector
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.modes import evaluation_mode
@@ -15,9 +15,22 @@ from torch import Generator, Tensor
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 class Attack(Protocol):
-    """Any callable with this signature is an attack; a plain function is one."""
+    """Any callable with this signature is an attack; a plain function is one.
+
+    Example:
+        >>> from clusterguard import ConfidenceDetector, WithThresholds, evaluate
+        >>> def invert(detector, images, labels, *, targets=None, generator=None):
+        ...     return 1 - images
+        >>> pixels = ConfidenceDetector(torch.nn.Flatten(), num_classes=2)  # the brighter of two pixels
+        >>> detector = WithThresholds(pixels, torch.full((2,), torch.inf))
+        >>> batches = [(torch.tensor([[[[0.2, 0.7]]], [[[0.9, 0.1]]]]), torch.tensor([1, 0]))]
+        >>> evaluate(detector, invert, batches, sanity_images=0).asr
+        1.0
+    """
 
     def __call__(
         self,
@@ -28,7 +41,18 @@ class Attack(Protocol):
         targets: Tensor | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
-        """Attacked images, of the shape of the images (B, C, H, W)."""
+        """Attack images.
+
+        Args:
+            detector: whatever yields evidence and thresholds.
+            images: (B, C, H, W) in [0, 1].
+            labels: (B,) true labels.
+            targets: (B,) wrong labels to aim at; None aims at any wrong label.
+            generator: randomness; None takes torch's global one.
+
+        Returns:
+            (B, C, H, W), attacked.
+        """
         ...
 
 
@@ -45,6 +69,8 @@ class BuiltInAttack(ABC):
 
     batch_size: int | None = None
 
+    _needs_evidence: ClassVar[bool] = True  # or only verdicts
+
     def __call__(
         self,
         detector: Detector,
@@ -58,7 +84,7 @@ class BuiltInAttack(ABC):
 
         Args:
             detector: whatever yields evidence and thresholds.
-            images: (B, C, H, W), finite, in [0, 1].
+            images: (B, C, H, W), finite, in [0, 1], float32 or float64.
             labels: (B,) true labels.
             targets: (B,) wrong labels to aim at; None aims at any wrong label.
             generator: randomness, on the images' device; None takes torch's global one.
@@ -70,13 +96,13 @@ class BuiltInAttack(ABC):
             InputError: images, labels or targets of a wrong shape, dtype, range or device.
             NotCalibratedError: the detector has no thresholds.
         """
-        check_attack_input(detector, images, labels, targets)
+        check_attack_input(detector, images, labels, targets, needs_evidence=self._needs_evidence)
         if not len(images):
             return images
         with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(detector):
             # Inference tensors cannot take part in autograd; a clone made outside inference mode can.
-            images, labels = images.detach().clone(), labels.clone()
-            targets = None if targets is None else targets.clone()
+            images, labels = images.detach().clone(), labels.long().clone()
+            targets = None if targets is None else targets.long().clone()
             size = len(images) if self.batch_size is None else self.batch_size
             parts = [
                 self._perturb(
@@ -148,6 +174,10 @@ class WrappingAttack(BuiltInAttack):
 def scale(attack: Attack, factor: float) -> Attack:
     """The attack with `factor` times the radius.
 
+    Args:
+        attack: one that has a method `scaled`.
+        factor: positive.
+
     Raises:
         ConfigurationError: it has no method `scaled` that makes one.
     """
@@ -159,23 +189,33 @@ def scale(attack: Attack, factor: float) -> Attack:
     return scaled(factor)
 
 
-def check_attack_input(detector: Detector, images: Tensor, labels: Tensor, targets: Tensor | None = None) -> None:
+def check_attack_input(
+    detector: Detector,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor | None = None,
+    *,
+    needs_evidence: bool = True,
+) -> None:
     """All that can be wrong with an attack's input, before any work is done.
 
     Raises:
-        InputError: images, labels or targets of a wrong shape, dtype, range or device.
+        InputError: images, labels or targets of a wrong shape, dtype, range or device, or a detector without evidence.
         NotCalibratedError: the detector has no thresholds.
     """
+    if needs_evidence:
+        check_detector(detector)
     check_images(images)
+    if images.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"expected images in float32 or float64, got {images.dtype}, whose rounding would leave the ball; "
+            "attack copy.deepcopy(detector).float()"
+        )
     if not images.isfinite().all():
         raise InputError("expected finite images, got NaN or infinite pixels; a guard refuses those without an attack")
     thresholds: Tensor | None = getattr(detector, "thresholds", None)
-    if thresholds is None:  # a black box that gives verdicts only keeps its number of classes to itself
-        num_classes = 1 + max(
-            (int(own.max()) for own in (labels, targets) if own is not None and own.numel()), default=0
-        )
-    else:
-        num_classes = len(thresholds)
+    # A black box that gives verdicts only keeps its number of classes to itself.
+    num_classes = 2**31 if thresholds is None else len(thresholds)
     if thresholds is not None and images.device != thresholds.device:
         raise InputError(
             f"expected images on {thresholds.device} like the detector, got {images.device}; "
@@ -190,17 +230,25 @@ def check_attack_input(detector: Detector, images: Tensor, labels: Tensor, targe
         check_calibrated(thresholds)
 
 
-def check_budget(*, eps: float, steps: int = 1, step_size: float = 1.0, batch_size: int | None = None) -> None:
+def check_budget(
+    *,
+    eps: float,
+    steps: int = 1,
+    step_size: float = 1.0,
+    batch_size: int | None = None,
+    may_be_unbounded: bool = False,
+) -> None:
     """Options that many attacks have.
 
     Raises:
-        ConfigurationError: a negative eps, fewer than one step or image at a time, or a step size that is not positive.
+        ConfigurationError: an eps that is negative or, unless it may be, infinite; fewer than one step or image at a
+            time; or a step size that is not positive and finite.
     """
-    if not eps >= 0:
-        raise ConfigurationError(f"expected eps of at least 0, got {eps}")
+    if not eps >= 0 or not (may_be_unbounded or eps <= _LARGEST):
+        raise ConfigurationError(f"expected a finite eps of at least 0, got {eps}")
     if steps < 1:
         raise ConfigurationError(f"expected at least 1 step, got {steps}")
-    if not step_size > 0:
-        raise ConfigurationError(f"expected a positive step_size, got {step_size}")
+    if not 0 < step_size <= _LARGEST:
+        raise ConfigurationError(f"expected a positive, finite step_size, got {step_size}")
     if batch_size is not None and batch_size < 1:
         raise ConfigurationError(f"expected a batch_size of at least 1, got {batch_size}")

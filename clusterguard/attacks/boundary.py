@@ -9,6 +9,7 @@ from clusterguard.attacks.base import BuiltInAttack, check_budget
 from clusterguard.attacks.norms import LInf, Norm, get_norm
 from clusterguard.attacks.random_search import Draws
 from clusterguard.attacks.starts import Towards
+from clusterguard.checks import check_detector
 from clusterguard.decision import Detection, Detector, decide
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
@@ -66,8 +67,10 @@ class Boundary(BuiltInAttack):
     starts: int = 100
     stop_early: bool = False
 
+    _needs_evidence = False
+
     def __post_init__(self) -> None:
-        check_budget(eps=self.eps, batch_size=self.batch_size)
+        check_budget(eps=self.eps, batch_size=self.batch_size, may_be_unbounded=True)
         if self.norm not in ("l2", "linf"):
             raise ConfigurationError(f"expected norm 'l2' or 'linf', got {self.norm!r}")
         if self.queries < 1 or self.starts < 1:
@@ -77,6 +80,8 @@ class Boundary(BuiltInAttack):
     def _perturb(
         self, detector: Detector, images: Tensor, labels: Tensor, targets: Tensor | None, generator: Generator | None
     ) -> Tensor:
+        if not isinstance(detector, Judge):
+            check_detector(detector)
         enough = self.eps if self.stop_early else 0.0
         search = _Search(detector, images, labels, targets, get_norm(self.norm), self.queries, enough)
         verdict, _ = search.ask(images, torch.arange(len(images), device=images.device))

@@ -64,13 +64,13 @@ class CarliniWagner(BuiltInAttack):
     objective: str | Objective = "margin"
 
     def __post_init__(self) -> None:
-        check_budget(eps=self._radius, steps=self.steps, batch_size=self.batch_size)
+        check_budget(eps=self._radius, steps=self.steps, batch_size=self.batch_size, may_be_unbounded=True)
         get_objective(self.objective)
         if self.searches < 1:
             raise ConfigurationError(f"expected at least 1 search, got {self.searches}")
-        if not (self.learning_rate > 0 and self.initial_c > 0):
+        if not (0 < self.learning_rate < math.inf and 0 < self.initial_c < math.inf):
             raise ConfigurationError(
-                f"expected a positive learning_rate and initial_c, got {self.learning_rate} and {self.initial_c}"
+                f"expected positive, finite learning_rate and initial_c, got {self.learning_rate}, {self.initial_c}"
             )
         if not self.confidence >= 0:
             raise ConfigurationError(f"expected confidence of at least 0, got {self.confidence}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def backpropagate(problem: Problem, iterates: Tensor, *, with_margin: bool = True) -> Evaluation:
-    """Loss, margin and exact input gradient; parameters' gradients are neither computed nor touched.
+    """The problem's loss, margin and exact gradient at iterates (B, C, H, W); those of parameters stay as they are.
 
     Args:
         problem: what is attacked.
@@ -49,7 +49,7 @@ class NaturalEvolution:
     sigma: float = 0.05
 
     def __call__(self, problem: Problem, iterates: Tensor) -> Evaluation:
-        """Loss and margin at the iterates, and the estimated gradient: samples + 1 queries per image."""
+        """The problem's loss, margin and estimated gradient at iterates (B, C, H, W): samples + 1 queries per image."""
         with torch.no_grad():
             loss, margin = self._query(problem, iterates)
             gradient = torch.zeros_like(iterates)

@@ -41,7 +41,7 @@ class Problem:
     generator: Generator | None = None
 
     def project(self, candidates: Tensor) -> Tensor:
-        """Candidates (B, C, H, W), projected onto ball ∩ box."""
+        """The candidates (B, C, H, W), projected onto ball ∩ box."""
         return self._projection(candidates)
 
     @cached_property
@@ -49,7 +49,7 @@ class Problem:
         return self.norm.projection(self.images, self.eps)
 
     def margin(self, candidates: Tensor) -> Tensor:
-        """(B,) success margins, without gradients."""
+        """(B,) success margins of candidates (B, C, H, W), without gradients."""
         with torch.no_grad():
             evidence = self.detector.evidence(candidates)
             return success_margin(evidence, self.detector.thresholds, self.labels, self.targets)
@@ -87,7 +87,7 @@ class Rule(Protocol):
     """How to go on from an iterate; it may remember things per image."""
 
     def step(self, problem: Problem, iterates: Tensor, evaluation: Evaluation) -> Tensor:
-        """The next iterates (B, C, H, W), inside ball and box."""
+        """The next iterates (B, C, H, W) of a problem after an evaluation of these, inside ball and box."""
         ...
 
     def select(self, index: Tensor) -> None:

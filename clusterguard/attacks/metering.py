@@ -54,7 +54,7 @@ class Metered(nn.Module):
         self.detector.thresholds = thresholds
 
     def evidence(self, images: Tensor) -> Evidence:
-        """The detector's evidence."""
+        """The detector's evidence on images (B, C, H, W), which are counted."""
         return self.detector.evidence(self._count(images))
 
     def _count(self, images: Tensor) -> Tensor:

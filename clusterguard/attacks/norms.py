@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import final
 
 import torch
+from clusterguard.checks import check_tensor
 from clusterguard.errors import ConfigurationError, InputError
 from einops import rearrange
 from torch import Generator, Tensor
@@ -33,7 +34,7 @@ class Norm(ABC):
         """The step along which a function of this gradient rises fastest: (B, C, H, W) -> (B, C, H, W).
 
         Args:
-            gradient: of any scale: the step has length 1, or 0 for a gradient of exactly 0.
+            gradient: (B, C, H, W) of any scale: the step has length 1, or 0 for a gradient of exactly 0.
             sparsity: how many coordinates an l1 step changes, at least 1, one number or (B,); None means 1.
                 The other norms ignore it.
         """
@@ -49,12 +50,7 @@ class Norm(ABC):
         """
 
     def projection(self, images: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
-        """`project` around these images: what does not depend on candidates is computed once.
-
-        Args:
-            images: (B, C, H, W) in [0, 1].
-            eps: radius, at least 0, one number or (B,).
-        """
+        """A `project` around images (B, C, H, W), `eps` as there; what no candidate changes is computed once."""
         return lambda candidates: self.project(images, candidates, eps)
 
     def project(self, images: Tensor, candidates: Tensor, eps: float | Tensor) -> Tensor:
@@ -72,9 +68,8 @@ class Norm(ABC):
             InputError: images and candidates of different shapes, or a tensor eps that is not (B,).
             ConfigurationError: a number eps below 0.
         """
-        if images.ndim != 4 or images.shape != candidates.shape:
-            shapes = f"{tuple(images.shape)} and {tuple(candidates.shape)}"
-            raise InputError(f"expected images and candidates of one shape (B, C, H, W), got {shapes}")
+        check_tensor(images, "images", "B", "C", "H", "W", kind="float32 or float64")
+        check_tensor(candidates, "candidates", *images.shape, like=images)
         radii = _per_image(eps, images)
         boxed = candidates.clamp(0, 1)
         reach = (boxed - images).abs()
@@ -294,7 +289,11 @@ def _per_image(value: float | Tensor, images: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         if value.shape != images.shape[:1]:
             raise InputError(f"expected a number or shape ({len(images)},), got shape {tuple(value.shape)}")
-        return rearrange(value.to(images), "b -> b 1 1 1")
+        if value.device.type == "cpu" and (value < 0).any():  # elsewhere looking waits for the device
+            raise InputError(f"expected numbers of at least 0, got {value.tolist()}")
+        radii = value.to(images)  # NaN bounds nothing: the image must not move
+        return rearrange(radii.masked_fill(radii.isnan(), 0), "b -> b 1 1 1")
     if not value >= 0:
         raise ConfigurationError(f"expected a number of at least 0, got {value}")
-    return images.new_full((len(images), 1, 1, 1), value)
+    largest = torch.finfo(images.dtype).max
+    return images.new_full((len(images), 1, 1, 1), value if value <= largest else torch.inf)

@@ -2,17 +2,27 @@
 
 from typing import Protocol
 
-from clusterguard.decision import Evidence, success_margin
+from clusterguard.decision import Evidence, check_goal, success_margin
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
 from torch.nn import functional
 
 
 class Objective(Protocol):
-    """(evidence, thresholds (K,), labels (B,), targets (B,) or None) -> (B,), smaller is closer to success."""
+    """What an attack makes smaller: any callable with this signature, such as the functions below."""
 
     def __call__(self, evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None, /) -> Tensor:
-        """The loss of each example; never summed over the batch."""
+        """The loss of each example; never summed over the batch.
+
+        Args:
+            evidence: of B images, K classes.
+            thresholds: (K,).
+            labels: (B,) true labels.
+            targets: (B,) wrong labels aimed at; None means that any wrong label will do.
+
+        Returns:
+            (B,), smaller is closer to success.
+        """
         ...
 
 
@@ -24,7 +34,10 @@ def suspicion(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: T
     Reference:
         arXiv 2012.03483, equations 17 to 19.
     """
-    return _at_target(evidence.suspicion, labels, targets)
+    check_goal(evidence, thresholds, labels, targets)
+    if targets is None:
+        return evidence.suspicion.scatter(1, labels[:, None].long(), float("inf")).amin(dim=1)
+    return evidence.suspicion.gather(1, targets[:, None].long()).squeeze(1)
 
 
 def margin(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
@@ -35,24 +48,26 @@ def margin(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tens
 def logit(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
     """The best rival's score minus the target's; untargeted, the true class's minus the best wrong one's.
 
-    It does not see thresholds.
+    It does not look at thresholds.
 
     Reference:
         Carlini & Wagner, "Towards evaluating the robustness of neural networks" (2017).
     """
+    check_goal(evidence, thresholds, labels, targets)
     scores = evidence.class_scores
     if targets is None:
-        own = scores.gather(1, labels[:, None]).squeeze(1)
-        return own - scores.scatter(1, labels[:, None], -float("inf")).amax(dim=1)
-    aimed = scores.gather(1, targets[:, None]).squeeze(1)
-    return scores.scatter(1, targets[:, None], -float("inf")).amax(dim=1) - aimed
+        own = scores.gather(1, labels[:, None].long()).squeeze(1)
+        return own - scores.scatter(1, labels[:, None].long(), -float("inf")).amax(dim=1)
+    aimed = scores.gather(1, targets[:, None].long()).squeeze(1)
+    return scores.scatter(1, targets[:, None].long(), -float("inf")).amax(dim=1) - aimed
 
 
 def cross_entropy(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
     """Cross-entropy of the class scores to the target, or minus that to the true label. It does not see thresholds."""
+    check_goal(evidence, thresholds, labels, targets)
     if targets is None:
-        return -functional.cross_entropy(evidence.class_scores, labels, reduction="none")
-    return functional.cross_entropy(evidence.class_scores, targets, reduction="none")
+        return -functional.cross_entropy(evidence.class_scores, labels.long(), reduction="none")
+    return functional.cross_entropy(evidence.class_scores, targets.long(), reduction="none")
 
 
 def adaptive(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
@@ -61,10 +76,11 @@ def adaptive(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Te
     Reference:
         arXiv 2012.03483, equation 7 and Table 1.
     """
+    check_goal(evidence, thresholds, labels, targets)
     if targets is None:
-        aimed = evidence.class_scores.scatter(1, labels[:, None], -float("inf")).argmax(dim=1)
+        aimed = evidence.class_scores.scatter(1, labels[:, None].long(), -float("inf")).argmax(dim=1)
     else:
-        aimed = targets
+        aimed = targets.long()
     metric = evidence.suspicion.gather(1, aimed[:, None]).squeeze(1)
     return logit(evidence, thresholds, labels, targets) + metric
 
@@ -89,9 +105,3 @@ def get_objective(objective: str | Objective) -> Objective:
     if objective not in OBJECTIVES:
         raise ConfigurationError(f"expected an objective among {', '.join(OBJECTIVES)}, got {objective!r}")
     return OBJECTIVES[objective]
-
-
-def _at_target(values: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-    if targets is None:
-        return values.scatter(1, labels[:, None], float("inf")).amin(dim=1)
-    return values.gather(1, targets[:, None]).squeeze(1)

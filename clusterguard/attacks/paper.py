@@ -7,20 +7,30 @@ from typing import final
 import torch
 from clusterguard.attacks.base import Attack, WrappingAttack
 from clusterguard.attacks.iterative import PGD, SteppedAttack
+from clusterguard.checks import check_range, check_tensor
 from clusterguard.decision import Detector
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
 
 
 def random_targets(labels: Tensor, num_classes: int, generator: Generator | None = None) -> Tensor:
-    """A wrong class for each label (B,), all equally likely.
+    """A wrong class for each of labels (B,), all of `num_classes` equally likely; `generator` is the randomness.
+
+    Raises:
+        InputError: labels of a wrong shape, dtype or range.
+        ConfigurationError: fewer than two classes.
 
     Example:
         >>> bool((random_targets(torch.tensor([0, 1, 2]), num_classes=3) != torch.tensor([0, 1, 2])).all())
         True
     """
+    if num_classes < 2:
+        raise ConfigurationError(f"expected num_classes of at least 2, got {num_classes}")
+    check_tensor(labels, "labels", "B", kind="integer")
+    if labels.device.type == "cpu":  # elsewhere looking waits for the device
+        check_range(labels, num_classes)
     shift = torch.randint(1, num_classes, labels.shape, generator=generator, device=labels.device)
-    return (labels + shift) % num_classes
+    return (labels.long() + shift) % num_classes
 
 
 def at_step_sizes(

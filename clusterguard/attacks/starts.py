@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from clusterguard.attacks.gradients import backpropagate
 from clusterguard.attacks.loop import Problem
+from clusterguard.checks import check_detector, check_images, check_labels
 from clusterguard.decision import Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError
 from clusterguard.modes import evaluation_mode
@@ -16,17 +17,17 @@ Start = Callable[[Problem], Tensor]
 
 
 def at_image(problem: Problem) -> Tensor:
-    """The clean image itself."""
+    """The problem's clean images themselves."""
     return problem.images
 
 
 def at_random(problem: Problem) -> Tensor:
-    """A random point of ball ∩ box."""
+    """A random point of ball ∩ box for each of the problem's images."""
     return problem.norm.random_start(problem.images, problem.eps, problem.generator)
 
 
 def output_diversified(problem: Problem) -> Tensor:
-    """From a random point, a few whole steps along a random direction of the class scores.
+    """Where a few whole steps along a random direction of the class scores lead, from the problem's random start.
 
     Reference:
         Tashiro, Song & Ermon, "Diversity can be transferred: output diversification" (2020).
@@ -70,7 +71,12 @@ class Towards:
     @classmethod
     @torch.no_grad()
     def accepted(cls, detector: Detector, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> "Towards":
-        """Those of the benign images (R, C, H, W) that the detector accepts under their true labels (R,)."""
+        """Those images (R, C, H, W) the detector accepts under their labels (R,), judged `batch_size` at a time."""
+        check_detector(detector)
+        check_images(images)
+        check_labels(labels, images, len(detector.thresholds))
+        if batch_size < 1:
+            raise ConfigurationError(f"expected a batch_size of at least 1, got {batch_size}")
         with evaluation_mode(detector):
             verdicts = [decide(detector.evidence(part), detector.thresholds) for part in images.split(batch_size)]
         predicted = torch.cat([verdict.labels for verdict in verdicts])
@@ -79,7 +85,7 @@ class Towards:
         return cls(images[usable], labels[usable])
 
     def __call__(self, problem: Problem) -> Tensor:
-        """The projected references; the clean image where there is no reference of a fitting class."""
+        """The problem's projected references; the clean image where there is no reference of a fitting class."""
         if not len(self.images):
             return problem.images
         distances = torch.cdist(problem.images.flatten(1), self.images.flatten(1).to(problem.images.dtype))
@@ -98,7 +104,7 @@ class Towards:
 
 
 def towards_batch(problem: Problem) -> Tensor:
-    """As close as the ball allows to the nearest image of a wrong class, or of the target, in the same batch.
+    """The point of a problem's ball closest to the nearest image of a wrong class, or of the target, in its batch.
 
     For training against an adversarial cluster: gradients from the clean image do not find what lies behind it.
     """

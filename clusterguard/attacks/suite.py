@@ -188,8 +188,8 @@ class WorstCaseSuite(BuiltInAttack):
         """
         check_attack_input(detector, images, labels, targets)
         with torch.inference_mode(False), evaluation_mode(detector):
-            images, labels = images.detach().clone(), labels.clone()
-            targets = None if targets is None else targets.clone()
+            images, labels = images.detach().clone(), labels.long().clone()
+            targets = None if targets is None else targets.long().clone()
             benign = (images, labels) if self.references is None else self.references
             stages = self.stages(detector, Towards.accepted(detector, *benign, batch_size=self.batch_size or 500))
             state = self._begin(detector, images, labels, targets, checkpoint, generator)

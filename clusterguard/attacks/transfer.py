@@ -38,6 +38,8 @@ class Transfer(WrappingAttack):
 
     surrogate: Detector
 
+    _needs_evidence = False
+
     def __post_init__(self) -> None:
         check_budget(eps=0, batch_size=self.batch_size)
 

@@ -1,0 +1,261 @@
+"""Everything public is in the reference, and says what goes in, in which shape, and what comes out.
+
+What counts as said, where a docstring need not be long:
+
+- A parameter stands in Args, the class's for a constructor. A docstring without Args, such as one line, may name it in
+  its text instead, or give its shape before an arrow if it is the only one: ``(B, m) -> (B, K)``.
+- The shape of a tensor stands there too: ``(B, C, H, W)``, ``(n,)``, the word scalar, or "as in `another`".
+- What is returned stands in Returns or behind an arrow, or is what the summary names: that begins with an article, a
+  shape or a question word then ("The", "(B,)", "Whether"), not with an imperative.
+- Fields of a dataclass stand in Args or Attributes, those of a NamedTuple in Attributes.
+- Whatever overrides something, or has the parameters of a protocol's call, may leave all of this to that.
+- Top-level names have an example that runs, or say whose example shows them, but for records that functions return.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Any, get_args
+
+import clusterguard
+import pytest
+from clusterguard.attacks import Attack
+from clusterguard.attacks.objectives import Objective
+from griffe import Docstring
+from torch import Tensor
+
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
+DIRECTIVES = [
+    found for page in REFERENCE.glob("*.md") for found in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
+]
+SHAPE = re.compile(r"\([^()]*,[^()]*\)|\(\)|\bscalar\b|as in `")
+NAMES_WHAT_IT_RETURNS = re.compile(r"(The|An?|All|What|Whether|How|Which|Where|Those|One|No)\b|\([A-Zn]")
+CALLS = [Attack.__call__, Objective.__call__]
+
+
+@dataclass(frozen=True)
+class Public:
+    """Something that users may call: where it is found, and the class that holds it."""
+
+    name: str
+    thing: Any
+    owner: type | None = None
+
+    def __str__(self) -> str:
+        return self.name.removeprefix("clusterguard.")
+
+    @property
+    def text(self) -> str:
+        return inspect.cleandoc(self.thing.__doc__ or "")
+
+    @property
+    def is_property(self) -> bool:
+        return self.owner is not None and isinstance(vars(self.owner).get(self.thing.__name__), property)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What a caller hands over, by name, with its annotation."""
+        if isinstance(self.thing, type) and (
+            issubclass(self.thing, BaseException) or getattr(self.thing, "_is_protocol", False)
+        ):
+            return inspect.get_annotations(self.thing)
+        if is_dataclass(self.thing):
+            return {own.name: own.type for own in fields(self.thing) if own.init}
+        if self.is_property or (
+            isinstance(self.thing, type) and not {"_fields", "__init__"} & {*vars(self.thing)}  # its ancestor's
+        ):
+            return {}
+        given = inspect.signature(self.thing).parameters.items()
+        return {name: own.annotation for name, own in given if name not in ("self", "cls")}
+
+    def entries(self, kind: str) -> dict[str, str]:
+        """The entries of Args, "parameters", or of Attributes, as the site reads them."""
+        docstring = Docstring(self.text, parser="google", parser_options={"warnings": False})
+        return {
+            entry.name.lstrip("*"): entry.description
+            for own in docstring.parsed
+            if own.kind.value == kind
+            for entry in own.value
+        }
+
+    def says_of(self, parameter: str) -> list[str]:
+        """What is said of a parameter or field, here and where it may be left to."""
+        entries = self.entries("parameters") | self.entries("attributes")
+        words = parameter.replace("_", "[_ ]")
+        is_in_text = re.search(rf"\b{words}\b", self.text) or (len(self.parameters) == 1 and "->" in self.text)
+        own = [entries[parameter]] if parameter in entries else [self.text] if not entries and is_in_text else []
+        return own + [said for model in self.models for said in model.says_of(parameter)]
+
+    @property
+    def says_what_it_returns(self) -> bool:
+        return (
+            inspect.signature(self.thing).return_annotation in (None, "None")
+            or bool(re.search(r"Returns:|->", self.text) or NAMES_WHAT_IT_RETURNS.match(self.text))
+            or any(model.says_what_it_returns for model in self.models)
+        )
+
+    @property
+    def models(self) -> "list[Public]":
+        """What it may leave its documentation to."""
+        holder = self.thing if self.owner is None else self.owner
+        bases = [base for base in inspect.getmro(holder)[1:] if is_ours(base)] if isinstance(holder, type) else []
+        if self.owner is None:
+            found = [Public(home(base), base) for base in bases]
+        else:
+            name = self.thing.__name__
+            found = [Public(f"{home(base)}.{name}", vars(base)[name], base) for base in bases if name in vars(base)]
+        if inspect.isfunction(self.thing) and self.thing not in CALLS:
+            same = [call for call in CALLS if {*Public("", call).parameters} == {*self.parameters}]
+            found += [Public(home(call), call) for call in same]
+        return found
+
+    @property
+    def is_record(self) -> bool:
+        """A class of values alone, which other functions make."""
+        return isinstance(self.thing, type) and bool(self.entries("attributes")) and not self.entries("parameters")
+
+
+def home(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def is_ours(thing: Any) -> bool:
+    return str(thing.__module__).startswith("clusterguard.")
+
+
+def everything_public() -> Iterator[Public]:
+    """Top-level names, what the reference names, what is in public modules; their methods, and their ancestors'."""
+    top = {f"clusterguard.{name}" for name in clusterguard.__all__}
+    waiting, seen = sorted({*top, *DIRECTIVES}), set()
+    while waiting:
+        name = waiting.pop(0)
+        thing = resolve(name)
+        if isinstance(thing, ModuleType):
+            own = [value for value in vars(thing).values() if getattr(value, "__module__", None) == name]
+            waiting += [home(value) for value in own if callable(value) and not value.__name__.startswith("_")]
+        elif home(thing) not in seen:
+            seen.add(home(thing))
+            yield Public(home(thing), thing)
+            for base in thing.__mro__ if isinstance(thing, type) else ():
+                if is_ours(base):
+                    waiting.append(home(base))
+            for member, value in vars(thing).items() if isinstance(thing, type) else ():
+                value = getattr(value, "__func__", value)  # classmethod
+                if (inspect.isfunction(value) or isinstance(value, property)) and (
+                    not member.startswith("_") or (member == "__call__")
+                ):
+                    yield Public(f"{home(thing)}.{member}", getattr(value, "fget", value), thing)
+
+
+def resolve(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        parent, _, last = name.rpartition(".")
+        return getattr(resolve(parent), last)
+
+
+def faults(public: Public, *, example: bool) -> list[str]:
+    """What the docstring of something public lacks."""
+    if not re.match(r"\S.*?[.:]", public.text, flags=re.DOTALL):
+        return ["a sentence that says what it is"]
+    found = []
+    for name, annotation in public.parameters.items():
+        said = public.says_of(name)
+        if not said:
+            found.append(f"what {name} is")
+        elif is_tensor(annotation) and not any(map(SHAPE.search, said)):
+            found.append(f"the shape of {name}")
+    if inspect.isfunction(public.thing) and not public.is_property and not public.says_what_it_returns:
+        found.append("what it returns")
+    if example and not re.search(r">>>|Example:\s+See `", public.text):
+        found.append("an example that runs")
+    return found
+
+
+def is_tensor(annotation: Any) -> bool:
+    return annotation is Tensor or (isinstance(annotation, UnionType) and Tensor in get_args(annotation))
+
+
+PUBLIC = {str(public): public for public in everything_public()}
+
+
+@pytest.mark.parametrize("public", PUBLIC.values(), ids=str)
+def test_docstrings_say_what_goes_in_and_what_comes_out(public):
+    is_top_level = getattr(clusterguard, public.thing.__name__, None) is public.thing
+    found = faults(public, example=is_top_level and not public.is_record)
+    assert not found
+
+
+def test_everything_public_is_in_the_reference():
+    def names(public: Public) -> set[str]:
+        """Its own, those of what holds it, and the short one at the top level."""
+        parts = public.name.split(".")
+        held_by = {".".join(parts[:length]) for length in range(2, len(parts) + 1)}
+        return held_by | {f"clusterguard.{(public.owner or public.thing).__name__}"}
+
+    assert not [str(public) for public in PUBLIC.values() if not names(public) & {*DIRECTIVES}]
+
+
+def test_the_reference_names_nothing_twice():
+    objects = [home(thing) for name in DIRECTIVES if not isinstance(thing := resolve(name), ModuleType)]
+    modules = [name for name in DIRECTIVES if isinstance(resolve(name), ModuleType)]
+    inside = [name for name in objects if any(name.startswith(f"{module}.") for module in modules)]
+    assert sorted(set(objects)) == sorted(objects)
+    assert inside == ["clusterguard.attacks.starts.Towards"]  # it has a heading of its own
+
+
+def well_said(images: Tensor, eps: float) -> Tensor:
+    """Do something.
+
+    Args:
+        images: (B, C, H, W).
+        eps: a radius.
+
+    Returns:
+        The images.
+
+    Example:
+        >>> well_said(1, 2)
+    """
+
+
+def without_shape(images: Tensor | None) -> Tensor:
+    """The images."""
+
+
+def unsaid(images: Tensor) -> Tensor:
+    """Do something."""
+
+
+def silent(images): ...
+
+
+@dataclass
+class BadRecord:
+    """A record.
+
+    Attributes:
+        count: how many.
+    """
+
+    count: int
+    total: int
+
+
+@pytest.mark.parametrize(
+    ("thing", "expected"),
+    [
+        (well_said, []),
+        (without_shape, ["the shape of images", "an example that runs"]),
+        (unsaid, ["what images is", "what it returns", "an example that runs"]),
+        (silent, ["a sentence that says what it is"]),
+        (BadRecord, ["what total is", "an example that runs"]),
+    ],
+)
+def test_this_test_can_fail(thing, expected):
+    assert faults(Public(home(thing), thing), example=True) == expected

@@ -1,0 +1,32 @@
+"""What is in the wheel: the package with its data, its types and its licence, and nothing else."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("wheel")
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_holds_the_whole_package_and_nothing_else(names):
+    package = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "clusterguard").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name for name in names if ".dist-info/" not in name} == package
+    assert {"clusterguard/py.typed", "clusterguard/data/digits.npz", "clusterguard/data/README.md"} <= package
+
+
+def test_the_wheel_has_its_licence_and_its_command(names):
+    inside = {name.split(".dist-info/")[1] for name in names if ".dist-info/" in name}
+    assert inside == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
