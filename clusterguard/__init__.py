@@ -10,7 +10,6 @@ from clusterguard.torchvision_operators import declare_missing_operators
 
 declare_missing_operators()  # before anything can import torchvision
 
-from clusterguard import attacks, errors, interop, samples  # noqa: E402
 from clusterguard.attacks import (  # noqa: E402
     APGD,
     BIM,
@@ -50,6 +49,8 @@ from clusterguard.training import AdversarialClusterTrainer  # noqa: E402
 from clusterguard.training_engine import TrainingStep  # noqa: E402
 from clusterguard.training_loop import DetectorTrainer  # noqa: E402
 from clusterguard.training_options import TrainingOptions  # noqa: E402
+
+from clusterguard import attacks, errors, interop, recipes, samples  # noqa: E402, isort: skip  # recipes need the rest
 
 __version__ = version("clusterguard")
 
@@ -104,6 +105,7 @@ __all__ = [
     "interop",
     "load_onnx",
     "plausible_rate",
+    "recipes",
     "samples",
     "success_margin",
 ]

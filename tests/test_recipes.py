@@ -1,0 +1,48 @@
+import pytest
+import torch
+from clusterguard import ClusterGuard, recipes
+from clusterguard.errors import ConfigurationError
+from torch import nn
+
+
+@pytest.fixture
+def guard():
+    torch.manual_seed(0)
+    return ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU()), num_classes=3)
+
+
+def test_the_papers_recipe_has_no_ingredient_that_the_paper_lacks(guard):
+    trainer = recipes.paper(guard)
+    assert (trainer.attack.eps, trainer.attack.step_size, trainer.attack.steps) == (0.3, 0.01, 40)
+    assert (trainer.attack.start, trainer.attack.objective, trainer.attack.keep) == ("image", "suspicion", "last")
+    assert (trainer.ramp_epochs, trainer.warmup_epochs, trainer.relabel) == (0, 0, "separate")
+    assert (trainer.options.clip_norm, trainer.options.average_decay, trainer.scheduler) == (None, None, None)
+
+
+@pytest.mark.parametrize("epochs", [1, 6, 13])
+def test_the_robust_recipes_schedule_ends_with_its_epochs(guard, blobs, epochs):
+    trainer = recipes.robust(guard, blobs, epochs=epochs, eps=0.2)
+    history = trainer.fit(blobs, blobs, epochs=epochs, calibrate=False, progress=False)
+    assert trainer.scheduler.last_epoch == epochs * len(blobs)
+    assert trainer.optimizer.param_groups[0]["lr"] < 4e-4  # a tenth of its highest
+    assert len(history) == epochs
+
+
+def test_the_robust_recipe_learns(guard, blobs):
+    trainer = recipes.robust(guard, blobs, epochs=18, eps=0.2)
+    history = trainer.fit(blobs, blobs, epochs=18, progress=False)
+    assert guard.is_calibrated
+    assert history[-1].accuracy > 0.97
+    assert history[-1].attack_success_rate < 0.2
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"eps": -1.0}, {"steps": 0}])
+def test_what_cannot_be_trained_is_refused(guard, blobs, options):
+    with pytest.raises(ConfigurationError, match="expected"):
+        recipes.robust(guard, blobs, **{"epochs": 2, "eps": 0.1, **options})
+
+
+@pytest.mark.parametrize("loader", [iter([]), []])
+def test_a_loader_without_a_length_is_refused(guard, loader):
+    with pytest.raises(ConfigurationError, match="length"):
+        recipes.robust(guard, loader, epochs=2, eps=0.1)
