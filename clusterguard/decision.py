@@ -3,7 +3,7 @@
 Everything else (the guard, the baselines, relabelling in training, attacks, metrics) calls these functions.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from clusterguard.checks import check_range, check_tensor
@@ -38,7 +38,6 @@ class Detection(NamedTuple):
     is_adversarial: Tensor
 
 
-@runtime_checkable
 class Detector(Protocol):
     """All that attacks, metrics and evaluation ask of a detector.
 
@@ -53,8 +52,6 @@ class Detector(Protocol):
         ...     def evidence(self, images):
         ...         pixels = images.flatten(1)
         ...         return Evidence(pixels, -(pixels[:, :1] - pixels[:, 1:]).abs().expand_as(pixels))
-        >>> isinstance(Brighter(), Detector)
-        True
         >>> decide(Brighter().evidence(torch.tensor([[[[0.2, 0.9]]]])), Brighter.thresholds).labels
         tensor([1])
     """
