@@ -127,6 +127,7 @@ def fresh_compiler():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # and looks at gradients that are none
+@pytest.mark.filterwarnings("ignore:Guards may run slower")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_guard_does_the_same_and_is_saved_copied_and_exported_as_before(small_guard, tmp_path):
     images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
@@ -157,6 +158,7 @@ def test_a_compiled_guard_does_the_same_and_is_saved_copied_and_exported_as_befo
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.filterwarnings("ignore:Guards may run slower")
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("factor", [0.0, 1.1, torch.nan])
 def test_a_compiler_that_gets_gradients_wrong_is_found_out_before_an_attack_believes_them(small_guard, factor):
