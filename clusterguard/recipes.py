@@ -65,7 +65,7 @@ def robust(
     calibrator: Calibrator | None = None,
     accelerator: "Accelerator | None" = None,
 ) -> AdversarialClusterTrainer:
-    """What has helped: a random start whose radius grows, one cycle of the learning rate, clipped gradients.
+    """What has helped: a random start, a radius that grows, and one cycle of the learning rate.
 
     The growing radius is what counts. From a random start at its full radius, the guard learns to hide its gradients
     instead of separating: the training attack all but stops succeeding, and the worst-case suite breaks nearly all.
@@ -103,7 +103,7 @@ def robust(
         raise ConfigurationError(f"expected at least 1 epoch, got {epochs}")
     if not isinstance(train_loader, Sized) or not len(train_loader):
         raise ConfigurationError("expected a training loader of a known length of at least one batch, for the schedule")
-    options = TrainingOptions(clip_norm=10.0, schedule_every="step", accelerator=accelerator)
+    options = TrainingOptions(schedule_every="step", accelerator=accelerator)
     running = options.make_accelerator()
     taken = math.ceil(len(train_loader) / running.num_processes)  # batches are dealt out to processes
     optimizer = Adam(guard.parameters(), lr=learning_rate)

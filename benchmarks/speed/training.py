@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from benchmarks import models
 from benchmarks.speed.measure import Row
 
-STEPS = 5
+STEPS = 10
 CASES = {"SmallCNN": ("small-cnn", (1, 28, 28), {"cpu": 32}), "ResNet-18": ("resnet18", (3, 32, 32), {"cpu": 4})}
 
 
