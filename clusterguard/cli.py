@@ -79,6 +79,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Of the attack.")] = 10,
     epochs: Annotated[int, typer.Option(min=1, help="In all, those before --resume included.")] = 12,
     warmup_epochs: Annotated[int, typer.Option(min=0, help="Of these, the first ones without attack.")] = 0,
+    ramp_epochs: Annotated[float, typer.Option(min=0, help="After those, over which the attack's radius grows.")] = 0,
     batch_size: BatchSize = 100,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
     false_positive_rate: Rate = 0.01,
@@ -117,6 +118,7 @@ def train(
         "pretrained": pretrained,
         "attack": repr(attack),
         "warmup_epochs": warmup_epochs,
+        "ramp_epochs": ramp_epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "calibrator": repr(calibrator),
@@ -130,6 +132,7 @@ def train(
         attack,
         optimizer=torch.optim.Adam(guard.parameters(), lr=learning_rate),
         warmup_epochs=warmup_epochs,
+        ramp_epochs=ramp_epochs,
         calibrator=calibrator,
     )
     try:
