@@ -19,7 +19,8 @@ def test_every_experiment_says_what_it_is(name, profile):
     experiment = load_experiment(name, profile)
     keys = Counter(cell.key for cell in experiment.cells)
     assert max(keys.values()) == 1
-    assert len(keys) == len(experiment.detectors) * len(experiment.attacks) * len(experiment.variants)
+    seeds = len({cell.seed for cell in experiment.cells})
+    assert len(keys) == len(experiment.detectors) * len(experiment.attacks) * len(experiment.variants) * seeds
     for cell in experiment.cells:
         make_recipe(cell.detector, cell.training.options)
         assert (cell.training.model == "tiny-cnn") == (profile == "quick" or (profile == "cpu" and "mnist" in name))
