@@ -157,10 +157,8 @@ class TrainingEngine:
             self.detector.load_state_dict(self._average.module.state_dict())
 
     def report(self, values: Mapping[str, float]) -> None:
-        """Hand numbers to the accelerator's trackers, if it has any."""
-        if self.accelerator.trackers:
-            rate = self._optimizer.param_groups[0]["lr"]
-            self.accelerator.log({"learning_rate": rate, **values}, step=self.steps)
+        """Hand numbers to the accelerator's trackers."""
+        self.accelerator.log({"learning_rate": self._optimizer.param_groups[0]["lr"], **values}, step=self.steps)
 
     @property
     def is_reporting(self) -> bool:
@@ -170,11 +168,11 @@ class TrainingEngine:
     def _check_loss(self, loss: Tensor) -> None:
         """A finite loss vouches for the weights that made it: remember them now and then; else go back to them."""
         if self.accelerator.gather(loss.isfinite()).all():
-            if self.steps % _REMEMBER_EVERY == 0:
+            if self.steps % _REMEMBER_EVERY == 0 or not self._last_good[1]:
                 state = self.detector.state_dict()
                 self._last_good = self.steps, {name: value.clone() for name, value in state.items()}
             return
-        step, weights = self._last_good
+        step, weights = self._last_good if self._last_good[1] else (self.steps, self.detector.state_dict())
         self.detector.load_state_dict(weights)
         raise TrainingDivergedError(
             f"the loss became {loss.item()} at step {self.steps}; the detector holds the weights of step {step} again. "

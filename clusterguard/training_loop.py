@@ -210,9 +210,10 @@ class DetectorTrainer(ABC):
                 self._report(step, len(labels))
                 if run.checkpoint_every is not None and self.engine.steps % run.checkpoint_every == 0:
                     self._save(run)
-            record = totals.record(len(self.history) + 1, float(self.thresholds.mean()))
-            attack, tau = f"{record.attack_success_rate:.2f}", f"{record.mean_threshold:.2f}"
-            bar.set_postfix(loss=f"{record.loss:.2f}", attack=attack, tau=tau, refresh=False)
+            if title:
+                record = totals.record(len(self.history) + 1, float(self.thresholds.mean()))
+                attack, tau = f"{record.attack_success_rate:.2f}", f"{record.mean_threshold:.2f}"
+                bar.set_postfix(loss=f"{record.loss:.2f}", attack=attack, tau=tau, refresh=False)
 
     def _report(self, step: TrainingStep, images: int) -> None:
         if not self.engine.is_reporting:

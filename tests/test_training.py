@@ -268,3 +268,11 @@ def test_a_guard_takes_the_mode_of_its_backbone():
 def test_an_empty_training_loader_is_named(blobs, loader):
     with pytest.raises(InputError, match="image"):
         AdversarialClusterTrainer(new_guard(), ATTACK).fit(loader, blobs, epochs=1, progress=False)
+
+
+def test_a_loss_that_is_not_finite_at_the_first_step_leaves_the_weights_as_they_were(blobs):
+    guard = new_guard()
+    before = weights(guard)
+    with pytest.raises(TrainingDivergedError, match="nan at step 0"):
+        train(guard, blobs, attack=lambda detector, images, labels, **_: images * torch.nan)
+    assert torch.equal(weights(guard), before)
