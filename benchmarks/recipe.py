@@ -1,7 +1,8 @@
 """How a detector of the comparison comes to be, and how it is attacked: one `Recipe` a detector."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol, TypeAlias, cast, final
 
 from clusterguard import (
@@ -12,6 +13,7 @@ from clusterguard import (
     TrainingStep,
     WithThresholds,
 )
+from clusterguard.attacks.base import ramp
 from clusterguard.attacks.objectives import Objective
 from clusterguard.detector import Loader
 from torch import Generator, Tensor, nn
@@ -53,19 +55,22 @@ class Loss(Protocol):
 
 @final
 class LossTrainer(DetectorTrainer):
-    """Trains any detector on a loss."""
+    """Trains any detector on a loss; after the warm-up the attack's radius may grow for some epochs."""
 
-    def __init__(self, detector: DetectorModule, loss: Loss, schedule: Schedule) -> None:
+    def __init__(self, detector: DetectorModule, loss: Loss, schedule: Schedule, *, ramp_epochs: float = 0.0) -> None:
         optimizer = schedule.optimizer(detector)
         scheduler = None if schedule.scheduler is None else schedule.scheduler(optimizer)
         options = TrainingOptions(schedule_every=schedule.schedule_every)
         super().__init__(detector, optimizer=optimizer, scheduler=scheduler, options=options)
         self.loss = loss
         self.schedule = schedule
+        self.ramp_epochs = ramp_epochs
 
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
         """The loss, with the attack once the warm-up is over."""
-        attack = self.schedule.attack if len(self.history) >= self.schedule.warmup_epochs else None
+        attack, warmup = None, self.schedule.warmup_epochs
+        if len(self.history) >= warmup:
+            attack = cast(PGD, ramp(self.schedule.attack, self.epochs_done - warmup, self.ramp_epochs))
         return self.loss(WithThresholds(self.detector, self.thresholds), images, labels, attack, generator)
 
 
@@ -117,3 +122,12 @@ class Recipe:
     objective: str | Objective = "adaptive"
     attacked: bool = True
     variant: Callable[..., "Recipe"] | None = None
+
+
+def with_loss(recipe: Recipe, loss: Loss, *, ramp_epochs: float = 0.0) -> Recipe:
+    """The recipe, trained on a loss; its variants have the training attack's radius grow for some epochs."""
+    return replace(
+        recipe,
+        trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule, ramp_epochs=ramp_epochs),
+        variant=partial(with_loss, recipe, loss),
+    )

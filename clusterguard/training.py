@@ -7,7 +7,7 @@ from typing import Any, Literal, final
 
 import torch
 from clusterguard.attacks import Attack
-from clusterguard.attacks.base import scale
+from clusterguard.attacks.base import ramp, scale
 from clusterguard.attacks.norms import get_norm
 from clusterguard.calibration import Calibrator, fit_thresholds
 from clusterguard.clusters import cluster_terms, counts_of
@@ -25,7 +25,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 Relabel = Literal["separate", "graded", "original"]
-_SMALLEST = 1e-3  # share of its radius that an attack has when its ramp begins
 
 
 @final
@@ -158,10 +157,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
     @property
     def _present_attack(self) -> Attack:
         """The attack, smaller while the ramp lasts."""
-        ramped = self.epochs_done - self.warmup_epochs
-        if ramped >= self.ramp_epochs:
-            return self.attack
-        return scale(self.attack, max(ramped / self.ramp_epochs, _SMALLEST))
+        return ramp(self.attack, self.epochs_done - self.warmup_epochs, self.ramp_epochs)
 
     def _separate_shares(self, images: Tensor, attacked: Tensor, got_through: Tensor) -> Tensor:
         """(B,) how much of each attacked image belongs to the adversarial cluster, in [0, 1]."""

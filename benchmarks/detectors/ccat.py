@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from benchmarks.detectors.vanilla import VANILLA
 from benchmarks.detectors.vanilla import loss as benign_loss
-from benchmarks.recipe import LossTrainer
+from benchmarks.recipe import with_loss
 
 RHO = 10  # how fast confidence fades, Stutz et al.'s choice
 
@@ -52,12 +52,14 @@ def loss(
     return TrainingStep(cross_entropy(logits, targets.to(logits.dtype)), correct, successes)
 
 
-CCAT = replace(
-    VANILLA,
-    title="CCAT",
-    reference="Stutz et al., Confidence-calibrated adversarial training (2020)",
-    training="ccat",
-    trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
-    attacked=True,
-    objective="suspicion",
+CCAT = with_loss(
+    replace(
+        VANILLA,
+        title="CCAT",
+        reference="Stutz et al., Confidence-calibrated adversarial training (2020)",
+        training="ccat",
+        attacked=True,
+        objective="suspicion",
+    ),
+    loss,
 )

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.detectors.vanilla import VANILLA
 from benchmarks.detectors.vanilla import loss as benign_loss
-from benchmarks.recipe import LossTrainer
+from benchmarks.recipe import with_loss
 
 
 def attack_labels(
@@ -30,11 +30,13 @@ def loss(
     return TrainingStep(cross_entropy(logits, labels), len(labels) - wrong, wrong)
 
 
-MADRY = replace(
-    VANILLA,
-    title="Madry",
-    reference="Madry et al., Towards deep learning models resistant to adversarial attacks (2018)",
-    training="madry",
-    trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
-    attacked=True,
+MADRY = with_loss(
+    replace(
+        VANILLA,
+        title="Madry",
+        reference="Madry et al., Towards deep learning models resistant to adversarial attacks (2018)",
+        training="madry",
+        attacked=True,
+    ),
+    loss,
 )

@@ -1,5 +1,6 @@
 """Rectified rejection: adversarial training with a second head that says how far to trust the confidence."""
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -10,7 +11,8 @@ from torch.nn.functional import binary_cross_entropy, cross_entropy, logsigmoid
 
 from benchmarks.detectors.features import widen
 from benchmarks.detectors.madry import attack_labels
-from benchmarks.recipe import LossTrainer, Recipe
+from benchmarks.detectors.vanilla import VANILLA
+from benchmarks.recipe import with_loss
 
 
 class RectifiedRejection(DetectorModule):
@@ -65,11 +67,15 @@ def loss(
     return TrainingStep(total, len(labels) - wrong, None if attack is None else wrong)
 
 
-RECTIFIED_REJECTION = Recipe(
-    title="RR",
-    reference="Pang et al., Two coupled rejection metrics can tell adversarial examples apart (2022)",
-    training="rectified-rejection",
-    build=RectifiedRejection,
-    trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
-    objective="suspicion",
+RECTIFIED_REJECTION = with_loss(
+    replace(
+        VANILLA,
+        title="RR",
+        reference="Pang et al., Two coupled rejection metrics can tell adversarial examples apart (2022)",
+        training="rectified-rejection",
+        build=RectifiedRejection,
+        attacked=True,
+        objective="suspicion",
+    ),
+    loss,
 )

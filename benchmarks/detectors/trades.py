@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from benchmarks.detectors.vanilla import VANILLA
 from benchmarks.detectors.vanilla import loss as benign_loss
-from benchmarks.recipe import LossTrainer
+from benchmarks.recipe import with_loss
 
 BETA = 6.0  # 1/λ of the authors' results and of their CIFAR10 script; their MNIST script has 1
 
@@ -58,11 +58,13 @@ def loss(
     )
 
 
-TRADES = replace(
-    VANILLA,
-    title="TRADES",
-    reference="Zhang et al., Theoretically principled trade-off between robustness and accuracy (2019)",
-    training="trades",
-    trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule),
-    attacked=True,
+TRADES = with_loss(
+    replace(
+        VANILLA,
+        title="TRADES",
+        reference="Zhang et al., Theoretically principled trade-off between robustness and accuracy (2019)",
+        training="trades",
+        attacked=True,
+    ),
+    loss,
 )

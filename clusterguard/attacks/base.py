@@ -189,6 +189,17 @@ def scale(attack: Attack, factor: float) -> Attack:
     return scaled(factor)
 
 
+def ramp(attack: Attack, done: float, length: float) -> Attack:
+    """The attack with the share done / length of its radius, at least a thousandth and at most all of it.
+
+    Args:
+        attack: one that has a method `scaled`; after the ramp, and where its length is 0, any.
+        done: epochs since the ramp began, at least 0.
+        length: of the ramp, at least 0.
+    """
+    return attack if done >= length else scale(attack, max(done / length, 1e-3))
+
+
 def check_attack_input(
     detector: Detector,
     images: Tensor,

@@ -24,7 +24,7 @@ from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import models
-from benchmarks.detectors import RECIPES, ccat, fs, lid, madry, maha, rectified_rejection, trades, vanilla
+from benchmarks.detectors import RECIPES, ccat, fs, lid, madry, maha, make_recipe, rectified_rejection, trades, vanilla
 from benchmarks.recipe import Recipe, Schedule
 
 SHAPE = 1, 28, 28
@@ -224,6 +224,18 @@ def test_no_attack_in_the_warm_up(name):
     assert math.isnan(history[0].attack_success_rate)
     assert math.isnan(history[1].attack_success_rate) != attacks
     assert all(0 <= record.accuracy <= 1 and math.isfinite(record.loss) for record in history)
+
+
+@pytest.mark.parametrize("name", ["madry", "trades", "ccat", "rectified-rejection", "ours"])
+def test_the_attack_of_a_variant_grows(name, monkeypatch):
+    radii = []
+    perturb = PGD._perturb
+    monkeypatch.setattr(PGD, "_perturb", lambda self, *given: [radii.append(self.eps), perturb(self, *given)][1])
+    recipe = make_recipe(name, {"ramp_epochs": 1.5})
+    loader = DataLoader(torch.utils.data.Subset(TRAINING, range(20)), batch_size=10)
+    trainer = recipe.trainer(recipe.build(network()), schedule(dataclasses.replace(ATTACK, eps=0.3, steps=1)))
+    trainer.fit(loader, loader, epochs=4, calibrate=False, progress=False)
+    assert radii == pytest.approx([0.0003, 0.1, 0.2, 0.3, 0.3, 0.3])
 
 
 def test_trades_without_a_budget_is_cross_entropy_and_with_one_is_more():
