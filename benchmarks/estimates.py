@@ -153,7 +153,9 @@ def worst_within(suite: Sequence[tuple[Cell, Result | None]], every: Iterable[Re
 
 
 def _is_within(cell: Cell, suite: Cell) -> bool:
-    """The same detector, attacked on the same images at most as far."""
+    """The same detector, attacked on the same images at most as far; a certificate is no attack."""
+    if cell.kind == "certificate":
+        return False
     if cell.training.key != suite.training.key or cell.detector != suite.detector:
         return False
     (norm, eps), (own, radius) = threat(cell), threat(suite)

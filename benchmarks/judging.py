@@ -107,6 +107,15 @@ def judge_attacked(
     return first, found
 
 
+def count_unproved(found: dict[str, Any], unproved: Tensor) -> None:
+    """Verdicts of a certificate: each image that is not proved secure (n,) counts as broken; areas mean nothing."""
+    for own in found.values():
+        own["eroc"] = None
+        for at in own["rates"].values():
+            broken = from_hex(at["eligible"], len(unproved)) & unproved.cpu()
+            at |= {"success": [int(broken.sum()), at["success"][1]], "broken": to_hex(broken)}
+
+
 @torch.no_grad()
 def map_points(detector: Detector, images: Tensor, labels: Tensor, attacked: Tensor, *, seed: int) -> dict[str, Any]:
     """Where benign and attacked images lie in the detector's representation, brought to two dimensions by t-SNE.

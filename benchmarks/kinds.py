@@ -1,5 +1,6 @@
 """Kinds of attacks that experiments name, and what each costs: one code path for every detector."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,20 @@ from clusterguard import (
     Attack,
     Boundary,
     CarliniWagner,
+    ClusterGuard,
     Detector,
     Towards,
     Transfer,
+    WithThresholds,
     WorstCaseSuite,
+    certify,
 )
 from clusterguard.attacks.iterative import SteppedAttack
 from clusterguard.attacks.objectives import Objective
 from clusterguard.attacks.paper import at_step_sizes, random_targets
 from clusterguard.attacks.suite import EFFORTS
 from clusterguard.attacks.suite_state import StageRecord
+from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
 
 
@@ -59,10 +64,12 @@ class Outcome(NamedTuple):
     Attributes:
         attacked: by variant, such as a step size: images (B, C, H, W).
         stages: of a suite.
+        unproved: (B,) bool, of a certificate: images that some attack may break, as far as is proved.
     """
 
     attacked: dict[str, Tensor]
     stages: tuple[StageRecord, ...] = ()
+    unproved: Tensor | None = None
 
 
 class Cost(NamedTuple):
@@ -136,6 +143,17 @@ def _suite(scene: Scene, *, norm: str, **options: Any) -> Outcome:
     return Outcome({"": result.images}, result.stages)
 
 
+def _certificate(scene: Scene, *, norm: str, eps: float) -> Outcome:
+    if norm != "linf":
+        raise ConfigurationError(f"expected a certificate in linf, got {norm!r}")
+    assert isinstance(scene.detector, WithThresholds)  # tells the type checker
+    guard = copy.deepcopy(scene.detector.detector)
+    if not isinstance(guard, ClusterGuard):
+        raise ConfigurationError(f"expected a guard to certify, got a {type(guard).__name__}")
+    guard.thresholds = scene.detector.thresholds
+    return Outcome({"": scene.images}, unproved=~certify(guard, scene.images, scene.labels, eps=eps).is_secure)
+
+
 def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) -> Cost:
     """Were nothing to break: nine single stages, random starts, three stages a target and two thrice as long."""
     effort = EFFORTS[budget]
@@ -168,4 +186,5 @@ KINDS: dict[str, Kind] = {
     "boundary": Kind(_boundary, lambda _, *, queries, **__: Cost(queries, 0), sees_thresholds=True),
     "transfer": Kind(_transfer, lambda _, *, steps, **__: Cost(steps + 1, steps)),
     "suite": Kind(_suite, _suite_cost, sees_thresholds=True, whole=True),
+    "certificate": Kind(_certificate, lambda _, **__: Cost(3, 0), sees_thresholds=True),
 }

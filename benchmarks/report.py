@@ -34,7 +34,7 @@ REMARKS: dict[Profile, str] = {
     "full": "",
 }
 WARNING = "A tiny network, few images, short attacks: nothing here says how good a detector is."
-KINDS = ("table", "strict", "ablation", "recipe", "figure")  # sections in this order
+KINDS = ("table", "strict", "certified", "ablation", "recipe", "figure")  # sections in this order
 
 LEGEND = """
 **Bold** is measured here; below it its 95 % interval; in parentheses what the paper prints. ASR-p: of the images that
@@ -127,6 +127,8 @@ def _section(results: Results, every: Sequence[Results]) -> Iterator[str]:
         elif own.name.startswith("ablation"):
             yield _caption(results, "EROC.")
             yield area_table(results)
+        elif own.name.startswith("certified"):
+            yield "A certificate's share is of images not proved secure: no attack, known or not, breaks more of them."
     invalid = sum(_invalid(result) for result in results.found)
     if invalid:
         yield f"**{invalid} attacked images left their budget or [0, 1] and were not counted.**"
@@ -239,6 +241,7 @@ def _schedule(training: Training) -> str:
         f"batches of {training.batch_size}",
         f"weight decay {training.weight_decay:g}" if training.weight_decay else "",
         f"{training.warmup_epochs} of them benign first" if training.warmup_epochs else "",
+        f"the radius growing over the next {ramp:g}" if (ramp := training.options.get("ramp_epochs")) else "",
         "random crops and flips" if training.augment else "",
         f"{training.images:,} images" if training.images else "",
         "bfloat16" if training.mixed_precision else "",

@@ -18,7 +18,7 @@ from benchmarks.cells import Cell
 from benchmarks.clock import Clock
 from benchmarks.datasets import Batches, DataSet
 from benchmarks.detectors import RECIPES, make_recipe
-from benchmarks.judging import judge_attacked, map_points, thresholds_at
+from benchmarks.judging import count_unproved, judge_attacked, map_points, thresholds_at
 from benchmarks.kinds import KINDS, Outcome, Scene
 from benchmarks.store import Store, provenance
 from benchmarks.training import JUDGED_AT_ONCE, CompileMode
@@ -102,6 +102,8 @@ class Runner:
                 eps=cell.options["eps"],
                 calibration=calibration,
             )
+            if attacked.unproved is not None:
+                count_unproved(verdicts, attacked.unproved)
             first = first or report
             stages += [{"rate": rates[0], **asdict(stage)} for stage in attacked.stages]
             for variant, own in verdicts.items():
@@ -189,9 +191,11 @@ class Runner:
                     on_stage=lambda stage: self.clock.check(),
                 )
                 outcome = kind.run(scene, **cell.options)
-                kept = {"attacked": outcome.attacked, "stages": [asdict(stage) for stage in outcome.stages]}
+                kept = outcome._asdict() | {"stages": [asdict(stage) for stage in outcome.stages]}
                 write_atomically(file, partial(torch.save, kept))
                 took = time.perf_counter() - started
             outcomes.append(torch.load(file, weights_only=True, map_location=self.device))
         variants = {name: torch.cat([part["attacked"][name] for part in outcomes]) for name in outcomes[0]["attacked"]}
-        return Outcome(variants, tuple(StageRecord(**stage) for part in outcomes for stage in part["stages"]))
+        stages = tuple(StageRecord(**stage) for part in outcomes for stage in part["stages"])
+        unproved = None if outcomes[0].get("unproved") is None else torch.cat([part["unproved"] for part in outcomes])
+        return Outcome(variants, stages, unproved)

@@ -35,6 +35,8 @@ from clusterguard.attacks import (  # noqa: E402
     WorstCaseSuite,
 )
 from clusterguard.calibration import Calibration, Calibrator  # noqa: E402
+from clusterguard.certification import certified_radius, certified_success_rate, certify  # noqa: E402
+from clusterguard.certified_training import CertifiedTrainer  # noqa: E402
 from clusterguard.checkpoints import EpochRecord  # noqa: E402
 from clusterguard.clusters import GaussianClusters  # noqa: E402
 from clusterguard.confidence import ConfidenceDetector  # noqa: E402
@@ -67,6 +69,7 @@ __all__ = [
     "Calibration",
     "Calibrator",
     "CarliniWagner",
+    "CertifiedTrainer",
     "ClusterGuard",
     "ConfidenceDetector",
     "Detection",
@@ -97,6 +100,9 @@ __all__ = [
     "WithThresholds",
     "WorstCaseSuite",
     "attacks",
+    "certified_radius",
+    "certified_success_rate",
+    "certify",
     "decide",
     "errors",
     "evaluate",

@@ -50,6 +50,7 @@ ALLOWED = {
     "monitoring": {"calibration", "checks", "decision", "errors"},
     # results: only for type checkers, in these three; so is guard in the second
     "compiling": {"errors", "modes"},
+    "intervals": {"errors"},
     "guard": {"backbones", "clusters", "compiling", "decision", "detector", "errors", "persistence", "results"},
     "persistence": {"backbones", "calibration", "errors", "guard", "model_card", "results"},
     "model_card": {"calibration", "metrics", "results"},

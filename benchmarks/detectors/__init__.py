@@ -5,6 +5,7 @@ from typing import Any
 from clusterguard.errors import ConfigurationError
 
 from benchmarks.detectors.ccat import CCAT
+from benchmarks.detectors.certified import CERTIFIED
 from benchmarks.detectors.fs import FS
 from benchmarks.detectors.lid import LID
 from benchmarks.detectors.madry import MADRY
@@ -28,6 +29,7 @@ RECIPES: dict[str, Recipe] = {
     "maha": MAHA,
     "ccat": CCAT,
     "rectified-rejection": RECTIFIED_REJECTION,
+    "certified": CERTIFIED,
 }
 
 

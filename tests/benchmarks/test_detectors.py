@@ -165,6 +165,7 @@ SEPARATED = {
     "maha": (0.3, 0.8),
     "ccat": (0.2, 0.9),
     "rectified-rejection": (0.3, 0.75),
+    "certified": (0.3, 0.8),
 }
 
 

@@ -1,17 +1,20 @@
 """Every detector under every kind of attack, and nothing that knows one detector from another."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from clusterguard import WithThresholds
+from clusterguard import ClusterGuard, WithThresholds
 from clusterguard.attacks.norms import get_norm
+from clusterguard.errors import ConfigurationError
 
 import benchmarks
 from benchmarks import models
 from benchmarks.datasets import Batches, load
 from benchmarks.detectors import RECIPES
+from benchmarks.judging import count_unproved, to_hex
 from benchmarks.kinds import KINDS, Scene
 
 ROOM = Path(benchmarks.__file__).parent
@@ -37,10 +40,9 @@ def case(request):
     return recipe, WithThresholds(detector, torch.full((10,), 50.0)), data.calibration.head(8).floats()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_attack_runs_on_every_detector(case, kind, tmp_path):
+def scene_of(case, tmp_path):
     recipe, detector, (images, labels) = case
-    scene = Scene(
+    return Scene(
         detector=detector,
         images=images[:3],
         labels=labels[:3],
@@ -51,7 +53,11 @@ def test_every_kind_of_attack_runs_on_every_detector(case, kind, tmp_path):
         checkpoint=tmp_path / "state",
         on_stage=lambda stage: None,
     )
-    options = OPTIONS[kind]
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_every_kind_of_attack_runs_on_every_detector(case, kind, tmp_path):
+    scene, options = scene_of(case, tmp_path), OPTIONS[kind]
     outcome = KINDS[kind].run(scene, **options)
     assert len(outcome.attacked) == len(options.get("step_sizes", [0]))
     for attacked in outcome.attacked.values():
@@ -61,6 +67,28 @@ def test_every_kind_of_attack_runs_on_every_detector(case, kind, tmp_path):
         assert (size <= options["eps"] * (1 + 1e-5)).all()
     if kind in ("pgd", "mim", "fgsm"):  # gradients arrive
         assert all((attacked != scene.images).flatten(1).any(dim=1).all() for attacked in outcome.attacked.values())
+
+
+def test_a_certificate_is_of_a_guard_and_of_the_thresholds_in_question(case, tmp_path):
+    scene, run = scene_of(case, tmp_path), KINDS["certificate"].run
+    inner = scene.detector.detector
+    if not isinstance(inner, ClusterGuard):
+        with pytest.raises(ConfigurationError, match="guard"):
+            run(scene, norm="linf", eps=0.1)
+        return
+    assert run(scene, norm="linf", eps=0.1).unproved.shape == (3,)
+    nothing = replace(scene, detector=WithThresholds(inner, torch.full((10,), -1.0)))
+    assert not run(nothing, norm="linf", eps=0.1).unproved.any()  # what accepts nothing cannot be broken
+    assert not inner.is_calibrated
+    with pytest.raises(ConfigurationError, match="linf"):
+        run(scene, norm="l2", eps=0.1)
+
+
+def test_what_is_not_proved_counts_as_broken_where_it_counts_at_all():
+    at = {"success": [0, 2], "eligible": to_hex(torch.tensor([True, True, False])), "broken": "0"}
+    found = {"": {"eroc": 0.5, "rates": {"0.01": at}}}
+    count_unproved(found, torch.tensor([True, False, True]))
+    assert found == {"": {"eroc": None, "rates": {"0.01": {"success": [1, 2], "eligible": "c", "broken": "8"}}}}
 
 
 def literals(path):

@@ -1,0 +1,54 @@
+"""Our guard, trained for proofs instead of against attacks: what its certificates say holds for every attack."""
+
+from dataclasses import replace
+
+from clusterguard import CertifiedTrainer, ClusterGuard, DetectorModule, DetectorTrainer, TrainingOptions
+
+from benchmarks.detectors.ours import OURS
+from benchmarks.recipe import Recipe, Schedule
+
+
+def certified(
+    *,
+    ramp_epochs: float = 10.0,
+    bound_weight: float = 0.5,
+    center_weight: float = 0.02,
+    temperature: float | None = None,
+) -> Recipe:
+    """The library's guard, trained by the library's trainer at the radius of the experiment's training attack.
+
+    Args:
+        ramp_epochs: over which the radius grows.
+        bound_weight: of the loss of the bounds.
+        center_weight: of the distance to centres.
+        temperature: of the cross-entropies.
+    """
+
+    def make_trainer(detector: DetectorModule, schedule: Schedule) -> DetectorTrainer:
+        assert isinstance(detector, ClusterGuard)  # tells the type checker
+        optimizer = schedule.optimizer(detector)
+        return CertifiedTrainer(
+            detector,
+            eps=schedule.attack.eps,
+            optimizer=optimizer,
+            scheduler=None if schedule.scheduler is None else schedule.scheduler(optimizer),
+            warmup_epochs=schedule.warmup_epochs,
+            ramp_epochs=ramp_epochs,
+            bound_weight=bound_weight,
+            center_weight=center_weight,
+            temperature=temperature,
+            options=TrainingOptions(schedule_every=schedule.schedule_every),
+        )
+
+    return replace(
+        OURS,
+        title="Certified",
+        reference="Gowal et al., On the effectiveness of interval bound propagation (2018)",
+        training="certified",
+        trainer=make_trainer,
+        attacked=False,
+        variant=certified,
+    )
+
+
+CERTIFIED = certified()
