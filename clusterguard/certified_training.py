@@ -36,8 +36,7 @@ class CertifiedTrainer(DetectorTrainer):
         bound_weight: κ at its largest, in (0, 1].
         center_weight: of the distance of benign images to their centres, at least 0. It makes for tight clusters, so
             for detection outside the ball, and costs certificates.
-        temperature: by which the mixture's logits are divided; None takes M, so that an image at its centre leads
-            every other class by M.
+        temperature: by which the mixture's logits are divided, positive.
         calibrator: fits the final thresholds.
         options: how steps are taken.
 
@@ -69,20 +68,19 @@ class CertifiedTrainer(DetectorTrainer):
         ramp_epochs: float = 10.0,
         bound_weight: float = 0.5,
         center_weight: float = 0.02,
-        temperature: float | None = None,
+        temperature: float = 1.0,
         calibrator: Calibrator | None = None,
         options: TrainingOptions | None = None,
     ) -> None:
-        scale = float(guard.clusters.center_scale) if temperature is None else temperature
         if not (0 < eps <= 1 and 0 < bound_weight <= 1):
             raise ConfigurationError(f"expected eps and bound_weight in (0, 1], got {eps} and {bound_weight}")
         if not (0 <= warmup_epochs < math.inf and 0 <= ramp_epochs < math.inf):
             raise ConfigurationError(
                 f"expected warmup_epochs and ramp_epochs of at least 0, got {warmup_epochs} and {ramp_epochs}"
             )
-        if not (0 <= center_weight < math.inf and 0 < scale < math.inf):
+        if not (0 <= center_weight < math.inf and 0 < temperature < math.inf):
             raise ConfigurationError(
-                f"expected center_weight of at least 0 and a positive temperature, got {center_weight} and {scale}"
+                f"expected center_weight of at least 0 and a positive temperature, got {center_weight} and {temperature}"
             )
         super().__init__(guard, optimizer=optimizer, scheduler=scheduler, calibrator=calibrator, options=options)
         self.guard = guard
@@ -91,7 +89,7 @@ class CertifiedTrainer(DetectorTrainer):
         self.ramp_epochs = ramp_epochs
         self.bound_weight = bound_weight
         self.center_weight = center_weight
-        self.temperature = scale
+        self.temperature = temperature
 
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
         """The loss of a batch, of images (B, C, H, W) in [0, 1] and labels (B,); nothing in it is random."""

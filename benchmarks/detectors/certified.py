@@ -13,7 +13,7 @@ def certified(
     ramp_epochs: float = 10.0,
     bound_weight: float = 0.5,
     center_weight: float = 0.02,
-    temperature: float | None = None,
+    temperature: float = 1.0,
 ) -> Recipe:
     """The library's guard, trained by the library's trainer at the radius of the experiment's training attack.
 
