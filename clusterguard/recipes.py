@@ -130,7 +130,8 @@ def certified(
     accuracy, and for other norms.
 
     Args:
-        guard: trained in place, on its own device; its network as in `certify`, best a small one.
+        guard: trained in place, on its own device; its network as in `certify`, best a small one, and best with weights
+            by `clusterguard.certified_training.initialise`.
         train_loader: what `fit` will get; its length sets the schedule.
         epochs: that `fit` will get, best some tens.
         eps: radius in l∞; the largest that is asked about.

@@ -16,6 +16,7 @@ from clusterguard import (
     certify,
 )
 from clusterguard.certification import bound
+from clusterguard.certified_training import initialise
 from clusterguard.decision import decide, success_margin
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from clusterguard.intervals import Interval
@@ -270,6 +271,30 @@ def test_the_certified_rate_is_above_what_an_attack_finds_and_grows_with_the_rad
     found = clusterguard.evaluate(trained, APGD(norm="linf", eps=0.1, steps=10), batches, sanity_images=0)
     assert found.results[0].success.count <= rates[2].count
     assert found.results[0].success.total == rates[2].total
+
+
+def test_initial_weights_keep_the_width_of_intervals_and_leave_other_layers_alone():
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(2, 50, 3),
+        nn.BatchNorm2d(50),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(800, 400),
+        nn.ReLU(),
+        nn.Linear(400, 9),
+    ]
+    model = nn.Sequential(*layers).eval()
+    statistics = copy.deepcopy(model[1].state_dict())
+    initialise(model)
+    assert all(torch.equal(statistics[name], value) for name, value in model[1].state_dict().items())
+    assert not any(layer.bias.any() for layer in (model[0], model[4], model[6]))
+    box = Interval(*(torch.full((4, *SHAPE), end) for end in (0.4, 0.6)))
+    widths = [(found.upper - found.lower).mean().item() for found in (model[:3](box), model[:6](box))]
+    assert all(0.1 < width < 0.4 for width in widths)
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    drawn = [initialise(model, generator=generator) or model[4].weight.clone() for generator in generators]
+    assert torch.equal(*drawn)
 
 
 def test_without_bounds_the_loss_is_that_of_benign_images_and_with_them_that_of_the_worst(monkeypatch):

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 from clusterguard import CertifiedTrainer, ClusterGuard, DetectorModule, DetectorTrainer, TrainingOptions
+from clusterguard.certified_training import initialise
+from torch import nn
 
 from benchmarks.detectors.ours import OURS
 from benchmarks.recipe import Recipe, Schedule
@@ -23,6 +25,11 @@ def certified(
         center_weight: of the distance to centres.
         temperature: of the cross-entropies.
     """
+
+    def build(network: nn.Module) -> DetectorModule:
+        guard = OURS.build(network)
+        initialise(guard)
+        return guard
 
     def make_trainer(detector: DetectorModule, schedule: Schedule) -> DetectorTrainer:
         assert isinstance(detector, ClusterGuard)  # tells the type checker
@@ -45,6 +52,7 @@ def certified(
         title="Certified",
         reference="Gowal et al., On the effectiveness of interval bound propagation (2018)",
         training="certified",
+        build=build,
         trainer=make_trainer,
         attacked=False,
         variant=certified,
