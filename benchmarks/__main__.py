@@ -8,12 +8,13 @@ from typing import Annotated, get_args
 
 import torch
 import typer
-from clusterguard.errors import ClusterGuardError
+from clusterguard.errors import ClusterGuardError, ConfigurationError
 
 from benchmarks import fetch as sources
 from benchmarks import plan as planning
 from benchmarks.cells import Cell, Profile, all_cells, list_experiments, load_experiment
 from benchmarks.clock import Clock, OutOfTimeError
+from benchmarks.publish import publish as publish_guard
 from benchmarks.report import write_report
 from benchmarks.runner import Runner
 from benchmarks.store import RESULTS, Store
@@ -132,6 +133,28 @@ def report(
     """
     for page in write_report(Store(_folder(out, profile)), profile, pages):
         print(page)
+
+
+@app.command()
+def publish(
+    name: Annotated[str, typer.Argument(help="An experiment.")],
+    to: Annotated[Path, typer.Option(help="Folder to save to.")],
+    profile: ProfileOption = "full",
+    device: Annotated[str, typer.Option(help="Such as cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    out: OutOption = None,
+    only: OnlyOption = "*",
+    data: DataOption = None,
+) -> None:
+    """Save the guard of the first matching cell as a folder that `ClusterGuard.from_pretrained` loads.
+
+    Example: python -m benchmarks publish certified-mnist --profile cpu --to benchmarks/results/checkpoints/mnist
+    """
+    cells = _cells([name], profile, only)
+    if not cells:
+        raise ConfigurationError(f"expected a cell whose title matches {only!r}, got none")
+    runner = Runner(Store(_folder(out, profile)), device=torch.device(device), data=data, progress=True)
+    publish_guard(cells[0], runner, to)
+    print(f"saved in {to}")
 
 
 def _folder(out: Path | None, profile: Profile) -> Path:

@@ -1,0 +1,63 @@
+"""The guards that ship with the benchmarks' results, and how they come to be."""
+
+import json
+
+import pytest
+import torch
+from clusterguard import ClusterGuard, certified_success_rate, certify
+from clusterguard.errors import ConfigurationError
+from clusterguard.metrics import accuracy, false_positive_rate
+from clusterguard.samples import load_digits
+
+from benchmarks import models
+from benchmarks.cells import load_experiment
+from benchmarks.publish import publish
+from benchmarks.runner import Runner
+from benchmarks.store import RESULTS, Store
+
+FOLDERS = sorted((RESULTS / "checkpoints").iterdir())
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+def shipped(request):
+    training = json.loads((request.param / "config.json").read_text())["training"]
+    network = models.build(training["definition"]["model"], (1, 28, 28))
+    return ClusterGuard.from_pretrained(request.param, backbone=network), training
+
+
+def test_a_guard_that_ships_does_what_its_card_says(shipped):
+    guard, training = shipped
+    images, labels = load_digits("test").tensors  # of MNIST's test set, which its training never saw
+    verdict = guard.detect(images)
+    assert accuracy(verdict, labels).value > 0.92
+    assert false_positive_rate(verdict, labels).value < 0.03
+    for radius, said in training["certified attack success rate at most"].items():
+        found = certified_success_rate(guard, [(images[:300], labels[:300])], eps=float(radius.removeprefix("linf ")))
+        low, high = found.interval
+        assert low <= float(said.split()[0]) <= high
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    return Runner(Store(tmp_path_factory.mktemp("results")), device=torch.device("cpu"))
+
+
+def test_publishing_saves_a_calibrated_guard_with_its_figures(runner, tmp_path):
+    cell = load_experiment("certified-mnist", "quick").cells[0]
+    with pytest.warns(UserWarning, match="backbone"):
+        publish(cell, runner, tmp_path / "guard", images=50, attacked=10)
+    network = models.build(cell.training.model, (1, 28, 28))
+    guard = ClusterGuard.from_pretrained(tmp_path / "guard", backbone=network)
+    assert guard.is_calibrated
+    images, labels = (part[:5] for part in load_digits("test").tensors)
+    assert certify(guard, images, labels, eps=0.0).is_secure.any()
+    card = (tmp_path / "guard" / "README.md").read_text()
+    assert "certified attack success rate at most" in card
+    assert "suite linf 0.4" in card
+
+
+def test_only_guards_can_be_published(runner, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "detector", lambda cell: (torch.nn.Identity(), {}))
+    with pytest.raises(ConfigurationError, match="guard"):
+        publish(load_experiment("certified-mnist", "quick").cells[0], runner, tmp_path)
+    assert not list(tmp_path.iterdir())
