@@ -36,9 +36,12 @@ class Features(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, num_features) of images (B, C, H, W) in [0, 1]."""
         features: Tensor
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.mixed_precision):
+        if not self.mixed_precision:
             features = self.body(images)
-        return features.float() if self.mixed_precision else features
+            return features
+        with torch.autocast(images.device.type, torch.bfloat16):
+            features = self.body(images)
+        return features.float()
 
 
 def tiny_cnn(shape: Shape) -> nn.Module:
