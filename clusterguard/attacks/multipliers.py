@@ -1,9 +1,9 @@
 """How far each coordinate moves in a projection onto an l2 or l1 ball cut by the box: one multiplier an image.
 
 A coordinate moves by y, at most its reach r within the box, towards a candidate at the distance d = r + e. On a CPU the
-multiplier of large images is searched for, in some ten passes over the coordinates. A search looks at values, for which
-one would have to wait on other devices, so there its knots are sorted; small images are sorted faster than searched.
-Both ways are exact to rounding, and an image's result does not depend on the others of its batch.
+multiplier of large images is searched for, in some ten looks. To stop a search one looks at values, for which one would
+have to wait on other devices; so there, and for small images, where it is faster, the multipliers at which coordinates
+come to their limits are sorted. Both ways are exact to rounding, and no image sees the others of its batch.
 """
 
 from collections.abc import Callable
