@@ -5,7 +5,8 @@ import math
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,18 +116,61 @@ def save_checkpoint(path: str | Path, *, parts: Mapping[str, Stateful | None], v
     write_atomically(path, write)
 
 
-def load_checkpoint(path: str | Path, *, parts: Mapping[str, Stateful | None]) -> dict[str, Any] | None:
-    """Set parts to what `save_checkpoint` wrote under their names, last or, if that file is damaged, before.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save_checkpoint` wrote, read but not restored.
+
+    Attributes:
+        file: where it was.
+        states: of the parts, by name.
+        values: tensors on the CPU.
+    """
+
+    file: Path
+    states: Mapping[str, dict[str, Any]]
+    values: Mapping[str, Any]
+
+    @contextmanager
+    def restored(self, parts: Mapping[str, Stateful | None]) -> Iterator[None]:
+        """Set parts to the states under their names; if one does not fit, or the block fails, none of them changes.
+
+        Args:
+            parts: as when saved.
+
+        Raises:
+            PersistenceError: the checkpoint is another run's.
+        """
+        wanted = {name: part for name, part in parts.items() if part is not None}
+        if set(wanted) != set(self.states):
+            raise PersistenceError(
+                f"{self.file} was written by another run: it holds {', '.join(self.states)}, "
+                f"expected {', '.join(wanted)}"
+            )
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in wanted.items()}
+        try:
+            try:
+                for name, part in wanted.items():
+                    part.load_state_dict(self.states[name])
+            except Exception as error:  # parts are anyone's, and so is how they refuse
+                raise PersistenceError(f"{self.file} does not fit, so it is another run's: {error}") from None
+            yield
+        except BaseException:
+            for name, part in wanted.items():
+                part.load_state_dict(before[name])
+            raise
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint | None:
+    """What `save_checkpoint` wrote last or, if that file is damaged, before.
 
     Args:
         path: of the file.
-        parts: as when saved.
 
     Returns:
-        The values, tensors on the CPU; None if there is no checkpoint.
+        None if there is no checkpoint.
 
     Raises:
-        PersistenceError: there are files, but none of them is whole, or they are another run's.
+        PersistenceError: there are files, but none of them is whole.
 
     Warns:
         UserWarning: the last file is damaged, and the one before it is used.
@@ -138,9 +182,7 @@ def load_checkpoint(path: str | Path, *, parts: Mapping[str, Stateful | None]) -
             continue
         if file != files[0]:
             warnings.warn(f"{files[0]} is damaged; going on from the checkpoint before it, {file}", stacklevel=2)
-        _restore(parts, state["parts"], file)
-        values: dict[str, Any] = state["values"]
-        return values
+        return Checkpoint(file, state["parts"], state["values"])
     if files:
         raise PersistenceError(
             f"{path} is damaged, and there is no whole checkpoint before it; delete it to start anew"
@@ -163,19 +205,3 @@ def _read(file: Path) -> dict[str, Any] | None:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError):
         return None
     return state if isinstance(state, dict) and {"parts", "values"} <= set(state) else None
-
-
-def _restore(parts: Mapping[str, Stateful | None], states: Mapping[str, Any], file: Path) -> None:
-    wanted = {name: part for name, part in parts.items() if part is not None}
-    if set(wanted) != set(states):
-        raise PersistenceError(
-            f"{file} was written by another run: it holds {', '.join(states)}, expected {', '.join(wanted)}"
-        )
-    before = {name: copy.deepcopy(part.state_dict()) for name, part in wanted.items()}
-    try:
-        for name, part in wanted.items():
-            part.load_state_dict(states[name])
-    except (RuntimeError, ValueError, KeyError) as error:
-        for name, part in wanted.items():
-            part.load_state_dict(before[name])
-        raise PersistenceError(f"{file} does not fit, so it is another run's: {error}") from None

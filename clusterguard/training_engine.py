@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _REMEMBER_EVERY = 10  # steps between copies of good weights
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names; they compare equal to strings
 
 
 class TrainingStep(NamedTuple):
@@ -64,6 +65,9 @@ class TrainingEngine:
 
     Attributes:
         steps: of the optimizer, so far.
+
+    Raises:
+        ConfigurationError: an accelerator that shards the detector.
     """
 
     def __init__(
@@ -77,6 +81,12 @@ class TrainingEngine:
     ) -> None:
         self.detector, self.scheduler, self.options = detector, scheduler, options
         self.accelerator: Accelerator = options.make_accelerator()
+        if self.accelerator.distributed_type in _SHARDED:
+            raise ConfigurationError(
+                "expected an accelerator whose processes each hold the whole detector, as with DDP, got "
+                f"{self.accelerator.distributed_type.value}: attacks and thresholds need all weights. "
+                "Launch without it, and accelerate takes DDP"
+            )
         self.steps = 0
         self._module: nn.Module = self.accelerator.prepare_model(_WholeStep(detector, training_step))
         self._optimizer = self.accelerator.prepare_optimizer(optimizer)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from clusterguard.calibration import Calibrator
-from clusterguard.checkpoints import EpochRecord, EpochTotals, load_checkpoint, save_checkpoint
+from clusterguard.checkpoints import EpochRecord, EpochTotals, read_checkpoint, save_checkpoint
 from clusterguard.checks import check_images, check_labels
 from clusterguard.detector import DetectorModule, Loader
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError, TooFewCalibrationExamplesError
@@ -144,7 +144,7 @@ class DetectorTrainer(ABC):
 
         Raises:
             ConfigurationError: fewer than one epoch or step, or a training loader that processes cannot share.
-            PersistenceError: the checkpoint is damaged, and so is the one before it; or it is another run's.
+            PersistenceError: the checkpoint and the one before it are damaged, or another run's; nothing has changed.
             InputError: images or labels of a wrong shape, dtype or range.
             TooFewCalibrationExamplesError: before training, if the calibration set can't suffice.
             TrainingDivergedError: the loss became NaN or infinite; the detector holds the last good weights.
@@ -155,14 +155,14 @@ class DetectorTrainer(ABC):
             raise ConfigurationError(f"expected checkpoint_every of at least 1 step, got {checkpoint_every}")
         if calibrate:
             self.calibrator.check_counts(calibration_loader, self.detector.num_classes)
-        self.detector.reset_calibration()
-        was_training = self.detector.training
-        if not was_training:
-            self.detector.train()
         train = Replay(self.engine.share(train_loader), self.engine.device)
         run = _Run(train, Replay(calibration_loader, self.engine.device), generator, checkpoint, checkpoint_every)
         self.thresholds = self.thresholds.to(self.engine.device)
         self._resume(run)
+        self.detector.reset_calibration()
+        was_training = self.detector.training
+        if not was_training:
+            self.detector.train()
         while len(self.history) < epochs:
             self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" if progress else "")
             if not self._totals.images:
@@ -243,21 +243,22 @@ class DetectorTrainer(ABC):
         accelerator.wait_for_everyone()
 
     def _resume(self, run: "_Run") -> None:
-        values = None if run.checkpoint is None else load_checkpoint(run.checkpoint, parts=self.engine.parts)
-        if values is None:
+        checkpoint = None if run.checkpoint is None else read_checkpoint(run.checkpoint)
+        if checkpoint is None:
             return
-        accelerator, processes = self.engine.accelerator, values["processes"]
-        if len(processes) != accelerator.num_processes:
+        accelerator, values = self.engine.accelerator, checkpoint.values
+        if len(values["processes"]) != accelerator.num_processes:
             raise PersistenceError(
-                f"{run.checkpoint} was written by {len(processes)} processes; go on with as many, "
+                f"{checkpoint.file} was written by {len(values['processes'])} processes; go on with as many, "
                 f"not with {accelerator.num_processes}"
             )
-        own = processes[accelerator.process_index]
+        own = values["processes"][accelerator.process_index]
+        with checkpoint.restored(self.engine.parts):
+            run.load_state_dict(own, self.engine.device)
         self.thresholds = values["thresholds"].to(self.engine.device)
         self.history = [EpochRecord(**record) for record in values["history"]]
         self.engine.steps = values["steps"]
         self._totals = EpochTotals(**own["totals"])
-        run.load_state_dict(own, self.engine.device)
 
 
 @dataclass(frozen=True)

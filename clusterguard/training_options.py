@@ -20,8 +20,9 @@ class TrainingOptions:
             detector trains on its own weights and holds the average when training has ended. None keeps none.
         schedule_every: whether the scheduler steps after every "epoch" or after every "step", as one-cycle ones do.
         accelerator: `accelerate.Accelerator`: devices, processes, mixed precision, gradient accumulation and
-            trackers are its business. None leaves the detector on its device and follows the variables that
-            ``accelerate launch`` sets.
+            trackers are its business. Processes hold the whole detector each (DDP); FSDP, DeepSpeed and Megatron-LM
+            are refused. None leaves the detector on its device and follows the variables that ``accelerate launch``
+            sets.
         log_every: steps between two reports to the accelerator's trackers, such as TensorBoard.
 
     Raises:

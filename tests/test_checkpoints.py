@@ -1,7 +1,7 @@
 import pytest
 import torch
-from clusterguard.checkpoints import load_checkpoint, previous, save_checkpoint
-from clusterguard.errors import PersistenceError
+from clusterguard.checkpoints import previous, read_checkpoint, save_checkpoint
+from clusterguard.errors import InputError, PersistenceError
 from torch import nn
 
 
@@ -13,6 +13,12 @@ def parts(seed=0):
 
 def save(path, seed, step):
     save_checkpoint(path, parts=parts(seed), values={"step": step})
+
+
+def load_checkpoint(path, parts):
+    checkpoint = read_checkpoint(path)
+    with checkpoint.restored(parts):
+        return checkpoint.values
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def test_the_last_checkpoint_is_read_back(path):
 
 
 def test_no_file_is_no_checkpoint(tmp_path):
-    assert load_checkpoint(tmp_path / "none.pt", parts=parts()) is None
+    assert read_checkpoint(tmp_path / "none.pt") is None
 
 
 @pytest.mark.parametrize("where", [0, 40, 1500, 3000, -300, -1])
@@ -83,6 +89,32 @@ def test_another_runs_checkpoint_is_refused_and_changes_nothing(path):
     with pytest.raises(PersistenceError, match="does not fit"):
         load_checkpoint(path, parts=other)
     assert torch.equal(model.weight, weight)
+
+
+@pytest.mark.parametrize("failure", [InputError, KeyboardInterrupt])
+def test_what_fails_while_restoring_undoes_it(path, failure):
+    found = parts()
+
+    def fail():
+        with read_checkpoint(path).restored(found):
+            assert torch.equal(found["guard"].weight, parts(2)["guard"].weight)
+            raise failure
+
+    with pytest.raises(failure):
+        fail()
+    assert torch.equal(found["guard"].weight, parts()["guard"].weight)
+
+
+def test_a_part_that_refuses_in_its_own_way_undoes_the_others(path):
+    class Picky(nn.Module):
+        def load_state_dict(self, state_dict):
+            if state_dict:
+                raise TypeError("not mine")
+
+    found = parts() | {"optimizer": Picky()}
+    with pytest.raises(PersistenceError, match="does not fit"):
+        read_checkpoint(path).restored(found).__enter__()
+    assert torch.equal(found["guard"].weight, parts()["guard"].weight)
 
 
 def test_a_failing_write_leaves_the_old_ones(path):

@@ -1,9 +1,11 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard, TrainingOptions
 from clusterguard.errors import ConfigurationError
 from clusterguard.processes import collect, share
@@ -57,6 +59,17 @@ def test_batches_that_cannot_be_dealt_out_are_refused(blobs):
     trainer.engine.accelerator = Process(0, 2)
     with pytest.raises(ConfigurationError, match="DataLoader"):
         trainer.fit(list(blobs), blobs, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_an_accelerator_that_shards_the_guard_is_refused_before_the_first_step(blobs, kind):
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(64, 16)), 3)
+    guard.thresholds = torch.ones(3)
+    options = TrainingOptions(accelerator=SimpleNamespace(distributed_type=kind))
+    trainer = AdversarialClusterTrainer(guard, PGD(eps=0.1, step_size=0.1), options=options)
+    with pytest.raises(ConfigurationError, match=f"as with DDP, got {kind.value}"):
+        trainer.fit(blobs, blobs, epochs=1, progress=False)
+    assert guard.is_calibrated
 
 
 def test_training_killed_at_any_step_ends_with_the_same_weights():

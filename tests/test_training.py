@@ -3,9 +3,23 @@ import math
 
 import pytest
 import torch
-from clusterguard import FGSM, PGD, AdversarialClusterTrainer, ClusterGuard, GaussianClusters, WithThresholds
+from clusterguard import (
+    FGSM,
+    PGD,
+    AdversarialClusterTrainer,
+    ClusterGuard,
+    GaussianClusters,
+    TrainingOptions,
+    WithThresholds,
+)
 from clusterguard.clusters import cluster_loss, cluster_terms
-from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError, TrainingDivergedError
+from clusterguard.errors import (
+    ConfigurationError,
+    InputError,
+    PersistenceError,
+    TooFewCalibrationExamplesError,
+    TrainingDivergedError,
+)
 from clusterguard.samples import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -113,6 +127,58 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(blobs, tmp_path):
     assert torch.equal(straight.thresholds, resumed.thresholds)
     assert [record.loss for record in parts] == [record.loss for record in whole]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.pt", "run.pt.previous"]
+
+
+class Interrupted:
+    """Batches that end with Ctrl-C."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        yield from self.batches
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("theirs", "processes", "batches", "error", "reason"),
+    [
+        ({}, 2, 4, PersistenceError, "written by 2 processes; go on with as many, not with 1"),
+        ({"width": 8}, 1, 4, PersistenceError, "does not fit"),
+        ({"options": TrainingOptions(average_decay=0.9)}, 1, 4, PersistenceError, "another run"),
+        ({}, 1, 1, InputError, "at least 2 batches"),
+    ],
+)
+def test_a_refused_checkpoint_changes_nothing(blobs, tmp_path, theirs, processes, batches, error, reason):
+    def new_trainer(width=16, options=None):
+        guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, 16)), num_classes=3)
+        return AdversarialClusterTrainer(guard, ATTACK, refresh_every=1, options=options)
+
+    file, some = tmp_path / "run.pt", list(blobs)[:4]
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(**theirs).fit(
+            Interrupted(some[:2]), some, epochs=1, checkpoint=file, checkpoint_every=2, calibrate=False, progress=False
+        )
+    state = torch.load(file)
+    state["values"]["processes"] *= processes
+    torch.save(state, file)
+
+    trainer = new_trainer()
+    trainer.fit(some, some, epochs=1, calibrate=False, progress=False)
+    trainer.detector.eval().thresholds = torch.ones(3)
+
+    def everything():
+        guard, adam = trainer.detector, trainer.optimizer.state.values()
+        rest = trainer.history, trainer.epochs_done, trainer.engine.steps, guard.calibration, guard.training
+        return copy.deepcopy(
+            [*guard.state_dict().values(), trainer.thresholds, *(t for s in adam for t in s.values())]
+        ), rest
+
+    tensors, rest = everything()
+    with pytest.raises(error, match=reason):
+        trainer.fit(some[:batches], some, epochs=3, checkpoint=file, calibrate=False, progress=False)
+    assert everything()[1] == rest
+    torch.testing.assert_close(everything()[0], tensors, rtol=0, atol=0)
 
 
 def test_what_got_through_goes_to_the_origin_and_the_rest_keeps_its_class(blobs, monkeypatch):

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import final
 
 import torch
+from clusterguard.attacks.multipliers import l1_lengths, l2_lengths
 from clusterguard.checks import check_tensor
 from clusterguard.errors import ConfigurationError, InputError
 from einops import rearrange
 from torch import Generator, Tensor
-from torch.nn import functional
 
 
 class Norm(ABC):
@@ -53,6 +53,7 @@ class Norm(ABC):
         """A `project` around images (B, C, H, W), `eps` as there; what no candidate changes is computed once."""
         return lambda candidates: self.project(images, candidates, eps)
 
+    @torch.no_grad()
     def project(self, images: Tensor, candidates: Tensor, eps: float | Tensor) -> Tensor:
         """The point of ball ∩ box nearest to each candidate in Euclidean distance: (B, C, H, W) in [0, 1].
 
@@ -72,15 +73,16 @@ class Norm(ABC):
         check_tensor(candidates, "candidates", *images.shape, like=images)
         radii = _per_image(eps, images)
         boxed = candidates.clamp(0, 1)
-        reach = (boxed - images).abs()
-        beyond = (candidates - boxed).abs().clamp_max(1e15)  # keeps sums of squares finite in float32
+        change = boxed - images
+        reach = change.abs()
+        beyond = (candidates - boxed).abs_().clamp_max_(1e15)  # keeps sums of squares finite in float32
         inside = rearrange(self.size(reach), "b -> b 1 1 1") <= radii
         lengths = torch.where(inside, reach, self._shorten(reach, beyond, radii))
         size = rearrange(self.size(lengths), "b -> b 1 1 1")
-        lengths = lengths * torch.where(size > radii, _just_inside(radii) / size, 1)
-        moved = images + (boxed - images).sign() * lengths
-        moved = torch.where((moved - images).abs() > lengths, torch.nextafter(moved, images), moved)
-        return torch.where(lengths >= reach, boxed, moved).clamp(0, 1)
+        lengths *= torch.where(size > radii, _just_inside(radii) / size, 1)
+        moved = images + change.sign_().mul_(lengths)
+        moved = torch.where((moved - images).abs_() > lengths, torch.nextafter(moved, images), moved)
+        return torch.where(lengths >= reach, boxed, moved).clamp_(0, 1)
 
     @abstractmethod
     def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
@@ -144,16 +146,7 @@ class L2(Norm):
         return self.project(images, images + _spread(self.direction(noise), eps, generator), eps)
 
     def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
-        # Lagrange: y = min(s·d, r) with one s in [0, 1] an image, and ‖y‖ rises with s. Coordinates hit the
-        # box in the order of r / d. Between two hits ‖y‖² = Σ_hit r² + s² Σ_free d²: solve that for s.
-        d, r, radius = (reach + beyond).flatten(1), reach.flatten(1), _just_inside(radii).flatten(1)
-        hits, order = torch.where(r > 0, r / d, 0).sort(dim=1)
-        hit = functional.pad(r.gather(1, order).square().cumsum(dim=1), (1, -1))
-        free = d.gather(1, order).square().flip(1).cumsum(dim=1).flip(1)
-        passed = ((hit + hits.square() * free) <= radius.square()).sum(dim=1, keepdim=True)
-        passed = passed.clamp_max(d.shape[1] - 1)
-        s = ((radius.square() - hit.gather(1, passed)).clamp_min(0) / free.gather(1, passed)).sqrt()
-        return torch.minimum(s * d, r).reshape(reach.shape)
+        return l2_lengths(reach.flatten(1), beyond.flatten(1), _just_inside(radii).flatten(1)).view_as(reach)
 
 
 @final
@@ -185,23 +178,7 @@ class L1(Norm):
         return self.project(images, images + _spread(laplace, eps, generator), eps)
 
     def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
-        # Lagrange: y = clamp(d - λ, 0, r) with d = r + e and one λ >= 0 an image. As λ falls, y starts to
-        # grow at d and stops at e; between two such knots Σy rises by (fall of λ)·(coordinates growing).
-        r, e, radius = reach.flatten(1), beyond.flatten(1), _just_inside(radii).flatten(1)
-        e = torch.where(r > 0, e, 0)
-        # Far from the image d is coarse. Where λ is near the farthest e, count distances from there instead.
-        top = e.amax(dim=1, keepdim=True)
-        near_top = (e - top + 2 + r).clamp_min(0).minimum(r).sum(dim=1, keepdim=True) > radius
-        e = e - torch.where(near_top, top, 0)
-        d = r + e
-        knots, order = torch.cat([d, e], dim=1).sort(dim=1, descending=True, stable=True)
-        growing = torch.where(order < d.shape[1], 1, -1).cumsum(dim=1)
-        rise = functional.pad(growing[:, :-1] * -knots.diff(dim=1), (1, 0))
-        rounding = functional.pad(r - (d - e), (d.shape[1], 0)).gather(1, order)  # y grows by r in all
-        total = (rise + rounding).cumsum(dim=1)
-        last = (total[:, 1:] <= radius).sum(dim=1, keepdim=True)
-        below = (radius - total.gather(1, last)) / growing.gather(1, last).clamp_min(1)
-        return (d - knots.gather(1, last) + below).clamp_min(0).minimum(r).reshape(reach.shape)
+        return l1_lengths(reach.flatten(1), beyond.flatten(1), _just_inside(radii).flatten(1)).view_as(reach)
 
 
 @final
