@@ -34,7 +34,7 @@ REMARKS: dict[Profile, str] = {
     "full": "",
 }
 WARNING = "A tiny network, few images, short attacks: nothing here says how good a detector is."
-KINDS = ("table", "strict", "certified", "ablation", "recipe", "figure")  # sections in this order
+KINDS = ("table", "strict", "seeds", "certified", "ablation", "recipe", "figure")  # sections in this order
 
 LEGEND = """
 **Bold** is measured here; below it its 95 % interval; in parentheses what the paper prints. ASR-p: of the images that
