@@ -207,9 +207,11 @@ def test_graded_labels_divide_small_perturbations_between_both_centres(blobs, mo
     shares = []
     import clusterguard.training as training
 
-    def spy(clusters, representations, labels, is_separate, counts, original=training.cluster_terms):
+    original = training.cluster_terms
+
+    def spy(clusters, representations, labels, is_separate, *others):
         shares.append(is_separate)
-        return original(clusters, representations, labels, is_separate, counts)
+        return original(clusters, representations, labels, is_separate, *others)
 
     monkeypatch.setattr(training, "cluster_terms", spy)
     images, labels = next(iter(blobs))
