@@ -193,7 +193,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
             batch = _Relabelled(*map(torch.cat, zip(batch, attacked_batch, strict=True)))
         loss, terms, logits = self._loss(batch)
         correct = (logits[: len(labels)].argmax(dim=1) == labels).sum()
-        return TrainingStep(loss, correct, successes, terms)
+        return TrainingStep(loss, correct, successes, terms, again=lambda: self._loss(batch)[0])
 
     def _loss(self, batch: _Relabelled) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss of a relabelled batch, what it is made of, and the logits (B, K)."""
