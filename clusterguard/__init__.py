@@ -38,6 +38,7 @@ from clusterguard.calibration import Calibration, Calibrator  # noqa: E402
 from clusterguard.checkpoints import EpochRecord  # noqa: E402
 from clusterguard.clusters import GaussianClusters  # noqa: E402
 from clusterguard.confidence import ConfidenceDetector  # noqa: E402
+from clusterguard.consistency import ConsistentDetector  # noqa: E402
 from clusterguard.decision import Detection, Detector, Evidence, decide, success_margin  # noqa: E402
 from clusterguard.detector import DetectorModule, WithThresholds  # noqa: E402
 from clusterguard.evaluation import evaluate  # noqa: E402
@@ -69,6 +70,7 @@ __all__ = [
     "CarliniWagner",
     "ClusterGuard",
     "ConfidenceDetector",
+    "ConsistentDetector",
     "Detection",
     "Detector",
     "DetectorModule",
