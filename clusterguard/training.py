@@ -61,6 +61,8 @@ class AdversarialClusterTrainer(DetectorTrainer):
         scheduler: stepped after every epoch.
         warmup_epochs: epochs on benign images alone first (equations 9 and 10).
         adversarial_weight: of the term of successful attacks, at least 0.
+        adversarial_floor: share of the attacked images, in [0, 1]: the mean over successes is taken over at least so
+            many. With the paper's 0 a single success weighs as much as all other images together.
         adversarial_target: where these are sent. "origin" is the paper's: one centre for all. "opposite": a centre for
             every original class, across the origin from its own, so that attacks on different classes need not look
             alike. "outside": to no centre at all, but out of the accepted region of the label they got. With
@@ -111,6 +113,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         scheduler: LRScheduler | None = None,
         warmup_epochs: int = 0,
         adversarial_weight: float = 1.0,
+        adversarial_floor: float = 0.0,
         adversarial_target: AdversarialTarget = "origin",
         adversarial_margin: float = 0.1,
         cross_entropy_weight: float = 0.0,
@@ -141,6 +144,8 @@ class AdversarialClusterTrainer(DetectorTrainer):
         for name, value in weights.items():
             if not 0 <= value < math.inf:
                 raise ConfigurationError(f"expected {name} of at least 0, got {value}")
+        if not 0 <= adversarial_floor <= 1:
+            raise ConfigurationError(f"expected adversarial_floor in [0, 1], got {adversarial_floor}")
         if adversarial_target not in get_args(AdversarialTarget):
             raise ConfigurationError(
                 f"expected adversarial_target 'origin', 'opposite' or 'outside', got {adversarial_target!r}"
@@ -157,6 +162,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         self.attack = attack
         self.warmup_epochs = warmup_epochs
         self.adversarial_weight = adversarial_weight
+        self.adversarial_floor = adversarial_floor
         self.adversarial_target: AdversarialTarget = adversarial_target
         self.adversarial_margin = adversarial_margin
         self.cross_entropy_weight = cross_entropy_weight
@@ -200,6 +206,9 @@ class AdversarialClusterTrainer(DetectorTrainer):
         clusters, representations = self.guard.clusters, self.guard.represent(batch.images)
         # With several processes the means are over all their images, as if one process had seen them.
         counts = self.engine.accelerator.reduce(counts_of(batch.is_separate), "mean")
+        if self.adversarial_floor:
+            attacked = counts.sum() / 2
+            counts = torch.stack([counts[0], counts[1].clamp_min(self.adversarial_floor * attacked)])
         energy = adversarial_energy(
             clusters,
             representations,

@@ -174,6 +174,22 @@ def test_the_loss_sends_what_got_through_where_it_shall_go(blobs, target, relabe
     torch.testing.assert_close(term, 0.5 * (shares * energy).sum() / shares.sum())
 
 
+@pytest.mark.parametrize(("floor", "divisor"), [(0.0, 2), (0.01, 2), (0.5, 30), (1.0, 60)])
+def test_a_floor_keeps_few_successes_from_weighing_as_much_as_many(blobs, floor, divisor):
+    images, labels = next(iter(blobs))
+    torch.manual_seed(0)
+    guard = new_guard()
+    train(guard, blobs, epochs=8, warmup_epochs=8, calibrate=False)
+    attacked = images.clone()
+    attacked[:2] = torch.roll(images, 1, dims=0)[:2]  # two images of another class, and no other change
+    trainer = AdversarialClusterTrainer(guard.eval(), lambda *_, **__: attacked, adversarial_floor=floor)
+    step = trainer.training_step(images, labels, None)
+    assert step.successes == 2
+    with torch.no_grad():
+        expected = 0.5 * guard.represent(attacked[:2]).square().sum() / divisor
+    torch.testing.assert_close(step.terms["loss/adversarial"], expected)
+
+
 def test_cross_entropy_comes_on_top_and_does_not_look_at_what_got_through(blobs):
     batch = next(iter(blobs))
     plain, mixed = (
@@ -278,6 +294,7 @@ def test_a_scheduler_steps_every_epoch_and_any_optimizer_will_do(blobs):
         {"relabel": "x"},
         {"adversarial_weight": -1.0},
         {"adversarial_weight": math.nan},
+        {"adversarial_floor": 1.5},
         {"adversarial_target": "elsewhere"},
         {"adversarial_margin": -0.1},
         {"cross_entropy_weight": math.inf},
