@@ -156,7 +156,7 @@ class TrainingEngine:
             step: TrainingStep = self._module(*batch)
         self._check_loss(step.loss.detach())
         moving = [own for own in self.detector.parameters() if own.requires_grad and own.ndim > 1]
-        gradients = torch.autograd.grad(step.loss, moving, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(step.loss, moving, allow_unused=True, materialize_grads=True) if moving else ()
         # Processes that moved apart would take the gradients of different networks for one.
         directions = accelerator.reduce(list(gradients), "mean")
         with _moved(self.detector, moving, directions, perturbation):

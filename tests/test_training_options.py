@@ -296,6 +296,16 @@ def test_perturbed_weights_give_the_gradient_and_the_old_ones_take_the_step(blob
     assert statistics[0]["encoder.0.3.num_batches_tracked"] == 1
 
 
+def test_where_only_biases_are_trained_nothing_moves(blobs):
+    guards = [new_guard(), new_guard()]
+    for guard, options in zip(guards, (TrainingOptions(weight_perturbation=0.1), None), strict=True):
+        for own in guard.parameters():
+            own.requires_grad_(own.ndim == 1)
+        fit(guard, blobs, epochs=1, options=options)
+    assert torch.equal(weights(guards[0]), weights(guards[1]))
+    assert not torch.equal(weights(guards[0]), weights(new_guard()))
+
+
 def test_weight_perturbation_attacks_each_batch_once_and_off_it_costs_nothing(blobs):
     passes, attacks = [], []
 
