@@ -13,18 +13,20 @@ from torch import Tensor
 class ConsistentDetector(DetectorModule):
     """Any detector, suspicious of an image if it is suspicious of a close neighbour under the same label.
 
-    The neighbour lies in the ℓ∞ ball of `radius` around the image. A few deterministic steps up the suspicion of the
-    image's own label find it, so the label is the detector's and images that lie deep in their class lose least. The
-    suspicion of every label is the larger of the image's and the neighbour's: never less than the detector's own, and
-    not finite where either is not. Thresholds are this detector's own; calibrate it as any other.
+    The neighbour lies in the ℓ∞ ball of `radius` around the image; a few deterministic steps up the suspicion of the
+    image's own label find it. Class scores, and so labels, are the detector's. The suspicion of every label is the
+    larger of the image's and the neighbour's: never less than the detector's own, and not finite where either is not.
+    Thresholds are this detector's own; calibrate it as any other.
 
     One look at an image costs `steps` + 2 forward and `steps` backward passes of the detector, so it can be neither
-    exported nor run without autograd; `attacks.metering.Metered` around the inner detector counts them.
+    exported nor run without autograd. `attacks.metering.Metered` around the inner detector counts these, around this
+    one it counts looks, as `evaluate` does.
 
-    Attackers get a gradient straight through: that of both looks, the neighbour's offset held constant. It is not the
-    exact gradient, but it is one of the function that decides, not of a stand-in, and attacks without gradients see
-    the whole. Where the search finds no way up (a gradient of exactly 0) the neighbour is the image, and nothing is
-    gained: a detector that hides its gradients is not helped by this.
+    Attackers get a gradient straight through: that of both evaluations, the neighbour's offset held constant, though it
+    depends on the image too. Attacks without gradients see the whole. Where the label changes, the search goes another
+    way and the suspicion of the new label jumps up; an attack has to go on from there. Where the search finds no way
+    up, a gradient of exactly 0, the neighbour is the image and nothing is gained: a detector that hides its gradients
+    is not helped by this.
 
     Args:
         detector: whatever yields evidence; it is shared, not copied.
