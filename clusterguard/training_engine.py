@@ -229,7 +229,7 @@ def _moved(
         with torch.no_grad():
             for own, direction in zip(parameters, directions, strict=True):
                 length = direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)  # no gradient: no move
-                own.add_(direction * (share * own.norm() / length))
+                own.add_(direction / length * (share * own.norm()))
         yield
     finally:
         with torch.no_grad():

@@ -296,6 +296,20 @@ def test_perturbed_weights_give_the_gradient_and_the_old_ones_take_the_step(blob
     assert statistics[0]["encoder.0.3.num_batches_tracked"] == 1
 
 
+def test_without_a_gradient_nothing_moves(blobs):
+    class Flat(Plain):
+        def training_step(self, images, labels, generator):
+            step = super().training_step(images, labels, generator)
+            return step._replace(loss=0 * step.loss)
+
+    guard = new_guard()
+    optimizer = torch.optim.SGD(guard.parameters(), lr=0.1)
+    trainer = Flat(guard, optimizer=optimizer, options=TrainingOptions(weight_perturbation=0.1))
+    trainer.fit([next(iter(blobs))], blobs, epochs=1, calibrate=False, progress=False)
+    assert trainer.losses[0] == trainer.losses[1]
+    assert torch.equal(weights(guard), weights(new_guard()))
+
+
 def test_where_only_biases_are_trained_nothing_moves(blobs):
     guards = [new_guard(), new_guard()]
     for guard, options in zip(guards, (TrainingOptions(weight_perturbation=0.1), None), strict=True):
