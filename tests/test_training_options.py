@@ -304,7 +304,7 @@ def test_without_a_gradient_nothing_moves(blobs):
 
     guard = new_guard()
     optimizer = torch.optim.SGD(guard.parameters(), lr=0.1)
-    trainer = Flat(guard, optimizer=optimizer, options=TrainingOptions(weight_perturbation=0.1))
+    trainer = Flat(guard, optimizer=optimizer, options=TrainingOptions(weight_perturbation=100.0))
     trainer.fit([next(iter(blobs))], blobs, epochs=1, calibrate=False, progress=False)
     assert trainer.losses[0] == trainer.losses[1]
     assert torch.equal(weights(guard), weights(new_guard()))
