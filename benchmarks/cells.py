@@ -48,6 +48,7 @@ class Training:
         warmup_epochs: epochs without the attack first.
         attack: options of PGD, the training attack.
         augment: random crops and flips.
+        cutmix: largest part of an image that another one covers, at most half; its label stays.
         images: train on the first so many; None takes all.
         half: round the trained weights to half precision, so that the checkpoint holds them in half the room.
         mixed_precision: compute training passes in bfloat16.
@@ -67,6 +68,7 @@ class Training:
     warmup_epochs: int = 0
     attack: Options
     augment: bool = False
+    cutmix: float = 0.0
     images: int | None = None
     half: bool = False
     mixed_precision: bool = False
@@ -74,7 +76,10 @@ class Training:
     @cached_property
     def key(self) -> str:
         """Short name of this training; whatever changes its outcome changes it."""
-        return digest(asdict(self) | {"checksums": CHECKSUMS.get(self.dataset, {}), "format": FORMAT})
+        own = asdict(self)
+        if not self.cutmix:
+            del own["cutmix"]  # trainings from before there was a choice stay valid
+        return digest(own | {"checksums": CHECKSUMS.get(self.dataset, {}), "format": FORMAT})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,7 @@ class Cell:
         points: how many images to keep representations of, for figures.
         variant: what sets an ablation apart, for tables.
         split: "test", or "validation", images kept out of training and of thresholds, for choosing among recipes.
+        consistency: options of `ConsistentDetector`, which then stands around the trained detector; {} for none.
     """
 
     detector: str
@@ -110,6 +116,7 @@ class Cell:
     points: int = 0
     variant: str = ""
     split: Split = "test"
+    consistency: Options = field(default_factory=dict)
 
     @property
     def definition(self) -> Options:
@@ -122,6 +129,8 @@ class Cell:
         own["chunk"] = None if KINDS[self.kind].whole else self.chunk
         if self.split == "test":
             del own["split"]  # results from before there was a choice stay valid
+        if not self.consistency:
+            del own["consistency"]
         return own | {"format": FORMAT, "rates": list(self.rates)}
 
     @cached_property
@@ -206,9 +215,9 @@ def _expand(name: str, profile: Profile, table: Options, limits: Options) -> Exp
 
 
 def _cell(table: Options, detector: str, attack: Options, limits: Options, seed: int, variant: str) -> Cell:
-    known = {"dataset", "model", "images", "rates", "chunk", "seeds", "training", "training_of", "points", "split"}
-    if set(table) - known:
-        raise ConfigurationError(f"expected keys among {', '.join(sorted(known))}, got {sorted(set(table) - known)}")
+    own = {"dataset", "model", "images", "rates", "chunk", "seeds", "points", "split"}
+    _check_keys(table, {"training", "training_of", "consistency"} | own)
+    _check_keys(table.get("consistency", {}), {"radius", "steps", "step_size"})
     options = {key: value for key, value in attack.items() if key not in ("name", "kind", "rates", "surrogate")}
     if attack["kind"] not in KINDS:
         raise ConfigurationError(f"expected a kind of attack among {', '.join(KINDS)}, got {attack['kind']!r}")
@@ -232,8 +241,18 @@ def _cell(table: Options, detector: str, attack: Options, limits: Options, seed:
     # A surrogate is another network than the victim, also where both are trained alike.
     surrogate = Cell(detector=other, training=_training(table, other, seed + 1000), **shared) if other else None
     return Cell(
-        detector=detector, training=_training(table, detector, seed), surrogate=surrogate, variant=variant, **shared
+        detector=detector,
+        training=_training(table, detector, seed),
+        surrogate=surrogate,
+        variant=variant,
+        consistency=table.get("consistency", {}),
+        **shared,
     )
+
+
+def _check_keys(table: Options, known: set[str]) -> None:
+    if set(table) - known:
+        raise ConfigurationError(f"expected keys among {', '.join(sorted(known))}, got {sorted(set(table) - known)}")
 
 
 def _training(table: Options, detector: str, seed: int) -> Training:

@@ -108,6 +108,7 @@ class Batches:
         batch_size: of all batches but the last.
         shuffle: a new order at every pass.
         augment: random crops of the image padded by 4, and random flips.
+        cutmix: largest part of an image that another one covers, see `cover`.
         generator: of order and augmentation, on the CPU, so that every device sees the same batches.
     """
 
@@ -118,12 +119,14 @@ class Batches:
         *,
         shuffle: bool = False,
         augment: bool = False,
+        cutmix: float = 0.0,
         generator: Generator | None = None,
     ) -> None:
         self.images = images
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.augment = augment
+        self.cutmix = cutmix
         self.generator = generator
 
     def __len__(self) -> int:
@@ -134,7 +137,11 @@ class Batches:
         order = torch.randperm(count, generator=self.generator) if self.shuffle else torch.arange(count)
         for rows in order.to(self.images.labels.device).split(self.batch_size):
             images, labels = Images(*(part[rows] for part in self.images)).floats()
-            yield (crop_and_flip(images, self.generator) if self.augment else images), labels
+            if self.augment:
+                images = crop_and_flip(images, self.generator)
+            if self.cutmix:
+                images = cover(images, self.cutmix, self.generator)
+            yield images, labels
 
 
 def crop_and_flip(images: Tensor, generator: Generator | None = None, *, padding: int = 4) -> Tensor:
@@ -148,6 +155,42 @@ def crop_and_flip(images: Tensor, generator: Generator | None = None, *, padding
     columns = torch.where(flipped[:, None], columns.flip(1), columns)
     batch = torch.arange(count, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def cover(images: Tensor, largest: float, generator: Generator | None = None) -> Tensor:
+    """CutMix for hard labels: in each image a box is taken from the same place of another one of the batch.
+
+    The label stays that of the larger part. Mixed labels would make "accepted under a wrong label" a matter of degree,
+    and then nobody could say which attacks got through; so the other part is kept small instead.
+
+    Args:
+        images: (B, C, H, W).
+        largest: part of the area that a box may cover, in (0, 0.5]; its size is uniform up to that.
+        generator: on the CPU.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ConfigurationError: a part that could be the larger one.
+
+    Reference:
+        Yun et al., "CutMix" (2019).
+    """
+    if not 0 < largest <= 0.5:
+        raise ConfigurationError(f"expected cutmix in (0, 0.5], so that labels stay true, got {largest}")
+    count, _, height, width = images.shape
+    others = torch.randperm(count, generator=generator)
+    side = (largest * torch.rand(count, generator=generator)).sqrt()
+    covered = []
+    for length in (height, width):
+        size = (side * length).floor()
+        first = (torch.rand(count, generator=generator) * (length - size + 1)).floor()
+        position = torch.arange(length)
+        covered.append((position >= first[:, None]) & (position < (first + size)[:, None]))
+    rows, columns = (part.to(images.device) for part in covered)
+    box = (rows[:, :, None] & columns[:, None, :])[:, None]
+    return torch.where(box, images[others.to(images.device)], images)
 
 
 def _sample(split: str) -> Images:

@@ -118,18 +118,25 @@ def _flops(model: str, shape: tuple[int, int, int]) -> int:
 
 
 def training_passes(cell: Cell) -> int:
-    """Forward and backward passes of a cell's training: in each epoch one an image, and more where it attacks."""
+    """Forward and backward passes of a cell's training: in each epoch one an image, and more where it attacks.
+
+    Where weights are perturbed, each image and each attacked one takes a pass more.
+    """
     training = cell.training
     count: int = training.images or SIZES[training.dataset][0]
     attacked = training.epochs - training.warmup_epochs if RECIPES[cell.detector].attacked else 0
-    steps: int = training.attack["steps"]
-    return count * (training.epochs + attacked * (steps + 1))
+    steps: int = training.attack["steps"] * (training.options.get("targets") or 1)
+    looks = 2 if training.options.get("weight_perturbation") else 1
+    return count * (looks * training.epochs + attacked * (steps + looks))
 
 
 def attack_passes(cell: Cell) -> tuple[int, int]:
     """Images through a forward pass, and through a backward pass, that a cell's attack takes at most."""
     forward, backward = KINDS[cell.kind].cost(10, **cell.options)
     times = cell.images * (len(cell.rates) if KINDS[cell.kind].sees_thresholds else 1)
+    if cell.consistency:
+        steps = cell.consistency.get("steps", 3)  # each look is two, after a search
+        forward, backward = (steps + 2) * forward, 2 * backward + steps * forward
     return times * forward, times * backward
 
 

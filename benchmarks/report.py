@@ -243,6 +243,7 @@ def _schedule(training: Training) -> str:
         f"{training.warmup_epochs} of them benign first" if training.warmup_epochs else "",
         f"the radius growing over the next {ramp:g}" if (ramp := training.options.get("ramp_epochs")) else "",
         "random crops and flips" if training.augment else "",
+        f"CutMix up to {training.cutmix:g} of an image" if training.cutmix else "",
         f"{training.images:,} images" if training.images else "",
         "bfloat16" if training.mixed_precision else "",
         "weights rounded to half precision" if training.half else "",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clusterguard import Detector, DetectorModule, Evaluation, WithThresholds
+from clusterguard import ConsistentDetector, Detector, DetectorModule, Evaluation, WithThresholds
 from clusterguard.attacks.suite_state import StageRecord
 from clusterguard.files import write_atomically
 from torch import Generator, Tensor
@@ -77,6 +77,8 @@ class Runner:
             return known
         started = time.perf_counter()
         detector, record = self.detector(cell)
+        if cell.consistency:
+            detector = ConsistentDetector(detector, **cell.consistency)
         surrogate = None if cell.surrogate is None else self._surrogate(cell.surrogate)
         data = self.dataset(cell.training.dataset)
         held, judged = data.held_out() if cell.split == "validation" else (data.calibration, data.open_test())

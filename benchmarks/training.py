@@ -72,6 +72,7 @@ def train(
         training.batch_size,
         shuffle=True,
         augment=training.augment,
+        cutmix=training.cutmix,
         generator=Generator().manual_seed(training.seed),
     )
     history = recipe.trainer(detector, make_schedule(training, len(batches))).fit(

@@ -40,6 +40,7 @@ from clusterguard.certified_training import CertifiedTrainer  # noqa: E402
 from clusterguard.checkpoints import EpochRecord  # noqa: E402
 from clusterguard.clusters import GaussianClusters  # noqa: E402
 from clusterguard.confidence import ConfidenceDetector  # noqa: E402
+from clusterguard.consistency import ConsistentDetector  # noqa: E402
 from clusterguard.decision import Detection, Detector, Evidence, decide, success_margin  # noqa: E402
 from clusterguard.detector import DetectorModule, WithThresholds  # noqa: E402
 from clusterguard.evaluation import evaluate  # noqa: E402
@@ -72,6 +73,7 @@ __all__ = [
     "CertifiedTrainer",
     "ClusterGuard",
     "ConfidenceDetector",
+    "ConsistentDetector",
     "Detection",
     "Detector",
     "DetectorModule",

@@ -1,12 +1,16 @@
 """The Gaussian mixture of the paper: K unit-variance clusters, one adversarial cluster at the origin."""
 
 import math
+from typing import Literal
 
 import torch
 from clusterguard.checks import check_range, check_tensor
 from clusterguard.errors import ConfigurationError
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
+from torch.nn import functional
+
+AdversarialTarget = Literal["origin", "opposite", "outside"]
 
 
 class GaussianClusters(nn.Module):
@@ -82,6 +86,11 @@ class GaussianClusters(nn.Module):
     def adversarial_squared_distance(self, representations: Tensor) -> Tensor:
         """Squared Euclidean distance to the adversarial centre, the origin: (B, m) -> (B,)."""
         return reduce(self._blocks(representations).square(), "b k l -> b", "sum")
+
+    @property
+    def half_way(self) -> Tensor:
+        """Half the distance between two class centres, (): further from a centre, another one may be closer."""
+        return self.center_scale * math.sqrt(0.5 * self.representation_dim / self.num_classes)
 
     def logits(self, representations: Tensor) -> Tensor:
         """M times the block sums: (B, m) -> (B, K), the log-likelihoods up to a constant per row.
@@ -163,7 +172,12 @@ def counts_of(is_separate: Tensor) -> Tensor:
 
 
 def cluster_terms(
-    clusters: GaussianClusters, representations: Tensor, labels: Tensor, is_separate: Tensor, counts: Tensor
+    clusters: GaussianClusters,
+    representations: Tensor,
+    labels: Tensor,
+    is_separate: Tensor,
+    counts: Tensor,
+    adversarial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two means of `cluster_loss`: over images of their classes, and over those of the adversarial cluster.
 
@@ -173,6 +187,8 @@ def cluster_terms(
         labels: (B,).
         is_separate: (B,) bools, or shares in [0, 1].
         counts: (2,) what the two sums are divided by, unless it is less than 1; see `counts_of`.
+        adversarial: (B,) twice what the second mean is of, see `adversarial_energy`; None takes the squared distance
+            to the origin.
 
     Returns:
         Two scalars.
@@ -184,10 +200,81 @@ def cluster_terms(
         check_range(labels, clusters.num_classes)
     separate = is_separate.to(counts.dtype)
     own = squared.gather(1, labels[:, None].long()).squeeze(1)
-    to_origin = clusters.adversarial_squared_distance(representations)
+    if adversarial is None:
+        adversarial = clusters.adversarial_squared_distance(representations)
     sums = [
         torch.where(share > 0, share * squared, 0).sum()
-        for share, squared in ((1 - separate, own), (separate, to_origin))
+        for share, squared in ((1 - separate, own), (separate, adversarial))
     ]
     own_mean, adversarial_mean = 0.5 * torch.stack(sums) / counts.clamp_min(1)
     return own_mean, adversarial_mean
+
+
+def adversarial_energy(
+    clusters: GaussianClusters,
+    representations: Tensor,
+    labels: Tensor,
+    found: Tensor,
+    thresholds: Tensor,
+    *,
+    target: AdversarialTarget = "origin",
+    margin: float = 0.1,
+) -> Tensor:
+    """How far attacked images are from where training sends them, squared: 0 where they have arrived.
+
+    Args:
+        clusters: the mixture.
+        representations: (B, m).
+        labels: (B,) their original classes y.
+        found: (B,) the labels ŷ under which they got through.
+        thresholds: (K,) τ; where it is not finite, "outside" takes half the distance between centres.
+        target: "origin", the paper's adversarial centre: ‖z‖². "opposite", a centre for every class, across the
+            origin from its own: ‖z + u(y)‖². "outside", no centre, just out of the region that is accepted as ŷ:
+            max(0, (1 + margin) τ_ŷ − ‖z − u(ŷ)‖)².
+        margin: at least 0, for "outside".
+
+    Returns:
+        (B,).
+
+    Example:
+        >>> clusters, label = GaussianClusters(2, center_scale=2.0), torch.tensor([0])
+        >>> z, found, thresholds = torch.tensor([[0.0, 1.0]]), torch.tensor([1]), torch.tensor([2.0, 2.0])
+        >>> [adversarial_energy(clusters, z, label, found, thresholds, target=target, margin=0.5).item()
+        ...  for target in ("origin", "opposite", "outside")]
+        [1.0, 5.0, 4.0]
+    """
+    if target == "origin":
+        return clusters.adversarial_squared_distance(representations)
+    if target == "opposite":  # ‖z + u‖ = ‖−z − u‖
+        return clusters.squared_distances(-representations).gather(1, labels[:, None].long()).squeeze(1)
+    reach = (1 + margin) * torch.where(thresholds.isfinite(), thresholds, clusters.half_way)
+    distance = clusters.distances(representations).gather(1, found[:, None].long()).squeeze(1)
+    return (reach[found.long()] - distance).clamp_min(0).square()
+
+
+def class_cross_entropy(
+    clusters: GaussianClusters,
+    representations: Tensor,
+    labels: Tensor,
+    is_separate: Tensor,
+    counts: Tensor,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Mean cross-entropy of softmax(−½d² / temperature) over the images that belong to their classes.
+
+    Args:
+        clusters: the mixture.
+        representations: (B, m).
+        labels: (B,).
+        is_separate: (B,) bools, or shares in [0, 1] that do not count.
+        counts: (2,) the first is what the sum is divided by, unless it is less than 1; see `counts_of`.
+        temperature: positive.
+
+    Returns:
+        A scalar.
+    """
+    logits = clusters.logits(representations) / temperature  # −½d² up to a constant per row
+    losses = functional.cross_entropy(logits, labels.long(), reduction="none")
+    share = 1 - is_separate.to(counts.dtype)
+    return torch.where(share > 0, share * losses, 0).sum() / counts[0].clamp_min(1)

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final, get_args
 
 import torch
 from clusterguard.attacks import Attack
 from clusterguard.attacks.base import ramp, scale
 from clusterguard.attacks.norms import get_norm
 from clusterguard.calibration import Calibrator, fit_thresholds
-from clusterguard.clusters import cluster_terms, counts_of
+from clusterguard.clusters import AdversarialTarget, adversarial_energy, class_cross_entropy, cluster_terms, counts_of
 from clusterguard.decision import decide
 from clusterguard.detector import Loader, WithThresholds, judge
 from clusterguard.errors import ConfigurationError, TooFewCalibrationExamplesError
@@ -25,6 +25,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 Relabel = Literal["separate", "graded", "original"]
+
+
+class _Relabelled(NamedTuple):
+    """A batch when it has been attacked: images (B, C, H, W), and (B,) each of the rest.
+
+    Attributes:
+        images: benign ones, then attacked ones.
+        labels: their original classes.
+        found: the labels that the guard gave to attacked ones; of benign ones their classes.
+        is_separate: the share of each that does not belong to its class.
+    """
+
+    images: Tensor
+    labels: Tensor
+    found: Tensor
+    is_separate: Tensor
 
 
 @final
@@ -44,6 +60,19 @@ class AdversarialClusterTrainer(DetectorTrainer):
         scheduler: stepped after every epoch.
         warmup_epochs: epochs on benign images alone first (equations 9 and 10).
         adversarial_weight: of the term of successful attacks, at least 0.
+        adversarial_floor: share of the attacked images, in [0, 1]: the mean over successes is taken over at least so
+            many. With the paper's 0 a single success weighs as much as all other images together.
+        adversarial_target: where these are sent. "origin" is the paper's: one centre for all. "opposite": a centre for
+            every original class, across the origin from its own, so that attacks on different classes need not look
+            alike. "outside": to no centre at all, but out of the accepted region of the label they got. With
+            relabel "original" nothing is sent.
+        adversarial_margin: for "outside": how far beyond the threshold, as a share of it, at least 0. The term is
+            ½·max(0, (1 + margin) τ_ŷ − d_ŷ)², with half the distance between centres in place of a τ that is +inf.
+        cross_entropy_weight: of a further term, at least 0: the cross-entropy of softmax(−½d² / T), averaged over the
+            images that belong to their classes. The likelihood pulls an image to its own centre however far the others
+            are; cross-entropy only cares which is closest.
+        temperature: T, positive. It is fixed: the optimizer is yours, and would not know of a learned one. At 1 the
+            cross-entropy is that of the guard's own posterior, which is all but 0 a little off the boundary.
         relabel: "separate" is the paper's method: what got through belongs to the adversarial cluster. "graded": the
             more so, the larger its perturbation; see `grading_power`. "original" gives every attacked image its
             original class, the paper's ablation L-Ben, which is adversarial training of the same head.
@@ -83,6 +112,11 @@ class AdversarialClusterTrainer(DetectorTrainer):
         scheduler: LRScheduler | None = None,
         warmup_epochs: int = 0,
         adversarial_weight: float = 1.0,
+        adversarial_floor: float = 0.0,
+        adversarial_target: AdversarialTarget = "origin",
+        adversarial_margin: float = 0.1,
+        cross_entropy_weight: float = 0.0,
+        temperature: float = 1.0,
         relabel: Relabel = "separate",
         grading_power: float = 10.0,
         ramp_epochs: float = 0.0,
@@ -101,8 +135,22 @@ class AdversarialClusterTrainer(DetectorTrainer):
             raise ConfigurationError(f"expected ramp_epochs of at least 0, got {ramp_epochs}")
         if ramp_epochs:
             scale(attack, 1.0)  # one that cannot be scaled is refused now
-        if not 0 <= adversarial_weight < math.inf:
-            raise ConfigurationError(f"expected adversarial_weight of at least 0, got {adversarial_weight}")
+        weights = {
+            "adversarial_weight": adversarial_weight,
+            "adversarial_margin": adversarial_margin,
+            "cross_entropy_weight": cross_entropy_weight,
+        }
+        for name, value in weights.items():
+            if not 0 <= value < math.inf:
+                raise ConfigurationError(f"expected {name} of at least 0, got {value}")
+        if not 0 <= adversarial_floor <= 1:
+            raise ConfigurationError(f"expected adversarial_floor in [0, 1], got {adversarial_floor}")
+        if adversarial_target not in get_args(AdversarialTarget):
+            raise ConfigurationError(
+                f"expected adversarial_target 'origin', 'opposite' or 'outside', got {adversarial_target!r}"
+            )
+        if not 0 < temperature < math.inf:
+            raise ConfigurationError(f"expected a positive temperature, got {temperature}")
         if warmup_epochs < 0 or refresh_every < 1 or refresh_batches < 1:
             raise ConfigurationError(
                 "expected warmup_epochs of at least 0, refresh_every and refresh_batches of at least 1, got "
@@ -113,6 +161,11 @@ class AdversarialClusterTrainer(DetectorTrainer):
         self.attack = attack
         self.warmup_epochs = warmup_epochs
         self.adversarial_weight = adversarial_weight
+        self.adversarial_floor = adversarial_floor
+        self.adversarial_target: AdversarialTarget = adversarial_target
+        self.adversarial_margin = adversarial_margin
+        self.cross_entropy_weight = cross_entropy_weight
+        self.temperature = temperature
         self.relabel = relabel
         self.grading_power = grading_power
         self.ramp_epochs = ramp_epochs
@@ -131,28 +184,53 @@ class AdversarialClusterTrainer(DetectorTrainer):
             labels: (B,).
             generator: the attack's randomness; None takes torch's global one.
         """
-        batch, batch_labels = images, labels
-        is_separate = torch.zeros(len(labels), device=labels.device)
+        batch = _Relabelled(images, labels, labels, torch.zeros(len(labels), device=labels.device))
         successes = None
         if not self._is_warming_up:
             detector = WithThresholds(self.guard, self.thresholds)
             attacked = self._present_attack(detector, images, labels, generator=generator)
             with torch.no_grad(), evaluation_mode(detector):
-                got_through = is_broken(decide(detector.evidence(attacked), self.thresholds), labels)
+                detection = decide(detector.evidence(attacked), self.thresholds)
+            got_through = is_broken(detection, labels)
             successes = got_through.sum()
-            batch, batch_labels = torch.cat([images, attacked]), torch.cat([labels, labels])
-            is_separate = torch.cat([is_separate, self._separate_shares(images, attacked, got_through)])
-        representations = self.guard.represent(batch)
+            shares = self._separate_shares(images, attacked, got_through)
+            attacked_batch = _Relabelled(attacked, labels, detection.labels, shares)
+            batch = _Relabelled(*map(torch.cat, zip(batch, attacked_batch, strict=True)))
+        loss, terms, logits = self._loss(batch)
+        correct = (logits[: len(labels)].argmax(dim=1) == labels).sum()
+        return TrainingStep(loss, correct, successes, terms, again=lambda: self._loss(batch)[0])
+
+    def _loss(self, batch: _Relabelled) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss of a relabelled batch, what it is made of, and the logits (B, K)."""
+        clusters, representations = self.guard.clusters, self.guard.represent(batch.images)
         # With several processes the means are over all their images, as if one process had seen them.
-        counts = self.engine.accelerator.reduce(counts_of(is_separate), "mean")
-        own, adversarial = cluster_terms(self.guard.clusters, representations, batch_labels, is_separate, counts)
-        predicted = self.guard.clusters.logits(representations[: len(labels)].detach()).argmax(dim=1)
-        return TrainingStep(
-            own + self.adversarial_weight * adversarial,
-            (predicted == labels).sum(),
-            successes,
-            {"loss/own": own.detach(), "loss/adversarial": adversarial.detach()},
+        counts = self.engine.accelerator.reduce(counts_of(batch.is_separate), "mean")
+        if self.adversarial_floor:
+            attacked = counts.sum() / 2
+            counts = torch.stack([counts[0], counts[1].clamp_min(self.adversarial_floor * attacked)])
+        energy = adversarial_energy(
+            clusters,
+            representations,
+            batch.labels,
+            batch.found,
+            self.thresholds,
+            target=self.adversarial_target,
+            margin=self.adversarial_margin,
         )
+        own, adversarial = cluster_terms(clusters, representations, batch.labels, batch.is_separate, counts, energy)
+        loss, terms = own + self.adversarial_weight * adversarial, {"own": own, "adversarial": adversarial}
+        if self.cross_entropy_weight:
+            terms["cross_entropy"] = class_cross_entropy(
+                clusters,
+                representations,
+                batch.labels,
+                batch.is_separate,
+                counts,
+                temperature=self.temperature,
+            )
+            loss = loss + self.cross_entropy_weight * terms["cross_entropy"]
+        measured = {f"loss/{name}": term.detach() for name, term in terms.items()}
+        return loss, measured, clusters.logits(representations.detach())
 
     @property
     def _present_attack(self) -> Attack:

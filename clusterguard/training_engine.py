@@ -1,7 +1,8 @@
 """Steps of the optimizer: on one device or many, clipped, averaged, and undone when the loss explodes."""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from clusterguard.checkpoints import EpochTotals, Stateful
@@ -29,12 +30,15 @@ class TrainingStep(NamedTuple):
         correct: how many images of the batch were labelled rightly, (); benign ones where they are looked at.
         successes: how many training attacks got through, (); None if there was no attack.
         terms: what the loss is made of, scalars by name, for trackers.
+        again: makes the loss once more at the detector's weights of that moment, of the same images, attacked ones as
+            they are; None takes the whole step again, attack included. For weight perturbation.
     """
 
     loss: Tensor
     correct: Tensor
     successes: Tensor | None = None
     terms: Mapping[str, Tensor] | None = None
+    again: Callable[[], Tensor] | None = None
 
 
 class _WholeStep(nn.Module):
@@ -48,9 +52,11 @@ class _WholeStep(nn.Module):
         self.detector = detector
         self.training_step = training_step
 
-    def forward(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
-        """The step of a batch."""
-        return self.training_step(images, labels, generator)
+    def forward(
+        self, images: Tensor, labels: Tensor, generator: Generator | None, again: Callable[[], Tensor] | None = None
+    ) -> Any:
+        """The step of a batch; or the loss of one that was taken before, again."""
+        return self.training_step(images, labels, generator) if again is None else again()
 
 
 class TrainingEngine:
@@ -134,9 +140,13 @@ class TrainingEngine:
         """
         accelerator = self.accelerator
         with accelerator.accumulate(self._module):
-            step: TrainingStep = self._module(images.to(self.device), labels.to(self.device), generator)
-            self._check_loss(step.loss.detach())
-            accelerator.backward(step.loss)
+            batch = images.to(self.device), labels.to(self.device), generator
+            if self.options.weight_perturbation is None:
+                step: TrainingStep = self._module(*batch)
+                self._check_loss(step.loss.detach())
+                accelerator.backward(step.loss)
+            else:
+                step = self._descend_from_above(batch, self.options.weight_perturbation)
             if accelerator.sync_gradients and self.options.clip_norm is not None:
                 accelerator.clip_grad_norm_(self.detector.parameters(), self.options.clip_norm)
             self._optimizer.step()
@@ -148,6 +158,26 @@ class TrainingEngine:
             if self.options.schedule_every == "step" and self.scheduler is not None:
                 self.scheduler.step()
         return step, accelerator.sync_gradients
+
+    def _descend_from_above(self, batch: tuple[Tensor, Tensor, Generator | None], perturbation: float) -> TrainingStep:
+        """A step whose gradient is taken where the loss is higher; it reports the loss where the weights are."""
+        accelerator = self.accelerator
+        with accelerator.no_sync(self._module):
+            step: TrainingStep = self._module(*batch)
+        self._check_loss(step.loss.detach())
+        moving = [own for own in self.detector.parameters() if own.requires_grad and own.ndim > 1]
+        gradients = torch.autograd.grad(step.loss, moving, allow_unused=True, materialize_grads=True) if moving else ()
+        # Processes that moved apart would take the gradients of different networks for one.
+        directions = accelerator.reduce(list(gradients), "mean")
+        with _moved(self.detector, moving, directions, perturbation):
+            again = self._module(*batch, step.again)
+            loss = again if isinstance(again, Tensor) else again.loss
+            is_finite = self._is_finite(loss.detach())
+            if is_finite:
+                accelerator.backward(loss)
+        if not is_finite:
+            self._give_up(loss.detach())
+        return step._replace(loss=step.loss.detach(), again=None)
 
     def end_epoch(self, totals: EpochTotals) -> EpochTotals:
         """All processes' totals; the scheduler steps if epochs are what it counts."""
@@ -177,14 +207,47 @@ class TrainingEngine:
 
     def _check_loss(self, loss: Tensor) -> None:
         """A finite loss vouches for the weights that made it: remember them now and then; else go back to them."""
-        if self.accelerator.gather(loss.isfinite()).all():
-            if self.steps % _REMEMBER_EVERY == 0 or not self._last_good[1]:
-                state = self.detector.state_dict()
-                self._last_good = self.steps, {name: value.clone() for name, value in state.items()}
-            return
+        if not self._is_finite(loss):
+            self._give_up(loss)
+        if self.steps % _REMEMBER_EVERY == 0 or not self._last_good[1]:
+            state = self.detector.state_dict()
+            self._last_good = self.steps, {name: value.clone() for name, value in state.items()}
+
+    def _is_finite(self, loss: Tensor) -> bool:
+        """Whether it is in every process."""
+        return bool(self.accelerator.gather(loss.isfinite()).all())
+
+    def _give_up(self, loss: Tensor) -> None:
         step, weights = self._last_good if self._last_good[1] else (self.steps, self.detector.state_dict())
         self.detector.load_state_dict(weights)
         raise TrainingDivergedError(
             f"the loss became {loss.item()} at step {self.steps}; the detector holds the weights of step {step} again. "
             "Lower the learning rate, clip gradients, or train with fewer or smaller attack steps first"
         )
+
+
+@contextmanager
+def _moved(
+    detector: nn.Module, parameters: Sequence[Tensor], directions: Sequence[Tensor], share: float
+) -> Iterator[None]:
+    """Each parameter moved in its direction by a share of its norm; afterwards all is as it was, bit by bit.
+
+    Buffers too: what BatchNorm sees of a network that nobody will keep is not to be remembered.
+    """
+    kept = {name: own.detach().clone() for name, own in _everything(detector)}
+    try:
+        with torch.no_grad():
+            for own, direction in zip(parameters, directions, strict=True):
+                length = direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)  # no gradient: no move
+                own.add_(direction / length * (share * own.norm()))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, own in _everything(detector):
+                own.copy_(kept[name])
+
+
+def _everything(detector: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, also those that a state dict leaves out."""
+    yield from detector.named_parameters()
+    yield from detector.named_buffers()

@@ -56,6 +56,7 @@ ALLOWED = {
     "model_card": {"calibration", "metrics", "results"},
     "export": {"calibration", "checks", "decision", "detector", "errors", "files"},
     "confidence": {"backbones", "decision", "detector", "errors"},
+    "consistency": {"checks", "decision", "detector", "errors"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 from clusterguard import GaussianClusters
+from clusterguard.clusters import adversarial_energy, class_cross_entropy
 from clusterguard.errors import ConfigurationError, InputError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 
 def naive_squared_distances(clusters: GaussianClusters, representations: torch.Tensor) -> torch.Tensor:
@@ -113,3 +115,73 @@ def test_a_scale_that_cannot_work_is_refused(scale):
 def test_representations_of_the_wrong_width_are_refused():
     with pytest.raises(InputError, match=r"representations of shape \(B, 3\), got .* \(2, 4\)"):
         GaussianClusters(3).distances(torch.zeros(2, 4))
+
+
+def scattered(classes: int, block: int, seed: int) -> tuple[GaussianClusters, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A mixture, six representations, their classes, and the wrong labels they got."""
+    generator = torch.Generator().manual_seed(seed)
+    clusters = GaussianClusters(classes, classes * block)
+    z = 8 * torch.randn(6, classes * block, generator=generator)
+    labels = torch.randint(classes, (6,), generator=generator)
+    return clusters, z, labels, (labels + 1) % classes
+
+
+@given(st.integers(2, 9), st.integers(1, 3), st.integers(0, 99))
+def test_the_opposite_of_a_class_is_its_centre_across_the_origin(classes, block, seed):
+    clusters, z, labels, found = scattered(classes, block, seed)
+    infinite = torch.full((classes,), torch.inf)
+    energy = adversarial_energy(clusters, z, labels, found, infinite, target="opposite")
+    torch.testing.assert_close(energy, (z + clusters.centers[labels]).square().sum(dim=1), rtol=1e-4, atol=1e-3)
+    there = adversarial_energy(clusters, -clusters.centers[labels], labels, found, infinite, target="opposite")
+    assert not there.any()
+
+
+@given(
+    st.integers(2, 9),
+    st.integers(1, 3),
+    st.integers(0, 99),
+    st.sampled_from([0.0, 0.1, 1.0]),
+    st.sampled_from([0.5, 5.0, 60.0, math.inf]),
+)
+def test_one_step_down_the_hinge_leaves_the_accepted_region_and_goes_nowhere_else(classes, block, seed, margin, tau):
+    clusters, z, labels, found = scattered(classes, block, seed)
+    thresholds = torch.full((classes,), tau)
+    z = z.double().requires_grad_()
+    half_way = 0.5 * (clusters.centers[0] - clusters.centers[1]).norm().item()
+    edge = (1 + margin) * (half_way if tau == math.inf else tau)
+
+    def distance(z):
+        return clusters.distances(z).gather(1, found[:, None]).squeeze(1)
+
+    energy = adversarial_energy(clusters, z, labels, found, thresholds, target="outside", margin=margin)
+    assert energy.isfinite().all()
+    (gradient,) = torch.autograd.grad(0.5 * energy.sum(), z)
+    stepped = z.detach() - gradient
+    inside = distance(z.detach()) < edge
+    torch.testing.assert_close(energy[inside], (edge - distance(z)[inside]).square())
+    assert torch.equal(stepped[~inside], z.detach()[~inside])
+    # A step of length 1 down ½(r − d)² ends at distance r, straight away from the centre.
+    torch.testing.assert_close(distance(stepped)[inside], torch.full_like(energy[inside], edge))
+    centres = clusters.centers[found].double()
+    away, before = stepped - centres, z.detach() - centres
+    torch.testing.assert_close(functional.cosine_similarity(away, before), torch.ones(6).double())
+
+
+def test_at_a_centre_the_hinge_has_a_finite_gradient():
+    clusters = GaussianClusters(3)
+    z = clusters.centers[:1].clone().requires_grad_()
+    thresholds, label, found = torch.ones(3), torch.tensor([1]), torch.tensor([0])
+    energy = adversarial_energy(clusters, z, label, found, thresholds, target="outside")
+    assert energy.item() == pytest.approx(1.21)
+    assert torch.autograd.grad(energy.sum(), z)[0].isfinite().all()
+
+
+@given(st.integers(2, 9), st.integers(1, 3), st.integers(0, 99), st.sampled_from([1.0, 10.0, 100.0]))
+def test_cross_entropy_is_of_the_tempered_posterior(classes, block, seed, temperature):
+    clusters, z, labels, _ = scattered(classes, block, seed)
+    shares = torch.tensor([0.0, 1.0, 0.25, 0.0, 1.0, 0.0])
+    counts = torch.tensor([3.75, 2.25])
+    loss = class_cross_entropy(clusters, z, labels, shares, counts, temperature=temperature)
+    log_p = (-0.5 * clusters.squared_distances(z).double() / temperature).log_softmax(dim=1)
+    expected = -((1 - shares) * log_p.gather(1, labels[:, None]).squeeze(1)).sum() / 3.75
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4)

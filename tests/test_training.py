@@ -184,9 +184,9 @@ def test_a_refused_checkpoint_changes_nothing(blobs, tmp_path, theirs, processes
 def test_what_got_through_goes_to_the_origin_and_the_rest_keeps_its_class(blobs, monkeypatch):
     seen = []
 
-    def spy(clusters, representations, labels, is_separate, counts):
+    def spy(clusters, representations, labels, is_separate, *others):
         seen.append((representations.detach(), labels, is_separate.bool()))
-        return cluster_terms(clusters, representations, labels, is_separate, counts)
+        return cluster_terms(clusters, representations, labels, is_separate, *others)
 
     monkeypatch.setattr("clusterguard.training.cluster_terms", spy)
     guard = new_guard()
@@ -209,6 +209,69 @@ def test_relabelling_to_the_original_class_never_uses_the_origin(blobs, monkeypa
     history = train(new_guard(), blobs, relabel="original", calibrate=False)
     assert history[-1].loss < 1e3
     assert history[-1].attack_success_rate > 0
+
+
+@pytest.mark.parametrize("relabel", ["separate", "graded"])
+@pytest.mark.parametrize("target", ["origin", "opposite", "outside"])
+@pytest.mark.parametrize("threshold", [10.0, math.inf])
+def test_the_loss_sends_what_got_through_where_it_shall_go(blobs, target, relabel, threshold):
+    guard = new_guard()
+    options = {"adversarial_target": target, "adversarial_margin": 1.0, "relabel": relabel, "grading_power": 1.0}
+    trainer = AdversarialClusterTrainer(guard, ATTACK, **options)
+    trainer.attack = lambda detector, images, labels, **_: attacked
+    trainer.attack.norm, trainer.attack.eps = "linf", 1.0
+    trainer.thresholds.fill_(threshold)
+    images, labels = next(iter(blobs))
+    attacked = images + 0.5 * (torch.roll(images, 1, dims=0) - images)  # halfway to an image of another class
+    term = trainer.training_step(images, labels, None).terms["loss/adversarial"]
+
+    with torch.no_grad():
+        z = guard.represent(attacked)
+    nearest = torch.cdist(z, guard.clusters.centers).min(dim=1)
+    through = (nearest.indices != labels) & (nearest.values <= threshold)
+    assert 5 < through.sum() < 55
+    edge = 2 * (math.sqrt(50) if threshold == math.inf else threshold)  # centres are 10·√2 apart
+    energy = {
+        "origin": z.norm(dim=1),
+        "opposite": (z + guard.clusters.centers[labels]).norm(dim=1),
+        "outside": (edge - nearest.values).clamp_min(0),
+    }[target].square()
+    shares = through * (1.0 if relabel == "separate" else (attacked - images).abs().flatten(1).amax(dim=1))
+    torch.testing.assert_close(term, 0.5 * (shares * energy).sum() / shares.sum())
+
+
+@pytest.mark.parametrize(("floor", "divisor"), [(0.0, 2), (0.01, 2), (0.5, 30), (1.0, 60)])
+def test_a_floor_keeps_few_successes_from_weighing_as_much_as_many(blobs, floor, divisor):
+    images, labels = next(iter(blobs))
+    torch.manual_seed(0)
+    guard = new_guard()
+    train(guard, blobs, epochs=8, warmup_epochs=8, calibrate=False)
+    attacked = images.clone()
+    attacked[:2] = torch.roll(images, 1, dims=0)[:2]  # two images of another class, and no other change
+    trainer = AdversarialClusterTrainer(guard.eval(), lambda *_, **__: attacked, adversarial_floor=floor)
+    step = trainer.training_step(images, labels, None)
+    assert step.successes == 2
+    with torch.no_grad():
+        expected = 0.5 * guard.represent(attacked[:2]).square().sum() / divisor
+    torch.testing.assert_close(step.terms["loss/adversarial"], expected)
+
+
+def test_cross_entropy_comes_on_top_and_does_not_look_at_what_got_through(blobs):
+    batch = next(iter(blobs))
+    plain, mixed = (
+        AdversarialClusterTrainer(new_guard(), ATTACK, **options).training_step(*batch, None)
+        for options in ({}, {"cross_entropy_weight": 3.0, "temperature": 10.0})
+    )
+    extra = mixed.terms["loss/cross_entropy"]
+    torch.testing.assert_close(mixed.loss, plain.loss + 3 * extra)
+    assert "loss/cross_entropy" not in plain.terms
+    guard, (images, labels) = new_guard(), batch
+    attacked = ATTACK(WithThresholds(guard.eval(), torch.full((3,), torch.inf)), images, labels)
+    both, twice = torch.cat([images, attacked]), torch.cat([labels, labels])
+    with torch.no_grad():
+        kept = torch.cat([torch.ones(60, dtype=torch.bool), guard(attacked).argmax(dim=1) == labels])
+        expected = nn.functional.cross_entropy(guard(both)[kept] / 10, twice[kept])
+    torch.testing.assert_close(extra, expected)
 
 
 def test_a_batch_without_successful_attacks_trains_on_the_rest(blobs):
@@ -297,6 +360,11 @@ def test_a_scheduler_steps_every_epoch_and_any_optimizer_will_do(blobs):
         {"relabel": "x"},
         {"adversarial_weight": -1.0},
         {"adversarial_weight": math.nan},
+        {"adversarial_floor": 1.5},
+        {"adversarial_target": "elsewhere"},
+        {"adversarial_margin": -0.1},
+        {"cross_entropy_weight": math.inf},
+        {"temperature": 0.0},
         {"refresh_every": 0},
         {"warmup_epochs": -1},
     ],

@@ -17,6 +17,7 @@ from clusterguard import (
     MultiTarget,
     TrainingOptions,
 )
+from clusterguard.clusters import AdversarialTarget
 from clusterguard.training import Relabel
 from torch import nn
 
@@ -29,12 +30,18 @@ def ours(
     center_scale: float = 10.0,
     block: int = 1,
     adversarial_weight: float = 1.0,
+    adversarial_floor: float = 0.0,
+    adversarial_target: AdversarialTarget = "origin",
+    adversarial_margin: float = 0.1,
+    cross_entropy_weight: float = 0.0,
+    temperature: float = 1.0,
     refresh_every: int = 10,
     start: str | Sequence[str] = "image",
     objective: str = "suspicion",
     ramp_epochs: float = 0.0,
     clip_norm: float | None = None,
     average_decay: float | None = None,
+    weight_perturbation: float | None = None,
     radii: Mapping[str, float] | None = None,
     targets: int | None = None,
     grading_power: float = 10.0,
@@ -46,12 +53,18 @@ def ours(
         center_scale: M.
         block: l, dimensions of the representation a class.
         adversarial_weight: of the loss of attacks that got through.
+        adversarial_floor: the share of attacks that this loss is a mean over at least.
+        adversarial_target: where they are sent: "origin", "opposite" or "outside".
+        adversarial_margin: for "outside".
+        cross_entropy_weight: of cross-entropy beside the likelihood.
+        temperature: of that.
         refresh_every: steps between refreshes of the thresholds that say what got through.
         start: of the training attack, or several, another one a batch; the paper's starts at the image.
         objective: of the training attack.
         ramp_epochs: over which its radius grows.
         clip_norm: of the gradient.
         average_decay: of the average of weights.
+        weight_perturbation: γ of adversarial weight perturbation.
         radii: by norm; another norm a batch, instead of the training attack's own.
         targets: aim at so many classes in turn, the most promising ones.
         grading_power: for relabel "graded".
@@ -94,12 +107,20 @@ def ours(
             scheduler=None if schedule.scheduler is None else schedule.scheduler(optimizer),
             warmup_epochs=schedule.warmup_epochs,
             adversarial_weight=adversarial_weight,
+            adversarial_floor=adversarial_floor,
+            adversarial_target=adversarial_target,
+            adversarial_margin=adversarial_margin,
+            cross_entropy_weight=cross_entropy_weight,
+            temperature=temperature,
             relabel=relabel,
             grading_power=grading_power,
             ramp_epochs=ramp_epochs,
             refresh_every=refresh_every,
             options=TrainingOptions(
-                clip_norm=clip_norm, average_decay=average_decay, schedule_every=schedule.schedule_every
+                clip_norm=clip_norm,
+                average_decay=average_decay,
+                weight_perturbation=weight_perturbation,
+                schedule_every=schedule.schedule_every,
             ),
         )
 

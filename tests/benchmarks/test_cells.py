@@ -69,12 +69,13 @@ def test_whatever_determines_a_result_is_in_its_name():
         {"kind": "mim"},
         {"detector": "l-ben"},
         {"points": 3},
+        {"consistency": {"radius": 0.1}},
         {"options": cell.options | {"steps": 999}},
         *({"training": replace(cell.training, **{name: value})} for name, value in {
             "dataset": "cifar10", "model": "released-cnn", "seed": 1, "epochs": 51, "batch_size": 64, "augment": True,
             "learning_rate": 0.1, "optimizer": "sgd", "weight_decay": 0.1, "schedule": "cosine", "warmup_epochs": 1,
             "options": {"center_scale": 5.0}, "attack": {"steps": 1}, "images": 5, "half": True, "recipe": "vanilla",
-            "mixed_precision": True,
+            "mixed_precision": True, "cutmix": 0.25,
         }.items()),
         {"surrogate": cell},
     ]  # fmt: skip
@@ -107,6 +108,7 @@ ATTACK = 'attacks = [{ name = "a", kind = "fgsm", norm = "linf", eps = 0.1 }]\n'
         ('detectors = ["ours"]\nimagse = 3\n' + ATTACK + TRAINING, "imagse"),
         ('detectors = ["ours"]\n' + ATTACK + TRAINING + "epoch = 3\n", "epoch"),
         ('detectors = ["ours"]\n' + TRAINING, "attacks"),
+        ('detectors = ["ours"]\nconsistency = { radios = 0.1 }\n' + ATTACK + TRAINING, "radios"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path, monkeypatch, text, message):

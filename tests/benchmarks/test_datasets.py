@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks import datasets, fetch
-from benchmarks.datasets import Batches, Images, crop_and_flip
+from benchmarks.datasets import Batches, Images, cover, crop_and_flip
 
 
 def some_images(count, channels=1, side=8):
@@ -48,6 +48,37 @@ def test_a_crop_is_a_window_of_the_padded_image_perhaps_flipped(count, channels,
     for own, found in zip(padded, cropped.numpy(), strict=True):
         windows = [own[:, top : top + 5, left : left + 7] for top in range(5) for left in range(5)]
         assert any(np.array_equal(found, w) or np.array_equal(found, w[:, :, ::-1]) for w in windows)
+
+
+@given(st.integers(1, 6), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 100))
+def test_a_covered_image_is_its_own_but_for_a_box_of_one_other(count, largest, seed):
+    images = torch.rand(count, 2, 9, 7)
+    mixed = cover(images, largest, torch.Generator().manual_seed(seed))
+    sources = (mixed[:, None] == images[None]).all(dim=2)  # (B, B, H, W): whose pixel it is
+    for index, own in enumerate(sources):
+        assert own.any(dim=0).all()
+        foreign = ~own[index]
+        rows, columns = foreign.any(dim=1), foreign.any(dim=0)
+        assert torch.equal(foreign, rows[:, None] & columns)
+        assert foreign.double().mean() <= largest
+        assert not foreign.any() or own[:, foreign].all(dim=1).sum() == 1
+
+
+def test_boxes_are_of_every_size_and_everywhere():
+    images = torch.arange(500.0).view(-1, 1, 1, 1).expand(-1, 1, 12, 12)
+    foreign = cover(images, 0.4, torch.Generator().manual_seed(0)) != images
+    part = foreign.double().mean(dim=(1, 2, 3))
+    assert part.max() > 0.3
+    assert 0.1 < part.mean() < 0.2
+    assert foreign.any(dim=0).all()
+
+
+def test_batches_are_covered_only_if_asked():
+    plain, mixed = (Batches(some_images(40), 20, cutmix=part, generator=torch.Generator()) for part in (0.0, 0.5))
+    assert all(torch.equal(one[1], other[1]) for one, other in zip(plain, mixed, strict=True))
+    assert not torch.equal(next(iter(plain))[0], next(iter(mixed))[0])
+    with pytest.raises(ConfigurationError, match="labels stay true"):
+        list(Batches(some_images(4), 4, cutmix=0.6))
 
 
 def test_crops_differ_between_images_and_flip_half_of_them():

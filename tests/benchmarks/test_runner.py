@@ -116,6 +116,19 @@ def test_detectors_of_one_training_are_trained_once(finished):
     assert len(list((root / "models").glob("*.json"))) == 3  # ours, vanilla for FS, and the surrogate
 
 
+def test_a_second_look_needs_no_second_training(experiment, tmp_path):
+    cell = next(cell for cell in experiment.cells if cell.detector == "ours" and cell.attack == "PGD")
+    again = replace(cell, consistency={"radius": 0.05, "steps": 1})
+    store = Store(tmp_path)
+    plain, looked = (Runner(store, device=torch.device("cpu")).run(own) for own in (cell, again))
+    assert plain["training"] == looked["training"]
+    assert len(list((tmp_path / "models").glob("*.json"))) == 1
+    assert looked["definition"]["consistency"] == {"radius": 0.05, "steps": 1}
+    assert plain["results"] != looked["results"]
+    forward, backward = plan.attack_passes(cell)
+    assert plan.attack_passes(again) == (3 * forward, 2 * backward + forward)
+
+
 class Impatient(Clock):
     """Lets so many looks at it pass, then stops the run."""
 

@@ -1,5 +1,6 @@
 """Train, calibrate and evaluate; started in one process or in two, it leaves the same results in FOLDER."""
 
+import copy
 import re
 import sys
 from pathlib import Path
@@ -39,6 +40,15 @@ def main(folder: Path) -> None:
     train = DataLoader(blobs(180, 0), batch_size=15 * share)
     calibration = DataLoader(blobs(165, 1), batch_size=15)  # an odd number of batches
     history = trainer.fit(train, calibration, epochs=2, checkpoint=folder / "run.pt", progress=False)
+    # With weights that move up the loss before they go down, on weights that have learned something.
+    moving = copy.deepcopy(guard)
+    options = cg.TrainingOptions(accelerator=accelerator, weight_perturbation=0.05)
+    cg.AdversarialClusterTrainer(
+        moving,
+        cg.PGD(eps=0.15, step_size=0.08, steps=3, keep="last"),
+        optimizer=torch.optim.SGD(moving.parameters(), lr=1e-3),
+        options=options,
+    ).fit(train, calibration, epochs=1, calibrate=False, progress=False)
     fitted = cg.Calibrator(0.05).fit(guard, calibration, accelerator=accelerator)
     test = DataLoader(blobs(30, 2), batch_size=6)
     attacks = {
@@ -49,6 +59,7 @@ def main(folder: Path) -> None:
     report = cg.evaluate(guard, attacks, test, generator=generator, accelerator=accelerator, sanity_images=10)
     result = {
         "weights": guard.state_dict(),
+        "moved": {name: own.detach() for name, own in moving.named_parameters()},
         "thresholds": trainer.thresholds,
         "history": [[record.loss, record.accuracy, record.attack_success_rate] for record in history],
         "calibration": [*fitted.thresholds, *fitted.counts],
