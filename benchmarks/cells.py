@@ -230,7 +230,7 @@ def _cell(table: Options, detector: str, attack: Options, limits: Options, seed:
         "attack": attack["name"],
         "kind": attack["kind"],
         "options": options,
-        "images": table["images"],
+        "images": options.pop("images", table["images"]),
         "rates": tuple(merge(table, attack)["rates"]),
         "points": table.get("points", 0),
         "split": table.get("split", "test"),

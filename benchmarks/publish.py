@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, certified_success_rate, evaluate
+from clusterguard.detector import judge
 from clusterguard.errors import ConfigurationError
+from clusterguard.metrics import accuracy, false_positive_rate
 from torch import Generator
 
 from benchmarks.cells import Cell
@@ -12,15 +14,15 @@ from benchmarks.runner import REFERENCES, Runner
 from benchmarks.training import JUDGED_AT_ONCE
 
 
-def publish(cell: Cell, runner: Runner, folder: Path, *, images: int = 1000, attacked: int = 300) -> None:
+def publish(cell: Cell, runner: Runner, folder: Path, *, images: int | None = None, attacked: int = 300) -> None:
     """Save a cell's detector, trained already or now.
 
     Args:
         cell: any cell of the detector; its attack does not matter.
         runner: trains and keeps weights.
         folder: where to save, see `ClusterGuard.save_pretrained`.
-        images: test images for accuracy and certificates, the first ones.
-        attacked: test images for the suite.
+        images: test images for accuracy and certificates, the first ones; None takes all.
+        attacked: test images for the suite, the first ones.
 
     Raises:
         ConfigurationError: the detector is no `ClusterGuard`.
@@ -41,10 +43,14 @@ def publish(cell: Cell, runner: Runner, folder: Path, *, images: int = 1000, att
         progress=runner.progress,
     )
     judged = Batches(test.head(images).to(runner.device), JUDGED_AT_ONCE)
-    proved = {f"linf {radius:g}": str(certified_success_rate(guard, judged, eps=radius)) for radius in (eps / 2, eps)}
-    training = {
-        **record,
-        "certified attack success rate at most": proved,
-        "attacks on them": f"first {attacked} images",
+    detection, labels = judge(guard, judged)
+    figures = {
+        "accuracy": accuracy(detection, labels),
+        "false positives": false_positive_rate(detection, labels),
+        **{
+            f"any attack of linf {share * eps:g} breaks at most": certified_success_rate(guard, judged, eps=share * eps)
+            for share in (0.75, 1)
+        },
     }
+    training = {**record, "on the test set": {name: str(rate) for name, rate in figures.items()}}
     guard.save_pretrained(folder, training=training, evaluation=report)

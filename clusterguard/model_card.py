@@ -25,8 +25,8 @@ _LIMITS = """\
 It classifies images of the kind it was trained and calibrated on, and refuses those that look adversarial, for
 applications that can do without an answer: they defer to a human, a fallback, or a second look.
 
-- It is no proof. An attacker who knows the guard, or is allowed larger changes than it was trained against, may get
-  through; only attacks that were run say how often.
+- Attacks that were run prove nothing about others. An attacker who knows the guard, or is allowed larger changes than
+  it was trained against, may get through.
 - The false-positive rate holds for images exchangeable with the calibration images. Drift, another camera or another
   preprocessing void it, and so does a change of weights or precision: fit the thresholds again.
 - Refusing is not explaining: an odd or blurred image is refused like an adversarial one.

@@ -317,7 +317,7 @@ def test_a_card_states_what_is_known_and_no_figure_else(tmp_path):
     assert not any(
         character.isdigit() for title in ("Thresholds", "Measured") for character in section(card.text, title)
     )
-    assert "It is no proof" in card.text
+    assert "prove nothing about others" in card.text
     assert "backbone=your_module" in card.text
 
 

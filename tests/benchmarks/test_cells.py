@@ -19,11 +19,18 @@ def test_every_experiment_says_what_it_is(name, profile):
     experiment = load_experiment(name, profile)
     keys = Counter(cell.key for cell in experiment.cells)
     assert max(keys.values()) == 1
-    seeds = len({cell.seed for cell in experiment.cells})
-    assert len(keys) == len(experiment.detectors) * len(experiment.attacks) * len(experiment.variants) * seeds
+    seeded = {(cell.variant, cell.seed) for cell in experiment.cells}
+    assert {variant for variant, _ in seeded} == set(experiment.variants)
+    assert len(keys) == len(experiment.detectors) * len(experiment.attacks) * len(seeded)
     for cell in experiment.cells:
         make_recipe(cell.detector, cell.training.options)
         assert (cell.training.model == "tiny-cnn") == (profile == "quick" or (profile == "cpu" and "mnist" in name))
+
+
+def test_an_attack_may_take_more_images_than_the_others():
+    images = {cell.kind: cell.images for cell in load_experiment("certified-mnist", "cpu").cells}
+    assert images == {"certificate": 10000, "suite": 300}
+    assert {cell.images for cell in load_experiment("certified-mnist", "quick").cells} == {60}
 
 
 @pytest.mark.parametrize("name", TABLES)
