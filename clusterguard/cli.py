@@ -30,7 +30,7 @@ from clusterguard.cli_options import (
     say,
     show,
 )
-from clusterguard.errors import NotCalibratedError
+from clusterguard.errors import ConfigurationError, NotCalibratedError
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -200,6 +200,7 @@ def evaluate(
         list[Path] | None, typer.Option(help="A report, .json, .md or .html; may be given several times.")
     ] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the figures in the guard's folder.")] = False,
+    certified: Annotated[bool, typer.Option("--certify", help="Say what no attack can exceed, too; linf.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder in which to keep what is done, and go on.")] = None,
     sanity_images: Annotated[int, typer.Option(min=0, help="Images of the sanity report.")] = 100,
     image_size: ImageSize = None,
@@ -214,23 +215,27 @@ def evaluate(
     Example: clusterguard evaluate runs/guard --data photos --norm linf --eps 0.03 --budget quick --output report.html
     """
     import torch
-    from clusterguard import WorstCaseSuite
+    from clusterguard import WorstCaseSuite, certified_success_rate
     from clusterguard import evaluate as run
     from clusterguard.cli_data import open_guard, sample
     from clusterguard.files import write_atomically
     from torch.utils.data import DataLoader
 
     check_suffixes(output or [], ".json", ".md", ".html")
+    if certified and norm != "linf":
+        raise ConfigurationError(f"expected --norm linf where --certify is on, got {norm}")
     suite = WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)
     detector, training, pictures = open_guard(
         guard, data, "test", image_size=image_size, channels=channels, device=find_device(device)
     )
     if not detector.is_calibrated:
         raise NotCalibratedError(f"{guard} has no thresholds yet; run: clusterguard calibrate {guard}")
+    chosen = DataLoader(sample(pictures, images, seed), batch_size)
+    proved = certified_success_rate(detector, chosen, eps=eps) if certified else None
     result = run(
         detector,
         {f"suite {budget} {norm} {eps:g}": suite},
-        DataLoader(sample(pictures, images, seed), batch_size),
+        chosen,
         generator=torch.Generator(detector.thresholds.device).manual_seed(seed),
         sanity_images=sanity_images,
         checkpoint=checkpoint,
@@ -243,7 +248,9 @@ def evaluate(
             (result.to_json if path.suffix == ".json" else result.to_html)(path)
     if record:
         detector.save_pretrained(guard, training=training, evaluation=result)
-    show(as_json, result.to_dict(), result.to_markdown())
+    found = {} if proved is None else {"certified_success_rate": vars(proved)}
+    told = "" if proved is None else f"\n\nNo attack within linf {eps:g} breaks more of these images than {proved}."
+    show(as_json, result.to_dict() | found, result.to_markdown() + told)
 
 
 @app.command()

@@ -142,6 +142,16 @@ def test_evaluate_reports_and_records(guard, photos, tmp_path):
     assert "nothing recorded" in run("inspect", guard).stdout  # figures at other thresholds would be a lie
 
 
+def test_evaluate_proves_what_no_attack_exceeds(guard, photos):
+    options = ("--data", photos, "--budget", "quick", "--eps", 0.01, "--images", 4, "--sanity-images", 0, "--certify")
+    told = json.loads(run("evaluate", guard, *options, "--json").stdout)
+    proved, found = told["certified_success_rate"], told["results"][0]["success"]
+    assert found["total"] == proved["total"]
+    assert found["count"] <= proved["count"]
+    assert "No attack within linf 0.01 breaks more of these images than" in run("evaluate", guard, *options).stdout
+    fails("expected --norm linf where --certify is on, got l2", "evaluate", guard, *options, "--norm", "l2")
+
+
 def test_an_exported_program_says_what_the_guard_says(guard, photos, tmp_path):
     program = tmp_path / "guard.pt2"  # tests/test_serving.py exports ONNX
     assert json.loads(run("export", guard, "--output", program, "--json").stdout) == {"files": [str(program)]}
