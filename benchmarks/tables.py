@@ -139,7 +139,8 @@ def attack_table(results: Results) -> str:
         learned[name] = estimate(clean, accuracy)
         found = [show(estimate(slot, success(ONE_PERCENT))) for slot in slots]
         found += [show(worst_per_image(slots, ONE_PERCENT)) for _ in union]
-        rows.append([name, show(estimate(clean, accuracy)), _counted(clean, ONE_PERCENT), *found])
+        counted = _counted([result for slot in slots for result in slot], ONE_PERCENT)
+        rows.append([name, show(estimate(clean, accuracy)), counted, *found])
     return table(["", "accuracy", "images counted", *map(label, own.attacks), *union], rows) + _beginners(learned)
 
 
