@@ -90,7 +90,7 @@ def finished(folder, tmp_path_factory):
 
 def test_every_kind_of_attack_runs_on_any_detector_through_one_code_path(finished, experiment):
     root, results = finished
-    assert {cell.kind for cell in experiment.cells} == set(KINDS)
+    assert {cell.kind for cell in experiment.cells} == set(KINDS) - {"certificate"}  # which is no attack
     for cell, result in zip(experiment.cells, results, strict=True):
         assert result["definition"] == json.loads(json.dumps(cell.definition))
         variants = result["results"]
@@ -351,7 +351,7 @@ def test_near_the_end_of_the_budget_cells_that_fit_come_first(experiment, tmp_pa
 
 
 def test_every_detector_is_there():
-    assert len(RECIPES) == 11
+    assert len(RECIPES) == 12
 
 
 def test_estimates_know_which_trainings_attack():
