@@ -122,12 +122,12 @@ def training_passes(cell: Cell) -> int:
 
     Where weights are perturbed, each image and each attacked one takes a pass more.
     """
-    training = cell.training
+    training, recipe = cell.training, RECIPES[cell.detector]
     count: int = training.images or SIZES[training.dataset][0]
-    attacked = training.epochs - training.warmup_epochs if RECIPES[cell.detector].attacked else 0
+    attacked = training.epochs - training.warmup_epochs if recipe.attacked else 0
     steps: int = training.attack["steps"] * (training.options.get("targets") or 1)
     looks = 2 if training.options.get("weight_perturbation") else 1
-    return count * (looks * training.epochs + attacked * (steps + looks))
+    return count * (looks * recipe.passes * training.epochs + attacked * (steps + looks))
 
 
 def attack_passes(cell: Cell) -> tuple[int, int]:

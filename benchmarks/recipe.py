@@ -110,6 +110,7 @@ class Recipe:
         finish: what is fitted after training, without gradients.
         objective: of attackers who know the detector, as in the paper's Table 1.
         attacked: whether its training attacks at all; for estimates.
+        passes: how many an image takes in a step of training, attacks aside; for estimates.
         variant: makes the recipe with other options, for ablations; None if it has none.
     """
 
@@ -121,6 +122,7 @@ class Recipe:
     finish: Finish = lambda detector, _: detector
     objective: str | Objective = "adaptive"
     attacked: bool = True
+    passes: int = 1
     variant: Callable[..., "Recipe"] | None = None
 
 

@@ -55,6 +55,7 @@ def certified(
         build=build,
         trainer=make_trainer,
         attacked=False,
+        passes=3,  # of the image, and of the centre and the radius of its box
         variant=certified,
     )
 

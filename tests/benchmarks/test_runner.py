@@ -358,3 +358,5 @@ def test_estimates_know_which_trainings_attack():
     cells_of = {cell.detector: cell for cell in load_experiment("strict-mnist").cells}
     attacked = {name for name, cell in cells_of.items() if plan.training_passes(cell) > 55_000 * cell.training.epochs}
     assert attacked == {"ours", "l-ben", "madry", "trades", "ccat", "rectified-rejection"}
+    certified = load_experiment("certified-mnist").cells[0]
+    assert plan.training_passes(certified) == 3 * 55_000 * certified.training.epochs
