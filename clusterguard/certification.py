@@ -86,7 +86,7 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
     An image is secure if, for every other class, each perturbed image is too far from that class's centre to be
     accepted, or closer to the label's own. So the attack success rate of any attack, known or not, is at most the share
     of images that are not secure. Bounds are computed in float64; a margin of 1e-4 covers the guard's own rounding in
-    float32.
+    float32, not that of a guard that runs in half precision.
 
     Args:
         guard: calibrated; see `bound` for its network.
