@@ -1,6 +1,7 @@
 """What no attack can do: proofs, image by image, that hold for every perturbation of a radius."""
 
 import copy
+import math
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,11 @@ def bound(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float | T
         the distances' bounds are ours.
     """
     box = Interval.around(images, eps)
-    found = guard.encoder(Interval(guard.normalize(box.lower), guard.normalize(box.upper)))
+    box = Interval(guard.normalize(box.lower), guard.normalize(box.upper))
+    try:
+        found = guard.encoder(box)
+    except (AttributeError, TypeError) as error:
+        raise ConfigurationError(f"no bounds are known for this network: {error}") from error
     centers = guard.clusters.centers.to(found.lower)
     own = centers[labels]
     # In the direction from another centre to the own one, differences of outputs are bounded as one.
@@ -109,10 +114,10 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
         >>> certify(guard, images, guard.detect(images).labels, eps=0.0).is_secure.all()
         tensor(True)
     """
+    _check(guard, images, labels)
     radii = torch.as_tensor(eps, dtype=torch.float64, device=images.device)
     if radii.shape not in (torch.Size([]), images.shape[:1]) or not bool((radii >= 0).all()):
         raise InputError(f"expected a radius eps of at least 0, one number or ({len(images)},), got {eps}")
-    _check(guard, images, labels)
     exact = _exactly(guard)
     return _judge(exact, images.double(), labels, radii)
 
@@ -148,7 +153,7 @@ def certified_radius(
     exact, images = _exactly(guard), images.double()
     proved, open_end = images.new_zeros(len(images)), images.new_full((len(images),), largest)
     tried = open_end
-    while bool((open_end - proved > precision).any()):
+    for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(precision)))):
         secure = _judge(exact, images, labels, tried).is_secure
         proved, open_end = torch.where(secure, tried, proved), torch.where(secure, open_end, tried)
         tried = (proved + open_end) / 2
@@ -177,12 +182,15 @@ def certified_success_rate(guard: ClusterGuard, loader: Loader, *, eps: float) -
         >>> certified_success_rate(guard, [(images, guard.detect(images).labels)], eps=0.0).value
         0.0
     """
-    counted = broken = 0
+    counted, broken, is_empty = 0, 0, True
     for images, labels in loader:
         images, labels = images.to(guard.thresholds.device), labels.to(guard.thresholds.device)
         eligible = is_eligible(guard.detect(images), labels)
         counted += int(eligible.sum())
         broken += int((eligible & ~certify(guard, images, labels, eps=eps).is_secure).sum())
+        is_empty = False
+    if is_empty:
+        raise InputError("expected a loader with at least one batch, got an empty one")
     return Rate(broken, counted)
 
 

@@ -115,7 +115,10 @@ class Interval:
                 f"no bounds are known for {name}; certificates need networks of linear layers, convolutions, batch "
                 "normalisation, pooling, sums and monotone activations such as ReLU"
             )
-        return rule(function, *args, **(kwargs or {}))
+        options = dict(kwargs or {})
+        in_place = options.pop("inplace", False) or function is torch.relu_
+        found = rule(torch.relu if function is torch.relu_ else function, *args, **options)
+        return args[0]._become(found) if in_place else found
 
     def __getattr__(self, name: str) -> Callable[..., "Interval"]:
         if name in _METHODS:
@@ -143,7 +146,18 @@ class Interval:
     def __truediv__(self, divisor: Tensor | float) -> "Interval":
         return self * (1 / divisor)
 
-    __radd__, __rmul__, __iadd__, __imul__ = __add__, __mul__, __add__, __mul__
+    def __iadd__(self, other: "Interval | Tensor | float") -> "Interval":
+        return self._become(self + other)
+
+    def __imul__(self, factor: "Interval | Tensor | float") -> "Interval":
+        return self._become(self * factor)
+
+    def _become(self, other: "Interval") -> "Interval":
+        """In place, so that whatever else a network calls this interval changes too, as a tensor would."""
+        self.lower, self.upper, self.source = other.lower, other.upper, other.source
+        return self
+
+    __radd__, __rmul__ = __add__, __mul__
 
 
 def _monotone(function: Callable[..., Tensor], box: Interval, *args: Any, **kwargs: Any) -> Interval:
@@ -157,8 +171,8 @@ def _affine(
     """A product with weights, plus a bias: the centre goes through it, the radius through absolute weights."""
     if not isinstance(box, Interval):
         raise ConfigurationError("no bounds are known for weights that depend on the image")
-    center = function(box.center, weight, bias, *args)
-    radius = function(box.radius, weight.abs(), None, *args)
+    center = function(box.center, weight, bias, *args, **kw)
+    radius = function(box.radius, weight.abs(), None, *args, **kw)
     source = (box, weight, bias) if function is functional.linear and box.lower.ndim == 2 else None
     return Interval(center - radius, center + radius, source=source)
 
@@ -177,12 +191,12 @@ def _dip(function: Callable[..., Tensor], box: Interval, *args: Any, **kw: Any) 
     return Interval(function(lowest, *args, **kw), torch.maximum(*ends))
 
 
-def _leaky(
-    function: Callable[..., Tensor], box: Interval, negative_slope: float = 0.01, inplace: bool = False
-) -> Interval:
-    if negative_slope < 0:
-        raise ConfigurationError(f"no bounds are known for leaky_relu of slope {negative_slope}")
-    return _monotone(function, box, negative_slope)
+def _bent(function: Callable[..., Tensor], box: Interval, slope: float | None = None, **kw: float) -> Interval:
+    """A function that rises on the right, and on the left too unless its slope there is negative."""
+    options = kw if slope is None else {_SLOPES[function]: slope, **kw}
+    if options.get(_SLOPES[function], 0) < 0:
+        raise ConfigurationError(f"no bounds are known for {function.__name__} with {_SLOPES[function]} below 0")
+    return _monotone(function, box, **options)
 
 
 def _cat(function: Callable[..., Tensor], parts: Sequence[Interval | Tensor], *args: Any, **kw: Any) -> Interval:
@@ -195,9 +209,7 @@ def _span(values: Sequence[Tensor]) -> Interval:
     return Interval(stacked.amin(dim=0), stacked.amax(dim=0))
 
 
-def _dropout(
-    function: Callable[..., Tensor], box: Interval, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Interval:
+def _dropout(function: Callable[..., Tensor], box: Interval, p: float = 0.5, training: bool = True) -> Interval:
     if training and p:
         raise ConfigurationError("no bounds are known for dropout in training; put the network into eval mode")
     return box
@@ -209,8 +221,8 @@ _METHODS = frozenset(
 _METHODS |= {"relu", "sigmoid", "tanh", "clamp", "float", "double", "to"}
 
 _MONOTONE = (
-    *(functional.relu, functional.relu6, functional.hardtanh, functional.softplus, functional.elu, functional.sigmoid),
-    *(functional.tanh, functional.hardsigmoid, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.clamp),
+    *(functional.relu, functional.relu6, functional.hardtanh, functional.softplus, functional.sigmoid),
+    *(functional.tanh, functional.hardsigmoid, torch.relu, torch.sigmoid, torch.tanh, torch.clamp),
     *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, functional.max_pool2d, functional.avg_pool1d),
     *(functional.avg_pool2d, functional.avg_pool3d, functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d),
     *(functional.adaptive_max_pool2d, torch.adaptive_avg_pool1d, torch.flatten, torch.reshape, torch.mean),
@@ -221,11 +233,13 @@ _MINIMA: dict[Any, float] = {  # where each is smallest
     functional.hardswish: -1.5,
     functional.gelu: -0.7517916243,
 }
+_SLOPES: dict[Any, str] = {functional.leaky_relu: "negative_slope", functional.elu: "alpha"}
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_MONOTONE, _monotone),
     **dict.fromkeys((functional.linear, torch.conv1d, torch.conv2d, torch.conv3d), _affine),
     functional.batch_norm: _batch_norm,
-    functional.leaky_relu: _leaky,
+    **dict.fromkeys(_SLOPES, _bent),
+    torch.relu_: _monotone,
     functional.dropout: _dropout,
     functional.dropout2d: _dropout,
     **dict.fromkeys(_MINIMA, _dip),

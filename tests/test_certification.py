@@ -75,6 +75,23 @@ LAYERS = {
 }
 
 
+class Careless(nn.Module):
+    """Options by keyword, and changes in place of what goes by two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.last = nn.Parameter(torch.randn(2, 2, 3, 3)), nn.Linear(18, 3)
+
+    def forward(self, images):
+        found = nn.functional.conv2d(images, self.weight, stride=2, padding=2, dilation=2)
+        alias = found
+        alias += 0.3
+        alias *= -2.0
+        found = self.last(found.flatten(1))
+        nn.functional.relu(found, inplace=True)
+        return found
+
+
 def network(name, seed):
     torch.manual_seed(seed)
     return nn.Sequential(*LAYERS[name]()).double().eval()
@@ -126,6 +143,8 @@ def test_a_direction_is_bounded_through_the_last_layer_and_never_worse_than_by_t
         (nn.BatchNorm2d(2), "batch statistics"),
         (nn.Dropout(), "dropout"),
         (nn.Softmax(dim=1), "softmax"),
+        (nn.ELU(-1.0), "elu with alpha below 0"),
+        (nn.LeakyReLU(-0.5), "leaky_relu with negative_slope below 0"),
     ],
 )
 def test_a_layer_without_bounds_is_named(layer, named):
@@ -193,6 +212,37 @@ def test_the_certified_radius_is_where_certificates_end(seed, largest):
     ends = proved & (radius < largest)
     assert not certify(guard, images, labels, eps=radius + 2e-4).is_secure[ends].any()
     assert ((radius >= 0) & (radius <= largest)).all()
+
+
+def test_what_was_changed_in_place_has_lost_its_linear_layer():
+    layer, box = nn.Linear(2, 2), Interval(-torch.ones(1, 2), torch.ones(1, 2))
+    found = layer(box)
+    nn.functional.relu(found, inplace=True)
+    assert (found.lowest(torch.eye(2)[None]) >= 0).all()
+
+
+def test_a_search_finer_than_floats_ends():
+    guard = guard_of(dtype=torch.float32)
+    images, labels = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    fine, coarse = (certified_radius(guard, images, labels, precision=precision) for precision in (1e-300, 1e-6))
+    torch.testing.assert_close(fine, coarse, rtol=0, atol=1e-6)
+
+
+class Summed(nn.Module):
+    def forward(self, images):
+        return images.flatten(1) / images.sum()
+
+
+def test_a_network_that_does_what_intervals_cannot_is_refused():
+    guard = ClusterGuard(Summed(), 2, example=torch.rand(1, 1, 2, 2))
+    guard.thresholds = torch.ones(2)
+    with pytest.raises(ConfigurationError, match="no 'sum'"):
+        certify(guard.eval(), torch.rand(1, 1, 2, 2), torch.tensor([0]), eps=0.1)
+
+
+def test_a_rate_of_nothing_is_refused():
+    with pytest.raises(InputError, match="empty"):
+        certified_success_rate(guard_of(dtype=torch.float32), [], eps=0.1)
 
 
 def test_bounds_that_overflow_prove_nothing():
