@@ -60,6 +60,7 @@ def normalised(channels):
 
 
 LAYERS = {
+    "careless": lambda: [Careless(), nn.ELU(0.5)],
     "linear": lambda: [nn.Flatten(), nn.Linear(72, 5), nn.ReLU(), nn.Linear(5, 6)],
     "strided": lambda: [nn.Conv2d(2, 3, 3, 2, 1), nn.LeakyReLU(0.1), nn.MaxPool2d(2, 1), nn.Flatten()],
     "normalised": lambda: [nn.Conv2d(2, 3, 3), normalised(3), nn.SiLU(), nn.AvgPool2d(2), nn.Dropout(), nn.Flatten()],
