@@ -16,7 +16,7 @@ from benchmarks.cells import Cell, Profile, all_cells, list_experiments, load_ex
 from benchmarks.clock import Clock, OutOfTimeError
 from benchmarks.publish import publish as publish_guard
 from benchmarks.report import write_report
-from benchmarks.runner import Runner
+from benchmarks.runner import Runner, pair_goals
 from benchmarks.store import RESULTS, Store
 from benchmarks.training import CompileMode
 
@@ -62,22 +62,30 @@ def run(
     store = Store(_folder(out, profile))
     cells = [cell for cell in _cells(names, profile, only) if store.read_cell(cell.key) is None]
     clock = Clock(time_budget)
+
+    def cost(group: tuple[Cell, ...]) -> int:
+        return sum(map(planning.passes, group))
+
     place = torch.device(device)
     runner = Runner(store, device=place, data=data, clock=clock, progress=progress, compiled=compiled)
-    left, pace = list(cells), dict[str, float]()  # seconds a pass takes, by network
+    groups, left, pace = pair_goals(cells), list(cells), dict[str, float]()  # seconds a pass takes, by network
     try:
-        while left:
+        while groups:
             clock.check()
             # Near the end of the budget whole cells that still fit come first; what is begun last goes on next time.
-            fitting = (own for own in left if pace.get(own.training.model, 0) * planning.passes(own) <= clock.left)
-            cell = next(fitting, left[0])
-            trained, started = store.has_weights(cell.training.key), time.perf_counter()
-            runner.run(cell)
-            left.remove(cell)
-            seconds = time.perf_counter() - started
+            fitting = (own for own in groups if pace.get(own[0].training.model, 0) * cost(own) <= clock.left)
+            group = next(fitting, groups[0])
+            training, begun = group[0].training, time.perf_counter()
+            trained = store.has_weights(training.key)
+            for index, cell in enumerate(group):
+                started = time.perf_counter()
+                runner.run(cell, *group[index + 1 :])
+                left.remove(cell)
+                seconds = time.perf_counter() - started
+                print(f"[{len(cells) - len(left)}/{len(cells)}] {cell.title}: {seconds:.1f} s", flush=True)
+            groups.remove(group)
             if trained:
-                pace[cell.training.model] = seconds / planning.passes(cell)
-            print(f"[{len(cells) - len(left)}/{len(cells)}] {cell.title}: {seconds:.1f} s", flush=True)
+                pace[training.model] = (time.perf_counter() - begun) / cost(group)
     except OutOfTimeError:
         print(f"out of time; {len(left)} of {len(cells)} cells are left, and will go on where they were")
         planning.print_plan(left, planning.throughput(device), trained=store.has_weights)

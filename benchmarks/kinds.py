@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from clusterguard import (
     FGSM,
     MIM,
@@ -16,6 +17,7 @@ from clusterguard import (
     CarliniWagner,
     ClusterGuard,
     Detector,
+    Evidence,
     Towards,
     Transfer,
     WithThresholds,
@@ -23,7 +25,7 @@ from clusterguard import (
     certify,
 )
 from clusterguard.attacks.iterative import SteppedAttack
-from clusterguard.attacks.objectives import Objective
+from clusterguard.attacks.objectives import Objective, get_objective
 from clusterguard.attacks.paper import at_step_sizes, random_targets
 from clusterguard.attacks.suite import EFFORTS
 from clusterguard.attacks.suite_state import StageRecord
@@ -85,6 +87,8 @@ class Kind:
 
     Attributes:
         run: scene and options -> what was found.
+        run_both: the same, aimed as the options say and the other way, at one wrong class or at any, both in one batch;
+            None if the attack has one way only.
         cost: number of classes and options -> passes an image.
         sees_thresholds: what it finds depends on them, so it is run again for every false-positive rate.
         whole: it takes all images at once and keeps a checkpoint of its own.
@@ -92,6 +96,7 @@ class Kind:
 
     run: Callable[..., Outcome]
     cost: Callable[..., Cost]
+    run_both: Callable[..., list[Outcome]] | None = None
     sees_thresholds: bool = False
     whole: bool = False
 
@@ -102,21 +107,59 @@ def _call(scene: Scene, attack: Attack, variant: str = "") -> Outcome:
 
 
 def _at_step_sizes(
-    scene: Scene,
     kind: Callable[..., SteppedAttack],
+    scene: Scene,
+    goals: tuple[bool, ...],
     *,
     step_sizes: Sequence[float],
-    targeted: bool = False,
     **options: Any,
-) -> Outcome:
-    """All step sizes in one batch; what counts is where an attack ends, as in the paper."""
-    classes = len(scene.detector.thresholds)
-    targets = random_targets(scene.labels, classes, scene.generator) if targeted else None
-    attack = kind(step_size=step_sizes[0], objective=scene.objective, keep="last", sparsity=None, **options)
+) -> list[Outcome]:
+    """For each goal, targeted or not, all in one batch with all step sizes; as in the paper the last iterate counts."""
+    classes, objective = len(scene.detector.thresholds), scene.objective
+    targets = random_targets(scene.labels, classes, scene.generator) if any(goals) else None
+    if targets is not None and not all(goals):
+        objective, targets = _each_its_goal(get_objective(objective), goals, targets, len(step_sizes)), None
     found = at_step_sizes(
-        attack, step_sizes, scene.detector, scene.images, scene.labels, targets=targets, generator=scene.generator
-    )
-    return Outcome({f"step {size:g}": images for size, images in zip(step_sizes, found, strict=True)})
+        kind(step_size=step_sizes[0], objective=objective, keep="last", sparsity=None, **options),
+        step_sizes,
+        scene.detector,
+        scene.images.repeat(len(goals), 1, 1, 1),
+        scene.labels.repeat(len(goals)),
+        targets=targets,
+        generator=scene.generator,
+    ).unflatten(1, (len(goals), -1))
+    return [
+        Outcome({f"step {size:g}": own[index] for size, own in zip(step_sizes, found, strict=True)})
+        for index in range(len(goals))
+    ]
+
+
+def _each_its_goal(objective: Objective, goals: Sequence[bool], targets: Tensor, step_sizes: int) -> Objective:
+    """The objective for a batch whose images differ in whether they are aimed at their targets (B,)."""
+    is_aimed = torch.tensor(goals, device=targets.device).repeat_interleave(len(targets)).repeat(step_sizes)
+    aims = targets.repeat(len(goals) * step_sizes)
+
+    def mixed(evidence: Evidence, thresholds: Tensor, labels: Tensor, _: Tensor | None) -> Tensor:
+        aimed = objective(evidence, thresholds, labels, aims)
+        return torch.where(is_aimed, aimed, objective(evidence, thresholds, labels, None))
+
+    return mixed
+
+
+def _stepped(kind: Callable[..., SteppedAttack], cost: Callable[..., Cost], *, random: bool = False) -> Kind:
+    """PGD and its like; one with randomness of its own would find other images in other company."""
+
+    def run(scene: Scene, *, targeted: bool = False, **options: Any) -> Outcome:
+        return _at_step_sizes(kind, scene, (targeted,), **options)[0]
+
+    def run_both(scene: Scene, *, targeted: bool = False, **options: Any) -> list[Outcome]:
+        return _at_step_sizes(kind, scene, (targeted, not targeted), **options)
+
+    return Kind(run, cost, None if random else run_both)
+
+
+def _iterated_cost(_: int, *, steps: int, step_sizes: Sequence[float], **__: Any) -> Cost:
+    return Cost(len(step_sizes) * (steps + 1), len(step_sizes) * steps)
 
 
 def _transfer(scene: Scene, *, step_size: float, **options: Any) -> Outcome:
@@ -163,17 +206,12 @@ def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) 
 
 
 KINDS: dict[str, Kind] = {
-    "pgd": Kind(
-        lambda scene, **options: _at_step_sizes(scene, PGD, **options),
-        lambda _, *, steps, step_sizes, **__: Cost(len(step_sizes) * (steps + 1), len(step_sizes) * steps),
-    ),
-    "mim": Kind(
-        lambda scene, **options: _at_step_sizes(scene, MIM, **options),
-        lambda _, *, steps, step_sizes, **__: Cost(len(step_sizes) * (steps + 1), len(step_sizes) * steps),
-    ),
-    "nes": Kind(
-        lambda scene, **options: _at_step_sizes(scene, NES, **options),
+    "pgd": _stepped(PGD, _iterated_cost),
+    "mim": _stepped(MIM, _iterated_cost),
+    "nes": _stepped(
+        NES,
         lambda _, *, steps, samples, step_sizes, **__: Cost(len(step_sizes) * steps * (samples + 1), 0),
+        random=True,
     ),
     "fgsm": Kind(
         lambda scene, **options: _call(scene, FGSM(objective=scene.objective, **options)), lambda _, **__: Cost(2, 1)

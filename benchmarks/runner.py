@@ -1,6 +1,7 @@
 """Run cells: have their detectors trained, once; attack, chunk by chunk; judge; write one JSON each."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -66,8 +67,13 @@ class Runner:
             self._sets[name] = replace(loaded, train=train, calibration=calibration)
         return self._sets[name]
 
-    def run(self, cell: Cell) -> dict[str, Any]:
+    def run(self, cell: Cell, twin: Cell | None = None) -> dict[str, Any]:
         """A cell's result, from the store if it is there.
+
+        Args:
+            cell: to run.
+            twin: its attack with the other goal, if that is to be run next: both share batches where memory allows, and
+                it will find its images there. Results agree to rounding with those of a cell run alone.
 
         Raises:
             OutOfTimeError: the budget is used up; the next run goes on where this one stopped.
@@ -92,7 +98,7 @@ class Runner:
         first: Evaluation | None = None
         for rates in groups:
             attacked = self._attack(
-                cell, WithThresholds(detector, thresholds[rates[0]]), images, labels, surrogate, rates[0]
+                cell, WithThresholds(detector, thresholds[rates[0]]), images, labels, surrogate, rates[0], twin
             )
             report, verdicts = judge_attacked(
                 detector,
@@ -168,9 +174,11 @@ class Runner:
         labels: Tensor,
         surrogate: tuple[Detector, Any] | None,
         rate: float,
+        twin: Cell | None,
     ) -> Outcome:
         """All images attacked, in chunks that are kept, so that a killed run loses one of them at most."""
         kind, folder = KINDS[cell.kind], self.store.work(cell.key)
+        folders = [folder] if twin is None else [folder, self.store.work(twin.key)]
         references = self.dataset(cell.training.dataset).calibration.head(REFERENCES).floats()
         size = len(labels) if kind.whole else cell.chunk
         outcomes, took = [], 0.0
@@ -192,12 +200,39 @@ class Runner:
                     checkpoint=folder / f"{rate:g}-{index}.state",
                     on_stage=lambda stage: self.clock.check(),
                 )
-                outcome = kind.run(scene, **cell.options)
-                kept = outcome._asdict() | {"stages": [asdict(stage) for stage in outcome.stages]}
-                write_atomically(file, partial(torch.save, kept))
+                found = [kind.run(scene, **cell.options)] if twin is None else _run_both(scene, cell)
+                # Its own file is written last: where that is, the twin's is too.
+                for place, outcome in reversed(list(zip(folders, found, strict=False))):
+                    kept = outcome._asdict() | {"stages": [asdict(stage) for stage in outcome.stages]}
+                    write_atomically(place / file.name, partial(torch.save, kept))
                 took = time.perf_counter() - started
             outcomes.append(torch.load(file, weights_only=True, map_location=self.device))
         variants = {name: torch.cat([part["attacked"][name] for part in outcomes]) for name in outcomes[0]["attacked"]}
         stages = tuple(StageRecord(**stage) for part in outcomes for stage in part["stages"])
         unproved = None if outcomes[0].get("unproved") is None else torch.cat([part["unproved"] for part in outcomes])
         return Outcome(variants, stages, unproved)
+
+
+def _run_both(scene: Scene, cell: Cell) -> list[Outcome]:
+    """What the cell's attack finds, and what it finds with the other goal, unless memory is too small for both."""
+    kind, state = KINDS[cell.kind], scene.generator.get_state()
+    assert kind.run_both is not None  # it has a twin
+    try:
+        return kind.run_both(scene, **cell.options)
+    except torch.OutOfMemoryError:
+        scene.generator.set_state(state)
+    return [kind.run(scene, **cell.options)]
+
+
+def pair_goals(cells: Iterable[Cell]) -> list[tuple[Cell, ...]]:
+    """Cells in their order, but those that differ only in being targeted together: they can share batches."""
+    left, groups = {cell.key: cell for cell in cells}, list[tuple[Cell, ...]]()
+    for cell in list(left.values()):
+        if left.pop(cell.key, None) is None:
+            continue  # went with its twin
+        options = dict(cell.options)
+        if not options.pop("targeted", False):
+            options["targeted"] = True
+        twin = left.pop(replace(cell, options=options).key, None) if KINDS[cell.kind].run_both else None
+        groups.append((cell,) if twin is None else (cell, twin))
+    return groups

@@ -69,6 +69,20 @@ def test_every_kind_of_attack_runs_on_every_detector(case, kind, tmp_path):
         assert all((attacked != scene.images).flatten(1).any(dim=1).all() for attacked in outcome.attacked.values())
 
 
+@pytest.mark.parametrize("kind", ["pgd", "mim"])
+def test_both_goals_in_one_batch_find_what_each_finds_alone(case, kind, tmp_path):
+    options = OPTIONS[kind] | {"targeted": True}
+    scene = scene_of(case, tmp_path)
+    together = KINDS[kind].run_both(scene, **options)
+    for targeted, outcome in zip((True, False), together, strict=True):
+        alone = KINDS[kind].run(scene_of(case, tmp_path), **options | {"targeted": targeted})
+        assert list(outcome.attacked) == list(alone.attacked)
+        for name, attacked in alone.attacked.items():
+            torch.testing.assert_close(outcome.attacked[name], attacked, rtol=1e-4, atol=1e-4)
+    first, second = (torch.stack(list(outcome.attacked.values())) for outcome in together)
+    assert not torch.equal(first, second)
+
+
 def test_a_certificate_is_of_a_guard_and_of_the_thresholds_in_question(case, tmp_path):
     scene, run = scene_of(case, tmp_path), KINDS["certificate"].run
     inner = scene.detector.detector

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from benchmarks.clock import Clock, OutOfTimeError
 from benchmarks.detectors import RECIPES
 from benchmarks.judging import from_hex, to_hex
 from benchmarks.kinds import KINDS
-from benchmarks.runner import Runner
+from benchmarks.runner import Runner, pair_goals
 from benchmarks.store import Store
 
 SMALL = """
@@ -127,6 +128,40 @@ def test_a_second_look_needs_no_second_training(experiment, tmp_path):
     assert plain["results"] != looked["results"]
     forward, backward = plan.attack_passes(cell)
     assert plan.attack_passes(again) == (3 * forward, 2 * backward + forward)
+
+
+def out_of_memory(scene, **options):
+    scene.generator.manual_seed(99)  # it had begun
+    raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize("case", ["both fit", "only one fits"])
+def test_goals_of_one_attack_share_batches_and_find_the_same(finished, experiment, tmp_path, monkeypatch, case):
+    targeted = replace(experiment.cells[0], points=0)
+    options = {key: value for key, value in targeted.options.items() if key != "targeted"}
+    untargeted = replace(targeted, options=options, attack="PGD U")
+
+    def fresh(name):
+        shutil.copytree(finished[0] / "models", tmp_path / name / "models")
+        return Runner(Store(tmp_path / name), device=torch.device("cpu"))
+
+    alone = [fresh(cell.attack).run(cell)["results"] for cell in (targeted, untargeted)]
+    changed = {"run": None} if case == "both fit" else {"run_both": out_of_memory}  # neither would be called in vain
+    monkeypatch.setitem(KINDS, "pgd", replace(KINDS["pgd"], **changed))
+    own = fresh("together")
+    assert [own.run(targeted, untargeted)["results"], own.run(untargeted)["results"]] == alone
+    assert alone[0] != alone[1]
+    assert not list((tmp_path / "together" / "work").glob("*"))
+
+
+def test_goals_are_paired_where_attack_and_detector_are_the_same():
+    cells = load_experiment("table2-mnist").cells
+    pairs = pair_goals([*cells, cells[0]])
+    assert [cell for pair in pairs for cell in pair] == list(cells)
+    assert len(pairs) == len(cells) / 2
+    for targeted, untargeted in pairs:
+        assert targeted.options == untargeted.options | {"targeted": True}
+        assert (targeted.detector, targeted.training) == (untargeted.detector, untargeted.training)
 
 
 class Impatient(Clock):
