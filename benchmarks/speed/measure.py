@@ -16,7 +16,9 @@ from benchmarks.store import RESULTS, provenance
 
 FOLDER = RESULTS / "speed"
 MINIMUM = 0.02  # seconds that a measurement lasts at least
+REPEATS = 21  # pairs
 Work = Callable[[], Any]
+Check = Callable[[Any, Any], None]
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,13 @@ class Row:
         theirs: the other.
         target: their time over ours that we want to reach.
         check: compares what the two return; None where they return nothing to compare.
-        repeats: pairs, at least 7 for an interval.
     """
 
     name: str
     ours: Work
     theirs: Work
     target: float
-    check: Callable[[Any, Any], None] | None = None
-    repeats: int = 21
+    check: Check | None = None
 
 
 Rows = Callable[[torch.device], list[Row]]
@@ -64,7 +64,7 @@ class Ratio:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}] ({self.pairs} pairs)"
 
 
-def compare(ours: Work, theirs: Work, *, repeats: int = 21) -> Ratio:
+def compare(ours: Work, theirs: Work, *, repeats: int) -> Ratio:
     """Alternate the two, in turning order, and compare each pair.
 
     Example:
@@ -118,7 +118,7 @@ def measure(name: str, rows: Rows, device: torch.device) -> None:
         ours, theirs = row.ours(), row.theirs()  # warm-up, too
         if row.check is not None:
             row.check(ours, theirs)
-        ratio = compare(row.ours, row.theirs, repeats=row.repeats)
+        ratio = compare(row.ours, row.theirs, repeats=REPEATS)
         reached = "reached" if ratio.median >= row.target else "missed"
         print(f"{row.name}: {ratio}, target {row.target:.3g} {reached}", flush=True)
         found[row.name] = {
