@@ -44,11 +44,11 @@ class Features(nn.Module):
         return features.float()
 
 
-def tiny_cnn(shape: Shape) -> nn.Module:
-    """Two strided convolutions, for wiring tests; about 1 MFLOP a digit."""
+def strided_cnn(shape: Shape, *, width: int, features: int) -> nn.Module:
+    """Two strided convolutions of `width` and twice `width` channels; the tiny one takes about 1 MFLOP a digit."""
     size = (shape[1] // 4) * (shape[2] // 4)
-    convolutions = [nn.Conv2d(shape[0], 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU()]
-    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(32 * size, 100), nn.ReLU())
+    convolutions = [nn.Conv2d(shape[0], width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU()]
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(2 * width * size, features), nn.ReLU())
 
 
 def small_cnn(shape: Shape) -> nn.Module:
@@ -128,7 +128,8 @@ def wide_resnet(shape: Shape, *, depth: int, width: int) -> nn.Module:
 
 
 MODELS: dict[str, Callable[[Shape], nn.Module]] = {
-    "tiny-cnn": tiny_cnn,
+    "tiny-cnn": partial(strided_cnn, width=16, features=100),
+    "wide-cnn": partial(strided_cnn, width=32, features=256),
     "small-cnn": small_cnn,
     "released-cnn": released_cnn,
     "resnet18": resnet18,

@@ -69,7 +69,7 @@ def _memory() -> Iterator[str]:
 
 
 def _ratios() -> Iterator[str]:
-    yield "| comparison | their time over ours | target | operators, ours and theirs | MB allocated |"
+    yield "| comparison | their time over ours | target | operators or gradients, ours and theirs | MB allocated |"
     yield "| --- | --- | --- | --- | --- |"
     for device in ("cpu", "cuda"):
         for name in ROWS:
@@ -82,9 +82,12 @@ def _ratios() -> Iterator[str]:
                 interval = f"{ratio['median']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]"
                 mark = "reached" if ratio["median"] >= row["target"] else "missed"
                 sides = row["ours"], row["theirs"]
-                operators = " / ".join(f"{side['operators']:,}" for side in sides)
-                megabytes = " / ".join(f"{side['megabytes']:,.0f}" for side in sides)
-                yield f"| {title}, {device} | {interval} | {row['target']:.3g}: {mark} | {operators} | {megabytes} |"
+                unit = "gradients" if "gradients" in row["ours"] else "operators"
+                launched = " / ".join(f"{side[unit]:,}" for side in sides) + (
+                    " gradients" if unit == "gradients" else ""
+                )
+                megabytes = " / ".join(f"{side['megabytes']:,.0f}" for side in sides if "megabytes" in side)
+                yield f"| {title}, {device} | {interval} | {row['target']:.3g}: {mark} | {launched} | {megabytes} |"
 
 
 if __name__ == "__main__":

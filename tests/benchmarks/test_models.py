@@ -6,6 +6,7 @@ from benchmarks import models
 
 SIZES = {  # parameters without the classifier, as published with it less its own
     "tiny-cnn": 165_380,
+    "wide-cnn": 836_448,
     "small-cnn": 310_296,
     "released-cnn": 6_498_688,
     "resnet18": 11_168_832,
@@ -17,7 +18,7 @@ SIZES = {  # parameters without the classifier, as published with it less its ow
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_images_become_features_with_a_gradient(name):
-    shape = (1, 28, 28) if name in ("tiny-cnn", "small-cnn", "released-cnn") else (3, 32, 32)
+    shape = (1, 28, 28) if name.endswith("-cnn") else (3, 32, 32)
     network = models.build(name, shape).eval()
     if not name.startswith("wrn-"):
         images = torch.rand(2, *shape, requires_grad=True)
@@ -30,7 +31,7 @@ def test_images_become_features_with_a_gradient(name):
     assert network.image_shape == shape
 
 
-@pytest.mark.parametrize("name", ["tiny-cnn", "small-cnn", "released-cnn"])
+@pytest.mark.parametrize("name", ["tiny-cnn", "wide-cnn", "small-cnn", "released-cnn"])
 def test_small_networks_take_colour_images_too(name):
     assert models.build(name, (3, 32, 32))(torch.rand(2, 3, 32, 32)).shape[0] == 2
 
