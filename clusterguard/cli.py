@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an error that says what to do, 2 wrong usage, 130 interrup
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -219,6 +220,7 @@ def evaluate(
     from clusterguard import evaluate as run
     from clusterguard.cli_data import open_guard, sample
     from clusterguard.files import write_atomically
+    from clusterguard.results import CertifiedBound
     from torch.utils.data import DataLoader
 
     check_suffixes(output or [], ".json", ".md", ".html")
@@ -231,7 +233,7 @@ def evaluate(
     if not detector.is_calibrated:
         raise NotCalibratedError(f"{guard} has no thresholds yet; run: clusterguard calibrate {guard}")
     chosen = DataLoader(sample(pictures, images, seed), batch_size)
-    proved = certified_success_rate(detector, chosen, eps=eps) if certified else None
+    proved = CertifiedBound(eps, certified_success_rate(detector, chosen, eps=eps)) if certified else None
     result = run(
         detector,
         {f"suite {budget} {norm} {eps:g}": suite},
@@ -241,6 +243,7 @@ def evaluate(
         checkpoint=checkpoint,
         progress=is_watched(),
     )
+    result = replace(result, certified=proved)
     for path in output or []:
         if path.suffix == ".md":
             write_atomically(path, lambda file: file.write_text(result.to_markdown() + "\n"))
@@ -248,9 +251,7 @@ def evaluate(
             (result.to_json if path.suffix == ".json" else result.to_html)(path)
     if record:
         detector.save_pretrained(guard, training=training, evaluation=result)
-    found = {} if proved is None else {"certified_success_rate": vars(proved)}
-    told = "" if proved is None else f"\n\nNo attack within linf {eps:g} breaks more of these images than {proved}."
-    show(as_json, result.to_dict() | found, result.to_markdown() + told)
+    show(as_json, result.to_dict(), result.to_markdown())
 
 
 @app.command()

@@ -49,6 +49,7 @@ def to_markdown(evaluation: "Evaluation") -> str:
     if len(evaluation.worst_by_norm) > 1:
         lines += [f"| worst of {norm}, per image | {rate} | | | |" for norm, rate in evaluation.worst_by_norm.items()]
     lines.append(f"| worst case per image | {evaluation.worst_case} | {_number(evaluation.eroc)} | | |")
+    lines += [f"| {name} | {rate} | | | |" for name, rate in _proved(evaluation)]
     for result in evaluation.results:
         if result.stages:
             lines += ["", f"Stages of {result.name}, each on the survivors of those before it:", ""]
@@ -111,7 +112,8 @@ def write_html(evaluation: "Evaluation", path: str | Path) -> Path:
                 for result in evaluation.results
             ]
             + [[f"worst of {norm}, per image", *_rate_cells(rate)] for norm, rate in evaluation.worst_by_norm.items()]
-            + [["worst case, any attack", *_rate_cells(evaluation.worst_case), _number(evaluation.eroc)]],
+            + [["worst case, any attack", *_rate_cells(evaluation.worst_case), _number(evaluation.eroc)]]
+            + [[name, *_rate_cells(rate)] for name, rate in _proved(evaluation)],
         ),
         "<p>ASR: of the images labelled correctly and accepted before the attack, the share accepted under a wrong "
         "label after it. EROC: ROC AUC of each label's suspicion, weighted by how many attacked images got it.</p>",
@@ -138,6 +140,11 @@ def write_html(evaluation: "Evaluation", path: str | Path) -> Path:
         "</pre></details></html>",
     ]
     return write_atomically(path, lambda file: file.write_text("\n".join(parts), encoding="utf-8"))
+
+
+def _proved(evaluation: "Evaluation") -> list[tuple[str, Rate]]:
+    bound = evaluation.certified
+    return [] if bound is None else [(f"proved upper bound, linf {bound.eps:g}", bound.success)]
 
 
 def _headline(evaluation: "Evaluation") -> str:

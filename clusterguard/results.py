@@ -31,6 +31,18 @@ class Gallery(NamedTuple):
     ratios: Tensor
 
 
+class CertifiedBound(NamedTuple):
+    """What no attack can exceed on the images of an evaluation.
+
+    Attributes:
+        eps: radius in l∞.
+        success: as `certified_success_rate` counts it.
+    """
+
+    eps: float
+    success: Rate
+
+
 @dataclass(frozen=True)
 class AttackResult:
     """What one attack achieved.
@@ -82,6 +94,7 @@ class Evaluation:
         clean: verdicts on the n clean images; not part of the JSON.
         labels: (n,) true labels; not part of the JSON.
         gallery: the worst-broken images; None without attacks; not part of the JSON.
+        certified: a bound that reports show; `evaluate` proves nothing, ``dataclasses.replace`` puts it in.
     """
 
     images: int
@@ -99,6 +112,7 @@ class Evaluation:
     clean: Detection = field(repr=False, metadata={"json": False})
     labels: Tensor = field(repr=False, metadata={"json": False})
     gallery: Gallery | None = field(repr=False, metadata={"json": False})
+    certified: CertifiedBound | None = None
 
     @property
     def asr(self) -> float:

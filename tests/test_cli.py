@@ -142,13 +142,15 @@ def test_evaluate_reports_and_records(guard, photos, tmp_path):
     assert "nothing recorded" in run("inspect", guard).stdout  # figures at other thresholds would be a lie
 
 
-def test_evaluate_proves_what_no_attack_exceeds(guard, photos):
+def test_evaluate_proves_what_no_attack_exceeds(guard, photos, tmp_path):
     options = ("--data", photos, "--budget", "quick", "--eps", 0.01, "--images", 4, "--sanity-images", 0, "--certify")
-    told = json.loads(run("evaluate", guard, *options, "--json").stdout)
-    proved, found = told["certified_success_rate"], told["results"][0]["success"]
+    report = tmp_path / "report.json"
+    told = json.loads(run("evaluate", guard, *options, "--json", "--output", report).stdout)
+    proved, found = told["certified"]["success"], told["results"][0]["success"]
+    assert json.loads(report.read_text())["certified"] == {"eps": 0.01, "success": proved}
     assert found["total"] == proved["total"]
     assert found["count"] <= proved["count"]
-    assert "No attack within linf 0.01 breaks more of these images than" in run("evaluate", guard, *options).stdout
+    assert "| proved upper bound, linf 0.01 |" in run("evaluate", guard, *options).stdout
     fails("expected --norm linf where --certify is on, got l2", "evaluate", guard, *options, "--norm", "l2")
 
 

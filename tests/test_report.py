@@ -1,9 +1,12 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from clusterguard import PGD, WorstCaseSuite, __version__, evaluate
+from clusterguard.metrics import Rate
+from clusterguard.results import CertifiedBound
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -48,6 +51,14 @@ def test_the_markdown_has_every_attack_stage_and_warning(report):
     text = report.to_markdown()
     for piece in ("PGD l2", "worst of linf, per image", "Stages of suite", "| APGD |", "Sanity, a probe of"):
         assert piece in text
+
+
+def test_what_is_proved_stands_beside_what_was_found(report, tmp_path):
+    assert "proved" not in report.to_markdown() + report.to_html(tmp_path / "report.html").read_text()
+    proved = replace(report, certified=CertifiedBound(0.2, Rate(30, 40)))
+    row = "proved upper bound, linf 0.2"
+    assert f"| {row} | {Rate(30, 40)} |" in proved.to_markdown()
+    assert f"<td>{row}</td>" in proved.to_html(tmp_path / "report.html").read_text()
 
 
 def test_the_page_needs_nothing_else(report, tmp_path):

@@ -148,4 +148,5 @@ def _seconds(work: Work, calls: int) -> float:
         work()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1000
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / 1000
