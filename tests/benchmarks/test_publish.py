@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clusterguard import ClusterGuard, certified_success_rate, certify
+from clusterguard import PGD, ClusterGuard, certified_success_rate, certify
 from clusterguard.errors import ConfigurationError
-from clusterguard.metrics import accuracy, false_positive_rate
+from clusterguard.metrics import accuracy, false_positive_rate, is_broken
 from clusterguard.samples import load_digits
 
 from benchmarks import models
@@ -37,6 +37,20 @@ def test_a_guard_that_ships_does_what_its_card_says(shipped):
         found = certified_success_rate(guard, [(images[:300], labels[:300])], eps=radius)
         low, high = found.interval
         assert low <= float(said[f"any attack of linf {radius:g} breaks at most"].split()[0]) <= high
+
+
+@pytest.mark.parametrize("eps", [0.3, 0.45])
+def test_in_bfloat16_an_attack_finds_about_as_much(shipped, eps):
+    guard, _ = shipped
+    images, labels = (part[:100] for part in load_digits("test").tensors)
+    attack = PGD(norm="linf", eps=eps, step_size=eps / 10)
+    found = attack(guard, images, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = attack(guard, images, labels)
+    broken, also = (int(is_broken(guard.detect(x), labels).sum()) for x in (found, halved))
+    assert broken > 0
+    assert also >= 0.8 * broken
+    assert ((halved - images).abs() <= eps + 1e-6).all()
 
 
 @pytest.fixture(scope="module")
