@@ -1,6 +1,7 @@
 """The guards that ship with the benchmarks' results, and how they come to be."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -20,10 +21,15 @@ FOLDERS = sorted((RESULTS / "checkpoints").iterdir())
 
 
 @pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
-def shipped(request):
-    training = json.loads((request.param / "config.json").read_text())["training"]
+def shipped_folder(request):
+    return request.param
+
+
+@pytest.fixture
+def shipped(shipped_folder):
+    training = json.loads((shipped_folder / "config.json").read_text())["training"]
     network = models.build(training["definition"]["model"], (1, 28, 28))
-    return ClusterGuard.from_pretrained(request.param, backbone=network), training
+    return ClusterGuard.from_pretrained(shipped_folder, backbone=network), training
 
 
 def test_a_guard_that_ships_does_what_its_card_says(shipped):
@@ -70,6 +76,17 @@ def test_publishing_saves_a_calibrated_guard_with_its_figures(runner, tmp_path):
     card = (tmp_path / "guard" / "README.md").read_text()
     assert "any attack of linf 0.4 breaks at most" in card
     assert "suite linf 0.4" in card
+    assert 'backbone=models.build("tiny-cnn", (1, 28, 28))' in card
+    assert "\nlicense: mit\n" in card
+
+
+def test_cards_that_ship_say_how_to_load_their_guards(shipped_folder):
+    card = (shipped_folder / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    names = {"images": torch.rand(2, 1, 28, 28)}
+    exec(code.replace("this folder or id", str(shipped_folder)), names)
+    assert names["guard"].is_calibrated
+    assert names["labels"].shape == (2,)
 
 
 def test_only_guards_can_be_published(runner, tmp_path, monkeypatch):
