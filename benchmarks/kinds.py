@@ -202,7 +202,8 @@ def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) 
     effort = EFFORTS[budget]
     targets = min(classes - 1, effort.targets or classes)
     passes = effort.steps * (9 + effort.restarts + (3 + 2 * 3) * targets + (5 if norm == "l2" else 0))
-    return Cost(passes + effort.queries, passes)
+    boundary = effort.queries if budget == "thorough" and norm in ("linf", "l2") else 0
+    return Cost(passes + effort.queries + boundary, passes)
 
 
 KINDS: dict[str, Kind] = {

@@ -13,6 +13,11 @@ settings.load_profile("patient")
 torch.set_num_threads(1)  # tests run in parallel processes; more threads than cores stall each other
 
 
+def pytest_runtest_setup() -> None:
+    """Every test begins with the same random state, whichever tests ran before it in its process."""
+    torch.manual_seed(0)
+
+
 class LinearDetector(nn.Module):
     """Two classes along one direction w: score of class 1 is w·x − b, suspicion of k is its |distance| to w·x = ±1.
 

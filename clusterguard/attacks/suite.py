@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, final
 import torch
 from clusterguard.attacks.auto_pgd import APGD
 from clusterguard.attacks.base import Attack, BuiltInAttack, check_attack_input, check_budget
+from clusterguard.attacks.boundary import Boundary
 from clusterguard.attacks.carlini_wagner import CarliniWagner
 from clusterguard.attacks.iterative import MIM, PGD
 from clusterguard.attacks.metering import Metered
@@ -54,7 +55,7 @@ class WorstCaseSuite(BuiltInAttack):
     other classes; (2) APGD aimed at every wrong class, from the image and from an accepted image of that class;
     (3) MIM, fast minimum norm aimed at every wrong class, and Carlini & Wagner for l2; (4) escapes from the
     adversarial plateau: repel first, match representations, orthogonal gradients, transfer; (5) gradient-free: Square,
-    or Sparse-RS for l0. Images that are broken leave.
+    or Sparse-RS for l0, and if thorough in linf and l2 Boundary. Images that are broken leave.
 
     Args:
         norm: "linf", "l2", "l1" or "l0".
@@ -152,6 +153,8 @@ class WorstCaseSuite(BuiltInAttack):
             stages["Sparse-RS"] = SparseRS(eps=int(self.eps), queries=effort.queries, batch_size=self.batch_size)
         else:
             stages["Square"] = Square(queries=effort.queries, **options)
+        if self.budget == "thorough" and self.norm in ("linf", "l2"):
+            stages["boundary"] = Boundary(queries=effort.queries, references=references, stop_early=True, **options)
         return stages
 
     def run(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from clusterguard import PGD, Towards, WithThresholds, WorstCaseSuite, decide
@@ -104,6 +106,22 @@ def test_detectors_without_representations_get_orthogonal_attacks(linear_detecto
     stages = WorstCaseSuite("linf", eps=0.1).stages(linear_detector, references)
     assert "orthogonal PGD" in stages
     assert "match representations" not in stages
+
+
+@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize("references", [0, 2])
+def test_what_is_thorough_ends_with_decisions_alone_where_they_can_be_attacked(small_guard, norm, references):
+    images, labels = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    towards = Towards(images[:references], labels[:references])
+    thorough, standard = (
+        WorstCaseSuite(norm, eps=EPS[norm], budget=budget).stages(small_guard, towards)
+        for budget in ("thorough", "standard")
+    )
+    assert list(thorough)[: len(thorough) - (norm in ("linf", "l2"))][-1] == list(standard)[-1]
+    assert ("boundary" in thorough, "boundary" in standard) == (norm in ("linf", "l2"), False)
+    if "boundary" in thorough:
+        found = replace(thorough["boundary"], queries=20)(small_guard, images, labels)
+        assert (get_norm(norm).size(found - images) <= EPS[norm] * (1 + 1e-5)).all()
 
 
 def test_wrapped_guards_keep_their_representations(small_guard):
