@@ -215,7 +215,12 @@ def test_a_training_that_is_interrupted_goes_on_and_ends_as_if_it_had_not_been(t
     command = [sys.executable, "-m", "clusterguard", "train", "--data", str(photos), "--output", str(tmp_path), *SMALL]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "--epochs", "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*command, "--epochs", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
     )
     assert process.stderr.readline().startswith("epoch 1/1000")
     process.send_signal(signal.SIGINT)
