@@ -130,6 +130,19 @@ def test_a_second_look_needs_no_second_training(experiment, tmp_path):
     assert plan.attack_passes(again) == (3 * forward, 2 * backward + forward)
 
 
+class Impatient(Clock):
+    """Lets so many looks at it pass, then stops the run."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.looks = looks
+
+    def check(self, needed=0.0):
+        self.looks -= 1
+        if self.looks < 0:
+            raise OutOfTimeError
+
+
 def out_of_memory(scene, **options):
     scene.generator.manual_seed(99)  # it had begun
     raise torch.OutOfMemoryError
@@ -142,13 +155,21 @@ def test_goals_of_one_attack_share_batches_and_find_the_same(finished, experimen
     untargeted = replace(targeted, options=options, attack="PGD U")
 
     def fresh(name):
-        shutil.copytree(finished[0] / "models", tmp_path / name / "models")
+        shutil.copytree(finished[0] / "models", tmp_path / name / "models", dirs_exist_ok=True)
         return Runner(Store(tmp_path / name), device=torch.device("cpu"))
 
     alone = [fresh(cell.attack).run(cell)["results"] for cell in (targeted, untargeted)]
     changed = {"run": None} if case == "both fit" else {"run_both": out_of_memory}  # neither would be called in vain
     monkeypatch.setitem(KINDS, "pgd", replace(KINDS["pgd"], **changed))
-    own = fresh("together")
+    own, stops = fresh("together"), 0
+    while not (tmp_path / "together" / "cells").exists():  # stopped after every chunk
+        own.clock = Impatient(looks=1)
+        try:
+            own.run(targeted, untargeted)
+        except OutOfTimeError:
+            stops += 1
+    assert stops == 2  # 12 images, 5 at a time
+    own.clock = Clock()
     assert [own.run(targeted, untargeted)["results"], own.run(untargeted)["results"]] == alone
     assert alone[0] != alone[1]
     assert not list((tmp_path / "together" / "work").glob("*"))
@@ -162,19 +183,6 @@ def test_goals_are_paired_where_attack_and_detector_are_the_same():
     for targeted, untargeted in pairs:
         assert targeted.options == untargeted.options | {"targeted": True}
         assert (targeted.detector, targeted.training) == (untargeted.detector, untargeted.training)
-
-
-class Impatient(Clock):
-    """Lets so many looks at it pass, then stops the run."""
-
-    def __init__(self, looks):
-        super().__init__()
-        self.looks = looks
-
-    def check(self, needed=0.0):
-        self.looks -= 1
-        if self.looks < 0:
-            raise OutOfTimeError
 
 
 def test_a_run_stopped_again_and_again_ends_with_the_same_results(finished, experiment, tmp_path):
