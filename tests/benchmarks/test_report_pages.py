@@ -303,6 +303,22 @@ def test_the_pages_in_the_repository_are_made_from_the_results_in_it(profile):
             assert page.read_text() == render(every), f"python -m benchmarks report --profile {profile}"
 
 
+def test_the_readme_says_what_the_results_say():
+    def success(experiment, attack):
+        cells = load_experiment(experiment, "cpu").cells
+        cell = next(
+            own for own in cells if (own.attack, own.seed) == (attack, 0) and own.detector in ("ours", "certified")
+        )
+        (found,) = Store(RESULTS).read_cell(cell.key)["results"].values()
+        return found["rates"]["0.01"]["success"]
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    broken, total = success("strict-mnist", "suite linf 0.3")
+    assert f"of {total} digits our worst-case suite breaks {broken / total:.2f} at that radius" in text
+    broken, total = success("certified-mnist", "certificate linf 0.3")
+    assert f"to lose at most {broken / total:.3f} of {total:,} there" in text
+
+
 def lines_of(name, run):
     """A figure of lines, of which the attacks that `run` accepts have been run."""
     experiment = load_experiment(name)
