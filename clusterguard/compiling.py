@@ -43,7 +43,7 @@ class CheckedCall:
             with evaluation_mode(module):
                 check_gradients(lambda own: self.compiled(module, own), lambda own: call(module, own), images)
             self._is_checked = True
-        return self.compiled(module, images)
+        return self.compiled(module, images).clone()  # CUDA graphs write the next output where the last one lies
 
 
 def check_gradients(compiled: Callable[[Tensor], Tensor], eager: Callable[[Tensor], Tensor], images: Tensor) -> None:

@@ -126,6 +126,28 @@ def fresh_compiler():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+@pytest.mark.usefixtures("fresh_compiler")
+def test_representations_outlive_the_next_call_of_a_graph_that_reuses_its_memory(small_guard):
+    """As CUDA graphs do."""
+
+    def reusing(graph, inputs):
+        memory = torch.empty(4, small_guard.clusters.representation_dim)
+
+        def run(*own):
+            (output,) = graph(*own)
+            return (memory.copy_(output),)
+
+        return run
+
+    batches = torch.rand(2, 4, 1, 8, 8)
+    with torch.no_grad():
+        expected = [small_guard.represent(images) for images in batches]
+        small_guard.compile(backend=reusing)
+        found = [small_guard.represent(images) for images in batches]
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # and looks at gradients that are none
 @pytest.mark.filterwarnings("ignore:Guards may run slower")
 @pytest.mark.usefixtures("fresh_compiler")
