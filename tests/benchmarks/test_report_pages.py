@@ -314,7 +314,7 @@ def test_the_readme_says_what_the_results_say():
 
     text = " ".join((ROOT / "README.md").read_text().split())
     broken, total = success("strict-mnist", "suite linf 0.3")
-    assert f"of {total} digits our worst-case suite breaks {broken / total:.2f} at that radius" in text
+    assert f"of {total} digits our worst-case suite breaks {broken / total:.2f} at its quick budget" in text
     broken, total = success("certified-mnist", "certificate linf 0.3")
     assert f"to lose at most {broken / total:.3f} of {total:,} there" in text
 
