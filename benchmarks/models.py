@@ -133,6 +133,7 @@ MODELS: dict[str, Callable[[Shape], nn.Module]] = {
     "small-cnn": small_cnn,
     "released-cnn": released_cnn,
     "resnet18": resnet18,
+    "wrn-10-1": partial(wide_resnet, depth=10, width=1),
     "wrn-16-4": partial(wide_resnet, depth=16, width=4),
     "wrn-28-10": partial(wide_resnet, depth=28, width=10),
     "wrn-34-10": partial(wide_resnet, depth=34, width=10),

@@ -1,5 +1,6 @@
 """Pages from results alone: tables and figures beside the paper's; a cell that has not been run is shown as not run."""
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +35,7 @@ REMARKS: dict[Profile, str] = {
     "full": "",
 }
 WARNING = "A tiny network, few images, short attacks: nothing here says how good a detector is."
-KINDS = ("table", "strict", "seeds", "certified", "ablation", "recipe", "figure")  # sections in this order
+KINDS = ("table", "wrn", "strict", "seeds", "certified", "ablation", "recipe", "figure")  # sections in this order
 
 LEGEND = """
 **Bold** is measured here; below it its 95 % interval; in parentheses what the paper prints. ASR-p: of the images that
@@ -113,8 +114,8 @@ def _section(results: Results, every: Sequence[Results]) -> Iterator[str]:
         return
     if len(results.found) < len(results.cells):
         yield f"{len(results.found)} of {len(results.cells)} cells are run, {command} runs the rest."
-    if own.name.startswith("table"):
-        yield from _compared(results, next(other for other in every if other.experiment.name.startswith("strict")))
+    if printed := _printed(own.name):
+        yield from _compared(results, PAPER[printed], _suite(own.name, printed, every))
     elif own.name.startswith("figure"):
         figure = _figure(results)
         yield f"[![{own.title}]({figure}.png)]({figure}.svg)"
@@ -134,8 +135,18 @@ def _section(results: Results, every: Sequence[Results]) -> Iterator[str]:
         yield f"**{invalid} attacked images left their budget or [0, 1] and were not counted.**"
 
 
-def _compared(results: Results, suite: Results) -> Iterator[str]:
-    paper = PAPER[results.experiment.name]
+def _printed(name: str) -> str | None:
+    """The paper's table that an experiment repeats, alike or with other networks or seeds; None if it has none."""
+    return next((printed for printed in PAPER if name.endswith(printed)), None)
+
+
+def _suite(name: str, printed: str, every: Sequence[Results]) -> Results | None:
+    """The worst-case suite on the detectors of a table, if an experiment asks for it."""
+    wanted = name.removesuffix(printed) + re.sub(r"table\d", "strict", printed)
+    return next((other for other in every if other.experiment.name == wanted), None)
+
+
+def _compared(results: Results, paper: Result, suite: Results | None) -> Iterator[str]:
     for metric in metrics(paper):
         rate = metric_rate(metric)
         text = "EROC, the smallest over step sizes." if rate is None else f"{_asr(rate)}, the largest over step sizes."

@@ -81,14 +81,14 @@ def metric_rate(metric: str) -> float | None:
     return int(metric.removeprefix("ASR-")) / 100 if metric.startswith("ASR-") else None
 
 
-def compare(results: Results, paper: Result, metric: str, suite: Results) -> str:
+def compare(results: Results, paper: Result, metric: str, suite: Results | None = None) -> str:
     """A table of the paper, one metric: a row an attack, a column a detector.
 
     Args:
         results: ours.
         paper: the table of paper.toml.
         metric: such as "ASR-1" or "EROC".
-        suite: results of the worst-case suite, for rows of the same norm and radius.
+        suite: results of the worst-case suite on the same detectors, for rows of the same norm and radius.
     """
     own, rate = results.experiment, metric_rate(metric)
     measure: Measure = area() if rate is None else success(rate)
@@ -106,8 +106,10 @@ def compare(results: Results, paper: Result, metric: str, suite: Results) -> str
         yield ["images counted", *(_counted(clean[detector], rate) for detector in own.detectors)]
 
     def stronger(wanted: tuple[str, float]) -> Iterator[list[str]]:
+        if suite is None or not suite.found:
+            return
         for attack in suite.experiment.attacks:
-            if suite.found and suite.threat(attack) == wanted:
+            if suite.threat(attack) == wanted:
                 found = {detector: estimate(suite.slot(detector, attack), measure) for detector in own.detectors}
                 yield row(f"*{label(attack)}*", found.__getitem__)
 

@@ -25,7 +25,7 @@ def test_every_experiment_says_what_it_is(name, profile):
     for cell in experiment.cells:
         make_recipe(cell.detector, cell.training.options)
         small = profile == "quick" or (profile == "cpu" and "mnist" in name)
-        assert (cell.training.model == "tiny-cnn") == small or cell.variant.endswith(cell.training.model)
+        assert (cell.training.model in ("tiny-cnn", "wrn-10-1")) == small or cell.variant.endswith(cell.training.model)
 
 
 def test_an_attack_may_take_more_images_than_the_others():
@@ -51,6 +51,13 @@ def test_tables_have_the_rows_and_columns_of_the_paper(name):
         for column in range(len(experiment.detectors)):
             assert worst["ASR-1"][column] == max(row["ASR-1"][column] for row in printed.values())
             assert worst["EROC"][column] == min(row["EROC"][column] for row in printed.values())
+
+
+def test_the_papers_own_network_and_schedule_are_there():
+    training = load_experiment("wrn-table2-cifar10").cells[0].training
+    assert (training.model, training.epochs, training.learning_rate) == ("wrn-34-10", 70, 1e-3)
+    assert training.attack == {"norm": "linf", "eps": 0.03, "step_size": 0.007, "steps": 20}
+    assert (training.optimizer, training.schedule, training.batch_size) == ("adam", "constant", 128)
 
 
 def test_quick_mnist_needs_no_download():

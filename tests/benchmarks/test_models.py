@@ -10,6 +10,7 @@ SIZES = {  # parameters without the classifier, as published with it less its ow
     "small-cnn": 310_296,
     "released-cnn": 6_498_688,
     "resnet18": 11_168_832,
+    "wrn-10-1": 77_200,
     "wrn-16-4": 2_746_000,
     "wrn-28-10": 36_472_752,
     "wrn-34-10": 46_153_872,
