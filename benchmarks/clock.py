@@ -25,6 +25,11 @@ class Clock:
         """Seconds that are left."""
         return math.inf if self.seconds is None else self.seconds - (time.perf_counter() - self.started)
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether to save now what will not be finished: the last tenth, or the last 20 seconds."""
+        return self.seconds is not None and self.left <= min(20.0, self.seconds / 10)
+
     def check(self, needed: float = 0.0) -> None:
         """Stop unless that many seconds are left.
 

@@ -1,4 +1,4 @@
-"""Train a detector of the comparison, or load it; a killed training goes on from its last epoch."""
+"""Train a detector of the comparison, or load it; a killed training goes on from its last checkpoint."""
 
 import math
 from collections.abc import Callable
@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from clusterguard import PGD, DetectorModule, EpochRecord
+from clusterguard import PGD, DetectorModule
 from clusterguard.compiling import check_gradients
+from clusterguard.errors import TrainingStoppedError
 from clusterguard.modes import evaluation_mode
 from torch import Generator, nn
 from torch.optim import SGD, Adam, Optimizer
@@ -15,12 +16,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from benchmarks import models
 from benchmarks.cells import Training
-from benchmarks.clock import Clock
+from benchmarks.clock import Clock, OutOfTimeError
 from benchmarks.datasets import Batches, DataSet
 from benchmarks.recipe import Recipe, Schedule
 from benchmarks.store import Store, provenance
 
 JUDGED_AT_ONCE = 500
+STEPS_AT_RISK = 100  # how many a killed training has to take again
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 
@@ -63,10 +65,6 @@ def train(
         return detector, saved[1]["record"]
     network.mixed_precision = training.mixed_precision
 
-    def look_at_the_clock(record: EpochRecord) -> None:
-        if record.epoch < training.epochs:
-            clock.check(1.1 * record.seconds)
-
     batches = Batches(
         data.train.head(training.images),
         training.batch_size,
@@ -75,16 +73,20 @@ def train(
         cutmix=training.cutmix,
         generator=Generator().manual_seed(training.seed),
     )
-    history = recipe.trainer(detector, make_schedule(training, len(batches))).fit(
-        batches,
-        Batches(data.calibration, JUDGED_AT_ONCE),
-        epochs=training.epochs,
-        checkpoint=store.work(training.key) / "training.pt",
-        generator=Generator(device).manual_seed(training.seed),
-        calibrate=False,
-        progress=progress,
-        on_epoch_end=look_at_the_clock,
-    )
+    try:
+        history = recipe.trainer(detector, make_schedule(training, len(batches))).fit(
+            batches,
+            Batches(data.calibration, JUDGED_AT_ONCE),
+            epochs=training.epochs,
+            checkpoint=store.work(training.key) / "training.pt",
+            checkpoint_every=STEPS_AT_RISK,
+            stop_when=lambda: clock.is_ending,
+            generator=Generator(device).manual_seed(training.seed),
+            calibrate=False,
+            progress=progress,
+        )
+    except TrainingStoppedError as error:
+        raise OutOfTimeError from error
     network.mixed_precision = False
     state = detector.state_dict()
     if training.half:

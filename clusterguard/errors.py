@@ -8,6 +8,7 @@ ClusterGuardError
 ├── NotCalibratedError (RuntimeError)      thresholds are needed and none have been fitted
 ├── TooFewCalibrationExamplesError (ValueError)  a class has too few examples for the rate asked for
 ├── TrainingDivergedError (RuntimeError)   the loss became NaN or infinite; the last good weights are kept
+├── TrainingStoppedError (RuntimeError)    training was asked to stop; the checkpoint is written
 ├── PersistenceError (RuntimeError)        a saved guard or graph is missing, damaged, foreign, too new or does not fit
 └── MissingDependencyError (ImportError)   an optional package is needed for this call
 ```
@@ -40,6 +41,10 @@ class TooFewCalibrationExamplesError(ClusterGuardError, ValueError):
 
 class TrainingDivergedError(ClusterGuardError, RuntimeError):
     """The training loss became NaN or infinite; the guard holds the last good weights."""
+
+
+class TrainingStoppedError(ClusterGuardError, RuntimeError):
+    """Training was asked to stop and has written its checkpoint; the same call goes on from there."""
 
 
 class PersistenceError(ClusterGuardError, RuntimeError):

@@ -1,7 +1,9 @@
 """The way back to an exact moment of a run: random states, and loaders that return to the batch where they were."""
 
 import random
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,20 @@ class Replay:
         self._taken += 1
         return batch
 
+    def forever(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of this pass and of all that follow.
+
+        Raises:
+            InputError: there is none.
+        """
+        while True:
+            given = self.taken
+            for batch in self:
+                given += 1
+                yield batch
+            if not given:
+                raise InputError("expected a calibration loader with at least one batch, got an empty one")
+
     def rewind(self) -> None:
         """Begin a new pass with the next batch."""
         self._batches, self._taken = None, 0
@@ -122,3 +138,32 @@ class Replay:
     def _generator(self) -> Generator | None:
         shared: Generator | None = getattr(self.loader, "synchronized_generator", None)  # of accelerate's loaders
         return getattr(self.loader, "generator", None) if shared is None else shared
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of a trainer's `fit` draws from, where it leaves checkpoints, and when it stops."""
+
+    train: Replay
+    calibration: Replay
+    generator: Generator | None
+    checkpoint: str | Path | None
+    checkpoint_every: int | None
+    stop_when: Callable[[], bool] | None
+
+    def state_dict(self, device: torch.device) -> dict[str, Any]:
+        """Where this process is."""
+        return {
+            "train": self.train.state_dict(),
+            "calibration": self.calibration.state_dict(),
+            "generator": None if self.generator is None else self.generator.get_state(),
+            "global": random_states(device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go there."""
+        self.train.load_state_dict(state["train"])
+        self.calibration.load_state_dict(state["calibration"])
+        if self.generator is not None and state["generator"] is not None:
+            self.generator.set_state(state["generator"])
+        set_random_states(state["global"], device)

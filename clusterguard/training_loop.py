@@ -4,19 +4,24 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from clusterguard.calibration import Calibrator
 from clusterguard.checkpoints import EpochRecord, EpochTotals, read_checkpoint, save_checkpoint
 from clusterguard.checks import check_images, check_labels
 from clusterguard.detector import DetectorModule, Loader
-from clusterguard.errors import ConfigurationError, InputError, PersistenceError, TooFewCalibrationExamplesError
+from clusterguard.errors import (
+    ConfigurationError,
+    InputError,
+    PersistenceError,
+    TooFewCalibrationExamplesError,
+    TrainingStoppedError,
+)
 from clusterguard.processes import collect
-from clusterguard.replay import Replay, random_states, set_random_states
+from clusterguard.replay import Replay, Run
 from clusterguard.training_engine import TrainingEngine, TrainingStep
 from clusterguard.training_options import TrainingOptions
 from torch import Generator, Tensor
@@ -115,6 +120,7 @@ class DetectorTrainer(ABC):
         on_epoch_end: Callable[[EpochRecord], None] | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_every: int | None = None,
+        stop_when: Callable[[], bool] | None = None,
         generator: Generator | None = None,
         calibrate: bool = True,
         progress: bool = True,
@@ -134,6 +140,8 @@ class DetectorTrainer(ABC):
             checkpoint: a file written after every epoch; if it exists, training goes on from it, to the same weights
                 as without the interruption. The one before it is kept beside it, as ``.previous``.
             checkpoint_every: steps of the optimizer after which it is written too; None writes it after epochs only.
+            stop_when: asked after every step of the optimizer; once any process says yes, the checkpoint is written and
+                `TrainingStoppedError` ends the call. The same call goes on. For limits of time, and for SIGTERM.
             generator: the attack's randomness; None takes torch's global one.
             calibrate: fit thresholds at the end. Where the calibration set turns out too small, a warning says so
                 and the trained detector stays uncalibrated.
@@ -143,20 +151,25 @@ class DetectorTrainer(ABC):
             One record per epoch.
 
         Raises:
-            ConfigurationError: fewer than one epoch or step, or a training loader that processes cannot share.
+            ConfigurationError: fewer than one epoch or step, a training loader that processes cannot share, or
+                `stop_when` without a checkpoint.
             PersistenceError: the checkpoint and the one before it are damaged, or another run's; nothing has changed.
             InputError: images or labels of a wrong shape, dtype or range.
             TooFewCalibrationExamplesError: before training, if the calibration set can't suffice.
             TrainingDivergedError: the loss became NaN or infinite; the detector holds the last good weights.
+            TrainingStoppedError: `stop_when` said so, and the checkpoint is written.
         """
         if epochs < 1:
             raise ConfigurationError(f"expected at least 1 epoch, got {epochs}")
         if checkpoint_every is not None and checkpoint_every < 1:
             raise ConfigurationError(f"expected checkpoint_every of at least 1 step, got {checkpoint_every}")
+        if stop_when is not None and checkpoint is None:
+            raise ConfigurationError("expected a checkpoint with stop_when, or what is stopped would be lost, got none")
         if calibrate:
             self.calibrator.check_counts(calibration_loader, self.detector.num_classes)
         train = Replay(self.engine.share(train_loader), self.engine.device)
-        run = _Run(train, Replay(calibration_loader, self.engine.device), generator, checkpoint, checkpoint_every)
+        calibration = Replay(calibration_loader, self.engine.device)
+        run = Run(train, calibration, generator, checkpoint, checkpoint_every, stop_when)
         self.thresholds = self.thresholds.to(self.engine.device)
         self._resume(run)
         self.detector.reset_calibration()
@@ -185,10 +198,10 @@ class DetectorTrainer(ABC):
                 warnings.warn(f"trained, but not calibrated: {error}", stacklevel=2)
         return self.history
 
-    def _finish_epoch(self, run: "_Run", title: str) -> None:
+    def _finish_epoch(self, run: Run, title: str) -> None:
         """Go on with the present epoch to its end."""
         totals, started = self._totals, time.perf_counter() - self._totals.seconds
-        calibration_batches = _forever(run.calibration)
+        calibration_batches = run.calibration.forever()
         self._batches = run.train.length
         bar = tqdm(
             run.train,
@@ -208,12 +221,24 @@ class DetectorTrainer(ABC):
             if is_whole:
                 self.after_step(calibration_batches)
                 self._report(step, len(labels))
-                if run.checkpoint_every is not None and self.engine.steps % run.checkpoint_every == 0:
+                stopped = self._is_stopped(run)
+                if stopped or (run.checkpoint_every is not None and self.engine.steps % run.checkpoint_every == 0):
                     self._save(run)
+                if stopped:
+                    raise TrainingStoppedError(
+                        f"stopped, as asked, after {self.engine.steps} steps; fit with {run.checkpoint} goes on"
+                    )
             if title:
                 record = totals.record(len(self.history) + 1, float(self.thresholds.mean()))
                 attack, tau = f"{record.attack_success_rate:.2f}", f"{record.mean_threshold:.2f}"
                 bar.set_postfix(loss=f"{record.loss:.2f}", attack=attack, tau=tau, refresh=False)
+
+    def _is_stopped(self, run: Run) -> bool:
+        """Whether any process is asked to stop; all of them then do."""
+        if run.stop_when is None:
+            return False
+        accelerator = self.engine.accelerator
+        return any(collect({accelerator.process_index: run.stop_when()}, accelerator))
 
     def _report(self, step: TrainingStep, images: int) -> None:
         if not self.engine.is_reporting:
@@ -227,7 +252,7 @@ class DetectorTrainer(ABC):
         self.engine.report(values | self._noted)
         self._noted = {}
 
-    def _save(self, run: "_Run") -> None:
+    def _save(self, run: Run) -> None:
         if run.checkpoint is None:
             return
         accelerator = self.engine.accelerator
@@ -242,7 +267,7 @@ class DetectorTrainer(ABC):
             save_checkpoint(run.checkpoint, parts=self.engine.parts, values=values)
         accelerator.wait_for_everyone()
 
-    def _resume(self, run: "_Run") -> None:
+    def _resume(self, run: Run) -> None:
         checkpoint = None if run.checkpoint is None else read_checkpoint(run.checkpoint)
         if checkpoint is None:
             return
@@ -259,41 +284,3 @@ class DetectorTrainer(ABC):
         self.history = [EpochRecord(**record) for record in values["history"]]
         self.engine.steps = values["steps"]
         self._totals = EpochTotals(**own["totals"])
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What one call of `fit` draws from, and where it leaves checkpoints."""
-
-    train: Replay
-    calibration: Replay
-    generator: Generator | None
-    checkpoint: str | Path | None
-    checkpoint_every: int | None
-
-    def state_dict(self, device: torch.device) -> dict[str, Any]:
-        """Where this process is."""
-        return {
-            "train": self.train.state_dict(),
-            "calibration": self.calibration.state_dict(),
-            "generator": None if self.generator is None else self.generator.get_state(),
-            "global": random_states(device),
-        }
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go there."""
-        self.train.load_state_dict(state["train"])
-        self.calibration.load_state_dict(state["calibration"])
-        if self.generator is not None and state["generator"] is not None:
-            self.generator.set_state(state["generator"])
-        set_random_states(state["global"], device)
-
-
-def _forever(batches: Replay) -> Iterator[tuple[Tensor, Tensor]]:
-    while True:
-        given = batches.taken
-        for batch in batches:
-            given += 1
-            yield batch
-        if not given:
-            raise InputError("expected a calibration loader with at least one batch, got an empty one")

@@ -19,6 +19,7 @@ from clusterguard.errors import (
     PersistenceError,
     TooFewCalibrationExamplesError,
     TrainingDivergedError,
+    TrainingStoppedError,
 )
 from clusterguard.samples import load_digits
 from torch import nn
@@ -127,6 +128,31 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(blobs, tmp_path):
     assert torch.equal(straight.thresholds, resumed.thresholds)
     assert [record.loss for record in parts] == [record.loss for record in whole]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.pt", "run.pt.previous"]
+
+
+def test_a_run_stopped_after_every_few_steps_ends_where_an_uninterrupted_one_does(blobs, tmp_path):
+    def fit(**options):
+        trainer = AdversarialClusterTrainer(new_guard(nn.BatchNorm1d(16)), ATTACK, refresh_every=2)
+        if options:
+            options["stop_when"] = lambda: trainer.engine.steps % 4 == 0
+        trainer.fit(blobs, blobs, epochs=2, calibrate=False, progress=False, **options)
+        return trainer
+
+    straight = fit()
+    for steps in range(4, straight.engine.steps + 1, 4):
+        with pytest.raises(TrainingStoppedError, match=rf"after {steps} steps; fit with .*run.pt goes on"):
+            fit(checkpoint=tmp_path / "run.pt")
+    stopped = fit(checkpoint=tmp_path / "run.pt")
+    ends = [{**own.detector.state_dict(), "tau": own.thresholds} for own in (stopped, straight)]
+    torch.testing.assert_close(*ends, rtol=0, atol=0, equal_nan=True)
+    assert [record.loss for record in stopped.history] == [record.loss for record in straight.history]
+
+
+def test_what_may_be_stopped_needs_a_checkpoint(blobs):
+    trainer = AdversarialClusterTrainer(new_guard(), ATTACK)
+    with pytest.raises(ConfigurationError, match="would be lost"):
+        trainer.fit(blobs, blobs, epochs=1, stop_when=lambda: True)
+    assert not trainer.engine.steps
 
 
 class Interrupted:

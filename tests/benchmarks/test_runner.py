@@ -142,6 +142,12 @@ class Impatient(Clock):
         if self.looks < 0:
             raise OutOfTimeError
 
+    @property
+    def is_ending(self):
+        """Asked after every step of a training."""
+        self.looks -= 0.05
+        return self.looks < 0
+
 
 def out_of_memory(scene, **options):
     scene.generator.manual_seed(99)  # it had begun

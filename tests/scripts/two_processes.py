@@ -1,5 +1,6 @@
 """Train, calibrate and evaluate; started in one process or in two, it leaves the same results in FOLDER."""
 
+import contextlib
 import copy
 import re
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import clusterguard as cg
 import torch
 from accelerate import Accelerator
+from clusterguard.errors import TrainingStoppedError
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -39,7 +41,14 @@ def main(folder: Path) -> None:
     )
     train = DataLoader(blobs(180, 0), batch_size=15 * share)
     calibration = DataLoader(blobs(165, 1), batch_size=15)  # an odd number of batches
-    history = trainer.fit(train, calibration, epochs=2, checkpoint=folder / "run.pt", progress=False)
+    options = {"epochs": 2, "checkpoint": folder / "run.pt", "progress": False}
+    if accelerator.num_processes == 2:  # the second process alone asks to stop, within the second epoch
+        with contextlib.suppress(TrainingStoppedError):
+            trainer.fit(
+                train, calibration, stop_when=lambda: accelerator.process_index and trainer.engine.steps == 8, **options
+            )
+        assert trainer.engine.steps == 8, "nobody stopped"
+    history = trainer.fit(train, calibration, **options)
     # With weights that move up the loss before they go down, on weights that have learned something.
     moving = copy.deepcopy(guard)
     options = cg.TrainingOptions(accelerator=accelerator, weight_perturbation=0.05)
