@@ -8,7 +8,8 @@ from pathlib import Path
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, then move it there in one step.
 
-    If writing fails, what was at `path` before is still there and nothing else is left behind.
+    If writing fails, what was at `path` before is still there and nothing else is left behind. The file gets the
+    permissions of any new file.
 
     Args:
         path: where the file shall be; its folder is created.
@@ -27,6 +28,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(permissions)  # safetensors' files can be read by their owner alone
         temporary.replace(path)
     return path

@@ -8,6 +8,8 @@ from clusterguard.errors import ConfigurationError
 from benchmarks import cells
 from benchmarks.cells import list_experiments, load_experiment, merge
 from benchmarks.detectors import RECIPES, make_recipe
+from benchmarks.models import build
+from benchmarks.store import RESULTS, Store
 
 PAPER = cells.tomllib.loads((Path(cells.__file__).parent / "paper.toml").read_text())
 TABLES = [f"table{table}-{dataset}" for table in (2, 3, 4) for dataset in ("mnist", "cifar10")]
@@ -58,6 +60,19 @@ def test_the_papers_own_network_and_schedule_are_there():
     assert (training.model, training.epochs, training.learning_rate) == ("wrn-34-10", 70, 1e-3)
     assert training.attack == {"norm": "linf", "eps": 0.03, "step_size": 0.007, "steps": 20}
     assert (training.optimizer, training.schedule, training.batch_size) == ("adam", "constant", 128)
+
+
+def test_weights_that_ship_are_those_of_tables_and_figures():
+    store = Store(RESULTS)
+    kinds = "table2", "table3", "table4", "strict", "seeds-table2", "seeds-strict", "figure2"
+    names = [f"{kind}-mnist" for kind in kinds]
+    wanted = {cell.training.key: cell for name in names for cell in load_experiment(name, "cpu").cells}
+    assert {path.stem for path in (RESULTS / "models").glob("*.json")} == set(wanted)
+    for key, cell in wanted.items():
+        state, record = store.load_weights(key)
+        recipe = make_recipe(cell.detector, cell.training.options)
+        recipe.build(build(cell.training.model, (1, 28, 28))).load_state_dict(state)
+        assert record["record"]["epochs"] == cell.training.epochs
 
 
 def test_quick_mnist_needs_no_download():
