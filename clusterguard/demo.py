@@ -31,7 +31,9 @@ from tqdm.auto import tqdm
 HONESTY = (
     "A small network on 6,000 digits, trained for a minute or two. PGD-40 is the paper's adaptive attack; the "
     "worst-case suite of the last rows, at its quick budget on 200 images, breaks far more of the guard. Read "
-    "the figures as a demonstration, not as robustness you can rely on."
+    "the figures as a demonstration, not as robustness you can rely on. For reference, the same network trained on "
+    "all of MNIST (benchmarks, CPU profile, 300 test images, three seeds): of ours PGD-100 breaks 0.36 at linf 0.3 "
+    "and the suite 0.62."
 )
 
 

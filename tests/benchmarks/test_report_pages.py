@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
+from clusterguard.demo import HONESTY, digit_network
 from clusterguard.metrics import wilson_interval
 
 from benchmarks import figures, report
@@ -15,6 +16,7 @@ from benchmarks.cells import load_experiment, tomllib
 from benchmarks.detectors import RECIPES
 from benchmarks.estimates import Results, estimate, success, worst_per_image, worst_row, worst_within
 from benchmarks.judging import to_hex
+from benchmarks.models import build
 from benchmarks.report import read_results, render, write_report
 from benchmarks.store import RESULTS, Store
 from benchmarks.tables import area_table, attack_table, compare, show, stages_table, union_table
@@ -334,6 +336,18 @@ def test_the_readme_says_what_the_results_say():
     assert f"of {total} digits our worst-case suite breaks {broken / total:.2f} at its quick budget" in text
     broken, total = success("certified-mnist", "certificate linf 0.3")
     assert f"to lose at most {broken / total:.3f} of {total:,} there" in text
+
+
+def test_the_demos_reference_values_are_those_of_the_results():
+    def mean(experiment, attack):
+        read = Store(RESULTS).read_cell
+        return estimate(Results(load_experiment(experiment, "cpu"), read).slot("ours", attack), success(0.01)).mean
+
+    pgd, suite = mean("seeds-table2-mnist", "PGD linf 0.3 U"), mean("seeds-strict-mnist", "suite linf 0.3")
+    assert f"PGD-100 breaks {pgd:.2f} at linf 0.3 and the suite {suite:.2f}." in HONESTY
+    (cell,) = find("seeds-table2-mnist", "cpu", detector="ours", attack="PGD linf 0.3 U", seed=0)
+    assert (cell.images, cell.options["steps"], cell.training.model) == (300, 100, "tiny-cnn")
+    assert [str(layer) for layer in digit_network()] == [str(layer) for layer in build("tiny-cnn", (1, 28, 28)).body]
 
 
 def lines_of(name, run):
