@@ -26,8 +26,8 @@ def test_every_experiment_says_what_it_is(name, profile):
     assert len(keys) == len(experiment.detectors) * len(experiment.attacks) * len(seeded)
     for cell in experiment.cells:
         make_recipe(cell.detector, cell.training.options)
-        small = profile == "quick" or (profile == "cpu" and "mnist" in name)
-        assert (cell.training.model in ("tiny-cnn", "wrn-10-1")) == small or cell.variant.endswith(cell.training.model)
+        small = cell.training.model in ("tiny-cnn", "wrn-10-1", "wide-cnn")
+        assert small == (profile != "full") or cell.variant.endswith(cell.training.model)
 
 
 def test_an_attack_may_take_more_images_than_the_others():
