@@ -58,6 +58,14 @@ def main(folder: Path) -> None:
         optimizer=torch.optim.SGD(moving.parameters(), lr=1e-3),
         options=options,
     ).fit(train, calibration, epochs=1, calibrate=False, progress=False)
+    proved = copy.deepcopy(guard)
+    cg.CertifiedTrainer(
+        proved,
+        eps=0.05,
+        optimizer=torch.optim.SGD(proved.parameters(), lr=1e-3),
+        ramp_epochs=1,
+        options=cg.TrainingOptions(accelerator=accelerator),
+    ).fit(train, calibration, epochs=3, calibrate=False, progress=False)
     fitted = cg.Calibrator(0.05).fit(guard, calibration, accelerator=accelerator)
     test = DataLoader(blobs(30, 2), batch_size=6)
     attacks = {
@@ -69,6 +77,7 @@ def main(folder: Path) -> None:
     result = {
         "weights": guard.state_dict(),
         "moved": {name: own.detach() for name, own in moving.named_parameters()},
+        "proved": {name: own.detach() for name, own in proved.named_parameters()},
         "thresholds": trainer.thresholds,
         "history": [[record.loss, record.accuracy, record.attack_success_rate] for record in history],
         "calibration": [*fitted.thresholds, *fitted.counts],
