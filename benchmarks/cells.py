@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from clusterguard.errors import ConfigurationError
 
@@ -22,8 +22,9 @@ else:
 
 FOLDER = Path(__file__).parent / "experiments"
 FORMAT = 1  # of what a cell's result holds; raising it makes every result stale
-Profile = Literal["quick", "cpu", "full"]
-"""quick: wiring, not numbers; cpu: honest numbers of a small network that a CPU can bear; full: the paper's setting."""
+Profile = Literal["quick", "cpu", "short", "full"]
+"""quick: wiring, not numbers; cpu: a small network that a CPU can bear; short: the full one's network, trained and
+attacked for as long as half an hour of a GPU allows; full: the paper's setting."""
 Split = Literal["test", "validation"]
 Options = dict[str, Any]
 
@@ -177,7 +178,7 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
 
     Args:
         name: of its file in benchmarks/experiments.
-        profile: "quick" and "cpu" apply the file's table of that name.
+        profile: all but "full" apply the file's table of that name.
 
     Raises:
         ConfigurationError: no such experiment, or a file that says something unknown.
@@ -185,7 +186,7 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
     if name not in list_experiments():
         raise ConfigurationError(f"expected an experiment among {', '.join(list_experiments())}, got {name!r}")
     table = _read(FOLDER / f"{name}.toml")
-    profiles = {other: table.pop(other, {}) for other in ("quick", "cpu")}
+    profiles = {other: table.pop(other, {}) for other in get_args(Profile)}
     own = profiles.get(profile, {})
     limits = own.pop("attack", {})
     table = merge(table, own)

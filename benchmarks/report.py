@@ -32,8 +32,10 @@ TITLES = {"mnist": "MNIST", "cifar10": "CIFAR10"}
 REMARKS: dict[Profile, str] = {
     "quick": "quick: wiring, not numbers",
     "cpu": "CPU profile: small network, short training, short attacks",
+    "short": "short profile: short training, fewer images, short attacks",
     "full": "",
 }
+REDUCED = {"cpu": "-cpu", "short": "-short"}  # what their pages and figures are told by
 WARNING = "A tiny network, few images, short attacks: nothing here says how good a detector is."
 KINDS = ("table", "wrn", "strict", "seeds", "certified", "ablation", "recipe", "figure")  # sections in this order
 
@@ -77,11 +79,11 @@ def read_results(store: Store, profile: Profile) -> dict[str, list[Results]]:
     pages: dict[str, list[Results]] = {}
     for dataset in TITLES:
         found = [load_experiment(name, profile) for name in list_experiments() if name.endswith(f"-{dataset}")]
-        if profile == "cpu":  # where it is not defined, it is the full one
+        if profile in REDUCED:  # where it is not defined, it is the full one
             found = [own for own in found if own.cells != load_experiment(own.name, "full").cells]
         if found:
             found.sort(key=lambda own: [not own.name.startswith(kind) for kind in KINDS])
-            pages[f"{dataset}{'-cpu' if profile == 'cpu' else ''}.md"] = [Results(own, read) for own in found]
+            pages[f"{dataset}{REDUCED.get(profile, '')}.md"] = [Results(own, read) for own in found]
     return pages
 
 
@@ -273,7 +275,7 @@ def _invalid(result: Result) -> int:
 
 def _figure(results: Results) -> str:
     own = results.experiment
-    return f"figures/{own.name}{'-cpu' if own.profile == 'cpu' else ''}"
+    return f"figures/{own.name}{REDUCED.get(own.profile, '')}"
 
 
 def _dataset(results: Results) -> str:

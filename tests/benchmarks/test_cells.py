@@ -1,6 +1,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from clusterguard.errors import ConfigurationError
@@ -16,7 +17,7 @@ TABLES = [f"table{table}-{dataset}" for table in (2, 3, 4) for dataset in ("mnis
 
 
 @pytest.mark.parametrize("name", list_experiments())
-@pytest.mark.parametrize("profile", ["quick", "cpu", "full"])
+@pytest.mark.parametrize("profile", get_args(cells.Profile))
 def test_every_experiment_says_what_it_is(name, profile):
     experiment = load_experiment(name, profile)
     keys = Counter(cell.key for cell in experiment.cells)
@@ -27,7 +28,7 @@ def test_every_experiment_says_what_it_is(name, profile):
     for cell in experiment.cells:
         make_recipe(cell.detector, cell.training.options)
         small = cell.training.model in ("tiny-cnn", "wrn-10-1", "wide-cnn")
-        assert small == (profile != "full") or cell.variant.endswith(cell.training.model)
+        assert small == (profile in ("quick", "cpu")) or cell.variant.endswith(cell.training.model)
 
 
 def test_an_attack_may_take_more_images_than_the_others():
