@@ -22,7 +22,7 @@ from benchmarks.training import CompileMode
 
 UNFINISHED = 3  # exit status of a run that stopped in time, with work left
 Names = Annotated[list[str], typer.Argument(help=f"all, mnist, cifar10, or of {', '.join(list_experiments())}.")]
-ProfileOption = Annotated[Profile, typer.Option(help="quick: wiring; cpu, short: what a CPU, a GPU can bear; full: the paper's.")]
+ProfileOption = Annotated[Profile, typer.Option(help="quick: wiring; cpu, short: for a CPU, a GPU; full: the paper's.")]
 OutOption = Annotated[Path | None, typer.Option(help="Folder of results; else benchmarks/results or runs/quick.")]
 OnlyOption = Annotated[str, typer.Option(help="Cells whose title matches, such as 'ours*linf*'.")]
 DataOption = Annotated[Path | None, typer.Option(help="Folder of data sets; else $CLUSTERGUARD_DATA or data.")]
