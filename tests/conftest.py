@@ -1,13 +1,21 @@
 """Small detectors and data that several test files share."""
 
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
 import clusterguard
 import pytest
 import torch
-from clusterguard import ClusterGuard, Evidence
+from accelerate.state import AcceleratorState, GradientState
+from clusterguard import FGSM, AdversarialClusterTrainer, Calibrator, ClusterGuard, Evidence, Towards
 from hypothesis import settings
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+# What these modules assert shows its values, as in a test.
+pytest.register_assert_rewrite("exporting", "fuzzing", "norm_problems", "peer_makers", "saving")
 settings.register_profile("patient", deadline=None)  # how long an example takes says nothing on a shared machine
 settings.load_profile("patient")
 torch.set_num_threads(1)  # tests run in parallel processes; more threads than cores stall each other
@@ -65,3 +73,77 @@ def blobs() -> DataLoader[tuple[Tensor, ...]]:
 @pytest.fixture(scope="session")
 def digits() -> TensorDataset:
     return clusterguard.samples.load_digits("test")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits as image files, one subfolder a class."""
+    folder = tmp_path_factory.mktemp("photos")
+    images, labels = clusterguard.samples.load_digits("calibration").tensors
+    for label in (0, 1, 7):
+        (folder / str(label)).mkdir()
+        for index, image in enumerate(images[labels == label][:120]):
+            Image.fromarray((image[0] * 255).byte().numpy()).save(folder / str(label) / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps one state a process; each of these tests wants its own."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder that holds a guard around `saving.network`."""
+    from saving import make_guard  # not above: its asserts are registered there
+
+    torch.manual_seed(0)
+    make_guard().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained_guard() -> ClusterGuard:
+    """For peers to attack."""
+    torch.manual_seed(0)
+    train = TensorDataset(*(part[:1500] for part in clusterguard.samples.load_digits("train").tensors))
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU()), 10, example=train[0][0][None])
+    optimizer = torch.optim.Adam(guard.parameters(), lr=5e-3)
+    trainer = AdversarialClusterTrainer(guard, FGSM(eps=0.1), optimizer=optimizer, warmup_epochs=2)
+    loader = DataLoader(train, batch_size=100, shuffle=True)
+    trainer.fit(loader, loader, epochs=6, calibrate=False, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # classes that share the pooled threshold
+        Calibrator(false_positive_rate=0.05, scarce="pool").fit(
+            guard, DataLoader(clusterguard.samples.load_digits("calibration"), batch_size=500)
+        )
+    return guard.eval()
+
+
+@pytest.fixture(scope="session")
+def clean(trained_guard: ClusterGuard) -> tuple[Tensor, Tensor]:
+    """330 test images that the guard accepts, and their labels; the first 30 get attacked."""
+    images, labels = clusterguard.samples.load_digits("test").tensors
+    verdict = trained_guard.detect(images)
+    usable = (verdict.labels == labels) & ~verdict.is_adversarial
+    return images[usable][:330], labels[usable][:330]
+
+
+@pytest.fixture(scope="session")
+def images(clean: tuple[Tensor, Tensor]) -> Tensor:
+    return clean[0][:30]
+
+
+@pytest.fixture(scope="session")
+def labels(clean: tuple[Tensor, Tensor]) -> Tensor:
+    return clean[1][:30]
+
+
+@pytest.fixture(scope="session")
+def references(trained_guard: ClusterGuard, clean: tuple[Tensor, Tensor]) -> Towards:
+    return Towards.accepted(trained_guard, clean[0][30:], clean[1][30:])

@@ -1,66 +1,20 @@
-import hashlib
 import json
 import math
-import pickle
 import tempfile
 import warnings
 from importlib.metadata import version
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-from clusterguard import Calibration, Calibrator, ClusterGuard, WorstCaseSuite, evaluate
+from clusterguard import Calibration, ClusterGuard
 from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from saving import assert_equal, bits, make_guard, network
 from torch import nn
 from torchvision import models
-
-
-def network() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.ReLU())
-
-
-def make_guard(backbone: nn.Module | None = None, num_classes: int = 3) -> ClusterGuard:
-    guard = ClusterGuard(backbone or network(), num_classes)
-    guard.thresholds = torch.linspace(9, 11, num_classes)
-    return guard.eval()
-
-
-def bits(guard: ClusterGuard) -> dict[str, tuple[torch.dtype, bytes]]:
-    return {
-        name: (own.dtype, own.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        for name, own in guard.state_dict().items()
-    }
-
-
-def assert_equal(guard: ClusterGuard, again: ClusterGuard, images: torch.Tensor) -> None:
-    assert bits(again) == bits(guard)
-    assert again.calibration == guard.calibration
-    assert not any(module.training for module in again.modules())
-    for ours, theirs in zip(guard.detect(images, check=False), again.detect(images, check=False), strict=True):
-        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
-
-
-@pytest.fixture
-def saved(tmp_path):
-    torch.manual_seed(0)
-    make_guard().save_pretrained(tmp_path)
-    return tmp_path
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-def replace_weights(folder: Path, content: bytes) -> None:
-    """Weights that the config vouches for."""
-    (folder / "model.safetensors").write_bytes(content)
-    edit_config(folder, weights_sha256=hashlib.sha256(content).hexdigest())
 
 
 @settings(max_examples=15)
@@ -156,108 +110,6 @@ def test_a_model_that_was_changed_is_no_longer_its_recipe(part, tmp_path):
     assert_equal(guard, ClusterGuard.from_pretrained(tmp_path, backbone=model), torch.rand(2, 1, 32, 32))
 
 
-def truncate(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-7])
-
-
-def flip_a_bit(folder: Path) -> None:
-    content = bytearray((folder / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(content)
-
-
-def lose_a_class(folder: Path) -> None:
-    own = json.loads((folder / "config.json").read_text())["guard"]
-    edit_config(folder, guard={**own, "num_classes": 1})
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "config.json").unlink(), r"expected config.json in .*, found none"),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"expected model.safetensors in .*, found none"),
-        (truncate, r"model.safetensors is not the file .* cut off"),
-        (flip_a_bit, r"model.safetensors is not the file .* damaged"),
-        (lambda folder: (folder / "config.json").write_text('{"format": "cluster'), r"config.json is damaged"),
-        (lambda folder: (folder / "config.json").write_bytes(b"\x80\x02"), r"config.json is damaged"),
-        (lambda folder: (folder / "config.json").write_text("[]"), r"config.json describes no guard"),
-        (lambda folder: edit_config(folder, format="transformers"), r"config.json describes no guard"),
-        (
-            lambda folder: edit_config(folder, format_version=2),
-            r"version 1 or older in .*, got 2; upgrade clusterguard",
-        ),
-        (lambda folder: edit_config(folder, guard={}), r"does not fit .*num_classes"),
-        (lambda folder: edit_config(folder, calibration={"alpha": 1}), r"does not fit .*alpha"),
-        (lose_a_class, r"does not fit .*num_classes of at least 2"),
-        (lambda folder: replace_weights(folder, b"not tensors"), r"model.safetensors is no safetensors file"),
-        (lambda folder: replace_weights(folder, save({"w": torch.ones(1)})), r"(?s)does not fit .*Missing key"),
-    ],
-)
-def test_whatever_is_wrong_with_a_folder_is_named(saved, damage, message):
-    damage(saved)
-    with pytest.raises(PersistenceError, match=message) as caught:
-        ClusterGuard.from_pretrained(saved, backbone=network())
-    assert str(saved) in str(caught.value)
-
-
-def test_a_backbone_of_another_shape_is_refused(saved):
-    other = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6), nn.ReLU())
-    with pytest.raises(PersistenceError, match=r"(?s)does not fit backbone=Sequential.*size mismatch"):
-        ClusterGuard.from_pretrained(saved, backbone=other)
-
-
-@pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained", "pretrained_cfg"])
-def test_nothing_is_ever_unpickled_not_even_if_a_foreign_config_asks_for_it(argument, tmp_path, monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("unpickled")
-
-    for name in ("torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler"):
-        monkeypatch.setattr(name, refuse)
-    make_guard(timm.create_model("test_resnet")).save_pretrained(tmp_path)
-    ClusterGuard.from_pretrained(tmp_path)
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps({}))
-    recipe = json.loads((tmp_path / "config.json").read_text())["backbone"]
-    edit_config(tmp_path, backbone={**recipe, "arguments": {argument: str(tmp_path / "evil.pt")}})
-    with pytest.raises(PersistenceError, match="multiple values"):
-        ClusterGuard.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["hf-hub:someone/model", "local-dir:/tmp", "no_such_model"])
-def test_a_recipe_names_a_model_of_the_library_and_nothing_else(name, tmp_path):
-    make_guard(timm.create_model("test_resnet")).save_pretrained(tmp_path)
-    edit_config(tmp_path, backbone={"source": "timm", "name": name, "arguments": {}})
-    with pytest.raises(PersistenceError, match=r"does not fit what config\.json describes"):
-        ClusterGuard.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("method", ["write_bytes", "replace"])
-@pytest.mark.parametrize("successes", range(3))
-def test_an_interrupted_save_leaves_the_old_guard_or_none_never_a_mixture(saved, monkeypatch, method, successes):
-    old = ClusterGuard.from_pretrained(saved, backbone=network())
-    new = make_guard()
-    new.thresholds = torch.tensor([1.0, 2.0, 3.0])
-    original, calls = getattr(Path, method), []
-
-    def fail(self: Path, *arguments: object) -> object:
-        calls.append(self)
-        if len(calls) > successes:
-            raise OSError("no space left on device")
-        return original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, method, fail)
-        with pytest.raises(OSError, match="no space"):
-            new.save_pretrained(saved)
-    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    if method == "write_bytes" or successes == 0:
-        assert bits(ClusterGuard.from_pretrained(saved, backbone=network())) == bits(old)
-    else:
-        with pytest.raises(PersistenceError, match="interrupted save; download it or save the guard again"):
-            ClusterGuard.from_pretrained(saved, backbone=network())
-    new.save_pretrained(saved)
-    assert bits(ClusterGuard.from_pretrained(saved, backbone=network())) == bits(new)
-
-
 def test_an_existing_folder_keeps_what_is_not_a_guards(saved):
     (saved / "notes.txt").write_text("mine")
     guard = make_guard(num_classes=4)
@@ -299,55 +151,6 @@ def test_training_that_is_not_json_is_refused_before_anything_is_written(trainin
     assert not (tmp_path / "new").exists()
 
 
-def section(card: str, title: str) -> str:
-    return card.split(f"## {title}\n")[1].split("\n## ")[0]
-
-
-def test_a_card_states_what_is_known_and_no_figure_else(tmp_path):
-    guard = make_guard()
-    guard.reset_calibration()
-    guard.save_pretrained(tmp_path)
-    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
-    assert card.data.library_name == "clusterguard"
-    assert card.data.pipeline_tag == "image-classification"
-    assert card.data.license is None
-    assert section(card.text, "Measured").strip() == "Not measured: no evaluation was handed in."
-    assert section(card.text, "Training").strip() == "Not recorded."
-    assert "until then everything is refused" in section(card.text, "Thresholds")
-    assert not any(
-        character.isdigit() for title in ("Thresholds", "Measured") for character in section(card.text, title)
-    )
-    assert "prove nothing about others" in card.text
-    assert "backbone=your_module" in card.text
-
-
-def test_a_card_shows_the_calibration_and_the_evaluation_of_this_guard(small_guard, blobs, tmp_path):
-    labels = torch.cat([labels for _, labels in blobs])
-    images = small_guard.clusters.centers.repeat(200, 1)  # a guard that is right on these "images"
-    guard = ClusterGuard(nn.Flatten(), 3, representation_dim=6, example=images.view(-1, 1, 2, 3)).eval()
-    with torch.no_grad():
-        guard.encoder[-1].weight.copy_(10 * torch.eye(6))
-        guard.encoder[-1].bias.zero_()
-    loader = [((images / 10).view(-1, 1, 2, 3), labels)]
-    calibration = Calibrator(0.05).fit(guard, loader)
-    report = evaluate(guard, WorstCaseSuite("linf", eps=0.01, budget="quick"), loader, sanity_images=0)
-    guard.save_pretrained(tmp_path, model_card_kwargs={"evaluation": report})  # as push_to_hub hands it over
-    assert report.to_markdown() in (tmp_path / "README.md").read_text()
-    guard.save_pretrained(tmp_path, evaluation=report)
-    card = (tmp_path / "README.md").read_text()
-    assert report.to_markdown() in card
-    assert "rate of 0.05 on 600 benign images. 600 of these are classified correctly, 200 in the smallest" in card
-    assert (
-        ClusterGuard.from_pretrained(tmp_path, backbone=nn.Flatten(), example=loader[0][0]).calibration == calibration
-    )
-    guard.thresholds = guard.thresholds + 1  # neither the record nor the report is about these
-    with pytest.raises(ConfigurationError, match="evaluate it again"):
-        guard.save_pretrained(tmp_path, evaluation=report)
-    guard.save_pretrained(tmp_path)
-    assert "nothing is known of their false-positive rate" in (tmp_path / "README.md").read_text()
-    assert json.loads((tmp_path / "config.json").read_text())["calibration"] is None
-
-
 def test_an_id_goes_to_the_hub(saved, monkeypatch):
     asked = {}
 
@@ -365,28 +168,6 @@ def test_an_id_goes_to_the_hub(saved, monkeypatch):
 def test_what_is_neither_folder_nor_on_the_hub_is_named(name, tmp_path):
     with pytest.raises(PersistenceError, match=f"expected a folder, or a guard's id .* got '{name}'"):
         ClusterGuard.from_pretrained(name, local_files_only=True, cache_dir=tmp_path)
-
-
-def test_a_guard_is_pushed_to_the_hub_with_its_card(monkeypatch):
-    pushed = {}
-
-    class Hub:
-        def __init__(self, token: str | None = None) -> None:
-            pass
-
-        def create_repo(self, repo_id: str, **_: object) -> object:
-            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
-
-        def upload_folder(self, *, repo_id: str, folder_path: Path, **_: object) -> str:
-            pushed.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
-            return repo_id
-
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
-    guard = make_guard()
-    assert isinstance(guard, huggingface_hub.ModelHubMixin)
-    assert guard.push_to_hub("someone/guard", config={"epochs": 3}) == "someone/guard"
-    assert set(pushed) == {"model.safetensors", "config.json", "README.md"}
-    assert json.loads(pushed["config.json"])["training"] == {"epochs": 3}
 
 
 def test_saving_says_nothing_where_there_is_nothing_to_say(tmp_path):

@@ -11,6 +11,7 @@ from clusterguard import WithThresholds
 from clusterguard.attacks.metering import Metered
 from hypothesis import given
 from hypothesis import strategies as st
+from small_experiment import SMALL, comparable, run_all
 from typer.testing import CliRunner
 
 from benchmarks import cells, plan, runner
@@ -22,35 +23,6 @@ from benchmarks.judging import from_hex, to_hex
 from benchmarks.kinds import KINDS
 from benchmarks.runner import Runner, pair_goals
 from benchmarks.store import Store
-
-SMALL = """
-title = "Everything once"
-dataset = "digits"
-model = "tiny-cnn"
-images = 12
-chunk = 5
-rates = [0.05, 0.2]
-seeds = [0]
-detectors = ["ours", "fs"]
-points = 8
-
-attacks = [
-  { name = "PGD", kind = "pgd", norm = "linf", eps = 0.2, steps = 3, targeted = true, step_sizes = [0.05, 0.1] },
-  { name = "MIM", kind = "mim", norm = "l1", eps = 9, steps = 3, step_sizes = [3] },
-  { name = "NES", kind = "nes", norm = "l2", eps = 2.0, steps = 2, samples = 4, step_sizes = [0.5] },
-  { name = "FGSM", kind = "fgsm", norm = "linf", eps = 0.2 },
-  { name = "CW", kind = "cw", eps = 3.0, searches = 2, steps = 4 },
-  { name = "Boundary", kind = "boundary", norm = "linf", eps = 0.3, queries = 9 },
-  { name = "Transfer", kind = "transfer", norm = "linf", eps = 0.2, steps = 3, step_size = 0.1, surrogate = "vanilla" },
-  { name = "suite", kind = "suite", norm = "l0", eps = 9.0, budget = "quick" },
-]
-
-[training]
-epochs = 2
-images = 500
-batch_size = 50
-attack = { norm = "linf", eps = 0.2, step_size = 0.1, steps = 2 }
-"""
 
 
 @pytest.fixture(scope="session")
@@ -64,20 +36,6 @@ def folder(tmp_path_factory):
 def experiment(folder, monkeypatch):
     monkeypatch.setattr(cells, "FOLDER", folder)
     return load_experiment("small")
-
-
-def run_all(experiment, root, clock=None):
-    own = Runner(Store(root), device=torch.device("cpu"), clock=clock)
-    return [own.run(cell) for cell in experiment.cells]
-
-
-def comparable(result):
-    """Without what a repetition may change."""
-    result = json.loads(json.dumps(result))
-    for part in (result, result["training"], result["training"]["last"]):
-        part.pop("seconds", None)
-        part.pop("provenance", None)
-    return result
 
 
 @pytest.fixture(scope="session")
@@ -286,19 +244,6 @@ def test_compiled_networks_give_the_same_results(finished, experiment, tmp_path)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # with and without gradients
 
 
-def test_large_weights_come_in_parts(tmp_path):
-    store = Store(tmp_path)
-    state = {f"layer{index}": torch.full((1_000_000,), float(index)) for index in range(9)} | {"ids": torch.arange(3)}
-    store.save_weights("key", state, {"record": {"epochs": 1}})
-    files = sorted((tmp_path / "models").glob("*.safetensors"))
-    assert len(files) == 3
-    assert max(file.stat().st_size for file in files) < 16 * 2**20
-    loaded, record = store.load_weights("key")
-    assert all(torch.equal(loaded[name], value) for name, value in state.items())
-    assert record["record"] == {"epochs": 1}
-    assert store.load_weights("other") is None
-
-
 @pytest.mark.parametrize("attack", [line.split('"')[1] for line in SMALL.splitlines() if "kind" in line])
 def test_no_attack_costs_more_than_planned(experiment, tmp_path_factory, finished, attack, tmp_path):
     own = Runner(Store(finished[0]), device=torch.device("cpu"))
@@ -330,35 +275,6 @@ def test_bits_survive(bits):
     assert from_hex(to_hex(torch.tensor(bits, dtype=torch.bool)), len(bits)).tolist() == bits
 
 
-def test_the_plan_adds_up(experiment, capsys):
-    speed = plan.Throughput("made up", lambda model, dataset, batch: (0.001, 0.01))
-    plan.print_plan(experiment.cells[:1], speed)
-    text = capsys.readouterr().out
-    # 500 images: 2 epochs, each a step on them and their attacked versions, after 2 steps of attack
-    assert "4,000 gradients" in text
-    assert "72 gradients" in text  # 12 images, 3 steps, 2 step sizes
-    assert "1 cells, 1 trainings, about 41 s in all" in text
-
-
-@pytest.mark.parametrize("device", ["h200", "cpu", "cuda:0"])
-def test_devices_that_were_never_measured_get_stated_assumptions(device, monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "FILE", tmp_path / "none.json")
-    speed = plan.throughput(device)
-    assert "assumed" in speed.source
-    forward, both = speed.seconds("small-cnn", "mnist", 1000)
-    assert 0 < forward < both < 0.1
-
-
-def test_measured_throughput_is_found_again(experiment, monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "FILE", tmp_path / "throughput.json")
-    monkeypatch.setattr(plan, "PATIENCE", 0.05)
-    plan.calibrate(experiment.cells[:1], torch.device("cpu"))
-    speed = plan.throughput("cpu")
-    assert "measured" in speed.source
-    assert speed.seconds("tiny-cnn", "digits", 10_000)[1] > 0
-    assert speed.seconds("small-cnn", "mnist", 1000)[1] > 0  # assumed: it was not measured
-
-
 def test_the_command_line_runs_plans_and_tells(experiment, finished, monkeypatch):
     def call(*arguments):
         return CliRunner().invoke(app, list(arguments))
@@ -376,36 +292,5 @@ def test_the_command_line_runs_plans_and_tells(experiment, finished, monkeypatch
     (finished[0] / "cells" / f"{'0' * 12}.json").unlink()
 
 
-def test_near_the_end_of_the_budget_cells_that_fit_come_first(experiment, tmp_path, monkeypatch):
-    """A made-up machine: a pass takes a millisecond, and training nothing."""
-    now, order = [0.0], []
-
-    class Machine(Runner):
-        def run(self, cell):
-            now[0] += 0.001 * plan.passes(cell)
-            if now[0] > 4.0:
-                raise OutOfTimeError
-            order.append(cell.attack)
-
-    monkeypatch.setattr("benchmarks.__main__.Runner", Machine)
-    monkeypatch.setattr("benchmarks.clock.time.perf_counter", lambda: now[0])
-    monkeypatch.setattr(Store, "has_weights", lambda self, key: True)
-    command = ["run", "small", "--device", "cpu", "--out", str(tmp_path), "--time-budget", "4", "--only", "ours*"]
-    assert CliRunner().invoke(app, command).exit_code == 3
-    costs = {cell.attack: 0.001 * plan.passes(cell) for cell in experiment.cells if cell.detector == "ours"}
-    assert costs["suite"] > 4  # it does not fit, so all others are whole before it is begun
-    assert order == [name for name in costs if name != "suite"][: len(order)]
-    assert sum(costs[name] for name in order) <= 4
-    assert len(order) == len([name for name in costs if name != "suite"])
-
-
 def test_every_detector_is_there():
     assert len(RECIPES) == 12
-
-
-def test_estimates_know_which_trainings_attack():
-    cells_of = {cell.detector: cell for cell in load_experiment("strict-mnist").cells}
-    attacked = {name for name, cell in cells_of.items() if plan.training_passes(cell) > 55_000 * cell.training.epochs}
-    assert attacked == {"ours", "l-ben", "madry", "trades", "ccat", "rectified-rejection"}
-    certified = load_experiment("certified-mnist").cells[0]
-    assert plan.training_passes(certified) == 3 * 55_000 * certified.training.epochs

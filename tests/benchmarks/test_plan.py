@@ -1,0 +1,78 @@
+import pytest
+import torch
+from small_experiment import SMALL
+from typer.testing import CliRunner
+
+from benchmarks import cells, plan
+from benchmarks.__main__ import app
+from benchmarks.cells import load_experiment
+from benchmarks.clock import OutOfTimeError
+from benchmarks.runner import Runner
+from benchmarks.store import Store
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    (tmp_path / "small.toml").write_text(SMALL)
+    monkeypatch.setattr(cells, "FOLDER", tmp_path)
+    return load_experiment("small")
+
+
+def test_the_plan_adds_up(experiment, capsys):
+    speed = plan.Throughput("made up", lambda model, dataset, batch: (0.001, 0.01))
+    plan.print_plan(experiment.cells[:1], speed)
+    text = capsys.readouterr().out
+    # 500 images: 2 epochs, each a step on them and their attacked versions, after 2 steps of attack
+    assert "4,000 gradients" in text
+    assert "72 gradients" in text  # 12 images, 3 steps, 2 step sizes
+    assert "1 cells, 1 trainings, about 41 s in all" in text
+
+
+@pytest.mark.parametrize("device", ["h200", "cpu", "cuda:0"])
+def test_devices_that_were_never_measured_get_stated_assumptions(device, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "FILE", tmp_path / "none.json")
+    speed = plan.throughput(device)
+    assert "assumed" in speed.source
+    forward, both = speed.seconds("small-cnn", "mnist", 1000)
+    assert 0 < forward < both < 0.1
+
+
+def test_measured_throughput_is_found_again(experiment, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "FILE", tmp_path / "throughput.json")
+    monkeypatch.setattr(plan, "PATIENCE", 0.05)
+    plan.calibrate(experiment.cells[:1], torch.device("cpu"))
+    speed = plan.throughput("cpu")
+    assert "measured" in speed.source
+    assert speed.seconds("tiny-cnn", "digits", 10_000)[1] > 0
+    assert speed.seconds("small-cnn", "mnist", 1000)[1] > 0  # assumed: it was not measured
+
+
+def test_near_the_end_of_the_budget_cells_that_fit_come_first(experiment, tmp_path, monkeypatch):
+    """A made-up machine: a pass takes a millisecond, and training nothing."""
+    now, order = [0.0], []
+
+    class Machine(Runner):
+        def run(self, cell):
+            now[0] += 0.001 * plan.passes(cell)
+            if now[0] > 4.0:
+                raise OutOfTimeError
+            order.append(cell.attack)
+
+    monkeypatch.setattr("benchmarks.__main__.Runner", Machine)
+    monkeypatch.setattr("benchmarks.clock.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Store, "has_weights", lambda self, key: True)
+    command = ["run", "small", "--device", "cpu", "--out", str(tmp_path), "--time-budget", "4", "--only", "ours*"]
+    assert CliRunner().invoke(app, command).exit_code == 3
+    costs = {cell.attack: 0.001 * plan.passes(cell) for cell in experiment.cells if cell.detector == "ours"}
+    assert costs["suite"] > 4  # it does not fit, so all others are whole before it is begun
+    assert order == [name for name in costs if name != "suite"][: len(order)]
+    assert sum(costs[name] for name in order) <= 4
+    assert len(order) == len([name for name in costs if name != "suite"])
+
+
+def test_estimates_know_which_trainings_attack():
+    cells_of = {cell.detector: cell for cell in load_experiment("strict-mnist").cells}
+    attacked = {name for name, cell in cells_of.items() if plan.training_passes(cell) > 55_000 * cell.training.epochs}
+    assert attacked == {"ours", "l-ben", "madry", "trades", "ccat", "rectified-rejection"}
+    certified = load_experiment("certified-mnist").cells[0]
+    assert plan.training_passes(certified) == 3 * 55_000 * certified.training.epochs

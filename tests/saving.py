@@ -1,0 +1,38 @@
+"""Guards to save, and what of them has to come back."""
+
+import json
+from pathlib import Path
+
+import torch
+from clusterguard import ClusterGuard
+from torch import nn
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.ReLU())
+
+
+def make_guard(backbone: nn.Module | None = None, num_classes: int = 3) -> ClusterGuard:
+    guard = ClusterGuard(backbone or network(), num_classes)
+    guard.thresholds = torch.linspace(9, 11, num_classes)
+    return guard.eval()
+
+
+def bits(guard: ClusterGuard) -> dict[str, tuple[torch.dtype, bytes]]:
+    return {
+        name: (own.dtype, own.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for name, own in guard.state_dict().items()
+    }
+
+
+def assert_equal(guard: ClusterGuard, again: ClusterGuard, images: torch.Tensor) -> None:
+    assert bits(again) == bits(guard)
+    assert again.calibration == guard.calibration
+    assert not any(module.training for module in again.modules())
+    for ours, theirs in zip(guard.detect(images, check=False), again.detect(images, check=False), strict=True):
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))

@@ -1,0 +1,121 @@
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from clusterguard import ClusterGuard
+from clusterguard.errors import PersistenceError
+from safetensors.torch import save
+from saving import bits, edit_config, make_guard, network
+from torch import nn
+
+
+def replace_weights(folder: Path, content: bytes) -> None:
+    """Weights that the config vouches for."""
+    (folder / "model.safetensors").write_bytes(content)
+    edit_config(folder, weights_sha256=hashlib.sha256(content).hexdigest())
+
+
+def truncate(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-7])
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def lose_a_class(folder: Path) -> None:
+    own = json.loads((folder / "config.json").read_text())["guard"]
+    edit_config(folder, guard={**own, "num_classes": 1})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"expected config.json in .*, found none"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"expected model.safetensors in .*, found none"),
+        (truncate, r"model.safetensors is not the file .* cut off"),
+        (flip_a_bit, r"model.safetensors is not the file .* damaged"),
+        (lambda folder: (folder / "config.json").write_text('{"format": "cluster'), r"config.json is damaged"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\x80\x02"), r"config.json is damaged"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config.json describes no guard"),
+        (lambda folder: edit_config(folder, format="transformers"), r"config.json describes no guard"),
+        (
+            lambda folder: edit_config(folder, format_version=2),
+            r"version 1 or older in .*, got 2; upgrade clusterguard",
+        ),
+        (lambda folder: edit_config(folder, guard={}), r"does not fit .*num_classes"),
+        (lambda folder: edit_config(folder, calibration={"alpha": 1}), r"does not fit .*alpha"),
+        (lose_a_class, r"does not fit .*num_classes of at least 2"),
+        (lambda folder: replace_weights(folder, b"not tensors"), r"model.safetensors is no safetensors file"),
+        (lambda folder: replace_weights(folder, save({"w": torch.ones(1)})), r"(?s)does not fit .*Missing key"),
+    ],
+)
+def test_whatever_is_wrong_with_a_folder_is_named(saved, damage, message):
+    damage(saved)
+    with pytest.raises(PersistenceError, match=message) as caught:
+        ClusterGuard.from_pretrained(saved, backbone=network())
+    assert str(saved) in str(caught.value)
+
+
+def test_a_backbone_of_another_shape_is_refused(saved):
+    other = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6), nn.ReLU())
+    with pytest.raises(PersistenceError, match=r"(?s)does not fit backbone=Sequential.*size mismatch"):
+        ClusterGuard.from_pretrained(saved, backbone=other)
+
+
+@pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained", "pretrained_cfg"])
+def test_nothing_is_ever_unpickled_not_even_if_a_foreign_config_asks_for_it(argument, tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("unpickled")
+
+    for name in ("torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler"):
+        monkeypatch.setattr(name, refuse)
+    make_guard(timm.create_model("test_resnet")).save_pretrained(tmp_path)
+    ClusterGuard.from_pretrained(tmp_path)
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({}))
+    recipe = json.loads((tmp_path / "config.json").read_text())["backbone"]
+    edit_config(tmp_path, backbone={**recipe, "arguments": {argument: str(tmp_path / "evil.pt")}})
+    with pytest.raises(PersistenceError, match="multiple values"):
+        ClusterGuard.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:someone/model", "local-dir:/tmp", "no_such_model"])
+def test_a_recipe_names_a_model_of_the_library_and_nothing_else(name, tmp_path):
+    make_guard(timm.create_model("test_resnet")).save_pretrained(tmp_path)
+    edit_config(tmp_path, backbone={"source": "timm", "name": name, "arguments": {}})
+    with pytest.raises(PersistenceError, match=r"does not fit what config\.json describes"):
+        ClusterGuard.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["write_bytes", "replace"])
+@pytest.mark.parametrize("successes", range(3))
+def test_an_interrupted_save_leaves_the_old_guard_or_none_never_a_mixture(saved, monkeypatch, method, successes):
+    old = ClusterGuard.from_pretrained(saved, backbone=network())
+    new = make_guard()
+    new.thresholds = torch.tensor([1.0, 2.0, 3.0])
+    original, calls = getattr(Path, method), []
+
+    def fail(self: Path, *arguments: object) -> object:
+        calls.append(self)
+        if len(calls) > successes:
+            raise OSError("no space left on device")
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, fail)
+        with pytest.raises(OSError, match="no space"):
+            new.save_pretrained(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    if method == "write_bytes" or successes == 0:
+        assert bits(ClusterGuard.from_pretrained(saved, backbone=network())) == bits(old)
+    else:
+        with pytest.raises(PersistenceError, match="interrupted save; download it or save the guard again"):
+            ClusterGuard.from_pretrained(saved, backbone=network())
+    new.save_pretrained(saved)
+    assert bits(ClusterGuard.from_pretrained(saved, backbone=network())) == bits(new)

@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, evaluate
+from clusterguard.errors import ConfigurationError
+from saving import make_guard
+from torch import nn
+
+
+def section(card: str, title: str) -> str:
+    return card.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_a_card_states_what_is_known_and_no_figure_else(tmp_path):
+    guard = make_guard()
+    guard.reset_calibration()
+    guard.save_pretrained(tmp_path)
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "clusterguard"
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.license is None
+    assert section(card.text, "Measured").strip() == "Not measured: no evaluation was handed in."
+    assert section(card.text, "Training").strip() == "Not recorded."
+    assert "until then everything is refused" in section(card.text, "Thresholds")
+    assert not any(
+        character.isdigit() for title in ("Thresholds", "Measured") for character in section(card.text, title)
+    )
+    assert "prove nothing about others" in card.text
+    assert "backbone=your_module" in card.text
+
+
+def test_a_card_shows_the_calibration_and_the_evaluation_of_this_guard(small_guard, blobs, tmp_path):
+    labels = torch.cat([labels for _, labels in blobs])
+    images = small_guard.clusters.centers.repeat(200, 1)  # a guard that is right on these "images"
+    guard = ClusterGuard(nn.Flatten(), 3, representation_dim=6, example=images.view(-1, 1, 2, 3)).eval()
+    with torch.no_grad():
+        guard.encoder[-1].weight.copy_(10 * torch.eye(6))
+        guard.encoder[-1].bias.zero_()
+    loader = [((images / 10).view(-1, 1, 2, 3), labels)]
+    calibration = Calibrator(0.05).fit(guard, loader)
+    report = evaluate(guard, WorstCaseSuite("linf", eps=0.01, budget="quick"), loader, sanity_images=0)
+    guard.save_pretrained(tmp_path, model_card_kwargs={"evaluation": report})  # as push_to_hub hands it over
+    assert report.to_markdown() in (tmp_path / "README.md").read_text()
+    guard.save_pretrained(tmp_path, evaluation=report)
+    card = (tmp_path / "README.md").read_text()
+    assert report.to_markdown() in card
+    assert "rate of 0.05 on 600 benign images. 600 of these are classified correctly, 200 in the smallest" in card
+    assert (
+        ClusterGuard.from_pretrained(tmp_path, backbone=nn.Flatten(), example=loader[0][0]).calibration == calibration
+    )
+    guard.thresholds = guard.thresholds + 1  # neither the record nor the report is about these
+    with pytest.raises(ConfigurationError, match="evaluate it again"):
+        guard.save_pretrained(tmp_path, evaluation=report)
+    guard.save_pretrained(tmp_path)
+    assert "nothing is known of their false-positive rate" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "config.json").read_text())["calibration"] is None
+
+
+def test_a_guard_is_pushed_to_the_hub_with_its_card(monkeypatch):
+    pushed = {}
+
+    class Hub:
+        def __init__(self, token: str | None = None) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, **_: object) -> object:
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **_: object) -> str:
+            pushed.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
+            return repo_id
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    guard = make_guard()
+    assert isinstance(guard, huggingface_hub.ModelHubMixin)
+    assert guard.push_to_hub("someone/guard", config={"epochs": 3}) == "someone/guard"
+    assert set(pushed) == {"model.safetensors", "config.json", "README.md"}
+    assert json.loads(pushed["config.json"])["training"] == {"epochs": 3}
