@@ -91,6 +91,7 @@ def render(every: Sequence[Results]) -> str:
     """The page of one data set."""
     profile = every[0].experiment.profile
     remark = REMARKS[profile]
+    run = [results for results in every if results.found]
     asked = {cell.key: result is not None for results in every for cell, result in results.cells}
     parts = [
         f"<!-- Generated from results by `python -m benchmarks report{_option(profile)}`; edits would be lost. -->",
@@ -99,7 +100,7 @@ def render(every: Sequence[Results]) -> str:
     if profile == "quick":
         parts.append(f'!!! danger "{remark}"\n    {WARNING}')
     parts.append(f"{sum(asked.values())} of {len(asked)} cells are run; a cell is one detector under one attack.")
-    parts.append("\n".join(f"- {line}" for line in _setting(every)))
+    parts.append("\n".join(f"- {line}" for line in _setting(run or every)))
     if any(asked.values()):
         parts.append(LEGEND.strip())
     for results in every:

@@ -53,6 +53,7 @@ def test_a_page_says_what_it_rests_on_and_what_is_missing(store):
     assert text.startswith("<!-- Generated from results by `python -m benchmarks report`;")
     assert re.search(r"^1 of \d+ cells are run", text, flags=re.MULTILINE)
     assert "Computed on a machine, at `abc`." in text
+    assert "recipe" not in text.partition("\n## ")[0]  # what has not been run is nothing to rest on
     assert "**3 attacked images left their budget or [0, 1] and were not counted.**" in text
     assert "1 of 80 cells are run, `python -m benchmarks run table2-mnist` runs the rest." in text
     assert "The first 1,000 test images, seed 0, network `small-cnn` (as in the paper)." in text
