@@ -27,7 +27,7 @@ class Clock:
 
     @property
     def is_ending(self) -> bool:
-        """Whether to save now what will not be finished: the last tenth, or the last 20 seconds."""
+        """Whether to save now what will not be finished: the last tenth, at most 20 seconds of it."""
         return self.seconds is not None and self.left <= min(20.0, self.seconds / 10)
 
     def check(self, needed: float = 0.0) -> None:

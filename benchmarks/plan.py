@@ -24,8 +24,17 @@ SIZES = {"digits": (6000, (1, 28, 28)), "mnist": (55_000, (1, 28, 28)), "cifar10
 # assumptions, for a device that has not been measured yet.
 ASSUMED = {"h200": (15e12, 100_000.0), "cpu": (20e9, 50_000.0)}
 PATIENCE = 2.0  # seconds to measure for
-KERNELS = {"tiny-cnn": 25, "wide-cnn": 25, "small-cnn": 50, "released-cnn": 30, "resnet18": 220}
-KERNELS |= {"wrn-10-1": 100, "wrn-16-4": 180, "wrn-28-10": 330, "wrn-34-10": 400}
+KERNELS = {
+    "tiny-cnn": 25,
+    "wide-cnn": 25,
+    "small-cnn": 50,
+    "released-cnn": 30,
+    "resnet18": 220,
+    "wrn-10-1": 100,
+    "wrn-16-4": 180,
+    "wrn-28-10": 330,
+    "wrn-34-10": 400,
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def _nearest(
 
 def _assumed(flops: float, launches: float, model: str, dataset: str, batch: int) -> tuple[float, float]:
     """Either arithmetic or launching kernels takes the time."""
-    forward = max(_flops(model, SIZES[dataset][1]) / flops, KERNELS.get(model, 400) / launches / batch)
+    forward = max(_flops(model, SIZES[dataset][1]) / flops, KERNELS[model] / launches / batch)
     return forward, 3 * forward
 
 

@@ -35,7 +35,7 @@ REMARKS: dict[Profile, str] = {
     "short": "short profile: short training, fewer images, short attacks",
     "full": "",
 }
-REDUCED = {"cpu": "-cpu", "short": "-short"}  # what their pages and figures are told by
+REDUCED = ("cpu", "short")  # with pages and figures of their own beside the full ones
 WARNING = "A tiny network, few images, short attacks: nothing here says how good a detector is."
 KINDS = ("table", "wrn", "strict", "seeds", "certified", "ablation", "recipe", "figure")  # sections in this order
 
@@ -83,7 +83,7 @@ def read_results(store: Store, profile: Profile) -> dict[str, list[Results]]:
             found = [own for own in found if own.cells != load_experiment(own.name, "full").cells]
         if found:
             found.sort(key=lambda own: [not own.name.startswith(kind) for kind in KINDS])
-            pages[f"{dataset}{REDUCED.get(profile, '')}.md"] = [Results(own, read) for own in found]
+            pages[f"{dataset}{_suffix(profile)}.md"] = [Results(own, read) for own in found]
     return pages
 
 
@@ -276,11 +276,15 @@ def _invalid(result: Result) -> int:
 
 def _figure(results: Results) -> str:
     own = results.experiment
-    return f"figures/{own.name}{REDUCED.get(own.profile, '')}"
+    return f"figures/{own.name}{_suffix(own.profile)}"
 
 
 def _dataset(results: Results) -> str:
     return results.experiment.name.rpartition("-")[2]
+
+
+def _suffix(profile: Profile) -> str:
+    return f"-{profile}" if profile in REDUCED else ""
 
 
 def _option(profile: Profile) -> str:

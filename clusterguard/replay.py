@@ -142,7 +142,16 @@ class Replay:
 
 @dataclass(frozen=True)
 class Run:
-    """What one call of a trainer's `fit` draws from, where it leaves checkpoints, and when it stops."""
+    """What one call of a trainer's `fit` draws from, where it leaves checkpoints, and when it stops.
+
+    Attributes:
+        train: where this process is among the training batches.
+        calibration: the same among the calibration batches.
+        generator: the attack's randomness; None takes torch's global one.
+        checkpoint: the file; None writes none.
+        checkpoint_every: steps between two checkpoints; None writes them after epochs only.
+        stop_when: says after a step whether to stop; None never does.
+    """
 
     train: Replay
     calibration: Replay

@@ -2,7 +2,7 @@ import pytest
 import torch
 from clusterguard.errors import ConfigurationError
 
-from benchmarks import models
+from benchmarks import models, plan
 
 SIZES = {  # parameters without the classifier, as published with it less its own
     "tiny-cnn": 165_380,
@@ -30,6 +30,10 @@ def test_images_become_features_with_a_gradient(name):
     count = sum(parameter.numel() for parameter in network.parameters())
     assert abs(count - SIZES[name]) / SIZES[name] < 0.01
     assert network.image_shape == shape
+
+
+def test_the_cost_of_every_network_can_be_estimated():
+    assert set(plan.KERNELS) == set(models.MODELS)
 
 
 @pytest.mark.parametrize("name", ["tiny-cnn", "wide-cnn", "small-cnn", "released-cnn"])
