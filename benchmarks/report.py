@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clusterguard.files import write_atomically
 
-from benchmarks.cells import Cell, Experiment, Options, Profile, Training, list_experiments, load_experiment
+from benchmarks.cells import Cell, Experiment, Profile, Training, list_experiments, load_experiment
 from benchmarks.datasets import CALIBRATION
 from benchmarks.detectors import RECIPES
 from benchmarks.estimates import ONE_PERCENT, Result, Results
@@ -205,7 +205,7 @@ def _setting(every: Sequence[Results]) -> Iterator[str]:
     yield f"Network: {_list(f'`{cell.training.model}`' for cell in cells)}. {PAPER_SETTINGS[_dataset(every[0])]}"
     for schedule, trained in _schedules(every).items():
         yield f"Training of {', '.join(trained)}: {schedule}."
-    attack = _list(_attack(cell.training.attack) for cell in cells)
+    attack = _list(_attack(cell.training) for cell in cells)
     yield f"Training attack, where a detector is trained against one: {attack}."
     calibration = 1500 if data == "digits" else CALIBRATION
     yield f"Thresholds: conformal, one a class, from {calibration:,} images held out of training (paper: percentiles)."
@@ -265,8 +265,10 @@ def _schedule(training: Training) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _attack(options: Options) -> str:
-    return f"PGD {label(options['norm'])} {options['eps']:g}, step {options['step_size']:g}, {options['steps']} steps"
+def _attack(training: Training) -> str:
+    own = training.attack
+    name, length = ("APGD", "") if training.options.get("method") == "apgd" else ("PGD", f" step {own['step_size']:g},")
+    return f"{name} {label(own['norm'])} {own['eps']:g},{length} {own['steps']} steps"
 
 
 def _invalid(result: Result) -> int:

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from clusterguard import (
+    APGD,
     PGD,
     AdversarialClusterTrainer,
     Attack,
@@ -36,6 +37,7 @@ def ours(
     cross_entropy_weight: float = 0.0,
     temperature: float = 1.0,
     refresh_every: int = 10,
+    method: Literal["pgd", "apgd"] = "pgd",
     start: str | Sequence[str] = "image",
     objective: str = "suspicion",
     ramp_epochs: float = 0.0,
@@ -59,6 +61,7 @@ def ours(
         cross_entropy_weight: of cross-entropy beside the likelihood.
         temperature: of that.
         refresh_every: steps between refreshes of the thresholds that say what got through.
+        method: "apgd" takes as many steps as the experiment's attack, but finds their lengths and keeps the best.
         start: of the training attack, or several, another one a batch; the paper's starts at the image.
         objective: of the training attack.
         ramp_epochs: over which its radius grows.
@@ -79,19 +82,15 @@ def ours(
     def make_attack(given: PGD) -> Attack:
         budgets = {given.norm: given.eps} if radii is None else radii
         share = given.step_size / given.eps  # a step is the same share of the radius in every norm
-        plain = [
-            replace(
-                given,
-                norm=norm,
-                eps=eps,
-                step_size=given.step_size if eps == given.eps else share * eps,
-                start=own,
-                objective=objective,
-                keep="last",
-            )
-            for norm, eps in budgets.items()
-            for own in ([start] if isinstance(start, str) else start)
-        ]
+
+        def descent(norm: str, eps: float, own: str) -> Attack:
+            if method == "apgd":
+                return APGD(norm=norm, eps=eps, steps=given.steps, start=own, objective=objective)
+            size = given.step_size if eps == given.eps else share * eps
+            return replace(given, norm=norm, eps=eps, step_size=size, start=own, objective=objective, keep="last")
+
+        starts = [start] if isinstance(start, str) else start
+        plain = [descent(norm, eps, own) for norm, eps in budgets.items() for own in starts]
         attacks: list[Attack] = [
             own if targets is None else MultiTarget(attack=own, max_targets=targets) for own in plain
         ]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from clusterguard import FGSM, PGD, Calibrator, Towards, WithThresholds, decide
+from clusterguard import APGD, FGSM, PGD, Calibrator, MultiTarget, Towards, WithThresholds, decide
 from clusterguard.attacks.gradients import backpropagate
 from clusterguard.attacks.loop import Problem
 from clusterguard.attacks.norms import get_norm
@@ -42,6 +42,9 @@ def test_every_ingredient_of_a_recipe_reaches_the_trainer():
     assert [own.max_targets for own in attack.attacks] == [2, 2]
     inner = [own.attack for own in attack.attacks]
     assert [(own.norm, own.eps, own.step_size) for own in inner] == [("linf", 0.3, 0.15), ("l1", 15.0, 7.5)]
+    finding = RECIPES["ours"].variant(method="apgd", start="random", objective="margin", targets=2)
+    wanted = APGD(norm="linf", eps=ATTACK.eps, steps=ATTACK.steps, start="random", objective="margin")
+    assert finding.trainer(finding.build(network()), schedule()).attack == MultiTarget(attack=wanted, max_targets=2)
 
 
 @dataclasses.dataclass
