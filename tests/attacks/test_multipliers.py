@@ -81,6 +81,17 @@ def test_rows_that_differ_in_what_they_take_keep_their_bits(name):
 
 
 @EACH
+def test_the_search_goes_into_one_graph_when_compiled(name):
+    torch.manual_seed(0)
+    images = torch.rand(9, 3, 16, 16)
+    scales = torch.tensor([0.0, 1e-6, 1e-3, 0.1, 0.3, 1.0, 30.0, 1e6, 1e14])
+    candidates = images + scales[:, None, None, None] * torch.randn_like(images)
+    project, eps = get_norm(name).project, 3.0
+    compiled = torch.compile(project, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(images, candidates, eps), project(images, candidates, eps))
+
+
+@EACH
 def test_a_candidate_with_a_gradient_is_projected_without_one(name):
     images, candidates = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16, requires_grad=True)
     assert not get_norm(name).project(images, candidates, 0.1).requires_grad
