@@ -288,8 +288,9 @@ def digest(definition: Options) -> str:
 
 def _read(path: Path) -> Options:
     table = tomllib.loads(path.read_text())
-    base: str | None = table.pop("extends", None)
-    return merge(_read(path.with_name(f"{base}.toml")), table) if base else table
+    base, rows = (table.pop(key, None) for key in ("extends", "attacks_of"))
+    table = merge(_read(path.with_name(f"{base}.toml")), table) if base else table
+    return table | {"attacks": _read(path.with_name(f"{rows}.toml"))["attacks"]} if rows else table
 
 
 def all_cells(profile: Profile) -> Iterator[tuple[str, Cell]]:

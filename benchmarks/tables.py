@@ -135,7 +135,9 @@ def attack_table(results: Results) -> str:
     """ASR-1, for experiments that the paper does not have: a row a detector or variant, a column an attack."""
     own = results.experiment
     rows, learned = [], {}
-    union = ["any of these"] if own.name.startswith("recipe") else []
+    # Experiments named "strict" have a table of their own for that.
+    suites = all(name.startswith("suite ") for name in own.attacks) and not own.name.startswith("strict")
+    union = ["any of these"] if suites else []
     for name, slots in _lines(results, own.attacks):
         clean = _any(slots)
         learned[name] = estimate(clean, accuracy)

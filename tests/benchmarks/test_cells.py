@@ -63,6 +63,15 @@ def test_the_papers_own_network_and_schedule_are_there():
     assert (training.optimizer, training.schedule, training.batch_size) == ("adam", "constant", 128)
 
 
+def test_an_experiment_may_take_the_attacks_of_another_and_all_else_from_a_third():
+    cells = load_experiment("recipe-table2-mnist", "cpu").cells
+    attacked = [load_experiment(name, "cpu") for name in ("table2-mnist", "recipe-finalists-mnist")]
+    assert {(cell.attack, str(cell.options)) for cell in cells} == {
+        (cell.attack, str(cell.options)) for cell in attacked[0].cells
+    }
+    assert {cell.training.key for cell in cells} < {cell.training.key for cell in attacked[1].cells}
+
+
 def test_weights_that_ship_are_those_of_tables_and_figures():
     store = Store(RESULTS)
     kinds = "table2", "table3", "table4", "strict", "seeds-table2", "seeds-strict", "figure2"
