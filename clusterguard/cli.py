@@ -30,6 +30,7 @@ from clusterguard.cli_options import (
     is_watched,
     say,
     show,
+    stopped_by_signals,
 )
 from clusterguard.errors import ConfigurationError, NotCalibratedError
 
@@ -136,7 +137,7 @@ def train(
         ramp_epochs=ramp_epochs,
         calibrator=calibrator,
     )
-    try:
+    with stopped_by_signals(checkpoint, lambda: f"{len(trainer.history)} of {epochs} epochs") as is_asked_to_stop:
         history = trainer.fit(
             DataLoader(parts["train"], batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed)),
             DataLoader(parts["calibration"], batch_size),
@@ -147,13 +148,10 @@ def train(
             ),
             checkpoint=checkpoint,
             checkpoint_every=100,
+            stop_when=is_asked_to_stop,
             progress=is_watched(),
             generator=torch.Generator(target).manual_seed(seed),
         )
-    except KeyboardInterrupt as error:
-        kept = "run the same command with --resume to go on" if checkpoint.exists() else "nothing was done yet"
-        say(f"interrupted after {len(trainer.history)} of {epochs} epochs: {kept}")
-        raise typer.Exit(130) from error
     guard.save_pretrained(output, training=record | {"epochs": len(history), "last_epoch": plain(history[-1])})
     result, text = describe_guard(output)
     show(as_json, {**result, "history": history}, text)

@@ -1,13 +1,16 @@
 """What the commands share: options, errors as one line, results on stdout and everything else on stderr."""
 
 import json
+import signal
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from clusterguard.errors import ClusterGuardError
+from clusterguard.errors import ClusterGuardError, TrainingStoppedError
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
@@ -68,6 +71,38 @@ Scarce = Annotated[
 def say(text: str) -> None:
     """Messages go to stderr, so that stdout holds the result and nothing else."""
     typer.echo(text, err=True)
+
+
+@contextmanager
+def stopped_by_signals(checkpoint: Path, done: Callable[[], str]) -> Iterator[Callable[[], bool]]:
+    """Training that Ctrl-C or SIGTERM ends after its present step, with nothing lost; a second one ends it at once.
+
+    Args:
+        checkpoint: of the training.
+        done: says how far it is.
+
+    Yields:
+        What to give to `fit` as ``stop_when``.
+    """
+    received: list[int] = []
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    usual = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    except (KeyboardInterrupt, TrainingStoppedError) as error:
+        kept = "run the same command with --resume to go on" if checkpoint.exists() else "nothing was done yet"
+        say(f"interrupted after {done()}: {kept}")
+        raise typer.Exit(128 + (received or [signal.SIGINT])[0]) from error
+    finally:
+        restore()
 
 
 def is_watched() -> bool:

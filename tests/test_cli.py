@@ -194,7 +194,8 @@ def test_wrong_usage_is_exit_code_2_and_leaves_nothing_behind(arguments, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_training_that_is_interrupted_goes_on_and_ends_as_if_it_had_not_been(trained, photos, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_training_that_is_interrupted_goes_on_and_ends_as_if_it_had_not_been(number, code, trained, photos, tmp_path):
     _, uninterrupted = trained
     command = [sys.executable, "-m", "clusterguard", "train", "--data", str(photos), "--output", str(tmp_path), *SMALL]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -207,9 +208,9 @@ def test_a_training_that_is_interrupted_goes_on_and_ends_as_if_it_had_not_been(t
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
     )
     assert process.stderr.readline().startswith("epoch 1/1000")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     told, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert told == ""
     assert re.search(r"interrupted after \d+ of 1000 epochs: run the same command with --resume to go on", said)
     assert not (tmp_path / "config.json").exists()
