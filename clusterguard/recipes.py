@@ -4,7 +4,7 @@ import math
 from collections.abc import Sized
 from typing import TYPE_CHECKING
 
-from clusterguard.attacks import PGD
+from clusterguard.attacks import APGD, PGD
 from clusterguard.calibration import Calibrator
 from clusterguard.certified_training import CertifiedTrainer
 from clusterguard.detector import Loader
@@ -61,16 +61,16 @@ def robust(
     epochs: int,
     eps: float,
     norm: str = "linf",
-    steps: int = 7,
+    steps: int = 10,
     learning_rate: float = 4e-3,
     calibrator: Calibrator | None = None,
     accelerator: "Accelerator | None" = None,
 ) -> AdversarialClusterTrainer:
-    """What has helped: a random start, a radius that grows, and one cycle of the learning rate.
+    """What has helped: a random start, a radius that grows, steps that find their length, one cycle of the rate.
 
-    The growing radius is what counts. From a random start at its full radius, the guard learns to hide its gradients
-    instead of separating: the training attack all but stops succeeding, and the worst-case suite breaks nearly all.
-    Where both are trained like this, separating did not beat plain adversarial training of the same head
+    The growing radius is what counts most. From a random start at its full radius, the guard learns to hide its
+    gradients instead of separating: the training attack all but stops succeeding, and the worst-case suite breaks
+    nearly all. Where both are trained like this, separating did not beat plain adversarial training of the same head
     (``relabel="original"``) under that suite at the radius of training; the results pages have the figures.
 
     Args:
@@ -79,7 +79,7 @@ def robust(
         epochs: that `fit` will get.
         eps: radius of the training attack.
         norm: of the training attack.
-        steps: of the training attack, each a quarter of the radius long.
+        steps: of the training attack, which is APGD at the margin.
         learning_rate: at its highest, of Adam.
         calibrator: fits the final thresholds; None takes `Calibrator()`.
         accelerator: see `TrainingOptions`.
@@ -91,7 +91,8 @@ def robust(
         ConfigurationError: an option out of its range, or a loader that does not tell its length.
 
     Reference:
-        Smith & Topin, "Super-convergence" (2018), for the schedule.
+        Croce & Hein, "Reliable evaluation of adversarial robustness" (2020), for the attack; Smith & Topin,
+        "Super-convergence" (2018), for the schedule.
 
     Example:
         >>> import torch
@@ -103,7 +104,7 @@ def robust(
     optimizer, scheduler, options = _one_cycle(guard, train_loader, epochs, learning_rate, accelerator)
     return AdversarialClusterTrainer(
         guard,
-        PGD(norm=norm, eps=eps, step_size=eps / 4, steps=steps, start="random", keep="last"),
+        APGD(norm=norm, eps=eps, steps=steps, start="random"),
         optimizer=optimizer,
         scheduler=scheduler,
         warmup_epochs=epochs // 6,

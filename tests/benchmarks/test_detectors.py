@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from clusterguard import APGD, FGSM, PGD, Calibrator, MultiTarget, Towards, WithThresholds, decide
+from clusterguard import APGD, FGSM, PGD, Calibrator, MultiTarget, Towards, WithThresholds, decide, recipes
 from clusterguard.attacks.gradients import backpropagate
 from clusterguard.attacks.loop import Problem
 from clusterguard.attacks.norms import get_norm
@@ -17,8 +17,10 @@ from clusterguard.metrics import accuracy, attack_success_rate, false_positive_r
 from torch.utils.data import DataLoader
 from trained_detectors import ATTACK, CALIBRATION, IMAGES, INFINITE, LABELS, TRAINING, network, schedule, trained
 
+from benchmarks.cells import load_experiment
 from benchmarks.detectors import RECIPES, make_recipe, vanilla
 from benchmarks.recipe import Recipe
+from benchmarks.training import make_schedule
 
 
 def test_every_ingredient_of_a_recipe_reaches_the_trainer():
@@ -45,6 +47,22 @@ def test_every_ingredient_of_a_recipe_reaches_the_trainer():
     finding = RECIPES["ours"].variant(method="apgd", start="random", objective="margin", targets=2)
     wanted = APGD(norm="linf", eps=ATTACK.eps, steps=ATTACK.steps, start="random", objective="margin")
     assert finding.trainer(finding.build(network()), schedule()).attack == MultiTarget(attack=wanted, max_targets=2)
+
+
+def test_the_librarys_robust_recipe_is_the_one_that_was_measured():
+    loader, training = (
+        DataLoader(TRAINING, batch_size=100),
+        load_experiment("recipe-table2-mnist", "cpu").cells[0].training,
+    )
+    recipe = RECIPES["ours"].variant(**training.options)
+    measured = recipe.trainer(guard := recipe.build(network()), make_schedule(training, len(loader)))
+    trainer = recipes.robust(guard, loader, epochs=training.epochs, eps=training.attack["eps"])
+    for name in ("attack", "ramp_epochs", "warmup_epochs", "relabel", "adversarial_weight", "refresh_every"):
+        assert getattr(trainer, name) == getattr(measured, name), name
+    for name in ("max_lr", "initial_lr", "weight_decay"):
+        assert trainer.optimizer.param_groups[0][name] == measured.optimizer.param_groups[0][name], name
+    assert trainer.scheduler.total_steps == measured.scheduler.total_steps
+    assert type(trainer.optimizer) is type(measured.optimizer)
 
 
 @dataclasses.dataclass
