@@ -120,6 +120,7 @@ def certified(
     *,
     epochs: int,
     eps: float,
+    bound_weight: float = 0.5,
     learning_rate: float = 2e-3,
     calibrator: Calibrator | None = None,
     accelerator: "Accelerator | None" = None,
@@ -136,6 +137,7 @@ def certified(
         train_loader: what `fit` will get; its length sets the schedule.
         epochs: that `fit` will get, best some tens.
         eps: radius in l∞; the largest that is asked about.
+        bound_weight: of the bounds in the loss, in (0, 1]; a smaller one gives accuracy and takes proofs.
         learning_rate: at its highest, of Adam.
         calibrator: fits the final thresholds; None takes `Calibrator()`.
         accelerator: see `TrainingOptions`.
@@ -157,6 +159,7 @@ def certified(
     return CertifiedTrainer(
         guard,
         eps=eps,
+        bound_weight=bound_weight,
         optimizer=optimizer,
         scheduler=scheduler,
         warmup_epochs=epochs / 40,

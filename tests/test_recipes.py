@@ -41,6 +41,12 @@ def test_a_recipe_learns(recipe, guard, blobs):
     assert history[-1].attack_success_rate < 0.2
 
 
+def test_the_certified_recipe_weighs_bounds_as_asked(guard, blobs):
+    assert recipes.certified(guard, blobs, epochs=2, eps=0.1, bound_weight=0.05).bound_weight == 0.05
+    with pytest.raises(ConfigurationError, match="bound_weight"):
+        recipes.certified(guard, blobs, epochs=2, eps=0.1, bound_weight=0)
+
+
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"eps": -1.0}])
 def test_what_cannot_be_trained_is_refused(recipe, guard, blobs, options):
     with pytest.raises(ConfigurationError, match="expected"):
