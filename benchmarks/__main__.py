@@ -14,11 +14,11 @@ from benchmarks import fetch as sources
 from benchmarks import plan as planning
 from benchmarks.cells import Cell, Profile, all_cells, list_experiments, load_experiment
 from benchmarks.clock import Clock, OutOfTimeError
+from benchmarks.models import CompileChoice
 from benchmarks.publish import publish as publish_guard
 from benchmarks.report import write_report
 from benchmarks.runner import Runner, pair_goals
 from benchmarks.store import RESULTS, Store
-from benchmarks.training import CompileMode
 
 UNFINISHED = 3  # exit status of a run that stopped in time, with work left
 Names = Annotated[list[str], typer.Argument(help=f"all, mnist, cifar10, or of {', '.join(list_experiments())}.")]
@@ -51,8 +51,8 @@ def run(
     data: DataOption = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
     compiled: Annotated[
-        CompileMode | None,
-        typer.Option("--compile", help="Run networks through torch.compile; reduce-overhead takes CUDA graphs."),
+        CompileChoice | None,
+        typer.Option("--compile", help="Run networks through torch.compile; auto: in the mode that pays, if any."),
     ] = None,
 ) -> None:
     """Run what is not there yet; a killed run goes on where it was. Exit status 3 says that work is left.

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Literal
 
 import torch
+from clusterguard.compiling import Call, CompiledCall, call
 from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.benchmark import Timer
 
 Shape = tuple[int, int, int]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+CompileChoice = Literal["auto", CompileMode]
+PAYS = 0.9  # of the eager time, at most: compiling itself takes a while
 
 
 class Features(nn.Module):
@@ -28,6 +34,7 @@ class Features(nn.Module):
         self.body = body
         self.image_shape = image_shape
         self.mixed_precision = False  # training may switch it on; evaluation is in float32
+        self._call: Call = call
         with torch.no_grad():
             was_training = body.training
             self.num_features: int = body.eval()(torch.zeros(1, *image_shape)).shape[1]
@@ -37,11 +44,15 @@ class Features(nn.Module):
         """Features (B, num_features) of images (B, C, H, W) in [0, 1]."""
         features: Tensor
         if not self.mixed_precision:
-            features = self.body(images)
+            features = self._call(self.body, images)
             return features
         with torch.autocast(images.device.type, torch.bfloat16):
-            features = self.body(images)
+            features = self._call(self.body, images)
         return features.float()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Run the body through `torch.compile`, as `ClusterGuard.compile` does."""
+        self._call = CompiledCall(*args, **kwargs)
 
 
 def strided_cnn(shape: Shape, *, width: int, features: int) -> nn.Module:
@@ -153,3 +164,34 @@ def build(name: str, image_shape: Shape) -> Features:
     if name not in MODELS:
         raise ConfigurationError(f"expected a model among {', '.join(MODELS)}, got {name!r}")
     return Features(MODELS[name](image_shape), image_shape)
+
+
+def quickest_mode(network: Features, images: Tensor) -> CompileMode | None:
+    """How an input gradient is had most quickly on this device: through torch.compile in some mode, or None, without.
+
+    A mode whose gradient differs from the eager one, or that this machine cannot compile in, is out of the question.
+
+    Args:
+        network: ends up compiled in some mode, or not; build another.
+        images: a batch (B, C, H, W).
+    """
+    timer = Timer("gradient(network, images)", globals={"gradient": _gradient, "network": network, "images": images})
+    timer.timeit(2)
+    limit = PAYS * timer.blocked_autorange(min_run_time=0.5).median
+    quickest: CompileMode | None = None
+    modes: tuple[CompileMode, ...] = ("default", "reduce-overhead") if images.is_cuda else ("default",)
+    for mode in modes:
+        network.compile(mode=mode)
+        try:
+            timer.timeit(5)  # compiles, and records CUDA graphs
+            seconds = timer.blocked_autorange(min_run_time=0.5).median
+        except (ConfigurationError, RuntimeError):  # errors of the compiler are RuntimeErrors
+            continue
+        if seconds < limit:
+            quickest, limit = mode, seconds
+    return quickest
+
+
+def _gradient(network: nn.Module, images: Tensor) -> Tensor:
+    leaf = images.clone().requires_grad_()
+    return torch.autograd.grad(network(leaf).sum(), leaf)[0]

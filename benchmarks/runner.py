@@ -14,15 +14,15 @@ from clusterguard.files import write_atomically
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from benchmarks import datasets
-from benchmarks.cells import Cell
+from benchmarks import datasets, models
+from benchmarks.cells import Cell, Training
 from benchmarks.clock import Clock
 from benchmarks.datasets import Batches, DataSet
 from benchmarks.detectors import RECIPES, make_recipe
 from benchmarks.judging import count_unproved, judge_attacked, map_points, thresholds_at
 from benchmarks.kinds import KINDS, Outcome, Scene
 from benchmarks.store import Store, provenance
-from benchmarks.training import JUDGED_AT_ONCE, CompileMode
+from benchmarks.training import JUDGED_AT_ONCE
 from benchmarks.training import train as train_detector
 
 REFERENCES = 2000  # calibration images that attacks may start towards
@@ -37,7 +37,8 @@ class Runner:
         data: folder of data sets, see `benchmarks.fetch.data_root`.
         clock: the time budget.
         progress: show progress bars.
-        compiled: run networks through torch.compile, in this mode; results agree to rounding.
+        compiled: run networks through torch.compile, in this mode; results agree to rounding. "auto" measures, once a
+            network, which mode pays on this device, if any does.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Runner:
         data: Path | None = None,
         clock: Clock | None = None,
         progress: bool = False,
-        compiled: CompileMode | None = None,
+        compiled: models.CompileChoice | None = None,
     ) -> None:
         self.store = store
         self.device = device
@@ -56,6 +57,7 @@ class Runner:
         self.clock = Clock() if clock is None else clock
         self.progress = progress
         self.compiled = compiled
+        self._modes: dict[tuple[str, str], models.CompileMode | None] = {}
         self._sets: dict[str, DataSet] = {}
         self._trained: dict[tuple[str, str], tuple[DetectorModule, dict[str, Any]]] = {}
 
@@ -134,7 +136,7 @@ class Runner:
             **points,
             "seconds": round(time.perf_counter() - started, 2),
             "checksums": data.checksums,
-            "provenance": provenance(self.device) | {"compiled": self.compiled},
+            "provenance": provenance(self.device) | {"compiled": self.compile_mode(cell.training)},
         }
         self.store.write_cell(cell.key, result)
         self.store.finish(cell.key)
@@ -153,12 +155,24 @@ class Runner:
                 device=self.device,
                 clock=self.clock,
                 progress=self.progress,
-                compiled=self.compiled,
+                compiled=self.compile_mode(cell.training),
             )
             batches = Batches(data.train.head(cell.training.images), JUDGED_AT_ONCE)
             finished = recipe.finish(trained.eval(), batches).to(self.device).eval().requires_grad_(False)
             self._trained = dict(list(self._trained.items())[-3:]) | {name: (finished, record)}
         return self._trained[name]
+
+    def compile_mode(self, training: Training) -> models.CompileMode | None:
+        """How a training's network is compiled, if it is."""
+        if self.compiled != "auto":
+            return self.compiled
+        name = training.dataset, training.model
+        if name not in self._modes:
+            shape = self.dataset(training.dataset).image_shape
+            network = models.build(training.model, shape).to(self.device).eval()
+            images = torch.rand(training.batch_size, *shape, device=self.device)
+            self._modes[name] = models.quickest_mode(network, images)
+        return self._modes[name]
 
     def _surrogate(self, cell: Cell) -> tuple[Detector, Any]:
         detector, _ = self.detector(cell)

@@ -1,6 +1,8 @@
 """torch.compile, not taken at its word: wrong gradients would make a detector look robust."""
 
 from collections.abc import Callable
+from types import FunctionType
+from typing import Any
 
 import torch
 from clusterguard.errors import ConfigurationError
@@ -17,21 +19,28 @@ def call(module: nn.Module, images: Tensor) -> Tensor:
     return output
 
 
-class CheckedCall:
+class CompiledCall:
     """A compiled `call` whose input gradients are compared with those of the module itself before anybody uses them.
 
+    A copy, or what comes out of a pickle, is `call` again, not compiled.
+
     Args:
-        compiled: what torch.compile made of `call`.
+        *args: of `torch.compile`.
+        **kwargs: of `torch.compile`.
 
     Example:
-        >>> checked = CheckedCall(torch.compile(call, backend="eager"))
-        >>> checked(nn.Linear(3, 2), torch.rand(5, 3, requires_grad=True)).shape
+        >>> compiled = CompiledCall(backend="eager")
+        >>> compiled(nn.Linear(3, 2), torch.rand(5, 3, requires_grad=True)).shape
         torch.Size([5, 2])
     """
 
-    def __init__(self, compiled: Call) -> None:
-        self.compiled = compiled
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        own = FunctionType(call.__code__.replace(), call.__globals__)  # torch compiles one code object eight times
+        self.compiled: Call = torch.compile(own, *args, **kwargs)
         self._is_checked = False
+
+    def __reduce__(self) -> tuple[Callable[[], Call], tuple[()]]:
+        return _not_compiled, ()
 
     def __call__(self, module: nn.Module, images: Tensor) -> Tensor:
         """The compiled module's output.
@@ -44,6 +53,10 @@ class CheckedCall:
                 check_gradients(lambda own: self.compiled(module, own), lambda own: call(module, own), images)
             self._is_checked = True
         return self.compiled(module, images).clone()  # CUDA graphs write the next output where the last one lies
+
+
+def _not_compiled() -> Call:
+    return call
 
 
 def check_gradients(compiled: Callable[[Tensor], Tensor], eager: Callable[[Tensor], Tensor], images: Tensor) -> None:

@@ -5,10 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from clusterguard.backbones import find_normalization, find_num_classes, make_encoder
 from clusterguard.clusters import GaussianClusters
-from clusterguard.compiling import Call, CheckedCall, call
+from clusterguard.compiling import Call, CompiledCall, call
 from clusterguard.decision import Evidence
 from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite, run_network
 from clusterguard.errors import ConfigurationError
@@ -116,12 +115,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             >>> guard.distances(torch.rand(5, 1, 2, 2)).shape
             torch.Size([5, 2])
         """
-        self._encode = CheckedCall(
-            torch.compile(call, *args, **kwargs)
-        )  # module.compile() skips nn.Sequential silently
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_encode": call}  # what was compiled stays with this guard, as in torch
+        self._encode = CompiledCall(*args, **kwargs)  # module.compile() skips nn.Sequential silently
 
     def save_pretrained(  # type: ignore[override]  # the Hub's version takes options of its own and returns an address
         self,

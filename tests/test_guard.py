@@ -148,6 +148,27 @@ def test_representations_outlive_the_next_call_of_a_graph_that_reuses_its_memory
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
+@pytest.mark.usefixtures("fresh_compiler")
+def test_any_number_of_guards_can_be_compiled():
+    """Torch compiles a function eight times for different modules, and then no more."""
+    runs = []
+
+    def backend(graph, inputs):
+        def run(*arguments):
+            runs.append(graph)
+            return graph(*arguments)
+
+        return run
+
+    images = torch.rand(2, 1, 2, 2)
+    for width in range(3, 15):
+        guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(4, width)), num_classes=2, example=images)
+        guard.compile(backend=backend)
+        guard.distances(images)
+    assert len(runs) == 12
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # and looks at gradients that are none
 @pytest.mark.filterwarnings("ignore:Guards may run slower")
 @pytest.mark.usefixtures("fresh_compiler")

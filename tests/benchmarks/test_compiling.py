@@ -1,0 +1,61 @@
+import time
+
+import pytest
+import torch
+from clusterguard.errors import ConfigurationError
+from small_experiment import SMALL
+from torch import nn
+
+from benchmarks import cells, models
+from benchmarks.cells import load_experiment
+from benchmarks.runner import Runner
+from benchmarks.store import Store
+
+
+class Compilable(nn.Module):
+    """Takes so many seconds a pass, and others, or an error, once compiled."""
+
+    def __init__(self, seconds, compiled):
+        super().__init__()
+        self.seconds, self.compiled = seconds, compiled
+
+    def compile(self, *, mode):
+        self.seconds = self.compiled
+
+    def forward(self, images):
+        if isinstance(self.seconds, Exception):
+            raise self.seconds
+        time.sleep(self.seconds)
+        return 2 * images
+
+
+@pytest.mark.parametrize(
+    ("compiled", "expected"),
+    [
+        (0.001, "default"),
+        (0.02, None),
+        (0.04, None),
+        (ConfigurationError("wrong gradients"), None),
+        (RuntimeError("no compiler"), None),
+    ],
+)
+def test_the_compiler_is_taken_where_it_pays_and_gives_the_same_gradients(compiled, expected):
+    assert models.quickest_mode(Compilable(0.02, compiled), torch.rand(2, 1, 4, 4)) == expected
+
+
+def test_a_network_that_fails_by_itself_is_not_called_slow():
+    with pytest.raises(RuntimeError, match="out of memory"):
+        models.quickest_mode(Compilable(RuntimeError("out of memory"), 0.001), torch.rand(2, 1, 4, 4))
+
+
+def test_whether_compiling_pays_is_measured_once_a_network_and_recorded(tmp_path, monkeypatch):
+    (tmp_path / "small.toml").write_text(SMALL)
+    monkeypatch.setattr(cells, "FOLDER", tmp_path)
+    seen, compiled = [], []
+    monkeypatch.setattr(models, "quickest_mode", lambda network, images: seen.append(images.shape) or "default")
+    monkeypatch.setattr(models.Features, "compile", lambda network, mode: compiled.append(mode))
+    own = Runner(Store(tmp_path), device=torch.device("cpu"), compiled="auto")
+    chosen = [cell for cell in load_experiment("small").cells if cell.attack == "FGSM"]
+    results = [own.run(cell) for cell in chosen]
+    assert [result["provenance"]["compiled"] for result in results] == compiled == ["default", "default"]
+    assert seen == [(50, 1, 28, 28)]
