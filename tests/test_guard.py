@@ -119,6 +119,20 @@ def test_a_backbone_that_does_not_tell_its_classes_needs_num_classes():
         ClusterGuard(nn.Flatten(), example=torch.rand(1, 1, 2, 2))
 
 
+def counting_backend():
+    """A list that grows at each run of a graph, and the backend of torch.compile that makes it grow."""
+    runs = []
+
+    def backend(graph, inputs):
+        def run(*arguments):
+            runs.append(graph)
+            return graph(*arguments)
+
+        return run
+
+    return runs, backend
+
+
 @pytest.fixture
 def fresh_compiler():
     """What was compiled before counts towards a limit, beyond which torch compiles nothing any more."""
@@ -151,15 +165,7 @@ def test_representations_outlive_the_next_call_of_a_graph_that_reuses_its_memory
 @pytest.mark.usefixtures("fresh_compiler")
 def test_any_number_of_guards_can_be_compiled():
     """Torch compiles a function eight times for different modules, and then no more."""
-    runs = []
-
-    def backend(graph, inputs):
-        def run(*arguments):
-            runs.append(graph)
-            return graph(*arguments)
-
-        return run
-
+    runs, backend = counting_backend()
     images = torch.rand(2, 1, 2, 2)
     for width in range(3, 15):
         guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(4, width)), num_classes=2, example=images)
@@ -176,16 +182,8 @@ def test_a_compiled_guard_does_the_same_and_is_saved_copied_and_exported_as_befo
     images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
     attack = PGD(eps=0.2, step_size=0.05, steps=5)
     expected, attacked = small_guard.detect(images), attack(small_guard, images, labels)
-    runs = []
+    runs, backend = counting_backend()
     compiled = copy.deepcopy(small_guard)
-
-    def backend(graph, inputs):
-        def run(*arguments):
-            runs.append(len(arguments))
-            return graph(*arguments)
-
-        return run
-
     compiled.compile(backend=backend)
     torch.testing.assert_close(compiled.detect(images).distances, expected.distances)
     torch.testing.assert_close(attack(compiled, images, labels), attacked)
