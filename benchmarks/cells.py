@@ -204,7 +204,7 @@ def _expand(name: str, profile: Profile, table: Options, limits: Options) -> Exp
     cells = []
     for variant in variants:
         merged = merge(table, {key: value for key, value in variant.items() if key != "name"})
-        for seed in merged["seeds"]:
+        for seed in merged["seeds"][: merged.get("most_seeds")]:
             for detector in detectors:
                 cells += [_cell(merged, detector, attack, limits, seed, variant.get("name", "")) for attack in attacks]
     unknown = [detector for detector in detectors if detector not in RECIPES]
@@ -216,7 +216,7 @@ def _expand(name: str, profile: Profile, table: Options, limits: Options) -> Exp
 
 
 def _cell(table: Options, detector: str, attack: Options, limits: Options, seed: int, variant: str) -> Cell:
-    own = {"dataset", "model", "images", "rates", "chunk", "seeds", "points", "split"}
+    own = {"dataset", "model", "images", "rates", "chunk", "seeds", "most_seeds", "points", "split"}
     _check_keys(table, {"training", "training_of", "consistency"} | own)
     _check_keys(table.get("consistency", {}), {"radius", "steps", "step_size"})
     options = {key: value for key, value in attack.items() if key not in ("name", "kind", "rates", "surrogate")}

@@ -171,6 +171,12 @@ def test_variants_and_seeds_multiply(tmp_path, monkeypatch):
     ]
 
 
+def test_a_profile_may_have_fewer_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "FOLDER", tmp_path)
+    write(tmp_path, 'detectors = ["ours"]\n' + ATTACK + TRAINING + "[quick]\nmost_seeds = 1\n")
+    assert [cell.seed for profile in ("full", "quick") for cell in load_experiment("mine", profile).cells] == [0, 1, 0]
+
+
 def test_an_unknown_experiment_is_named():
     with pytest.raises(ConfigurationError, match="table9"):
         load_experiment("table9")
