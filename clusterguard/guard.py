@@ -110,6 +110,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             ConfigurationError: not here, but at the first gradient, if it is wrong.
 
         Example:
+            >>> import torch
             >>> guard = ClusterGuard(nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 2, 2))
             >>> guard.compile(backend="eager")
             >>> guard.distances(torch.rand(5, 1, 2, 2)).shape
