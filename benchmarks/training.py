@@ -50,15 +50,17 @@ def train(
         OutOfTimeError: the budget is used up; the next call goes on where this one stopped.
     """
     torch.manual_seed(training.seed)
-    network = models.build(training.model, data.image_shape)
-    detector = recipe.build(network).to(device)
+    detector = recipe.build(models.build(training.model, data.image_shape)).to(device)
+    networks = networks_in(detector)
     if compiled is not None:
-        network.compile(mode=compiled)
+        for network in networks:
+            network.compile(mode=compiled)
     saved = store.load_weights(training.key)
     if saved is not None:
         detector.load_state_dict(saved[0])
         return detector, saved[1]["record"]
-    network.mixed_precision = training.mixed_precision
+    for network in networks:
+        network.mixed_precision = training.mixed_precision
 
     batches = Batches(
         data.train.head(training.images),
@@ -82,7 +84,8 @@ def train(
         )
     except TrainingStoppedError as error:
         raise OutOfTimeError from error
-    network.mixed_precision = False
+    for network in networks:
+        network.mixed_precision = False
     state = detector.state_dict()
     if training.half:
         state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
@@ -97,6 +100,11 @@ def train(
     store.save_weights(training.key, state, {"record": record})
     store.finish(training.key)
     return detector, record
+
+
+def networks_in(detector: nn.Module) -> list[models.Features]:
+    """The networks that a detector runs; a guard's is a copy of the one it was built from."""
+    return [module for module in detector.modules() if isinstance(module, models.Features)]
 
 
 def make_schedule(training: Training, steps: int) -> Schedule:

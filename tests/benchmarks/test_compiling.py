@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import nn
 
 from benchmarks import cells, models
 from benchmarks.cells import load_experiment
+from benchmarks.detectors import RECIPES
 from benchmarks.runner import Runner
 from benchmarks.store import Store
+from benchmarks.training import networks_in
 
 
 class Compilable(nn.Module):
@@ -51,11 +54,38 @@ def test_a_network_that_fails_by_itself_is_not_called_slow():
 def test_whether_compiling_pays_is_measured_once_a_network_and_recorded(tmp_path, monkeypatch):
     (tmp_path / "small.toml").write_text(SMALL)
     monkeypatch.setattr(cells, "FOLDER", tmp_path)
-    seen, compiled = [], []
+    seen, compiled, rounded = [], [], []
     monkeypatch.setattr(models, "quickest_mode", lambda network, images: seen.append(images.shape) or "default")
-    monkeypatch.setattr(models.Features, "compile", lambda network, mode: compiled.append(mode))
+    monkeypatch.setattr(models.Features, "compile", lambda network, mode: compiled.append((network, mode)))
+    monkeypatch.setattr(models.Features, "__setattr__", note_rounding(rounded))
     own = Runner(Store(tmp_path), device=torch.device("cpu"), compiled="auto")
     chosen = [cell for cell in load_experiment("small").cells if cell.attack == "FGSM"]
+    chosen = [replace(cell, training=replace(cell.training, epochs=1, mixed_precision=True)) for cell in chosen]
     results = [own.run(cell) for cell in chosen]
-    assert [result["provenance"]["compiled"] for result in results] == compiled == ["default", "default"]
+    assert [result["provenance"]["compiled"] for result in results] == ["default", "default"]
+    networks = [network for cell in chosen for network in networks_in(own.detector(cell)[0])]
+    assert compiled == [(network, "default") for network in networks]
+    assert set(rounded) == set(networks)
     assert seen == [(50, 1, 28, 28)]
+
+
+def note_rounding(rounded):
+    """Setting attributes as ever; networks that are told to take mixed precision are noted."""
+
+    def setter(network, name, value):
+        if name == "mixed_precision" and value:
+            rounded.append(network)
+        nn.Module.__setattr__(network, name, value)
+
+    return setter
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_training_compiles_and_rounds_is_what_the_detector_runs(name):
+    """A guard runs a copy of the network it was built from: to compile that one would change nothing."""
+    detector = RECIPES[name].build(models.build("tiny-cnn", (1, 28, 28))).eval()
+    (network,) = networks_in(detector)
+    runs = []
+    network._call = lambda body, images: runs.append(images.shape) or body(images)
+    detector.evidence(torch.rand(3, 1, 28, 28))
+    assert runs
