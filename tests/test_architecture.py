@@ -96,7 +96,7 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) <= 300
+    assert len(path.read_text().splitlines()) <= 500
 
 
 def test_benchmarks_use_the_public_interface():
