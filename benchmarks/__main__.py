@@ -59,7 +59,7 @@ def run(
 
     Example: python -m benchmarks run table2-mnist --device cuda --time-budget 540
     """
-    store = Store(_folder(out, profile))
+    store = Store(_folder(out, profile), profile)
     cells = [cell for cell in _cells(names, profile, only) if store.read_cell(cell.key) is None]
     clock = Clock(time_budget)
 
@@ -99,7 +99,7 @@ def status(profile: ProfileOption = "full", out: OutOption = None) -> None:
 
     Example: python -m benchmarks status
     """
-    store = Store(_folder(out, profile))
+    store = Store(_folder(out, profile), profile)
     for name in list_experiments():
         keys = [cell.key for cell in load_experiment(name, profile).cells]
         done = sum(key in store.cell_keys() for key in keys)
@@ -122,7 +122,7 @@ def plan(
 
     Example: python -m benchmarks plan table2-mnist --device h200
     """
-    store = Store(_folder(out, profile))
+    store = Store(_folder(out, profile), profile)
     cells = [cell for cell in _cells(names, profile, only) if store.read_cell(cell.key) is None]
     if calibrate:
         planning.calibrate(cells, torch.device(device))
@@ -139,7 +139,7 @@ def report(
 
     Example: python -m benchmarks report
     """
-    for page in write_report(Store(_folder(out, profile)), profile, pages):
+    for page in write_report(Store(_folder(out, profile), profile), profile, pages):
         print(page)
 
 
@@ -160,7 +160,7 @@ def publish(
     cells = _cells([name], profile, only)
     if not cells:
         raise ConfigurationError(f"expected a cell whose title matches {only!r}, got none")
-    runner = Runner(Store(_folder(out, profile)), device=torch.device(device), data=data, progress=True)
+    runner = Runner(Store(_folder(out, profile), profile), device=torch.device(device), data=data, progress=True)
     publish_guard(cells[0], runner, to)
     print(f"saved in {to}")
 

@@ -1,4 +1,4 @@
-"""Run cells: have their detectors trained, once; attack, chunk by chunk; judge; write one JSON each."""
+"""Run cells: have their detectors trained, once; attack, chunk by chunk; judge; write each result."""
 
 import time
 from collections.abc import Iterable
@@ -138,7 +138,7 @@ class Runner:
             "checksums": data.checksums,
             "provenance": provenance(self.device) | {"compiled": self.compile_mode(cell.training)},
         }
-        self.store.write_cell(cell.key, result)
+        self.store.write_cell(cell, result)
         self.store.finish(cell.key)
         return result
 

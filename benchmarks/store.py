@@ -1,19 +1,23 @@
-"""Where results lie: one JSON a cell, weights as safetensors, and a work folder that a killed run goes on from."""
+"""Where results lie: one JSON Lines file a training, weights as safetensors, and a work folder for unfinished cells."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from clusterguard.errors import PersistenceError
 from clusterguard.files import write_atomically
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from benchmarks.cells import Cell, Profile, digest
 
 RESULTS = Path(__file__).parent / "results"
 PART = 15 * 2**20  # bytes in a file of weights, so that each stays below 16 MiB
@@ -23,12 +27,19 @@ PACKAGES = ("torch", "torchvision", "timm", "clusterguard", "numpy")
 class Store:
     """A folder of results.
 
+    ``cells/<dataset>/<profile>/<recipe>-seed<n>-<key>.jsonl`` holds all results of one training: the record of the
+    training first, then a line a cell. A training that was run again adds a second record; each cell names the record
+    that it belongs to. Every line ends with a digest of its content.
+
     Args:
         root: `cells` and `models` in it are worth keeping, `work` is not once all is done.
+        profile: names the folder that new results go to; results of all profiles are read.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, profile: Profile = "full") -> None:
         self.root = root
+        self.profile = profile
+        self._read: dict[Path, tuple[tuple[int, int], dict[str, dict[str, Any]]]] = {}
 
     def work(self, key: str) -> Path:
         """A folder for what an unfinished cell or training needs."""
@@ -40,20 +51,50 @@ class Store:
         """Remove a work folder."""
         shutil.rmtree(self.root / "work" / key, ignore_errors=True)
 
-    def write_cell(self, key: str, result: Mapping[str, Any]) -> None:
-        """Write a cell's result, whole or not at all."""
-        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-        write_atomically(self.root / "cells" / f"{key}.json", lambda file: file.write_text(text))
+    def write_cell(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        """Append a cell's result to the file of its training; a killed write leaves a line that is not read.
+
+        Args:
+            cell: whose result it is.
+            result: anything that JSON has; what it says under "training" is the record of the training.
+        """
+        training = cell.training
+        folder = self.root / "cells" / training.dataset / self.profile
+        file = folder / f"{training.recipe}-seed{training.seed}-{training.key}.jsonl"
+        record = {"training": result.get("training")}
+        lines = [] if any(line == record for line in _lines(file)) else [record]
+        rest = {name: value for name, value in result.items() if name != "training"}
+        lines.append({"cell": cell.key, "trained": digest(record), **rest})
+        folder.mkdir(parents=True, exist_ok=True)
+        with file.open("a+b") as handle:  # what two processes append does not mix
+            handle.seek(0, os.SEEK_END)
+            if handle.tell():
+                handle.seek(-1, os.SEEK_END)
+                handle.write(b"" if handle.read(1) == b"\n" else b"\n")
+            handle.write("".join(_sealed(line) for line in lines).encode())
+            handle.flush()
+            os.fsync(handle.fileno())
 
     def read_cell(self, key: str) -> dict[str, Any] | None:
-        """A cell's result, None if there is none."""
-        path = self.root / "cells" / f"{key}.json"
-        result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-        return result
+        """A cell's result, None if there is none.
+
+        Raises:
+            PersistenceError: a file of results is damaged.
+        """
+        return next((results[key] for results in self._results() if key in results), None)
 
     def cell_keys(self) -> set[str]:
         """Keys of all results that are there."""
-        return {path.stem for path in (self.root / "cells").glob("*.json")}
+        return {key for results in self._results() for key in results}
+
+    def _results(self) -> Iterator[dict[str, dict[str, Any]]]:
+        """Each file's results by cell, read again where the file has changed."""
+        for file in sorted((self.root / "cells").rglob("*.jsonl")):
+            status = file.stat()
+            state = status.st_mtime_ns, status.st_size
+            if file not in self._read or self._read[file][0] != state:
+                self._read[file] = state, _by_cell(file)
+            yield self._read[file][1]
 
     def save_weights(self, key: str, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Write weights in parts of at most 15 MiB, and a record beside them, which says that they are complete."""
@@ -89,6 +130,44 @@ class Store:
 
     def _weights(self, key: str, index: int) -> Path:
         return self.root / "models" / f"{key}-{index + 1}.safetensors"
+
+
+def _sealed(line: dict[str, Any]) -> str:
+    return json.dumps(line | {"digest": digest(line)}, allow_nan=False) + "\n"
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a file of results without their digests, unless a write was killed within them."""
+    if not file.exists():
+        return
+    for number, text in enumerate(file.read_text(errors="replace").splitlines(), start=1):
+        if not text.endswith('"}'):
+            continue  # every whole line ends with its digest
+        try:
+            line: dict[str, Any] = json.loads(text)
+            is_whole = line.pop("digest") == digest(line)
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            is_whole = False
+        if not is_whole:
+            raise PersistenceError(
+                f"{file}, line {number}, is damaged; restore the file, or delete the line and run again"
+            )
+        yield line
+
+
+def _by_cell(file: Path) -> dict[str, dict[str, Any]]:
+    records, results = dict[str, Any](), dict[str, dict[str, Any]]()
+    for line in _lines(file):
+        if "training" in line:
+            records[digest(line)] = line["training"]
+            continue
+        key, record = line.pop("cell"), line.pop("trained")
+        if record not in records:
+            raise PersistenceError(
+                f"{file} lacks the record of a training; restore the file, or delete it and run again"
+            )
+        results[key] = {"training": records[record], **line}
+    return results
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def test_other_seeds_and_networks_stand_beside_the_papers_numbers_and_under_thei
     (attack,) = find("wrn-table2-cifar10", detector="ours", attack="PGD linf 0.03 T")
     (suite,) = find("strict-cifar10", detector="ours", attack="suite linf 0.03")
     for cell in (attack, suite):
-        store.write_cell(cell.key, made_up({"": "11110000"}, rates=("0.01", "0.02", "0.05", "0.1")))
+        store.write_cell(cell, made_up({"": "11110000"}, rates=("0.01", "0.02", "0.05", "0.1")))
     page = render(read_results(store, "full")["cifar10.md"])
     own = page.partition("with the network and the schedule of the paper\n")[2].partition("\n## ")[0]
     found = rows("\n".join(line for line in own.partition("EROC")[0].splitlines() if line.startswith("|")))
@@ -37,7 +37,7 @@ def test_other_seeds_and_networks_stand_beside_the_papers_numbers_and_under_thei
 
     seeds = [*find("seeds-table2-mnist", detector="ours"), *find("seeds-strict-mnist", detector="ours")]
     for cell in seeds:
-        store.write_cell(cell.key, made_up({"": "11110000"}, rates=("0.01", "0.02", "0.05", "0.1")))
+        store.write_cell(cell, made_up({"": "11110000"}, rates=("0.01", "0.02", "0.05", "0.1")))
     page = render(read_results(store, "full")["mnist.md"])
     own = page.partition("three seeds, MNIST: adaptive")[2].partition("\n## ")[0]
     assert "*suite ℓ∞ 0.3*" in own
@@ -48,7 +48,7 @@ def test_a_page_says_what_it_rests_on_and_what_is_missing(store):
     first = find("table2-mnist", detector="ours")[0]
     wrong = made_up({"step 0.1": "10000000"}, rates=("0.01", "0.02", "0.05", "0.1"))
     wrong["results"]["step 0.1"]["rates"]["0.01"]["invalid"] = 3
-    store.write_cell(first.key, wrong)
+    store.write_cell(first, wrong)
     text = render(read_results(store, "full")["mnist.md"])
     assert text.startswith("<!-- Generated from results by `python -m benchmarks report`;")
     assert re.search(r"^1 of \d+ cells are run", text, flags=re.MULTILINE)
@@ -76,7 +76,7 @@ def test_quick_pages_say_quick_everywhere(store, tmp_path, monkeypatch):
         for cell in results.experiment.cells:
             steps = [f"step {size:g}" for size in cell.options.get("step_sizes", [])]
             broken = dict.fromkeys(steps or [""], "11000000")
-            store.write_cell(cell.key, made_up(broken, rates=rates, **points(True, False)))
+            store.write_cell(cell, made_up(broken, rates=rates, **points(True, False)))
     titles = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: titles.append(figure.get_suptitle()) or [])
     written = write_report(store, "quick", tmp_path)
@@ -97,7 +97,7 @@ def test_quick_pages_say_quick_everywhere(store, tmp_path, monkeypatch):
 
 def test_pages_end_in_a_newline_and_have_no_trailing_blanks(store, tmp_path):
     cell = find("strict-mnist", detector="ours")[0]
-    store.write_cell(cell.key, made_up({"": "11000000"}))
+    store.write_cell(cell, made_up({"": "11000000"}))
     pages = write_report(store, "full", tmp_path)
     assert [page.name for page in pages] == ["mnist.md", "cifar10.md"]
     for page in pages:

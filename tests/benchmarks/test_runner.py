@@ -287,9 +287,11 @@ def test_the_command_line_runs_plans_and_tells(experiment, finished, monkeypatch
     assert stopped.exit_code == 3
     assert "16 of 16 cells are left" in stopped.output
     assert "stale" not in call("status", *out).output
-    Store(finished[0]).write_cell("0" * 12, {"title": "an old one"})
-    assert "stale: 000000000000 an old one" in call("status", *out).output
-    (finished[0] / "cells" / f"{'0' * 12}.json").unlink()
+    cell = load_experiment("small").cells[0]
+    old = replace(cell, seed=99, training=replace(cell.training, seed=99))
+    Store(finished[0]).write_cell(old, {"title": "an old one"})
+    assert f"stale: {old.key} an old one" in call("status", *out).output
+    next(finished[0].rglob("*-seed99-*.jsonl")).unlink()
 
 
 def test_every_detector_is_there():
