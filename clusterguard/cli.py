@@ -98,7 +98,7 @@ def train(
     import torch
     from clusterguard import PGD, AdversarialClusterTrainer, Calibrator, ClusterGuard
     from clusterguard.cli_data import begin_run, check_classes, describe_guard, image_options, load_part, make_backbone
-    from clusterguard.report import plain
+    from clusterguard.results import plain
     from torch.utils.data import DataLoader
 
     if not 0 < learning_rate < math.inf:
@@ -218,6 +218,7 @@ def evaluate(
     from clusterguard import evaluate as run
     from clusterguard.cli_data import open_guard, sample
     from clusterguard.files import write_atomically
+    from clusterguard.html_page import to_html
     from clusterguard.results import CertifiedBound
     from torch.utils.data import DataLoader
 
@@ -245,8 +246,10 @@ def evaluate(
     for path in output or []:
         if path.suffix == ".md":
             write_atomically(path, lambda file: file.write_text(result.to_markdown() + "\n"))
+        elif path.suffix == ".json":
+            result.to_json(path)
         else:
-            (result.to_json if path.suffix == ".json" else result.to_html)(path)
+            to_html(result, path)
     if record:
         detector.save_pretrained(guard, training=training, evaluation=result)
     show(as_json, result.to_dict(), result.to_markdown())

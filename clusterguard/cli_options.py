@@ -112,7 +112,7 @@ def is_watched() -> bool:
 
 def show(as_json: bool, result: Any, text: str) -> None:
     """The result, for a machine or for a person."""
-    from clusterguard.report import plain
+    from clusterguard.results import plain
 
     typer.echo(json.dumps(plain(result), indent=2, allow_nan=False) if as_json else text)
 

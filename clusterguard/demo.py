@@ -18,8 +18,7 @@ from clusterguard.evaluation import evaluate
 from clusterguard.files import write_atomically
 from clusterguard.guard import ClusterGuard
 from clusterguard.plots import Panel, plot_distances, plot_representations, star_coordinates
-from clusterguard.report import plain
-from clusterguard.results import Evaluation
+from clusterguard.results import Evaluation, plain
 from clusterguard.samples import load_digits
 from clusterguard.training import AdversarialClusterTrainer
 from safetensors.torch import save_model

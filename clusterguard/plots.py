@@ -12,10 +12,10 @@ from clusterguard.decision import Detection
 from clusterguard.errors import InputError, MissingDependencyError
 from clusterguard.files import write_atomically
 from clusterguard.metrics import is_broken
+from clusterguard.results import Evaluation
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from clusterguard.results import Evaluation
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -128,7 +128,7 @@ def plot_distances(panels: Mapping[str, Panel], path: str | Path) -> Path:
     return _save(figure, path)
 
 
-def evaluation_figures(evaluation: "Evaluation") -> dict[str, tuple[bytes, str]]:
+def evaluation_figures(evaluation: Evaluation) -> dict[str, tuple[bytes, str]]:
     """The pictures of an evaluation's HTML page: title -> (PNG, caption).
 
     Raises:

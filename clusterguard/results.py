@@ -1,13 +1,18 @@
-"""What an evaluation found: figures with their counts, and the verdicts behind them."""
+"""What an evaluation found: figures with their counts, and the verdicts behind them; as JSON and as Markdown."""
 
+import json
 import math
-from dataclasses import dataclass, field
+import platform
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from clusterguard.attacks.metering import Cost
 from clusterguard.attacks.suite_state import StageRecord
 from clusterguard.decision import Detection
+from clusterguard.files import write_atomically
 from clusterguard.metrics import Rate
 from clusterguard.sanity import Sanity
 from torch import Tensor
@@ -129,28 +134,85 @@ class Evaluation:
         """The smallest EROC of any attack."""
         return min((result.expected_roc_auc for result in self.results), default=math.nan)
 
-    def to_dict(self) -> dict[str, object]:
-        """The figures as plain values for JSON: rates with count, total, value and 95 % interval, and versions used."""
-        from clusterguard.report import to_plain
+    @property
+    def proved(self) -> list[tuple[str, Rate]]:
+        """The certified bound as a row of a table; empty without one."""
+        bound = self.certified
+        return [] if bound is None else [(f"proved upper bound, linf {bound.eps:g}", bound.success)]
 
-        return to_plain(self)
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values for JSON: rates with count, total, value and 95 % interval, and versions used."""
+        versions = {"clusterguard": version("clusterguard"), "python": platform.python_version()}
+        return {**plain(self), "versions": versions | {"torch": torch.__version__}, "machine": platform.machine()}
 
     def to_json(self, path: str | Path) -> Path:
         """The path of the JSON file to which `to_dict` is written, whole or not at all."""
-        from clusterguard.report import write_json
-
-        return write_json(self, path)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        return write_atomically(path, lambda file: file.write_text(text))
 
     def to_markdown(self) -> str:
-        """The figures as Markdown, n and 95 % intervals with them."""
-        from clusterguard.report import to_markdown
+        """The figures as Markdown, n and 95 % intervals with them; the sanity report comes last."""
+        lines = [
+            f"n = {self.images}; accuracy {self.accuracy}; after rejection "
+            f"{self.accuracy_after_rejection}; false positives {self.false_positives}",
+            "",
+            "| attack | ASR [95 %] (n) | EROC | forward | gradients |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {result.name} | {result.success} | {show_number(result.expected_roc_auc)} "
+            f"| {result.cost.forward:,} | {result.cost.backward:,} |"
+            for result in self.results
+        ]
+        if len(self.worst_by_norm) > 1:
+            lines += [f"| worst of {norm}, per image | {rate} | | | |" for norm, rate in self.worst_by_norm.items()]
+        lines.append(f"| worst case per image | {self.worst_case} | {show_number(self.eroc)} | | |")
+        lines += [f"| {name} | {rate} | | | |" for name, rate in self.proved]
+        for result in self.results:
+            if result.stages:
+                lines += ["", f"Stages of {result.name}, each on the survivors of those before it:", ""]
+                lines += ["| stage | attacked | broken | forward | gradients |", "|---|---|---|---|---|"]
+                lines += [
+                    f"| {stage.name} | {stage.attacked} | {stage.broken} | {stage.forward:,} | {stage.backward:,} |"
+                    for stage in result.stages
+                ]
+        return "\n".join(lines + self.sanity_lines())
 
-        return to_markdown(self)
-
-    def to_html(self, path: str | Path) -> Path:
-        """The path of one page that holds all it needs: tables, curves, the worst-broken images. Needs matplotlib."""
-        from clusterguard.report import write_html
-
-        return write_html(self, path)
+    def sanity_lines(self) -> list[str]:
+        """What the sanity probe measured, and its warnings, as lines of text; empty without a probe."""
+        sanity = self.sanity
+        if sanity is None:
+            return []
+        curve = ", ".join(f"{eps:g}: {rate.value:.2f}" for eps, rate in sanity.by_eps)
+        return [
+            "",
+            f"Sanity, a probe of {sanity.images} images at {sanity.norm} {sanity.eps:g}: ASR by eps {curve}; "
+            f"gradient-free {sanity.black_box.value:.2f} against white-box {sanity.white_box.value:.2f}; "
+            f"{sanity.zero_gradients:.1%} of gradients 0, {sanity.non_finite_gradients:.1%} not finite; "
+            f"{sanity.still_falling:.0%} of losses still falling; {sanity.lost_again:.0%} broken earlier, not at the "
+            "end.",
+            *(f"WARNING: {warning}." for warning in sanity.warnings),
+        ]
 
     __str__ = to_markdown
+
+
+def show_number(value: float) -> str:
+    """Three decimals, or a dash where there is no number."""
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def plain(value: Any) -> Any:
+    """Only what JSON has: rates spelled out, and null where there is no number."""
+    if isinstance(value, Rate):
+        return plain({"count": value.count, "total": value.total, "value": value.value, "interval": value.interval})
+    if is_dataclass(value):
+        shown = (own for own in fields(value) if own.metadata.get("json", True))
+        return {own.name: plain(getattr(value, own.name)) for own in shown}
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

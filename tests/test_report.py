@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from clusterguard import PGD, WorstCaseSuite, __version__, evaluate
+from clusterguard.html_page import to_html
 from clusterguard.metrics import Rate
 from clusterguard.results import CertifiedBound
 from torch.utils.data import DataLoader, TensorDataset
@@ -54,15 +55,15 @@ def test_the_markdown_has_every_attack_stage_and_warning(report):
 
 
 def test_what_is_proved_stands_beside_what_was_found(report, tmp_path):
-    assert "proved" not in report.to_markdown() + report.to_html(tmp_path / "report.html").read_text()
+    assert "proved" not in report.to_markdown() + to_html(report, tmp_path / "report.html").read_text()
     proved = replace(report, certified=CertifiedBound(0.2, Rate(30, 40)))
     row = "proved upper bound, linf 0.2"
     assert f"| {row} | {Rate(30, 40)} |" in proved.to_markdown()
-    assert f"<td>{row}</td>" in proved.to_html(tmp_path / "report.html").read_text()
+    assert f"<td>{row}</td>" in to_html(proved, tmp_path / "report.html").read_text()
 
 
 def test_the_page_needs_nothing_else(report, tmp_path):
-    page = report.to_html(tmp_path / "report.html").read_text()
+    page = to_html(report, tmp_path / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=['\"](?!data:)", page)
     assert page.count("data:image/png;base64,") == 3
     assert "PGD &lt;linf&gt;" in page
@@ -77,5 +78,5 @@ def test_without_matplotlib_the_page_says_what_to_install(report, tmp_path, monk
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match="plots"):
-        report.to_html(tmp_path / "report.html")
+        to_html(report, tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
