@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from clusterguard.checks import check_labels, check_tensor
 from clusterguard.decision import Detector
-from clusterguard.detector import DetectorModule, Loader, judge
+from clusterguard.detector import DetectorModule, Loader, image_shape_kept_on_failure, judge
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError
 from torch import Tensor
 
@@ -244,6 +244,8 @@ class Calibrator:
     ) -> Calibration:
         """Fit and set the detector's thresholds; they are left as they were if anything fails.
 
+        A `DetectorModule` whose `image_shape` is not decided takes images of this shape alone from then on.
+
         Args:
             detector: anything that yields evidence; a `DetectorModule` also keeps the returned record.
             loader: batches of images (B, C, H, W) in [0, 1] and labels (B,). Only suspicion and labels are kept,
@@ -257,17 +259,20 @@ class Calibrator:
         Raises:
             InputError: images or labels of a wrong shape, dtype or range, or an empty loader.
             TooFewCalibrationExamplesError: naming classes and counts.
+            ConfigurationError: the detector gives the same images different evidence each time.
         """
-        detection, labels = judge(detector, loader, accelerator=accelerator, progress="calibrating" * progress)
-        calibration = fit_thresholds(
-            detection.distances,
-            detection.labels,
-            labels,
-            len(detector.thresholds),
-            false_positive_rate=self.false_positive_rate,
-            method=self.method,
-            scarce=self.scarce,
-        )
+        with image_shape_kept_on_failure(detector):
+            bar = "calibrating" * progress
+            detection, labels = judge(detector, loader, accelerator=accelerator, progress=bar, calibrating=True)
+            calibration = fit_thresholds(
+                detection.distances,
+                detection.labels,
+                labels,
+                len(detector.thresholds),
+                false_positive_rate=self.false_positive_rate,
+                method=self.method,
+                scarce=self.scarce,
+            )
         if calibration.pooled:
             warnings.warn(
                 f"classes {list(calibration.pooled)} have too few correctly classified calibration examples and share "

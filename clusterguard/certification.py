@@ -197,6 +197,7 @@ def certified_success_rate(guard: ClusterGuard, loader: Loader, *, eps: float) -
 def _check(guard: ClusterGuard, images: Tensor, labels: Tensor) -> None:
     check_images(images)
     check_labels(labels, images, guard.num_classes)
+    guard.check_image_shape(images)
     check_calibrated(guard.thresholds)
 
 

@@ -6,7 +6,8 @@ import torch
 from clusterguard.errors import InputError, NotCalibratedError
 from torch import Tensor
 
-_TOLERANCE = 1e-4  # projections and image decoders overshoot [0, 1] by rounding
+# Projections and image decoders overshoot [0, 1] by rounding: 1e-4 is tolerated, as bfloat16 rounds that number, too.
+_TOLERANCE = 1.002e-4
 Kind = Literal["floating-point", "float32 or float64", "integer", "bool"]
 _DTYPES: dict[Kind, tuple[torch.dtype, ...]] = {
     "floating-point": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -58,6 +59,11 @@ def check_detector(detector: object) -> None:
         )
 
 
+def in_range(images: Tensor) -> Tensor:
+    """Which pixels are in [0, 1] but for rounding, in the shape of the images; NaN and infinity are not."""
+    return (images >= -_TOLERANCE) & (images <= 1 + _TOLERANCE)
+
+
 def check_images(images: Tensor) -> None:
     """Images are (B, C, H, W), floating point, in [0, 1]; non-finite pixels pass, for the guard refuses those.
 
@@ -74,8 +80,7 @@ def check_images(images: Tensor) -> None:
         )
     if not images.shape[1:].numel():
         raise InputError(f"expected images with at least one pixel, got shape {tuple(images.shape)}")
-    outside = ((images < -_TOLERANCE) | (images > 1 + _TOLERANCE)) & images.isfinite()
-    if outside.any():
+    if (~in_range(images) & images.isfinite()).any():
         low, high = images[images.isfinite()].aminmax()
         raise InputError(
             f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; "

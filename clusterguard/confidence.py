@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from clusterguard.backbones import find_normalization, find_num_classes
 from clusterguard.decision import Evidence
-from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite, run_network
+from clusterguard.detector import DetectorModule, ImageShape, Normalize, run_network
 from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 
@@ -21,8 +21,10 @@ class ConfidenceDetector(DetectorModule):
         num_classes: K; None takes the classifier's own.
         mean: per channel, as in `ClusterGuard`.
         std: per channel, as in `ClusterGuard`.
+        image_shape: as in `ClusterGuard`.
 
-    It warns if the first logits it sees look like probabilities.
+    The classifier keeps its mode, and the detector takes it over. It warns if the first logits that it sees look like
+    probabilities.
 
     Raises:
         ConfigurationError: num_classes neither given nor found.
@@ -43,19 +45,23 @@ class ConfidenceDetector(DetectorModule):
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        image_shape: ImageShape | None = None,
     ) -> None:
         classes = find_num_classes(classifier) if num_classes is None else num_classes
         if classes is None:
             raise ConfigurationError("this classifier does not tell its number of classes; pass num_classes")
-        super().__init__(classes)
+        super().__init__(classes, image_shape=image_shape)
         found_mean, found_std = find_normalization(classifier)
         self.normalize = Normalize(found_mean if mean is None else mean, found_std if std is None else std)
         self.classifier = classifier
         self._looked = False
+        self.training = classifier.training
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits: images (B, C, H, W) in [0, 1] -> (B, K)."""
-        return run_network(self.classifier, self.normalize(images))
+        normalised = self.normalize(images)
+        self.check_image_shape(images)
+        return run_network(self.classifier, normalised)
 
     def evidence(self, images: Tensor) -> Evidence:
         """The logits as class scores, −log probabilities as suspicion, of images (B, C, H, W) in [0, 1]."""
@@ -64,7 +70,7 @@ class ConfidenceDetector(DetectorModule):
             self._looked = True
             _warn_of_probabilities(logits.detach())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # probabilities saturate in half precision
-        return Evidence(logits, refuse_non_finite(images, -logits.log_softmax(dim=1)))
+        return Evidence(logits, -logits.log_softmax(dim=1))
 
 
 def _warn_of_probabilities(logits: Tensor) -> None:

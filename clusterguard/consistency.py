@@ -63,6 +63,7 @@ class ConsistentDetector(DetectorModule):
         self.steps = steps
         self.step_size = length
         self.thresholds = torch.full_like(detector.thresholds, torch.nan)
+        self.training = getattr(detector, "training", False)
 
     def extra_repr(self) -> str:
         """What is shown when the module is printed: the search."""

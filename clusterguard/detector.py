@@ -2,11 +2,13 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from clusterguard.checks import check_calibrated, check_detector, check_images, check_labels, check_tensor
+from clusterguard.checks import check_calibrated, check_detector, check_images, check_labels, check_tensor, in_range
 from clusterguard.decision import Detection, Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.modes import evaluation_mode
@@ -22,20 +24,31 @@ if TYPE_CHECKING:
 Loader = Iterable[tuple[Tensor, Tensor]]
 """Batches of images (B, C, H, W) and labels (B,): a DataLoader, or a list of such pairs."""
 
+ImageShape: TypeAlias = tuple[int, int, int] | Literal["any"]
+"""The (C, H, W) of all images that a detector takes, or "any" where it takes images of several shapes."""
+
 
 class DetectorModule(nn.Module, ABC):
     """Base of detectors that are modules: write `evidence`, get `detect`, `thresholds` and their persistence.
 
+    The `evidence` that you write sees pixels in [0, 1] alone. Pixels that rounding moved out of it, by 1e-4 at most,
+    are moved back. An image with any other pixel, or one that is not finite, is refused: your `evidence` sees a blank
+    image in its place, and its suspicion is +inf whatever that says.
+
     Args:
         num_classes: K, at least 2.
+        image_shape: (C, H, W) of the images that it takes; None takes the shape of those that it is trained or
+            calibrated on first, "any" leaves it free.
 
     Raises:
-        ConfigurationError: fewer than two classes.
+        ConfigurationError: fewer than two classes, or an image shape that is none.
 
     Attributes:
         thresholds: (K,) float32 buffer, NaN until calibrated. It stays float32 under ``.half()``, because
             rounding a threshold would void its calibration.
         calibration: how the thresholds were fitted; None if they were not, or not by a `Calibrator`.
+        frozen: names of submodules that stay in eval mode while the detector is trained, such as those of a BatchNorm
+            whose statistics must not move.
 
     Example:
         >>> class Brighter(DetectorModule):  # of K pixels
@@ -45,21 +58,79 @@ class DetectorModule(nn.Module, ABC):
         >>> detector.thresholds = torch.tensor([0.5, 0.5])
         >>> detector.detect(torch.tensor([[[[0.2, 0.9]]], [[[0.1, 0.3]]]])).is_adversarial
         tensor([False,  True])
+        >>> detector.detect(torch.tensor([[[[0.2, 1.1]]]]), check=False).is_adversarial  # no image has such a pixel
+        tensor([True])
     """
 
     thresholds: Tensor
+    frozen: frozenset[str] = frozenset()
+    _image_shape: ImageShape | None = None
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, *, image_shape: ImageShape | None = None) -> None:
         super().__init__()
         if num_classes < 2:
             raise ConfigurationError(f"expected num_classes of at least 2, got {num_classes}")
         self.num_classes = num_classes
         self.register_buffer("thresholds", torch.full((num_classes,), torch.nan))
         self.calibration: Calibration | None = None
+        self.image_shape = image_shape
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not hasattr(cls.evidence, "refuses_invalid_images"):  # an inherited one does already
+            cls.evidence = _refusing_invalid_images(cls.evidence)  # type: ignore[method-assign, assignment]
 
     @abstractmethod
     def evidence(self, images: Tensor) -> Evidence:
         """The class scores and suspicion of images (B, C, H, W) in [0, 1]; differentiable in the images."""
+
+    @property
+    def image_shape(self) -> ImageShape | None:
+        """(C, H, W) of the images that it takes; any other shape is an error.
+
+        None means that nothing is known yet: the first images that it is trained or calibrated on decide. Set it to
+        None before you train or calibrate at another size, and to "any" to leave the shape free.
+        """
+        return self._image_shape
+
+    @image_shape.setter
+    def image_shape(self, shape: ImageShape | None) -> None:
+        if shape is not None and shape != "any":
+            sides = [side for side in shape if type(side) is int and side > 0] if isinstance(shape, Sequence) else []
+            if len(sides) != 3:
+                raise ConfigurationError(
+                    f'expected image_shape (C, H, W) of three positive integers, "any" or None, got {shape!r}'
+                )
+            shape = (sides[0], sides[1], sides[2])
+        self._image_shape = shape
+
+    def check_image_shape(self, images: Tensor) -> None:
+        """Images (B, C, H, W) have the shape that this detector takes.
+
+        Raises:
+            InputError: otherwise.
+        """
+        shape = self._image_shape
+        if shape is not None and shape != "any" and tuple(images.shape[1:]) != shape:
+            raise InputError(
+                f"expected images of shape {shape}, as this detector was made for, got {tuple(images.shape[1:])}; "
+                "resize or convert them, or set detector.image_shape, to None before you train or calibrate it at "
+                'another size, or to "any" if it shall take all sizes'
+            )
+
+    def learn_image_shape(self, images: Tensor) -> None:
+        """Take only images of this shape (C, H, W) from now on, unless the shape is decided already.
+
+        Args:
+            images: (B, C, H, W), of those that the detector is trained or calibrated on.
+
+        Raises:
+            InputError: they have another shape than is decided.
+        """
+        if self._image_shape is None:
+            _, channels, height, width = images.shape
+            self.image_shape = (channels, height, width)
+        self.check_image_shape(images)
 
     @property
     def is_calibrated(self) -> bool:
@@ -72,15 +143,16 @@ class DetectorModule(nn.Module, ABC):
 
         Args:
             images: (B, C, H, W), floating point, in [0, 1].
-            check: whether to check images and thresholds first. It costs a wait for the device; without it
-                what cannot be judged (an image that is not finite, a missing threshold) is refused all the same.
+            check: whether to check images and thresholds first. It costs a wait for the device; without it what
+                cannot be judged is refused all the same: an image with a pixel that is not finite or not in [0, 1], and
+                any image while thresholds are missing.
 
         Returns:
             Labels, their suspicion, and the verdict, each (B,).
 
         Raises:
-            InputError: images of a wrong shape, dtype or range.
-            NotCalibratedError: no thresholds have been fitted.
+            InputError: images of a wrong shape, dtype or range; of the range only with `check`.
+            NotCalibratedError: no thresholds have been fitted; only with `check`.
         """
         if check:
             check_images(images)
@@ -99,6 +171,20 @@ class DetectorModule(nn.Module, ABC):
         if self.thresholds.dtype != exact.dtype:
             self.thresholds = exact.to(self.thresholds.device)
         return self
+
+
+@contextmanager
+def image_shape_kept_on_failure(detector: Detector) -> Iterator[None]:
+    """Undo what a `DetectorModule` has learned of its images' shape if the block fails."""
+    if not isinstance(detector, DetectorModule):
+        yield
+        return
+    shape = detector.image_shape
+    try:
+        yield
+    except BaseException:
+        detector.image_shape = shape
+        raise
 
 
 class Normalize(nn.Module):
@@ -167,6 +253,7 @@ class WithThresholds(nn.Module):
         check_tensor(thresholds, "thresholds", len(detector.thresholds))
         self.detector = detector
         self.register_buffer("thresholds", thresholds.detach())
+        self.training = getattr(detector, "training", False)
 
     def evidence(self, images: Tensor) -> Evidence:
         """The wrapped detector's evidence on images (B, C, H, W)."""
@@ -175,7 +262,12 @@ class WithThresholds(nn.Module):
 
 @torch.no_grad()
 def judge(
-    detector: Detector, loader: Loader, *, accelerator: "Accelerator | None" = None, progress: str = ""
+    detector: Detector,
+    loader: Loader,
+    *,
+    accelerator: "Accelerator | None" = None,
+    progress: str = "",
+    calibrating: bool = False,
 ) -> tuple[Detection, Tensor]:
     """Run a detector in eval mode over a whole loader; only verdicts are kept, so memory does not grow with images.
 
@@ -184,12 +276,15 @@ def judge(
         loader: batches of images (B, C, H, W) in [0, 1] and labels (B,).
         accelerator: whose processes take a batch each, in turn; all of them get all verdicts.
         progress: the progress bar's title; empty shows none.
+        calibrating: whether thresholds will be fitted to the verdicts. A `DetectorModule` then takes images of this
+            shape alone from now on, and the first batch is judged twice: both answers must be the same.
 
     Returns:
         Verdicts on all n images, and their labels (n,), on the CPU.
 
     Raises:
         InputError: images or labels of a wrong shape, dtype or range, or an empty loader.
+        ConfigurationError: a detector to calibrate gives the same images different evidence each time.
     """
     check_detector(detector)
     verdicts: dict[int, list[Tensor]] = {}
@@ -198,7 +293,12 @@ def judge(
         for position, (images, labels) in share(bar, accelerator):
             check_images(images)
             check_labels(labels, images, len(detector.thresholds))
-            evidence = detector.evidence(images.to(detector.thresholds.device))
+            images = images.to(detector.thresholds.device)
+            if calibrating and isinstance(detector, DetectorModule):
+                detector.learn_image_shape(images)
+            evidence = detector.evidence(images)
+            if calibrating and not verdicts:
+                check_repeated(evidence, detector.evidence(images))
             verdict = decide(evidence, detector.thresholds)
             verdicts[position] = [part.cpu() for part in (*verdict, labels)]
     found = collect(verdicts, accelerator)
@@ -206,6 +306,27 @@ def judge(
         raise InputError("expected a loader with at least one batch, got an empty one")
     *judged, all_labels = map(torch.cat, zip(*found, strict=True))
     return Detection(*judged), all_labels
+
+
+def check_repeated(first: Evidence, second: Evidence) -> None:
+    """Two answers to the same images are the same, but for the rounding of a device that adds in any order.
+
+    Args:
+        first: evidence of a batch.
+        second: evidence of the same batch, from another call.
+
+    Raises:
+        ConfigurationError: otherwise.
+    """
+    for name, one, other in zip(Evidence._fields, first, second, strict=True):
+        scale = float(one.nan_to_num(0, 0, 0).abs().max()) if one.numel() else 0.0
+        tolerance = scale * (1e-5 if one.device.type == "cpu" else 1e-3)
+        if not torch.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True):
+            raise ConfigurationError(
+                f"expected a detector that gives the same images the same {name.replace('_', ' ')} at every call, got "
+                f"differences of up to {float((one - other).abs().max()):.3g}: a layer draws random numbers or changes "
+                "at every call, in eval mode too; make it do so only while self.training is True"
+            )
 
 
 def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -227,10 +348,42 @@ def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         ) from error
 
 
-def refuse_non_finite(images: Tensor, suspicion: Tensor) -> Tensor:
-    """Suspicion (B, K), made +inf where the image has a pixel that is not finite.
+def valid_images(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Tell images that can be judged from those that must be refused, whatever the network makes of them.
 
-    Activations such as sigmoid turn an infinite pixel into an ordinary number; the guard must refuse it anyway.
+    Args:
+        images: (B, C, H, W), floating point.
+
+    Returns:
+        The images (B, C, H, W) with every pixel in [0, 1]: what rounding moved out of it is moved back, and an image to
+        be refused is blank. And (B, 1), False for images to be refused: they have a pixel that is not finite, or out of
+        [0, 1] by more than 1e-4.
+
+    Raises:
+        InputError: images of a wrong shape or dtype.
+
+    Example:
+        >>> images, is_valid = valid_images(torch.tensor([0.5, 1.00001, 1.1, torch.nan]).view(4, 1, 1, 1))
+        >>> images.flatten(), is_valid.flatten()
+        (tensor([0.5000, 1.0000, 0.0000, 0.0000]), tensor([ True,  True, False, False]))
     """
-    finite = images.isfinite().flatten(1).all(dim=1)
-    return suspicion.masked_fill(~finite[:, None], torch.inf)
+    check_tensor(images, "images", "B", "C", "H", "W")
+    is_valid = in_range(images).flatten(1).all(dim=1, keepdim=True)
+    # A NaN must not reach the network: runtimes differ in what they make of it, and some layers see a whole batch.
+    return images.masked_fill(~is_valid[..., None, None], 0).clamp(0, 1), is_valid
+
+
+def _refusing_invalid_images(evidence: Callable[[Any, Tensor], Evidence]) -> Callable[[Any, Tensor], Evidence]:
+    """The method `evidence` of a detector that sees valid images only, and whose answer to others is overruled."""
+
+    @wraps(evidence)
+    def refusing(self: DetectorModule, images: Tensor) -> Evidence:
+        visible, is_valid = valid_images(images)
+        self.check_image_shape(images)
+        scores, suspicion = evidence(self, visible)
+        check_tensor(scores, "class_scores", "B", "K")
+        check_tensor(suspicion, "suspicion", *scores.shape)
+        return Evidence(scores, suspicion.masked_fill(~is_valid, torch.inf))
+
+    refusing.refuses_invalid_images = True  # type: ignore[attr-defined]
+    return refusing

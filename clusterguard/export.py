@@ -14,9 +14,10 @@ import torch
 from clusterguard.calibration import Calibration
 from clusterguard.checks import check_calibrated, check_images, check_tensor
 from clusterguard.decision import Detection, Evidence, decide
-from clusterguard.detector import DetectorModule
+from clusterguard.detector import DetectorModule, check_repeated
 from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError
 from clusterguard.files import write_atomically
+from clusterguard.modes import to_eval_mode
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import one_hot
@@ -32,7 +33,7 @@ def export_program(detector: DetectorModule, example: Tensor | None = None) -> E
     Args:
         detector: calibrated.
         example: (B, C, H, W) images in [0, 1]. C, H and W become part of the graph, B stays free. None takes the
-            size that a timm backbone was configured for.
+            detector's `image_shape` or, where that is not decided, the size that a timm backbone was configured for.
 
     Returns:
         A program that maps images to labels, distances and is_adversarial, each (B,), as `detect` does in eval mode.
@@ -40,7 +41,8 @@ def export_program(detector: DetectorModule, example: Tensor | None = None) -> E
     Raises:
         NotCalibratedError: the detector has no thresholds.
         InputError: an example of a wrong shape, dtype or range.
-        ConfigurationError: no example, and no timm backbone that tells its size.
+        ConfigurationError: no example, and no detector or timm backbone that tells its size; or a detector that gives
+            the same images different evidence each time.
 
     Example:
         >>> from clusterguard import ClusterGuard
@@ -123,10 +125,19 @@ class OnnxDetector(DetectorModule):
     """
 
     def __init__(self, model: Any, session: Any, thresholds: Tensor) -> None:
-        super().__init__(len(thresholds))
+        (images, *_) = session.get_inputs()
+        super().__init__(len(thresholds), image_shape=tuple(images.shape[1:]))
         self.thresholds = thresholds
         self._model, self._session = model, session
-        self.image_shape, self._dtype = session.get_inputs()[0].shape[1:], _DTYPES[session.get_inputs()[0].type]
+        self._shape, self._dtype = images.shape[1:], _DTYPES[images.type]
+
+    def check_image_shape(self, images: Tensor) -> None:
+        """Images (B, C, H, W) have the shape that the graph was exported for, which nothing can change.
+
+        Raises:
+            InputError: otherwise.
+        """
+        check_tensor(images, "images, as the graph was exported for,", "B", *self._shape)
 
     def evidence(self, images: Tensor) -> Evidence:
         """Images (B, C, H, W) -> class scores and suspicion (B, K) on which `decide` says what the graph says."""
@@ -135,14 +146,6 @@ class OnnxDetector(DetectorModule):
         is_label = one_hot(labels, self.num_classes).bool()
         best = torch.where(not_finite, torch.inf, 1.0)
         return Evidence(torch.where(is_label, best[:, None], 0.0), distances[:, None].expand_as(is_label))
-
-    @torch.no_grad()
-    def detect(self, images: Tensor, *, check: bool = True) -> Detection:
-        """The graph's labels, distances and verdicts; as `DetectorModule.detect`."""
-        if check:
-            check_images(images)
-            check_calibrated(self.thresholds)
-        return self._run(images, self.thresholds)
 
     def save(self, path: str | Path) -> Path:
         """The path to which the graph is written, with the thresholds it has now.
@@ -154,7 +157,6 @@ class OnnxDetector(DetectorModule):
         return _write(copy.deepcopy(self._model), self, path)
 
     def _run(self, images: Tensor, thresholds: Tensor) -> Detection:
-        check_tensor(images, "images, as the graph was exported for,", "B", *self.image_shape)
         check_tensor(thresholds, "thresholds", self.num_classes)
         feeds = {"images": images.detach().to("cpu", self._dtype).contiguous(), "thresholds": thresholds.cpu()}
         outputs = self._session.run(Detection._fields, {name: own.numpy() for name, own in feeds.items()})
@@ -228,16 +230,19 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
     if example is not None:
         check_images(example)
     decision = _Decision(copy.deepcopy(detector)).requires_grad_(False)
-    for module in decision.modules():
-        module.training = False
+    to_eval_mode(decision)
     like = next((own for own in decision.parameters() if own.is_floating_point()), detector.thresholds)
     images = like.new_zeros(2, *(_configured_shape(detector) if example is None else example.shape[1:]))
+    noise = torch.rand(8, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
     with _quiet(), torch.no_grad():
         decision(images)  # what a detector does at its first batch alone is no part of the graph
+        check_repeated(decision.detector.evidence(noise), decision.detector.evidence(noise))
     return decision, images
 
 
-def _configured_shape(detector: nn.Module) -> tuple[int, ...]:
+def _configured_shape(detector: DetectorModule) -> tuple[int, ...]:
+    if isinstance(detector.image_shape, tuple):
+        return detector.image_shape
     for module in detector.modules():
         settings = getattr(module, "pretrained_cfg", None)
         if isinstance(settings, dict) and "input_size" in settings:

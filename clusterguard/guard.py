@@ -5,12 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from clusterguard.backbones import find_normalization, find_num_classes, make_encoder
 from clusterguard.clusters import GaussianClusters
 from clusterguard.compiling import Call, CompiledCall, call
 from clusterguard.decision import Evidence
-from clusterguard.detector import DetectorModule, Normalize, refuse_non_finite, run_network
+from clusterguard.detector import DetectorModule, ImageShape, Normalize, run_network, valid_images
 from clusterguard.errors import ConfigurationError
+from clusterguard.modes import names_in_eval_mode, to_eval_mode
 from clusterguard.persistence import find_folder, load_guard, save_guard
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
@@ -28,6 +30,9 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     Untrained it knows nothing: fine-tune it with `AdversarialClusterTrainer`, then fit thresholds with
     `Calibrator`.
 
+    A new guard is in eval mode, and training leaves it in eval mode. Modules that are in eval mode within a backbone in
+    train mode, such as a frozen BatchNorm, stay in eval mode while the guard is trained; they are named in `frozen`.
+
     Args:
         backbone: any timm model, any torchvision classification model, or any module that maps images to (B, D).
             It is copied, with its weights; the original stays as it is.
@@ -37,10 +42,14 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         mean: per channel, subtracted from images in [0, 1]; None takes what the backbone was trained with
             (timm: its configuration; torchvision: ImageNet's; other modules: nothing).
         std: per channel, the divisor after that.
-        example: (B, C, H, W) images for a module whose output width cannot be found without running it.
+        example: (B, C, H, W) images for a module whose output width cannot be found without running it. Their shape
+            becomes the `image_shape`, unless one is given.
+        image_shape: (C, H, W) of the images that the guard takes; images of another shape are an error. None takes
+            that of the example or else of the first images that it is trained or calibrated on, "any" leaves it free.
 
     Raises:
         ConfigurationError: an option that cannot work, or num_classes neither given nor found.
+        InputError: an example of another shape than image_shape.
         UnsupportedBackboneError: the backbone has no classifier to replace and no (B, D) output.
 
     Reference:
@@ -65,30 +74,37 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         example: Tensor | None = None,
+        image_shape: ImageShape | None = None,
     ) -> None:
         classes = find_num_classes(backbone) if num_classes is None else num_classes
         if classes is None:
             raise ConfigurationError("this backbone does not tell its number of classes; pass num_classes")
-        super().__init__(classes)
+        super().__init__(classes, image_shape=image_shape)
         found_mean, found_std = find_normalization(backbone)
         self.clusters = GaussianClusters(classes, representation_dim, center_scale=center_scale)
         self.normalize = Normalize(found_mean if mean is None else mean, found_std if std is None else std)
         self.encoder = make_encoder(backbone, self.clusters.representation_dim, example=example)
         self._encode: Call = call
-        # A backbone in eval mode makes a guard in eval mode; in a training one, frozen modules stay frozen.
-        self.training = backbone.training
+        if example is not None:
+            self.learn_image_shape(example)
+        if backbone.training:  # so what is in eval mode within it was put there on purpose
+            self.frozen = names_in_eval_mode(self)
+        to_eval_mode(self)
 
     def represent(self, images: Tensor) -> Tensor:
         """The representation z: images (B, C, H, W) in [0, 1] -> (B, m)."""
-        return run_network(partial(self._encode, self.encoder), self.normalize(images))
+        normalised = self.normalize(images)
+        self.check_image_shape(images)
+        return run_network(partial(self._encode, self.encoder), normalised)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits: images (B, C, H, W) in [0, 1] -> (B, K). Their softmax is the mixture's posterior."""
         return self.clusters.logits(self.represent(images))
 
     def distances(self, images: Tensor) -> Tensor:
-        """Distance to every class centre: images (B, C, H, W) in [0, 1] -> (B, K), +inf for non-finite images."""
-        return refuse_non_finite(images, self.clusters.distances(self.represent(images)))
+        """Distance to every class centre: images (B, C, H, W) in [0, 1] -> (B, K), +inf for images to be refused."""
+        visible, is_valid = valid_images(images)
+        return self.clusters.distances(self.represent(visible)).masked_fill(~is_valid, torch.inf)
 
     def evidence(self, images: Tensor) -> Evidence:
         """The class scores −d and suspicion d of images (B, C, H, W) in [0, 1], d (B, K) the distances."""

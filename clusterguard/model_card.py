@@ -85,12 +85,21 @@ def model_card(
         "## Training",
         "Not recorded." if config["training"] is None else f"```json\n{json.dumps(config['training'], indent=2)}\n```",
         "## Intended use and limits",
-        _LIMITS,
+        f"{_LIMITS}\n- {describe_image_shape(guard.get('image_shape'))}",
         "## Licence",
         "None is stated. Whoever publishes this guard chooses one, adds it to the header as `license:`, and minds "
         "those of the backbone's weights and of the training data.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def describe_image_shape(shape: list[int] | tuple[int, ...] | str | None) -> str:
+    """What a guard's `image_shape` says of the images that it takes, in a sentence."""
+    if shape is None:
+        return "No shape of images was recorded: mind that they are as large as those it was trained on."
+    if isinstance(shape, str):
+        return "It takes images of every shape that its network can take."
+    return f"It takes images of shape ({', '.join(map(str, shape))}) alone, as it was trained on; others are an error."
 
 
 def describe_thresholds(calibrated: bool, calibration: Calibration | None) -> str:

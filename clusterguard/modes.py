@@ -1,16 +1,25 @@
-"""Train and eval mode, saved and restored module by module."""
+"""Train and eval mode: set through the modules' own methods, restored module by module, safe among threads."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+from clusterguard.errors import ConfigurationError
 from torch import nn
+
+# Several threads may read one module. The first puts it into eval mode, and the last one out restores it.
+_lock = threading.RLock()
+_readers: dict[nn.Module, int] = {}
+_to_restore: dict[nn.Module, None] = {}  # modules that were in train mode before anybody read them
 
 
 @contextmanager
 def evaluation_mode(*candidates: object) -> Iterator[None]:
     """Put every `nn.Module` among the candidates into eval mode, and afterwards back as each submodule was.
 
-    Calling ``model.train()`` afterwards would wake a BatchNorm that its owner had frozen; this does not.
+    Calling ``model.train()`` afterwards would wake a BatchNorm that its owner had frozen; this does not. A module that
+    overrides `train` or `eval`, for instance to swap its graph, is switched by these methods. Where several threads use
+    a module in this way, it stays in eval mode until the last of them has left.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.Dropout())
@@ -20,17 +29,92 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
         >>> [module.training for module in model]
         [False, True]
     """
-    training = [
-        module
-        for candidate in candidates
-        if isinstance(candidate, nn.Module)
-        for module in candidate.modules()
-        if module.training
-    ]
-    for module in training:
-        module.training = False
+    roots = [candidate for candidate in candidates if isinstance(candidate, nn.Module)]
+    modules = dict.fromkeys(module for root in roots for module in root.modules())
+    with _lock:
+        for module in modules:
+            _readers[module] = _readers.get(module, 0) + 1
+            if module.training:
+                _to_restore[module] = None
+        _set_mode(modules, training=False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _lock:
+            for module in modules:
+                _readers[module] -= 1
+                if not _readers[module]:
+                    del _readers[module]
+            restored = dict.fromkeys(module for module in _to_restore if _may_change(module))
+            for module in restored:
+                del _to_restore[module]
+            _set_mode(restored, training=True)
+
+
+@contextmanager
+def training_mode(module: nn.Module, *, frozen: Collection[str] = ()) -> Iterator[None]:
+    """Put a module into train mode, except for its frozen parts, and afterwards all of it into eval mode.
+
+    Args:
+        module: whose parts are switched.
+        frozen: names of submodules that stay in eval mode, as `names_in_eval_mode` gives them.
+
+    Raises:
+        ConfigurationError: a name that no submodule has.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
+        >>> with training_mode(model, frozen={"0"}):
+        ...     [module.training for module in model]
+        [False, True]
+        >>> [module.training for module in model]
+        [False, False]
+    """
+    parts = dict(module.named_modules())
+    unknown = sorted(set(frozen) - set(parts))
+    if unknown:
+        raise ConfigurationError(
+            f"expected the frozen modules among those of {type(module).__name__}, got {unknown[0]!r}, which it does "
+            "not have; set detector.frozen to the names that named_modules() gives, or to set() to freeze none"
+        )
+    module.train()
+    _set_mode({parts[name] for name in frozen}, training=False)
+    try:
+        yield
+    finally:
+        to_eval_mode(module)
+
+
+def to_eval_mode(module: nn.Module) -> None:
+    """Put a module and all its submodules into eval mode, for good."""
+    _set_mode(dict.fromkeys(module.modules()), training=False)
+
+
+def names_in_eval_mode(module: nn.Module) -> frozenset[str]:
+    """The names of those submodules that are in eval mode, as `named_modules` gives them."""
+    return frozenset(name for name, part in module.named_modules() if not part.training)
+
+
+def _set_mode(modules: Collection[nn.Module], *, training: bool) -> None:
+    """Switch these modules through their own methods, parents first; submodules that are not among them stay."""
+    for module in modules:
+        if module.training == training:
+            continue
+        if _has_its_own_way(module):
+            before = {part: part.training for part in module.modules() if part not in modules}
+            module.train() if training else module.eval()
+            _set_mode({part for part, mode in before.items() if part.training != mode}, training=not training)
+        module.training = training  # also where its own way leaves the flag as it was
+
+
+def _has_its_own_way(module: nn.Module) -> bool:
+    """Whether a module does more than set flags when its mode changes."""
+    methods = (module.train, nn.Module.train), (module.eval, nn.Module.eval)
+    return any(getattr(method, "__func__", None) is not usual for method, usual in methods)
+
+
+def _may_change(module: nn.Module) -> bool:
+    """Whether no reader is in a module, nor in one through which its own way of changing passes."""
+    if module in _readers:
+        return False
+    return not _has_its_own_way(module) or not any(part in _readers for part in module.modules())

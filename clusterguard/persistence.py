@@ -65,6 +65,7 @@ def save_guard(
             "center_scale": float(guard.clusters.center_scale),
             "mean": guard.normalize.mean.flatten().tolist(),
             "std": guard.normalize.std.flatten().tolist(),
+            "image_shape": guard.image_shape,
             "dtype": str(list(guard.encoder.parameters())[-1].dtype).removeprefix("torch."),
         },
         "calibration": record.to_dict() if record else None,
@@ -107,6 +108,7 @@ def load_guard(
                 mean=own["mean"],
                 std=own["std"],
                 example=example,
+                image_shape=own.get("image_shape"),  # guards of version 0.1 do not tell it
             ).to(getattr(torch, own["dtype"]))
         for name, tensor in guard.state_dict(keep_vars=True).items():
             if name in state:  # parts may differ in dtype
@@ -122,8 +124,6 @@ def load_guard(
             f"{folder / WEIGHTS} does not fit {hint}; pass the module that the guard was made with as backbone=, or "
             f"use the package versions that {CONFIG} lists. What went wrong: {error}"
         ) from error
-    for module in guard.modules():
-        module.training = False
     return guard
 
 

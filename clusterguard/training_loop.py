@@ -20,6 +20,7 @@ from clusterguard.errors import (
     TooFewCalibrationExamplesError,
     TrainingStoppedError,
 )
+from clusterguard.modes import names_in_eval_mode, to_eval_mode, training_mode
 from clusterguard.processes import collect
 from clusterguard.replay import Replay, Run
 from clusterguard.training_engine import TrainingEngine, TrainingStep
@@ -127,9 +128,10 @@ class DetectorTrainer(ABC):
     ) -> list[EpochRecord]:
         """Train, then calibrate.
 
-        The detector counts as uncalibrated until the end, and stays so if training fails. A detector in eval mode is
-        put into train mode meanwhile; in one in train mode, modules that you have put into eval mode, such as a frozen
-        BatchNorm, stay there. Equal seeds of torch's global generator, of the loaders and of `generator` give equal
+        The detector counts as uncalibrated until the end, and stays so if training fails. It is in train mode within
+        epochs and in eval mode afterwards, also if training fails. Modules that its attribute `frozen` names stay in
+        eval mode; in a detector that you hand over in train mode, these are the ones you have put into eval mode, such
+        as a frozen BatchNorm. Equal seeds of torch's global generator, of the loaders and of `generator` give equal
         weights on the same machine. With several processes, batches of the training loader are dealt out in turn.
 
         Args:
@@ -173,11 +175,12 @@ class DetectorTrainer(ABC):
         self.thresholds = self.thresholds.to(self.engine.device)
         self._resume(run)
         self.detector.reset_calibration()
-        was_training = self.detector.training
-        if not was_training:
-            self.detector.train()
+        if self.detector.training:
+            self.detector.frozen = names_in_eval_mode(self.detector)
+        to_eval_mode(self.detector)
         while len(self.history) < epochs:
-            self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" if progress else "")
+            with training_mode(self.detector, frozen=self.detector.frozen):
+                self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" if progress else "")
             if not self._totals.images:
                 raise InputError("expected a training loader with at least one image, got an empty one")
             record = self.engine.end_epoch(self._totals).record(len(self.history) + 1, float(self.thresholds.mean()))
@@ -188,8 +191,6 @@ class DetectorTrainer(ABC):
             if on_epoch_end is not None:
                 on_epoch_end(record)
         self.engine.finish()
-        if not was_training:
-            self.detector.eval()
         if calibrate:
             try:
                 accelerator = self.engine.accelerator
@@ -215,6 +216,7 @@ class DetectorTrainer(ABC):
         for images, labels in bar:
             check_images(images)
             check_labels(labels, images, self.detector.num_classes)
+            self.detector.learn_image_shape(images)
             step, is_whole = self.engine.take_step(images, labels, generator=run.generator)
             totals.add(step.loss, len(labels), step.correct, step.successes)
             totals.seconds = time.perf_counter() - started
@@ -261,6 +263,7 @@ class DetectorTrainer(ABC):
             "thresholds": self.thresholds,
             "history": [asdict(record) for record in self.history],
             "steps": self.engine.steps,
+            "image_shape": self.detector.image_shape,
             "processes": collect(own, accelerator),
         }
         if accelerator.is_main_process:
@@ -283,4 +286,5 @@ class DetectorTrainer(ABC):
         self.thresholds = values["thresholds"].to(self.engine.device)
         self.history = [EpochRecord(**record) for record in values["history"]]
         self.engine.steps = values["steps"]
+        self.detector.image_shape = self.detector.image_shape or values.get("image_shape")
         self._totals = EpochTotals(**own["totals"])

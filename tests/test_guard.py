@@ -69,7 +69,8 @@ def test_detect_leaves_every_mode_as_it_was_and_uses_eval_mode():
         nn.Sequential(nn.Conv2d(1, 1, 3), frozen, nn.Dropout(0.9), nn.Flatten()),
         2,
         example=torch.rand(2, 1, 8, 8),
-    )
+    ).train()
+    guard.encoder[0][1].eval()
     guard.thresholds = torch.full((2,), 100.0)
     modes = [module.training for module in guard.modules()]
     images = torch.rand(2, 1, 8, 8)

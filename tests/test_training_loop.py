@@ -1,4 +1,5 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -183,7 +184,9 @@ def test_a_train_loader_with_a_frozen_batchnorm_keeps_it_frozen(blobs):
     mean = guard.encoder[0][3].running_mean.clone()
     train(guard, blobs, calibrate=False)
     assert torch.equal(guard.encoder[0][3].running_mean, mean)
-    assert guard.training
+    train(guard, blobs, calibrate=False)  # which finds it in eval mode, as training left it
+    assert torch.equal(guard.encoder[0][3].running_mean, mean)
+    assert not any(module.training for module in guard.modules())
 
 
 def test_a_guard_in_eval_mode_is_trained_in_train_mode_and_given_back_in_eval_mode(blobs):
@@ -194,10 +197,50 @@ def test_a_guard_in_eval_mode_is_trained_in_train_mode_and_given_back_in_eval_mo
     assert not any(module.training for module in guard.modules())
 
 
-def test_a_guard_takes_the_mode_of_its_backbone():
-    backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64))
-    assert ClusterGuard(backbone, 2, example=torch.rand(2, 1, 8, 8)).training
-    assert not ClusterGuard(backbone.eval(), 2, example=torch.rand(2, 1, 8, 8)).training
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, InputError])
+def test_a_guard_is_in_eval_mode_when_it_is_new_and_after_training_even_one_that_failed(blobs, error):
+    guard, modes = new_guard(nn.BatchNorm1d(16)), []
+    new = [module.training for module in guard.modules()]
+
+    def look(detector, images, labels, **_):
+        modes.append([module.training for module in guard.modules()])
+        if error is not None:
+            raise error
+        return images
+
+    with pytest.raises(error) if error else nullcontext():
+        train(guard, blobs, attack=look, calibrate=False)
+    assert not any(new)
+    assert all(modes[-1])
+    assert not any(module.training for module in guard.modules())
+
+
+def test_what_was_frozen_within_a_backbone_in_train_mode_stays_frozen_while_the_guard_is_trained(blobs):
+    frozen, awake = nn.BatchNorm1d(64).eval(), nn.BatchNorm1d(64)
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), frozen, awake), 3, example=torch.rand(2, 1, 8, 8))
+    train(copy.deepcopy(guard), blobs, calibrate=False)
+    train(guard, blobs, calibrate=False)
+    assert torch.equal(guard.encoder[0][1].running_mean, frozen.running_mean)
+    assert not torch.equal(guard.encoder[0][2].running_mean, awake.running_mean)
+    assert guard.frozen == {"encoder.0.1"}
+
+
+def test_a_frozen_module_that_is_not_there_is_named_before_the_first_step(blobs):
+    guard = new_guard()
+    guard.frozen = frozenset({"encoder.0.7"})
+    with pytest.raises(ConfigurationError, match=r"encoder\.0\.7"):
+        train(guard, blobs, calibrate=False)
+
+
+def test_an_epoch_is_trained_in_train_mode_whatever_was_done_after_the_last_one(blobs):
+    guard, modes = new_guard(nn.BatchNorm1d(16)), []
+
+    def look(detector, images, labels, **_):
+        modes.append(guard.training)
+        return images
+
+    train(guard, blobs, attack=look, calibrate=False, on_epoch_end=lambda record: guard.eval())
+    assert all(modes)
 
 
 @pytest.mark.parametrize("loader", [[], [(torch.zeros(0, 1, 8, 8), torch.zeros(0).long())]])

@@ -38,7 +38,7 @@ def moved_up(guard, loss_of, share):
 
 def test_perturbed_weights_give_the_gradient_and_the_old_ones_take_the_step(blobs):
     guard, (images, labels) = new_guard(nn.BatchNorm1d(16)), next(iter(blobs))
-    expected, plain = copy.deepcopy(guard), copy.deepcopy(guard)
+    expected, plain = copy.deepcopy(guard).train(), copy.deepcopy(guard)
 
     def loss_of(model):
         return nn.functional.cross_entropy(model(images), labels)

@@ -6,7 +6,6 @@ The paper compares with the median filter alone; Xu et al. also join it with few
 from dataclasses import replace
 
 from clusterguard import Evidence
-from clusterguard.detector import refuse_non_finite
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -21,7 +20,7 @@ class FeatureSqueezing(FeatureDetector):
         """Logits as class scores, the change of the probabilities as suspicion, of images (B, C, H, W)."""
         logits, squeezed = self.read(images)[1], self.read(median(images))[1]
         change = (logits.softmax(dim=1) - squeezed.softmax(dim=1)).abs().sum(dim=1, keepdim=True)
-        return Evidence(logits, refuse_non_finite(images, change.expand_as(logits)))
+        return Evidence(logits, change.expand_as(logits))
 
 
 def median(images: Tensor) -> Tensor:

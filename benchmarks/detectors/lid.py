@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 from clusterguard import DetectorModule, Evidence
-from clusterguard.detector import Loader, refuse_non_finite
+from clusterguard.detector import Loader
 from torch import Tensor
 
 from benchmarks.detectors.features import FeatureDetector, check_classes, fitted
@@ -47,7 +47,7 @@ class LocalDimensionality(FeatureDetector):
         """Logits as class scores, the dimensionality as suspicion, of images (B, C, H, W) in [0, 1]."""
         features, logits = self.read(images)
         dimensionality = local_dimensionality(features, self.references.to(features.dtype))
-        return Evidence(logits, refuse_non_finite(images, dimensionality[:, None].expand_as(logits)))
+        return Evidence(logits, dimensionality[:, None].expand_as(logits))
 
 
 def local_dimensionality(features: Tensor, references: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 from clusterguard import DetectorModule, Evidence
-from clusterguard.detector import Loader, refuse_non_finite
+from clusterguard.detector import Loader
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -53,7 +53,7 @@ class MahalanobisDetector(FeatureDetector):
         with torch.autocast(images.device.type, enabled=False):  # it would multiply in half precision
             white = features @ self.whitening.to(features.dtype)
             distances = torch.cdist(white, self.means.to(white.dtype), compute_mode="donot_use_mm_for_euclid_dist")
-        return Evidence(logits, refuse_non_finite(images, distances))
+        return Evidence(logits, distances)
 
 
 def whiten(covariance: Tensor) -> Tensor:

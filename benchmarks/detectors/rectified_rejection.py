@@ -5,7 +5,6 @@ from typing import cast
 
 import torch
 from clusterguard import PGD, DetectorModule, Evidence, TrainingStep, WithThresholds
-from clusterguard.detector import refuse_non_finite
 from torch import Generator, Tensor, nn
 from torch.nn.functional import binary_cross_entropy, cross_entropy, logsigmoid
 
@@ -38,7 +37,7 @@ class RectifiedRejection(DetectorModule):
     def evidence(self, images: Tensor) -> Evidence:
         """Logits as class scores, −log(p · A) as suspicion, of images (B, C, H, W) in [0, 1]."""
         logits, trust = self.read(images)
-        return Evidence(logits, refuse_non_finite(images, -logits.log_softmax(dim=1) - logsigmoid(trust)))
+        return Evidence(logits, -logits.log_softmax(dim=1) - logsigmoid(trust))
 
 
 def rectification_loss(logits: Tensor, trust: Tensor, labels: Tensor) -> Tensor:
