@@ -19,6 +19,7 @@ from clusterguard.decision import Detector, Evidence, class_margins
 from clusterguard.errors import ConfigurationError, MissingDependencyError
 from clusterguard.modes import evaluation_mode
 from torch import Generator, Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class DetectorAsClassifier(nn.Module):
@@ -34,15 +35,35 @@ class DetectorAsClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> logits in float32 at least, the smallest of each row 0; in eval mode."""
+        if not getattr(images, "requires_grad", False) or not torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._logits(images)
+        leaf = images.detach().requires_grad_()
+        # A tuple hides the graph behind the logits, so a peer's backward() ends at the images and no parameter gets a
+        # gradient. Setting requires_grad of the parameters instead would disturb other threads that use the detector.
+        logits: Tensor = _ImagesAlone.apply(images, (leaf, self._logits(leaf)))  # type: ignore[no-untyped-call]
+        return logits
+
+    def _logits(self, images: Tensor) -> Tensor:
         detector, to_logits = self._held
-        with evaluation_mode(detector), ExitStack() as later:
-            # With parameters as constants the graph does not reach them, so a peer's backward() spares their gradients.
-            for parameter in detector.parameters() if isinstance(detector, nn.Module) else ():
-                later.callback(parameter.requires_grad_, parameter.requires_grad)
-                parameter.requires_grad_(False)
+        with evaluation_mode(detector):
             logits = to_logits(detector.evidence(images), detector.thresholds)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits - logits.detach().amin(dim=1, keepdim=True)
+
+
+class _ImagesAlone(torch.autograd.Function):
+    """Logits whose gradient is taken with respect to the images alone."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, held: tuple[Tensor, Tensor]) -> Tensor:
+        ctx.leaf, ctx.logits = held
+        return held[1].detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return torch.autograd.grad(ctx.logits, ctx.leaf, gradient, retain_graph=True)[0], None
 
 
 def as_classifier(detector: Detector, *, temperature: float = 1.0) -> DetectorAsClassifier:

@@ -225,3 +225,29 @@ def test_a_backbone_whose_dropout_no_flag_reaches_is_used_in_eval_mode_everywher
     assert torch.equal(again.detect(IMAGES).distances, expected)
     program = cg.export_program(guard, IMAGES).module()
     torch.testing.assert_close(program(IMAGES)[1], expected)
+
+
+def test_two_threads_that_take_gradients_through_a_classifier_leave_its_parameters_trainable():
+    """What is shown to other libraries: one thread stays inside while the other comes and leaves."""
+    gate = Gate()
+    gate.second_is_in.set()
+    gate.first_has_left.set()
+    guard = cg.ClusterGuard(nn.Sequential(gate, nn.Flatten()), 2, example=IMAGES)
+    gate.calls, gate.second_is_in, gate.first_has_left = 0, threading.Event(), threading.Event()
+    gradients = {}
+
+    def attack(name):
+        leaf = IMAGES.clone().requires_grad_()
+        cg.interop.as_classifier(guard)(leaf).square().sum().backward()
+        gradients[name] = leaf.grad
+
+    first, second = (threading.Thread(target=attack, args=(name,)) for name in ("first", "second"))
+    first.start()
+    while not gate.calls:
+        pass
+    second.start()
+    first.join(30)
+    gate.first_has_left.set()
+    second.join(30)
+    assert torch.equal(gradients["first"], gradients["second"])
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in guard.parameters())
