@@ -96,8 +96,8 @@ class DetectorModule(nn.Module, ABC):
     @image_shape.setter
     def image_shape(self, shape: ImageShape | None) -> None:
         if shape is not None and shape != "any":
-            sides = [side for side in shape if type(side) is int and side > 0] if isinstance(shape, Sequence) else []
-            if len(sides) != 3:
+            sides: tuple[Any, ...] = tuple(shape) if isinstance(shape, Sequence) else ()
+            if len(sides) != 3 or not all(type(side) is int and side > 0 for side in sides):
                 raise ConfigurationError(
                     f'expected image_shape (C, H, W) of three positive integers, "any" or None, got {shape!r}'
                 )
@@ -125,8 +125,9 @@ class DetectorModule(nn.Module, ABC):
             images: (B, C, H, W), of those that the detector is trained or calibrated on.
 
         Raises:
-            InputError: they have another shape than is decided.
+            InputError: they have another shape than is decided, or are no batch of images.
         """
+        check_tensor(images, "images", "B", "C", "H", "W")
         if self._image_shape is None:
             _, channels, height, width = images.shape
             self.image_shape = (channels, height, width)

@@ -17,7 +17,7 @@ from clusterguard.decision import Detection, Evidence, decide
 from clusterguard.detector import DetectorModule, check_repeated
 from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError
 from clusterguard.files import write_atomically
-from clusterguard.modes import to_eval_mode
+from clusterguard.modes import evaluation_mode, to_eval_mode
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import one_hot
@@ -229,7 +229,8 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
     check_calibrated(detector.thresholds)
     if example is not None:
         check_images(example)
-    decision = _Decision(copy.deepcopy(detector)).requires_grad_(False)
+    with evaluation_mode(detector):  # no other thread changes the mode while it is copied
+        decision = _Decision(copy.deepcopy(detector)).requires_grad_(False)
     to_eval_mode(decision)
     like = next((own for own in decision.parameters() if own.is_floating_point()), detector.thresholds)
     images = like.new_zeros(2, *(_configured_shape(detector) if example is None else example.shape[1:]))

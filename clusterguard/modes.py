@@ -4,6 +4,7 @@ import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+import torch
 from clusterguard.errors import ConfigurationError
 from torch import nn
 
@@ -30,6 +31,9 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
         [False, True]
     """
     roots = [candidate for candidate in candidates if isinstance(candidate, nn.Module)]
+    if torch.compiler.is_compiling() and not any(module.training for root in roots for module in root.modules()):
+        yield  # what is traced can take no lock, and needs none
+        return
     modules = dict.fromkeys(module for root in roots for module in root.modules())
     with _lock:
         for module in modules:

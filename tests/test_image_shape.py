@@ -155,7 +155,9 @@ def test_detectors_that_users_write_learn_it_too():
         Mine(3, image_shape=(3, 4, 4)).detect(images_of(1, 4, 4), check=False)
 
 
-@pytest.mark.parametrize("shape", ["all", 28, (28, 28), (1, 0, 9), (1, -1, 9), (1, 9.0, 9), (1, 9, 9, 9), (1, None, 9)])
+@pytest.mark.parametrize(
+    "shape", ["all", 28, (28, 28), (1, 0, 9), (1, -1, 9), (1, 9.0, 9), (1, 9, 9, 9), (1, None, 9, 9)]
+)
 def test_a_shape_that_is_none_is_named(shape):
     with pytest.raises(ConfigurationError, match="image_shape"):
         a_guard(image_shape=shape)
@@ -164,6 +166,8 @@ def test_a_shape_that_is_none_is_named(shape):
 def test_an_example_of_another_shape_than_the_one_given_is_an_error():
     with pytest.raises(InputError, match=r"\(1, 9, 9\)"):
         a_guard(image_shape=(1, 9, 9), example=images_of(1, 8, 8))
+    with pytest.raises(InputError, match=r"\(B, C, H, W\)"):
+        cg.ClusterGuard(nn.Flatten(), 3, example=torch.rand(1, 9, 9))
     assert a_guard(image_shape="any", example=images_of(1, 8, 8)).image_shape == "any"
 
 

@@ -262,6 +262,16 @@ def test_a_detector_that_changes_its_mind_is_neither_calibrated_nor_exported(bac
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_detection_that_is_compiled_as_a_whole_refuses_as_well(training):
+    torch._dynamo.reset()
+    guard, (images, is_bad) = a_guard().train(training), spoilt(1.5)
+    detect = torch.compile(lambda x: guard.detect(x, check=False), backend="eager", fullgraph=not training)
+    assert torch.equal(detect(images).is_adversarial, is_bad)
+    assert {module.training for module in guard.modules()} == {training}
+
+
 def test_a_copy_refuses_as_well():
     images, is_bad = spoilt(1.5)
     assert torch.equal(copy.deepcopy(a_guard()).detect(images, check=False).is_adversarial, is_bad)
