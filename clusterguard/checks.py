@@ -1,9 +1,10 @@
 """Checks of what users hand in: early, cheap, and each message says what was expected and what came."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from clusterguard.errors import InputError, NotCalibratedError
+from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from torch import Tensor
 
 # Projections and image decoders overshoot [0, 1] by rounding: 1e-4 is tolerated, as bfloat16 rounds that number, too.
@@ -108,6 +109,27 @@ def check_range(labels: Tensor, num_classes: int, *, name: str = "labels") -> No
     """
     if labels.numel() and not labels.is_meta and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise InputError(f"expected {name} from 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+
+
+def check_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
+    """The names of K classes, if they are K different ones that can be written to files.
+
+    Raises:
+        ConfigurationError: otherwise.
+    """
+    is_right = isinstance(names, Sequence) and not isinstance(names, str)
+    is_right = is_right and all(isinstance(own, str) and own.strip() and is_unicode(own) for own in names)
+    if not is_right or not len(set(names)) == len(names) == num_classes:
+        raise ConfigurationError(
+            f"expected names of {num_classes} classes that UTF-8 can write, all different and none empty, got "
+            f"{names!r}; give them in the order of the labels"
+        )
+    return tuple(names)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write a text; names of files may hold bytes that are no characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def check_verdicts(labels: Tensor, *verdicts: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -29,6 +29,7 @@ from clusterguard.cli_options import (
     find_device,
     is_watched,
     say,
+    say_epoch,
     show,
     stopped_by_signals,
 )
@@ -96,8 +97,8 @@ def train(
     Example: clusterguard train --data photos --backbone timm:resnet18 --pretrained --eps 0.03 --output runs/guard
     """
     import torch
-    from clusterguard import PGD, AdversarialClusterTrainer, Calibrator, ClusterGuard
-    from clusterguard.cli_data import begin_run, check_classes, describe_guard, image_options, load_part, make_backbone
+    from clusterguard import PGD, AdversarialClusterTrainer, Calibrator, ClusterGuard, cli_data
+    from clusterguard.image_folders import summarise
     from clusterguard.results import plain
     from torch.utils.data import DataLoader
 
@@ -106,16 +107,15 @@ def train(
     if warmup_epochs >= epochs:
         raise typer.BadParameter(f"expected fewer warmup epochs than epochs, {epochs}, or nothing would ever attack")
     target = find_device(device)
-    images = image_options(data, image_size, channels)
+    images = cli_data.image_options(data, image_size, channels)
     attack = PGD(
         norm=norm, eps=eps, step_size=2.5 * eps / steps if step_size is None else step_size, steps=steps, keep="last"
     )
     calibrator = Calibrator(false_positive_rate, scarce=scarce)
-    parts = {part: load_part(data, part, seed=seed, **images) for part in ("train", "calibration")}
-    classes = parts["train"].classes
-    check_classes(parts["calibration"], classes)
+    pictures, calibration = cli_data.load_pair(data, seed=seed, **images)
+    classes = pictures.classes
     record: dict[str, Any] = {
-        "data": {"classes": list(classes), "seed": seed, **images},
+        "data": {**cli_data.describe_images(pictures), "seed": seed, **images},
         "backbone": backbone,
         "pretrained": pretrained,
         "attack": repr(attack),
@@ -126,9 +126,12 @@ def train(
         "calibrator": repr(calibrator),
     }
     torch.manual_seed(seed)
-    network = make_backbone(backbone, num_classes=len(classes), channels=images["channels"], pretrained=pretrained)
-    guard = ClusterGuard(network, num_classes=len(classes)).to(target).eval()
-    checkpoint = begin_run(output, record, resume=resume)
+    network = cli_data.make_backbone(
+        backbone, num_classes=len(classes), channels=images["channels"], pretrained=pretrained
+    )
+    guard = ClusterGuard(network, num_classes=len(classes), class_names=classes).to(target).eval()
+    checkpoint = cli_data.begin_run(output, record, resume=resume)
+    summary = summarise(pictures.folder, say=say, progress=is_watched()) if pictures.folder else None
     trainer = AdversarialClusterTrainer(
         guard,
         attack,
@@ -139,13 +142,10 @@ def train(
     )
     with stopped_by_signals(checkpoint, lambda: f"{len(trainer.history)} of {epochs} epochs") as is_asked_to_stop:
         history = trainer.fit(
-            DataLoader(parts["train"], batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed)),
-            DataLoader(parts["calibration"], batch_size),
+            DataLoader(pictures, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed)),
+            DataLoader(calibration, batch_size),
             epochs=epochs,
-            on_epoch_end=lambda own: say(
-                f"epoch {own.epoch}/{epochs}: loss {own.loss:.3f}, accuracy {own.accuracy:.3f}, "
-                f"attack success {own.attack_success_rate:.3f}, {own.seconds:.0f} s"
-            ),
+            on_epoch_end=partial(say_epoch, epochs=epochs),
             checkpoint=checkpoint,
             checkpoint_every=100,
             stop_when=is_asked_to_stop,
@@ -153,8 +153,8 @@ def train(
             generator=torch.Generator(target).manual_seed(seed),
         )
     guard.save_pretrained(output, training=record | {"epochs": len(history), "last_epoch": plain(history[-1])})
-    result, text = describe_guard(output)
-    show(as_json, {**result, "history": history}, text)
+    result, text = cli_data.describe_guard(output)
+    show(as_json, {**result, "history": history, "images": summary}, text)
 
 
 @app.command()
@@ -176,12 +176,15 @@ def calibrate(
     """
     from clusterguard import Calibrator
     from clusterguard.cli_data import describe_guard, open_guard
+    from clusterguard.image_folders import find_copies
     from torch.utils.data import DataLoader
 
     calibrator = Calibrator(false_positive_rate, method=method, scarce=scarce)
     detector, training, pictures = open_guard(
         guard, data, "calibration", image_size=image_size, channels=channels, device=find_device(device)
     )
+    for copies in find_copies(pictures.folder, "calibration"):
+        say(f"warning: {copies}")
     calibrator.fit(detector, DataLoader(pictures, batch_size), progress=is_watched())
     detector.save_pretrained(guard, training=training)
     show(as_json, *describe_guard(guard))
@@ -219,6 +222,7 @@ def evaluate(
     from clusterguard.cli_data import open_guard, sample
     from clusterguard.files import write_atomically
     from clusterguard.html_page import to_html
+    from clusterguard.image_folders import find_copies
     from clusterguard.results import CertifiedBound
     from torch.utils.data import DataLoader
 
@@ -231,6 +235,8 @@ def evaluate(
     )
     if not detector.is_calibrated:
         raise NotCalibratedError(f"{guard} has no thresholds yet; run: clusterguard calibrate {guard}")
+    for copies in find_copies(pictures.folder, "test"):
+        say(f"warning: {copies}")
     chosen = DataLoader(sample(pictures, images, seed), batch_size)
     proved = CertifiedBound(eps, certified_success_rate(detector, chosen, eps=eps)) if certified else None
     result = run(
@@ -268,21 +274,22 @@ def export(
     Example: clusterguard export runs/guard --output guard.onnx
     """
     import torch
-    from clusterguard import ClusterGuard, export_onnx, export_program
-    from clusterguard.cli_data import recorded_images
+    from clusterguard import export_onnx, export_program
+    from clusterguard.cli_data import load_named_guard, recorded_images
     from clusterguard.files import write_atomically
-    from clusterguard.persistence import CONFIG, read_config
+    from clusterguard.persistence import CARD
     from rich.console import Console
 
     check_suffixes(output, ".onnx", ".pt2")
-    own = recorded_images(read_config(guard / CONFIG)["training"])
+    detector, training = load_named_guard(guard)
+    own = recorded_images(training)
     size, depth = image_size or own.get("image_size"), channels or own.get("channels", 3)
     example = torch.zeros(2, depth, size, size) if size else None
     with Console(stderr=True).status("exporting"):
-        detector = ClusterGuard.from_pretrained(guard)
+        card = (guard / CARD).read_text(errors="replace") if (guard / CARD).is_file() else None
         for path in output:
             if path.suffix == ".onnx":
-                export_onnx(detector, path, example)
+                export_onnx(detector, path, example, card=card)
             else:
                 write_atomically(path, partial(torch.export.save, export_program(detector, example)))
     files = [str(path) for path in output]

@@ -1,26 +1,28 @@
 """What the command line finds by name: images, backbones, guards, and trainings to go on with."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from clusterguard.calibration import Calibration
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError
 from clusterguard.files import write_atomically
 from clusterguard.guard import ClusterGuard
+from clusterguard.image_files import fit_image, read_image
+from clusterguard.image_folders import ImageFolder, Part, open_folder
 from clusterguard.metrics import Rate
 from clusterguard.model_card import describe_thresholds
 from clusterguard.persistence import CONFIG, WEIGHTS, read_config, read_weights, refuse_foreign
 from clusterguard.samples import load_digits
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-Part = Literal["train", "calibration", "test"]
-SHARES: dict[Part, float] = {"train": 0.6, "calibration": 0.2, "test": 0.2}
+DIVIDED_BY = "content"
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -30,10 +32,17 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         items: pairs of a picture and a label.
         classes: K names, in the order of the labels.
         transform: picture -> image (C, H, W) in [0, 1].
+        folder: that they are from, if they are from one.
     """
 
-    def __init__(self, items: Any, classes: Sequence[str], transform: Callable[[Any], Tensor]) -> None:
-        self.items, self.classes, self.transform = items, tuple(classes), transform
+    def __init__(
+        self,
+        items: Any,
+        classes: Sequence[str],
+        transform: Callable[[Any], Tensor],
+        folder: ImageFolder | None = None,
+    ) -> None:
+        self.items, self.classes, self.transform, self.folder = items, tuple(classes), transform, folder
 
     def __len__(self) -> int:
         return len(self.items)
@@ -43,23 +52,43 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(picture), int(label)
 
 
+class ImageFiles(Sequence[tuple[Image.Image, int]]):
+    """Images that are read when they are asked for.
+
+    Args:
+        samples: their paths and labels.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        path, label = self.samples[index]
+        return read_image(path).image, label
+
+
 def load_part(data: str, part: Part, *, image_size: int, channels: int, seed: int) -> Pictures:
     """A part of a data set for `clusterguard train`, `calibrate` or `evaluate`.
 
     Args:
-        data: "digits", or a folder that holds `train`, `calibration` and `test` with one subfolder a class each; or
-            one with the classes directly, of which each image belongs to one part for good: a hash of the seed, its
-            class and its file name decides, so adding images moves none from one part to another.
+        data: "digits", or a folder that holds `train`, `calibration` and `test`, or folders of other usual names for
+            these such as `Training` and `val`, with one subfolder a class each; or one with the classes directly, of
+            which each image belongs to one part for good: a hash of the seed and its content decides, so adding images
+            moves none from one part to another, and copies stay together.
         part: "train", "calibration" or "test".
         image_size: side in pixels; the shorter side is scaled to it and the middle cut out.
         channels: 1 or 3.
         seed: of the split.
 
     Returns:
-        The images.
+        The images, as people see them; hidden files and those that are no images do not count.
 
     Raises:
-        InputError: no such folder, or no image in it, or a class without one; later, an image that cannot be read.
+        InputError: no such folder, or no image in it, or a class without one, or folders whose meaning is not clear;
+            later, an image that cannot be read.
 
     Example:
         >>> image, label = load_part("digits", "test", image_size=28, channels=1, seed=0)[0]
@@ -67,43 +96,33 @@ def load_part(data: str, part: Part, *, image_size: int, channels: int, seed: in
         torch.Size([1, 28, 28])
     """
     from torchvision import transforms
-    from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import default_loader, is_image_file
 
-    fit = [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
     if data == "digits":
-        keep = [] if image_size == 28 else fit
+        fit = [transforms.Resize(image_size), transforms.CenterCrop(image_size)] if image_size != 28 else []
         spread = transforms.Lambda(lambda image: image.expand(channels, -1, -1))
-        return Pictures(load_digits(part), tuple("0123456789"), transforms.Compose([*keep, spread]))
-    folder = Path(data)
-    if not folder.is_dir():
+        return Pictures(load_digits(part), tuple("0123456789"), transforms.Compose([*fit, spread]))
+    if not Path(data).is_dir():
         raise InputError(f"expected 'digits' or a folder of images, got {data!r}, which is no folder")
-    is_split = any((folder / name).is_dir() for name in SHARES)
-
-    def belongs(path: str) -> bool:
-        return bool(is_image_file(path)) and (is_split or _part_of(Path(path).relative_to(folder), seed) == part)
-
-    def read(path: str) -> Any:
-        try:
-            return default_loader(path)
-        except Exception as error:  # decoders raise all sorts of things, and few say at which file
-            raise InputError(f"expected an image, got {path}, which cannot be read; remove it: {error}") from error
-
-    try:
-        items = ImageFolder(str(folder / part if is_split else folder), loader=read, is_valid_file=belongs)
-    except FileNotFoundError as error:
-        where = folder / part if is_split else f"{folder}, {SHARES[part]:.0%} of which are for {part}"
-        raise InputError(f"expected one subfolder of images a class in {where}; {error}") from error
-    grey = [transforms.Grayscale()] if channels == 1 else []
-    return Pictures(items, items.classes, transforms.Compose([*fit, *grey, transforms.ToTensor()]))
+    folder = open_folder(Path(data), seed)
+    items = ImageFiles(folder.samples(part))
+    fit_one = partial(fit_image, size=(image_size, image_size), channels=channels)
+    return Pictures(items, tuple(folder.parts[part]), fit_one, folder)
 
 
-def _part_of(path: Path, seed: int) -> Part:
-    digest = hashlib.sha256(f"{seed}/{path.as_posix()}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    if position < SHARES["train"]:
-        return "train"
-    return "calibration" if position < SHARES["train"] + SHARES["calibration"] else "test"
+def load_pair(data: str, **options: Any) -> tuple[Pictures, Pictures]:
+    """The training and calibration images of the same classes.
+
+    Args:
+        data: as for `load_part`.
+        **options: of `load_part`.
+
+    Raises:
+        InputError: as in `load_part`, or there is only one class.
+        ConfigurationError: their classes differ.
+    """
+    train, calibration = load_part(data, "train", **options), load_part(data, "calibration", **options)
+    check_classes(calibration, train.classes)
+    return train, calibration
 
 
 def sample(pictures: Pictures, count: int, seed: int) -> Subset[tuple[Tensor, int]]:
@@ -164,17 +183,39 @@ def open_guard(
     Raises:
         PersistenceError: no guard, or a damaged one.
         InputError: no images.
-        ConfigurationError: the images' classes are not the guard's.
+        ConfigurationError: the images' classes are not the guard's, or an older version divided its folder otherwise.
     """
-    training = read_config(folder / CONFIG)["training"]
+    guard, training = load_named_guard(folder)
     recorded = recorded_images(training)
-    guard = ClusterGuard.from_pretrained(folder).to(device)
+    guard = guard.to(device)
     options = image_options(data, image_size or recorded.get("image_size"), channels or recorded.get("channels"))
     pictures = load_part(data, part, **options, seed=recorded.get("seed", 0))
-    check_classes(pictures, tuple(recorded.get("classes", pictures.classes)))
+    check_classes(pictures, guard.class_names or pictures.classes)
+    is_divided = pictures.folder is None or pictures.folder.is_divided
+    if recorded and not is_divided and recorded.get("divided_by") != DIVIDED_BY:
+        raise ConfigurationError(
+            f"expected folders of parts in {data}: an older version of clusterguard divided it for the training of "
+            f"{folder}, by other rules, so {part} images might be ones that were trained on; sort them into train, "
+            "calibration and test, or train again"
+        )
     if len(pictures.classes) != guard.num_classes:
         raise ConfigurationError(f"expected {guard.num_classes} classes, as the guard has, got {pictures.classes}")
     return guard, training, pictures
+
+
+def load_named_guard(folder: Path) -> tuple[ClusterGuard, Any]:
+    """A saved guard and the record of its training, from which one of an older version has its classes' names."""
+    training = read_config(folder / CONFIG)["training"]
+    guard = ClusterGuard.from_pretrained(folder)
+    if guard.class_names is None:
+        guard.class_names = recorded_images(training).get("classes")
+    return guard, training
+
+
+def describe_images(pictures: Pictures) -> dict[str, Any]:
+    """What a training records of its images besides their size."""
+    is_divided = pictures.folder is None or pictures.folder.is_divided
+    return {"classes": list(pictures.classes), **({} if is_divided else {"divided_by": DIVIDED_BY})}
 
 
 def recorded_images(training: Any) -> dict[str, Any]:
@@ -194,7 +235,10 @@ def check_classes(pictures: Pictures, classes: tuple[str, ...]) -> None:
 
     Raises:
         ConfigurationError: they are not the ones that were trained.
+        InputError: there is only one.
     """
+    if len(pictures.classes) < 2:
+        raise InputError(f"expected images of at least two classes, one subfolder each, got {pictures.classes[0]} only")
     if pictures.classes != classes:
         raise ConfigurationError(
             f"expected images of the classes that were trained, {', '.join(classes)}; got {', '.join(pictures.classes)}"
@@ -227,7 +271,8 @@ def _describe(folder: Path, config: dict[str, Any], thresholds: Tensor) -> tuple
     calibrated = not bool(thresholds.isnan().any())
     fitted = config["calibration"] and Calibration.from_dict(config["calibration"], thresholds)
     backbone, measured = config["backbone"], config.get("evaluation")
-    names = recorded_images(config["training"]).get("classes") or range(len(thresholds))
+    names = config["guard"].get("class_names") or recorded_images(config["training"]).get("classes")
+    names = names or range(len(thresholds))
     lines = [
         f"guard       {folder}, format {config['format_version']}",
         f"backbone    {backbone['source']}:{backbone.get('name', backbone.get('type'))}",

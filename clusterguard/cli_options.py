@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     import torch
+    from clusterguard.checkpoints import EpochRecord
 
 
 class Commands(TyperGroup):
@@ -70,7 +71,21 @@ Scarce = Annotated[
 
 def say(text: str) -> None:
     """Messages go to stderr, so that stdout holds the result and nothing else."""
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
+
+
+def say_epoch(record: "EpochRecord", *, epochs: int) -> None:
+    """One line on an epoch of a training."""
+    say(
+        f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}, accuracy {record.accuracy:.3f}, "
+        f"attack success {record.attack_success_rate:.3f}, {record.seconds:.0f} s"
+    )
+
+
+def printable(text: str) -> str:
+    """A text whose names of files and classes can neither steer a terminal nor fail to be encoded."""
+    usual = "\n\t\N{NO-BREAK SPACE}"
+    return "".join(own if own.isprintable() or own in usual else own.encode("unicode_escape").decode() for own in text)
 
 
 @contextmanager
@@ -114,7 +129,7 @@ def show(as_json: bool, result: Any, text: str) -> None:
     """The result, for a machine or for a person."""
     from clusterguard.results import plain
 
-    typer.echo(json.dumps(plain(result), indent=2, allow_nan=False) if as_json else text)
+    typer.echo(json.dumps(plain(result), indent=2, allow_nan=False) if as_json else printable(text))
 
 
 def find_device(name: str | None) -> "torch.device":

@@ -8,7 +8,15 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from clusterguard.checks import check_calibrated, check_detector, check_images, check_labels, check_tensor, in_range
+from clusterguard.checks import (
+    check_calibrated,
+    check_detector,
+    check_images,
+    check_labels,
+    check_names,
+    check_tensor,
+    in_range,
+)
 from clusterguard.decision import Detection, Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.modes import evaluation_mode
@@ -49,6 +57,8 @@ class DetectorModule(nn.Module, ABC):
         calibration: how the thresholds were fitted; None if they were not, or not by a `Calibrator`.
         frozen: names of submodules that stay in eval mode while the detector is trained, such as those of a BatchNorm
             whose statistics must not move.
+        class_names: K different names in the order of the labels; None if they are not known. They travel with a saved
+            guard and an exported graph.
 
     Example:
         >>> class Brighter(DetectorModule):  # of K pixels
@@ -65,6 +75,7 @@ class DetectorModule(nn.Module, ABC):
     thresholds: Tensor
     frozen: frozenset[str] = frozenset()
     _image_shape: ImageShape | None = None
+    _class_names: tuple[str, ...] | None = None
 
     def __init__(self, num_classes: int, *, image_shape: ImageShape | None = None) -> None:
         super().__init__()
@@ -79,6 +90,19 @@ class DetectorModule(nn.Module, ABC):
         super().__init_subclass__(**options)
         if not hasattr(cls.evidence, "refuses_invalid_images"):  # an inherited one does already
             cls.evidence = _refusing_invalid_images(cls.evidence)  # type: ignore[method-assign, assignment]
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes' names, in the order of the labels; None if they are not known.
+
+        Raises:
+            ConfigurationError: when they are set, unless they are K different strings that UTF-8 can write.
+        """
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: Sequence[str] | None) -> None:
+        self._class_names = None if names is None else check_names(names, self.num_classes)
 
     @abstractmethod
     def evidence(self, images: Tensor) -> Evidence:

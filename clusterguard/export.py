@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from clusterguard.calibration import Calibration
-from clusterguard.checks import check_calibrated, check_images, check_tensor
+from clusterguard.checks import check_calibrated, check_images, check_tensor, is_unicode
 from clusterguard.decision import Detection, Evidence, decide
 from clusterguard.detector import DetectorModule, check_repeated
 from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError
@@ -58,23 +58,27 @@ def export_program(detector: DetectorModule, example: Tensor | None = None) -> E
         return torch.export.export(decision, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
 
 
-def export_onnx(detector: DetectorModule, path: str | Path, example: Tensor | None = None) -> Path:
+def export_onnx(
+    detector: DetectorModule, path: str | Path, example: Tensor | None = None, *, card: str | None = None
+) -> Path:
     """Export a detector with its thresholds as an ONNX file.
 
     Args:
         detector: calibrated, in float32 or float16.
         path: of the file; what was there stays there if anything fails.
         example: as in `export_program`.
+        card: text about the detector for those who use the graph, such as the model card of a saved guard.
 
     Returns:
         The path. The graph maps "images" to "labels", "distances" and "is_adversarial"; its initializer "thresholds" is
-        the only part that calibration sets. Its metadata say how they were fitted.
+        the only part that calibration sets. Its metadata say how they were fitted, and hold the classes' names and the
+        card.
 
     Raises:
         MissingDependencyError: onnx or onnxscript is not installed.
         NotCalibratedError: the detector has no thresholds.
         InputError: an example of a wrong shape, dtype or range.
-        ConfigurationError: as in `export_program`, or another precision.
+        ConfigurationError: as in `export_program`, or another precision, or a card that is no text.
 
     Example:
         >>> import tempfile
@@ -86,6 +90,8 @@ def export_onnx(detector: DetectorModule, path: str | Path, example: Tensor | No
         'guard.onnx'
     """
     _import("onnx", "onnxscript")
+    if card is not None and not (isinstance(card, str) and is_unicode(card)):
+        raise ConfigurationError(f"expected a card that is a text UTF-8 can write, got {type(card).__name__}")
     decision, images = _prepare(detector, example)
     if images.dtype not in _DTYPES.values():
         raise ConfigurationError(
@@ -105,7 +111,7 @@ def export_onnx(detector: DetectorModule, path: str | Path, example: Tensor | No
     del model.graph.value_info[:]
     for value in [model.graph.input[0], *model.graph.output]:
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    return _write(model, detector, path)
+    return _write(model, detector, path, card)
 
 
 class OnnxDetector(DetectorModule):
@@ -113,21 +119,24 @@ class OnnxDetector(DetectorModule):
 
     It detects and can be calibrated like any detector. The graph tells one suspicion an image, that of its label, so
     evidence for other classes is a place holder, and there are no gradients: attack the detector that was exported.
-    Its `image_shape` is the (C, H, W) of the images that it takes.
+    Its `image_shape` is the (C, H, W) of the images that it takes, its `card` the text that was exported with it. A
+    graph that is saved with other thresholds leaves the card out, for it describes the old ones.
 
     Args:
         model: the graph, its thresholds an input.
         session: that runs it.
         thresholds: (K,).
+        card: about the detector; None if there is none.
 
     Example:
         See `load_onnx`.
     """
 
-    def __init__(self, model: Any, session: Any, thresholds: Tensor) -> None:
+    def __init__(self, model: Any, session: Any, thresholds: Tensor, card: str | None = None) -> None:
         (images, *_) = session.get_inputs()
         super().__init__(len(thresholds), image_shape=tuple(images.shape[1:]))
-        self.thresholds = thresholds
+        self.thresholds, self._exported_thresholds = thresholds, thresholds.clone()
+        self.card = card
         self._model, self._session = model, session
         self._shape, self._dtype = images.shape[1:], _DTYPES[images.type]
 
@@ -154,7 +163,8 @@ class OnnxDetector(DetectorModule):
             NotCalibratedError: it has none.
         """
         check_calibrated(self.thresholds)
-        return _write(copy.deepcopy(self._model), self, path)
+        is_described = torch.equal(self.thresholds.cpu(), self._exported_thresholds)
+        return _write(copy.deepcopy(self._model), self, path, self.card if is_described else None)
 
     def _run(self, images: Tensor, thresholds: Tensor) -> Detection:
         check_tensor(thresholds, "thresholds", self.num_classes)
@@ -197,7 +207,8 @@ def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProv
             raise ValueError("its metadata do not name clusterguard")
         thresholds = _open(model)
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=list(providers))
-        detector = OnnxDetector(model, session, thresholds)
+        detector = OnnxDetector(model, session, thresholds, properties.get("card"))
+        detector.class_names = json.loads(properties.get("class_names", "null"))
         if "calibration" in properties:
             detector.calibration = Calibration.from_dict(json.loads(properties["calibration"]), thresholds)
     except Exception as error:  # protobuf's and onnxruntime's errors have no base class in common
@@ -258,11 +269,15 @@ def _clamp_min(values: Tensor, smallest: float) -> Tensor:
     return torch.where(values < smallest, smallest, values)
 
 
-def _write(model: Any, detector: DetectorModule, path: str | Path) -> Path:
+def _write(model: Any, detector: DetectorModule, path: str | Path, card: str | None = None) -> Path:
     """Turn the input "thresholds" into an initializer, say how it was fitted, and write the graph."""
     (onnx,) = _import("onnx")
     record = detector.calibration
     properties = {"clusterguard": version("clusterguard"), "num_classes": str(detector.num_classes)}
+    if detector.class_names is not None:
+        properties["class_names"] = json.dumps(detector.class_names)
+    if card is not None:
+        properties["card"] = card
     if record is not None and record.describes(detector.thresholds):
         properties |= {
             "false_positive_rate": str(record.false_positive_rate),

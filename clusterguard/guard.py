@@ -46,6 +46,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             becomes the `image_shape`, unless one is given.
         image_shape: (C, H, W) of the images that the guard takes; images of another shape are an error. None takes
             that of the example or else of the first images that it is trained or calibrated on, "any" leaves it free.
+        class_names: K different names in the order of the labels, which go where the guard goes; None if they are not
+            known.
 
     Raises:
         ConfigurationError: an option that cannot work, or num_classes neither given nor found.
@@ -75,11 +77,13 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         std: Sequence[float] | None = None,
         example: Tensor | None = None,
         image_shape: ImageShape | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         classes = find_num_classes(backbone) if num_classes is None else num_classes
         if classes is None:
             raise ConfigurationError("this backbone does not tell its number of classes; pass num_classes")
         super().__init__(classes, image_shape=image_shape)
+        self.class_names = class_names
         found_mean, found_std = find_normalization(backbone)
         self.clusters = GaussianClusters(classes, representation_dim, center_scale=center_scale)
         self.normalize = Normalize(found_mean if mean is None else mean, found_std if std is None else std)

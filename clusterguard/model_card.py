@@ -68,6 +68,8 @@ def model_card(
         "labels, distances, is_adversarial = guard.detect(images)  # images (B, C, H, W), float, in [0, 1]"
     )
     versions = ", ".join(f"{package} {number}" for package, number in config["versions"].items())
+    # As JSON on one line, no name can end the block that it stands in.
+    names = guard.get("class_names") and json.dumps(guard["class_names"], ensure_ascii=False)
     lines = [
         _HEADER,
         f"# Guard: {name}, {guard['num_classes']} classes",
@@ -78,6 +80,7 @@ def model_card(
         f"Backbone {name}{arguments}; representation of {guard['representation_dim']} dimensions, center scale "
         f"{guard['center_scale']:g}, {guard['dtype']}. Saved with {versions}. The "
         "backbone's name tells its architecture, not the weights that training started from.",
+        *(["## Classes", f"In the order of their labels:\n\n```json\n{names}\n```"] if names else []),
         "## Thresholds",
         describe_thresholds(calibrated, calibration),
         "## Measured",

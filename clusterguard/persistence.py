@@ -67,6 +67,7 @@ def save_guard(
             "std": guard.normalize.std.flatten().tolist(),
             "image_shape": guard.image_shape,
             "dtype": str(list(guard.encoder.parameters())[-1].dtype).removeprefix("torch."),
+            "class_names": guard.class_names,
         },
         "calibration": record.to_dict() if record else None,
         "training": training,
@@ -114,6 +115,7 @@ def load_guard(
             if name in state:  # parts may differ in dtype
                 tensor.data = tensor.data.to(state[name].dtype)
         guard.load_state_dict(state)
+        guard.class_names = own.get("class_names")
         if config["calibration"] is not None:
             guard.calibration = Calibration.from_dict(config["calibration"], guard.thresholds)
     except (PersistenceError, UnsupportedBackboneError):

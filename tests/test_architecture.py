@@ -36,6 +36,8 @@ ALLOWED = {
     "torchvision_operators": set(),
     "clusters": {"checks", "errors"},
     "checks": {"errors"},
+    "image_files": {"errors"},
+    "image_folders": {"checks", "errors", "image_files"},
     "metrics": {"checks", "decision", "errors"},
     "samples": {"errors"},
     "backbones": {"errors", "modes", "torchvision_operators"},

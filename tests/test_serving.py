@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "九")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "serve"
 
 
@@ -37,7 +38,8 @@ def load(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def guard():
     torch.manual_seed(0)
-    guard = cg.ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU()), num_classes=10)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU())
+    guard = cg.ClusterGuard(backbone, num_classes=10, class_names=NAMES)
     train, calibration = (
         DataLoader(cg.samples.load_digits(split), batch_size=100, shuffle=split == "train")
         for split in ("train", "calibration")
@@ -190,6 +192,7 @@ def test_a_thousand_concurrent_requests_are_all_answered_as_the_guard_says(addre
             {
                 "is_adversarial": bool(expected.is_adversarial[row]),
                 "label": None if expected.is_adversarial[row] else int(expected.labels[row]),
+                "class_name": None if expected.is_adversarial[row] else NAMES[expected.labels[row]],
             }
             for row in rows
         ]

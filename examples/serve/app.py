@@ -1,19 +1,21 @@
-"""A guard as a web service: `POST /detect` with image files or a JSON batch, `/metrics` for Prometheus, `/health`.
+"""A guard as a web service: `POST /detect` with image files or a JSON batch, `/model`, `/health`, `/metrics`.
 
 CLUSTERGUARD_GRAPH=guard.onnx uvicorn --app-dir examples/serve --factory app:create_app
 """
 
-import io
+import hashlib
 import json
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import clusterguard as cg
 import numpy as np
 import torch
 from anyio import CapacityLimiter, to_thread
+from clusterguard.image_files import fit_image, read_image
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
@@ -22,13 +24,11 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
-from torchvision import transforms
 
 MAX_BYTES = 4 * 2**20  # of a request
 MAX_PIXELS = 4_000_000  # of an image
 MAX_IMAGES = 64  # in a request
-MAX_RATIO = 20  # of an image's sides; a thin line would grow without bound when its shorter side is scaled
-PATHS = ("/detect", "/health", "/metrics")
+PATHS = ("/detect", "/model", "/health", "/metrics")
 DECODERS = {"image/png": "PNG", "image/jpeg": "JPEG"}
 
 
@@ -37,12 +37,25 @@ class Verdict(BaseModel):
 
     is_adversarial: bool
     label: int | None  # None where the image is refused, so that nobody takes it for an answer
+    class_name: str | None  # of the label; None also where the guard does not know its classes' names
 
 
 class Answer(BaseModel):
     """Verdicts in the order of the images."""
 
     verdicts: list[Verdict]
+
+
+class Model(BaseModel):
+    """What is served: the graph's SHA-256, what a request needs to know of it, and the model card exported with it."""
+
+    sha256: str
+    clusterguard: str
+    num_classes: int
+    class_names: list[str] | None
+    image_shape: list[int]
+    false_positive_rate: float
+    card: str | None
 
 
 class Metrics:
@@ -123,15 +136,14 @@ class Gate:
 
 def create_app(graph: str | None = None) -> FastAPI:
     """The service of a graph that `clusterguard export` wrote; None takes its path from CLUSTERGUARD_GRAPH."""
-    detector = cg.load_onnx(graph or os.environ["CLUSTERGUARD_GRAPH"])
+    path = Path(graph or os.environ["CLUSTERGUARD_GRAPH"])
+    detector = cg.load_onnx(path)
     if detector.calibration is None:
         raise RuntimeError("expected thresholds that a Calibrator fitted, got others; run: clusterguard calibrate")
     monitor = cg.FalsePositiveMonitor(cg.plausible_rate(detector.calibration))
     metrics = Metrics(monitor)
     channels, *size = detector.image_shape
-    grey = [transforms.Grayscale()] if channels == 1 else []
-    fit = [transforms.Resize(min(size)), transforms.CenterCrop(size)]  # as `clusterguard train` reads images
-    to_image = transforms.Compose([*fit, *grey, transforms.ToTensor()])
+    names, model = detector.class_names, describe_model(path, detector)
     workers = CapacityLimiter(os.cpu_count() or 1)  # more threads than cores only wait for each other
     app = FastAPI(title="clusterguard")
     app.add_middleware(Gate, metrics=metrics)
@@ -144,7 +156,7 @@ def create_app(graph: str | None = None) -> FastAPI:
             raise HTTPException(422, str(error)) from error
 
     def read_files(files: Sequence[tuple[str, bytes]]) -> Tensor:
-        return torch.stack([to_image(decode(*own)) for own in files])
+        return torch.stack([fit_image(decode(*own), size, channels) for own in files])  # as `clusterguard train` does
 
     @app.post("/detect")
     async def detect(request: Request) -> Answer:
@@ -157,8 +169,17 @@ def create_app(graph: str | None = None) -> FastAPI:
         else:
             raise HTTPException(415, f"expected multipart/form-data or application/json, got {kind or 'nothing'}")
         metrics.count(found, found.distances / detector.thresholds[found.labels], monitor.update(found))
-        pairs = zip(found.labels.tolist(), found.is_adversarial.tolist(), strict=True)
-        return Answer(verdicts=[Verdict(is_adversarial=bad, label=None if bad else label) for label, bad in pairs])
+        verdicts = []
+        for label, is_refused in zip(found.labels.tolist(), found.is_adversarial.tolist(), strict=True):
+            shown = None if is_refused else label
+            name = None if shown is None or names is None else names[shown]
+            verdicts.append(Verdict(is_adversarial=is_refused, label=shown, class_name=name))
+        return Answer(verdicts=verdicts)
+
+    @app.get("/model")
+    def describe() -> Model:
+        """Which graph answers here."""
+        return model
 
     @app.get("/health")
     def health() -> dict[str, Any]:
@@ -173,8 +194,21 @@ def create_app(graph: str | None = None) -> FastAPI:
     return app
 
 
+def describe_model(path: Path, detector: cg.OnnxDetector) -> Model:
+    """What `/model` answers."""
+    return Model(
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        clusterguard=cg.__version__,
+        num_classes=detector.num_classes,
+        class_names=detector.class_names and list(detector.class_names),
+        image_shape=detector.image_shape,
+        false_positive_rate=detector.calibration.false_positive_rate,
+        card=detector.card,
+    )
+
+
 async def uploads(request: Request) -> list[tuple[str, bytes]]:
-    """Media types and contents of the files in a form."""
+    """Media types, in small letters and without parameters, and contents of the files in a form."""
     async with request.form() as form:
         found = form.getlist("images")
         files = [own for own in found if isinstance(own, UploadFile)]
@@ -182,31 +216,24 @@ async def uploads(request: Request) -> list[tuple[str, bytes]]:
             raise HTTPException(422, "expected one or several files under the name images, and only files")
         if len(files) > MAX_IMAGES:
             raise HTTPException(413, f"expected at most {MAX_IMAGES} images, got {len(files)}")
-        kinds = [own.content_type or "no media type" for own in files]
+        kinds = [(own.content_type or "").partition(";")[0].strip().lower() for own in files]
         for kind in kinds:
             if kind not in DECODERS:
-                raise HTTPException(415, f"expected {' or '.join(DECODERS)}, got {kind}")
+                raise HTTPException(415, f"expected {' or '.join(DECODERS)}, got {kind or 'no media type'}")
         return [(kind, await own.read()) for kind, own in zip(kinds, files, strict=True)]
 
 
 def decode(media_type: str, content: bytes) -> Image.Image:
-    """An opaque, still image of 8 bits a channel: what others look like depends on who looks; they are not judged."""
+    """An opaque, still image of 8 bits a channel, as people see it; what programs show differently is not judged."""
     try:
-        picture = Image.open(io.BytesIO(content), formats=[DECODERS[media_type]])
-        if picture.width * picture.height > MAX_PIXELS:  # known before any of them is decoded
-            raise HTTPException(413, f"expected at most {MAX_PIXELS} pixels, got {picture.size}")
-        if max(picture.size) > MAX_RATIO * min(picture.size):
-            raise HTTPException(422, f"expected sides of at most {MAX_RATIO} : 1, got {picture.size}")
-        is_plain = picture.mode in ("L", "RGB") and "transparency" not in picture.info
-        if not is_plain or getattr(picture, "is_animated", False):
-            raise HTTPException(422, f"expected one opaque image, grey or RGB, of 8 bits, got mode {picture.mode}")
-        return picture.convert("RGB")
-    except HTTPException:
-        raise
-    except Image.DecompressionBombError as error:
-        raise HTTPException(413, str(error)) from error
-    except Exception as error:  # decoders raise all sorts of things at files that are damaged
-        raise HTTPException(422, f"expected a whole {media_type}, got one that cannot be read: {error}") from error
+        read = read_image(content, name=f"this {media_type}", formats=(DECODERS[media_type],), max_pixels=MAX_PIXELS)
+    except cg.errors.InputError as error:
+        too_large = isinstance(error.__cause__, Image.DecompressionBombError)
+        raise HTTPException(413 if too_large else 422, str(error)) from error
+    doubts = [*([] if read.mode in ("L", "RGB") else [f"pixels of mode {read.mode}"]), *read.doubts]
+    if doubts:
+        raise HTTPException(422, f"expected one opaque image, grey or RGB, of 8 bits, got one with {doubts[0]}")
+    return read.image
 
 
 def read_json(content: bytes) -> Tensor:

@@ -1,0 +1,290 @@
+"""Image files as people see them: `read_image` decodes them for training and for a service alike."""
+
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from clusterguard.errors import InputError
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+Image.init()
+FORMATS = tuple({"PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF"} & set(Image.OPEN))
+MAX_RATIO = 20  # of the sides; a thin line would grow without bound when its shorter side is scaled
+_OPAQUE = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "RGBX": "RGB", "YCbCr": "RGB", "CMYK": "CMYK"}
+_TRANSPARENT = {"LA": "L", "La": "L", "RGBA": "RGB", "RGBa": "RGB", "PA": "RGB"}
+_PNG_SINGLE = {b"IHDR", b"PLTE", b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf", b"acTL"}
+_PNG_FIRST = _PNG_SINGLE - {b"eXIf"}  # what comes before the pixels, or some programs do not see it
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # others are part of the compressed data
+_SRGB_GAMMA = 45455
+_SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+
+
+class ImageFile(NamedTuple):
+    """An image file, read as people see it.
+
+    Attributes:
+        image: upright and opaque, of 8 bits, in mode "L" or, in the colours of sRGB, "RGB".
+        mode: Pillow's name for the way the file stores pixels, such as "RGB", "P" or "I;16".
+        doubts: what other programs may read differently, each as the end of "it has …".
+    """
+
+    image: Image.Image
+    mode: str
+    doubts: tuple[str, ...]
+
+
+class _RefusedError(Exception):
+    """Why a file is not read, in words that follow its name."""
+
+
+def read_image(
+    file: str | Path | bytes,
+    *,
+    name: str | None = None,
+    formats: tuple[str, ...] = FORMATS,
+    max_pixels: int | None = None,
+) -> ImageFile:
+    """Read a file as viewers show it: turned by its orientation tag, its colour profile applied.
+
+    Greys of 16 bits and fractions in [0, 1] keep their brightness and are rounded to 8 bits. What programs show
+    differently is refused: pixels that are not opaque, animations, pages, 32-bit numbers without a stated range.
+
+    Args:
+        file: a path, or the content of a file.
+        name: of the file in error messages; None takes the path.
+        formats: Pillow's names of the formats that are tried.
+        max_pixels: width times height that is not exceeded; None leaves it to Pillow, which stops at 179 million.
+
+    Returns:
+        The image, the way it was stored, and doubts, which a caller may take as reasons to refuse it.
+
+    Raises:
+        InputError: the file is damaged, or shows no picture that is the same everywhere. Its cause is Pillow's
+            `DecompressionBombError` if it has too many pixels.
+
+    Example:
+        >>> content = io.BytesIO()
+        >>> Image.new("P", (4, 2)).save(content, "PNG")
+        >>> read_image(content.getvalue()).image.mode
+        'RGB'
+    """
+    name = name or ("a file" if isinstance(file, bytes) else str(file))
+    try:
+        content = file if isinstance(file, bytes) else Path(file).read_bytes()
+        picture = Image.open(io.BytesIO(content), formats=formats)
+        return _read(picture, content, max_pixels)
+    except _RefusedError as error:
+        raise InputError(f"expected a still, opaque image, got {name}: {error}") from error
+    except Exception as error:  # decoders raise all sorts of things at files that are damaged
+        raise InputError(
+            f"expected a still, opaque image, got {name}, which cannot be read: {error}; mend the file or remove it"
+        ) from error
+
+
+def fit_image(image: Image.Image, size: tuple[int, int], channels: int) -> Tensor:
+    """An image as a tensor: the shorter side is scaled, and the middle cut out.
+
+    Args:
+        image: in mode "L" or "RGB".
+        size: (H, W).
+        channels: C, 1 or 3.
+
+    Returns:
+        (C, H, W) float32 in [0, 1].
+
+    Example:
+        >>> fit_image(Image.new("L", (40, 30)), (16, 16), 3).shape
+        torch.Size([3, 16, 16])
+    """
+    from torchvision.transforms import functional
+
+    fitted = functional.center_crop(functional.resize(image, min(size)), list(size))
+    tensor: Tensor = functional.to_tensor(fitted.convert("L" if channels == 1 else "RGB"))
+    return tensor
+
+
+def _read(picture: Image.Image, content: bytes, max_pixels: int | None) -> ImageFile:
+    width, height = picture.size
+    if max_pixels is not None and width * height > max_pixels:  # known before any of them is decoded
+        raise Image.DecompressionBombError(f"it has {width} × {height} pixels, more than {max_pixels}")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise _RefusedError(f"its sides, {width} × {height} pixels, exceed {MAX_RATIO} : 1; cut it to size")
+    mode, pages = picture.mode, getattr(picture, "n_frames", 1)
+    if pages > 1 and picture.format != "MPO":
+        raise _RefusedError(f"it is an animation or has several pages, {pages} pictures in all; save one of them alone")
+    examine = _EXAMINE.get(str(picture.format))
+    doubts = examine(picture, content) if examine else []
+    picture.load()
+    doubts += _doubt_metadata(picture)
+    image = _to_8_bits(picture, ImageOps.exif_transpose(picture))
+    if "icc_profile" in picture.info:
+        image = _to_srgb(image, picture.info["icc_profile"])
+    elif image.mode == "CMYK":
+        raise _RefusedError("its colours are inks (CMYK), and no profile says how they look; save it as RGB")
+    return ImageFile(image, mode, tuple(doubts))
+
+
+def _doubt_metadata(picture: Image.Image) -> list[str]:
+    """What only some viewers heed; TIFF's own orientation is applied by Pillow when it loads."""
+    every, plain = picture.getexif(), Image.Exif()
+    plain.load(picture.info.get("exif", b""))
+    tag = ExifTags.Base.Orientation
+    doubts = []
+    if every.get(tag, 1) in range(2, 9) and plain.get(tag) != every[tag]:
+        doubts.append("an orientation that is not in its EXIF data, where viewers look for it")
+    adobe = every.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace) == 2
+    adobe |= str(every.get_ifd(ExifTags.IFD.Interop).get(1, "")).startswith("R03")
+    if adobe and not picture.info.get("icc_profile"):
+        doubts.append("Adobe RGB colours without a profile")
+    return doubts
+
+
+def _to_8_bits(picture: Image.Image, image: Image.Image) -> Image.Image:
+    """Opaque, in mode L, RGB or CMYK."""
+    mode = picture.mode
+    # Pillow reads 16-bit files of these two formats as "I", in the range of 16 bits; of others the range is unknown.
+    if mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM")):
+        if image.has_transparency_data:
+            raise _RefusedError("it has 16 bits and a transparent colour; save it opaque")
+        return _from_fractions(np.asarray(image, dtype=np.float64) / 65535)
+    if mode == "F":
+        return _from_fractions(np.asarray(image, dtype=np.float64))
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            raise _RefusedError("it is transparent in places, so what is behind it shows; save it opaque")
+        image.info.pop("transparency", None)
+    if mode not in _OPAQUE and mode not in _TRANSPARENT:
+        raise _RefusedError(
+            f"its pixels, stored as {mode}, do not tell which is white; save it in 8 or 16 bits, grey or RGB"
+        )
+    wanted = {**_OPAQUE, **_TRANSPARENT}[mode]
+    return image if image.mode == wanted else image.convert(wanted)
+
+
+def _from_fractions(values: "np.ndarray[Any, np.dtype[np.float64]]") -> Image.Image:
+    if not ((values >= 0) & (values <= 1)).all():
+        raise _RefusedError(
+            f"its floating-point pixels lie between {values.min():.4g} and {values.max():.4g}; scale them to [0, 1]"
+        )
+    return Image.fromarray((values * 255).round().astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    from PIL import ImageCms
+
+    if not profile:
+        raise _RefusedError("its colour profile is damaged; save it as sRGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip(), "")
+        # A grey image may have a profile for RGB; no other mixture has a meaning.
+        if mode != image.mode and (mode, image.mode) != ("RGB", "L"):
+            raise _RefusedError(f"its colour profile is for {source.profile.xcolor_space.strip()}; save it as sRGB")
+        target = ImageCms.createProfile("sRGB")
+        shown = ImageCms.profileToProfile(image.convert(mode), source, target, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise _RefusedError(f"its colour profile cannot be applied ({error}); save it as sRGB") from error
+    if shown is None:
+        raise _RefusedError("its colour profile cannot be applied; save it as sRGB")
+    return shown.convert("L") if image.mode == "L" else shown
+
+
+def _examine_png(_: Image.Image, content: bytes) -> list[str]:
+    position = 8
+    chunks: list[tuple[bytes, bytes]] = []
+    while not chunks or chunks[-1][0] != b"IEND":
+        length, name = struct.unpack_from(">I4s", content, position)
+        body = content[position + 8 : position + 8 + length]
+        position += 12 + length
+        if struct.unpack_from(">I", content, position - 4)[0] != zlib.crc32(body, zlib.crc32(name)):
+            raise _RefusedError("a checksum in it is wrong, so it is damaged; save it again")
+        chunks.append((name, body))
+    names = [name for name, _ in chunks]
+    parts = {name: body for name, body in chunks if name in _PNG_SINGLE}
+    if b"acTL" in parts:
+        raise _RefusedError("it is an animation; save one of its pictures alone")
+    late = names[names.index(b"IDAT") :]
+    if any(names.count(name) > 1 for name in _PNG_SINGLE) or not _PNG_FIRST.isdisjoint(late):
+        raise _RefusedError("its parts are repeated or out of order, so programs read it differently; save it again")
+    _check_png_colours(parts)
+    doubts = [("16 bits a channel", parts[b"IHDR"][8] == 16), ("a transparent colour", b"tRNS" in parts)]
+    return [own for own, is_so in [*doubts, ("data after its end", position < len(content))] if is_so]
+
+
+def _check_png_colours(parts: dict[bytes, bytes]) -> None:
+    """Colours are those of sRGB, or of a profile, which goes before what else the file states."""
+    if parts.get(b"cICP", b"\x01\x0d\x00\x01") != b"\x01\x0d\x00\x01":
+        raise _RefusedError("it states colours other than sRGB (cICP), which few programs show; save it as sRGB")
+    if b"iCCP" in parts:
+        return
+    (gamma,) = struct.unpack(">I", parts[b"gAMA"]) if b"gAMA" in parts else (_SRGB_GAMMA,)
+    if abs(gamma - _SRGB_GAMMA) > 0.02 * _SRGB_GAMMA:
+        raise _RefusedError(
+            f"it states a gamma of {gamma / 100000:g} (gAMA), which some programs follow and others do not; save it "
+            "as sRGB"
+        )
+    primaries = struct.unpack(">8I", parts[b"cHRM"]) if b"cHRM" in parts else _SRGB_PRIMARIES
+    if max(abs(own - usual) for own, usual in zip(primaries, _SRGB_PRIMARIES, strict=True)) > 200:
+        raise _RefusedError(
+            "it states colours other than sRGB (cHRM), which some programs follow and others do not; save it as sRGB"
+        )
+
+
+def _examine_jpeg(picture: Any, content: bytes) -> list[str]:
+    position, marker = 2, b""
+    while marker != b"\xd9":
+        match = _JPEG_MARKER.search(content, position)
+        if match is None:
+            raise _RefusedError("it is cut off before its end; save it again")
+        marker, position = match[1], match.end()
+        if marker not in (b"\xd9", b"\x01"):  # these alone have no length
+            position += struct.unpack_from(">H", content, position)[0]
+    doubts = []
+    if picture.format == "MPO" or "mp" in picture.info or any(b"hdrgm:" in own for _, own in picture.applist):
+        doubts.append("several pictures in it; save the first one alone")
+    elif position < len(content):
+        doubts.append("data after its end")
+    if sum(own.startswith(b"Exif\0\0") for _, own in picture.applist) > 1:
+        doubts.append("several blocks of EXIF data")
+    return doubts
+
+
+def _examine_tiff(picture: Any, _: bytes) -> list[str]:
+    bits, photometric = picture.tag_v2.get(258), picture.tag_v2.get(262)
+    # Pillow takes these as they are: 12 bits for 16, and white for black.
+    if picture.mode.startswith("I;16") and bits != (16,):
+        raise _RefusedError(f"it has {bits[0]} bits a pixel; save it in 8 or 16 bits")
+    if picture.mode[0] in "IF" and photometric != 1:
+        raise _RefusedError("it has more than 8 bits a pixel, with white as zero; save it with black as zero")
+    has_profile = picture.info.get("icc_profile")
+    primaries = [*picture.tag_v2.get(318, ()), *picture.tag_v2.get(319, ())]
+    usual = [*_SRGB_PRIMARIES[: 2 * (318 in picture.tag_v2)], *_SRGB_PRIMARIES[2 if 319 in picture.tag_v2 else 8 :]]
+    is_other = any(abs(float(own) * 100000 - want) > 200 for own, want in zip(primaries, usual, strict=False))
+    if not has_profile and (301 in picture.tag_v2 or is_other):
+        raise _RefusedError("it states colours other than sRGB, which few programs follow; save it as sRGB")
+    return []
+
+
+def _examine_avif(_: Image.Image, content: bytes) -> list[str]:
+    start = content.find(b"colrnclx")
+    if start >= 0:
+        primaries, transfer = struct.unpack_from(">HH", content, start + 8)
+        if primaries not in (1, 2) or transfer not in (1, 2, 6, 13):
+            raise _RefusedError("it states colours other than sRGB, which Pillow does not convert; save it as sRGB")
+    return []
+
+
+_EXAMINE: dict[str, Callable[[Any, bytes], list[str]]] = {
+    "PNG": _examine_png,
+    "JPEG": _examine_jpeg,
+    "MPO": _examine_jpeg,
+    "TIFF": _examine_tiff,
+    "AVIF": _examine_avif,
+}
