@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -346,15 +346,13 @@ def _describe_copies(parts: Mapping[Part, Classes], digest: Callable[[str], byte
         if original_name != name:
             contradictions.append((path, original))
     told = [
-        f"{_many(pairs)} for {part} are copies of images for {other}, such as {pairs[0][0]} of {pairs[0][1]}; what is "
-        f"measured on them holds for no other image: remove them from one of the two"
+        f"{len(pairs)} copies of {other} images among those for {part}, such as {pairs[0][0]} of {pairs[0][1]}; what "
+        "is measured on copies holds for no other image: remove them from one of the two"
         for (part, other), pairs in copies.items()
     ]
     if contradictions:
         path, original = contradictions[0]
-        told.append(f"{_many(contradictions)} are copies of images of another class, such as {path} of {original}")
+        told.append(
+            f"{len(contradictions)} copies of images in another class, such as {path} of {original}; keep each in one"
+        )
     return told
-
-
-def _many(items: Sized) -> str:
-    return f"{len(items)} image{'' if len(items) == 1 else 's'}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clusterguard import ClusterGuard
+from clusterguard import ClusterGuard, load_onnx
 from clusterguard.cli import app
 from clusterguard.cli_data import load_part
 from typer.testing import CliRunner
@@ -71,6 +71,68 @@ def test_training_saves_a_calibrated_guard_with_its_record(trained):
     guard = ClusterGuard.from_pretrained(folder)
     assert guard.thresholds.tolist() == result["thresholds"]
     assert guard.calibration.false_positive_rate == 0.1
+
+
+def test_training_sums_up_its_images(trained):
+    _, result = trained
+    images = result["images"]
+    assert sum(sum(own.values()) for own in images["counts"].values()) == 360
+    assert (images["modes"], images["sizes"], images["warnings"]) == ({"L": 360}, [[28, 28], [28, 28]], [])
+
+
+def test_class_names_go_from_folders_to_guard_and_graph(guard, tmp_path):
+    assert ClusterGuard.from_pretrained(guard).class_names == ("0", "1", "7")
+    assert run("export", guard, "--output", tmp_path / "guard.onnx").exit_code == 0
+    detector = load_onnx(tmp_path / "guard.onnx")
+    assert detector.class_names == ("0", "1", "7")
+    assert detector.card == (guard / "README.md").read_text()
+
+
+def test_data_of_other_classes_or_in_another_order_is_refused(guard, photos, tmp_path):
+    detector = ClusterGuard.from_pretrained(guard)
+    detector.class_names = ("1", "0", "7")
+    detector.save_pretrained(guard)
+    for command in ("calibrate", "evaluate"):
+        fails("classes that were trained, 1, 0, 7; got 0, 1, 7", command, guard, "--data", photos)
+
+
+def test_a_guard_of_an_older_version_has_its_names_from_its_record_and_refuses_its_own_division(
+    guard, trained, photos, tmp_path
+):
+    detector = ClusterGuard.from_pretrained(guard)
+    detector.class_names = None
+    record = trained[1]["training"]
+    older = {key: own for key, own in record["data"].items() if key != "divided_by"}
+    detector.save_pretrained(guard, training=record | {"data": older})
+    fails("an older version of clusterguard divided it", "calibrate", guard, "--data", photos)
+    shutil.copytree(photos, tmp_path / "parts" / "val")
+    result = run("calibrate", guard, "--data", tmp_path / "parts", "--false-positive-rate", 0.1)
+    assert result.exit_code == 0, result.output
+    assert ClusterGuard.from_pretrained(guard).class_names == ("0", "1", "7")
+
+
+def test_calibrate_and_evaluate_tell_copies_of_training_images(guard, photos, tmp_path):
+    for part in ("train", "val", "test"):
+        shutil.copytree(photos, tmp_path / "parts" / part)
+    result = run("calibrate", guard, "--data", tmp_path / "parts", "--false-positive-rate", 0.1)
+    assert "warning: 360 copies of train images among those for calibration" in result.stderr
+    options = ("--budget", "quick", "--eps", 0.01, "--images", 2, "--sanity-images", 0)
+    result = run("evaluate", guard, "--data", tmp_path / "parts", *options)
+    assert "copies of train images among those for test" in result.stderr
+
+
+def test_names_of_files_cannot_steer_a_terminal(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "data" / "train")
+    name = os.fsdecode(b"\x1b[31m\xff.png")
+    (tmp_path / "data" / "train" / "0" / name).write_bytes(b"no image")
+    shutil.copytree(photos, tmp_path / "data" / "val")
+    output = tmp_path / "guard"
+    fails(r".*\\x1b\[31m\\udcff\.png", "train", "--data", tmp_path / "data", "--output", output, *SMALL)
+
+
+def test_one_class_is_not_enough(photos, tmp_path):
+    shutil.copytree(photos / "0", tmp_path / "data" / "photos")
+    fails("at least two classes", "train", "--data", tmp_path / "data", "--output", tmp_path / "guard", *SMALL)
 
 
 def test_inspect_says_what_is_there(trained):

@@ -6,6 +6,7 @@ import torch
 from clusterguard import ClusterGuard
 from clusterguard.cli_data import Pictures, load_part, make_backbone, sample
 from clusterguard.errors import ConfigurationError, InputError
+from PIL import Image
 
 
 def test_a_folder_is_split_into_parts_that_are_disjoint_complete_and_stay_when_images_come(photos, tmp_path):
@@ -40,6 +41,18 @@ def test_a_file_that_is_no_image_is_named(photos, tmp_path):
     pictures = load_part(str(tmp_path), "train", image_size=8, channels=1, seed=0)
     with pytest.raises(InputError, match=r"7/0\.png: it is cut off|7/0\.png, which cannot be read"):
         list(pictures)
+
+
+def test_images_of_a_folder_are_read_as_people_see_them(tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+        stored = Image.new("L", (8, 8))
+        stored.paste(255, (0, 0, 8, 4))  # bright above, and to the right once it is turned
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        stored.save(tmp_path / "train" / kind / "1.png", exif=exif)
+    image, _ = load_part(str(tmp_path), "train", image_size=8, channels=1, seed=0)[0]
+    assert (image[0, :, :4].max(), image[0, :, 4:].min()) == (0, 1)
 
 
 def test_images_come_in_the_size_and_channels_that_are_asked_for():

@@ -1,6 +1,7 @@
 """The service of examples/serve, over HTTP."""
 
 import asyncio
+import hashlib
 import importlib.util
 import io
 import json
@@ -9,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
+# How to store a picture that orientations 2 to 8 turn upright.
+UNDONE_BY = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "九")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "serve"
 
@@ -59,7 +63,7 @@ def app():
 @pytest.fixture
 def address(guard, app, tmp_path):
     """A server on a free port, with metrics that start at zero."""
-    graph = cg.export_onnx(guard, tmp_path / "guard.onnx", torch.zeros(1, 1, 28, 28))
+    graph = cg.export_onnx(guard, tmp_path / "guard.onnx", torch.zeros(1, 1, 28, 28), card="# A guard\n\nof 数字")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app.create_app(str(graph)), log_level="error", lifespan="off"))
@@ -95,6 +99,13 @@ def batch(*values: str) -> str:
     return f'{{"images": [[[{",".join("[" + ",".join(own) + "]" for own in rows)}]]]}}'
 
 
+def with_gamma(content: bytes, gamma: int) -> bytes:
+    """A PNG that states a gamma, in units of 1/100,000."""
+    body = b"gAMA" + gamma.to_bytes(4, "big")
+    position = content.index(b"IDAT") - 4
+    return content[:position] + b"\0\0\0\4" + body + zlib.crc32(body).to_bytes(4, "big") + content[position:]
+
+
 async def stream(size: int):
     for _ in range(size // 10_000):
         yield b"0" * 10_000  # without a content-length
@@ -103,6 +114,7 @@ async def stream(size: int):
 def refused_requests(digit: torch.Tensor) -> list[tuple[int, dict[str, object]]]:
     """Requests that are not answered with verdicts, and the status that each deserves."""
     whole = png(digit)
+    jpeg, second = "image/jpeg", Image.new("RGB", (28, 28), "white")
     animated = png(Image.new("L", (28, 28)), save_all=True, append_images=[Image.new("L", (28, 28), 255)])
     return [
         (422, files(whole[:-30])),
@@ -112,6 +124,14 @@ def refused_requests(digit: torch.Tensor) -> list[tuple[int, dict[str, object]]]
         (422, files(whole, media_type="image/jpeg")),
         (422, files(png(Image.new("I;16", (28, 28))))),
         (422, files(png(Image.new("RGBA", (28, 28))))),
+        (422, files(png(Image.new("RGBA", (28, 28), "white")))),
+        (422, files(png(Image.new("P", (28, 28))))),
+        (422, files(png(Image.new("1", (28, 28))))),
+        (422, files(whole + b"more")),
+        (422, files(png(Image.new("RGB", (28, 28)), "MPO", save_all=True, append_images=[second]), media_type=jpeg)),
+        (422, files(png(Image.new("CMYK", (28, 28)), "JPEG"), media_type=jpeg)),
+        (422, files(png(digit, icc_profile=b"no profile"))),
+        (422, files(with_gamma(whole, 100_000))),
         (422, files(png(Image.new("L", (28, 28)), transparency=0))),
         (422, files(animated)),
         (422, files(png(Image.new("L", (1, 3000))))),
@@ -223,6 +243,58 @@ def test_ordinary_traffic_raises_no_alarm_and_images_of_another_size_are_fitted(
     )
     assert [len(own.json()["verdicts"]) for own in answers] == [50, 1]
     assert "clusterguard_monitor_alarm 0.0" in httpx2.get(f"{address}/metrics", trust_env=False).text
+
+
+def test_what_people_see_is_what_is_judged(address, guard):
+    digits = cg.samples.load_digits("test").tensors[0][:40]
+    expected = [guard.detect(digits).is_adversarial.tolist(), guard.detect(digits).labels.tolist()]
+    assert not all(expected[0])
+    turns = [None, *(getattr(Image.Transpose, name) for name in UNDONE_BY.split())]
+    requests = []
+    for tag, turn in enumerate(turns, 1):
+        exif, contents = Image.Exif(), []
+        exif[0x0112] = tag
+        for digit in digits:
+            picture = Image.fromarray((digit[0] * 255).round().byte().numpy())
+            contents.append(png(picture if turn is None else picture.transpose(turn), exif=exif))
+        requests.append(files(*contents))
+    for response in asyncio.run(ask(address, requests)):
+        verdicts = response.json()["verdicts"]
+        assert [own["is_adversarial"] for own in verdicts] == expected[0]
+        assert all(own["label"] in (None, label) for own, label in zip(verdicts, expected[1], strict=True))
+
+
+def test_an_error_says_what_is_wrong_with_the_picture(address):
+    white = Image.new("L", (28, 28), 255)
+    second = png(white.convert("RGB"), "MPO", save_all=True, append_images=[white.convert("RGB")])
+    cases = {
+        "several pictures": files(second, media_type="image/jpeg"),
+        "animation": files(png(white, save_all=True, append_images=[Image.new("L", (28, 28))])),
+        "I;16": files(png(Image.new("I;16", (28, 28)))),
+        "mode P": files(png(white.convert("P"))),
+        "transparent": files(png(Image.new("LA", (28, 28)))),
+        "gamma of 1 ": files(with_gamma(png(white), 100_000)),
+        "data after its end": files(png(white) + b"\0"),
+        "cut off": files(png(white, "JPEG")[:-2], media_type="image/jpeg"),
+    }
+    for words, response in zip(cases, asyncio.run(ask(address, list(cases.values()))), strict=True):
+        assert response.status_code == 422
+        assert words in response.json()["detail"]
+
+
+@pytest.mark.parametrize("kind", ["image/png", "image/PNG", "IMAGE/Png", "image/png; charset=binary", "image/png ;x=y"])
+def test_media_types_have_no_case_and_parameters_do_not_count(address, kind):
+    white = png(Image.new("L", (28, 28), 255))
+    (response,) = asyncio.run(ask(address, [files(white, media_type=kind)]))
+    assert response.status_code == 200
+
+
+def test_the_model_is_told_with_its_hash_names_and_card(address, guard, tmp_path):
+    told = httpx2.get(f"{address}/model", trust_env=False).json()
+    assert told["sha256"] == hashlib.sha256((tmp_path / "guard.onnx").read_bytes()).hexdigest()
+    assert (told["class_names"], told["num_classes"], told["image_shape"]) == (list(NAMES), 10, [1, 28, 28])
+    assert told["false_positive_rate"] == guard.calibration.false_positive_rate
+    assert told["card"] == "# A guard\n\nof 数字"
 
 
 def test_the_load_generator_counts_what_is_answered(address, capsys):
