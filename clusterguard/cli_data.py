@@ -22,8 +22,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-DIVIDED_BY = "content"
-
 
 class Pictures(Dataset[tuple[Tensor, int]]):
     """Images with their classes' names, each brought to one size and number of channels when it is asked for.
@@ -191,8 +189,7 @@ def open_guard(
     options = image_options(data, image_size or recorded.get("image_size"), channels or recorded.get("channels"))
     pictures = load_part(data, part, **options, seed=recorded.get("seed", 0))
     check_classes(pictures, guard.class_names or pictures.classes)
-    is_divided = pictures.folder is None or pictures.folder.is_divided
-    if recorded and not is_divided and recorded.get("divided_by") != DIVIDED_BY:
+    if "seed" in recorded and "divided_by" not in recorded and divided_by(pictures) == "content":
         raise ConfigurationError(
             f"expected folders of parts in {data}: an older version of clusterguard divided it for the training of "
             f"{folder}, by other rules, so {part} images might be ones that were trained on; sort them into train, "
@@ -214,8 +211,14 @@ def load_named_guard(folder: Path) -> tuple[ClusterGuard, Any]:
 
 def describe_images(pictures: Pictures) -> dict[str, Any]:
     """What a training records of its images besides their size."""
-    is_divided = pictures.folder is None or pictures.folder.is_divided
-    return {"classes": list(pictures.classes), **({} if is_divided else {"divided_by": DIVIDED_BY})}
+    return {"classes": list(pictures.classes), "divided_by": divided_by(pictures)}
+
+
+def divided_by(pictures: Pictures) -> str:
+    """What decides which part an image belongs to; version 0.1 recorded nothing, and went by names of files."""
+    if pictures.folder is None:
+        return "package"
+    return "folders" if pictures.folder.is_divided else "content"
 
 
 def recorded_images(training: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from clusterguard.errors import InputError
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 Image.init()
@@ -79,6 +79,11 @@ def read_image(
         content = file if isinstance(file, bytes) else Path(file).read_bytes()
         picture = Image.open(io.BytesIO(content), formats=formats)
         return _read(picture, content, max_pixels)
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"expected a still, opaque image, got {name}, which is damaged or of none of the formats "
+            f"{', '.join(sorted(formats))}; mend the file or remove it"
+        ) from error
     except _RefusedError as error:
         raise InputError(f"expected a still, opaque image, got {name}: {error}") from error
     except Exception as error:  # decoders raise all sorts of things at files that are damaged

@@ -94,7 +94,8 @@ def open_folder(root: Path, seed: int) -> ImageFolder:
         Its images; hidden and foreign files are counted, nothing more.
 
     Raises:
-        InputError: two folders for one part, parts beside classes, or names that are not Unicode.
+        InputError: two folders for one part, parts beside classes, all of them one folder deeper, or names that are
+            not Unicode.
     """
     passed_over: Counter[str] = Counter()
     tree = _scan(root, passed_over, ())
@@ -141,6 +142,9 @@ def _find_parts(root: Path, tree: _Tree, passed_over: Counter[str]) -> dict[Part
     named = {name: PARTS[name.casefold()] for name in filled if name.casefold() in PARTS}
     nested = {name for name in named if any(own.below() for own in filled[name].folders.values())}
     if not nested:
+        for name, own in filled.items():
+            if len(filled) == 1 and not own.images and sum(bool(inner.below()) for inner in own.folders.values()) > 1:
+                raise InputError(f"expected several classes in {root}, got {name} alone; pass {root / name} instead")
         return {}
     for name in nested:
         if filled[name].images:
@@ -283,9 +287,11 @@ def summarise(folder: ImageFolder, *, say: Callable[[str], None], progress: bool
         bar = tqdm(pool.map(_look, paths), total=len(paths), desc="reading", disable=not progress, leave=False)
         seen = dict(zip(paths, bar, strict=True))
     good = {path: own for path, own in seen.items() if isinstance(own, _Seen)}
-    bad = [own for own in seen.values() if isinstance(own, InputError)]
+    bad = {path: own for path, own in seen.items() if isinstance(own, InputError)}
     if bad:
-        raise InputError(f"{bad[0]} ({len(bad)} of {len(paths)} images cannot be read)" if bad[1:] else str(bad[0]))
+        others = [*list(bad)[1:6], *(["…"] if len(bad) > 6 else [])]
+        more = f" ({len(bad)} of {len(paths)} images are not read, the others: {', '.join(others)})" if others else ""
+        raise InputError(f"{next(iter(bad.values()))}{more}")
     warnings = _describe_copies(folder.parts, lambda path: good[path].digest)
     deep = [own.brightest for own in good.values() if own.mode.startswith("I")]
     if deep and max(deep) < 32:

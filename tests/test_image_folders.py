@@ -81,6 +81,8 @@ def test_images_of_a_class_may_lie_deeper(tmp_path):
         (("train/cat", "Train/cat"), "one folder for train"),
         (("train/steam", "train/diesel", "plane"), "got both: train .* beside plane"),
         (("train/cat", "train"), "got both: move"),
+        (("photos/cat", "photos/dog"), "photos alone; pass .*photos instead"),
+        (("photos/train/cat", "photos/test/cat"), "photos alone; pass .*photos instead"),
     ],
 )
 def test_what_may_mean_two_things_is_refused(tmp_path, folders, message):
@@ -219,7 +221,7 @@ def test_damaged_images_are_named_before_a_training(tmp_path):
     fill(tmp_path, "train/cat", "train/dog")
     for name in ("1.png", "2.png"):
         (tmp_path / "train" / "dog" / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"dog/1\.png.*2 of 6 images cannot be read"):
+    with pytest.raises(InputError, match=r"dog/1\.png.*2 of 6 images are not read.*dog/2\.png"):
         look(tmp_path)
 
 

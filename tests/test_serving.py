@@ -270,9 +270,10 @@ def test_an_error_says_what_is_wrong_with_the_picture(address):
     cases = {
         "several pictures": files(second, media_type="image/jpeg"),
         "animation": files(png(white, save_all=True, append_images=[Image.new("L", (28, 28))])),
-        "I;16": files(png(Image.new("I;16", (28, 28)))),
-        "mode P": files(png(white.convert("P"))),
+        "16 bits a channel": files(png(Image.new("I;16", (28, 28)))),
+        "a palette": files(png(white.convert("P"))),
         "transparent": files(png(Image.new("LA", (28, 28)))),
+        "an alpha channel": files(png(Image.new("RGBA", (28, 28), "white"))),
         "gamma of 1 ": files(with_gamma(png(white), 100_000)),
         "data after its end": files(png(white) + b"\0"),
         "cut off": files(png(white, "JPEG")[:-2], media_type="image/jpeg"),

@@ -29,6 +29,7 @@ MAX_BYTES = 4 * 2**20  # of a request
 MAX_PIXELS = 4_000_000  # of an image
 MAX_IMAGES = 64  # in a request
 PATHS = ("/detect", "/model", "/health", "/metrics")
+MODES = {"P": "a palette", "1": "1 bit a pixel", "LA": "an alpha channel", "RGBA": "an alpha channel", "CMYK": "inks"}
 DECODERS = {"image/png": "PNG", "image/jpeg": "JPEG"}
 
 
@@ -230,7 +231,7 @@ def decode(media_type: str, content: bytes) -> Image.Image:
     except cg.errors.InputError as error:
         too_large = isinstance(error.__cause__, Image.DecompressionBombError)
         raise HTTPException(413 if too_large else 422, str(error)) from error
-    doubts = [*([] if read.mode in ("L", "RGB") else [f"pixels of mode {read.mode}"]), *read.doubts]
+    doubts = [*read.doubts, *([] if read.mode in ("L", "RGB") else [MODES.get(read.mode, f"mode {read.mode}")])]
     if doubts:
         raise HTTPException(422, f"expected one opaque image, grey or RGB, of 8 bits, got one with {doubts[0]}")
     return read.image
