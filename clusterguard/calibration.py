@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from clusterguard.checks import check_labels, check_tensor
 from clusterguard.decision import Detector
 from clusterguard.detector import DetectorModule, Loader, image_shape_kept_on_failure, judge
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError
+from clusterguard.modes import evaluation_mode
+from clusterguard.processes import collect
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
 
 Method = Literal["conformal", "quantile"]
 Scarce = Literal["error", "pool"]
+_SLACK = 2.0**-17
+"""Slack as a share of the threshold: 64 units in the last place of float32. Distances of small
+networks on a CPU moved by up to 20 units in the last place of a threshold at 1 % from one batch size to another."""
+_LARGEST = 1e38
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,20 @@ def minimum_examples(false_positive_rate: float) -> int:
     return math.ceil(1 / _exact(false_positive_rate)) - 1
 
 
+def allowed_refusals(count: int, false_positive_rate: float) -> int:
+    """How many of n examples and a new one may be refused: ⌊(n + 1)α⌋, in exact arithmetic.
+
+    Args:
+        count: n, at least 0.
+        false_positive_rate: α, in (0, 1), taken for the decimal number that it prints as.
+
+    Example:
+        >>> allowed_refusals(99, 0.07), int((99 + 1) * 0.07), allowed_refusals(99, 0.29), int((99 + 1) * 0.29)
+        (7, 7, 29, 28)
+    """
+    return math.floor((count + 1) * _exact(false_positive_rate))
+
+
 def fit_threshold(suspicion: Tensor, false_positive_rate: float, *, method: Method = "conformal") -> float:
     """The threshold that a new benign example exceeds with probability at most the rate.
 
@@ -91,7 +112,7 @@ def fit_threshold(suspicion: Tensor, false_positive_rate: float, *, method: Meth
             sample, as the paper does, which is a little too low on small samples.
 
     Returns:
-        The threshold, in units of the suspicion.
+        The threshold, in units of the suspicion, without the slack for rounding that `fit_thresholds` adds.
 
     Raises:
         TooFewCalibrationExamplesError: n too small.
@@ -112,17 +133,9 @@ def fit_threshold(suspicion: Tensor, false_positive_rate: float, *, method: Meth
         raise TooFewCalibrationExamplesError(
             f"expected at least {needed} examples for a false-positive rate of {false_positive_rate}, got {count}"
         )
-    ordered = suspicion.double().masked_fill(~suspicion.isfinite(), math.inf).sort().values  # those are refused anyway
-    alpha = _exact(false_positive_rate)
-    if method == "conformal":
-        threshold = float(ordered[math.ceil((count + 1) * (1 - alpha)) - 1])
-    else:
-        position = float((count - 1) * (1 - alpha))
-        below, above = ordered[math.floor(position)], ordered[math.ceil(position)]
-        threshold = float(torch.lerp(below, above, position - math.floor(position)))
-    if not math.isfinite(threshold):
-        raise InputError("expected finite suspicion on benign examples, got infinite or NaN values among them")
-    return threshold
+    threshold = _threshold_of(_refused_last(suspicion).sort().values, false_positive_rate, method)
+    _check_finite(threshold)
+    return float(threshold)
 
 
 def fit_thresholds(
@@ -134,8 +147,20 @@ def fit_thresholds(
     false_positive_rate: float = 0.01,
     method: Method = "conformal",
     scarce: Scarce = "error",
+    rounding: float = 0.0,
 ) -> Calibration:
     """A threshold per class, from the benign examples of each class that are classified correctly.
+
+    With ``scarce="pool"`` and the conformal method two bounds hold, whatever the classes look like. A class with enough
+    examples keeps its own bound: a new, correctly classified image of it is refused with probability at most α. Over
+    all classes together, in the mix that the calibration images were drawn from, that probability is at most α too. Of
+    a single scarce class nothing is promised: in the worst case all of its images are refused.
+
+    Scarce classes share one threshold. It is fitted to the examples of all classes that have `minimum_examples` or
+    fewer, if these are enough together. If they are not, it is their largest suspicion, or the threshold that all
+    classes' examples have together, whichever is larger. Of n examples and a new one at most one is then refused for
+    being the most suspicious of the scarce classes. Where the average has no room for it, the class with most examples
+    gives up one refusal: its threshold is the next larger one of its suspicions.
 
     Args:
         suspicion: (n,) suspicion of the predicted label.
@@ -143,45 +168,70 @@ def fit_thresholds(
         labels: (n,) true labels.
         num_classes: K.
         false_positive_rate: α, in (0, 1), within every class.
-        method: see `fit_threshold`.
-        scarce: what a class with fewer than `minimum_examples` correct examples gets: "error", or "pool", the
-            threshold of all classes' correct examples together, for which the rate holds only on average.
+        method: see `fit_threshold`; "quantile" makes no promise, for pooled classes either.
+        scarce: what a class with fewer than `minimum_examples` correct examples gets: "error", or "pool", a threshold
+            that it shares with other scarce classes.
+        rounding: by how much arithmetic alone may change an image's suspicion, at least 0, in units of the suspicion.
 
     Returns:
-        The thresholds and how they came about.
+        The thresholds and how they came about. Each is a little larger than the suspicion that it rests on, by
+        `rounding` or by 64 units in the last place of float32 (a share of 8e-6), whichever is more. An image that is
+        judged in another batch gets a suspicion that differs in its last places, which must not decide on the image.
 
     Raises:
         TooFewCalibrationExamplesError: naming the classes and their counts.
         InputError: tensors of a wrong shape, dtype or device, labels out of range, or too many that are not finite.
-        ConfigurationError: a rate outside (0, 1), or an unknown method or way with scarce classes.
+        ConfigurationError: a rate outside (0, 1), an unknown method or way with scarce classes, or negative rounding.
+
+    Example:
+        >>> suspicion, labels = torch.arange(200.0), torch.arange(200) % 2
+        >>> calibration = fit_thresholds(suspicion, labels, labels, num_classes=2, false_positive_rate=0.1)
+        >>> [round(threshold, 2) for threshold in calibration.thresholds], calibration.realised_rates
+        ([180.0, 181.0], (0.09, 0.09))
     """
     _check_options(false_positive_rate, method, scarce)
+    if not 0 <= rounding < math.inf:
+        raise ConfigurationError(f"expected rounding of at least 0, got {rounding}")
     check_tensor(suspicion, "suspicion", "n")
     check_labels(predicted, suspicion, num_classes, name="predicted labels")
     check_labels(labels, suspicion, num_classes)
     correct = predicted == labels
-    by_class = [suspicion[correct & (labels == index)] for index in range(num_classes)]
-    counts = tuple(len(values) for values in by_class)
+    values, order = _refused_last(suspicion[correct]).sort()
+    classes, by_class = labels[correct].long()[order].sort(stable=True)
+    values_by_class, counts = values[by_class], torch.bincount(classes, minlength=num_classes)
     needed = minimum_examples(false_positive_rate)
-    short = tuple(index for index, count in enumerate(counts) if count < needed)
-    if short and (scarce == "error" or sum(counts) < needed):
-        listing = ", ".join(f"class {index}: {counts[index]}" for index in short)
+    is_scarce = counts < needed
+    if is_scarce.any() and (scarce == "error" or len(values) < needed):
         raise TooFewCalibrationExamplesError(
             f"a false-positive rate of {false_positive_rate} needs at least {needed} correctly classified calibration "
-            f"examples of every class, got {listing}; add examples, allow a higher rate, or pass scarce='pool'"
+            f"examples of every class, got {_listing(counts, is_scarce)}; add examples, allow a higher rate, or pass "
+            "scarce='pool'"
         )
-    pooled = fit_threshold(suspicion[correct], false_positive_rate, method=method) if short else math.nan
-    thresholds = [
-        pooled if index in short else fit_threshold(values, false_positive_rate, method=method)
-        for index, values in enumerate(by_class)
-    ]
-    # Thresholds are compared in float32: rounding one down would push its own example over it.
-    thresholds = [_round_up_to_float32(value) for value in thresholds]
-    realised = tuple(
-        float((values > threshold).double().mean()) if len(values) else 0.0
-        for values, threshold in zip(by_class, thresholds, strict=True)
+    # What a new image of any scarce class would find among the scarce classes, once it is counted itself:
+    in_pool = (counts <= needed) & (scarce == "pool")
+    pool = values_by_class[in_pool[classes]].sort().values
+    positions, fractions = _positions(counts, false_positive_rate, method)
+    if method == "conformal" and scarce == "pool" and len(pool) <= needed:
+        positions = positions + _gives_way(counts, in_pool, false_positive_rate)
+    first, rich = counts.cumsum(0) - counts, ~is_scarce
+    thresholds = values.new_empty(num_classes)
+    thresholds[rich] = _read(values_by_class, (first + positions)[rich], fractions[rich])
+    if is_scarce.any():
+        shared = _threshold_of(pool if len(pool) >= needed else values, false_positive_rate, method)
+        thresholds[is_scarce] = shared if len(pool) >= needed else torch.cat([pool, shared[None]]).amax()
+    _check_finite(thresholds)
+    thresholds = _round_up_to_float32(thresholds + (thresholds.abs() * _SLACK).clamp_min(rounding))
+    refused = torch.bincount(classes[values_by_class > thresholds[classes]], minlength=num_classes)
+    realised = refused.double() / counts.clamp_min(1)
+    return Calibration(
+        tuple(thresholds.tolist()),
+        tuple(counts.tolist()),
+        len(labels),
+        tuple(realised.tolist()),
+        false_positive_rate,
+        method,
+        pooled=tuple(is_scarce.nonzero().flatten().tolist()),
     )
-    return Calibration(tuple(thresholds), counts, len(labels), realised, false_positive_rate, method, pooled=short)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,9 +311,12 @@ class Calibrator:
             TooFewCalibrationExamplesError: naming classes and counts.
             ConfigurationError: the detector gives the same images different evidence each time.
         """
+        batches = _FirstKept(loader)
         with image_shape_kept_on_failure(detector):
             bar = "calibrating" * progress
-            detection, labels = judge(detector, loader, accelerator=accelerator, progress=bar, calibrating=True)
+            detection, labels = judge(detector, batches, accelerator=accelerator, progress=bar, calibrating=True)
+            index = 0 if accelerator is None else accelerator.process_index
+            rounding = max(collect({index: _rounding(detector, batches.images)}, accelerator))
             calibration = fit_thresholds(
                 detection.distances,
                 detection.labels,
@@ -272,11 +325,12 @@ class Calibrator:
                 false_positive_rate=self.false_positive_rate,
                 method=self.method,
                 scarce=self.scarce,
+                rounding=rounding,
             )
         if calibration.pooled:
             warnings.warn(
-                f"classes {list(calibration.pooled)} have too few correctly classified calibration examples and share "
-                "the pooled threshold; their false-positive rate is not guaranteed",
+                f"classes {_shortened(calibration.pooled)} have too few correctly classified calibration examples and "
+                "share the pooled threshold; the false-positive rate of each alone is not guaranteed",
                 stacklevel=2,
             )
         detector.thresholds = detector.thresholds.new_tensor(calibration.thresholds)
@@ -285,20 +339,135 @@ class Calibrator:
         return calibration
 
 
+class _FirstKept:
+    """A loader that keeps the first 16 images it gives, as far as they have the size of the first."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader, self.images = loader, torch.empty(0)
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]  # the same TypeError as of a loader without a length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.loader:
+            if not len(self.images):
+                self.images = images[:16].detach()
+            elif len(self.images) < 16 and images.shape[1:] == self.images.shape[1:]:
+                self.images = torch.cat([self.images, images[: 16 - len(self.images)].detach()])
+            yield images, labels
+
+
+@torch.no_grad()
+def _rounding(detector: Detector, images: Tensor) -> float:
+    """By how much arithmetic alone moves suspicion: four times the most that it moved when images were judged alone.
+
+    This depends on the network and its precision, which thresholds do not tell. Where clusters are much tighter than
+    their centres are apart, it is many units in the last place of a threshold. The suspicion of every class counts, for
+    that of the label may round to the same number in each batch. More than 1 % of an image's largest suspicion is no
+    rounding, but images of a batch that influence each other; it would open the guard and is cut off.
+    """
+    images = images.to(detector.thresholds.device)
+    with evaluation_mode(detector):
+        together = detector.evidence(images).suspicion.double()
+        alone = torch.cat([detector.evidence(image).suspicion for image in images.split(1)]).double()
+    largest = together.abs().masked_fill(~together.isfinite(), 0).amax(dim=1, keepdim=True)
+    moved = (4 * (alone - together).abs()).minimum(0.01 * largest)
+    return float(moved[moved.isfinite()].max()) if moved.isfinite().any() else 0.0
+
+
 def _exact(rate: float) -> Fraction:
-    """The rate as the decimal number that was written: 1/0.01 must be 100, not a hair more."""
+    """The rate as the decimal number that was written: 1/0.01 must be exactly 100."""
     return Fraction(str(rate))
 
 
-def _check_options(false_positive_rate: float, method: str = "conformal", scarce: str = "error") -> None:
-    if not 0 < false_positive_rate < 1:
-        raise ConfigurationError(f"expected a false-positive rate in (0, 1), such as 0.01, got {false_positive_rate}")
+def _check_options(false_positive_rate: object, method: str = "conformal", scarce: str = "error") -> None:
+    if not isinstance(false_positive_rate, Real) or not 0 < float(false_positive_rate) < 1:
+        raise ConfigurationError(f"expected a false-positive rate in (0, 1), such as 0.01, got {false_positive_rate!r}")
     if method not in ("conformal", "quantile"):
         raise ConfigurationError(f"expected method 'conformal' or 'quantile', got {method!r}")
     if scarce not in ("error", "pool"):
         raise ConfigurationError(f"expected scarce 'error' or 'pool', got {scarce!r}")
 
 
-def _round_up_to_float32(value: float) -> float:
-    rounded = torch.tensor(value, dtype=torch.float32)
-    return float(rounded if float(rounded) >= value else torch.nextafter(rounded, torch.tensor(torch.inf)))
+def _refused_last(suspicion: Tensor) -> Tensor:
+    """Suspicion (n,) in float64, +inf where it is not finite: those are refused at every threshold."""
+    return suspicion.double().masked_fill(~suspicion.isfinite(), math.inf)
+
+
+def _positions(counts: Tensor, false_positive_rate: float, method: str) -> tuple[Tensor, Tensor]:
+    """Where thresholds lie among so many ordered examples (K,): after how many, and how far from there to the next."""
+    alpha = _exact(false_positive_rate)
+    sizes, index = counts.unique(return_inverse=True)
+    exact = [
+        Fraction(size - allowed_refusals(size, false_positive_rate))
+        if method == "conformal"
+        else (size - 1) * (1 - alpha)
+        for size in sizes.tolist()
+    ]
+    whole = torch.tensor([math.floor(own) for own in exact], device=counts.device)
+    fractions = torch.tensor([float(own % 1) for own in exact], dtype=torch.float64, device=counts.device)
+    return whole[index], fractions[index]
+
+
+def _read(ordered: Tensor, positions: Tensor, fractions: Tensor) -> Tensor:
+    """The values at these positions, or between them and the next."""
+    between = fractions > 0
+    return torch.where(
+        between, torch.lerp(ordered[positions], ordered[positions + between], fractions), ordered[positions]
+    )
+
+
+def _threshold_of(ordered: Tensor, false_positive_rate: float, method: str) -> Tensor:
+    count = torch.tensor([len(ordered)], device=ordered.device)
+    return _read(ordered, *_positions(count, false_positive_rate, method)).squeeze()
+
+
+def _gives_way(counts: Tensor, in_pool: Tensor, false_positive_rate: float) -> Tensor:
+    """(K,) True for the class that gives up a refusal, so that the average has room for one of the scarce classes.
+
+    Calibration images and the new one must be treated alike, for the bound rests on that. So a class is looked at as if
+    the new image were of it: `in_pool` are the classes that would then be scarce, and the class with most examples is
+    whichever would then have most.
+    """
+    nobody = torch.zeros_like(in_pool)
+    allowed = [allowed_refusals(count, false_positive_rate) for count in counts.tolist()]
+    used = 1 + sum(own for own, is_pooled in zip(allowed, in_pool.tolist(), strict=True) if not is_pooled)
+    if not in_pool.any() or used <= (int(counts.sum()) + 1) * _exact(false_positive_rate):
+        return nobody
+    largest = ~in_pool & (counts + 1 >= counts.max())
+    needed, pooled = minimum_examples(false_positive_rate), int(counts[in_pool].sum())
+    if all(allowed[index] >= 2 for index in largest.nonzero().flatten().tolist()):
+        return largest if pooled else nobody
+    if pooled < needed:
+        raise TooFewCalibrationExamplesError(
+            f"expected at least {needed} correctly classified calibration examples of the scarce classes together, or "
+            f"more of the others, for a false-positive rate of {false_positive_rate}, got "
+            f"{_listing(counts, counts >= 0)}; add examples, or allow a higher rate"
+        )
+    return nobody
+
+
+def _listing(counts: Tensor, chosen: Tensor) -> str:
+    """Classes and their counts, the first ten."""
+    indices = chosen.nonzero().flatten().tolist()
+    listing = ", ".join(f"class {index}: {int(counts[index])}" for index in indices[:10])
+    return listing + (f" and {len(indices) - 10} more classes" if len(indices) > 10 else "")
+
+
+def _shortened(indices: Sequence[int]) -> str:
+    return str([*indices]) if len(indices) <= 10 else f"{[*indices[:10]]} and {len(indices) - 10} more"
+
+
+def _check_finite(thresholds: Tensor) -> None:
+    if not bool((thresholds.abs() <= _LARGEST).all()):
+        raise InputError(
+            f"expected suspicion of benign examples to be finite and at most {_LARGEST:.0e}, got infinite, NaN or "
+            "larger values where a threshold would lie; look at the images that have them"
+        )
+
+
+def _round_up_to_float32(values: Tensor) -> Tensor:
+    """Thresholds are compared in float32: rounding one down would push its own example over it."""
+    rounded = values.float()
+    up = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
+    return torch.where(rounded.double() < values, up, rounded).double()

@@ -113,7 +113,10 @@ def describe_thresholds(calibrated: bool, calibration: Calibration | None) -> st
         return "Set without a `Calibrator`: nothing is known of their false-positive rate."
     correct = sum(calibration.counts)
     refused = Rate(round(calibration.realised_rate * correct), correct)
-    pooled = f" Classes {list(calibration.pooled)} share a pooled threshold." if calibration.pooled else ""
+    pooled = ""
+    if calibration.pooled:
+        which = f"Classes {list(calibration.pooled)} share a pooled threshold"
+        pooled = f" {which}: the rate holds on average over all classes, not for each of these."
     return (
         f"One per class, fitted by the {calibration.method} method for a false-positive rate of "
         f"{calibration.false_positive_rate:g} on {calibration.images} benign images. {correct} of these are classified "

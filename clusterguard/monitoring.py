@@ -8,7 +8,7 @@ from typing import final
 
 import numpy as np
 import torch
-from clusterguard.calibration import Calibration
+from clusterguard.calibration import Calibration, allowed_refusals
 from clusterguard.checks import check_tensor, check_verdicts
 from clusterguard.decision import Detection
 from clusterguard.errors import ConfigurationError, InputError
@@ -164,20 +164,23 @@ def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mi
     """The largest refusal rate of benign, correctly labelled images that a calibration makes plausible.
 
     The conformal bound holds on average over calibration sets. With the set at hand, the rate of class i is distributed
-    as Beta(l, n + 1 − l), n examples and l = n + 1 − ⌈(n + 1)(1 − α)⌉ (at most so, where suspicions tie). The rate of a
+    as Beta(l, n + 1 − l), n examples and l = ⌊(n + 1)α⌋ (at most so, where suspicions tie). Classes that share a
+    threshold count as one, with l at least one more than the number of their examples that it refuses. The rate of a
     mix of classes is their weighted mean, for which Chernoff's bound gives this limit.
 
     Args:
         calibration: what `Calibrator.fit` returned; a "quantile" one is read as if it were conformal.
         confidence: that the true rate is at most what is returned, over calibration sets, in (0, 1).
-        any_mix: hold for whatever mix of classes comes, instead of the calibration set's.
+        any_mix: hold for whatever mix of classes comes, instead of the calibration set's. Not possible where classes
+            share a threshold, for nothing is promised of one of these alone.
 
     Returns:
         A fraction, larger than the rate asked for.
 
     Raises:
         ConfigurationError: a confidence outside (0, 1).
-        InputError: a calibration that rests on too few examples to make anything plausible.
+        InputError: a calibration that rests on too few examples to make anything plausible, or `any_mix` where classes
+            share a threshold.
 
     Reference:
         Vovk, "Conditional validity of inductive conformal predictors" (2012).
@@ -189,21 +192,31 @@ def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mi
     """
     if not 0 < confidence < 1:
         raise ConfigurationError(f"expected a confidence in (0, 1), got {confidence}")
-    total, classes = sum(calibration.counts), len(calibration.counts)
+    total, rate = sum(calibration.counts), calibration.false_positive_rate
     if not total > 0:
         raise InputError(f"expected a calibration that rests on examples, got counts {calibration.counts}")
-    shapes = []
-    for index, count in enumerate(calibration.counts):
-        examples = total if index in calibration.pooled else count
-        refused = examples + 1 - math.ceil((examples + 1) * (1 - calibration.false_positive_rate) - 1e-9)
-        if refused < 1 or count < 0:
+    if any_mix and calibration.pooled:
+        raise InputError(
+            f"expected a threshold for each class with any_mix=True, got {len(calibration.pooled)} classes that share "
+            "one, of which nothing is promised one by one; add calibration examples, or leave any_mix out"
+        )
+    parts: Counter[tuple[int, int, float]] = Counter()
+    alone = set(range(len(calibration.counts))).difference(calibration.pooled)
+    for index in alone:
+        count = calibration.counts[index]
+        refused = allowed_refusals(count, rate)
+        if refused < 1:
             raise InputError(f"expected enough calibration examples of class {index}, got {count} of {total}")
-        shapes.append((refused, examples + 1 - refused))
+        parts[refused, count + 1 - refused, count / total] += 1
     if any_mix:
-        miss = (1 - confidence) / classes
-        return max(_mean_bound(Counter([(*shape, 1.0)]), miss) for shape in set(shapes))
-    shares = [count / total for count in calibration.counts]
-    return _mean_bound(Counter((*shape, share) for shape, share in zip(shapes, shares, strict=True)), 1 - confidence)
+        miss = (1 - confidence) / len(alone)
+        return max(_mean_bound(Counter([(a, b, 1.0)]), miss) for a, b, _ in parts)
+    if calibration.pooled:
+        shared = [(calibration.counts[index], calibration.realised_rates[index]) for index in calibration.pooled]
+        count, above = sum(own for own, _ in shared), round(sum(own * share for own, share in shared))
+        refused = max(1 + above, allowed_refusals(count, rate))
+        parts[refused, count + 1 - refused, count / total] += 1
+    return _mean_bound(parts, 1 - confidence)
 
 
 def _flags(refused: Detection | Tensor | Iterable[bool], labels: Tensor | None) -> list[bool]:

@@ -55,7 +55,7 @@ def test_only_correct_examples_of_a_class_count_towards_its_threshold():
     predicted[-2:] = 1 - labels[-2:]  # the two most suspicious are misclassified
     calibration = fit_thresholds(suspicion, predicted, labels, 2, false_positive_rate=0.1)
     assert calibration.counts == (19, 19)
-    assert calibration.thresholds == (34.0, 35.0)
+    assert calibration.thresholds == pytest.approx((34.0, 35.0), rel=1e-5)
     assert calibration.realised_rates == pytest.approx((1 / 19, 1 / 19))
 
 
@@ -66,7 +66,8 @@ def test_scarce_classes_are_named_or_pooled():
         fit_thresholds(suspicion, labels, labels, 3, false_positive_rate=0.1)
     pooled = fit_thresholds(suspicion, labels, labels, 3, false_positive_rate=0.1, scarce="pool")
     assert pooled.pooled == (1,)
-    assert pooled.thresholds[1] == fit_threshold(suspicion, 0.1)
+    expected = max(fit_threshold(suspicion, 0.1), float(suspicion[labels == 1].max()))
+    assert pooled.thresholds[1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_pooling_too_does_not_help_a_set_that_is_too_small():
@@ -127,3 +128,16 @@ def test_pooling_warns():
     detector, loader = detector_and_loader(17)
     with pytest.warns(UserWarning, match=r"classes \[1\].*not guaranteed"):
         Calibrator(false_positive_rate=0.1, scarce="pool").fit(detector, loader)
+
+
+@pytest.mark.parametrize("rate", [torch.tensor(0.1), "0.1", None, complex(0.1), math.nan])
+def test_a_rate_is_a_number(rate):
+    with pytest.raises(ConfigurationError, match="expected a false-positive rate"):
+        Calibrator(rate)
+
+
+def test_many_scarce_classes_are_listed_in_short():
+    labels = torch.arange(5000) % 2500
+    with pytest.raises(TooFewCalibrationExamplesError, match=r"class 9: 2 and 2490 more classes; add") as caught:
+        fit_thresholds(torch.rand(5000), labels, labels, 2500, false_positive_rate=0.1)
+    assert len(str(caught.value)) < 600
