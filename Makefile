@@ -30,8 +30,9 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
+# not --quiet: that drops warnings before they are counted, so nothing would ever be an error
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@log=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict 2>&1) || { echo "$$log"; exit 1; }
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -139,7 +139,7 @@ def certified_radius(
         (B,) radii in l∞ at which `certify` says that the image is secure; 0 where it says so at none.
 
     Raises:
-        As `certify`, and ConfigurationError for a `largest` or precision that is not positive.
+        ConfigurationError: a `largest` or precision that is not positive; and whatever `certify` raises.
 
     Example:
         >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 1, 2))
@@ -173,7 +173,7 @@ def certified_success_rate(guard: ClusterGuard, loader: Loader, *, eps: float) -
         The share of images that are not proved secure, among those labelled correctly and accepted before an attack.
 
     Raises:
-        As `certify`.
+        ConfigurationError: and whatever else `certify` raises.
 
     Example:
         >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 1, 2))

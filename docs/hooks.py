@@ -1,14 +1,59 @@
-"""Turns the formulas in the pages into MathML while the site is built, so that reading them takes no script."""
+"""While the site is built: formulas become MathML, so that reading them takes no script, and every link is followed."""
 
 import html
+import logging
 import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from latex2mathml.converter import convert
+
+_LOG = logging.getLogger("mkdocs.hooks.links")  # mkdocs counts what is logged under its name, and fails if it is strict
 
 
 def on_page_content(content: str, **_: object) -> str:
     """Replace what arithmatex has marked, inline and display formulas alike."""
     return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', _to_mathml, content, flags=re.DOTALL)
+
+
+def on_post_build(config: Any, **_: object) -> None:
+    """Warn of every link to a page, file or anchor that is not in the site; mkdocs itself sees no docstrings."""
+    site = Path(config["site_dir"]).resolve()
+    pages = {file.resolve(): _Page(file.read_text(encoding="utf-8")) for file in site.rglob("*.html")}
+    for file, page in pages.items():
+        for link in page.broken(file, pages) if file.name != "404.html" else ():  # whose links depend on the address
+            place = file.relative_to(site)
+            _LOG.warning("%s contains a link '%s', but the site has no such page, file or anchor", place, link)
+
+
+class _Page(HTMLParser):
+    """The links and anchors of a page."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors = {""}
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note what an element links to, and what can be linked to."""
+        values = {name: value for name, value in attrs if value is not None}
+        self.anchors |= {values[name] for name in ("id", "name") if name in values}
+        self.links += [values[name] for name in ("href", "src") if name in values]
+
+    def broken(self, file: Path, pages: "dict[Path, _Page]") -> Iterator[str]:
+        """Its links that lead nowhere, from where it is."""
+        for link in self.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
+            target = target / "index.html" if target.is_dir() else target
+            if not target.exists() or (target in pages and unquote(parts.fragment) not in pages[target].anchors):
+                yield link
 
 
 def _to_mathml(found: re.Match[str]) -> str:
