@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clusterguard.backbones import make_encoder
 from clusterguard.calibration import Calibration
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError
 from clusterguard.files import write_atomically
@@ -160,8 +161,8 @@ def make_backbone(name: str, *, num_classes: int, channels: int, pretrained: boo
         raise ConfigurationError(f"expected a classifier of torchvision, got {model!r}; torchvision.models lists them")
     if channels != 3:
         raise ConfigurationError(f"torchvision's models take 3 channels, got {channels}; pass --channels 3")
-    if pretrained:  # its weights come with their own classes, which the guard replaces
-        return models.get_model(model, weights="DEFAULT")  # type: ignore[no-any-return]
+    if pretrained:  # its weights come with a classifier of other classes
+        return make_encoder(models.get_model(model, weights="DEFAULT"), num_classes)
     return models.get_model(model, weights=None, num_classes=num_classes)  # type: ignore[no-any-return]
 
 

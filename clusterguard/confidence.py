@@ -4,10 +4,9 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from clusterguard.backbones import find_normalization, find_num_classes
+from clusterguard.backbones import choose_normalization, choose_num_classes
 from clusterguard.decision import Evidence
 from clusterguard.detector import DetectorModule, ImageShape, Normalize, run_network
-from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 
 
@@ -47,12 +46,9 @@ class ConfidenceDetector(DetectorModule):
         std: Sequence[float] | None = None,
         image_shape: ImageShape | None = None,
     ) -> None:
-        classes = find_num_classes(classifier) if num_classes is None else num_classes
-        if classes is None:
-            raise ConfigurationError("this classifier does not tell its number of classes; pass num_classes")
-        super().__init__(classes, image_shape=image_shape)
-        found_mean, found_std = find_normalization(classifier)
-        self.normalize = Normalize(found_mean if mean is None else mean, found_std if std is None else std)
+        unfit = "its logits will not fit the thresholds"
+        super().__init__(choose_num_classes(classifier, num_classes, consequence=unfit), image_shape=image_shape)
+        self.normalize = Normalize(*choose_normalization(classifier, mean, std, keep=True))
         self.classifier = classifier
         self._looked = False
         self.training = classifier.training

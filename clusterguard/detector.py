@@ -1,5 +1,6 @@
 """What every detector that is a module shares: thresholds, the checked `detect`, calibration's record."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from clusterguard.checks import (
     check_tensor,
     in_range,
 )
+from clusterguard.copying import CopiedValues
 from clusterguard.decision import Detection, Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.modes import evaluation_mode
@@ -189,6 +191,13 @@ class DetectorModule(nn.Module, ABC):
         """Forget the thresholds, so that everything is refused until the next calibration."""
         self.thresholds = torch.full_like(self.thresholds, torch.nan)
         self.calibration = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Self":
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        with CopiedValues():  # a weight that was computed for the last batch is no reason to fail
+            copied.__setstate__(copy.deepcopy(self.__reduce_ex__(4)[2], memo))  # type: ignore[no-untyped-call]
+        return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         exact = self.thresholds

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from clusterguard.backbones import find_normalization, find_num_classes, make_encoder
+from clusterguard.backbones import choose_normalization, choose_num_classes, make_encoder
 from clusterguard.clusters import GaussianClusters
 from clusterguard.compiling import Call, CompiledCall, call
 from clusterguard.decision import Evidence
 from clusterguard.detector import DetectorModule, ImageShape, Normalize, run_network, valid_images
-from clusterguard.errors import ConfigurationError
 from clusterguard.modes import names_in_eval_mode, to_eval_mode
 from clusterguard.persistence import find_folder, load_guard, save_guard
 from huggingface_hub import ModelHubMixin
@@ -35,7 +34,9 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
 
     Args:
         backbone: any timm model, any torchvision classification model, or any module that maps images to (B, D).
-            It is copied, with its weights; the original stays as it is.
+            It is copied, with its weights; the original stays as it is. Wrappers that compute the same as the model in
+            them are left out: `nn.DataParallel`, a compiled or averaged model, an `nn.Sequential` that only normalises
+            first, a module that only calls the model.
         num_classes: K; None takes the backbone's own number of classes.
         representation_dim: m, a multiple of K; None means K.
         center_scale: M, how far the class centres lie from the origin, along each of their m/K coordinates.
@@ -52,7 +53,12 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     Raises:
         ConfigurationError: an option that cannot work, or num_classes neither given nor found.
         InputError: an example of another shape than image_shape.
-        UnsupportedBackboneError: the backbone has no classifier to replace and no (B, D) output.
+        UnsupportedBackboneError: the backbone has no classifier to replace and no (B, D) output, or weights that
+            cannot be trained here.
+
+    Warns:
+        UserWarning: num_classes differs from the backbone's own, or a model's normalisation or classifier is lost
+            because what stands around it does not compute the same.
 
     Reference:
         arXiv 2012.03483, section 3.2 and figure 4.
@@ -79,19 +85,17 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         image_shape: ImageShape | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        classes = find_num_classes(backbone) if num_classes is None else num_classes
-        if classes is None:
-            raise ConfigurationError("this backbone does not tell its number of classes; pass num_classes")
+        replaced = "the guard replaces that classifier anyway, and tells as many classes apart as it was told to"
+        classes = choose_num_classes(backbone, num_classes, consequence=replaced)
         super().__init__(classes, image_shape=image_shape)
         self.class_names = class_names
-        found_mean, found_std = find_normalization(backbone)
+        self.normalize = Normalize(*choose_normalization(backbone, mean, std))
         self.clusters = GaussianClusters(classes, representation_dim, center_scale=center_scale)
-        self.normalize = Normalize(found_mean if mean is None else mean, found_std if std is None else std)
         self.encoder = make_encoder(backbone, self.clusters.representation_dim, example=example)
         self._encode: Call = call
         if example is not None:
             self.learn_image_shape(example)
-        if backbone.training:  # so what is in eval mode within it was put there on purpose
+        if self.encoder.training:  # so what is in eval mode within it was put there on purpose
             self.frozen = names_in_eval_mode(self)
         to_eval_mode(self)
 

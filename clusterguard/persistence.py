@@ -100,7 +100,10 @@ def load_guard(
                 f"{folder / CONFIG} has no recipe for its backbone, a {recipe['type']}; build that module as it was "
                 "when the guard was made (its weights do not matter) and pass backbone=module"
             )
-        with torch.random.fork_rng(devices=[]):  # the random weights are overwritten, so they shall not cost randomness
+        # The random weights are overwritten, so they shall not cost randomness; and what there is to warn of was said
+        # when the guard was made.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             guard = cls(
                 build_backbone(recipe) if backbone is None else backbone,
                 own["num_classes"],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from clusterguard import ClusterGuard
+from clusterguard.backbones import find_num_classes
 from torch import nn
 
 
@@ -12,9 +13,11 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.ReLU())
 
 
-def make_guard(backbone: nn.Module | None = None, num_classes: int = 3) -> ClusterGuard:
-    guard = ClusterGuard(backbone or network(), num_classes)
-    guard.thresholds = torch.linspace(9, 11, num_classes)
+def make_guard(backbone: nn.Module | None = None, num_classes: int | None = None) -> ClusterGuard:
+    """Of the backbone's own number of classes, if it has one, else of three."""
+    module = backbone or network()
+    guard = ClusterGuard(module, num_classes or find_num_classes(module) or 3)
+    guard.thresholds = torch.linspace(9, 11, guard.num_classes)
     return guard.eval()
 
 

@@ -16,8 +16,8 @@ BACKBONES = {
     "cnn": lambda: nn.Sequential(
         nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()
     ),
-    "resnet": lambda: timm.create_model("test_resnet", in_chans=1, drop_rate=0.5),
-    "vit": lambda: timm.create_model("test_vit", in_chans=1, img_size=32),
+    "resnet": lambda: timm.create_model("test_resnet", in_chans=1, num_classes=10, drop_rate=0.5),
+    "vit": lambda: timm.create_model("test_vit", in_chans=1, num_classes=10, img_size=32),
 }
 
 
@@ -162,7 +162,7 @@ def test_detectors_that_cannot_be_exported_say_what_to_do(tmp_path):
 
 
 def test_a_timm_backbone_tells_the_size_of_its_images():
-    guard = ClusterGuard(timm.create_model("test_vit", in_chans=1, img_size=48), 2)
+    guard = ClusterGuard(timm.create_model("test_vit", in_chans=1, num_classes=2, img_size=48))
     guard.thresholds = torch.full((2,), 10.0)
     assert export_program(guard).module()(torch.rand(3, 1, 48, 48))[0].shape == (3,)
 

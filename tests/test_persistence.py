@@ -130,11 +130,12 @@ def test_files_of_others_are_not_overwritten(tmp_path, name, content):
 
 
 def test_the_config_can_be_read_and_records_the_training(tmp_path):
-    guard = make_guard(timm.create_model("test_resnet", in_chans=1))
+    guard = make_guard(timm.create_model("test_resnet", in_chans=1, num_classes=3))
     guard.save_pretrained(tmp_path, training={"epochs": 30, "attack": "PGD(eps=0.3)"})
     config = json.loads((tmp_path / "config.json").read_text())
+    arguments = {"in_chans": 1, "num_classes": 3}
     assert config["format_version"] == 1
-    assert config["backbone"] == {"source": "timm", "name": "test_resnet.r160_in1k", "arguments": {"in_chans": 1}}
+    assert config["backbone"] == {"source": "timm", "name": "test_resnet.r160_in1k", "arguments": arguments}
     assert config["guard"]["num_classes"] == config["guard"]["representation_dim"] == 3
     assert config["guard"]["center_scale"] == 10.0
     assert config["guard"]["dtype"] == "float32"
