@@ -13,6 +13,7 @@ from clusterguard.checks import check_labels, check_tensor
 from clusterguard.decision import Detector
 from clusterguard.detector import DetectorModule, Loader, image_shape_kept_on_failure, judge
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError
+from clusterguard.loaders import Pairs, Unpack
 from clusterguard.modes import evaluation_mode
 from clusterguard.processes import collect
 from torch import Tensor
@@ -268,18 +269,19 @@ class Calibrator:
     def __post_init__(self) -> None:
         _check_options(self.false_positive_rate, self.method, self.scarce)
 
-    def check_counts(self, loader: Loader, num_classes: int) -> None:
+    def check_counts(self, loader: Loader, num_classes: int, *, unpack: Unpack | None = None) -> None:
         """Make sure that a set is large enough if every image in it is classified correctly.
 
         Args:
             loader: batches of images and labels (B,); only labels are read.
             num_classes: K.
+            unpack: finds images and labels in batches of another form.
 
         Raises:
             TooFewCalibrationExamplesError: with the counts per class.
         """
         counts = torch.zeros(num_classes, dtype=torch.long)
-        for images, labels in loader:
+        for images, labels in Pairs(loader, unpack):
             check_labels(labels, images, num_classes)
             counts += torch.bincount(labels.cpu(), minlength=num_classes)
         needed = minimum_examples(self.false_positive_rate)
@@ -290,7 +292,13 @@ class Calibrator:
             )
 
     def fit(
-        self, detector: Detector, loader: Loader, *, accelerator: "Accelerator | None" = None, progress: bool = False
+        self,
+        detector: Detector,
+        loader: Loader,
+        *,
+        accelerator: "Accelerator | None" = None,
+        unpack: Unpack | None = None,
+        progress: bool = False,
     ) -> Calibration:
         """Fit and set the detector's thresholds; they are left as they were if anything fails.
 
@@ -301,6 +309,7 @@ class Calibrator:
             loader: batches of images (B, C, H, W) in [0, 1] and labels (B,). Only suspicion and labels are kept,
                 so memory does not grow with the images' size.
             accelerator: whose processes share the work, a batch each in turn; all get the same thresholds.
+            unpack: finds images and labels in batches of another form.
             progress: show a progress bar.
 
         Returns:
@@ -311,7 +320,7 @@ class Calibrator:
             TooFewCalibrationExamplesError: naming classes and counts.
             ConfigurationError: the detector gives the same images different evidence each time.
         """
-        batches = _FirstKept(loader)
+        batches = _FirstKept(loader, unpack)
         with image_shape_kept_on_failure(detector):
             bar = "calibrating" * progress
             detection, labels = judge(detector, batches, accelerator=accelerator, progress=bar, calibrating=True)
@@ -333,7 +342,8 @@ class Calibrator:
                 "share the pooled threshold; the false-positive rate of each alone is not guaranteed",
                 stacklevel=2,
             )
-        detector.thresholds = detector.thresholds.new_tensor(calibration.thresholds)
+        with torch.inference_mode(False):  # a threshold made in it could take no part in training or attacks later
+            detector.thresholds = detector.thresholds.new_tensor(calibration.thresholds)
         if isinstance(detector, DetectorModule):
             detector.calibration = calibration
         return calibration
@@ -342,14 +352,14 @@ class Calibrator:
 class _FirstKept:
     """A loader that keeps the first 16 images it gives, as far as they have the size of the first."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader, self.images = loader, torch.empty(0)
+    def __init__(self, loader: Loader, unpack: Unpack | None = None) -> None:
+        self.loader, self.unpack, self.images = loader, unpack, torch.empty(0)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]  # the same TypeError as of a loader without a length
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.loader:
+        for images, labels in Pairs(self.loader, self.unpack):
             if not len(self.images):
                 self.images = images[:16].detach()
             elif len(self.images) < 16 and images.shape[1:] == self.images.shape[1:]:

@@ -10,6 +10,7 @@ from clusterguard.detector import Loader
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.guard import ClusterGuard
 from clusterguard.intervals import Interval
+from clusterguard.loaders import Pairs, Unpack
 from clusterguard.metrics import Rate, is_eligible
 from einops import reduce
 from torch import Tensor
@@ -161,13 +162,14 @@ def certified_radius(
 
 
 @torch.no_grad()
-def certified_success_rate(guard: ClusterGuard, loader: Loader, *, eps: float) -> Rate:
+def certified_success_rate(guard: ClusterGuard, loader: Loader, *, eps: float, unpack: Unpack | None = None) -> Rate:
     """The most that any attack within a radius can succeed, known or not: an upper bound on the ASR.
 
     Args:
         guard: as in `certify`.
         loader: batches of images (B, C, H, W) in [0, 1] and their true labels (B,).
         eps: radius in l∞.
+        unpack: finds images and labels in batches of another form.
 
     Returns:
         The share of images that are not proved secure, among those labelled correctly and accepted before an attack.
@@ -183,7 +185,7 @@ def certified_success_rate(guard: ClusterGuard, loader: Loader, *, eps: float) -
         0.0
     """
     counted, broken, is_empty = 0, 0, True
-    for images, labels in loader:
+    for images, labels in Pairs(loader, unpack):
         images, labels = images.to(guard.thresholds.device), labels.to(guard.thresholds.device)
         eligible = is_eligible(guard.detect(images), labels)
         counted += int(eligible.sum())

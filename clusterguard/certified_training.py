@@ -9,13 +9,12 @@ from clusterguard.certification import bound
 from clusterguard.errors import ConfigurationError
 from clusterguard.guard import ClusterGuard
 from clusterguard.modes import evaluation_mode
+from clusterguard.optimizers import MakeOptimizer, MakeScheduler
 from clusterguard.training_engine import TrainingStep
 from clusterguard.training_loop import DetectorTrainer
 from clusterguard.training_options import TrainingOptions
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 
 def initialise(module: nn.Module, *, generator: Generator | None = None) -> None:
@@ -57,8 +56,10 @@ class CertifiedTrainer(DetectorTrainer):
     Args:
         guard: trained in place, on its own device; its network as in `certify`.
         eps: radius in l∞, in (0, 1]. Somewhat more than what is to be proved proves more.
-        optimizer: of the guard's parameters; None takes Adam with learning rate 1e-3.
-        scheduler: stepped after every epoch, or as the options say.
+        optimizer: a function that makes one of the guard's parameters, such as
+            ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``, or an optimizer of ``guard.parameters()``; None
+            takes Adam with learning rate 1e-3.
+        scheduler: a function that makes one of the optimizer, or a scheduler of it; see `DetectorTrainer`.
         warmup_epochs: epochs on benign images alone first.
         ramp_epochs: epochs after that over which the radius grows to its full length; short ones end at chance.
         bound_weight: κ at its largest, in (0, 1].
@@ -90,8 +91,8 @@ class CertifiedTrainer(DetectorTrainer):
         guard: ClusterGuard,
         *,
         eps: float,
-        optimizer: Optimizer | None = None,
-        scheduler: LRScheduler | None = None,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
         warmup_epochs: float = 1.0,
         ramp_epochs: float = 10.0,
         bound_weight: float = 0.5,
@@ -101,7 +102,10 @@ class CertifiedTrainer(DetectorTrainer):
         options: TrainingOptions | None = None,
     ) -> None:
         if not (0 < eps <= 1 and 0 < bound_weight <= 1):
-            raise ConfigurationError(f"expected eps and bound_weight in (0, 1], got {eps} and {bound_weight}")
+            raise ConfigurationError(
+                f"expected eps and bound_weight in (0, 1], got {eps} and {bound_weight}; pixels are in [0, 1], so a "
+                "radius of 8 grey levels is eps=8 / 255"
+            )
         if not (0 <= warmup_epochs < math.inf and 0 <= ramp_epochs < math.inf):
             raise ConfigurationError(
                 f"expected warmup_epochs and ramp_epochs of at least 0, got {warmup_epochs} and {ramp_epochs}"

@@ -21,6 +21,7 @@ from clusterguard.checks import (
 from clusterguard.copying import CopiedValues
 from clusterguard.decision import Detection, Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError, InputError
+from clusterguard.loaders import Pairs, Unpack, number_of_batches
 from clusterguard.modes import evaluation_mode
 from clusterguard.processes import collect, share
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from clusterguard.calibration import Calibration
     from typing_extensions import Self
 
-Loader = Iterable[tuple[Tensor, Tensor]]
-"""Batches of images (B, C, H, W) and labels (B,): a DataLoader, or a list of such pairs."""
+Loader = Iterable[Any]
+"""Batches of images (B, C, H, W) and labels (B,): a DataLoader, or a list; `loaders.unpack_batch` knows their forms."""
 
 ImageShape: TypeAlias = tuple[int, int, int] | Literal["any"]
 """The (C, H, W) of all images that a detector takes, or "any" where it takes images of several shapes."""
@@ -300,6 +301,7 @@ def judge(
     loader: Loader,
     *,
     accelerator: "Accelerator | None" = None,
+    unpack: Unpack | None = None,
     progress: str = "",
     calibrating: bool = False,
 ) -> tuple[Detection, Tensor]:
@@ -309,6 +311,7 @@ def judge(
         detector: whatever yields evidence; without thresholds everything is refused, labels and suspicion still count.
         loader: batches of images (B, C, H, W) in [0, 1] and labels (B,).
         accelerator: whose processes take a batch each, in turn; all of them get all verdicts.
+        unpack: finds images and labels in batches of another form.
         progress: the progress bar's title; empty shows none.
         calibrating: whether thresholds will be fitted to the verdicts. A `DetectorModule` then takes images of this
             shape alone from now on, and the first batch is judged twice: both answers must be the same.
@@ -323,7 +326,8 @@ def judge(
     check_detector(detector)
     verdicts: dict[int, list[Tensor]] = {}
     with evaluation_mode(detector):
-        bar = tqdm(loader, desc=progress, disable=not progress, leave=False)
+        pairs, batches = Pairs(loader, unpack), number_of_batches(loader)
+        bar = tqdm(pairs, desc=progress, total=batches, disable=not progress, leave=False)
         for position, (images, labels) in share(bar, accelerator):
             check_images(images)
             check_labels(labels, images, len(detector.thresholds))

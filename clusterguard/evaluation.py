@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from clusterguard.attacks import Attack
-from clusterguard.attacks.base import check_attack_input
+from clusterguard.attacks.base import check_attack_input, check_radius
 from clusterguard.attacks.norms import get_norm
 from clusterguard.batches import Batches, attack_batches
 from clusterguard.checks import check_detector, check_tensor
 from clusterguard.decision import Detection, Detector, decide
 from clusterguard.detector import Loader, judge
 from clusterguard.errors import ConfigurationError, InputError
+from clusterguard.loaders import Pairs, Unpack
 from clusterguard.metrics import (
     Rate,
     accuracy,
@@ -43,6 +44,7 @@ def evaluate(
     sanity_images: int = 100,
     checkpoint: str | Path | None = None,
     accelerator: "Accelerator | None" = None,
+    unpack: Unpack | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Attack a calibrated detector and count what gets through.
@@ -61,6 +63,7 @@ def evaluate(
         accelerator: whose processes take a batch each, in turn; all get the same result, whatever their number, if
             the batches are the same in all of them and the generator has the same seed. A suite then runs batch by
             batch.
+        unpack: finds images and labels in batches of another form, in both loaders.
         progress: show a progress bar.
 
     Returns:
@@ -69,7 +72,8 @@ def evaluate(
     Raises:
         NotCalibratedError: the detector has no thresholds.
         InputError: images or labels of a wrong shape, dtype or range, or an empty loader.
-        ConfigurationError: no attacks, or a negative number of sanity images.
+        ConfigurationError: no attacks, an attack with a radius that covers all images, or a negative number of sanity
+            images.
 
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".
@@ -90,16 +94,18 @@ def evaluate(
     if sanity_images < 0:
         raise ConfigurationError(f"expected sanity_images of at least 0, got {sanity_images}")
     device, num_classes = detector.thresholds.device, len(detector.thresholds)
-    batches = [(_moved(images, device), _moved(labels, device)) for images, labels in loader]
+    batches = [(_moved(images, device), _moved(labels, device)) for images, labels in Pairs(loader, unpack)]
     if not batches:
         raise InputError("expected a loader with at least one batch, got an empty one")
     for batch in batches:
         check_attack_input(detector, *batch)  # everything is checked before the first attack starts
+        for attack in named.values():
+            check_radius(attack, batch[0])
     clean, labels = judge(detector, batches, accelerator=accelerator)
     eligible = is_eligible(clean, labels)
     benign, benign_labels = clean, labels
     if calibration_loader is not None:
-        benign, benign_labels = judge(detector, calibration_loader, accelerator=accelerator)
+        benign, benign_labels = judge(detector, calibration_loader, accelerator=accelerator, unpack=unpack)
     results: list[AttackResult] = []
     broken: dict[str, Tensor] = {}
     gallery: Gallery | None = None

@@ -153,7 +153,7 @@ class PeerAttack(BuiltInAttack):
     run: Callable[[Problem, Tensor, DetectorAsClassifier], Tensor] = field(repr=False)
 
     def __post_init__(self) -> None:
-        check_budget(eps=self.eps or 0, batch_size=self.batch_size, may_be_unbounded=True)
+        check_budget(eps=self.eps or 0, norm=self.norm or "l2", batch_size=self.batch_size, may_be_unbounded=True)
         get_norm(self.norm or "linf")
 
     def _perturb(

@@ -1,7 +1,6 @@
 """Trainings that are put together: the paper's, one of what has helped since, and one for proofs."""
 
 import math
-from collections.abc import Sized
 from typing import TYPE_CHECKING
 
 from clusterguard.attacks import APGD, PGD
@@ -10,6 +9,7 @@ from clusterguard.certified_training import CertifiedTrainer
 from clusterguard.detector import Loader
 from clusterguard.errors import ConfigurationError
 from clusterguard.guard import ClusterGuard
+from clusterguard.loaders import number_of_batches
 from clusterguard.training import AdversarialClusterTrainer
 from clusterguard.training_options import TrainingOptions
 from torch.optim import Adam
@@ -175,11 +175,11 @@ def _one_cycle(
     """Adam, one cycle of its learning rate over all steps, and the options that go with it."""
     if epochs < 1:
         raise ConfigurationError(f"expected at least 1 epoch, got {epochs}")
-    if not isinstance(train_loader, Sized) or not len(train_loader):
+    batches = number_of_batches(train_loader)
+    if not batches:
         raise ConfigurationError("expected a training loader of a known length of at least one batch, for the schedule")
     options = TrainingOptions(schedule_every="step", accelerator=accelerator)
-    running = options.make_accelerator()
-    taken = math.ceil(len(train_loader) / running.num_processes)  # batches are dealt out to processes
-    total = max(1, epochs * taken // running.gradient_accumulation_steps)
+    taken = math.ceil(batches / options.make_accelerator().num_processes)  # batches are dealt out to processes
+    total = epochs * math.ceil(taken / options.batches_per_step)
     optimizer = Adam(guard.parameters(), lr=learning_rate)
     return optimizer, OneCycleLR(optimizer, learning_rate, total_steps=total), options

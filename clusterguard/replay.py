@@ -1,7 +1,8 @@
 """The way back to an exact moment of a run: random states, and loaders that return to the batch where they were."""
 
 import random
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from clusterguard.detector import Loader
-from clusterguard.errors import InputError
+from clusterguard.errors import InputError, PersistenceError
+from clusterguard.loader_state import LoaderState
+from clusterguard.loaders import number_of_batches
 from torch import Generator, Tensor
 
 
@@ -48,7 +51,8 @@ class Replay:
     """The batches of a loader, pass after pass; it knows where it is, and finds its way back there.
 
     It goes back by drawing the same batches again from the same random states, so whatever shuffles or augments
-    them does so as before, provided that it draws from torch, NumPy or Python, or from the loader's `generator`.
+    them does so as before, provided that it draws from torch's, NumPy's or Python's global generators, or from those
+    that `LoaderState` finds in the loader.
 
     Args:
         loader: whatever can be passed through repeatedly.
@@ -68,6 +72,7 @@ class Replay:
 
     def __init__(self, loader: Loader, device: torch.device) -> None:
         self.loader, self._device = loader, device
+        self._carried = LoaderState(loader)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._taken, self._start = 0, self._present_states()
 
@@ -105,24 +110,46 @@ class Replay:
         """Begin a new pass with the next batch."""
         self._batches, self._taken = None, 0
 
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """What is drawn from the loader in this context leaves no trace in what anything draws later."""
+        states = self._present_states()
+        try:
+            yield
+        finally:
+            self._set_states(states)
+
+    @property
+    def obstacles(self) -> list[str]:
+        """Why this loader cannot be brought back to where it was, in words; empty if nothing is known."""
+        return self._carried.obstacles
+
     def state_dict(self) -> dict[str, Any]:
         """Where the present pass began, or the next will, and how many batches it has given."""
-        return {"taken": self._taken, "start": self._start if self._taken else self._present_states()}
+        start = self._start if self._taken else self._present_states()
+        return {"taken": self._taken, "start": start | {"loader": self._carried.changed(start["loader"])}}
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go there; the global random states are then those after the last of the batches."""
+        """Go there; the global random states are then those after the last of the batches.
+
+        Raises:
+            InputError: the loader has fewer batches than when it was interrupted.
+            PersistenceError: it is another loader.
+        """
+        if not isinstance(state["start"]["loader"], dict):
+            raise PersistenceError("expected a checkpoint of this version of clusterguard, got an older one's")
         self.rewind()
-        set_random_states(state["start"]["global"], self._device)
-        if self._generator is not None and state["start"]["loader"] is not None:
-            self._generator.set_state(state["start"]["loader"])
+        self._set_states(state["start"])
         for _ in range(state["taken"]):
             if next(self, None) is None:
                 raise InputError(f"expected a loader of at least {state['taken']} batches, as when it was interrupted")
 
     def _present_states(self) -> dict[str, Any]:
-        generator = self._generator
-        own = None if generator is None else generator.get_state()
-        return {"global": random_states(self._device), "loader": own}
+        return {"global": random_states(self._device), "loader": self._carried.get()}
+
+    def _set_states(self, states: dict[str, Any]) -> None:
+        set_random_states(states["global"], self._device)
+        self._carried.set(states["loader"])
 
     @property
     def taken(self) -> int:
@@ -132,12 +159,7 @@ class Replay:
     @property
     def length(self) -> int | None:
         """Batches of a whole pass; None if the loader does not tell."""
-        return len(self.loader) if isinstance(self.loader, Sized) else None
-
-    @property
-    def _generator(self) -> Generator | None:
-        shared: Generator | None = getattr(self.loader, "synchronized_generator", None)  # of accelerate's loaders
-        return getattr(self.loader, "generator", None) if shared is None else shared
+        return number_of_batches(self.loader)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, final, get_args
 
 import torch
 from clusterguard.attacks import Attack
-from clusterguard.attacks.base import ramp, scale
+from clusterguard.attacks.base import check_radius, ramp, scale
 from clusterguard.attacks.norms import get_norm
 from clusterguard.calibration import Calibrator, fit_thresholds
 from clusterguard.clusters import AdversarialTarget, adversarial_energy, class_cross_entropy, cluster_terms, counts_of
@@ -17,12 +17,11 @@ from clusterguard.errors import ConfigurationError, TooFewCalibrationExamplesErr
 from clusterguard.guard import ClusterGuard
 from clusterguard.metrics import false_positive_rate, is_broken
 from clusterguard.modes import evaluation_mode
+from clusterguard.optimizers import MakeOptimizer, MakeScheduler
 from clusterguard.training_engine import TrainingStep
 from clusterguard.training_loop import DetectorTrainer
 from clusterguard.training_options import TrainingOptions
 from torch import Generator, Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 Relabel = Literal["separate", "graded", "original"]
 
@@ -56,8 +55,10 @@ class AdversarialClusterTrainer(DetectorTrainer):
     Args:
         guard: trained in place, on its own device.
         attack: the training attack, such as ``PGD(norm="linf", eps=0.3, step_size=0.01, steps=40, keep="last")``.
-        optimizer: of the guard's parameters; None takes Adam with learning rate 1e-3.
-        scheduler: stepped after every epoch.
+        optimizer: a function that makes one of the guard's parameters, such as
+            ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``, or an optimizer of ``guard.parameters()``; None
+            takes Adam with learning rate 1e-3.
+        scheduler: a function that makes one of the optimizer, or a scheduler of it; see `DetectorTrainer`.
         warmup_epochs: epochs on benign images alone first (equations 9 and 10).
         adversarial_weight: of the term of successful attacks, at least 0.
         adversarial_floor: share of the attacked images, in [0, 1]: the mean over successes is taken over at least so
@@ -108,8 +109,8 @@ class AdversarialClusterTrainer(DetectorTrainer):
         guard: ClusterGuard,
         attack: Attack,
         *,
-        optimizer: Optimizer | None = None,
-        scheduler: LRScheduler | None = None,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
         warmup_epochs: int = 0,
         adversarial_weight: float = 1.0,
         adversarial_floor: float = 0.0,
@@ -186,6 +187,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         """
         batch = _Relabelled(images, labels, labels, torch.zeros(len(labels), device=labels.device))
         successes = None
+        check_radius(self.attack, images)  # also in the warm-up, or training would end in an error after it
         if not self._is_warming_up:
             detector = WithThresholds(self.guard, self.thresholds)
             attacked = self._present_attack(detector, images, labels, generator=generator)
@@ -256,7 +258,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
 
     def _refresh_thresholds(self, batches: Loader) -> None:
         detector = WithThresholds(self.guard, self.thresholds)
-        detection, labels = judge(detector, batches, accelerator=self.engine.accelerator)
+        detection, labels = judge(detector, batches, accelerator=self.engine.shared)
         self.note({"false_positive_rate": false_positive_rate(detection, labels).value})
         finite = detection.distances.isfinite()
         try:

@@ -1,17 +1,20 @@
 """Steps of the optimizer: on one device or many, clipped, averaged, and undone when the loss explodes."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from clusterguard import optimizers
 from clusterguard.checkpoints import EpochTotals, Stateful
 from clusterguard.detector import DetectorModule, Loader
 from clusterguard.errors import ConfigurationError, TrainingDivergedError
+from clusterguard.processes import OneProcess
 from clusterguard.training_options import TrainingOptions
 from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
@@ -82,11 +85,11 @@ class TrainingEngine:
         training_step: Callable[..., TrainingStep],
         *,
         optimizer: Optimizer,
-        scheduler: LRScheduler | None,
+        scheduler: Any,
         options: TrainingOptions,
     ) -> None:
         self.detector, self.scheduler, self.options = detector, scheduler, options
-        self.accelerator: Accelerator = options.make_accelerator()
+        self.accelerator: Accelerator | OneProcess = options.make_accelerator()
         if self.accelerator.distributed_type in _SHARDED:
             raise ConfigurationError(
                 "expected an accelerator whose processes each hold the whole detector, as with DDP, got "
@@ -95,11 +98,19 @@ class TrainingEngine:
             )
         self.steps = 0
         self._module: nn.Module = self.accelerator.prepare_model(_WholeStep(detector, training_step))
+        self._given_optimizer = optimizer
         self._optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self._gathered = 0  # batches whose gradients wait for the next step
         decay = options.average_decay
         average = None if decay is None else get_ema_multi_avg_fn(decay)
         self._average = None if decay is None else AveragedModel(detector, multi_avg_fn=average, use_buffers=True)
         self._last_good: tuple[int, dict[str, Tensor]] = (0, {})
+        self._before_average: dict[str, Tensor] | None = None
+
+    @property
+    def shared(self) -> "Accelerator | None":
+        """The accelerator whose processes share work with this one; None if this process is alone."""
+        return None if isinstance(self.accelerator, OneProcess) else self.accelerator
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +125,46 @@ class TrainingEngine:
             "optimizer": self._optimizer,
             "scheduler": self.scheduler,
             "average": self._average,
+            "scaler": self.accelerator.scaler,
         }
+
+    def check(self, batches: int | None, epochs: int, *, resumable: bool) -> None:
+        """The optimizer and the scheduler can do what a training asks of them.
+
+        Args:
+            batches: of an epoch, in this process; None if that is not known.
+            epochs: in all.
+            resumable: whether there will be checkpoints.
+
+        Raises:
+            ConfigurationError: they cannot, or the detector was made in inference mode.
+
+        Warns:
+            UserWarning: the optimizer holds some of the detector's trainable parameters only.
+        """
+        for name, own in _everything(self.detector):
+            if own.is_inference() and own is not self.detector.thresholds:
+                raise ConfigurationError(
+                    f"expected a detector that can be trained, got one made inside torch.inference_mode() ({name}); "
+                    "make it outside"
+                )
+        optimizers.check_optimizer(self._given_optimizer, self.detector)
+        every, group = self.options.schedule_every, self.options.batches_per_step
+        in_an_epoch = 1 if every == "epoch" else None if batches is None else -(-batches // group)
+        steps = None if in_an_epoch is None else epochs * in_an_epoch
+        optimizers.check_scheduler(self.scheduler, self._given_optimizer, every=every, steps=steps, resumable=resumable)
+
+    def begin(self) -> None:
+        """Make ready for a training: no gradients are left over, and averaged weights give way to those that train."""
+        with self._in_sync():
+            self._optimizer.zero_grad()
+        self._gathered = 0
+        before, self._before_average = self._before_average, None
+        if before is None or self._average is None:
+            return
+        pairs = zip(self.detector.parameters(), self._average.module.parameters(), strict=True)
+        if all(torch.equal(own, average) for own, average in pairs):  # nobody has changed them meanwhile
+            self.detector.load_state_dict(before)
 
     def share(self, loader: Loader) -> Loader:
         """The part of the training batches that this process takes.
@@ -122,7 +172,7 @@ class TrainingEngine:
         Raises:
             ConfigurationError: several processes, and a loader of which accelerate knows no parts.
         """
-        if self.accelerator.num_processes == 1:
+        if isinstance(self.accelerator, OneProcess) or self.accelerator.num_processes == 1:
             return loader
         if not isinstance(loader, DataLoader):
             raise ConfigurationError(f"expected a DataLoader, to train in several processes, got {type(loader)}")
@@ -132,32 +182,73 @@ class TrainingEngine:
     def take_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> tuple[TrainingStep, bool]:
         """Descend the loss of a batch.
 
+        A batch of one image has no statistics of its own, so batch normalisation takes it with its running ones.
+
         Returns:
             What the batch gave; and whether the optimizer has taken a step, or gradients accumulate still.
 
         Raises:
             TrainingDivergedError: the loss is NaN or infinite, in this process or another.
+
+        Warns:
+            UserWarning: the batch has one image, and the detector batch normalisation.
         """
-        accelerator = self.accelerator
-        with accelerator.accumulate(self._module):
-            batch = images.to(self.device), labels.to(self.device), generator
+        completes = self._gathered + 1 >= self.options.batches_per_step
+        batch = _usable(images).to(self.device), _usable(labels).to(self.device).long(), generator
+        exchange = nullcontext() if completes else self.accelerator.no_sync(self._module)
+        with exchange, _running_statistics(self.detector) if len(images) == 1 else nullcontext():
             if self.options.weight_perturbation is None:
                 step: TrainingStep = self._module(*batch)
                 self._check_loss(step.loss.detach())
-                accelerator.backward(step.loss)
+                self._add_gradients(step.loss)
             else:
                 step = self._descend_from_above(batch, self.options.weight_perturbation)
-            if accelerator.sync_gradients and self.options.clip_norm is not None:
-                accelerator.clip_grad_norm_(self.detector.parameters(), self.options.clip_norm)
+        self._gathered += 1
+        return step, completes and self.apply_gradients()
+
+    def apply_gradients(self) -> bool:
+        """Take a step along the gradients of the batches since the last one, be they fewer than a step should have.
+
+        Returns:
+            Whether there were any.
+        """
+        if not self._gathered:
+            return False
+        if self._gathered < self.options.batches_per_step:
+            self._complete_group()
+        if self.options.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.detector.parameters(), self.options.clip_norm)
+        with self._in_sync():
             self._optimizer.step()
             self._optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            self.steps += 1
-            if self._average is not None:
-                self._average.update_parameters(self.detector)
-            if self.options.schedule_every == "step" and self.scheduler is not None:
-                self.scheduler.step()
-        return step, accelerator.sync_gradients
+        self._gathered = 0
+        self.steps += 1
+        if self._average is not None:
+            self._average.update_parameters(self.detector)
+        optimizers.after_step(self.scheduler, every=self.options.schedule_every, steps=self.steps)
+        return True
+
+    def _add_gradients(self, loss: Tensor) -> None:
+        # Not accelerate's backward, which divides by the number of batches that its newest accelerator was given.
+        scaled, scaler = loss / self.options.batches_per_step, self.accelerator.scaler
+        (scaled if scaler is None else scaler.scale(scaled)).backward()
+
+    def _complete_group(self) -> None:
+        """Make of the gradients of a few batches their mean, over all processes, which have not exchanged them yet."""
+        factor = self.options.batches_per_step / self._gathered
+        held = [own for group in self._optimizer.param_groups for own in group["params"] if own.grad is not None]
+        means = self.accelerator.reduce([own.grad for own in held], "mean")
+        for own, mean in zip(held, means, strict=True):
+            own.grad.copy_(mean * factor)
+
+    @contextmanager
+    def _in_sync(self) -> Iterator[None]:
+        """Let accelerate's optimizer act, whatever the script has last told accelerate about accumulation."""
+        before, self.accelerator.sync_gradients = self.accelerator.sync_gradients, True
+        try:
+            yield
+        finally:
+            self.accelerator.sync_gradients = before
 
     def _descend_from_above(self, batch: tuple[Tensor, Tensor, Generator | None], perturbation: float) -> TrainingStep:
         """A step whose gradient is taken where the loss is higher; it reports the loss where the weights are."""
@@ -174,15 +265,24 @@ class TrainingEngine:
             loss = again if isinstance(again, Tensor) else again.loss
             is_finite = self._is_finite(loss.detach())
             if is_finite:
-                accelerator.backward(loss)
+                self._add_gradients(loss)
         if not is_finite:
             self._give_up(loss.detach())
         return step._replace(loss=step.loss.detach(), again=None)
 
-    def end_epoch(self, totals: EpochTotals) -> EpochTotals:
-        """All processes' totals; the scheduler steps if epochs are what it counts."""
-        if self.options.schedule_every == "epoch" and self.scheduler is not None:
-            self.scheduler.step()
+    def end_epoch(self, totals: EpochTotals, epochs: int) -> EpochTotals:
+        """All processes' totals; the scheduler steps if epochs are what it counts.
+
+        Args:
+            totals: of this process.
+            epochs: that are over, this one included.
+        """
+        totals = self._sum(totals)
+        loss = totals.loss / max(1, totals.steps)
+        optimizers.after_epoch(self.scheduler, every=self.options.schedule_every, epochs=epochs, loss=loss)
+        return totals
+
+    def _sum(self, totals: EpochTotals) -> EpochTotals:
         if self.accelerator.num_processes == 1:
             return totals
         own = [totals.steps, totals.loss, totals.images, totals.correct, totals.attacked, totals.successes]
@@ -192,8 +292,9 @@ class TrainingEngine:
         return EpochTotals(steps, loss, images, correct, attacked, successes, totals.seconds)
 
     def finish(self) -> None:
-        """Give the detector the average of its weights, if one is kept."""
+        """Give the detector the average of its weights, if one is kept; a further training goes on from its own."""
         if self._average is not None and self._average.n_averaged:
+            self._before_average = {name: own.clone() for name, own in self.detector.state_dict().items()}
             self.detector.load_state_dict(self._average.module.state_dict())
 
     def report(self, values: Mapping[str, float]) -> None:
@@ -251,3 +352,31 @@ def _everything(detector: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, also those that a state dict leaves out."""
     yield from detector.named_parameters()
     yield from detector.named_buffers()
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one made in inference mode, which autograd would refuse."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+@contextmanager
+def _running_statistics(detector: nn.Module) -> Iterator[None]:
+    """Batch normalisation by running statistics, which do not move; synchronised layers see all processes' images."""
+    layers = [
+        layer
+        for layer in detector.modules()
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm) and layer.training
+    ]
+    if layers:
+        warnings.warn(
+            "a batch has one image only, of which batch normalisation can take no statistics, so it took the running "
+            "ones; drop_last=True of the DataLoader leaves such a batch out",
+            stacklevel=2,
+        )
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()

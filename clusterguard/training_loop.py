@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from clusterguard.calibration import Calibrator
 from clusterguard.checkpoints import EpochRecord, EpochTotals, read_checkpoint, save_checkpoint
 from clusterguard.checks import check_images, check_labels
-from clusterguard.detector import DetectorModule, Loader
+from clusterguard.detector import DetectorModule, Loader, judge
 from clusterguard.errors import (
     ConfigurationError,
     InputError,
@@ -20,14 +21,17 @@ from clusterguard.errors import (
     TooFewCalibrationExamplesError,
     TrainingStoppedError,
 )
+from clusterguard.loader_state import restarting_workers
+from clusterguard.loaders import Pairs, Unpack, check_loader, give_the_same_images, set_epoch
 from clusterguard.modes import names_in_eval_mode, to_eval_mode, training_mode
+from clusterguard.optimizers import MakeOptimizer, MakeScheduler, make_optimizer, make_scheduler
 from clusterguard.processes import collect
 from clusterguard.replay import Replay, Run
 from clusterguard.training_engine import TrainingEngine, TrainingStep
 from clusterguard.training_options import TrainingOptions
-from torch import Generator, Tensor
-from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 
@@ -36,12 +40,17 @@ class DetectorTrainer(ABC):
 
     Args:
         detector: trained in place, on its own device.
-        optimizer: of the detector's parameters; None takes Adam with learning rate 1e-3.
-        scheduler: stepped after every epoch, or as the options say.
+        optimizer: a function that makes one of the detector's parameters, such as
+            ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``, or an optimizer of ``detector.parameters()``;
+            None takes Adam with learning rate 1e-3.
+        scheduler: a function that makes one of the optimizer, or a scheduler of it, torch's or timm's; stepped after
+            every epoch, or as the options say. `ReduceLROnPlateau` is given the mean loss of each epoch.
         calibrator: fits the final thresholds; None takes `Calibrator()`.
         options: how steps are taken: clipping, averaging, devices and processes; None takes `TrainingOptions()`.
 
     Attributes:
+        optimizer: that takes the steps.
+        scheduler: of its learning rate, or None.
         thresholds: (K,) those in use while training, +inf at first.
         history: one record per epoch that is done.
 
@@ -63,14 +72,14 @@ class DetectorTrainer(ABC):
         self,
         detector: DetectorModule,
         *,
-        optimizer: Optimizer | None = None,
-        scheduler: LRScheduler | None = None,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
         calibrator: Calibrator | None = None,
         options: TrainingOptions | None = None,
     ) -> None:
         self.detector = detector
-        self.optimizer = Adam(detector.parameters(), lr=1e-3) if optimizer is None else optimizer
-        self.scheduler = scheduler
+        self.optimizer: Optimizer = make_optimizer(optimizer, detector)
+        self.scheduler: Any = make_scheduler(scheduler, self.optimizer)
         self.calibrator = Calibrator() if calibrator is None else calibrator
         self.options = TrainingOptions() if options is None else options
         self.thresholds = torch.full_like(detector.thresholds, torch.inf)
@@ -124,6 +133,7 @@ class DetectorTrainer(ABC):
         stop_when: Callable[[], bool] | None = None,
         generator: Generator | None = None,
         calibrate: bool = True,
+        unpack: Unpack | None = None,
         progress: bool = True,
     ) -> list[EpochRecord]:
         """Train, then calibrate.
@@ -131,35 +141,47 @@ class DetectorTrainer(ABC):
         The detector counts as uncalibrated until the end, and stays so if training fails. It is in train mode within
         epochs and in eval mode afterwards, also if training fails. Modules that its attribute `frozen` names stay in
         eval mode; in a detector that you hand over in train mode, these are the ones you have put into eval mode, such
-        as a frozen BatchNorm. Equal seeds of torch's global generator, of the loaders and of `generator` give equal
-        weights on the same machine. With several processes, batches of the training loader are dealt out in turn.
+        as a frozen BatchNorm. Batch normalisation of which all parameters are frozen, or that lies in a module of which
+        all are, is used in eval mode too, so that its statistics do not move. Equal seeds of torch's global generator,
+        of the loaders and of `generator` give equal weights on the same machine. With several processes, batches of the
+        training loader are dealt out in turn.
 
         Args:
-            train_loader: batches of images (B, C, H, W) in [0, 1] and labels (B,).
+            train_loader: batches of images (B, C, H, W) in [0, 1] and labels (B,), in any form that
+                `clusterguard.loaders.unpack_batch` knows; a loader of a stream will do. Samplers and data sets with a
+                method `set_epoch` are told the number of each epoch.
             calibration_loader: the same, of images kept out of training and of evaluation.
-            epochs: how many there shall be in all, those of a resumed checkpoint included.
+            epochs: how many there shall be in all, those of a resumed checkpoint and of earlier calls included.
             on_epoch_end: called after every epoch with its record, when the checkpoint has been written.
             checkpoint: a file written after every epoch; if it exists, training goes on from it, to the same weights
-                as without the interruption. The one before it is kept beside it, as ``.previous``.
+                as without the interruption. The one before it is kept beside it, as ``.previous``. Persistent workers
+                of loaders are started anew for every pass, for their random states cannot be kept.
             checkpoint_every: steps of the optimizer after which it is written too; None writes it after epochs only.
             stop_when: asked after every step of the optimizer; once any process says yes, the checkpoint is written and
                 `TrainingStoppedError` ends the call. The same call goes on. For limits of time, and for SIGTERM.
             generator: the attack's randomness; None takes torch's global one.
             calibrate: fit thresholds at the end. Where the calibration set turns out too small, a warning says so
                 and the trained detector stays uncalibrated.
+            unpack: finds images and labels in a batch of another form, such as
+                ``lambda batch: (batch["photo"], batch["species"])``.
             progress: show a progress bar.
 
         Returns:
             One record per epoch.
 
         Raises:
-            ConfigurationError: fewer than one epoch or step, a training loader that processes cannot share, or
-                `stop_when` without a checkpoint.
+            ConfigurationError: fewer than one epoch or step, a loader of which there is one pass only or that processes
+                cannot share, an optimizer or a scheduler that would change nothing, nothing to train, or `stop_when`
+                without a checkpoint.
             PersistenceError: the checkpoint and the one before it are damaged, or another run's; nothing has changed.
-            InputError: images or labels of a wrong shape, dtype or range.
+            InputError: images or labels of a wrong form, shape, dtype or range.
             TooFewCalibrationExamplesError: before training, if the calibration set can't suffice.
             TrainingDivergedError: the loss became NaN or infinite; the detector holds the last good weights.
             TrainingStoppedError: `stop_when` said so, and the checkpoint is written.
+
+        Warns:
+            UserWarning: calibration images are trained on; the optimizer lacks parameters; a loader holds randomness
+                that no checkpoint can keep; a batch has one image, and the detector batch normalisation.
         """
         if epochs < 1:
             raise ConfigurationError(f"expected at least 1 epoch, got {epochs}")
@@ -167,43 +189,75 @@ class DetectorTrainer(ABC):
             raise ConfigurationError(f"expected checkpoint_every of at least 1 step, got {checkpoint_every}")
         if stop_when is not None and checkpoint is None:
             raise ConfigurationError("expected a checkpoint with stop_when, or what is stopped would be lost, got none")
+        check_loader(train_loader, "training loader")
+        check_loader(calibration_loader, "calibration loader")
+        with torch.inference_mode(False), torch.enable_grad():
+            train, calibration = (
+                loader if checkpoint is None else restarting_workers(loader)
+                for loader in (train_loader, calibration_loader)
+            )
+            run = Run(
+                Replay(Pairs(self.engine.share(train), unpack), self.engine.device),
+                Replay(Pairs(calibration, unpack), self.engine.device),
+                generator,
+                checkpoint,
+                checkpoint_every,
+                stop_when,
+            )
+            if calibrate and give_the_same_images(train_loader, calibration_loader):
+                warnings.warn(
+                    "the calibration loader gives images that are trained on. Thresholds fitted to them refuse more "
+                    "new images than they should; keep the calibration images out of training",
+                    stacklevel=2,
+                )
+            self._begin(run, epochs, calibrate)
+            while len(self.history) < epochs:
+                frozen = self.detector.frozen | _frozen_batch_norms(self.detector)
+                with training_mode(self.detector, frozen=frozen):
+                    self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" if progress else "")
+                self._end_epoch(run, on_epoch_end)
+            self.engine.finish()
+            if calibrate:
+                self._calibrate(run, progress)
+        return self.history
+
+    def _begin(self, run: Run, epochs: int, calibrate: bool) -> None:
+        """Find what cannot work before the first step, and go on from a checkpoint if there is one."""
+        self.engine.check(run.train.length, epochs, resumable=run.checkpoint is not None)
+        obstacles = [*run.train.obstacles, *run.calibration.obstacles]
+        if run.checkpoint is not None and obstacles:
+            warnings.warn(
+                "training that goes on from its checkpoint will not be the same as without the interruption, because "
+                + "; ".join(obstacles),
+                stacklevel=3,
+            )
         if calibrate:
-            self.calibrator.check_counts(calibration_loader, self.detector.num_classes)
-        train = Replay(self.engine.share(train_loader), self.engine.device)
-        calibration = Replay(calibration_loader, self.engine.device)
-        run = Run(train, calibration, generator, checkpoint, checkpoint_every, stop_when)
-        self.thresholds = self.thresholds.to(self.engine.device)
-        self._resume(run)
+            with run.calibration.undisturbed():
+                self.calibrator.check_counts(self._first_judged(run.calibration.loader), self.detector.num_classes)
+        self.thresholds = self.thresholds.to(self.engine.device, copy=True)
+        if not self._resume(run):
+            self._totals = EpochTotals()  # of an epoch that an earlier call did not finish
+        self.engine.begin()
         self.detector.reset_calibration()
         if self.detector.training:
             self.detector.frozen = names_in_eval_mode(self.detector)
         to_eval_mode(self.detector)
-        while len(self.history) < epochs:
-            with training_mode(self.detector, frozen=self.detector.frozen):
-                self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" if progress else "")
-            if not self._totals.images:
-                raise InputError("expected a training loader with at least one image, got an empty one")
-            record = self.engine.end_epoch(self._totals).record(len(self.history) + 1, float(self.thresholds.mean()))
-            self.history.append(record)
-            self._totals = EpochTotals()
-            run.calibration.rewind()
-            self._save(run)
-            if on_epoch_end is not None:
-                on_epoch_end(record)
-        self.engine.finish()
-        if calibrate:
-            try:
-                accelerator = self.engine.accelerator
-                self.calibrator.fit(self.detector, calibration_loader, accelerator=accelerator, progress=progress)
-            except TooFewCalibrationExamplesError as error:
-                warnings.warn(f"trained, but not calibrated: {error}", stacklevel=2)
-        return self.history
+
+    def _first_judged(self, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches, checked; the detector has a look at the first, or errors would come when training is over."""
+        for position, (images, labels) in enumerate(batches):
+            check_images(images)
+            if not position:
+                judge(self.detector, [(images, labels)])
+            yield images, labels
 
     def _finish_epoch(self, run: Run, title: str) -> None:
         """Go on with the present epoch to its end."""
         totals, started = self._totals, time.perf_counter() - self._totals.seconds
         calibration_batches = run.calibration.forever()
         self._batches = run.train.length
+        if not run.train.taken:
+            set_epoch(run.train.loader, len(self.history))
         bar = tqdm(
             run.train,
             desc=title,
@@ -213,34 +267,65 @@ class DetectorTrainer(ABC):
             leave=False,
             mininterval=0.5,
         )
+        step, count = None, 0
         for images, labels in bar:
             check_images(images)
             check_labels(labels, images, self.detector.num_classes)
+            if not len(labels):
+                continue
             self.detector.learn_image_shape(images)
             step, is_whole = self.engine.take_step(images, labels, generator=run.generator)
-            totals.add(step.loss, len(labels), step.correct, step.successes)
+            count = len(labels)
+            totals.add(step.loss, count, step.correct, step.successes)
             totals.seconds = time.perf_counter() - started
             if is_whole:
-                self.after_step(calibration_batches)
-                self._report(step, len(labels))
-                stopped = self._is_stopped(run)
-                if stopped or (run.checkpoint_every is not None and self.engine.steps % run.checkpoint_every == 0):
-                    self._save(run)
-                if stopped:
-                    raise TrainingStoppedError(
-                        f"stopped, as asked, after {self.engine.steps} steps; fit with {run.checkpoint} goes on"
-                    )
+                self._follow_step(run, step, count, calibration_batches)
             if title:
                 record = totals.record(len(self.history) + 1, float(self.thresholds.mean()))
                 attack, tau = f"{record.attack_success_rate:.2f}", f"{record.mean_threshold:.2f}"
                 bar.set_postfix(loss=f"{record.loss:.2f}", attack=attack, tau=tau, refresh=False)
+        if step is None and not totals.images:
+            raise InputError("expected a training loader with at least one image, got an empty one")
+        if self.engine.apply_gradients() and step is not None:  # of a last group with fewer batches than the others
+            self._follow_step(run, step, count, calibration_batches)
+
+    def _follow_step(
+        self, run: Run, step: TrainingStep, images: int, calibration_batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> None:
+        """What has to be done after a step of the optimizer, the last batch of which had so many images."""
+        self.after_step(calibration_batches)
+        self._report(step, images)
+        stopped = self._is_stopped(run)
+        if stopped or (run.checkpoint_every is not None and self.engine.steps % run.checkpoint_every == 0):
+            self._save(run)
+        if stopped:
+            raise TrainingStoppedError(
+                f"stopped, as asked, after {self.engine.steps} steps; fit with {run.checkpoint} goes on"
+            )
+
+    def _end_epoch(self, run: Run, on_epoch_end: Callable[[EpochRecord], None] | None) -> None:
+        epochs = len(self.history) + 1
+        record = self.engine.end_epoch(self._totals, epochs).record(epochs, float(self.thresholds.mean()))
+        self.history.append(record)
+        self._totals = EpochTotals()
+        run.calibration.rewind()
+        self._save(run)
+        if on_epoch_end is not None:
+            on_epoch_end(record)
+
+    def _calibrate(self, run: Run, progress: bool) -> None:
+        loader, accelerator = run.calibration.loader, self.engine.shared
+        try:
+            with run.calibration.undisturbed():  # a further call of fit trains as if there had been none
+                self.calibrator.fit(self.detector, loader, accelerator=accelerator, progress=progress)
+        except TooFewCalibrationExamplesError as error:
+            warnings.warn(f"trained, but not calibrated: {error}", stacklevel=3)
 
     def _is_stopped(self, run: Run) -> bool:
         """Whether any process is asked to stop; all of them then do."""
         if run.stop_when is None:
             return False
-        accelerator = self.engine.accelerator
-        return any(collect({accelerator.process_index: run.stop_when()}, accelerator))
+        return any(collect({self.engine.accelerator.process_index: run.stop_when()}, self.engine.shared))
 
     def _report(self, step: TrainingStep, images: int) -> None:
         if not self.engine.is_reporting:
@@ -264,16 +349,17 @@ class DetectorTrainer(ABC):
             "history": [asdict(record) for record in self.history],
             "steps": self.engine.steps,
             "image_shape": self.detector.image_shape,
-            "processes": collect(own, accelerator),
+            "processes": collect(own, self.engine.shared),
         }
         if accelerator.is_main_process:
             save_checkpoint(run.checkpoint, parts=self.engine.parts, values=values)
         accelerator.wait_for_everyone()
 
-    def _resume(self, run: Run) -> None:
+    def _resume(self, run: Run) -> bool:
+        """Go to where the checkpoint was written, and say whether there was one."""
         checkpoint = None if run.checkpoint is None else read_checkpoint(run.checkpoint)
         if checkpoint is None:
-            return
+            return False
         accelerator, values = self.engine.accelerator, checkpoint.values
         if len(values["processes"]) != accelerator.num_processes:
             raise PersistenceError(
@@ -288,3 +374,14 @@ class DetectorTrainer(ABC):
         self.engine.steps = values["steps"]
         self.detector.image_shape = self.detector.image_shape or values.get("image_shape")
         self._totals = EpochTotals(**own["totals"])
+        return True
+
+
+def _frozen_batch_norms(detector: nn.Module) -> frozenset[str]:
+    """The names of batch normalisation in modules all of whose parameters are frozen, itself among them."""
+    frozen: set[nn.Module] = set()
+    for module in detector.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            frozen |= {layer for layer in module.modules() if isinstance(layer, _BatchNorm)}
+    return frozenset(name for name, module in detector.named_modules() if module in frozen)

@@ -14,7 +14,7 @@ from clusterguard.errors import (
 )
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from trainings import ATTACK, new_guard, train, weights
+from trainings import ATTACK, held_out, new_guard, train, weights
 
 
 def test_equal_seeds_give_equal_weights_and_others_do_not(blobs):
@@ -160,7 +160,7 @@ def test_an_empty_calibration_loader_is_named_instead_of_asked_for_ever(blobs):
 
 def test_a_calibration_that_fails_after_training_keeps_the_training(blobs):
     guard = new_guard()
-    images, labels = blobs.dataset.tensors
+    images, labels = held_out(blobs).dataset.tensors
     mislabelled = DataLoader(TensorDataset(images, (labels + 1) % 3), batch_size=60)
     trainer = AdversarialClusterTrainer(guard, ATTACK, warmup_epochs=2)
     with pytest.warns(UserWarning, match="trained, but not calibrated"):

@@ -1,11 +1,13 @@
 """What every attack shares: the call, its checks, and what it leaves as it found it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
+from clusterguard.attacks.norms import get_norm
 from clusterguard.checks import check_calibrated, check_detector, check_images, check_labels
 from clusterguard.decision import Detector
 from clusterguard.errors import ConfigurationError, InputError
@@ -95,8 +97,10 @@ class BuiltInAttack(ABC):
         Raises:
             InputError: images, labels or targets of a wrong shape, dtype, range or device.
             NotCalibratedError: the detector has no thresholds.
+            ConfigurationError: a radius with which every image of this size is within reach of every other.
         """
         check_attack_input(detector, images, labels, targets, needs_evidence=self._needs_evidence)
+        check_radius(self, images)
         if not len(images):
             return images
         with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(detector):
@@ -241,9 +245,32 @@ def check_attack_input(
         check_calibrated(thresholds)
 
 
+def check_radius(attack: object, images: Tensor) -> None:
+    """An attack's radius, if it states one, leaves some of the box out; a larger one is a mistake in the units.
+
+    Args:
+        attack: any, with or without a norm and eps; an eps of +inf means that it has no budget.
+        images: (B, C, H, W), of which the shape counts.
+
+    Raises:
+        ConfigurationError: eps is larger than any change of such an image can be.
+    """
+    name, eps = getattr(attack, "norm", None), getattr(attack, "eps", None)
+    if name is None or not isinstance(eps, int | float) or math.isinf(eps):
+        return
+    largest = get_norm(name).largest(images.shape[1:])
+    if eps > largest * (1 + 1e-6):
+        raise ConfigurationError(
+            f"expected eps of at most {largest:.6g} in {name}, which is all that can change in an image of shape "
+            f"{tuple(images.shape[1:])} with pixels in [0, 1], got {eps:g}; divide a radius of 8-bit pixels by 255, "
+            "as in eps=8 / 255"
+        )
+
+
 def check_budget(
     *,
     eps: float,
+    norm: str = "l2",
     steps: int = 1,
     step_size: float = 1.0,
     batch_size: int | None = None,
@@ -251,12 +278,26 @@ def check_budget(
 ) -> None:
     """Options that many attacks have.
 
+    Args:
+        eps: radius in the norm.
+        norm: its name. In linf an eps above 1 is more than a pixel can change; the other norms' limits depend on the
+            size of the images, see `check_radius`.
+        steps: how many.
+        step_size: of each.
+        batch_size: how many images at a time; None takes all.
+        may_be_unbounded: whether eps may be +inf.
+
     Raises:
         ConfigurationError: an eps that is negative or, unless it may be, infinite; fewer than one step or image at a
             time; or a step size that is not positive and finite.
     """
     if not eps >= 0 or not (may_be_unbounded or eps <= _LARGEST):
         raise ConfigurationError(f"expected a finite eps of at least 0, got {eps}")
+    if norm == "linf" and 1 < eps < math.inf:
+        raise ConfigurationError(
+            f"expected eps in [0, 1] in linf, for pixels are in [0, 1], got {eps:g}; divide a radius of 8-bit pixels "
+            "by 255, as in eps=8 / 255"
+        )
     if steps < 1:
         raise ConfigurationError(f"expected at least 1 step, got {steps}")
     if not 0 < step_size <= _LARGEST:

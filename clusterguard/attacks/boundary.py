@@ -70,7 +70,7 @@ class Boundary(BuiltInAttack):
     _needs_evidence = False
 
     def __post_init__(self) -> None:
-        check_budget(eps=self.eps, batch_size=self.batch_size, may_be_unbounded=True)
+        check_budget(eps=self.eps, norm=self.norm, batch_size=self.batch_size, may_be_unbounded=True)
         if self.norm not in ("l2", "linf"):
             raise ConfigurationError(f"expected norm 'l2' or 'linf', got {self.norm!r}")
         if self.queries < 1 or self.starts < 1:

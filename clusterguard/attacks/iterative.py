@@ -42,7 +42,7 @@ class IteratedAttack(BuiltInAttack):
     on_step: OnStep | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_budget(eps=self.eps, steps=self.steps, batch_size=self.batch_size)
+        check_budget(eps=self.eps, norm=self.norm, steps=self.steps, batch_size=self.batch_size)
         get_norm(self.norm)
         get_objective(self.objective)
         get_start(self.start)

@@ -4,8 +4,9 @@ Shapes: B images, C channels, H x W pixels. All of it is batched, keeps the inpu
 or float64) and never waits for the device. Gradients are not meant to flow through.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -28,6 +29,10 @@ class Norm(ABC):
     @abstractmethod
     def size(self, perturbations: Tensor) -> Tensor:
         """The norm of each perturbation: (B, C, H, W) -> (B,)."""
+
+    @abstractmethod
+    def largest(self, shape: Sequence[int]) -> float:
+        """The largest size that a change of an image (C, H, W) in [0, 1] can have."""
 
     @abstractmethod
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
@@ -100,6 +105,10 @@ class LInf(Norm):
         """Largest absolute value: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).abs().amax(dim=1)
 
+    def largest(self, shape: Sequence[int]) -> float:
+        """1: a pixel goes from 0 to 1."""
+        return 1.0
+
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
         """The gradient's signs."""
         return gradient.sign()
@@ -135,6 +144,10 @@ class L2(Norm):
         """Root of the sum of squares: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).square().sum(dim=1).sqrt()
 
+    def largest(self, shape: Sequence[int]) -> float:
+        """√(C·H·W)."""
+        return math.sqrt(math.prod(shape))
+
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
         """The gradient over its Euclidean length."""
         scaled = _scaled(gradient)
@@ -165,6 +178,10 @@ class L1(Norm):
         """Sum of absolute values: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).abs().sum(dim=1)
 
+    def largest(self, shape: Sequence[int]) -> float:
+        """C·H·W."""
+        return float(math.prod(shape))
+
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
         """Signs of the `sparsity` largest coordinates over their number; with 1, the steepest step of all."""
         count = _per_image(1 if sparsity is None else sparsity, gradient).flatten(1).clamp_min(1)
@@ -188,6 +205,10 @@ class L0(Norm):
     def size(self, perturbations: Tensor) -> Tensor:
         """Pixels with a channel other than 0: (B, C, H, W) -> (B,), in the input's dtype."""
         return (perturbations != 0).any(dim=1).flatten(1).sum(dim=1, dtype=perturbations.dtype)
+
+    def largest(self, shape: Sequence[int]) -> float:
+        """H·W, all pixels."""
+        return float(math.prod(shape[1:]))
 
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
         """The gradient over its l1 norm, as in PGD0 (Croce & Hein 2019), for l0 has no steepest step."""

@@ -41,7 +41,7 @@ class RandomSearch(BuiltInAttack):
     _lasts_until: ClassVar[tuple[int, ...]]
 
     def __post_init__(self) -> None:
-        check_budget(eps=self.eps, batch_size=self.batch_size)
+        check_budget(eps=self.eps, norm=self.norm, batch_size=self.batch_size)
         get_objective(self.objective)
         if self.queries < 1:
             raise ConfigurationError(f"expected at least 1 query, got {self.queries}")

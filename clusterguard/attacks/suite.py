@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, final
 
 import torch
 from clusterguard.attacks.auto_pgd import APGD
-from clusterguard.attacks.base import Attack, BuiltInAttack, check_attack_input, check_budget
+from clusterguard.attacks.base import Attack, BuiltInAttack, check_attack_input, check_budget, check_radius
 from clusterguard.attacks.boundary import Boundary
 from clusterguard.attacks.carlini_wagner import CarliniWagner
 from clusterguard.attacks.iterative import MIM, PGD
@@ -83,7 +83,7 @@ class WorstCaseSuite(BuiltInAttack):
     surrogates: tuple[Detector, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_budget(eps=self.eps, batch_size=self.batch_size)
+        check_budget(eps=self.eps, norm=self.norm, batch_size=self.batch_size)
         get_norm(self.norm)
         if self.budget not in EFFORTS:
             raise ConfigurationError(f"expected a budget among {', '.join(EFFORTS)}, got {self.budget!r}")
@@ -190,6 +190,7 @@ class WorstCaseSuite(BuiltInAttack):
             ConfigurationError: the checkpoint is of another suite or of other images.
         """
         check_attack_input(detector, images, labels, targets)
+        check_radius(self, images)
         with torch.inference_mode(False), evaluation_mode(detector):
             images, labels = images.detach().clone(), labels.long().clone()
             targets = None if targets is None else targets.long().clone()

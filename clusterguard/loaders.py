@@ -1,0 +1,199 @@
+"""What loaders give: batches of images and labels in the forms that people have, their number, and their source."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from clusterguard.errors import ConfigurationError, InputError
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+Unpack = Callable[[Any], tuple[Tensor, Tensor]]
+"""A batch as the loader gives it -> its images (B, C, H, W) and labels (B,)."""
+
+IMAGE_KEYS = ("image", "images", "img", "pixel_values")
+LABEL_KEYS = ("label", "labels", "target", "targets")
+_HINT = "pass unpack=, a function from a batch to its images and labels"
+
+
+def unpack_batch(batch: Any, unpack: Unpack | None = None) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch; a batch that can be read in two ways is refused.
+
+    Args:
+        batch: a pair of images and labels; a longer tuple that begins with them, if nothing else in it could be the
+            labels; or a mapping with one of `IMAGE_KEYS` and one of `LABEL_KEYS`.
+        unpack: finds them in batches of any other form; None takes the rules above.
+
+    Returns:
+        Images (B, C, H, W) and labels (B,), not checked yet.
+
+    Raises:
+        InputError: images and labels cannot be told, or `unpack` does not return a pair.
+
+    Example:
+        >>> import torch
+        >>> images, labels = unpack_batch({"pixel_values": torch.rand(2, 1, 4, 4), "labels": torch.tensor([0, 1])})
+        >>> images.shape, labels.shape
+        (torch.Size([2, 1, 4, 4]), torch.Size([2]))
+    """
+    if unpack is not None:
+        pair = unpack(batch)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputError(f"expected unpack to return a pair of images and labels, got {type(pair).__name__}")
+        return pair[0], pair[1]
+    if isinstance(batch, Mapping):
+        return _entry(batch, IMAGE_KEYS), _entry(batch, LABEL_KEYS)
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise InputError(f"expected batches of images and labels, got {type(batch).__name__}; {_HINT}")
+    images, labels, *more = batch
+    if more and (not _is_images(images) or not _is_labels(labels) or any(map(_is_labels, more))):
+        raise InputError(
+            f"expected batches of images and labels, got {len(batch)} parts, of which images and labels cannot be "
+            f"told; {_HINT}, such as lambda batch: (batch[0], batch[1])"
+        )
+    return images, labels
+
+
+def _entry(batch: Mapping[Any, Any], keys: tuple[str, ...]) -> Any:
+    present = [key for key in keys if key in batch]
+    if len(present) != 1:
+        raise InputError(
+            f"expected batches with exactly one of the keys {', '.join(keys)}, got {', '.join(map(str, batch))}; "
+            f"{_HINT}"
+        )
+    return batch[present[0]]
+
+
+def _is_images(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4
+
+
+def _is_labels(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point() and not value.is_complex()
+
+
+class Pairs:
+    """A loader's batches as pairs of images and labels, from the start again each time they are asked for.
+
+    Args:
+        loader: of batches in any form that `unpack_batch` knows.
+        unpack: as there.
+
+    Example:
+        >>> import torch
+        >>> loader = [{"image": torch.rand(2, 1, 4, 4), "label": torch.tensor([0, 1])}]
+        >>> [labels.tolist() for _, labels in Pairs(loader)]
+        [[0, 1]]
+    """
+
+    def __init__(self, loader: Iterable[Any], unpack: Unpack | None = None) -> None:
+        self.loader, self.unpack = loader, unpack
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (unpack_batch(batch, self.unpack) for batch in self.loader)
+
+
+def check_loader(loader: object, name: str) -> None:
+    """A loader gives batches, and gives them anew each time.
+
+    Raises:
+        ConfigurationError: it is a data set, an iterator, which is empty after one pass, or nothing to iterate over.
+    """
+    if isinstance(loader, Dataset):
+        raise ConfigurationError(
+            f"expected a {name} of batches, got a data set of single images; wrap it in torch.utils.data.DataLoader"
+        )
+    if isinstance(loader, Iterator) or not hasattr(loader, "__iter__"):
+        raise ConfigurationError(
+            f"expected a {name} that can be passed through repeatedly, got {type(loader).__name__}; pass a DataLoader, "
+            "or a list of the batches"
+        )
+
+
+def number_of_batches(loader: object) -> int | None:
+    """How many batches a pass through a loader has; None where it does not tell, as with an `IterableDataset`.
+
+    Example:
+        >>> number_of_batches([1, 2]), number_of_batches(iter([1, 2]))
+        (2, None)
+    """
+    if isinstance(loader, Pairs):
+        return number_of_batches(loader.loader)
+    with suppress(TypeError, NotImplementedError):  # a DataLoader over a stream has __len__, and it fails
+        return len(loader)  # type: ignore[arg-type]
+    return None
+
+
+def set_epoch(loader: object, epoch: int) -> None:
+    """Tell the parts of a loader that shuffle by the number of the epoch, such as `DistributedSampler`, which it is.
+
+    Args:
+        loader: any; most have no such part.
+        epoch: counted from 0.
+    """
+    if isinstance(loader, Pairs):
+        loader = loader.loader
+    sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    parts = (loader, sampler, batches, getattr(batches, "sampler", None), getattr(loader, "dataset", None))
+    for part in {id(part): part for part in parts}.values():
+        tell = getattr(part, "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
+
+
+def give_the_same_images(first: object, second: object) -> bool:
+    """Whether two loaders certainly share images: the same batches, data set, or part of a data set.
+
+    Args:
+        first: a loader.
+        second: another, or the same.
+
+    Returns:
+        False also where it cannot be told.
+
+    Example:
+        >>> import torch
+        >>> data = TensorDataset(torch.rand(4, 1, 2, 2), torch.arange(4))
+        >>> halves = [DataLoader(Subset(data, part)) for part in ([0, 1], [2, 3])]
+        >>> give_the_same_images(*halves), give_the_same_images(halves[0], DataLoader(data))
+        (False, True)
+    """
+    if first is second:
+        return True
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return bool({id(batch) for batch in first} & {id(batch) for batch in second})
+    items = [_items(own) for own in (first, second) if isinstance(own, DataLoader)]
+    if len(items) < 2 or None in items:
+        return False
+    (source, some), (other, more) = (own for own in items if own is not None)
+    return source is other and (some is None or more is None or not some.isdisjoint(more))
+
+
+def _items(loader: DataLoader[Any]) -> tuple[object, set[int] | None] | None:
+    """The data set at the bottom and which of its items are drawn, None for all; None where the sampler hides it."""
+    batches = loader.batch_sampler
+    sampler: Sampler[Any] | Iterable[Any] = loader.sampler if batches is None else getattr(batches, "sampler", batches)
+    indices: list[int] | None = None
+    if isinstance(sampler, SubsetRandomSampler):
+        indices = [int(index) for index in sampler.indices]
+    elif type(batches) not in (BatchSampler, type(None)) or not isinstance(
+        sampler, SequentialSampler | RandomSampler | WeightedRandomSampler
+    ):
+        return None
+    data: Dataset[Any] = loader.dataset
+    while isinstance(data, Subset):
+        drawn = range(len(data.indices)) if indices is None else indices
+        indices, data = [int(data.indices[index]) for index in drawn], data.dataset
+    source = data.tensors[0] if isinstance(data, TensorDataset) else data
+    return source, None if indices is None else set(indices)
