@@ -10,15 +10,15 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import dropwhile
-from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
-from clusterguard.copying import copy_module
+from clusterguard.copying import copy_backbone, refuse_unusable, shorten
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
 from clusterguard.wrappers import Normalization, unwrap
 from einops.layers.torch import Reduce
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 _Dense: TypeAlias = nn.Linear | nn.Conv2d
@@ -26,7 +26,6 @@ _AS_THEY_ARE: Normalization = ((0.0,), (1.0,))
 _TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _COMMON_SIZES = (224, 32, 28, 64, 299, 96, 128, 16, 8, 48, 84, 112, 160, 192, 227, 256, 384, 512)
-_QUANTISED = {torch.int8, torch.uint8, torch.qint8, torch.quint8, torch.qint32}
 _PASS_EXAMPLE = "pass example=images, a batch as the backbone will get it"
 
 
@@ -194,8 +193,8 @@ def make_encoder(backbone: nn.Module, out_features: int, *, example: Tensor | No
     """
     if out_features < 1:
         raise ConfigurationError(f"expected a positive out_features, got {out_features}")
-    _refuse_unusable(backbone)
-    encoder = _copy(unwrap(backbone, _is_model).module)
+    refuse_unusable(backbone)
+    encoder = copy_backbone(unwrap(backbone, _is_model).module)
     if any(map(is_lazy, encoder.parameters())):
         _initialize(encoder, example)
     head = _find_torchvision_head(encoder)
@@ -204,7 +203,7 @@ def make_encoder(backbone: nn.Module, out_features: int, *, example: Tensor | No
     if _is_timm(encoder) and hasattr(encoder, "reset_classifier"):
         _reset_timm_head(encoder, out_features)
     elif head is not None:
-        _replace_torchvision_layer(encoder, *head, out_features)
+        _replace_torchvision_head(encoder, *head, out_features)
     else:
         _warn_of_classifier(backbone, encoder)
         return _append_layer(encoder, out_features, example)
@@ -217,7 +216,8 @@ def _is_model(module: nn.Module) -> bool:
     """Whether it is a whole model of timm or torchvision, not one of the blocks that their models are made of."""
     if _is_timm(module):
         return hasattr(module, "reset_classifier") or isinstance(getattr(module, "pretrained_cfg", None), dict)
-    return _is_torchvision(module) and any(hasattr(module, name) for name in _TORCHVISION_HEADS)
+    has_head = any(hasattr(module, name) for name in _TORCHVISION_HEADS)
+    return _is_torchvision(module) and (has_head or isinstance(module, GraphModule))  # which extracts features
 
 
 def _is_timm(module: nn.Module) -> bool:
@@ -289,44 +289,6 @@ def _warn_of_loss(lost: str, backbone: nn.Module, model: nn.Module, consequence:
     )
 
 
-def _refuse_unusable(backbone: nn.Module) -> None:
-    """Weights that no gradient descent can change here are refused by name."""
-    for path, part in backbone.named_modules():
-        homes = [cls.__module__ for cls in type(part).__mro__]
-        kinds = {type(weight).__name__ for weight in part.parameters(recurse=False)}
-        dtypes = {weight.dtype for weight in part.parameters(recurse=False) if not is_lazy(weight)}
-        place = f"{type(part).__name__} at {path!r}" if path else type(part).__name__
-        if any(home.startswith("torch.distributed.fsdp") for home in homes) or "DTensor" in kinds:
-            raise UnsupportedBackboneError(
-                f"expected a backbone whose weights are whole, got one that is spread over processes ({place}); make "
-                "the guard of the model before it is sharded, or load its full state dict into a new model"
-            )
-        if any(".quantized" in home and home.startswith("torch.") for home in homes) or dtypes & _QUANTISED:
-            raise UnsupportedBackboneError(
-                f"expected a backbone with floating-point weights, got quantised ones ({place}), which have no "
-                "gradients; pass the model as it was before, and quantise the guard once it is exported"
-            )
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    for path, part in module.named_modules():
-        forward = vars(part).get("forward") if type(part).__name__ != "OptimizedModule" else None
-        kept = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
-        if isinstance(forward, FunctionType) and any(isinstance(getattr(k, "__self__", k), nn.Module) for k in kept):
-            raise UnsupportedBackboneError(
-                f"expected modules with a forward of their class, got a function in the place of {path or 'the'} "
-                f"{type(part).__name__}'s that holds on to a module, so that a copy would go on to use the original's "
-                "weights; write a subclass with that forward, or types.MethodType(function, module)"
-            )
-    try:
-        return copy_module(module)
-    except Exception as error:  # whatever an attribute raises that cannot be copied
-        raise UnsupportedBackboneError(
-            f"expected a backbone that copy.deepcopy can copy, got {_shorten(error)}; remove what cannot be copied, "
-            "such as open files, locks or generators, from its attributes"
-        ) from error
-
-
 def _initialize(encoder: nn.Module, example: Tensor | None) -> None:
     """Lazy layers get their weights, and are no longer lazy."""
     if example is None:
@@ -351,11 +313,6 @@ def _dense_layers(module: nn.Module) -> list[_Dense]:
         for path, layer in module.named_modules()
         if isinstance(layer, _Dense) and "parametrizations" not in path.split(".")  # which compute another's weight
     ]
-
-
-def _shorten(error: Exception) -> str:
-    text = " ".join(repr(error).split())
-    return text if len(text) <= 300 else f"{text[:300]} …"
 
 
 def _last_parameter(module: nn.Module) -> Tensor | None:
@@ -393,7 +350,27 @@ def _reset_timm_head(encoder: Any, out_features: int) -> None:
         module.to(like).training = encoder.training
 
 
-def _replace_torchvision_layer(encoder: nn.Module, head: nn.Module, layer: _Dense, out_features: int) -> None:
+def _replace_torchvision_head(encoder: nn.Module, head: nn.Module, layer: _Dense, out_features: int) -> None:
+    fresh, first = _make_layer_like(layer, out_features), _dense_layers(head)[0]
+    for path, module in dropwhile(lambda item: item[1] is not layer, list(head.named_modules())):
+        # SqueezeNet's ReLU after its classifier, say. Representations scatter around centres most of whose
+        # coordinates are zero, so they must be able to go negative.
+        if type(module).__module__ == "torch.nn.modules.activation":
+            head.set_submodule(path, nn.Identity().train(module.training))
+    _put(encoder, layer, fresh)
+    if all(type(part).__module__.split(".")[0] in ("torch", "torchvision") for part in head.modules()):
+        return
+    # In a head of its owner's making, such as an adapter beside its base, what comes last need not be what counts.
+    if not _has_width(encoder, out_features):
+        _put(encoder, head, _make_layer_like(first, out_features))
+        if not _has_width(encoder, out_features):
+            raise UnsupportedBackboneError(
+                f"expected a classifier that one linear layer can replace, got {type(head).__name__}; put such a layer "
+                "in its place"
+            )
+
+
+def _make_layer_like(layer: _Dense, out_features: int) -> _Dense:
     like = next(layer.parameters())  # a weight that is computed before each call may still be elsewhere
     options: dict[str, Any] = {"bias": layer.bias is not None, "device": like.device, "dtype": like.dtype}
     fresh: _Dense
@@ -403,14 +380,21 @@ def _replace_torchvision_layer(encoder: nn.Module, head: nn.Module, layer: _Dens
         names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
         fresh = nn.Conv2d(layer.in_channels, out_features, **options, **{name: getattr(layer, name) for name in names})
     fresh.training = layer.training
-    for path, module in dropwhile(lambda item: item[1] is not layer, list(head.named_modules())):
-        # SqueezeNet's ReLU after its classifier, say. Representations scatter around centres most of whose
-        # coordinates are zero, so they must be able to go negative.
-        if type(module).__module__ == "torch.nn.modules.activation":
-            head.set_submodule(path, nn.Identity().train(module.training))
+    return fresh
+
+
+def _put(encoder: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """A module in the place, or the places, of another."""
     for path, module in list(encoder.named_modules(remove_duplicate=False)):
-        if module is layer:
-            encoder.set_submodule(path, fresh)
+        if module is old:
+            encoder.set_submodule(path, new)
+
+
+def _has_width(encoder: nn.Module, out_features: int) -> bool:
+    try:
+        return _find_output(encoder, encoder, None).shape[1] == out_features
+    except UnsupportedBackboneError:
+        return False
 
 
 def _append_layer(module: nn.Module, out_features: int, example: Tensor | None) -> nn.Module:
@@ -418,14 +402,19 @@ def _append_layer(module: nn.Module, out_features: int, example: Tensor | None) 
     if _is_timm(module) and hasattr(module, "forward_features"):  # encoders of vision-language models
         is_map = getattr(module, "output_fmt", "NCHW") == "NCHW"
         features.append(Reduce("b d ... -> b d" if is_map else "b ... d -> b d", "mean"))
-    # Two images, for a module that confuses the batch with another axis may get away with one.
-    shapes, dtype = _plausible_shapes(module), getattr(like, "dtype", None)
-    blanks = (torch.empty(2, *shape, device="meta", dtype=dtype) for shape in shapes)
-    output = _probe(features, blanks if example is None else [example])
+    output = _find_output(features, module, example)
     device = getattr(like, "device", None) if example is None else output.device
     features.append(nn.Linear(output.shape[1], out_features, device=device, dtype=output.dtype))
     features.training = features[-1].training = module.training
     return features
+
+
+def _find_output(features: nn.Module, module: nn.Module, example: Tensor | None) -> Tensor:
+    """What features, a module and perhaps a pooling, make of an example, or of images that the module may take."""
+    # Two images, for a module that confuses the batch with another axis may get away with one.
+    dtype = getattr(_last_parameter(module), "dtype", None)
+    blanks = (torch.empty(2, *shape, device="meta", dtype=dtype) for shape in _plausible_shapes(module))
+    return _probe(features, blanks if example is None else [example])
 
 
 def _plausible_shapes(module: nn.Module) -> Iterable[tuple[int, ...]]:
@@ -474,7 +463,7 @@ def _run(module: nn.Module, images: Tensor) -> Tensor:
         with torch.no_grad():
             output = shadow(images)
     except Exception as error:
-        raise UnsupportedBackboneError(f"{expected}, got {_shorten(error)}; {_PASS_EXAMPLE}") from error
+        raise UnsupportedBackboneError(f"{expected}, got {shorten(error)}; {_PASS_EXAMPLE}") from error
     if isinstance(output, Tensor) and output.is_floating_point() and output.shape[:-1] == images.shape[:1]:
         return output
     got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__

@@ -1,12 +1,24 @@
-"""Copies of modules that hold results of a computation, which `copy.deepcopy` refuses to copy."""
+"""Copies of modules, those whose weights are computed by weight normalisation and the like among them."""
 
 import copy
+import inspect
+from types import FunctionType
 from typing import Any, TypeVar
 
+import torch
+from clusterguard.errors import UnsupportedBackboneError
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 Module = TypeVar("Module", bound=nn.Module)
+
+_COMPUTED = "parametrizations"  # where torch.nn.utils.parametrize keeps them in a module
+
+_QUANTISED = {torch.int8, torch.uint8, torch.qint8, torch.quint8, torch.qint32}
 
 
 class CopiedValues(TorchFunctionMode):
@@ -47,3 +59,98 @@ def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """
     with CopiedValues():
         return copy.deepcopy(module, memo)
+
+
+def settle_weights(module: nn.Module) -> None:
+    """Turn weights that are computed before each call into plain ones of the same value, in place.
+
+    Args:
+        module: in eval mode; it stays what it is as a function, and can no longer be trained as before.
+
+    Example:
+        >>> from torch.nn.utils.parametrizations import orthogonal
+        >>> layer = orthogonal(nn.Linear(3, 3))
+        >>> settle_weights(layer)
+        >>> type(layer.weight).__name__
+        'Parameter'
+    """
+    for part in list(module.modules()):
+        if parametrize.is_parametrized(part):
+            names = list(getattr(part, _COMPUTED))
+            weights = {name: nn.Parameter(getattr(part, name).detach(), False) for name in names}
+            # Torch's remove_parametrizations would change the class, which copies share with their original.
+            part.__class__ = type(part).__bases__[0]
+            del part._modules[_COMPUTED]
+            for name, weight in weights.items():
+                part.register_parameter(name, weight)
+        for hook in list(part._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(part, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(part, hook.name)
+
+
+def refuse_unusable(backbone: nn.Module) -> None:
+    """Refuse a backbone whose weights no gradient descent can change here.
+
+    Raises:
+        UnsupportedBackboneError: weights that are quantised or spread over processes; it names the layer.
+
+    Example:
+        >>> refuse_unusable(nn.Linear(3, 2))
+    """
+    for path, part in backbone.named_modules():
+        homes = [cls.__module__ for cls in type(part).__mro__]
+        kinds = {type(weight).__name__ for weight in part.parameters(recurse=False)}
+        dtypes = {weight.dtype for weight in part.parameters(recurse=False) if not is_lazy(weight)}
+        place = f"{type(part).__name__} at {path!r}" if path else type(part).__name__
+        if any(home.startswith("torch.distributed.fsdp") for home in homes) or "DTensor" in kinds:
+            raise UnsupportedBackboneError(
+                f"expected a backbone whose weights are whole, got one that is spread over processes ({place}); make "
+                "the guard of the model before it is sharded, or load its full state dict into a new model"
+            )
+        if any(".quantized" in home and home.startswith("torch.") for home in homes) or dtypes & _QUANTISED:
+            raise UnsupportedBackboneError(
+                f"expected a backbone with floating-point weights, got quantised ones ({place}), which have no "
+                "gradients; pass the model as it was before, and quantise the guard once it is exported"
+            )
+
+
+def copy_backbone(module: nn.Module) -> nn.Module:
+    """Copy a backbone that a user hands in, or say why that cannot be done.
+
+    Raises:
+        UnsupportedBackboneError: an attribute cannot be copied, or a function that holds on to the original takes the
+            place of a method.
+
+    Example:
+        >>> copy_backbone(nn.Linear(3, 2)).weight.shape
+        torch.Size([2, 3])
+    """
+    for path, part in module.named_modules():
+        forward = vars(part).get("forward") if type(part).__name__ != "OptimizedModule" else None
+        if isinstance(forward, FunctionType) and _holds_module(forward):
+            raise UnsupportedBackboneError(
+                f"expected modules with a forward of their class, got a function in the place of {path or 'the'} "
+                f"{type(part).__name__}'s that holds on to a module, so that a copy would go on to use the original's "
+                "weights; write a subclass with that forward, or types.MethodType(function, module)"
+            )
+    try:
+        return copy_module(module)
+    except Exception as error:  # whatever an attribute raises that cannot be copied
+        raise UnsupportedBackboneError(
+            f"expected a backbone that copy.deepcopy can copy, got {shorten(error)}; remove what cannot be copied, "
+            "such as open files, locks or generators, from its attributes"
+        ) from error
+
+
+def _holds_module(function: FunctionType) -> bool:
+    kept = inspect.getclosurevars(function)
+    values = [*kept.nonlocals.values(), *kept.globals.values()]
+    return any(isinstance(getattr(value, "__self__", value), nn.Module) for value in values)
+
+
+def shorten(error: Exception) -> str:
+    """An error of a library in at most 300 characters, on one line."""
+    text = " ".join(repr(error).split())
+    return text if len(text) <= 300 else f"{text[:300]} …"

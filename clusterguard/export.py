@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from clusterguard.calibration import Calibration
 from clusterguard.checks import check_calibrated, check_images, check_tensor, is_unicode
+from clusterguard.copying import settle_weights
 from clusterguard.decision import Detection, Evidence, decide
 from clusterguard.detector import DetectorModule, check_repeated
 from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError
@@ -243,6 +244,7 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
     with evaluation_mode(detector):  # no other thread changes the mode while it is copied
         decision = _Decision(copy.deepcopy(detector)).requires_grad_(False)
     to_eval_mode(decision)
+    settle_weights(decision)
     like = next((own for own in decision.parameters() if own.is_floating_point()), detector.thresholds)
     images = like.new_zeros(2, *(_configured_shape(detector) if example is None else example.shape[1:]))
     noise = torch.rand(8, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)

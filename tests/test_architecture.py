@@ -43,7 +43,7 @@ ALLOWED = {
     "image_folders": {"checks", "errors", "image_files"},
     "metrics": {"checks", "decision", "errors"},
     "samples": {"errors"},
-    "copying": set(),
+    "copying": {"errors"},
     "wrappers": {"copying"},
     "backbones": {"copying", "errors", "wrappers"},
     "attacks": {"attacks", "decision", "errors", "checks", "modes", "files"},
@@ -64,7 +64,7 @@ ALLOWED = {
     "guard": {"backbones", "clusters", "compiling", "decision", "detector", "modes", "persistence", "results"},
     "persistence": {"backbones", "calibration", "errors", "guard", "model_card", "results"},
     "model_card": {"calibration", "metrics", "results"},
-    "export": {"calibration", "checks", "decision", "detector", "errors", "files", "modes"},
+    "export": {"calibration", "checks", "copying", "decision", "detector", "errors", "files", "modes"},
     "confidence": {"backbones", "decision", "detector", "errors"},
     "consistency": {"checks", "decision", "detector", "errors"},
 }
