@@ -61,7 +61,9 @@ def options(norm="linf", eps=None, steps=12):
 @pytest.mark.parametrize("norm", NORMS)
 def test_matching_with_the_whole_box_returns_an_accepted_image(wide_guard, references, norm):
     images, labels = clean()
-    attack = RepresentationMatching(references=references, **options(norm, eps=64))
+    attack = RepresentationMatching(
+        references=references, **options(norm, eps=get_norm(norm).largest(images.shape[1:]))
+    )
     assert broken(wide_guard, attack(wide_guard, images, labels), labels).all()
 
 

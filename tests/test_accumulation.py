@@ -1,0 +1,116 @@
+"""Gradients of several batches for one step; and accelerate's state, which belongs to the whole process."""
+
+import itertools
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from clusterguard import AdversarialClusterTrainer, TrainingOptions, recipes
+from clusterguard.errors import ConfigurationError
+from torch.utils.data import DataLoader, Subset
+from trainings import ATTACK, new_guard, weights
+
+
+def fit(guard, batches, *, epochs=1, **options):
+    checkpoint = options.pop("checkpoint", None)
+    trainer = AdversarialClusterTrainer(
+        guard,
+        ATTACK,
+        relabel="original",
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+        options=TrainingOptions(**options),
+    )
+    trainer.fit(batches, batches, epochs=epochs, checkpoint=checkpoint, calibrate=False, progress=False)
+    return trainer
+
+
+@pytest.mark.parametrize(("count", "group", "steps"), [(4, 2, 2), (5, 2, 3), (1, 8, 1), (3, 3, 1), (3, 4, 1)])
+def test_every_batch_of_an_epoch_moves_the_weights_as_part_of_a_larger_batch(blobs, count, group, steps):
+    data = Subset(blobs.dataset, range(60 * count))
+    large, small = new_guard(), new_guard()
+    fit(large, DataLoader(data, 60 * group))
+    trainer = fit(small, DataLoader(data, 60), accumulate=group)
+    assert trainer.engine.steps == steps
+    torch.testing.assert_close(weights(small), weights(large), rtol=1e-4, atol=1e-6)
+    assert all(own.grad is None for own in small.parameters())
+
+
+def test_gradients_of_before_a_training_have_no_part_in_it(blobs):
+    plain, used = new_guard(), new_guard()
+    used(next(iter(blobs))[0]).sum().backward()
+    for guard in (plain, used):
+        fit(guard, blobs)
+    assert torch.equal(weights(plain), weights(used))
+
+
+@pytest.mark.parametrize("group", [2, 3, 4, 20])
+def test_a_resumed_accumulation_ends_where_an_uninterrupted_one_does(blobs, tmp_path, group):
+    straight, resumed = new_guard(), new_guard()
+    whole = fit(straight, blobs, epochs=3, accumulate=group)
+    for epochs in (1, 2, 3):
+        last = fit(resumed, blobs, epochs=epochs, accumulate=group, checkpoint=tmp_path / "run.pt")
+    assert torch.equal(weights(straight), weights(resumed))
+    assert last.engine.steps == whole.engine.steps
+
+
+def test_trainings_take_turns_without_changing_each_other(blobs, fresh_accelerate):
+    def new_trainer(group):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=group)
+        options = TrainingOptions(accelerator=accelerator)
+        return AdversarialClusterTrainer(new_guard(), ATTACK, options=options)
+
+    trainers = [new_trainer(4), new_trainer(1)]
+    for epochs, trainer in itertools.product((1, 2), trainers):
+        trainer.fit(blobs, blobs, epochs=epochs, calibrate=False, progress=False)
+    assert [trainer.engine.steps for trainer in trainers] == [6, 20]
+
+
+def test_a_training_without_an_accelerator_neither_sees_nor_leaves_accelerates_state(blobs, fresh_accelerate):
+    alone = fit(new_guard(), blobs)
+    assert (AcceleratorState._shared_state, GradientState._shared_state, PartialState._shared_state) == ({}, {}, {})
+    theirs = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3)
+    theirs.sync_gradients = False
+    seen = set()
+    guard = new_guard()
+    guard.encoder[0][1].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    after = fit(guard, blobs)
+    assert seen == {torch.float32}
+    assert torch.equal(weights(alone.guard), weights(guard))
+    assert after.engine.steps == len(blobs)
+    assert (theirs.mixed_precision, theirs.gradient_accumulation_steps) == ("bf16", 3)
+    assert not theirs.sync_gradients
+
+
+def test_a_training_with_an_accelerator_steps_whatever_the_script_has_told_accelerate(blobs, fresh_accelerate):
+    accelerator = Accelerator(cpu=True)
+    options = TrainingOptions(accelerator=accelerator)
+    accelerator.sync_gradients = False
+    Accelerator(cpu=True, gradient_accumulation_steps=7)
+    trainer = AdversarialClusterTrainer(new_guard(), ATTACK, options=options)
+    trainer.fit(blobs, blobs, epochs=1, calibrate=False, progress=False)
+    alone = AdversarialClusterTrainer(new_guard(), ATTACK)
+    alone.fit(blobs, blobs, epochs=1, calibrate=False, progress=False)
+    assert trainer.engine.steps == len(blobs)
+    assert torch.equal(weights(trainer.guard), weights(alone.guard))
+    assert not accelerator.sync_gradients
+
+
+def test_a_launchers_precision_is_followed_and_another_of_the_script_refused(blobs, fresh_accelerate, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert TrainingOptions().make_accelerator().mixed_precision == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(ConfigurationError, match=r"launcher's precision, no, got .* bf16"):
+        fit(new_guard(), blobs)
+
+
+def test_a_recipes_schedule_counts_the_last_small_group(blobs, fresh_accelerate):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    trainer = recipes.robust(new_guard(), blobs, epochs=3, eps=0.2, accelerator=accelerator)
+    trainer.fit(blobs, blobs, epochs=3, calibrate=False, progress=False)
+    assert trainer.engine.steps == trainer.scheduler.total_steps == 9
+
+
+def test_a_group_has_at_least_one_batch():
+    with pytest.raises(ConfigurationError, match="accumulate of at least 1"):
+        TrainingOptions(accumulate=0)

@@ -1,0 +1,136 @@
+"""Optimizers and schedulers that people bring."""
+
+import pytest
+import torch
+from clusterguard import AdversarialClusterTrainer, ClusterGuard, TrainingOptions
+from clusterguard.errors import ConfigurationError
+from timm.scheduler import CosineLRScheduler, PlateauLRScheduler
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from trainings import ATTACK, held_out, new_guard, weights
+
+
+def fit(guard, blobs, *, epochs=1, checkpoint=None, **options):
+    trainer = AdversarialClusterTrainer(guard, ATTACK, **options)
+    trainer.fit(blobs, held_out(blobs), epochs=epochs, checkpoint=checkpoint, calibrate=False, progress=False)
+    return trainer
+
+
+def test_an_optimizer_of_the_network_that_was_handed_in_is_refused_before_anything_happens(blobs):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
+    guard = ClusterGuard(network, num_classes=3, example=torch.rand(2, 1, 8, 8))
+    guard.thresholds = torch.ones(3)
+    with pytest.raises(ConfigurationError, match=r"copies its backbone.*optimizer=lambda parameters"):
+        fit(guard, blobs, optimizer=Adam(network.parameters()))
+    assert guard.is_calibrated
+
+
+def test_an_optimizer_of_some_parameters_is_told_which_it_lacks(blobs):
+    guard = new_guard()
+    bias = guard.encoder[0][1].bias
+    before = bias.detach().clone()
+    rest = [own for own in guard.parameters() if own is not bias]
+    with pytest.warns(UserWarning, match=r"lacks 1 of .* trainable parameters.*: encoder\.0\.1\.bias; pass"):
+        fit(guard, blobs, optimizer=SGD(rest, lr=1e-3))
+    assert torch.equal(bias, before)
+    bias.requires_grad_(False)
+    fit(guard, blobs, optimizer=SGD(rest, lr=1e-3))  # no warning: it is frozen on purpose
+
+
+def test_an_optimizer_may_hold_more_than_the_detector(blobs):
+    temperature = nn.Parameter(torch.ones(()))
+    fit(guard := new_guard(), blobs, optimizer=SGD([*guard.parameters(), temperature], lr=1e-3))
+
+
+def test_a_factory_makes_the_optimizer_of_the_right_parameters_and_the_scheduler_of_it(blobs):
+    guard = new_guard()
+    before = weights(guard)
+    trainer = fit(
+        guard,
+        blobs,
+        epochs=2,
+        optimizer=lambda parameters: SGD(parameters, lr=0.01),
+        scheduler=lambda optimizer: StepLR(optimizer, 1, gamma=0.1),
+    )
+    assert not torch.equal(weights(guard), before)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+def test_nothing_to_train_is_refused(blobs):
+    with pytest.raises(ConfigurationError, match="all of them frozen"):
+        fit(new_guard().requires_grad_(False), blobs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": torch.optim.LBFGS}, "needs no closure"),
+        ({"scheduler": CosineAnnealingLR(SGD([nn.Parameter(torch.ones(1))], lr=1.0), 3)}, "of another one"),
+        ({"scheduler": lambda own: ReduceLROnPlateau(own, mode="max")}, "mode='min'"),
+        ({"scheduler": ReduceLROnPlateau, "options": TrainingOptions(schedule_every="step")}, "schedule_every='epoch'"),
+        (
+            {
+                "scheduler": lambda own: OneCycleLR(own, 1.0, total_steps=5),
+                "options": TrainingOptions(schedule_every="step"),
+            },
+            "total_steps of at least the 10 steps",
+        ),
+    ],
+)
+def test_what_cannot_take_the_steps_is_refused_before_the_first(blobs, options, message):
+    trainer = AdversarialClusterTrainer(new_guard(), ATTACK, **options)
+    with pytest.raises(ConfigurationError, match=message):
+        trainer.fit(blobs, blobs, epochs=1, calibrate=False, progress=False)
+    assert not trainer.engine.steps
+
+
+@pytest.mark.parametrize("options", [{"optimizer": lambda own: None}, {"scheduler": lambda own: None}])
+def test_a_factory_that_makes_nothing_is_named(options):
+    with pytest.raises(ConfigurationError, match="a function"):
+        AdversarialClusterTrainer(new_guard(), ATTACK, **options)
+
+
+def test_a_plateau_is_one_of_the_epochs_loss(blobs):
+    losses = []
+
+    class Spy(ReduceLROnPlateau):
+        def step(self, metrics):
+            losses.append(metrics)
+            super().step(metrics)
+
+    trainer = fit(new_guard(), blobs, epochs=3, scheduler=Spy)
+    assert losses == [record.loss for record in trainer.history]
+
+
+def test_timms_schedulers_are_told_of_epochs_and_steps(blobs, tmp_path):
+    def rates(in_epochs, *parts, checkpoint=None):
+        seen = []
+        for epochs in parts:
+            trainer = AdversarialClusterTrainer(
+                new_guard(),
+                ATTACK,
+                optimizer=lambda own: SGD(own, lr=1e-3),
+                scheduler=lambda own: CosineLRScheduler(own, t_initial=4 if in_epochs else 40, t_in_epochs=in_epochs),
+            )
+            trainer.fit(
+                blobs,
+                blobs,
+                epochs=epochs,
+                on_epoch_end=lambda _, own=trainer: seen.append(own.optimizer.param_groups[0]["lr"]),
+                checkpoint=checkpoint,
+                calibrate=False,
+                progress=False,
+            )
+        return seen
+
+    expected = [1e-3 * 0.5 * (1 + torch.tensor(torch.pi * done / 4).cos().item()) for done in (1, 2, 3)]
+    assert rates(True, 3) == pytest.approx(expected)
+    assert rates(False, 3) == pytest.approx(expected)
+    assert rates(True, 1, 3, checkpoint=tmp_path / "run.pt") == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_scheduler_that_does_not_keep_its_state_is_refused(blobs):
+    with pytest.raises(ConfigurationError, match="ReduceLROnPlateau, got a PlateauLRScheduler"):
+        fit(new_guard(), blobs, scheduler=lambda own: PlateauLRScheduler(own, mode="min"))
