@@ -12,7 +12,7 @@ import torch
 from clusterguard.checks import check_labels, check_tensor
 from clusterguard.decision import Detector
 from clusterguard.detector import DetectorModule, Loader, image_shape_kept_on_failure, judge
-from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError
+from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError, in_one_line
 from clusterguard.loaders import Pairs, Unpack
 from clusterguard.modes import evaluation_mode
 from clusterguard.processes import collect
@@ -68,9 +68,30 @@ class Calibration:
         Args:
             values: what `to_dict` returned, also by way of JSON.
             thresholds: (K,).
+
+        Raises:
+            InputError: it is no such record, or one of other classes.
         """
-        plain: dict[str, Any] = {key: tuple(own) if isinstance(own, list) else own for key, own in values.items()}
-        return cls(thresholds=tuple(thresholds.tolist()), **plain)
+        classes, kinds = len(thresholds), {"counts": int, "realised_rates": float, "pooled": int}
+        try:
+            plain = {**values, **{key: tuple(values.get(key, ())) for key in kinds}}
+            record = cls(thresholds=tuple(thresholds.tolist()), **plain)
+            _check_options(record.false_positive_rate, record.method)
+            fits = (
+                type(record.images) is int
+                and all(type(own) is kind for key, kind in kinds.items() for own in plain[key])
+                and len(record.counts) == len(record.realised_rates) == classes
+                and all(0 <= count <= record.images for count in record.counts)
+                and all(0 <= rate <= 1 for rate in record.realised_rates)
+                and all(0 <= index < classes for index in record.pooled)
+            )
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"expected the record of a calibration, got something else ({in_one_line(error)})"
+            ) from error
+        if not fits:
+            raise InputError(f"expected the record of a calibration of {classes} classes, got values that do not fit")
+        return record
 
     def describes(self, thresholds: Tensor) -> bool:
         """Whether these (K,) thresholds are still the ones that were fitted."""

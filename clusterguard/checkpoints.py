@@ -2,9 +2,7 @@
 
 import copy
 import math
-import pickle
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from clusterguard.errors import PersistenceError
-from clusterguard.files import write_atomically
+from clusterguard.errors import PersistenceError, in_one_line
+from clusterguard.files import read_archive, write_atomically
 from torch import Tensor
 
 
@@ -144,7 +142,7 @@ class Checkpoint:
         if set(wanted) != set(self.states):
             raise PersistenceError(
                 f"{self.file} was written by another run: it holds {', '.join(self.states)}, "
-                f"expected {', '.join(wanted)}"
+                f"expected {', '.join(wanted)}; choose another file, or delete it to start anew"
             )
         before = {name: copy.deepcopy(part.state_dict()) for name, part in wanted.items()}
         try:
@@ -152,7 +150,10 @@ class Checkpoint:
                 for name, part in wanted.items():
                     part.load_state_dict(self.states[name])
             except Exception as error:  # parts are anyone's, and so is how they refuse
-                raise PersistenceError(f"{self.file} does not fit, so it is another run's: {error}") from None
+                raise PersistenceError(
+                    f"{self.file} does not fit, so it is another run's ({in_one_line(error)}); choose another file, or "
+                    "delete it to start anew"
+                ) from None
             yield
         except BaseException:
             for name, part in wanted.items():
@@ -176,16 +177,22 @@ def read_checkpoint(path: str | Path) -> Checkpoint | None:
         UserWarning: the last file is damaged, and the one before it is used.
     """
     files = [file for file in (Path(path), previous(path)) if file.exists()]
+    faults = []
     for file in files:
-        state = _read(file)
-        if state is None:
+        try:
+            state = read_archive(file, "parts", "values")
+            _check_names(file, state)
+        except PersistenceError as error:
+            faults.append(str(error))
             continue
         if file != files[0]:
-            warnings.warn(f"{files[0]} is damaged; going on from the checkpoint before it, {file}", stacklevel=2)
+            warnings.warn(
+                f"{files[0]} is damaged; going on from the checkpoint before it, {file} ({faults[0]})", stacklevel=2
+            )
         return Checkpoint(file, state["parts"], state["values"])
     if files:
         raise PersistenceError(
-            f"{path} is damaged, and there is no whole checkpoint before it; delete it to start anew"
+            f"{path} is damaged, and there is no whole checkpoint before it; delete it to start anew ({faults[0]})"
         )
     return None
 
@@ -195,13 +202,7 @@ def previous(path: str | Path) -> Path:
     return Path(path).with_name(Path(path).name + ".previous")
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """The file's content; None if it is damaged."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip() is not None:  # torch itself does not look at checksums
-                return None
-        state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError):
-        return None
-    return state if isinstance(state, dict) and {"parts", "values"} <= set(state) else None
+def _check_names(file: Path, state: Mapping[str, Any]) -> None:
+    for key in ("parts", "values"):
+        if not isinstance(state[key], dict) or not all(isinstance(name, str) for name in state[key]):
+            raise PersistenceError(f"{file} holds something else than a checkpoint")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from clusterguard.backbones import make_encoder
 from clusterguard.calibration import Calibration
-from clusterguard.errors import ConfigurationError, InputError, PersistenceError
+from clusterguard.errors import ConfigurationError, InputError, PersistenceError, in_one_line
 from clusterguard.files import write_atomically
 from clusterguard.guard import ClusterGuard
 from clusterguard.image_files import fit_image, read_image
@@ -332,11 +332,12 @@ def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:
     if checkpoint.exists():
         try:
             before = json.loads(record.read_text())
-        except (OSError, ValueError) as error:
+            changed = [name for name in options if before.get(name) != options[name]]
+        except (OSError, ValueError, RecursionError, AttributeError) as error:
             raise ConfigurationError(
-                f"{record}, which says what {checkpoint} is of, cannot be read: {error}"
+                f"{record}, which says what {checkpoint} is of, is damaged or cannot be read ({in_one_line(error)}); "
+                "choose another folder, or delete both to start anew"
             ) from error
-        changed = [name for name in options if before.get(name) != options[name]]
         if changed:
             told = ", ".join(f"{name} {before.get(name)} (got {options[name]})" for name in changed)
             raise ConfigurationError(f"expected the options that {checkpoint} was trained with: {told}")

@@ -9,7 +9,7 @@ ClusterGuardError
 ├── TooFewCalibrationExamplesError (ValueError)  a class has too few examples for the rate asked for
 ├── TrainingDivergedError (RuntimeError)   the loss became NaN or infinite; the last good weights are kept
 ├── TrainingStoppedError (RuntimeError)    training was asked to stop; the checkpoint is written
-├── PersistenceError (RuntimeError)        a saved guard or graph is missing, damaged, foreign, too new or does not fit
+├── PersistenceError (RuntimeError)        a saved file is missing, damaged, foreign, too new or does not fit
 └── MissingDependencyError (ImportError)   an optional package is needed for this call
 ```
 """
@@ -48,8 +48,24 @@ class TrainingStoppedError(ClusterGuardError, RuntimeError):
 
 
 class PersistenceError(ClusterGuardError, RuntimeError):
-    """A saved guard or graph that is missing, damaged, not clusterguard's, too new, or does not fit its backbone."""
+    """A guard, graph, checkpoint or suite state that is missing, damaged, foreign, too new, or does not fit."""
 
 
 class MissingDependencyError(ClusterGuardError, ImportError):
     """An optional package is needed for this call and is not installed."""
+
+
+def in_one_line(error: BaseException, *, length: int = 400) -> str:
+    r"""What another library says went wrong, for the end of one of our messages: on one line, and not too long.
+
+    Args:
+        error: whose text may have many lines, or none.
+        length: characters after which the text is cut off.
+
+    Example:
+        >>> in_one_line(KeyError("weight")), in_one_line(ValueError("first\n  second")), in_one_line(EOFError())
+        ("KeyError: 'weight'", 'ValueError: first second', 'EOFError')
+    """
+    text = " ".join("".join(character if character.isprintable() else " " for character in str(error)).split())
+    text = text if len(text) <= length else f"{text[:length].rstrip()} …"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

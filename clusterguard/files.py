@@ -1,8 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and archives that are read whole or not at all."""
 
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+from clusterguard.errors import PersistenceError, in_one_line
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -34,3 +40,38 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         temporary.chmod(permissions)  # safetensors' files can be read by their owner alone
         temporary.replace(path)
     return path
+
+
+def read_archive(path: str | Path, *keys: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A dict that `torch.save` wrote; no code in the file is run, and its checksums are looked at.
+
+    Args:
+        path: of the file.
+        *keys: that the dict must have.
+        device: where its tensors go.
+
+    Raises:
+        PersistenceError: it cannot be read, is damaged, or holds something else; what to do is for the caller to add.
+
+    Example:
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> file = write_atomically(Path(folder.name) / "state", lambda file: torch.save({"step": 3}, file))
+        >>> read_archive(file, "step")
+        {'step': 3}
+        >>> folder.cleanup()
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself does not look at checksums
+        if damaged is not None:
+            raise PersistenceError(f"{path} is damaged: its part {damaged!r} has another checksum")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old ways to store tensors; there is nothing that the caller could do
+            state = torch.load(path, weights_only=True, map_location=device)
+    except PersistenceError:
+        raise
+    except Exception as error:  # zipfile, zlib, pickle and torch each have errors of their own, and pass on Python's
+        raise PersistenceError(f"{path} is damaged or cannot be read ({in_one_line(error)})") from error
+    if not isinstance(state, dict) or not set(keys) <= set(state):
+        raise PersistenceError(f"{path} holds something else than {', '.join(keys)}")
+    return state

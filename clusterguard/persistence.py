@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from clusterguard.backbones import make_encoder
 from clusterguard.calibration import Calibration
-from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError
+from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError, in_one_line
 from clusterguard.model_card import MARK, model_card
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -121,13 +120,15 @@ def load_guard(
         guard.class_names = own.get("class_names")
         if config["calibration"] is not None:
             guard.calibration = Calibration.from_dict(config["calibration"], guard.thresholds)
-    except (PersistenceError, UnsupportedBackboneError):
+    except PersistenceError:
         raise
     except Exception as error:  # whatever a config that was edited, or another version of timm, leads to
+        if isinstance(error, UnsupportedBackboneError) and backbone is not None:
+            raise
         hint = f"backbone={type(backbone).__name__}" if backbone is not None else f"what {CONFIG} describes"
         raise PersistenceError(
             f"{folder / WEIGHTS} does not fit {hint}; pass the module that the guard was made with as backbone=, or "
-            f"use the package versions that {CONFIG} lists. What went wrong: {error}"
+            f"use the package versions that {CONFIG} lists. What went wrong: {in_one_line(error)}"
         ) from error
     return guard
 
@@ -136,6 +137,8 @@ def find_folder(name: str | Path, **hub_options: Any) -> Path:
     """A folder as it is, or the copy of a guard on the Hugging Face Hub."""
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).exists():
+        raise PersistenceError(f"expected a folder that save_pretrained wrote, got the file {name}; name its folder")
     from huggingface_hub import snapshot_download
 
     try:
@@ -143,7 +146,7 @@ def find_folder(name: str | Path, **hub_options: Any) -> Path:
     except Exception as error:  # the Hub's errors have no base class of their own
         raise PersistenceError(
             f"expected a folder, or a guard's id on the Hugging Face Hub, got {str(name)!r}: there is no such folder, "
-            f"and the Hub says: {error}"
+            f"and the Hub says: {in_one_line(error)}"
         ) from error
 
 
@@ -256,7 +259,7 @@ def refuse_foreign(folder: Path) -> None:
         raise PersistenceError(f"expected a folder, got the file {folder}; choose another name")
     for name, mark in ((CARD, MARK), (CONFIG, f'"format": "{_FORMAT}"')):
         file = folder / name
-        if file.exists() and mark not in file.read_text(errors="replace"):
+        if file.exists() and not (file.is_file() and mark in file.read_text(errors="replace")):
             raise PersistenceError(f"{file} is not clusterguard's; choose another folder, or remove that file")
 
 
@@ -266,13 +269,16 @@ def read_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise PersistenceError(f"expected {file.name} in {file.parent}, found none; save the guard there") from error
-    except ValueError as error:
-        raise PersistenceError(f"{file} is damaged ({error}); download it or save the guard again") from error
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise PersistenceError(
+            f"{file} is damaged or cannot be read ({in_one_line(error)}); download it or save the guard again"
+        ) from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         raise PersistenceError(f"{file} describes no guard; choose a folder that save_pretrained wrote")
-    if not isinstance(config.get("format_version"), int) or config["format_version"] > FORMAT_VERSION:
+    version_there = config.get("format_version")
+    if type(version_there) is not int or not 1 <= version_there <= FORMAT_VERSION:
         raise PersistenceError(
-            f"expected format version {FORMAT_VERSION} or older in {file}, got {config.get('format_version')}; "
+            f"expected format version {FORMAT_VERSION} or older in {file}, got {repr(version_there)[:50]}; "
             "upgrade clusterguard"
         )
     return config
@@ -285,6 +291,8 @@ def read_weights(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         content = file.read_bytes()
     except FileNotFoundError as error:
         raise PersistenceError(f"expected {file.name} in {file.parent}, found none; {again}") from error
+    except (OSError, MemoryError) as error:
+        raise PersistenceError(f"{file} cannot be read ({in_one_line(error)}); {again}") from error
     if hashlib.sha256(content).hexdigest() != config.get("weights_sha256"):
         raise PersistenceError(
             f"{file} is not the file that {CONFIG} was saved with: damaged, cut off, replaced, or from an interrupted "
@@ -292,5 +300,5 @@ def read_weights(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         )
     try:
         return load(content)
-    except SafetensorError as error:
-        raise PersistenceError(f"{file} is no safetensors file ({error}); {again}") from error
+    except Exception as error:  # safetensors has an error of its own, and passes on Python's
+        raise PersistenceError(f"{file} is no safetensors file ({in_one_line(error)}); {again}") from error

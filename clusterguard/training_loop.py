@@ -20,6 +20,7 @@ from clusterguard.errors import (
     PersistenceError,
     TooFewCalibrationExamplesError,
     TrainingStoppedError,
+    in_one_line,
 )
 from clusterguard.loader_state import restarting_workers
 from clusterguard.loaders import Pairs, Unpack, check_loader, give_the_same_images, set_epoch
@@ -361,19 +362,26 @@ class DetectorTrainer(ABC):
         if checkpoint is None:
             return False
         accelerator, values = self.engine.accelerator, checkpoint.values
-        if len(values["processes"]) != accelerator.num_processes:
+        try:
+            processes, steps = values["processes"], int(values["steps"])
+            own = processes[accelerator.process_index % len(processes)]
+            thresholds = values["thresholds"].to(self.engine.device).view_as(self.thresholds)
+            history = [EpochRecord(**record) for record in values["history"]]
+            totals = EpochTotals(**own["totals"])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise PersistenceError(
-                f"{checkpoint.file} was written by {len(values['processes'])} processes; go on with as many, "
+                f"{checkpoint.file} holds something else than the checkpoint of this training ({in_one_line(error)}); "
+                "choose another file, or delete it to start anew"
+            ) from error
+        if len(processes) != accelerator.num_processes:
+            raise PersistenceError(
+                f"{checkpoint.file} was written by {len(processes)} processes; go on with as many, "
                 f"not with {accelerator.num_processes}"
             )
-        own = values["processes"][accelerator.process_index]
         with checkpoint.restored(self.engine.parts):
             run.load_state_dict(own, self.engine.device)
-        self.thresholds = values["thresholds"].to(self.engine.device)
-        self.history = [EpochRecord(**record) for record in values["history"]]
-        self.engine.steps = values["steps"]
+        self.thresholds, self.history, self.engine.steps, self._totals = thresholds, history, steps, totals
         self.detector.image_shape = self.detector.image_shape or values.get("image_shape")
-        self._totals = EpochTotals(**own["totals"])
         return True
 
 

@@ -35,7 +35,7 @@ ALLOWED = {
     "replay": {"detector", "errors", "loader_state", "loaders"},
     "training_options": {"errors", "processes"},
     "modes": {"errors"},
-    "files": set(),
+    "files": {"errors"},
     "torchvision_operators": set(),
     "clusters": {"checks", "errors"},
     "checks": {"errors"},

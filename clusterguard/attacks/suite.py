@@ -188,6 +188,7 @@ class WorstCaseSuite(BuiltInAttack):
             InputError: images, labels or targets of a wrong shape, dtype, range or device.
             NotCalibratedError: the detector has no thresholds.
             ConfigurationError: the checkpoint is of another suite or of other images.
+            PersistenceError: the checkpoint is damaged, or no state of a suite.
         """
         check_attack_input(detector, images, labels, targets)
         check_radius(self, images)

@@ -3,12 +3,14 @@
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from clusterguard.errors import ConfigurationError
-from clusterguard.files import write_atomically
+from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
+from clusterguard.files import read_archive, write_atomically
 from torch import Generator, Tensor
+
+_KEYS = ("suite", "clean_margins", "best", "margins", "records", "generator")
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,48 @@ class SuiteState:
 
         Raises:
             ConfigurationError: it is of something else.
+            PersistenceError: it is damaged, or no state of a suite.
         """
-        state = torch.load(path, weights_only=True, map_location=self.best.device)
+        again = f"delete {path} to begin the suite anew, or choose another checkpoint"
+        try:
+            state = read_archive(path, *_KEYS, device=self.best.device)
+        except PersistenceError as error:
+            raise PersistenceError(f"{error}; {again}") from error
+        if not _is_state(state):
+            raise PersistenceError(f"{path} holds no state of a suite; {again}")
         clean = state["clean_margins"]
-        if state["suite"] != self.suite or clean.shape != self.clean_margins.shape:
+        if state["suite"] != self.suite or state["best"].shape != self.best.shape:
             raise ConfigurationError(
-                f"{path} belongs to {state['suite']} on {len(clean)} images; use another checkpoint"
+                f"{path} belongs to {state['suite'][:200]} on {len(clean)} images; use another checkpoint"
             )
-        if not torch.allclose(clean, self.clean_margins, rtol=1e-3, atol=1e-3):
+        if not torch.allclose(clean.to(self.clean_margins), self.clean_margins, rtol=1e-3, atol=1e-3):
             raise ConfigurationError(f"{path} belongs to another detector or other images; use another checkpoint")
+        if generator is not None and state["generator"] is not None:
+            try:
+                generator.set_state(state["generator"].cpu())
+            except (RuntimeError, TypeError) as error:
+                raise PersistenceError(
+                    f"{path} holds another generator's state ({in_one_line(error)}); {again}"
+                ) from error
         self.best, self.margins = state["best"], state["margins"]
         self.records = [StageRecord(**record) for record in state["records"]]
-        if generator is not None and state["generator"] is not None:
-            generator.set_state(state["generator"].cpu())
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    """Whether an archive holds what `SuiteState.save` writes: its kinds, its shapes, and no margin that is NaN."""
+    clean, best, margins, generator = (state[name] for name in ("clean_margins", "best", "margins", "generator"))
+    if not all(isinstance(own, Tensor) and own.is_floating_point() for own in (clean, best, margins)):
+        return False
+    if clean.ndim != 1 or margins.shape != clean.shape or best.ndim != 4 or len(best) != len(clean):
+        return False
+    if clean.isnan().any() or margins.isnan().any() or not best.isfinite().all():
+        return False
+    kinds = {"name": str, "attacked": int, "broken": int, "forward": int, "backward": int}
+    return (
+        isinstance(state["suite"], str)
+        and (generator is None or isinstance(generator, Tensor))
+        and isinstance(state["records"], list)
+        and all(
+            isinstance(record, dict) and {k: type(v) for k, v in record.items()} == kinds for record in state["records"]
+        )
+    )
