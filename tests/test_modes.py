@@ -1,8 +1,10 @@
 """Train and eval mode: modules that have their own way of changing it, and several readers at once."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from contextlib import ExitStack
 
 import clusterguard as cg
@@ -104,6 +106,16 @@ def test_modules_can_be_copied_and_pickled_while_they_are_read():
         with evaluation_mode(other.train()):
             assert not other[1].training
         assert other[1].training
+
+
+def test_nothing_of_a_module_is_kept_when_nobody_reads_it_any_more():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    with pytest.raises(ValueError, match="whatever"), evaluation_mode(model):
+        raise ValueError("whatever")
+    gone = weakref.ref(model[0])
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 class Gate(nn.Module):
