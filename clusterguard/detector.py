@@ -23,6 +23,7 @@ from clusterguard.decision import Detection, Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.loaders import Pairs, Unpack, number_of_batches
 from clusterguard.modes import evaluation_mode
+from clusterguard.precision import full_precision
 from clusterguard.processes import collect, share
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -185,7 +186,7 @@ class DetectorModule(nn.Module, ABC):
         if check:
             check_images(images)
             check_calibrated(self.thresholds)
-        with evaluation_mode(self):
+        with evaluation_mode(self), full_precision():
             return decide(self.evidence(images), self.thresholds)
 
     def reset_calibration(self) -> None:
@@ -325,7 +326,7 @@ def judge(
     """
     check_detector(detector)
     verdicts: dict[int, list[Tensor]] = {}
-    with evaluation_mode(detector):
+    with evaluation_mode(detector), full_precision():
         pairs, batches = Pairs(loader, unpack), number_of_batches(loader)
         bar = tqdm(pairs, desc=progress, total=batches, disable=not progress, leave=False)
         for position, (images, labels) in share(bar, accelerator):

@@ -54,12 +54,14 @@ ALLOWED = {
         "checks",
         "loaders",
         "modes",
+        "precision",
         "processes",
         "calibration",
     },  # calibration: only for type checkers
     "monitoring": {"calibration", "checks", "decision", "errors"},
     # results: only for type checkers, in these three; so is guard in the second
     "compiling": {"errors", "modes"},
+    "precision": {"errors"},
     "intervals": {"errors"},
     "guard": {"backbones", "clusters", "compiling", "decision", "detector", "modes", "persistence", "results"},
     "persistence": {"backbones", "calibration", "errors", "guard", "model_card", "results"},
