@@ -1,13 +1,28 @@
 """Interval bounds: what a network can make of every image in a box, through the network as it is written."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from clusterguard.boxes import Box, hull, move
 from clusterguard.errors import ConfigurationError
+from clusterguard.interval_rules import (
+    CASTS,
+    IN_PLACE,
+    METHODS,
+    RULES,
+    VIEWS,
+    Rule,
+    add,
+    divide,
+    multiply,
+    negate,
+    subtract,
+)
+from clusterguard.precision import Arithmetic
 from torch import Tensor
-from torch.nn import functional
 
 
 class Interval:
@@ -16,17 +31,26 @@ class Interval:
     Bounds of an affine layer, of a monotone function and of a pooling are the tightest there are for their input's
     box; through several layers they loosen, because a box forgets how coordinates hang together.
 
+    Whatever Python or torch may do to a tensor is refused unless `interval_rules` has a rule for it. A change in place
+    reaches the interval under all its names. Whether tensors such as ``x.flatten(1)`` and ``x`` share their memory
+    depends on strides that an interval does not have; so after a change of one the other holds what it may be with
+    the change and without.
+
+    With an arithmetic, an interval also follows how far a network that computes in it gets from exact numbers: each
+    value that it computes lies within `error` of a value in the interval.
+
     Args:
         lower: smallest values, (B, …).
         upper: largest values, (B, …), not below `lower`.
-        source: an interval and the weight (m, D) and bias (m,) of the linear layer that made this one of it, so that
-            differences of outputs can be bounded without that layer's loss.
+        error: how far computed values may lie off the interval, (B, …), at least 0; needed with an arithmetic.
+        arithmetic: what the network computes in, while bounds are float64; None takes its numbers to be exact.
 
     Raises:
-        ConfigurationError: a function without known bounds is applied to it; the message names it.
+        ConfigurationError: something without known bounds is done to it; the message names it.
 
     Reference:
         Gowal et al., "On the effectiveness of interval bound propagation for training verifiably robust models" (2018).
+        Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition (2002), chapter 3, for errors.
 
     Example:
         >>> box = Interval(torch.tensor([[-1.0, 0.0]]), torch.tensor([[1.0, 2.0]]))
@@ -37,10 +61,22 @@ class Interval:
         tensor([[0.]])
     """
 
+    __slots__ = ("__weakref__", "_box", "_family", "_steps")
+
+    _box: Box
+    _family: "_Family"
+    _steps: "tuple[Rule, ...]"
+
     def __init__(
-        self, lower: Tensor, upper: Tensor, *, source: "tuple[Interval, Tensor, Tensor | None] | None" = None
+        self,
+        lower: Tensor,
+        upper: Tensor,
+        *,
+        error: Tensor | None = None,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
-        self.lower, self.upper, self.source = lower, upper, source
+        self._hold(Box(lower, upper, error, arithmetic))
+        self._join(_Family(lower.shape), ())
 
     @classmethod
     def around(cls, images: Tensor, eps: float | Tensor) -> "Interval":
@@ -49,14 +85,34 @@ class Interval:
         return cls((images - radius).clamp(0, 1), (images + radius).clamp(0, 1))
 
     @property
+    def lower(self) -> Tensor:
+        """The smallest values."""
+        return self._box.lower
+
+    @property
+    def upper(self) -> Tensor:
+        """The largest values."""
+        return self._box.upper
+
+    @property
+    def error(self) -> Tensor | None:
+        """How far computed values may lie off the interval; None without an arithmetic."""
+        return self._box.error
+
+    @property
+    def arithmetic(self) -> Arithmetic | None:
+        """What the network computes in; None takes its numbers to be exact."""
+        return self._box.arithmetic
+
+    @property
     def center(self) -> Tensor:
         """The middle."""
-        return (self.lower + self.upper) / 2
+        return self._box.center
 
     @property
     def radius(self) -> Tensor:
         """Half the width."""
-        return (self.upper - self.lower) / 2
+        return self._box.radius
 
     @property
     def shape(self) -> torch.Size:
@@ -70,8 +126,8 @@ class Interval:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of either bound."""
-        return self.lower.dtype
+        """What the network computes in."""
+        return self._box.dtype
 
     @property
     def device(self) -> torch.device:
@@ -94,157 +150,170 @@ class Interval:
         """The smallest value of ⟨direction, z⟩ over z in the interval (B, m), for directions (B, S, m): (B, S).
 
         Where the interval comes out of a linear layer, that layer and the directions are taken together, which is
-        tighter than the interval is.
+        tighter than the interval is. It is exact; what a network computes can be lower by `slack`.
         """
-        if self.source is None:
-            along = torch.einsum("bsm,bm->bs", directions, self.center)
-            return along - torch.einsum("bsm,bm->bs", directions.abs(), self.radius)
-        inside, weight, bias = self.source
-        found = inside.lowest(directions @ weight)
-        return found if bias is None else found + directions @ bias
+        return self._box.lowest(directions)
+
+    def slack(self, directions: Tensor) -> Tensor:
+        """How far below `lowest` rounding may take ⟨direction, z⟩, for directions (B, S, m): (B, S)."""
+        return self._box.slack(directions)
 
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
+    ) -> "Interval":
         """Called by torch in place of one of its functions."""
-        rule = _RULES.get(function)
+        name = getattr(function, "__name__", str(function))
+        rule = RULES.get(function)
         if rule is None:
-            name = getattr(function, "__name__", str(function))
             raise ConfigurationError(
                 f"no bounds are known for {name}; certificates need networks of linear layers, convolutions, batch "
                 "normalisation, pooling, sums and monotone activations such as ReLU"
             )
-        options = dict(kwargs or {})
-        in_place = options.pop("inplace", False) or function is torch.relu_
-        found = rule(torch.relu if function is torch.relu_ else function, *args, **options)
-        return args[0]._become(found) if in_place else found
+        return _call(name, rule, *args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Callable[..., "Interval"]:
-        if name in _METHODS:
-            return partial(_monotone, getattr(Tensor, name), self)
-        raise AttributeError(f"an interval has no {name!r}; no bounds are known for it")
+        if name in METHODS:
+            return partial(_call, name, METHODS[name], self)
+        error = AttributeError if name.startswith("__") else ConfigurationError  # Python asks for names of its own
+        raise error(f"an interval has no {name!r}; no bounds are known for it")
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise ConfigurationError(f"no bounds are known of a tensor whose {name!r} is assigned")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise ConfigurationError(f"no bounds are known of a tensor whose {name!r} is deleted")
 
     def __add__(self, other: "Interval | Tensor | float") -> "Interval":
-        if isinstance(other, Interval):
-            return Interval(self.lower + other.lower, self.upper + other.upper)
-        return Interval(self.lower + other, self.upper + other)
+        return _call("addition", add, self, other)
 
     def __neg__(self) -> "Interval":
-        return Interval(-self.upper, -self.lower)
+        return _call("negation", negate, self)
 
     def __sub__(self, other: "Interval | Tensor | float") -> "Interval":
-        return self + -other
+        return _call("subtraction", subtract, self, other)
 
     def __rsub__(self, other: "Tensor | float") -> "Interval":
-        return -self + other
+        return _call("subtraction", subtract, other, self)
 
     def __mul__(self, factor: "Interval | Tensor | float") -> "Interval":
-        factors = (factor.lower, factor.upper) if isinstance(factor, Interval) else (factor,)
-        return _span([end * other for end in (self.lower, self.upper) for other in factors])
+        return _call("multiplication", multiply, self, factor)
 
     def __truediv__(self, divisor: Tensor | float) -> "Interval":
-        return self * (1 / divisor)
+        return _call("division", divide, self, divisor)
 
     def __iadd__(self, other: "Interval | Tensor | float") -> "Interval":
         return self._become(self + other)
 
+    def __isub__(self, other: "Interval | Tensor | float") -> "Interval":
+        return self._become(self - other)
+
     def __imul__(self, factor: "Interval | Tensor | float") -> "Interval":
         return self._become(self * factor)
 
-    def _become(self, other: "Interval") -> "Interval":
-        """In place, so that whatever else a network calls this interval changes too, as a tensor would."""
-        self.lower, self.upper, self.source = other.lower, other.upper, other.source
-        return self
+    def __itruediv__(self, divisor: Tensor | float) -> "Interval":
+        return self._become(self / divisor)
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def _become(self, other: "Interval") -> "Interval":
+        """In place, so that whatever else a network calls this interval changes too, as a tensor would."""
+        if other.shape != self.shape or other.dtype != self.dtype:
+            raise ConfigurationError(
+                f"no bounds are known for a change in place from {self.dtype} of shape {(*self.shape,)} to "
+                f"{other.dtype} of shape {(*other.shape,)}"
+            )
+        for member in self._family.others(self):
+            member._hold(hull(member._box, move(other._box, self._positions(), member._positions())))
+        self._hold(other._box)
+        return self
 
-def _monotone(function: Callable[..., Tensor], box: Interval, *args: Any, **kwargs: Any) -> Interval:
-    """A function that is not decreasing in any coordinate, or only moves coordinates: each bound by itself."""
-    return Interval(function(box.lower, *args, **kwargs), function(box.upper, *args, **kwargs))
+    def _positions(self) -> Tensor:
+        """Where each element lies in the memory that the family may share."""
+        first = torch.arange(self._family.shape.numel(), device=self.device).view(self._family.shape)
+        box = Box(first, first)
+        for step in self._steps:
+            box = step(box)
+        return box.lower
 
+    def _hold(self, box: Box) -> None:
+        object.__setattr__(self, "_box", box)
 
-def _affine(
-    function: Callable[..., Tensor], box: Any, weight: Any, bias: Any = None, *args: Any, **kw: Any
-) -> Interval:
-    """A product with weights, plus a bias: the centre goes through it, the radius through absolute weights."""
-    if not isinstance(box, Interval):
-        raise ConfigurationError("no bounds are known for weights that depend on the image")
-    center = function(box.center, weight, bias, *args, **kw)
-    radius = function(box.radius, weight.abs(), None, *args, **kw)
-    source = (box, weight, bias) if function is functional.linear and box.lower.ndim == 2 else None
-    return Interval(center - radius, center + radius, source=source)
-
-
-def _batch_norm(function: Callable[..., Tensor], box: Interval, mean: Any, var: Any, *args: Any, **kw: Any) -> Interval:
-    """One factor a channel, of either sign, from running statistics."""
-    if mean is None or var is None or kw.get("training", args[2] if len(args) > 2 else False):
-        raise ConfigurationError("no bounds are known for batch statistics; put batch normalisation into eval mode")
-    return _span([function(end, mean, var, *args, **kw) for end in (box.lower, box.upper)])
-
-
-def _dip(function: Callable[..., Tensor], box: Interval, *args: Any, **kw: Any) -> Interval:
-    """A function that falls to its one minimum and rises from there."""
-    lowest = torch.full_like(box.lower, _MINIMA[function]).clamp(box.lower, box.upper)
-    ends = [function(end, *args, **kw) for end in (box.lower, box.upper)]
-    return Interval(function(lowest, *args, **kw), torch.maximum(*ends))
+    def _join(self, family: "_Family", steps: "tuple[Rule, ...]") -> "Interval":
+        object.__setattr__(self, "_family", family)
+        object.__setattr__(self, "_steps", steps)
+        family.members = [member for member in family.members if member() is not None] + [weakref.ref(self)]
+        return self
 
 
-def _bent(function: Callable[..., Tensor], box: Interval, slope: float | None = None, **kw: float) -> Interval:
-    """A function that rises on the right, and on the left too unless its slope there is negative."""
-    options = kw if slope is None else {_SLOPES[function]: slope, **kw}
-    if options.get(_SLOPES[function], 0) < 0:
-        raise ConfigurationError(f"no bounds are known for {function.__name__} with {_SLOPES[function]} below 0")
-    return _monotone(function, box, **options)
+class _Family:
+    """An interval with its views, the views of those, and so on, as long as they are in use.
+
+    Args:
+        shape: of the first.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.members: list[weakref.ref[Interval]] = []
+
+    def others(self, member: Interval) -> list[Interval]:
+        """All of them but one."""
+        alive = (reference() for reference in self.members)
+        return [other for other in alive if other is not None and other is not member]
 
 
-def _cat(function: Callable[..., Tensor], parts: Sequence[Interval | Tensor], *args: Any, **kw: Any) -> Interval:
-    boxes = [part if isinstance(part, Interval) else Interval(part, part) for part in parts]
-    return Interval(*(function([getattr(box, end) for box in boxes], *args, **kw) for end in ("lower", "upper")))
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise ConfigurationError(
+            f"no bounds are known for a network that applies {name} to what it makes of an image; certificates need "
+            "networks of sums, products and layers that do the same to every image"
+        )
+
+    return refuse
 
 
-def _span(values: Sequence[Tensor]) -> Interval:
-    stacked = torch.stack(list(values))
-    return Interval(stacked.amin(dim=0), stacked.amax(dim=0))
-
-
-def _dropout(function: Callable[..., Tensor], box: Interval, p: float = 0.5, training: bool = True) -> Interval:
-    if training and p:
-        raise ConfigurationError("no bounds are known for dropout in training; put the network into eval mode")
-    return box
-
-
-_METHODS = frozenset(
-    {"flatten", "reshape", "view", "contiguous", "squeeze", "unsqueeze", "permute", "transpose", "mean"}
+_BINARY = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "matmul"),
+    *("and", "or", "xor", "lshift", "rshift"),
 )
-_METHODS |= {"relu", "sigmoid", "tanh", "clamp", "float", "double", "to"}
+_REFUSED = {
+    *("bool", "len", "iter", "next", "reversed", "contains", "getitem", "setitem", "delitem", "hash"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "int", "float", "complex", "index", "abs", "pos", "invert"),
+    *("round", "trunc", "floor", "ceil", "copy", "deepcopy", "reduce", "reduce_ex", "array"),
+    *(prefix + name for prefix in ("", "r", "i") for name in _BINARY),
+}
+for _name in sorted(f"__{name}__" for name in _REFUSED):
+    if _name not in vars(Interval):  # Python has answers of its own to some of these, which are no bounds
+        setattr(Interval, _name, _refusal(_name))
 
-_MONOTONE = (
-    *(functional.relu, functional.relu6, functional.hardtanh, functional.softplus, functional.sigmoid),
-    *(functional.tanh, functional.hardsigmoid, torch.relu, torch.sigmoid, torch.tanh, torch.clamp),
-    *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, functional.max_pool2d, functional.avg_pool1d),
-    *(functional.avg_pool2d, functional.avg_pool3d, functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d),
-    *(functional.adaptive_max_pool2d, torch.adaptive_avg_pool1d, torch.flatten, torch.reshape, torch.mean),
-)
-_MINIMA: dict[Any, float] = {  # where each is smallest
-    functional.silu: -1.2784645427610738,
-    functional.mish: -1.1924337023,
-    functional.hardswish: -1.5,
-    functional.gelu: -0.7517916243,
-}
-_SLOPES: dict[Any, str] = {functional.leaky_relu: "negative_slope", functional.elu: "alpha"}
-_RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(_MONOTONE, _monotone),
-    **dict.fromkeys((functional.linear, torch.conv1d, torch.conv2d, torch.conv3d), _affine),
-    functional.batch_norm: _batch_norm,
-    **dict.fromkeys(_SLOPES, _bent),
-    torch.relu_: _monotone,
-    functional.dropout: _dropout,
-    functional.dropout2d: _dropout,
-    **dict.fromkeys(_MINIMA, _dip),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__), lambda _, first, second: second + first),
-    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), lambda _, first, second: -second + first),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__), lambda _, first, second: second * first),
-    torch.cat: _cat,
-}
+
+def _call(name: str, rule: Rule, *args: Any, inplace: bool = False, **options: Any) -> Interval:
+    """Apply a rule; an argument that it does not take is one without known bounds."""
+    base = next((value for value in (*args, *options.values()) if isinstance(value, Interval)), None)
+    try:
+        box = rule(*map(_unpack, args), **{key: _unpack(value) for key, value in options.items()})
+    except TypeError as error:
+        raise ConfigurationError(f"no bounds are known for {name} with such arguments: {error}") from error
+    if name in VIEWS and not (args and args[0] is base):
+        raise ConfigurationError(f"no bounds are known for {name} of a tensor that is not its first argument")
+    if base is not None and box is base._box:
+        return base
+    result = Interval(box.lower, box.upper)
+    result._hold(box)
+    if base is None:
+        return result
+    if inplace or name in IN_PLACE:
+        return base._become(result)
+    if name not in VIEWS or box.dtype != base.dtype or box.device != base.device:
+        return result
+    others = args[1:]
+    steps = base._steps if name in CASTS else (*base._steps, lambda positions: rule(positions, *others, **options))
+    return result._join(base._family, steps)
+
+
+def _unpack(value: Any) -> Any:
+    """The box of an interval, also inside a list; everything else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_unpack, value)) if type(value) in (list, tuple) else value
+    return value._box if isinstance(value, Interval) else value
