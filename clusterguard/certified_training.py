@@ -5,7 +5,7 @@ from typing import final
 
 import torch
 from clusterguard.calibration import Calibrator
-from clusterguard.certification import bound
+from clusterguard.certification import bound, check_bounds
 from clusterguard.errors import ConfigurationError
 from clusterguard.guard import ClusterGuard
 from clusterguard.modes import evaluation_mode
@@ -132,10 +132,10 @@ class CertifiedTrainer(DetectorTrainer):
         loss = cross_entropy(logits / self.temperature, labels) + self.center_weight * spread
         right = (logits.argmax(dim=1) == labels).sum()
         share = self._grown
+        if not self.engine.steps:  # a network without bounds is refused now, not when the warm-up is over
+            with torch.autocast(images.device.type, enabled=False):
+                check_bounds(self.guard, images[:4], labels[:4], eps=self.eps)
         if not share:
-            if not self.engine.steps:  # a network without bounds is refused now, not when the warm-up is over
-                with torch.no_grad(), evaluation_mode(self.guard):
-                    bound(self.guard, images[:1], labels[:1], eps=0.0)
             return TrainingStep(loss, right, terms={"loss/benign": loss.detach()})
         with evaluation_mode(self.guard):  # bounds need running statistics, and no dropout
             leads = bound(self.guard, images, labels, eps=share * self.eps).leads
