@@ -62,7 +62,9 @@ ALLOWED = {
     # results: only for type checkers, in these three; so is guard in the second
     "compiling": {"errors", "modes"},
     "precision": {"errors"},
-    "intervals": {"errors"},
+    "boxes": {"precision"},
+    "interval_rules": {"boxes", "errors", "precision"},
+    "intervals": {"boxes", "errors", "interval_rules", "precision"},
     "guard": {"backbones", "clusters", "compiling", "decision", "detector", "modes", "persistence", "results"},
     "persistence": {"backbones", "calibration", "errors", "guard", "model_card", "results"},
     "model_card": {"calibration", "metrics", "results"},

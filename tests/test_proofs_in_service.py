@@ -256,8 +256,12 @@ class Cancelling(nn.Module):
     def __init__(self, size, variance, is_normalised):
         super().__init__()
         self.grow = weighted([[1.0, 0, 0, 0], [0, 1.0, 0, 0]], [size, 1.37 * size])
-        self.shrink = nn.BatchNorm1d(2) if is_normalised else weighted(
-            [[variance**-0.5, 0], [0, variance**-0.5]], [-size * variance**-0.5, -1.37 * size * variance**-0.5]
+        self.shrink = (
+            nn.BatchNorm1d(2)
+            if is_normalised
+            else weighted(
+                [[variance**-0.5, 0], [0, variance**-0.5]], [-size * variance**-0.5, -1.37 * size * variance**-0.5]
+            )
         )
         if is_normalised:
             self.shrink.running_mean.copy_(self.grow.bias.detach())
