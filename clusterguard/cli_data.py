@@ -340,6 +340,9 @@ def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:
             ) from error
         if changed:
             told = ", ".join(f"{name} {before.get(name)} (got {options[name]})" for name in changed)
-            raise ConfigurationError(f"expected the options that {checkpoint} was trained with: {told}")
+            raise ConfigurationError(
+                f"expected the options that {checkpoint} was trained with, by {record.name}: {told}; use these, or "
+                "choose another folder"
+            )
     write_atomically(record, lambda file: file.write_text(json.dumps(options, indent=2) + "\n"))
     return checkpoint

@@ -1,6 +1,8 @@
 """A detector as one graph, images -> labels, distances, is_adversarial: for `torch.export` and for ONNX."""
 
 import copy
+import glob
+import hashlib
 import importlib
 import json
 import warnings
@@ -16,13 +18,16 @@ from clusterguard.checks import check_calibrated, check_images, check_tensor, is
 from clusterguard.copying import settle_weights
 from clusterguard.decision import Detection, Evidence, decide
 from clusterguard.detector import DetectorModule, check_repeated
-from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError
+from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError, in_one_line
 from clusterguard.files import write_atomically
 from clusterguard.modes import evaluation_mode, to_eval_mode
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import one_hot
 
+_LARGEST_GRAPH = 2**31 - 2**24
+"""Bytes of weights that fit into one file, protobuf's 2 GiB, with room for the rest; more go into a file beside it."""
+_SMALLEST_TENSOR = 1024  # bytes; what is smaller stays in the graph, as ONNX's own tools do it
 _DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 
@@ -66,7 +71,9 @@ def export_onnx(
 
     Args:
         detector: calibrated, in float32 or float16.
-        path: of the file; what was there stays there if anything fails.
+        path: of the file; what was there stays there if anything fails. Weights of more than 2 GiB do not fit into
+            it and go into a second file beside it, named like it with a part of their hash and ``.data``. Both belong
+            together: move and copy them together.
         example: as in `export_program`.
         card: text about the detector for those who use the graph, such as the model card of a saved guard.
 
@@ -128,17 +135,20 @@ class OnnxDetector(DetectorModule):
         session: that runs it.
         thresholds: (K,).
         card: about the detector; None if there is none.
+        folder: of weights that are not in the graph but in a file beside it.
 
     Example:
         See `load_onnx`.
     """
 
-    def __init__(self, model: Any, session: Any, thresholds: Tensor, card: str | None = None) -> None:
+    def __init__(
+        self, model: Any, session: Any, thresholds: Tensor, *, card: str | None = None, folder: Path = Path()
+    ) -> None:
         (images, *_) = session.get_inputs()
         super().__init__(len(thresholds), image_shape=tuple(images.shape[1:]))
         self.thresholds, self._exported_thresholds = thresholds, thresholds.clone()
         self.card = card
-        self._model, self._session = model, session
+        self._model, self._session, self._folder = model, session, folder
         self._shape, self._dtype = images.shape[1:], _DTYPES[images.type]
 
     def check_image_shape(self, images: Tensor) -> None:
@@ -162,10 +172,20 @@ class OnnxDetector(DetectorModule):
 
         Raises:
             NotCalibratedError: it has none.
+            PersistenceError: the file of its weights, beside the graph that was loaded, is gone or damaged.
         """
         check_calibrated(self.thresholds)
+        model = copy.deepcopy(self._model)
+        (helper,) = _import("onnx.external_data_helper")
+        try:
+            helper.load_external_data_for_model(model, str(self._folder))
+        except Exception as error:  # ONNX's errors, and those of the file system, have no base class in common
+            raise PersistenceError(
+                f"{self._folder} no longer holds the weights of the graph that was loaded ({in_one_line(error)}); put "
+                "their file back, or export the detector again"
+            ) from error
         is_described = torch.equal(self.thresholds.cpu(), self._exported_thresholds)
-        return _write(copy.deepcopy(self._model), self, path, self.card if is_described else None)
+        return _write(model, self, path, self.card if is_described else None)
 
     def _run(self, images: Tensor, thresholds: Tensor) -> Detection:
         check_tensor(thresholds, "thresholds", self.num_classes)
@@ -186,7 +206,7 @@ def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProv
 
     Raises:
         MissingDependencyError: onnx or onnxruntime is not installed.
-        PersistenceError: the file is missing, damaged, or not from `export_onnx`.
+        PersistenceError: the file, or the one of its weights, is missing, damaged, or not from `export_onnx`.
 
     Example:
         >>> import tempfile
@@ -202,20 +222,23 @@ def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProv
     """
     onnx, onnxruntime = _import("onnx", "onnxruntime")
     try:
-        model = onnx.load(path)
+        model, folder = onnx.load(path, load_external_data=False), Path(path).absolute().parent
+        _check_external(model, folder)
         properties = {own.key: own.value for own in model.metadata_props}
         if "clusterguard" not in properties:
             raise ValueError("its metadata do not name clusterguard")
         thresholds = _open(model)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=list(providers))
-        detector = OnnxDetector(model, session, thresholds, properties.get("card"))
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))
+        detector = OnnxDetector(model, session, thresholds, card=properties.get("card"), folder=folder)
         detector.class_names = json.loads(properties.get("class_names", "null"))
         if "calibration" in properties:
             detector.calibration = Calibration.from_dict(json.loads(properties["calibration"]), thresholds)
     except Exception as error:  # protobuf's and onnxruntime's errors have no base class in common
         raise PersistenceError(
             f"{path} is missing, damaged, or not written by export_onnx; export the detector again. What went wrong: "
-            f"{error!r}"
+            f"{in_one_line(error)}"
         ) from error
     return detector
 
@@ -287,10 +310,50 @@ def _write(model: Any, detector: DetectorModule, path: str | Path, card: str | N
             "calibration": json.dumps(record.to_dict()),
         }
     onnx.helper.set_model_props(model, properties)
+    weights = _move_weights_out(model, Path(path).name)
     model.graph.input.remove(next(own for own in model.graph.input if own.name == "thresholds"))
     model.graph.initializer.append(onnx.numpy_helper.from_array(detector.thresholds.cpu().numpy(), "thresholds"))
-    onnx.checker.check_model(model)
-    return write_atomically(path, lambda file: onnx.save(model, file))
+
+    def write(file: Path) -> None:
+        onnx.save(model, file)
+        onnx.checker.check_model(str(file))
+        if weights is not None:  # under a name of its own, so that until the graph is there, too, the old ones match
+            file.with_name(weights).replace(Path(path).with_name(weights))
+
+    written = write_atomically(path, write)
+    for old in written.parent.glob(f"{glob.escape(written.name)}.{'[0-9a-f]' * 16}.data"):
+        if old.name != weights:
+            old.unlink()
+    return written
+
+
+def _move_weights_out(model: Any, name: str) -> str | None:
+    """Where a graph grows too large for one file: mark its weights to be written to another, whose name is returned."""
+    large = [own for own in model.graph.initializer if len(own.raw_data) >= _SMALLEST_TENSOR]
+    if sum(len(own.raw_data) for own in large) <= _LARGEST_GRAPH:
+        return None
+    digest = hashlib.sha256()
+    for own in large:
+        digest.update(own.raw_data)
+    location = f"{name}.{digest.hexdigest()[:16]}.data"
+    (helper,) = _import("onnx.external_data_helper")
+    for own in large:
+        helper.set_external_data(own, location)
+    return location
+
+
+def _check_external(model: Any, folder: Path) -> None:
+    """Weights outside of a graph are in plain files beside it, and nowhere else."""
+    (helper,) = _import("onnx.external_data_helper")
+    for tensor in helper._get_all_tensors(model):
+        if not helper.uses_external_data(tensor):
+            continue
+        name = helper.ExternalDataInfo(tensor).location
+        file = folder / name
+        if Path(name).name != name or "\\" in name or file.is_symlink():
+            raise ValueError(f"its weights are said to be in {name!r}, which is no plain file beside it")
+        if not file.is_file():
+            raise ValueError(f"its weights are in {name!r}, which is not beside it; put that file there, too")
 
 
 def _open(model: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 # What these modules assert shows its values, as in a test.
-pytest.register_assert_rewrite("exporting", "fuzzing", "norm_problems", "peer_makers", "saving")
+pytest.register_assert_rewrite("damaging", "exporting", "fuzzing", "norm_problems", "peer_makers", "saving")
 settings.register_profile("patient", deadline=None)  # how long an example takes says nothing on a shared machine
 settings.load_profile("patient")
 torch.set_num_threads(1)  # tests run in parallel processes; more threads than cores stall each other
