@@ -76,9 +76,16 @@ def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, conseque
         >>> choose_num_classes(nn.Flatten(), 10, consequence="")
         10
     """
+    if not isinstance(backbone, nn.Module):
+        raise UnsupportedBackboneError(
+            f"expected a torch.nn.Module that maps images to (B, D), got {type(backbone).__name__}; pass the module "
+            "in it"
+        )
     built_in = find_num_classes(backbone)
     if num_classes is None and built_in is None:
-        raise ConfigurationError("this backbone does not tell its number of classes; pass num_classes")
+        model = next((part for part in _models_inside(backbone) if find_num_classes(part)), None)
+        where = "" if model is None else f", or the {type(model).__name__} inside it as the backbone"
+        raise ConfigurationError(f"this backbone does not tell its number of classes; pass num_classes{where}")
     if num_classes is not None and built_in is not None and num_classes != built_in:
         warnings.warn(
             f"expected num_classes={built_in}, as the backbone's own classifier has, got {num_classes}; {consequence}",

@@ -15,6 +15,7 @@ from clusterguard.detector import DetectorModule, Loader, image_shape_kept_on_fa
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError, in_one_line
 from clusterguard.loaders import Pairs, Unpack
 from clusterguard.modes import evaluation_mode
+from clusterguard.precision import full_precision
 from clusterguard.processes import collect
 from torch import Tensor
 
@@ -398,7 +399,7 @@ def _rounding(detector: Detector, images: Tensor) -> float:
     rounding, but images of a batch that influence each other; it would open the guard and is cut off.
     """
     images = images.to(detector.thresholds.device)
-    with evaluation_mode(detector):
+    with evaluation_mode(detector), full_precision():
         together = detector.evidence(images).suspicion.double()
         alone = torch.cat([detector.evidence(image).suspicion for image in images.split(1)]).double()
     largest = together.abs().masked_fill(~together.isfinite(), 0).amax(dim=1, keepdim=True)

@@ -71,8 +71,13 @@ def check_images(images: Tensor) -> None:
     Raises:
         InputError: otherwise.
     """
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor):
+        raise InputError(
+            f"expected images as a tensor of shape (B, C, H, W), got {type(images).__name__}; torch.from_numpy makes "
+            "one of an array"
+        )
+    if images.ndim != 4:
+        shape = tuple(images.shape)
         raise InputError(f"expected images of shape (B, C, H, W), got {shape}; add the batch axis with images[None]")
     if images.dtype not in _DTYPES["floating-point"] or images.layout != torch.strided or images.is_meta:
         raise InputError(

@@ -337,7 +337,7 @@ def judge(
                 detector.learn_image_shape(images)
             evidence = detector.evidence(images)
             if calibrating and not verdicts:
-                check_repeated(evidence, detector.evidence(images))
+                check_repeated(detector, images)
             verdict = decide(evidence, detector.thresholds)
             verdicts[position] = [part.cpu() for part in (*verdict, labels)]
     found = collect(verdicts, accelerator)
@@ -347,25 +347,27 @@ def judge(
     return Detection(*judged), all_labels
 
 
-def check_repeated(first: Evidence, second: Evidence) -> None:
-    """Two answers to the same images are the same, but for the rounding of a device that adds in any order.
+def check_repeated(detector: Detector, images: Tensor) -> None:
+    """Four answers to the same images are the same, but for the rounding of a device that adds in any order.
 
     Args:
-        first: evidence of a batch.
-        second: evidence of the same batch, from another call.
+        detector: in eval mode.
+        images: (B, C, H, W) in [0, 1]; eight of them are judged.
 
     Raises:
         ConfigurationError: otherwise.
     """
-    for name, one, other in zip(Evidence._fields, first, second, strict=True):
-        scale = float(one.nan_to_num(0, 0, 0).abs().max()) if one.numel() else 0.0
-        tolerance = scale * (1e-5 if one.device.type == "cpu" else 1e-3)
-        if not torch.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True):
-            raise ConfigurationError(
-                f"expected a detector that gives the same images the same {name.replace('_', ' ')} at every call, got "
-                f"differences of up to {float((one - other).abs().max()):.3g}: a layer draws random numbers or changes "
-                "at every call, in eval mode too; make it do so only while self.training is True"
-            )
+    first, *others = (detector.evidence(images[:8]) for _ in range(4))
+    for other in others:
+        for name, one, again in zip(Evidence._fields, first, other, strict=True):
+            scale = float(one.nan_to_num(0, 0, 0).abs().max()) if one.numel() else 0.0
+            tolerance = scale * (1e-5 if one.device.type == "cpu" else 1e-3)
+            if not torch.allclose(one, again, rtol=0, atol=tolerance, equal_nan=True):
+                raise ConfigurationError(
+                    f"expected a detector that gives the same images the same {name.replace('_', ' ')} at every call, "
+                    f"got differences of up to {float((one - again).abs().max()):.3g}: a layer draws random numbers or "
+                    "changes at every call, in eval mode too; make it do so only while self.training is True"
+                )
 
 
 def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

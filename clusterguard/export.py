@@ -21,6 +21,7 @@ from clusterguard.detector import DetectorModule, check_repeated
 from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError, in_one_line
 from clusterguard.files import write_atomically
 from clusterguard.modes import evaluation_mode, to_eval_mode
+from clusterguard.precision import full_precision
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import one_hot
@@ -261,6 +262,10 @@ class _Decision(nn.Module):
 
 def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decision, Tensor]:
     """A frozen copy in eval mode, and two blank images for it; with one, export would take B for a constant."""
+    if not isinstance(detector, DetectorModule):
+        raise ConfigurationError(
+            f"expected a DetectorModule, got {type(detector).__name__}; set the thresholds of the detector in it"
+        )
     check_calibrated(detector.thresholds)
     if example is not None:
         check_images(example)
@@ -273,7 +278,7 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
     noise = torch.rand(8, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
     with _quiet(), torch.no_grad():
         decision(images)  # what a detector does at its first batch alone is no part of the graph
-        check_repeated(decision.detector.evidence(noise), decision.detector.evidence(noise))
+        check_repeated(decision.detector, noise)
     return decision, images
 
 
@@ -377,7 +382,7 @@ def _import(*names: str) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn of their own deprecations; there is nothing that the caller could do."""
-    with warnings.catch_warnings():
+    """No warnings, for exporters warn of their own deprecations; no autocast, for the graph would keep its casts."""
+    with warnings.catch_warnings(), full_precision():
         warnings.simplefilter("ignore")
         yield

@@ -126,8 +126,13 @@ def _read(picture: Image.Image, content: bytes, max_pixels: int | None) -> Image
     examine = _EXAMINE.get(str(picture.format))
     doubts = examine(picture, content) if examine else []
     picture.load()
-    doubts += _doubt_metadata(picture)
-    image = _to_8_bits(picture, ImageOps.exif_transpose(picture))
+    upright = picture
+    try:
+        doubts += _doubt_metadata(picture)
+        upright = ImageOps.exif_transpose(picture)
+    except Exception:  # Pillow's parser of EXIF data raises all sorts of things at what is none
+        doubts.append("EXIF data that cannot be read, so that its orientation is not known")
+    image = _to_8_bits(picture, upright)
     if "icc_profile" in picture.info:
         image = _to_srgb(image, picture.info["icc_profile"])
     elif image.mode == "CMYK":
@@ -205,9 +210,13 @@ def _examine_png(_: Image.Image, content: bytes) -> list[str]:
     position = 8
     chunks: list[tuple[bytes, bytes]] = []
     while not chunks or chunks[-1][0] != b"IEND":
+        if position + 12 > len(content):
+            raise _RefusedError("it is cut off before its end; save it again")
         length, name = struct.unpack_from(">I4s", content, position)
         body = content[position + 8 : position + 8 + length]
         position += 12 + length
+        if position > len(content):
+            raise _RefusedError("it is cut off before its end; save it again")
         if struct.unpack_from(">I", content, position - 4)[0] != zlib.crc32(body, zlib.crc32(name)):
             raise _RefusedError("a checksum in it is wrong, so it is damaged; save it again")
         chunks.append((name, body))

@@ -66,7 +66,7 @@ _users = 0
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute float32 in IEEE float32: no TF32, no bfloat16 inside products of matrices, no Winograd convolution.
+    """Compute float32 in IEEE float32: no TF32, no autocast, no bfloat16 inside products, no Winograd convolution.
 
     PyTorch rounds the factors of convolutions on CUDA to 10 bits unless it is told otherwise, and those of matrix
     products where ``torch.set_float32_matmul_precision`` allows it. Neither a threshold nor a proof survives that. The
@@ -91,7 +91,11 @@ def full_precision() -> Iterator[None]:
         return
     _enter()
     try:
-        yield
+        with ExitStack() as autocast:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    autocast.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         _leave()
 

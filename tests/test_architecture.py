@@ -68,7 +68,7 @@ ALLOWED = {
     "guard": {"backbones", "clusters", "compiling", "decision", "detector", "modes", "persistence", "results"},
     "persistence": {"backbones", "calibration", "errors", "guard", "model_card", "results"},
     "model_card": {"calibration", "metrics", "results"},
-    "export": {"calibration", "checks", "copying", "decision", "detector", "errors", "files", "modes"},
+    "export": {"calibration", "checks", "copying", "decision", "detector", "errors", "files", "modes", "precision"},
     "confidence": {"backbones", "decision", "detector", "errors"},
     "consistency": {"checks", "decision", "detector", "errors"},
 }

@@ -5,13 +5,14 @@ import warnings
 import pytest
 import timm
 import torch
-from clusterguard import ClusterGuard, ConfidenceDetector, Detection, DetectorModule, Evidence, decide
+from clusterguard import ClusterGuard, ConfidenceDetector, Detection, DetectorModule, Evidence, WithThresholds, decide
 from clusterguard.errors import ConfigurationError, InputError, MissingDependencyError, NotCalibratedError
 from clusterguard.export import export_onnx, export_program, load_onnx
 from exporting import assert_same, flat_guard, run_alone, set_thresholds, spread
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+IMAGES = torch.rand(5, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 BACKBONES = {
     "cnn": lambda: nn.Sequential(
         nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()
@@ -183,3 +184,21 @@ def test_exporters_warnings_and_prints_stay_out_of_sight(tmp_path, capfd):
         warnings.simplefilter("error")
         load_onnx(export_onnx(flat_guard(), tmp_path / "guard.onnx", torch.rand(1, 1, 4, 4)))
     assert capfd.readouterr() == ("", "")
+
+
+def test_graphs_hold_no_casts_of_an_autocast_around_the_export(tmp_path):
+    guard, images = ClusterGuard(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), 2, example=IMAGES), IMAGES
+    guard.thresholds = torch.full((2,), 20.0)
+    expected = guard.detect(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        path = export_onnx(guard, tmp_path / "guard.onnx", images)
+        program = export_program(guard, images)
+        assert torch.equal(guard.detect(images).distances, expected.distances)
+    for verdict in (load_onnx(path).detect(images), Detection(*program.module()(images))):
+        torch.testing.assert_close(verdict.distances, expected.distances, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_module_of_ours_is_not_exported():
+    guard = ClusterGuard(nn.Flatten(), 2, example=IMAGES)
+    with pytest.raises(ConfigurationError, match="expected a DetectorModule, got WithThresholds"):
+        export_program(WithThresholds(guard, torch.full((2,), 20.0)), IMAGES)

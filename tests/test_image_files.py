@@ -299,3 +299,18 @@ def test_images_are_fitted_to_size_and_channels():
         assert tensor.shape == (channels, 20, 20)
         assert torch.equal(tensor, torch.ones_like(tensor))
     assert fit_image(GREY, (6, 10), 3).shape == (3, 6, 10)
+
+
+def test_exif_data_that_cannot_be_read_is_a_doubt_and_not_damage():
+    picture = Image.new("RGB", (16, 8), (200, 30, 40))
+    file = read_image(encode(picture, "JPEG", exif=b"Exif\0\0garbage here!!"))
+    assert file.image.size == (16, 8)
+    assert any("EXIF data that cannot be read" in doubt for doubt in file.doubts)
+
+
+def test_a_png_that_is_cut_off_says_so_in_plain_words():
+    content = encode(Image.new("L", (16, 8)))
+    for length in range(40, len(content)):
+        with pytest.raises(InputError) as raised:
+            read_image(content[:length])
+        assert "unpack" not in str(raised.value)

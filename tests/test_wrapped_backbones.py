@@ -343,3 +343,24 @@ def test_the_copy_of_a_model_in_half_precision_and_on_no_device_is_found() -> No
         encoder = make_encoder(Training(nn.Sequential(copy.deepcopy(model))), 4)
         assert type(encoder) is type(model)
         assert (encoder.fc.weight.dtype, encoder.fc.weight.device.type) == (torch.bfloat16, build_on)
+
+
+def test_what_is_no_module_is_refused_by_name():
+    class Holder:
+        ema = nn.Flatten()
+
+    with pytest.raises(UnsupportedBackboneError, match=r"expected a torch.nn.Module .* got Holder"):
+        ClusterGuard(Holder(), 2)
+
+
+def test_without_classes_the_error_names_the_model_inside():
+    class Resizing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = timm.create_model("test_resnet", num_classes=10)
+
+        def forward(self, images):
+            return self.model(nn.functional.interpolate(images, size=32))
+
+    with pytest.raises(ConfigurationError, match="or the ResNet inside it"):
+        ClusterGuard(Resizing())
