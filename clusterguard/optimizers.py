@@ -1,10 +1,13 @@
 """The optimizers and schedulers that people bring: made by factories, checked before the first step, and stepped."""
 
 import inspect
+import io
+import pickle
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias
 
+import torch
 from clusterguard.errors import ConfigurationError
 from torch import nn
 from torch.optim import Adam, Optimizer
@@ -162,6 +165,25 @@ def check_scheduler(
         raise ConfigurationError(
             f"expected a scheduler with state_dict and load_state_dict, to train with a checkpoint, got {name}"
         )
+
+
+def check_keepable(optimizer: Any, scheduler: Any) -> None:
+    """A checkpoint can keep what the optimizer and the scheduler are made with: it takes numbers, but no objects.
+
+    Raises:
+        ConfigurationError: there is something else among it, such as a number of NumPy's.
+    """
+    settings = [{name: own for name, own in group.items() if name != "params"} for group in optimizer.param_groups]
+    file = io.BytesIO()
+    try:
+        torch.save([settings, None if scheduler is None else scheduler.state_dict()], file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        raise ConfigurationError(
+            "expected an optimizer and a scheduler whose states are plain numbers, to train with a checkpoint, got "
+            f"other objects; pass float(...) in place of numbers of NumPy's, and functions in place of objects: {error}"
+        ) from None
 
 
 def after_step(scheduler: Any, *, every: Literal["epoch", "step"], steps: int) -> None:

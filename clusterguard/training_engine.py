@@ -153,6 +153,8 @@ class TrainingEngine:
         in_an_epoch = 1 if every == "epoch" else None if batches is None else -(-batches // group)
         steps = None if in_an_epoch is None else epochs * in_an_epoch
         optimizers.check_scheduler(self.scheduler, self._given_optimizer, every=every, steps=steps, resumable=resumable)
+        if resumable:
+            optimizers.check_keepable(self._given_optimizer, self.scheduler)
 
     def begin(self) -> None:
         """Make ready for a training: no gradients are left over, and averaged weights give way to those that train."""

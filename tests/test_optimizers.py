@@ -1,5 +1,6 @@
 """Optimizers and schedulers that people bring."""
 
+import numpy as np
 import pytest
 import torch
 from clusterguard import AdversarialClusterTrainer, ClusterGuard, TrainingOptions
@@ -134,3 +135,16 @@ def test_timms_schedulers_are_told_of_epochs_and_steps(blobs, tmp_path):
 def test_a_scheduler_that_does_not_keep_its_state_is_refused(blobs):
     with pytest.raises(ConfigurationError, match="ReduceLROnPlateau, got a PlateauLRScheduler"):
         fit(new_guard(), blobs, scheduler=lambda own: PlateauLRScheduler(own, mode="min"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": lambda own: SGD(own, lr=np.float64(1e-3))},
+        {"scheduler": lambda own: StepLR(own, 1, gamma=np.float64(0.5))},
+    ],
+)
+def test_what_a_checkpoint_cannot_keep_is_refused_before_training(blobs, tmp_path, options):
+    with pytest.raises(ConfigurationError, match=r"pass float\(\.\.\.\)"):
+        fit(new_guard(), blobs, checkpoint=tmp_path / "run.pt", **options)
+    fit(new_guard(), blobs, **options)

@@ -43,7 +43,7 @@ def test_two_processes_train_calibrate_and_evaluate_as_one_does(tmp_path):
     alone = torch.load(tmp_path / "1-0.pt")
     for rank in (0, 1):
         shared = torch.load(tmp_path / f"2-{rank}.pt")
-        for trained in ("weights", "moved", "proved"):
+        for trained in ("weights", "moved", "accumulated", "proved"):
             for name, value in alone[trained].items():
                 torch.testing.assert_close(shared[trained][name], value, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(shared["thresholds"], alone["thresholds"], rtol=1e-5, atol=0)

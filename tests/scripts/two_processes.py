@@ -58,6 +58,15 @@ def main(folder: Path) -> None:
         optimizer=torch.optim.SGD(moving.parameters(), lr=1e-3),
         options=options,
     ).fit(train, calibration, epochs=1, calibrate=False, progress=False)
+    # With groups of batches, the last of which is smaller.
+    accumulated = copy.deepcopy(guard)
+    cg.AdversarialClusterTrainer(
+        accumulated,
+        cg.PGD(eps=0.15, step_size=0.08, steps=3, keep="last"),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+        relabel="original",
+        options=cg.TrainingOptions(accelerator=accelerator, accumulate=4),
+    ).fit(train, calibration, epochs=2, calibrate=False, progress=False)
     proved = copy.deepcopy(guard)
     cg.CertifiedTrainer(
         proved,
@@ -77,6 +86,7 @@ def main(folder: Path) -> None:
     result = {
         "weights": guard.state_dict(),
         "moved": {name: own.detach() for name, own in moving.named_parameters()},
+        "accumulated": {name: own.detach() for name, own in accumulated.named_parameters()},
         "proved": {name: own.detach() for name, own in proved.named_parameters()},
         "thresholds": trainer.thresholds,
         "history": [[record.loss, record.accuracy, record.attack_success_rate] for record in history],
