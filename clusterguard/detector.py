@@ -133,10 +133,13 @@ class DetectorModule(nn.Module, ABC):
         self._image_shape = shape
 
     def check_image_shape(self, images: Tensor) -> None:
-        """Images (B, C, H, W) have the shape that this detector takes.
+        """Make sure that images have the shape that this detector takes.
+
+        Args:
+            images: (B, C, H, W).
 
         Raises:
-            InputError: otherwise.
+            InputError: they have another one.
         """
         shape = self._image_shape
         if shape is not None and shape != "any" and tuple(images.shape[1:]) != shape:

@@ -153,10 +153,13 @@ class OnnxDetector(DetectorModule):
         self._shape, self._dtype = images.shape[1:], _DTYPES[images.type]
 
     def check_image_shape(self, images: Tensor) -> None:
-        """Images (B, C, H, W) have the shape that the graph was exported for, which nothing can change.
+        """Make sure that images have the shape that the graph was exported for, which nothing can change.
+
+        Args:
+            images: (B, C, H, W).
 
         Raises:
-            InputError: otherwise.
+            InputError: they have another one.
         """
         check_tensor(images, "images, as the graph was exported for,", "B", *self._shape)
 
