@@ -263,7 +263,11 @@ class Calibrator:
 
     With ``method="conformal"`` the chance that a new, correctly classified benign image of class i is refused is
     at most `false_positive_rate`, at any number of examples, if it is exchangeable with the calibration images
-    of that class. Images that were trained on, or that later drift, void that.
+    of that class. Images that were trained on, or that later drift, void that. With ``scarce="pool"`` it holds for
+    classes with enough examples, and for all classes together.
+
+    Thresholds get a slack for rounding: four times the largest change of a suspicion that is seen when the first 16
+    images are judged together and one by one, and 64 units in the last place of float32 at least.
 
     Args:
         false_positive_rate: α, in (0, 1), within every class.

@@ -65,7 +65,8 @@ Method = Annotated[
     typer.Option(help="conformal holds the rate at every number of images; quantile is the paper's."),
 ]
 Scarce = Annotated[
-    Literal["error", "pool"], typer.Option(help="What becomes of classes with too few images: pool shares a threshold.")
+    Literal["error", "pool"],
+    typer.Option(help="Classes with too few images: an error, or a shared threshold, bounded on average."),
 ]
 
 
