@@ -1,9 +1,10 @@
 """The arithmetic that a guard runs in: how far it rounds, and how to keep the hardware from rounding further."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ def full_precision() -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    _enter()
+    _call_untraced(_enter)
     try:
         with ExitStack() as autocast:
             for device in ("cpu", "cuda"):
@@ -97,7 +98,15 @@ def full_precision() -> Iterator[None]:
                     autocast.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
-        _leave()
+        _call_untraced(_leave)
+
+
+_disable = cache(torch.compiler.disable)
+
+
+def _call_untraced(function: Callable[[], None]) -> None:
+    """Call it out of sight of torch.compile, which traces what a function calls after it gave up on the function."""
+    (_disable(function) if "torch._dynamo" in sys.modules else function)()
 
 
 def _enter() -> None:

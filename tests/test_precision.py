@@ -156,3 +156,16 @@ def test_a_guard_that_fails_leaves_the_settings_as_they_were(monkeypatch):
 def test_only_arithmetic_with_known_rounding_is_followed(dtype):
     with pytest.raises(ConfigurationError, match="float32 or float64"):
         Arithmetic.of(dtype)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_detection_meets_no_setting_that_the_compiler_does_not_know(training):
+    torch._dynamo.reset()
+    guard, batch = guard_of(dtype=torch.float32), torch.rand(3, 1, 2, 2)
+    expected = guard.detect(batch).labels
+    detect = torch.compile(lambda values: guard.train(training).detect(values, check=False).labels, backend="eager")
+    torch.set_float32_matmul_precision("medium")
+    before = settings()
+    assert torch.equal(detect(batch), expected)
+    assert settings() == before
