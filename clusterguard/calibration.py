@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from numbers import Real
@@ -14,9 +14,8 @@ from clusterguard.decision import Detector
 from clusterguard.detector import DetectorModule, Loader, image_shape_kept_on_failure, judge
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError, in_one_line
 from clusterguard.loaders import Pairs, Unpack
-from clusterguard.modes import evaluation_mode
-from clusterguard.precision import full_precision
 from clusterguard.processes import collect
+from clusterguard.rounding import FirstKept, measure_rounding
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -346,12 +345,12 @@ class Calibrator:
             TooFewCalibrationExamplesError: naming classes and counts.
             ConfigurationError: the detector gives the same images different evidence each time.
         """
-        batches = _FirstKept(loader, unpack)
+        batches = FirstKept(loader, unpack)
         with image_shape_kept_on_failure(detector):
             bar = "calibrating" * progress
             detection, labels = judge(detector, batches, accelerator=accelerator, progress=bar, calibrating=True)
             index = 0 if accelerator is None else accelerator.process_index
-            rounding = max(collect({index: _rounding(detector, batches.images)}, accelerator))
+            rounding = max(collect({index: measure_rounding(detector, batches.images)}, accelerator))
             calibration = fit_thresholds(
                 detection.distances,
                 detection.labels,
@@ -373,42 +372,6 @@ class Calibrator:
         if isinstance(detector, DetectorModule):
             detector.calibration = calibration
         return calibration
-
-
-class _FirstKept:
-    """A loader that keeps the first 16 images it gives, as far as they have the size of the first."""
-
-    def __init__(self, loader: Loader, unpack: Unpack | None = None) -> None:
-        self.loader, self.unpack, self.images = loader, unpack, torch.empty(0)
-
-    def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]  # the same TypeError as of a loader without a length
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in Pairs(self.loader, self.unpack):
-            if not len(self.images):
-                self.images = images[:16].detach()
-            elif len(self.images) < 16 and images.shape[1:] == self.images.shape[1:]:
-                self.images = torch.cat([self.images, images[: 16 - len(self.images)].detach()])
-            yield images, labels
-
-
-@torch.no_grad()
-def _rounding(detector: Detector, images: Tensor) -> float:
-    """By how much arithmetic alone moves suspicion: four times the most that it moved when images were judged alone.
-
-    This depends on the network and its precision, which thresholds do not tell. Where clusters are much tighter than
-    their centres are apart, it is many units in the last place of a threshold. The suspicion of every class counts, for
-    that of the label may round to the same number in each batch. More than 1 % of an image's largest suspicion is no
-    rounding, but images of a batch that influence each other; it would open the guard and is cut off.
-    """
-    images = images.to(detector.thresholds.device)
-    with evaluation_mode(detector), full_precision():
-        together = detector.evidence(images).suspicion.double()
-        alone = torch.cat([detector.evidence(image).suspicion for image in images.split(1)]).double()
-    largest = together.abs().masked_fill(~together.isfinite(), 0).amax(dim=1, keepdim=True)
-    moved = (4 * (alone - together).abs()).minimum(0.01 * largest)
-    return float(moved[moved.isfinite()].max()) if moved.isfinite().any() else 0.0
 
 
 def _exact(rate: float) -> Fraction:

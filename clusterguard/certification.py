@@ -12,7 +12,7 @@ from clusterguard.compiling import CompiledCall, call
 from clusterguard.detector import Loader, Normalize
 from clusterguard.errors import ClusterGuardError, ConfigurationError, InputError
 from clusterguard.guard import ClusterGuard
-from clusterguard.intervals import Interval
+from clusterguard.intervals import Interval, final_refusals
 from clusterguard.loaders import Pairs, Unpack
 from clusterguard.metrics import Rate, is_eligible
 from clusterguard.modes import evaluation_mode
@@ -82,7 +82,8 @@ def _bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
         size = torch.maximum(lower.abs(), upper.abs())
         error = box.error / guard.normalize.std.to(lower) + box.arithmetic.gamma(3) * size + box.arithmetic.smallest
     try:
-        found = guard.encoder(Interval(lower, upper, error=error, arithmetic=box.arithmetic))
+        with final_refusals():
+            found = guard.encoder(Interval(lower, upper, error=error, arithmetic=box.arithmetic))
     except ClusterGuardError:
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -384,26 +385,33 @@ def _try_out(
         return
     some, some_labels, reach = images[chosen], labels[chosen], radii.expand(len(images))[chosen]
     points = _sample(some.double(), reach).to(_arithmetic_of(guard).dtype)
-    if proofs is None:
-        wide = _bound_in_service(guard, some, some_labels, reach)
-    else:
-        box = proofs.representations
-        rows = [None if end is None else end[chosen] for end in (box.lower, box.upper, box.error)]
-        wide = proofs._replace(
-            representations=Interval(rows[0], rows[1], error=rows[2], arithmetic=box.arithmetic),  # type: ignore[arg-type]
-            bounds=Bounds(*(part[chosen] for part in proofs.bounds)),
-        )
+    wide = _bound_in_service(guard, some, some_labels, reach) if proofs is None else _take(proofs, chosen)
     narrow = _bound_in_service(guard, some, some_labels, torch.zeros_like(reach))
     outputs = _run(guard, points)
     _check_outputs(guard, narrow, some_labels, *(part[:, :1] for part in outputs))
     _check_outputs(guard, wide, some_labels, *outputs)
+    first = _take(narrow, chosen.new_zeros(1, dtype=torch.long))
+    for count in (1, 2, 3):  # a network may do something else with small batches
+        outputs = _run(guard, points[:1, :1].expand(1, count, *points.shape[2:]), alone=True)
+        _check_outputs(guard, first, some_labels[:1], *outputs)
 
 
-def _run(guard: ClusterGuard, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Representations and distances of points (B, P, C, H, W), each (B, P, …), in another company than bounds had."""
-    flat = torch.cat([points.flatten(0, 1), torch.ones_like(points[0, :1])])
-    outputs = guard.represent(flat), guard.evidence(flat).suspicion
-    representations, distances = (output[:-1].double().unflatten(0, points.shape[:2]) for output in outputs)
+def _take(proofs: _Proofs, rows: Tensor) -> _Proofs:
+    """Proofs of the images at these positions."""
+    box = proofs.representations
+    lower, upper, error = (None if end is None else end[rows] for end in (box.lower, box.upper, box.error))
+    return proofs._replace(
+        representations=Interval(lower, upper, error=error, arithmetic=box.arithmetic),  # type: ignore[arg-type]
+        bounds=Bounds(*(part[rows] for part in proofs.bounds)),
+    )
+
+
+def _run(guard: ClusterGuard, points: Tensor, *, alone: bool = False) -> tuple[Tensor, Tensor]:
+    """Representations and distances of points (B, P, C, H, W), each (B, P, …); unless alone, beside a blank image."""
+    flat = points.flatten(0, 1)
+    batch = flat if alone else torch.cat([flat, torch.ones_like(flat[:1])])  # another company than bounds had
+    outputs = guard.represent(batch), guard.evidence(batch).suspicion
+    representations, distances = (output[: len(flat)].double().unflatten(0, points.shape[:2]) for output in outputs)
     return representations, distances
 
 
@@ -423,6 +431,7 @@ def _sample(images: Tensor, radii: Tensor) -> Tensor:
     shape = (len(images), 2 * _SAMPLED_POINTS, *images.shape[1:])
     noise = 2 * torch.rand(shape, generator=generator, dtype=images.dtype).to(images.device) - 1
     noise[:, _SAMPLED_POINTS:] = noise[:, _SAMPLED_POINTS:].sign()
+    noise[:, -1], noise[:, -2] = 1, -1  # all pixels brighter, all darker
     moved = (images[:, None] + radii.view(-1, 1, 1, 1, 1) * noise).clamp(0, 1)
     return torch.cat([images[:, None].clamp(0, 1), moved], dim=1)
 
@@ -437,6 +446,7 @@ def _check_outputs(guard: ClusterGuard, proofs: _Proofs, labels: Tensor, found: 
     is_own = one_hot(labels.long(), guard.num_classes).bool()
     is_outside = (
         ((found < (box.lower - error)[:, None]) | (found > (box.upper + error)[:, None])).any()
+        | (found.isnan() & (box.lower - error).isfinite()[:, None]).any()
         | ((2 * along < bounds.leads[:, None]) & ~is_own[:, None]).any()
         | (distances < bounds.nearest[:, None]).any()
         | (own > bounds.farthest[:, None, None]).any()

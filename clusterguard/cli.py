@@ -142,7 +142,13 @@ def train(
     )
     with stopped_by_signals(checkpoint, lambda: f"{len(trainer.history)} of {epochs} epochs") as is_asked_to_stop:
         history = trainer.fit(
-            DataLoader(pictures, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed)),
+            DataLoader(
+                pictures,
+                batch_size,
+                shuffle=True,
+                drop_last=len(pictures) % batch_size == 1,  # one image has no batch statistics; another one each epoch
+                generator=torch.Generator().manual_seed(seed),
+            ),
             DataLoader(calibration, batch_size),
             epochs=epochs,
             on_epoch_end=partial(say_epoch, epochs=epochs),

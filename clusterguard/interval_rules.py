@@ -317,7 +317,8 @@ def _rising(
     if box.error is not None and box.arithmetic is not None:
         error = steepest * box.error
         if bottom is None:  # where it is flat, nothing is left of an error
-            error = torch.minimum(error, function(box.upper + box.error) - function(box.lower - box.error))
+            flat = torch.minimum(error, function(box.upper + box.error) - function(box.lower - box.error))
+            error = torch.where(error.isfinite(), flat, error)  # what overflows may be NaN, which no function caps
         if scaled or fixed:
             error = error + box.arithmetic.unit * (scaled * box.magnitude + fixed) + 2 * leap + box.arithmetic.smallest
     return _result(box, lower - leap, upper + leap, error) if leap else _result(box, lower, upper, error)

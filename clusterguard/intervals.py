@@ -1,7 +1,9 @@
 """Interval bounds: what a network can make of every image in a box, through the network as it is written."""
 
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
@@ -23,6 +25,37 @@ from clusterguard.interval_rules import (
 )
 from clusterguard.precision import Arithmetic
 from torch import Tensor
+
+
+class _Refusals(threading.local):
+    """The first refusal since somebody began to look, for a network may catch it and go on without bounds."""
+
+    first: ConfigurationError | None = None
+
+
+_refusals = _Refusals()
+
+
+def _refuse(message: str) -> ConfigurationError:
+    error = ConfigurationError(message)
+    _refusals.first = _refusals.first or error
+    return error
+
+
+@contextmanager
+def final_refusals() -> Iterator[None]:
+    """Raise at the end what an interval has refused within the block, also where it was caught there.
+
+    Raises:
+        ConfigurationError: an interval has refused something.
+    """
+    before, _refusals.first = _refusals.first, None
+    try:
+        yield
+        if _refusals.first is not None:
+            raise _refusals.first
+    finally:
+        _refusals.first = before
 
 
 class Interval:
@@ -66,6 +99,9 @@ class Interval:
     _box: Box
     _family: "_Family"
     _steps: "tuple[Rule, ...]"
+
+    # A network that asks for the type gets the answer that a tensor gives, so that it takes the same way.
+    __class__ = property(lambda self: Tensor)
 
     def __init__(
         self,
@@ -166,7 +202,7 @@ class Interval:
         name = getattr(function, "__name__", str(function))
         rule = RULES.get(function)
         if rule is None:
-            raise ConfigurationError(
+            raise _refuse(
                 f"no bounds are known for {name}; certificates need networks of linear layers, convolutions, batch "
                 "normalisation, pooling, sums and monotone activations such as ReLU"
             )
@@ -175,14 +211,16 @@ class Interval:
     def __getattr__(self, name: str) -> Callable[..., "Interval"]:
         if name in METHODS:
             return partial(_call, name, METHODS[name], self)
-        error = AttributeError if name.startswith("__") else ConfigurationError  # Python asks for names of its own
-        raise error(f"an interval has no {name!r}; no bounds are known for it")
+        message = f"an interval has no {name!r}; no bounds are known for it"
+        if name.startswith("__") or name in ("_is_param", "_is_buffer"):  # Python and torch ask for names of their own
+            raise AttributeError(message)
+        raise _refuse(message)
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise ConfigurationError(f"no bounds are known of a tensor whose {name!r} is assigned")
+        raise _refuse(f"no bounds are known of a tensor whose {name!r} is assigned")
 
     def __delattr__(self, name: str) -> NoReturn:
-        raise ConfigurationError(f"no bounds are known of a tensor whose {name!r} is deleted")
+        raise _refuse(f"no bounds are known of a tensor whose {name!r} is deleted")
 
     def __add__(self, other: "Interval | Tensor | float") -> "Interval":
         return _call("addition", add, self, other)
@@ -219,7 +257,7 @@ class Interval:
     def _become(self, other: "Interval") -> "Interval":
         """In place, so that whatever else a network calls this interval changes too, as a tensor would."""
         if other.shape != self.shape or other.dtype != self.dtype:
-            raise ConfigurationError(
+            raise _refuse(
                 f"no bounds are known for a change in place from {self.dtype} of shape {(*self.shape,)} to "
                 f"{other.dtype} of shape {(*other.shape,)}"
             )
@@ -265,7 +303,7 @@ class _Family:
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise ConfigurationError(
+        raise _refuse(
             f"no bounds are known for a network that applies {name} to what it makes of an image; certificates need "
             "networks of sums, products and layers that do the same to every image"
         )
@@ -293,10 +331,12 @@ def _call(name: str, rule: Rule, *args: Any, inplace: bool = False, **options: A
     base = next((value for value in (*args, *options.values()) if isinstance(value, Interval)), None)
     try:
         box = rule(*map(_unpack, args), **{key: _unpack(value) for key, value in options.items()})
+    except ConfigurationError as error:
+        raise _refuse(str(error)) from error
     except TypeError as error:
-        raise ConfigurationError(f"no bounds are known for {name} with such arguments: {error}") from error
+        raise _refuse(f"no bounds are known for {name} with such arguments: {error}") from error
     if name in VIEWS and not (args and args[0] is base):
-        raise ConfigurationError(f"no bounds are known for {name} of a tensor that is not its first argument")
+        raise _refuse(f"no bounds are known for {name} of a tensor that is not its first argument")
     if base is not None and box is base._box:
         return base
     result = Interval(box.lower, box.upper)

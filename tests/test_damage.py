@@ -66,8 +66,8 @@ GOOD = {
         {"margins": torch.tensor([0.1, torch.nan])},  # would count as broken by nothing
         {"margins": torch.tensor([1, 2])},
         {"margins": torch.zeros(3)},
-        {"best": torch.rand(2, 1, 5, 5)},
-        {"best": torch.rand(3, 1, 4, 4)},
+        {"best": torch.full((2, 1, 5, 5), 0.5)},
+        {"best": torch.full((3, 1, 4, 4), 0.5)},
         {"best": torch.full((2, 1, 4, 4), torch.inf)},
         {"best": [1, 2]},
         {"records": {"name": "first"}},
@@ -119,7 +119,7 @@ def test_a_whole_checkpoint_of_something_else(blobs, tmp_path, values):
     trainer = AdversarialClusterTrainer(guard, FGSM(eps=0.1), calibrator=Calibrator(0.2))
     save_checkpoint(tmp_path / "run.pt", parts=trainer.engine.parts, values=values)
     with pytest.raises(PersistenceError, match=r"run\.pt holds something else .*; choose another file, or delete it"):
-        trainer.fit(blobs, blobs, epochs=1, checkpoint=tmp_path / "run.pt", progress=False)
+        trainer.fit(list(blobs), list(blobs), epochs=1, checkpoint=tmp_path / "run.pt", progress=False)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -10,7 +10,7 @@ def dry_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.warns(UserWarning, match="pooled threshold"):  # hardly anything is learned from 300 digits
         result = CliRunner().invoke(
-            app, ["demo", "--output", str(folder), "--epochs", "3", "--limit", "300"], catch_exceptions=False
+            app, ["demo", "--output", str(folder), "--epochs", "8", "--limit", "300"], catch_exceptions=False
         )
     return folder, result
 
@@ -41,7 +41,7 @@ def test_without_matplotlib_the_demo_says_so_and_does_the_rest(tmp_path, monkeyp
     with pytest.warns(UserWarning, match="pooled threshold"):
         result = CliRunner().invoke(
             app,
-            ["demo", "--output", str(tmp_path), "--epochs", "3", "--limit", "100", "--json"],
+            ["demo", "--output", str(tmp_path), "--epochs", "8", "--limit", "300", "--json"],
             catch_exceptions=False,
         )
     assert "clusterguard[plots]" in result.stderr

@@ -226,7 +226,7 @@ class Extracted(nn.Module):
 @pytest.mark.filterwarnings("ignore:no recipe rebuilds this backbone")
 @pytest.mark.parametrize("make", [Dropping, Extracted])
 def test_a_backbone_whose_dropout_no_flag_reaches_is_used_in_eval_mode_everywhere(make, tmp_path):
-    guard = cg.ClusterGuard(make(), 2, example=IMAGES)
+    guard = cg.ClusterGuard(make(), 2, mean=[0.0], std=[1.0], example=IMAGES)
     guard.thresholds = torch.full((2,), 100.0)
     expected = guard.detect(IMAGES).distances
     guard.train()

@@ -96,7 +96,7 @@ USES = {
 def test_a_network_that_treats_intervals_in_its_own_way_is_refused(body, use):
     torch.manual_seed(0)
     guard = around(body(), threshold=100.0)
-    with pytest.raises(ConfigurationError, match="no bounds are known for this network"):
+    with pytest.raises(ConfigurationError, match="no bounds are known"):
         USES[use](guard, images(), LABELS)
 
 
@@ -321,3 +321,55 @@ def test_wide_networks_with_large_weights_stay_within_certificates(seed, width, 
     assert not (proved.is_secure & (verdict.labels != labels)).any()
     assert not (proved.is_kept & verdict.is_adversarial).any()
     assert functional.one_hot(exact.detect(batch.double()).labels[proved.is_secure]).sum() == proved.is_secure.sum()
+
+
+class Branching(nn.Module):
+    """Turns bright images around, but only what it can tell is a tensor."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, images):
+        features = images.flatten(1)
+        if self.how == "isinstance" and isinstance(features, torch.Tensor):
+            return features * (1 - 2.0 * (features.mean(1, keepdim=True) > 0.55))
+        if self.how == "is_tensor" and torch.is_tensor(features):
+            return features * (1 - 2.0 * (features.mean(1, keepdim=True) > 0.55))
+        if self.how == "caught":
+            try:
+                features = features * (1 - 2.0 * (features.mean(1, keepdim=True) > 0.55))
+            except Exception:
+                return features
+        if self.how == "batch size" and features.shape[0] < 3:
+            return -features
+        return features
+
+
+@pytest.mark.parametrize("how", ["isinstance", "is_tensor", "caught", "batch size"])
+def test_a_network_that_treats_tensors_otherwise_has_no_certificate(how):
+    guard = ClusterGuard(Branching(how), num_classes=2, example=torch.rand(2, 1, 8, 8))
+    with torch.no_grad():
+        guard.encoder[-1].weight.copy_(torch.tensor([[0.3], [-0.3]]).expand(2, 64))
+        guard.encoder[-1].bias.zero_()
+    guard.thresholds = torch.full((2,), 14.0)
+    images = torch.full((8, 1, 8, 8), 0.5)
+    with pytest.raises(ConfigurationError, match="no bounds are known"):
+        certify(guard, images, torch.zeros(8, dtype=torch.long), eps=0.1)
+
+
+@pytest.mark.parametrize("cap", [nn.Hardtanh, nn.ReLU6, nn.Sigmoid, nn.Tanh])
+def test_what_overflows_to_nan_is_not_proved_to_be_kept(cap):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False), nn.Linear(4, 2), cap())
+    guard = ClusterGuard(network, num_classes=2, example=torch.rand(1, 1, 2, 2))
+    first, second, last = (layer for layer in guard.encoder.modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        first.weight.copy_(1e20 * torch.eye(4))
+        second.weight.copy_(1e20 * torch.tensor([[1.0, 1, -1, -1]] * 2))
+        second.bias.zero_()
+        last.weight.fill_(0.01)
+        last.bias.copy_(torch.tensor([10.0, 0.0]))
+    guard.thresholds = torch.full((2,), 5.0)
+    images = torch.full((3, 1, 2, 2), 0.9)
+    assert guard.detect(images).is_adversarial.all()
+    assert not certify(guard, images, torch.zeros(3, dtype=torch.long), eps=0.01).is_kept.any()

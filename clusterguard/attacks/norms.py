@@ -32,7 +32,11 @@ class Norm(ABC):
 
     @abstractmethod
     def largest(self, shape: Sequence[int]) -> float:
-        """The largest size that a change of an image (C, H, W) in [0, 1] can have."""
+        """The largest size that a change of an image in [0, 1] can have.
+
+        Args:
+            shape: (C, H, W) of the image.
+        """
 
     @abstractmethod
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
