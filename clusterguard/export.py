@@ -21,7 +21,7 @@ from clusterguard.detector import DetectorModule, check_repeated
 from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError, in_one_line
 from clusterguard.files import write_atomically
 from clusterguard.modes import evaluation_mode, to_eval_mode
-from clusterguard.precision import full_precision
+from clusterguard.precision import without_autocast
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import one_hot
@@ -386,6 +386,6 @@ def _import(*names: str) -> list[Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No warnings, for exporters warn of their own deprecations; no autocast, for the graph would keep its casts."""
-    with warnings.catch_warnings(), full_precision():
+    with warnings.catch_warnings(), without_autocast():
         warnings.simplefilter("ignore")
         yield

@@ -100,9 +100,6 @@ class Interval:
     _family: "_Family"
     _steps: "tuple[Rule, ...]"
 
-    # A network that asks for the type gets the answer that a tensor gives, so that it takes the same way.
-    __class__ = property(lambda self: Tensor)
-
     def __init__(
         self,
         lower: Tensor,
@@ -212,7 +209,7 @@ class Interval:
         if name in METHODS:
             return partial(_call, name, METHODS[name], self)
         message = f"an interval has no {name!r}; no bounds are known for it"
-        if name.startswith("__") or name in ("_is_param", "_is_buffer"):  # Python and torch ask for names of their own
+        if name.startswith("__"):  # Python asks for names of its own
             raise AttributeError(message)
         raise _refuse(message)
 

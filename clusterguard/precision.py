@@ -92,13 +92,29 @@ def full_precision() -> Iterator[None]:
         return
     _call_untraced(_enter)
     try:
-        with ExitStack() as autocast:
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    autocast.enter_context(torch.autocast(device, enabled=False))
+        with without_autocast():
             yield
     finally:
         _call_untraced(_leave)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the weights' own precision, also inside a block of ``torch.autocast``.
+
+    Returns:
+        A context manager, also a decorator.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16), without_autocast():
+        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+        torch.float32
+    """
+    with ExitStack() as blocks:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                blocks.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 _disable = cache(torch.compiler.disable)
