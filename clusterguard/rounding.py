@@ -22,11 +22,12 @@ class FirstKept:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in Pairs(self.loader, self.unpack):
+            yield images, labels  # first, for whoever takes them checks them
+            kept = images[: 16 - len(self.images)].detach().cpu()
             if not len(self.images):
-                self.images = images[:16].detach()
-            elif len(self.images) < 16 and images.shape[1:] == self.images.shape[1:]:
-                self.images = torch.cat([self.images, images[: 16 - len(self.images)].detach()])
-            yield images, labels
+                self.images = kept
+            elif kept.shape[1:] == self.images.shape[1:]:
+                self.images = torch.cat([self.images, kept])
 
 
 @torch.no_grad()
@@ -38,6 +39,8 @@ def measure_rounding(detector: Detector, images: Tensor) -> float:
     that of the label may round to the same number in each batch. More than 1 % of an image's largest suspicion is no
     rounding, but images of a batch that influence each other; it would open the guard and is cut off.
     """
+    if not len(images):
+        return 0.0
     images = images.to(detector.thresholds.device)
     with evaluation_mode(detector), full_precision():
         together = detector.evidence(images).suspicion.double()

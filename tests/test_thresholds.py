@@ -290,3 +290,22 @@ def test_thousands_of_classes_are_sorted_once(monkeypatch):
     calibration = fit_thresholds(torch.rand(400), few, few, 3000, method="quantile", scarce="pool")
     assert len(calls) < 60
     assert len(set(calibration.thresholds)) == 1
+
+
+@pytest.mark.parametrize("images", [[1, 2], torch.rand(3, 2), torch.full((3, 1, 2, 2), 7.0), None])
+def test_images_that_are_none_are_named_first(images):
+    with pytest.raises(InputError, match="images"):
+        Calibrator(0.1).fit(Crowd(num_classes=2), [(images, torch.zeros(3, dtype=torch.long))])
+
+
+def test_batches_without_an_image_are_too_few_examples():
+    batches = [(torch.rand(0, 1, 2, 2), torch.zeros(0, dtype=torch.long))]
+    with pytest.raises(TooFewCalibrationExamplesError, match="class 0: 0, class 1: 0"):
+        Calibrator(0.1).fit(Crowd(num_classes=2), batches)
+
+
+def test_images_of_several_sizes_calibrate_a_detector_that_takes_them():
+    sizes = [2, 2, 3, 4] * 4
+    batches = [(torch.rand(5, 1, size, size), torch.zeros(5, dtype=torch.long)) for size in sizes]
+    with pytest.warns(UserWarning, match="pooled"):
+        assert Calibrator(0.1, scarce="pool").fit(Crowd(num_classes=2), batches).images == 80
