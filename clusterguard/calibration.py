@@ -182,7 +182,8 @@ def fit_thresholds(
     fewer, if these are enough together. If they are not, it is their largest suspicion, or the threshold that all
     classes' examples have together, whichever is larger. Of n examples and a new one at most one is then refused for
     being the most suspicious of the scarce classes. Where the average has no room for it, the class with most examples
-    gives up one refusal: its threshold is the next larger one of its suspicions.
+    gives up one refusal: its threshold is the next larger one of its suspicions. If that class has only one to give, it
+    shares the refusal: both thresholds are at least the largest suspicion of that class and the scarce ones.
 
     Args:
         suspicion: (n,) suspicion of the predicted label.
@@ -229,18 +230,7 @@ def fit_thresholds(
             f"examples of every class, got {_listing(counts, is_scarce)}; add examples, allow a higher rate, or pass "
             "scarce='pool'"
         )
-    # What a new image of any scarce class would find among the scarce classes, once it is counted itself:
-    in_pool = (counts <= needed) & (scarce == "pool")
-    pool = values_by_class[in_pool[classes]].sort().values
-    positions, fractions = _positions(counts, false_positive_rate, method)
-    if method == "conformal" and scarce == "pool" and len(pool) <= needed:
-        positions = positions + _gives_way(counts, in_pool, false_positive_rate)
-    first, rich = counts.cumsum(0) - counts, ~is_scarce
-    thresholds = values.new_empty(num_classes)
-    thresholds[rich] = _read(values_by_class, (first + positions)[rich], fractions[rich])
-    if is_scarce.any():
-        shared = _threshold_of(pool if len(pool) >= needed else values, false_positive_rate, method)
-        thresholds[is_scarce] = shared if len(pool) >= needed else torch.cat([pool, shared[None]]).amax()
+    thresholds = _class_thresholds(values_by_class, classes, counts, false_positive_rate, method, scarce)
     _check_finite(thresholds)
     thresholds = _round_up_to_float32(thresholds + (thresholds.abs() * _SLACK).clamp_min(rounding))
     refused = torch.bincount(classes[values_by_class > thresholds[classes]], minlength=num_classes)
@@ -421,29 +411,37 @@ def _threshold_of(ordered: Tensor, false_positive_rate: float, method: str) -> T
     return _read(ordered, *_positions(count, false_positive_rate, method)).squeeze()
 
 
-def _gives_way(counts: Tensor, in_pool: Tensor, false_positive_rate: float) -> Tensor:
-    """(K,) True for the class that gives up a refusal, so that the average has room for one of the scarce classes.
+def _class_thresholds(
+    ordered: Tensor, classes: Tensor, counts: Tensor, false_positive_rate: float, method: str, scarce: str
+) -> Tensor:
+    """Thresholds (K,) from suspicion (n,), one class after the other, and its classes; see `fit_thresholds`.
 
-    Calibration images and the new one must be treated alike, for the bound rests on that. So a class is looked at as if
-    the new image were of it: `in_pool` are the classes that would then be scarce, and the class with most examples is
-    whichever would then have most.
+    The bounds rest on a count: calibration images and the new one are treated alike. So a class with enough examples is
+    looked at as if the new image were of it, and a scarce class as if the new image were of that one.
     """
-    nobody = torch.zeros_like(in_pool)
-    allowed = [allowed_refusals(count, false_positive_rate) for count in counts.tolist()]
-    used = 1 + sum(own for own, is_pooled in zip(allowed, in_pool.tolist(), strict=True) if not is_pooled)
-    if not in_pool.any() or used <= (int(counts.sum()) + 1) * _exact(false_positive_rate):
-        return nobody
-    largest = ~in_pool & (counts + 1 >= counts.max())
-    needed, pooled = minimum_examples(false_positive_rate), int(counts[in_pool].sum())
-    if all(allowed[index] >= 2 for index in largest.nonzero().flatten().tolist()):
-        return largest if pooled else nobody
-    if pooled < needed:
-        raise TooFewCalibrationExamplesError(
-            f"expected at least {needed} correctly classified calibration examples of the scarce classes together, or "
-            f"more of the others, for a false-positive rate of {false_positive_rate}, got "
-            f"{_listing(counts, counts >= 0)}; add examples, or allow a higher rate"
-        )
-    return nobody
+    needed, is_scarce = minimum_examples(false_positive_rate), counts < minimum_examples(false_positive_rate)
+    positions, fractions = _positions(counts, false_positive_rate, method)
+    last = counts.cumsum(0) - 1
+    first = last + 1 - counts
+    in_pool = (counts <= needed) & (scarce == "pool")  # what is scarce, besides the class that is looked at
+    pool, thresholds = ordered[in_pool[classes]].sort().values, ordered.new_empty(len(counts))
+    pays = joins = lends = torch.zeros_like(in_pool)
+    if method == "conformal" and in_pool.any():
+        allowed = counts - positions
+        used = 1 + allowed[~in_pool].sum() + allowed * in_pool
+        lacks_room = (used > allowed_refusals(len(ordered), false_positive_rate)) & (counts + 1 >= counts.max())
+        rest = len(pool) - counts * in_pool
+        gives = lacks_room & (rest > 0) & (rest <= needed)
+        pays, joins = gives & (allowed >= 2), gives & (allowed < 2)
+        lends = lacks_room & ~in_pool & (counts - 1 - _positions(counts - 1, false_positive_rate, method)[0] < 2)
+    thresholds[~is_scarce] = _read(ordered, (first + positions + pays)[~is_scarce], fractions[~is_scarce])
+    thresholds[joins & ~is_scarce] = torch.maximum(thresholds[joins & ~is_scarce], pool[-1:])
+    if is_scarce.any() and len(pool) >= needed:
+        thresholds[is_scarce] = _threshold_of(pool, false_positive_rate, method)
+    elif is_scarce.any():
+        everybody = _threshold_of(ordered.sort().values, false_positive_rate, method)
+        thresholds[is_scarce] = torch.cat([everybody[None], pool, ordered[last[lends]]]).amax()
+    return thresholds
 
 
 def _listing(counts: Tensor, chosen: Tensor) -> str:

@@ -87,6 +87,7 @@ def test_pooling_refuses_no_more_than_the_rate_whichever_example_is_the_new_one(
         try:
             calibration = fit_thresholds(*arguments, false_positive_rate=rate, scarce="pool")
         except TooFewCalibrationExamplesError:
+            assert len(labels) - 1 < minimum_examples(rate)
             continue
         refused[new] = suspicion[new].double() > calibration.thresholds[labels[new]]
     alpha = Fraction(str(rate))
@@ -146,10 +147,18 @@ def test_pooled_classes_without_a_single_example_take_everybodys_threshold():
     )
 
 
-def test_where_nobody_can_give_up_a_refusal_pooling_is_refused():
+def test_where_nobody_can_give_up_a_refusal_it_is_shared():
     labels = torch.tensor([0] * 10 + [1] * 3)
-    with pytest.raises(TooFewCalibrationExamplesError, match="class 0: 10, class 1: 3; add examples"):
-        fit_thresholds(torch.rand(13), labels, labels, 2, false_positive_rate=0.1, scarce="pool")
+    suspicion = torch.cat([torch.rand(10), torch.tensor([3.0, 5.0, 4.0])])
+    calibration = fit_thresholds(suspicion, labels, labels, 2, false_positive_rate=0.1, scarce="pool")
+    assert calibration.thresholds == pytest.approx((5.0, 5.0), rel=1e-5)
+
+
+def test_a_network_that_knows_one_class_alone_can_be_calibrated():
+    labels = torch.zeros(148, dtype=torch.long)
+    suspicion = torch.rand(148)
+    calibration = fit_thresholds(suspicion, labels, labels, 10, scarce="pool")
+    assert calibration.thresholds == pytest.approx([float(suspicion.max())] * 10, rel=1e-5)
 
 
 @pytest.mark.parametrize("scarce", [True, False])
