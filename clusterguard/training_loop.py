@@ -215,8 +215,10 @@ class DetectorTrainer(ABC):
             while len(self.history) < epochs:
                 frozen = self.detector.frozen | _frozen_batch_norms(self.detector)
                 with training_mode(self.detector, frozen=frozen):
-                    self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" if progress else "")
+                    is_stopped = self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" * progress)
                 self._end_epoch(run, on_epoch_end)
+                if is_stopped:
+                    raise self._stopped(run)
             self.engine.finish()
             if calibrate:
                 self._calibrate(run, progress)
@@ -252,8 +254,8 @@ class DetectorTrainer(ABC):
                 judge(self.detector, [(images, labels)])
             yield images, labels
 
-    def _finish_epoch(self, run: Run, title: str) -> None:
-        """Go on with the present epoch to its end."""
+    def _finish_epoch(self, run: Run, title: str) -> bool:
+        """Go on with the present epoch to its end, and say whether to stop then."""
         totals, started = self._totals, time.perf_counter() - self._totals.seconds
         calibration_batches = run.calibration.forever()
         self._batches = run.train.length
@@ -280,29 +282,30 @@ class DetectorTrainer(ABC):
             totals.add(step.loss, count, step.correct, step.successes)
             totals.seconds = time.perf_counter() - started
             if is_whole:
-                self._follow_step(run, step, count, calibration_batches)
+                self.after_step(calibration_batches)
+                self._report(step, count)
+                is_stopped = self._is_stopped(run)
+                if is_stopped or (run.checkpoint_every is not None and self.engine.steps % run.checkpoint_every == 0):
+                    self._save(run)
+                if is_stopped:
+                    raise self._stopped(run)
             if title:
                 record = totals.record(len(self.history) + 1, float(self.thresholds.mean()))
                 attack, tau = f"{record.attack_success_rate:.2f}", f"{record.mean_threshold:.2f}"
                 bar.set_postfix(loss=f"{record.loss:.2f}", attack=attack, tau=tau, refresh=False)
         if step is None and not totals.images:
             raise InputError("expected a training loader with at least one image, got an empty one")
-        if self.engine.apply_gradients() and step is not None:  # of a last group with fewer batches than the others
-            self._follow_step(run, step, count, calibration_batches)
-
-    def _follow_step(
-        self, run: Run, step: TrainingStep, images: int, calibration_batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> None:
-        """What has to be done after a step of the optimizer, the last batch of which had so many images."""
+        if not self.engine.apply_gradients() or step is None:
+            return False
+        # The step of a last group that is smaller. The loader has ended its pass, so only a checkpoint of the whole
+        # epoch can follow.
         self.after_step(calibration_batches)
-        self._report(step, images)
-        stopped = self._is_stopped(run)
-        if stopped or (run.checkpoint_every is not None and self.engine.steps % run.checkpoint_every == 0):
-            self._save(run)
-        if stopped:
-            raise TrainingStoppedError(
-                f"stopped, as asked, after {self.engine.steps} steps; fit with {run.checkpoint} goes on"
-            )
+        self._report(step, count)
+        return self._is_stopped(run)
+
+    def _stopped(self, run: Run) -> TrainingStoppedError:
+        steps = self.engine.steps
+        return TrainingStoppedError(f"stopped, as asked, after {steps} steps; fit with {run.checkpoint} goes on")
 
     def _end_epoch(self, run: Run, on_epoch_end: Callable[[EpochRecord], None] | None) -> None:
         epochs = len(self.history) + 1

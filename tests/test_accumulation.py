@@ -1,5 +1,6 @@
 """Gradients of several batches for one step; and accelerate's state, which belongs to the whole process."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from clusterguard import AdversarialClusterTrainer, TrainingOptions, recipes
-from clusterguard.errors import ConfigurationError
+from clusterguard.errors import ConfigurationError, TrainingStoppedError
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from trainings import ATTACK, new_guard, weights
 
@@ -52,6 +54,26 @@ def test_a_resumed_accumulation_ends_where_an_uninterrupted_one_does(blobs, tmp_
         last = fit(resumed, blobs, epochs=epochs, accumulate=group, checkpoint=tmp_path / "run.pt")
     assert torch.equal(weights(straight), weights(resumed))
     assert last.engine.steps == whole.engine.steps
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 20])
+def test_an_accumulation_stopped_after_every_step_ends_where_an_uninterrupted_one_does(blobs, tmp_path, group):
+    def fit(**options):
+        trainer = AdversarialClusterTrainer(
+            new_guard(nn.BatchNorm1d(16)), ATTACK, refresh_every=2, options=TrainingOptions(accumulate=group)
+        )
+        trainer.fit(blobs, blobs, epochs=2, calibrate=False, progress=False, **options)
+        return trainer
+
+    straight, stops = fit(), 0
+    while stops < 30:
+        with contextlib.suppress(TrainingStoppedError):
+            last = fit(checkpoint=tmp_path / "run.pt", checkpoint_every=1, stop_when=lambda: True)
+            break
+        stops += 1
+    assert stops == straight.engine.steps == last.engine.steps
+    torch.testing.assert_close(last.guard.state_dict(), straight.guard.state_dict(), rtol=0, atol=0, equal_nan=True)
+    assert [record.loss for record in last.history] == [record.loss for record in straight.history]
 
 
 def test_trainings_take_turns_without_changing_each_other(blobs, fresh_accelerate):
