@@ -10,7 +10,7 @@ def dry_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.warns(UserWarning, match="pooled threshold"):  # hardly anything is learned from 300 digits
         result = CliRunner().invoke(
-            app, ["demo", "--output", str(folder), "--epochs", "8", "--limit", "300"], catch_exceptions=False
+            app, ["demo", "--output", str(folder), "--epochs", "3", "--limit", "300"], catch_exceptions=False
         )
     return folder, result
 
@@ -31,7 +31,7 @@ def test_its_table_says_what_it_measured_and_its_text_how_little_that_is(dry_run
     assert report["table"] in result.output
     assert "not as robustness" in result.output
     assert len(report["undefended"]["results"]) == len(report["guarded"]["results"]) == 2
-    assert len(report["training"]["history"]) == 8
+    assert len(report["training"]["history"]) == 3
 
 
 def test_without_matplotlib_the_demo_says_so_and_does_the_rest(tmp_path, monkeypatch):
@@ -41,7 +41,7 @@ def test_without_matplotlib_the_demo_says_so_and_does_the_rest(tmp_path, monkeyp
     with pytest.warns(UserWarning, match="pooled threshold"):
         result = CliRunner().invoke(
             app,
-            ["demo", "--output", str(tmp_path), "--epochs", "8", "--limit", "300", "--json"],
+            ["demo", "--output", str(tmp_path), "--epochs", "3", "--limit", "100", "--json"],
             catch_exceptions=False,
         )
     assert "clusterguard[plots]" in result.stderr
