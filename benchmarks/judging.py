@@ -9,7 +9,8 @@ import torch
 from clusterguard import Detector, DetectorModule, Evaluation, WithThresholds, decide, evaluate
 from clusterguard.attacks.representation import find_representation, has_representation
 from clusterguard.calibration import fit_thresholds
-from clusterguard.detector import Loader, judge
+from clusterguard.judging import judge
+from clusterguard.loaders import Loader
 from clusterguard.metrics import is_broken, is_eligible
 from torch import Generator, Tensor
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, certified_success_rate, evaluate
-from clusterguard.detector import judge
 from clusterguard.errors import ConfigurationError
 from clusterguard.files import write_atomically
+from clusterguard.judging import judge
 from clusterguard.metrics import accuracy, false_positive_rate
 from torch import Generator
 

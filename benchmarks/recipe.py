@@ -15,7 +15,7 @@ from clusterguard import (
 )
 from clusterguard.attacks.base import ramp
 from clusterguard.attacks.objectives import Objective
-from clusterguard.detector import Loader
+from clusterguard.loaders import Loader
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler

@@ -9,13 +9,18 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from clusterguard.calibration_batches import (
+    CalibrationBatches,
+    KeepsCalibration,
+    image_shape_kept_on_failure,
+    measure_rounding,
+)
 from clusterguard.checks import check_labels, check_tensor
 from clusterguard.decision import Detector
-from clusterguard.detector import DetectorModule, Loader, image_shape_kept_on_failure, judge
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError, in_one_line
-from clusterguard.loaders import Pairs, Unpack
+from clusterguard.judging import judge
+from clusterguard.loaders import Loader, Pairs, Unpack
 from clusterguard.processes import collect
-from clusterguard.rounding import FirstKept, measure_rounding
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -335,10 +340,10 @@ class Calibrator:
             TooFewCalibrationExamplesError: naming classes and counts.
             ConfigurationError: the detector gives the same images different evidence each time.
         """
-        batches = FirstKept(loader, unpack)
+        batches = CalibrationBatches(loader, detector, unpack)
         with image_shape_kept_on_failure(detector):
             bar = "calibrating" * progress
-            detection, labels = judge(detector, batches, accelerator=accelerator, progress=bar, calibrating=True)
+            detection, labels = judge(detector, batches, accelerator=accelerator, progress=bar)
             index = 0 if accelerator is None else accelerator.process_index
             rounding = max(collect({index: measure_rounding(detector, batches.images)}, accelerator))
             calibration = fit_thresholds(
@@ -359,7 +364,7 @@ class Calibrator:
             )
         with torch.inference_mode(False):  # a threshold made in it could take no part in training or attacks later
             detector.thresholds = detector.thresholds.new_tensor(calibration.thresholds)
-        if isinstance(detector, DetectorModule):
+        if isinstance(detector, KeepsCalibration):
             detector.calibration = calibration
         return calibration
 

@@ -9,11 +9,11 @@ import torch
 from clusterguard.checks import check_calibrated, check_images, check_labels
 from clusterguard.clusters import GaussianClusters
 from clusterguard.compiling import CompiledCall, call
-from clusterguard.detector import Loader, Normalize
+from clusterguard.detector import Normalize
 from clusterguard.errors import ClusterGuardError, ConfigurationError, InputError
 from clusterguard.guard import ClusterGuard
 from clusterguard.intervals import Interval, final_refusals
-from clusterguard.loaders import Pairs, Unpack
+from clusterguard.loaders import Loader, Pairs, Unpack
 from clusterguard.metrics import Rate, is_eligible
 from clusterguard.modes import evaluation_mode
 from clusterguard.precision import Arithmetic, full_precision

@@ -12,9 +12,9 @@ from clusterguard.attacks.norms import get_norm
 from clusterguard.batches import Batches, attack_batches
 from clusterguard.checks import check_detector, check_tensor
 from clusterguard.decision import Detection, Detector, decide
-from clusterguard.detector import Loader, judge
 from clusterguard.errors import ConfigurationError, InputError
-from clusterguard.loaders import Pairs, Unpack
+from clusterguard.judging import judge
+from clusterguard.loaders import Loader, Pairs, Unpack
 from clusterguard.metrics import (
     Rate,
     accuracy,

@@ -17,9 +17,10 @@ from clusterguard.calibration import Calibration
 from clusterguard.checks import check_calibrated, check_images, check_tensor, is_unicode
 from clusterguard.copying import settle_weights
 from clusterguard.decision import Detection, Evidence, decide
-from clusterguard.detector import DetectorModule, check_repeated
+from clusterguard.detector import DetectorModule
 from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError, in_one_line
 from clusterguard.files import write_atomically
+from clusterguard.judging import check_repeated
 from clusterguard.modes import evaluation_mode, to_eval_mode
 from clusterguard.precision import without_autocast
 from torch import Tensor, nn

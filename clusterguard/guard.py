@@ -11,13 +11,13 @@ from clusterguard.clusters import GaussianClusters
 from clusterguard.compiling import Call, CompiledCall, call
 from clusterguard.decision import Evidence
 from clusterguard.detector import DetectorModule, ImageShape, Normalize, run_network, valid_images
+from clusterguard.model_card import Measured
 from clusterguard.modes import names_in_eval_mode, to_eval_mode
-from clusterguard.persistence import find_folder, load_guard, save_guard
+from clusterguard.persistence import describe_backbone, find_folder, load_guard, save_guard
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from clusterguard.results import Evaluation
     from typing_extensions import Self
 
 
@@ -147,7 +147,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         save_directory: str | Path,
         *,
         training: Mapping[str, Any] | None = None,
-        evaluation: "Evaluation | None" = None,
+        evaluation: Measured | None = None,
         config: Mapping[str, Any] | None = None,
         model_card_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -158,7 +158,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         Args:
             save_directory: the folder; an older guard in it is replaced, other files stay.
             training: how it was trained, anything that JSON has; recorded as it is.
-            evaluation: of this guard at these thresholds; its figures go into the card.
+            evaluation: what `evaluate` found about this guard at these thresholds; its figures go into the card.
             config: the name under which `push_to_hub` hands over `training`.
             model_card_kwargs: in which `push_to_hub` hands over ``{"evaluation": ...}``.
 
@@ -179,8 +179,17 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             >>> torch.equal(again.distances(images), guard.distances(images))
             True
         """
-        records = {"training": config if training is None else training, "evaluation": evaluation}
-        save_guard(self, Path(save_directory), **{**records, **(model_card_kwargs or {})})
+        records: dict[str, Any] = {"training": config if training is None else training, "evaluation": evaluation}
+        options = {
+            "num_classes": self.num_classes,
+            "representation_dim": self.clusters.representation_dim,
+            "center_scale": float(self.clusters.center_scale),
+            "mean": self.normalize.mean.flatten().tolist(),
+            "std": self.normalize.std.flatten().tolist(),
+        }
+        recipe = describe_backbone(self.encoder, self.clusters.representation_dim)
+        records.update(model_card_kwargs or {})
+        save_guard(self, Path(save_directory), backbone=recipe, options=options, **records)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the Hub's version takes any option
@@ -224,4 +233,17 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        return load_guard(cls, folder, backbone=backbone, example=example)
+        return load_guard(
+            lambda module, options: cls(
+                module,
+                options["num_classes"],
+                representation_dim=options["representation_dim"],
+                center_scale=options["center_scale"],
+                mean=options["mean"],
+                std=options["std"],
+                example=example,
+                image_shape=options.get("image_shape"),  # guards of version 0.1 do not tell it
+            ),
+            folder,
+            backbone=backbone,
+        )

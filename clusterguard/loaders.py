@@ -19,6 +19,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+Loader = Iterable[Any]
+"""Batches of images (B, C, H, W) and labels (B,): a DataLoader, or a list; `unpack_batch` knows their forms."""
+
 Unpack = Callable[[Any], tuple[Tensor, Tensor]]
 """A batch as the loader gives it -> its images (B, C, H, W) and labels (B,)."""
 

@@ -1,14 +1,26 @@
 """The model card beside a saved guard: what is known of it, and nothing else."""
 
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from clusterguard.calibration import Calibration
 from clusterguard.metrics import Rate
 
-if TYPE_CHECKING:
-    from clusterguard.results import Evaluation
+
+class Measured(Protocol):
+    """What a card and a folder ask of an evaluation."""
+
+    @property
+    def thresholds(self) -> Sequence[float]:
+        """The thresholds of the detector that was evaluated, one per class."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in it as plain values."""
+
+    def to_markdown(self) -> str:
+        """Everything in it for people to read."""
+
 
 MARK = "library_name: clusterguard"
 _HEADER = f"""---
@@ -38,7 +50,7 @@ def model_card(
     *,
     calibrated: bool,
     calibration: Calibration | None = None,
-    evaluation: "Evaluation | None" = None,
+    evaluation: Measured | None = None,
 ) -> str:
     """Markdown with a Hugging Face header.
 

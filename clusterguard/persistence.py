@@ -8,24 +8,21 @@ import inspect
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from clusterguard.backbones import make_encoder
 from clusterguard.calibration import Calibration
+from clusterguard.detector import DetectorModule
 from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError, in_one_line
-from clusterguard.model_card import MARK, model_card
+from clusterguard.model_card import MARK, Measured, model_card
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from clusterguard.guard import ClusterGuard
-    from clusterguard.results import Evaluation
-
-Guard = TypeVar("Guard", bound="ClusterGuard")
+Guard = TypeVar("Guard", bound=DetectorModule)
 
 FORMAT_VERSION = 1
 WEIGHTS, CARD, CONFIG = "model.safetensors", "README.md", "config.json"
@@ -34,13 +31,24 @@ _PACKAGES = ("clusterguard", "torch", "timm", "torchvision", "safetensors")
 
 
 def save_guard(
-    guard: "ClusterGuard",
+    guard: DetectorModule,
     folder: Path,
     *,
+    backbone: Mapping[str, Any],
+    options: Mapping[str, Any],
     training: Mapping[str, Any] | None = None,
-    evaluation: "Evaluation | None" = None,
+    evaluation: Measured | None = None,
 ) -> None:
-    """Write a guard; see `ClusterGuard.save_pretrained`."""
+    """Write a guard; see `ClusterGuard.save_pretrained`.
+
+    Args:
+        guard: its state dict is saved.
+        folder: where to.
+        backbone: the recipe of `describe_backbone`.
+        options: what else makes such a guard, as plain values; `load_guard` hands them to its `build`.
+        training: recorded as it is.
+        evaluation: at the guard's thresholds.
+    """
     refuse_foreign(folder)
     thresholds = guard.thresholds.tolist()
     if evaluation is not None and str(list(evaluation.thresholds)) != str(thresholds):  # as text, for NaN
@@ -57,15 +65,11 @@ def save_guard(
         "format": _FORMAT,
         "format_version": FORMAT_VERSION,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "backbone": describe_backbone(guard),
+        "backbone": backbone,
         "guard": {
-            "num_classes": guard.num_classes,
-            "representation_dim": guard.clusters.representation_dim,
-            "center_scale": float(guard.clusters.center_scale),
-            "mean": guard.normalize.mean.flatten().tolist(),
-            "std": guard.normalize.std.flatten().tolist(),
+            **options,
             "image_shape": guard.image_shape,
-            "dtype": str(list(guard.encoder.parameters())[-1].dtype).removeprefix("torch."),
+            "dtype": str(list(guard.parameters())[-1].dtype).removeprefix("torch."),
             "class_names": guard.class_names,
         },
         "calibration": record.to_dict() if record else None,
@@ -87,13 +91,19 @@ def save_guard(
 
 
 def load_guard(
-    cls: type[Guard], folder: Path, *, backbone: nn.Module | None = None, example: Tensor | None = None
+    build: Callable[[nn.Module, Mapping[str, Any]], Guard], folder: Path, *, backbone: nn.Module | None = None
 ) -> Guard:
-    """Read a guard; see `ClusterGuard.from_pretrained`."""
+    """Read a guard; see `ClusterGuard.from_pretrained`.
+
+    Args:
+        build: makes the guard of its backbone and of the options that `save_guard` wrote, `image_shape` among them.
+        folder: that was written.
+        backbone: None rebuilds it from its recipe.
+    """
     config = read_config(folder / CONFIG)
     state = read_weights(folder / WEIGHTS, config)
     try:
-        recipe, own = config["backbone"], config["guard"]
+        recipe, options = config["backbone"], config["guard"]
         if backbone is None and recipe["source"] == "module":
             raise PersistenceError(
                 f"{folder / CONFIG} has no recipe for its backbone, a {recipe['type']}; build that module as it was "
@@ -103,21 +113,13 @@ def load_guard(
         # when the guard was made.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            guard = cls(
-                build_backbone(recipe) if backbone is None else backbone,
-                own["num_classes"],
-                representation_dim=own["representation_dim"],
-                center_scale=own["center_scale"],
-                mean=own["mean"],
-                std=own["std"],
-                example=example,
-                image_shape=own.get("image_shape"),  # guards of version 0.1 do not tell it
-            ).to(getattr(torch, own["dtype"]))
+            guard = build(build_backbone(recipe) if backbone is None else backbone, options)
+            guard = guard.to(getattr(torch, options["dtype"]))
         for name, tensor in guard.state_dict(keep_vars=True).items():
             if name in state:  # parts may differ in dtype
                 tensor.data = tensor.data.to(state[name].dtype)
         guard.load_state_dict(state)
-        guard.class_names = own.get("class_names")
+        guard.class_names = options.get("class_names")
         if config["calibration"] is not None:
             guard.calibration = Calibration.from_dict(config["calibration"], guard.thresholds)
     except PersistenceError:
@@ -150,20 +152,24 @@ def find_folder(name: str | Path, **hub_options: Any) -> Path:
         ) from error
 
 
-def describe_backbone(guard: "ClusterGuard") -> dict[str, Any]:
-    """The recipe for a guard's backbone, tried out on the meta device.
+def describe_backbone(encoder: nn.Module, representation_dim: int) -> dict[str, Any]:
+    """The recipe for the backbone of an encoder, tried out on the meta device.
+
+    Args:
+        encoder: what `make_encoder` made of the backbone.
+        representation_dim: m, its outputs.
 
     Returns:
         "source" is "timm" or "torchvision", with the "name" and "arguments" that rebuild the encoder, equal in every
         module, attribute and shape; or it is "module", if no recipe does.
     """
-    model, structure = _inner(guard.encoder), _structure(guard.encoder)
+    model, structure = _inner(encoder), _structure(encoder)
     near_misses = []
     for recipe in _recipes(model):
         for _ in range(2):
             try:
                 with torch.device("meta"):
-                    rebuilt = make_encoder(build_backbone(recipe), guard.clusters.representation_dim)
+                    rebuilt = make_encoder(build_backbone(recipe), representation_dim)
             except Exception as error:  # whatever a library raises at arguments that it does not take
                 near_misses.append((0, f"{recipe['name']}: {error}"))
                 break
@@ -183,7 +189,7 @@ def describe_backbone(guard: "ClusterGuard") -> dict[str, Any]:
         warnings.warn(
             f"no recipe rebuilds this backbone ({max(near_misses)[1]}); from_pretrained will need backbone=, the "
             "module that the guard was made with",
-            stacklevel=4,
+            stacklevel=3,
         )
     return {"source": "module", "type": f"{type(model).__module__}.{type(model).__qualname__}"}
 

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 from clusterguard.attacks import APGD, PGD
 from clusterguard.calibration import Calibrator
 from clusterguard.certified_training import CertifiedTrainer
-from clusterguard.detector import Loader
 from clusterguard.errors import ConfigurationError
 from clusterguard.guard import ClusterGuard
-from clusterguard.loaders import number_of_batches
+from clusterguard.loaders import Loader, number_of_batches
 from clusterguard.training import AdversarialClusterTrainer
 from clusterguard.training_options import TrainingOptions
 from torch.optim import Adam

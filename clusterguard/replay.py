@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from clusterguard.detector import Loader
 from clusterguard.errors import InputError, PersistenceError
 from clusterguard.loader_state import LoaderState
-from clusterguard.loaders import number_of_batches
+from clusterguard.loaders import Loader, number_of_batches
 from torch import Generator, Tensor
 
 

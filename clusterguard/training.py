@@ -10,11 +10,13 @@ from clusterguard.attacks import Attack
 from clusterguard.attacks.base import check_radius, ramp, scale
 from clusterguard.attacks.norms import get_norm
 from clusterguard.calibration import Calibrator, fit_thresholds
-from clusterguard.clusters import AdversarialTarget, adversarial_energy, class_cross_entropy, cluster_terms, counts_of
 from clusterguard.decision import decide
-from clusterguard.detector import Loader, WithThresholds, judge
+from clusterguard.detector import WithThresholds
 from clusterguard.errors import ConfigurationError, TooFewCalibrationExamplesError
 from clusterguard.guard import ClusterGuard
+from clusterguard.judging import judge
+from clusterguard.loaders import Loader
+from clusterguard.losses import AdversarialTarget, adversarial_energy, class_cross_entropy, cluster_terms, counts_of
 from clusterguard.metrics import false_positive_rate, is_broken
 from clusterguard.modes import evaluation_mode
 from clusterguard.optimizers import MakeOptimizer, MakeScheduler

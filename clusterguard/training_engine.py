@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from clusterguard import optimizers
 from clusterguard.checkpoints import EpochTotals, Stateful
-from clusterguard.detector import DetectorModule, Loader
+from clusterguard.detector import DetectorModule
 from clusterguard.errors import ConfigurationError, TrainingDivergedError
+from clusterguard.loaders import Loader
 from clusterguard.processes import OneProcess
 from clusterguard.training_options import TrainingOptions
 from torch import Generator, Tensor, nn

@@ -13,7 +13,7 @@ import torch
 from clusterguard.calibration import Calibrator
 from clusterguard.checkpoints import EpochRecord, EpochTotals, read_checkpoint, save_checkpoint
 from clusterguard.checks import check_images, check_labels
-from clusterguard.detector import DetectorModule, Loader, judge
+from clusterguard.detector import DetectorModule
 from clusterguard.errors import (
     ConfigurationError,
     InputError,
@@ -22,8 +22,9 @@ from clusterguard.errors import (
     TrainingStoppedError,
     in_one_line,
 )
+from clusterguard.judging import judge
 from clusterguard.loader_state import restarting_workers
-from clusterguard.loaders import Pairs, Unpack, check_loader, give_the_same_images, set_epoch
+from clusterguard.loaders import Loader, Pairs, Unpack, check_loader, give_the_same_images, set_epoch
 from clusterguard.modes import names_in_eval_mode, to_eval_mode, training_mode
 from clusterguard.optimizers import MakeOptimizer, MakeScheduler, make_optimizer, make_scheduler
 from clusterguard.processes import collect

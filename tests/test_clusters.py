@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 from clusterguard import GaussianClusters
-from clusterguard.clusters import adversarial_energy, class_cross_entropy
 from clusterguard.errors import ConfigurationError, InputError
+from clusterguard.losses import adversarial_energy, class_cross_entropy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional

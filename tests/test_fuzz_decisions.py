@@ -10,7 +10,7 @@ from clusterguard import metrics
 from clusterguard.attacks import objectives
 from clusterguard.calibration import fit_threshold, fit_thresholds, minimum_examples
 from clusterguard.decision import class_margins
-from clusterguard.detector import judge
+from clusterguard.judging import judge
 from fuzzing import (
     CLASSES,
     FLOATS,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from clusterguard.attacks.norms import dense_l1_direction, get_norm
 from clusterguard.attacks.paper import random_targets
-from clusterguard.clusters import GaussianClusters, cluster_loss
+from clusterguard.clusters import GaussianClusters
 from clusterguard.detector import Normalize
+from clusterguard.losses import cluster_loss
 from clusterguard.plots import star_coordinates
 from clusterguard.sanity import examine
 from fuzzing import (

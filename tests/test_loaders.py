@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 from clusterguard import FGSM, Calibrator, certified_success_rate, evaluate
-from clusterguard.detector import judge
 from clusterguard.errors import InputError
+from clusterguard.judging import judge
 from clusterguard.loaders import give_the_same_images, number_of_batches, set_epoch, unpack_batch
 from hypothesis import given
 from hypothesis import strategies as st

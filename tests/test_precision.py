@@ -7,8 +7,8 @@ import pytest
 import torch
 from certifiable import guard_of
 from clusterguard import ClusterGuard, certify
-from clusterguard.detector import judge
 from clusterguard.errors import ConfigurationError
+from clusterguard.judging import judge
 from clusterguard.precision import Arithmetic, full_precision
 from torch import nn
 

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 from clusterguard import FGSM, PGD, AdversarialClusterTrainer, ClusterGuard, GaussianClusters, WithThresholds
-from clusterguard.clusters import cluster_loss, cluster_terms
 from clusterguard.errors import ConfigurationError
+from clusterguard.losses import cluster_loss, cluster_terms
 from clusterguard.samples import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset

@@ -6,8 +6,8 @@ from typing import cast
 
 import torch
 from clusterguard import ConfidenceDetector, DetectorModule
-from clusterguard.detector import Loader
 from clusterguard.errors import InputError
+from clusterguard.loaders import Loader
 from clusterguard.modes import evaluation_mode
 from torch import Tensor, nn
 

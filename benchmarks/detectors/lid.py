@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 from clusterguard import DetectorModule, Evidence
-from clusterguard.detector import Loader
+from clusterguard.loaders import Loader
 from torch import Tensor
 
 from benchmarks.detectors.features import FeatureDetector, check_classes, fitted

@@ -18,7 +18,7 @@ from clusterguard import (
     MultiTarget,
     TrainingOptions,
 )
-from clusterguard.clusters import AdversarialTarget
+from clusterguard.losses import AdversarialTarget
 from clusterguard.training import Relabel
 from torch import nn
 

@@ -10,8 +10,8 @@ from clusterguard import PGD, WithThresholds
 from clusterguard.attacks.loop import Problem
 from clusterguard.attacks.norms import get_norm
 from clusterguard.attacks.objectives import get_objective
-from clusterguard.detector import judge
 from clusterguard.errors import InputError
+from clusterguard.judging import judge
 from clusterguard.metrics import roc_auc
 from scipy.ndimage import median_filter
 from sklearn.covariance import EmpiricalCovariance

@@ -12,7 +12,7 @@ from clusterguard.attacks.loop import Problem
 from clusterguard.attacks.norms import get_norm
 from clusterguard.attacks.objectives import get_objective
 from clusterguard.attacks.representation import RepresentationMatching, has_representation
-from clusterguard.detector import judge
+from clusterguard.judging import judge
 from clusterguard.metrics import accuracy, attack_success_rate, false_positive_rate, roc_auc
 from torch.utils.data import DataLoader
 from trained_detectors import ATTACK, CALIBRATION, IMAGES, INFINITE, LABELS, TRAINING, network, schedule, trained

@@ -1,21 +1,43 @@
-"""By how much arithmetic alone moves suspicion, which must not decide on an image."""
+"""What calibration finds out beside the verdicts: the images' shape, and how far arithmetic moves suspicion."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from clusterguard.decision import Detector
-from clusterguard.detector import Loader
-from clusterguard.loaders import Pairs, Unpack
+from clusterguard.judging import check_repeated
+from clusterguard.loaders import Loader, Pairs, Unpack
 from clusterguard.modes import evaluation_mode
 from clusterguard.precision import full_precision
 from torch import Tensor
 
 
-class FirstKept:
-    """A loader that keeps the first 16 images it gives, as far as they have the size of the first."""
+@runtime_checkable
+class KeepsCalibration(Protocol):
+    """A detector that keeps the record of its calibration, and takes images of the shape that it has learned."""
 
-    def __init__(self, loader: Loader, unpack: Unpack | None = None) -> None:
-        self.loader, self.unpack, self.images = loader, unpack, torch.empty(0)
+    calibration: Any
+    image_shape: Any
+
+    def learn_image_shape(self, images: Tensor) -> None:
+        """Take only images of this shape from now on, unless the shape is decided already."""
+
+
+class CalibrationBatches:
+    """A loader's batches; once the detector has judged the first of them, they teach it their shape.
+
+    The same images must then get the same evidence again. The first 16 images are kept, as far as they have the size
+    of the first.
+
+    Args:
+        loader: as for `judge`.
+        detector: that judges the batches.
+        unpack: as for `judge`.
+    """
+
+    def __init__(self, loader: Loader, detector: Detector, unpack: Unpack | None = None) -> None:
+        self.loader, self.detector, self.unpack, self.images = loader, detector, unpack, torch.empty(0)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]  # the same TypeError as of a loader without a length
@@ -26,8 +48,25 @@ class FirstKept:
             kept = images[: 16 - len(self.images)].detach().cpu()
             if not len(self.images):
                 self.images = kept
+                if isinstance(self.detector, KeepsCalibration):
+                    self.detector.learn_image_shape(images)
+                check_repeated(self.detector, kept.to(self.detector.thresholds.device))
             elif kept.shape[1:] == self.images.shape[1:]:
                 self.images = torch.cat([self.images, kept])
+
+
+@contextmanager
+def image_shape_kept_on_failure(detector: Detector) -> Iterator[None]:
+    """Undo what a detector has learned of its images' shape if the block fails."""
+    if not isinstance(detector, KeepsCalibration):
+        yield
+        return
+    shape = detector.image_shape
+    try:
+        yield
+    except BaseException:
+        detector.image_shape = shape
+        raise
 
 
 @torch.no_grad()
