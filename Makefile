@@ -19,9 +19,9 @@ benchmark-quick: .venv/installed
 	$(BIN)/python -m benchmarks report --profile quick --pages runs/quick/pages
 
 speed: .venv/installed
-	$(BIN)/python -m benchmarks.speed run --device cpu
-	$(BIN)/python -m benchmarks.speed memory --device cpu
-	$(BIN)/python -m benchmarks.speed table
+	$(BIN)/python -m benchmarks.studies.speed run --device cpu
+	$(BIN)/python -m benchmarks.studies.speed memory --device cpu
+	$(BIN)/python -m benchmarks.studies.speed table
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -10,15 +10,15 @@ import torch
 import typer
 from clusterguard.errors import ClusterGuardError, ConfigurationError
 
-from benchmarks import fetch as sources
-from benchmarks import plan as planning
-from benchmarks.cells import Cell, Profile, all_cells, list_experiments, load_experiment
-from benchmarks.clock import Clock, OutOfTimeError
-from benchmarks.models import CompileChoice
-from benchmarks.publish import publish as publish_guard
-from benchmarks.report import write_report
-from benchmarks.runner import Runner, pair_goals
-from benchmarks.store import RESULTS, Store
+from benchmarks.data import fetch as sources
+from benchmarks.detectors.networks import CompileChoice
+from benchmarks.experiments.cells import Cell, Profile, all_cells, list_experiments, load_experiment
+from benchmarks.reporting.report import write_report
+from benchmarks.running import plan as planning
+from benchmarks.running.clock import Clock, OutOfTimeError
+from benchmarks.running.publish import publish as publish_guard
+from benchmarks.running.runner import Runner, pair_goals
+from benchmarks.running.store import RESULTS, Store
 
 UNFINISHED = 3  # exit status of a run that stopped in time, with work left
 Names = Annotated[list[str], typer.Argument(help=f"all, mnist, cifar10, or of {', '.join(list_experiments())}.")]

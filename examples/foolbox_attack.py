@@ -19,7 +19,7 @@ trainer.fit(train, calibration, epochs=4, progress=False)
 images, labels = next(iter(test))
 attacks = {
     # It sees a classifier that may refuse, and tries every wrong class.
-    "Foolbox DDN": cg.interop.from_foolbox(foolbox.attacks.DDNAttack(steps=20), norm="l2", eps=1.0, rejecting=True),
+    "Foolbox DDN": cg.attacks.from_foolbox(foolbox.attacks.DDNAttack(steps=20), norm="l2", eps=1.0, rejecting=True),
     "our suite": cg.WorstCaseSuite("l2", eps=1.0, budget="quick"),
 }
 print(cg.evaluate(guard, attacks, [(images[:40], labels[:40])], sanity_images=0))

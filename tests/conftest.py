@@ -8,7 +8,8 @@ import clusterguard
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from clusterguard import FGSM, AdversarialClusterTrainer, Calibrator, ClusterGuard, Evidence, Towards
+from clusterguard import FGSM, AdversarialClusterTrainer, Calibrator, ClusterGuard, Evidence
+from clusterguard.attacks import Towards
 from hypothesis import settings
 from PIL import Image
 from torch import Tensor, nn

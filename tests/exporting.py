@@ -5,7 +5,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 from clusterguard import ClusterGuard, Detection, DetectorModule
-from clusterguard.modes import evaluation_mode
+from clusterguard._support import evaluation_mode
 from torch import Tensor, nn
 
 

@@ -10,8 +10,8 @@ from collections import Counter
 
 import clusterguard as cg
 import torch
-from clusterguard.attacks.metering import Metered
-from clusterguard.checks import check_tensor
+from clusterguard._support import check_tensor
+from clusterguard.attacks import Metered
 from clusterguard.errors import ClusterGuardError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,12 +53,12 @@ def a_guard_with(thresholds):
 
 def a_classifier():
     torch.manual_seed(0)
-    return cg.ConfidenceDetector(nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES)), CLASSES)
+    return cg.detectors.ConfidenceDetector(nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES)), CLASSES)
 
 
 DETECTORS = {
     "guard": a_guard(),
-    "confidence": cg.WithThresholds(a_classifier(), torch.ones(CLASSES)),
+    "confidence": cg.detectors.WithThresholds(a_classifier(), torch.ones(CLASSES)),
     "pixels": Pixels(),
     "metered": Metered(Pixels()),
     "uncalibrated": a_classifier(),

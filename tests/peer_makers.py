@@ -5,8 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from clusterguard.attacks.norms import get_norm
-from clusterguard.interop import from_art, from_autoattack, from_foolbox, from_torchattacks
+from clusterguard.attacks import from_art, from_autoattack, from_foolbox, from_torchattacks, get_norm
 
 EPS = {"linf": 0.1, "l2": 1.5, "l1": 12.0}
 LARGE = {"linf": 0.5, "l2": 12.0, "l1": 120.0}

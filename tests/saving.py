@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from clusterguard import ClusterGuard
-from clusterguard.backbones import find_num_classes
+from clusterguard.detectors import find_num_classes
 from torch import nn
 
 

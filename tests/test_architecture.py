@@ -130,7 +130,7 @@ def test_importing_clusterguard_imports_neither_timm_nor_torchvision():
 
 @pytest.mark.parametrize("package", ["torchvision", "timm"])
 def test_after_clusterguard_torchvision_and_timm_import_on_any_torch(package):
-    code = f"import clusterguard, {package}; clusterguard.torchvision_operators.declare_missing_operators()"
+    code = f"import clusterguard, {package}; clusterguard._support.declare_missing_operators()"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 

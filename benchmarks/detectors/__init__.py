@@ -11,11 +11,11 @@ from benchmarks.detectors.lid import LID
 from benchmarks.detectors.madry import MADRY
 from benchmarks.detectors.maha import MAHA
 from benchmarks.detectors.ours import L_BEN, OURS
+from benchmarks.detectors.recipe import Recipe
 from benchmarks.detectors.rectified_rejection import RECTIFIED_REJECTION
 from benchmarks.detectors.resisting import RESISTING
 from benchmarks.detectors.trades import TRADES
 from benchmarks.detectors.vanilla import VANILLA
-from benchmarks.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {
     "ours": OURS,

@@ -7,15 +7,16 @@ start. Their attack on the finished detector, too, maximises the confidence of a
 from dataclasses import replace
 
 import torch
-from clusterguard import PGD, TrainingStep, WithThresholds
-from clusterguard.attacks.loop import Problem
-from clusterguard.attacks.norms import get_norm
+from clusterguard import PGD
+from clusterguard.attacks import Problem, get_norm
+from clusterguard.detectors import WithThresholds
+from clusterguard.training import TrainingStep
 from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
+from benchmarks.detectors.recipe import with_loss
 from benchmarks.detectors.vanilla import VANILLA
 from benchmarks.detectors.vanilla import loss as benign_loss
-from benchmarks.recipe import with_loss
 
 RHO = 10  # how fast confidence fades, Stutz et al.'s choice
 

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from clusterguard import CertifiedTrainer, ClusterGuard, DetectorModule, DetectorTrainer, TrainingOptions
-from clusterguard.certified_training import initialise
+from clusterguard.training import initialise
 from torch import nn
 
 from benchmarks.detectors.ours import OURS
-from benchmarks.recipe import Recipe, Schedule
+from benchmarks.detectors.recipe import Recipe, Schedule
 
 
 def certified(

@@ -5,13 +5,14 @@ from functools import partial
 from typing import cast
 
 import torch
-from clusterguard import ConfidenceDetector, DetectorModule
+from clusterguard import DetectorModule
+from clusterguard._support import evaluation_mode
+from clusterguard.detection import Loader
+from clusterguard.detectors import ConfidenceDetector
 from clusterguard.errors import InputError
-from clusterguard.loaders import Loader
-from clusterguard.modes import evaluation_mode
 from torch import Tensor, nn
 
-from benchmarks.recipe import Finish
+from benchmarks.detectors.recipe import Finish
 
 
 class FeatureDetector(DetectorModule):

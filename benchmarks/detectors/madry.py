@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
-from clusterguard import PGD, TrainingStep, WithThresholds
+from clusterguard import PGD
+from clusterguard.detectors import WithThresholds
+from clusterguard.training import TrainingStep
 from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks.detectors.recipe import with_loss
 from benchmarks.detectors.vanilla import VANILLA
 from benchmarks.detectors.vanilla import loss as benign_loss
-from benchmarks.recipe import with_loss
 
 
 def attack_labels(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 from clusterguard import DetectorModule, Evidence
-from clusterguard.loaders import Loader
+from clusterguard.detection import Loader
 from torch import Tensor
 from torch.nn.functional import one_hot
 

@@ -10,19 +10,16 @@ from clusterguard import (
     APGD,
     PGD,
     AdversarialClusterTrainer,
-    Attack,
     ClusterGuard,
     DetectorModule,
     DetectorTrainer,
-    MixedAttack,
-    MultiTarget,
     TrainingOptions,
 )
-from clusterguard.losses import AdversarialTarget
-from clusterguard.training import Relabel
+from clusterguard.attacks import Attack, MixedAttack, MultiTarget
+from clusterguard.training import AdversarialTarget, Relabel
 from torch import nn
 
-from benchmarks.recipe import Recipe, Schedule
+from benchmarks.detectors.recipe import Recipe, Schedule
 
 
 def ours(

@@ -4,14 +4,16 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from clusterguard import PGD, DetectorModule, Evidence, TrainingStep, WithThresholds
+from clusterguard import PGD, DetectorModule, Evidence
+from clusterguard.detectors import WithThresholds
+from clusterguard.training import TrainingStep
 from torch import Generator, Tensor, nn
 from torch.nn.functional import binary_cross_entropy, cross_entropy, logsigmoid
 
 from benchmarks.detectors.features import widen
 from benchmarks.detectors.madry import attack_labels
+from benchmarks.detectors.recipe import with_loss
 from benchmarks.detectors.vanilla import VANILLA
-from benchmarks.recipe import with_loss
 
 
 class RectifiedRejection(DetectorModule):

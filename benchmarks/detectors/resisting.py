@@ -10,11 +10,13 @@ image its class. Ghosh et al. put a threshold on each distance; the paper, and w
 from typing import cast
 
 import torch
-from clusterguard import PGD, DetectorModule, Evidence, GaussianClusters, TrainingStep, WithThresholds
+from clusterguard import PGD, DetectorModule, Evidence
+from clusterguard.detectors import GaussianClusters, WithThresholds
+from clusterguard.training import TrainingStep
 from torch import Generator, Tensor, nn
 
 from benchmarks.detectors.features import widen
-from benchmarks.recipe import LossTrainer, Recipe
+from benchmarks.detectors.recipe import LossTrainer, Recipe
 
 
 class GaussianMixtureAutoencoder(DetectorModule):

@@ -3,16 +3,17 @@
 from dataclasses import replace
 
 import torch
-from clusterguard import PGD, Evidence, TrainingStep, WithThresholds
-from clusterguard.attacks.loop import Problem
-from clusterguard.attacks.objectives import Objective
-from clusterguard.modes import evaluation_mode
+from clusterguard import PGD, Evidence
+from clusterguard._support import evaluation_mode
+from clusterguard.attacks import Objective, Problem
+from clusterguard.detectors import WithThresholds
+from clusterguard.training import TrainingStep
 from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+from benchmarks.detectors.recipe import with_loss
 from benchmarks.detectors.vanilla import VANILLA
 from benchmarks.detectors.vanilla import loss as benign_loss
-from benchmarks.recipe import with_loss
 
 BETA = 6.0  # 1/λ of the authors' results and of their CIFAR10 script; their MNIST script has 1
 

@@ -1,10 +1,12 @@
 """The undefended classifier: refuse what it is not confident about."""
 
-from clusterguard import PGD, ConfidenceDetector, DetectorModule, TrainingStep, WithThresholds
+from clusterguard import PGD, DetectorModule
+from clusterguard.detectors import ConfidenceDetector, WithThresholds
+from clusterguard.training import TrainingStep
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.recipe import LossTrainer, Recipe, add_classifier
+from benchmarks.detectors.recipe import LossTrainer, Recipe, add_classifier
 
 
 def build(network: nn.Module) -> DetectorModule:

@@ -15,7 +15,7 @@ import clusterguard as cg
 import numpy as np
 import torch
 from anyio import CapacityLimiter, to_thread
-from clusterguard.image_files import fit_image, read_image
+from clusterguard.deployment import fit_image, read_image
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
@@ -81,7 +81,7 @@ class Metrics:
         for verdict in ("accepted", "refused"):
             self.images.labels(verdict)  # so that rates are 0 and not absent at first
 
-    def count(self, found: cg.Detection, ratios: Tensor, report: cg.MonitorReport) -> None:
+    def count(self, found: cg.Detection, ratios: Tensor, report: cg.deployment.MonitorReport) -> None:
         """Take up the verdicts of a request."""
         refused = int(found.is_adversarial.sum())
         self.images.labels("refused").inc(refused)
@@ -141,7 +141,7 @@ def create_app(graph: str | None = None) -> FastAPI:
     detector = cg.load_onnx(path)
     if detector.calibration is None:
         raise RuntimeError("expected thresholds that a Calibrator fitted, got others; run: clusterguard calibrate")
-    monitor = cg.FalsePositiveMonitor(cg.plausible_rate(detector.calibration))
+    monitor = cg.FalsePositiveMonitor(cg.deployment.plausible_rate(detector.calibration))
     metrics = Metrics(monitor)
     channels, *size = detector.image_shape
     names, model = detector.class_names, describe_model(path, detector)
@@ -195,7 +195,7 @@ def create_app(graph: str | None = None) -> FastAPI:
     return app
 
 
-def describe_model(path: Path, detector: cg.OnnxDetector) -> Model:
+def describe_model(path: Path, detector: cg.deployment.OnnxDetector) -> Model:
     """What `/model` answers."""
     return Model(
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),

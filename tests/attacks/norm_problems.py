@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from clusterguard.attacks.norms import get_norm
+from clusterguard.attacks import get_norm
 from hypothesis import settings
 from hypothesis import strategies as st
 

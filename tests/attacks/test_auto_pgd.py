@@ -4,21 +4,18 @@ from dataclasses import replace
 import pytest
 import torch
 from clusterguard import (
+    APGD,
     PGD,
     AdversarialClusterTrainer,
     Calibrator,
     ClusterGuard,
     Evidence,
-    Towards,
     decide,
     success_margin,
 )
-from clusterguard.attacks.auto_pgd import APGD
-from clusterguard.attacks.loop import Problem
-from clusterguard.attacks.norms import L1, get_norm
-from clusterguard.attacks.objectives import OBJECTIVES
+from clusterguard.attacks import L1, OBJECTIVES, Problem, Towards, get_norm
+from clusterguard.detection import is_broken, is_eligible
 from clusterguard.errors import ConfigurationError
-from clusterguard.metrics import is_broken, is_eligible
 from clusterguard.samples import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from clusterguard import Boundary, Detection, Towards, decide
-from clusterguard.attacks.norms import get_norm
+from clusterguard import Detection, decide
+from clusterguard.attacks import Boundary, Towards, get_norm
+from clusterguard.detection import is_broken
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
-from clusterguard.metrics import is_broken
 from torch import nn
 
 NORMS = ["l2", "linf"]

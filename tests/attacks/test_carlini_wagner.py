@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from clusterguard import ClusterGuard, Evidence, success_margin
-from clusterguard.attacks.carlini_wagner import CarliniWagner
+from clusterguard.attacks import CarliniWagner
 from clusterguard.errors import ConfigurationError
 from torch import nn
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from clusterguard import APGD, MIM, PGD, FastMinimumNorm, success_margin
-from clusterguard.attacks.norms import get_norm
+from clusterguard import APGD, PGD, success_margin
+from clusterguard.attacks import MIM, FastMinimumNorm, get_norm
 
 DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
 

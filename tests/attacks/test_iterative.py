@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from clusterguard import FGSM, PGD, ClusterGuard, success_margin
-from clusterguard.attacks.norms import get_norm
+from clusterguard.attacks import get_norm
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from torch import nn
 
@@ -138,7 +138,7 @@ GOOD = torch.rand(2, 1, 8, 8)
 def test_bad_input_is_named_before_any_work(small_guard, monkeypatch, images, labels, targets, message):
     monkeypatch.setattr(ClusterGuard, "evidence", lambda *_: pytest.fail("work was done"))
     if images.is_meta:
-        monkeypatch.setattr("clusterguard.attacks.base.check_images", lambda _: None)
+        monkeypatch.setattr("clusterguard.attacks._base.check_images", lambda _: None)
         monkeypatch.setattr(torch.Tensor, "isfinite", lambda _: torch.tensor(True))
     with pytest.raises(InputError, match=message):
         PGD(eps=0.1, step_size=0.1)(small_guard, images, labels, targets=targets)

@@ -5,35 +5,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clusterguard import (
-    APGD,
+from clusterguard import APGD, FGSM, PGD, ClusterGuard, Evidence, WorstCaseSuite, evaluate, success_margin
+from clusterguard.attacks import (
     BIM,
-    FGSM,
     MIM,
     NES,
-    PGD,
+    OBJECTIVES,
     Boundary,
     CarliniWagner,
-    ClusterGuard,
-    ConfidenceDetector,
-    Evidence,
     FastMinimumNorm,
     MultiTarget,
     OrthogonalPGD,
+    Problem,
     RepelThenMinimise,
     RepresentationMatching,
     SparseRS,
     Square,
     Towards,
-    WithThresholds,
-    WorstCaseSuite,
-    evaluate,
-    success_margin,
+    backpropagate,
+    get_norm,
 )
-from clusterguard.attacks.gradients import backpropagate
-from clusterguard.attacks.loop import Problem
-from clusterguard.attacks.norms import get_norm
-from clusterguard.attacks.objectives import OBJECTIVES
+from clusterguard.detectors import ConfidenceDetector, WithThresholds
 from torch import nn
 
 REFERENCES = Towards(torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(9)), torch.arange(30) % 3)

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from clusterguard import FastMinimumNorm, MultiTarget, decide, success_margin
-from clusterguard.attacks.norms import get_norm
+from clusterguard import decide, success_margin
+from clusterguard.attacks import FastMinimumNorm, MultiTarget, get_norm
+from clusterguard.detection import is_broken
 from clusterguard.errors import ConfigurationError
-from clusterguard.metrics import is_broken
 
 NORMS = {"linf": 0.1, "l2": 0.6, "l1": 3.0, "l0": 12.0}
 
@@ -110,7 +110,7 @@ def test_evidence_that_is_not_finite_does_not_fail_the_batch(small_guard, cases,
 
 
 def test_inside_multi_target_it_prints_and_costs_a_gradient_a_step(small_guard, cases):
-    from clusterguard.attacks.metering import Metered
+    from clusterguard.attacks import Metered
 
     metered = Metered(small_guard)
     attack = FastMinimumNorm(eps=1e-6, steps=7)

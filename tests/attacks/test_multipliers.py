@@ -2,8 +2,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from clusterguard.attacks import multipliers
-from clusterguard.attacks.norms import get_norm
+from clusterguard.attacks import _multipliers as multipliers
+from clusterguard.attacks import get_norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

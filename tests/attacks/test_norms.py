@@ -1,6 +1,6 @@
 import pytest
 import torch
-from clusterguard.attacks.norms import Norm, dense_l1_direction, get_norm
+from clusterguard.attacks import Norm, dense_l1_direction, get_norm
 from clusterguard.errors import ConfigurationError, InputError
 from hypothesis import given
 from hypothesis import strategies as st

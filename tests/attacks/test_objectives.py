@@ -1,7 +1,7 @@
 import pytest
 import torch
 from clusterguard import PGD, Evidence, success_margin
-from clusterguard.attacks.objectives import OBJECTIVES, get_objective
+from clusterguard.attacks import OBJECTIVES, get_objective
 from clusterguard.errors import ConfigurationError
 from hypothesis import given
 from hypothesis import strategies as st

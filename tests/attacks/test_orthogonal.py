@@ -1,10 +1,9 @@
 import pytest
 import torch
-from clusterguard import PGD, Evidence, MultiTarget, decide, success_margin
-from clusterguard.attacks.norms import get_norm
-from clusterguard.attacks.orthogonal import OrthogonalPGD
+from clusterguard import PGD, Evidence, decide, success_margin
+from clusterguard.attacks import MultiTarget, OrthogonalPGD, get_norm
+from clusterguard.detection import is_broken
 from clusterguard.errors import ConfigurationError
-from clusterguard.metrics import is_broken
 from torch import nn
 
 STRATEGIES = ["orthogonal", "selective"]

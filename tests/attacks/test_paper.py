@@ -1,7 +1,7 @@
 import pytest
 import torch
-from clusterguard import MIM, PGD, PaperProtocol, RandomTarget, evaluate
-from clusterguard.attacks.paper import at_step_sizes
+from clusterguard import PGD, evaluate
+from clusterguard.attacks import MIM, PaperProtocol, RandomTarget, at_step_sizes
 from clusterguard.errors import ConfigurationError
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -2,7 +2,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from clusterguard.attacks.norms import get_norm
+from clusterguard.attacks import get_norm
 from hypothesis import given
 from hypothesis import strategies as st
 from norm_problems import assert_inside, each_convex_norm, each_dtype, each_norm, problems, property_test, radii

@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clusterguard import Evidence, SparseRS, Square, decide, success_margin
-from clusterguard.attacks.norms import get_norm
+from clusterguard import Evidence, decide, success_margin
+from clusterguard.attacks import SparseRS, Square, get_norm
+from clusterguard.detection import is_broken
 from clusterguard.errors import ConfigurationError
-from clusterguard.metrics import is_broken
 
 ATTACKS = {
     "linf": Square(norm="linf", eps=0.1, queries=150),

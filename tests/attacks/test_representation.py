@@ -1,15 +1,18 @@
 import pytest
 import torch
-from clusterguard import PGD, ClusterGuard, Evidence, MultiTarget, Towards, WithThresholds, success_margin
-from clusterguard.attacks.loop import Problem
-from clusterguard.attacks.norms import get_norm
-from clusterguard.attacks.objectives import margin
-from clusterguard.attacks.representation import (
+from clusterguard import PGD, ClusterGuard, Evidence, success_margin
+from clusterguard.attacks import (
+    MultiTarget,
+    Problem,
     RepelThenMinimise,
     RepresentationMatching,
+    Towards,
     find_representation,
+    get_norm,
     has_representation,
+    margin,
 )
+from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError
 from torch import nn
 

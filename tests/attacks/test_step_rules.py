@@ -1,9 +1,8 @@
 import pytest
 import torch
-from clusterguard.attacks.auto_pgd import HalvingSteps, SparseSteps, checkpoints
-from clusterguard.attacks.loop import Evaluation, Problem
-from clusterguard.attacks.norms import get_norm
-from clusterguard.attacks.objectives import OBJECTIVES
+from clusterguard import Evaluation
+from clusterguard.attacks import OBJECTIVES, Problem, get_norm
+from clusterguard.attacks._auto_pgd import HalvingSteps, SparseSteps, checkpoints
 
 RULES = {"linf": HalvingSteps, "l2": HalvingSteps, "l1": SparseSteps, "l0": HalvingSteps}
 

@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clusterguard import PGD, Towards, WithThresholds, WorstCaseSuite, decide
-from clusterguard.attacks.metering import Metered
-from clusterguard.attacks.norms import get_norm
+from clusterguard import PGD, WorstCaseSuite, decide
+from clusterguard.attacks import Metered, Towards, get_norm
+from clusterguard.detection import is_broken
+from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
-from clusterguard.metrics import is_broken
 
 EPS = {"linf": 0.05, "l2": 0.25, "l1": 1.2, "l0": 3}
 

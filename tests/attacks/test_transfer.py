@@ -1,7 +1,8 @@
 import pytest
 import torch
-from clusterguard import NES, PGD, ClusterGuard, ConfidenceDetector, MultiTarget, WithThresholds, success_margin
-from clusterguard.attacks.transfer import Transfer
+from clusterguard import PGD, ClusterGuard, success_margin
+from clusterguard.attacks import NES, MultiTarget, Transfer
+from clusterguard.detectors import ConfidenceDetector, WithThresholds
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from torch import nn
 

@@ -2,13 +2,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from clusterguard import BIM, MIM, NES, PGD, MultiTarget, Towards, decide, success_margin
-from clusterguard.attacks.loop import Problem
-from clusterguard.attacks.norms import get_norm
-from clusterguard.attacks.objectives import OBJECTIVES
-from clusterguard.attacks.starts import output_diversified
+from clusterguard import PGD, decide, success_margin
+from clusterguard.attacks import BIM, MIM, NES, OBJECTIVES, MultiTarget, Problem, Towards, get_norm, output_diversified
+from clusterguard.detection import is_broken
 from clusterguard.errors import ConfigurationError
-from clusterguard.metrics import is_broken
 
 NORMS = {"linf": 0.1, "l2": 0.6, "l1": 3.0, "l0": 12}
 

@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from benchmarks.runner import Runner
-from benchmarks.store import Store
+from benchmarks.running.runner import Runner
+from benchmarks.running.store import Store
 
 SMALL = """
 title = "Everything once"

@@ -6,13 +6,13 @@ from typing import get_args
 import pytest
 from clusterguard.errors import ConfigurationError
 
-from benchmarks import cells
-from benchmarks.cells import list_experiments, load_experiment, merge
 from benchmarks.detectors import RECIPES, make_recipe
-from benchmarks.models import build
-from benchmarks.store import RESULTS, Store
+from benchmarks.detectors.networks import build
+from benchmarks.experiments import cells
+from benchmarks.experiments.cells import list_experiments, load_experiment, merge
+from benchmarks.running.store import RESULTS, Store
 
-PAPER = cells.tomllib.loads((Path(cells.__file__).parent / "paper.toml").read_text())
+PAPER = cells.tomllib.loads((Path(cells.__file__).parents[1] / "reporting" / "paper.toml").read_text())
 TABLES = [f"table{table}-{dataset}" for table in (2, 3, 4) for dataset in ("mnist", "cifar10")]
 
 

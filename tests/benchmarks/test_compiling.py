@@ -7,12 +7,12 @@ from clusterguard.errors import ConfigurationError
 from small_experiment import SMALL
 from torch import nn
 
-from benchmarks import cells, models
-from benchmarks.cells import load_experiment
-from benchmarks.detectors import RECIPES
-from benchmarks.runner import Runner
-from benchmarks.store import Store
-from benchmarks.training import networks_in
+from benchmarks.detectors import RECIPES, networks
+from benchmarks.experiments import cells
+from benchmarks.experiments.cells import load_experiment
+from benchmarks.running.runner import Runner
+from benchmarks.running.store import Store
+from benchmarks.running.training import networks_in
 
 
 class Compilable(nn.Module):
@@ -43,29 +43,29 @@ class Compilable(nn.Module):
     ],
 )
 def test_the_compiler_is_taken_where_it_pays_and_gives_the_same_gradients(compiled, expected):
-    assert models.quickest_mode(Compilable(0.02, compiled), torch.rand(2, 1, 4, 4)) == expected
+    assert networks.quickest_mode(Compilable(0.02, compiled), torch.rand(2, 1, 4, 4)) == expected
 
 
 def test_a_network_that_fails_by_itself_is_not_called_slow():
     with pytest.raises(RuntimeError, match="out of memory"):
-        models.quickest_mode(Compilable(RuntimeError("out of memory"), 0.001), torch.rand(2, 1, 4, 4))
+        networks.quickest_mode(Compilable(RuntimeError("out of memory"), 0.001), torch.rand(2, 1, 4, 4))
 
 
 def test_whether_compiling_pays_is_measured_once_a_network_and_recorded(tmp_path, monkeypatch):
     (tmp_path / "small.toml").write_text(SMALL)
     monkeypatch.setattr(cells, "FOLDER", tmp_path)
     seen, compiled, rounded = [], [], []
-    monkeypatch.setattr(models, "quickest_mode", lambda network, images: seen.append(images.shape) or "default")
-    monkeypatch.setattr(models.Features, "compile", lambda network, mode: compiled.append((network, mode)))
-    monkeypatch.setattr(models.Features, "__setattr__", note_rounding(rounded))
+    monkeypatch.setattr(networks, "quickest_mode", lambda network, images: seen.append(images.shape) or "default")
+    monkeypatch.setattr(networks.Features, "compile", lambda network, mode: compiled.append((network, mode)))
+    monkeypatch.setattr(networks.Features, "__setattr__", note_rounding(rounded))
     own = Runner(Store(tmp_path), device=torch.device("cpu"), compiled="auto")
     chosen = [cell for cell in load_experiment("small").cells if cell.attack == "FGSM"]
     chosen = [replace(cell, training=replace(cell.training, epochs=1, mixed_precision=True)) for cell in chosen]
     results = [own.run(cell) for cell in chosen]
     assert [result["provenance"]["compiled"] for result in results] == ["default", "default"]
-    networks = [network for cell in chosen for network in networks_in(own.detector(cell)[0])]
-    assert compiled == [(network, "default") for network in networks]
-    assert set(rounded) == set(networks)
+    inner = [network for cell in chosen for network in networks_in(own.detector(cell)[0])]
+    assert compiled == [(network, "default") for network in inner]
+    assert set(rounded) == set(inner)
     assert seen == [(50, 1, 28, 28)]
 
 
@@ -83,7 +83,7 @@ def note_rounding(rounded):
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_a_training_compiles_and_rounds_is_what_the_detector_runs(name):
     """A guard runs a copy of the network it was built from: to compile that one would change nothing."""
-    detector = RECIPES[name].build(models.build("tiny-cnn", (1, 28, 28))).eval()
+    detector = RECIPES[name].build(networks.build("tiny-cnn", (1, 28, 28))).eval()
     (network,) = networks_in(detector)
     runs = []
     network._call = lambda body, images: runs.append(images.shape) or body(images)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks import datasets, fetch
-from benchmarks.datasets import Batches, Images, cover, crop_and_flip
+from benchmarks.data import datasets, fetch
+from benchmarks.data.datasets import Batches, Images, cover, crop_and_flip
 
 
 def some_images(count, channels=1, side=8):

@@ -6,21 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from clusterguard import PGD, WithThresholds
-from clusterguard.attacks.loop import Problem
-from clusterguard.attacks.norms import get_norm
-from clusterguard.attacks.objectives import get_objective
+from clusterguard import PGD
+from clusterguard.attacks import Problem, get_norm, get_objective
+from clusterguard.detection import judge, roc_auc
+from clusterguard.detectors import WithThresholds
 from clusterguard.errors import InputError
-from clusterguard.judging import judge
-from clusterguard.metrics import roc_auc
 from scipy.ndimage import median_filter
 from sklearn.covariance import EmpiricalCovariance
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, TensorDataset
 from trained_detectors import ATTACK, IMAGES, INFINITE, LABELS, TRAINING, trained
 
-from benchmarks import models
-from benchmarks.detectors import RECIPES, ccat, fs, lid, madry, maha, rectified_rejection, trades, vanilla
+from benchmarks.detectors import RECIPES, ccat, fs, lid, madry, maha, networks, rectified_rejection, trades, vanilla
 
 
 def test_trades_without_a_budget_is_cross_entropy_and_with_one_is_more():
@@ -125,7 +122,7 @@ def test_mahalanobis_distances_are_those_of_scikit_learn():
     labels = torch.arange(400) % 10
     images = torch.rand(400, 1, 4, 4) * 0.5 + torch.rand(10, 1, 4, 4)[labels] * 0.5
     images[:, :, 0, 0] = 0  # a dead feature
-    detector = RECIPES["maha"].build(models.Features(torch.nn.Flatten(), (1, 4, 4)))
+    detector = RECIPES["maha"].build(networks.Features(torch.nn.Flatten(), (1, 4, 4)))
     batches = DataLoader(TensorDataset(images, labels), batch_size=70)
     detector = RECIPES["maha"].finish(detector, batches)
     features = images.flatten(1).double().numpy()

@@ -6,21 +6,26 @@ import math
 
 import pytest
 import torch
-from clusterguard import APGD, FGSM, PGD, Calibrator, MultiTarget, Towards, WithThresholds, decide, recipes
-from clusterguard.attacks.gradients import backpropagate
-from clusterguard.attacks.loop import Problem
-from clusterguard.attacks.norms import get_norm
-from clusterguard.attacks.objectives import get_objective
-from clusterguard.attacks.representation import RepresentationMatching, has_representation
-from clusterguard.judging import judge
-from clusterguard.metrics import accuracy, attack_success_rate, false_positive_rate, roc_auc
+from clusterguard import APGD, FGSM, PGD, Calibrator, decide, recipes
+from clusterguard.attacks import (
+    MultiTarget,
+    Problem,
+    RepresentationMatching,
+    Towards,
+    backpropagate,
+    get_norm,
+    get_objective,
+    has_representation,
+)
+from clusterguard.detection import accuracy, attack_success_rate, false_positive_rate, judge, roc_auc
+from clusterguard.detectors import WithThresholds
 from torch.utils.data import DataLoader
 from trained_detectors import ATTACK, CALIBRATION, IMAGES, INFINITE, LABELS, TRAINING, network, schedule, trained
 
-from benchmarks.cells import load_experiment
 from benchmarks.detectors import RECIPES, make_recipe, vanilla
-from benchmarks.recipe import Recipe
-from benchmarks.training import make_schedule
+from benchmarks.detectors.recipe import Recipe
+from benchmarks.experiments.cells import load_experiment
+from benchmarks.running.training import make_schedule
 
 
 def test_every_ingredient_of_a_recipe_reaches_the_trainer():

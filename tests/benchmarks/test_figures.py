@@ -6,8 +6,8 @@ pytest.importorskip("matplotlib")
 
 from made_up_results import made_up, points, read
 
-from benchmarks import figures
-from benchmarks.cells import load_experiment
+from benchmarks.experiments.cells import load_experiment
+from benchmarks.reporting import figures
 
 
 def lines_of(name, run):

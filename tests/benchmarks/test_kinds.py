@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from clusterguard import ClusterGuard, WithThresholds
-from clusterguard.attacks.norms import get_norm
+from clusterguard import ClusterGuard
+from clusterguard.attacks import get_norm
+from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError
 
 import benchmarks
-from benchmarks import models
-from benchmarks.datasets import Batches, load
-from benchmarks.detectors import RECIPES
-from benchmarks.judging import count_unproved, to_hex
-from benchmarks.kinds import KINDS, Scene
+from benchmarks.data.datasets import Batches, load
+from benchmarks.detectors import RECIPES, networks
+from benchmarks.experiments.kinds import KINDS, Scene
+from benchmarks.running.judging import count_unproved, to_hex
 
 ROOM = Path(benchmarks.__file__).parent
 OPTIONS = {
@@ -35,7 +35,7 @@ def case(request):
     """An untrained detector of each recipe, as its finished self, and some digits."""
     recipe, data = RECIPES[request.param], load("digits")
     torch.manual_seed(0)
-    trained = recipe.build(models.build("tiny-cnn", data.image_shape)).eval()
+    trained = recipe.build(networks.build("tiny-cnn", data.image_shape)).eval()
     detector = recipe.finish(trained, Batches(data.train.head(1500), 500)).eval().requires_grad_(False)
     return recipe, WithThresholds(detector, torch.full((10,), 50.0)), data.calibration.head(8).floats()
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from clusterguard.errors import ConfigurationError
 
-from benchmarks import models, plan
+from benchmarks.detectors import networks
+from benchmarks.running import plan
 
 SIZES = {  # parameters without the classifier, as published with it less its own
     "tiny-cnn": 165_380,
@@ -17,10 +18,10 @@ SIZES = {  # parameters without the classifier, as published with it less its ow
 }
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", networks.MODELS)
 def test_images_become_features_with_a_gradient(name):
     shape = (1, 28, 28) if name.endswith("-cnn") else (3, 32, 32)
-    network = models.build(name, shape).eval()
+    network = networks.build(name, shape).eval()
     if not name.startswith("wrn-"):
         images = torch.rand(2, *shape, requires_grad=True)
         features = network(images)
@@ -33,28 +34,28 @@ def test_images_become_features_with_a_gradient(name):
 
 
 def test_the_cost_of_every_network_can_be_estimated():
-    assert set(plan.KERNELS) == set(models.MODELS)
+    assert set(plan.KERNELS) == set(networks.MODELS)
 
 
 @pytest.mark.parametrize("name", ["tiny-cnn", "wide-cnn", "small-cnn", "released-cnn"])
 def test_small_networks_take_colour_images_too(name):
-    assert models.build(name, (3, 32, 32))(torch.rand(2, 3, 32, 32)).shape[0] == 2
+    assert networks.build(name, (3, 32, 32))(torch.rand(2, 3, 32, 32)).shape[0] == 2
 
 
 def test_a_wide_block_halves_the_image_where_it_should():
-    network = models.wide_resnet((3, 32, 32), depth=10, width=1).eval()
+    network = networks.wide_resnet((3, 32, 32), depth=10, width=1).eval()
     maps = network[:4](torch.rand(1, 3, 32, 32))  # the stem and one block of each group
     assert maps.shape == (1, 64, 8, 8)
 
 
 def test_equal_seeds_give_equal_networks():
-    first, second = (torch.manual_seed(0) and models.build("tiny-cnn", (1, 28, 28)) for _ in range(2))
+    first, second = (torch.manual_seed(0) and networks.build("tiny-cnn", (1, 28, 28)) for _ in range(2))
     images = torch.rand(3, 1, 28, 28)
     assert torch.equal(first(images), second(images))
 
 
 def test_mixed_precision_is_off_until_asked_for_and_returns_float32():
-    network = models.build("tiny-cnn", (1, 28, 28)).eval()
+    network = networks.build("tiny-cnn", (1, 28, 28)).eval()
     images = torch.rand(4, 1, 28, 28)
     exact = network(images)
     network.mixed_precision = True
@@ -66,4 +67,4 @@ def test_mixed_precision_is_off_until_asked_for_and_returns_float32():
 
 def test_an_unknown_model_is_named():
     with pytest.raises(ConfigurationError, match="lenet"):
-        models.build("lenet", (1, 28, 28))
+        networks.build("lenet", (1, 28, 28))

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("foolbox")
 
-from benchmarks.peers import OUTPUT, PEERS, RADII, SUITE, compare, summarise
+from benchmarks.studies.peers import OUTPUT, PEERS, RADII, SUITE, compare, summarise
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 

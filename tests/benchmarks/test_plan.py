@@ -3,12 +3,13 @@ import torch
 from small_experiment import SMALL
 from typer.testing import CliRunner
 
-from benchmarks import cells, plan
 from benchmarks.__main__ import app
-from benchmarks.cells import load_experiment
-from benchmarks.clock import OutOfTimeError
-from benchmarks.runner import Runner
-from benchmarks.store import Store
+from benchmarks.experiments import cells
+from benchmarks.experiments.cells import load_experiment
+from benchmarks.running import plan
+from benchmarks.running.clock import OutOfTimeError
+from benchmarks.running.runner import Runner
+from benchmarks.running.store import Store
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_near_the_end_of_the_budget_cells_that_fit_come_first(experiment, tmp_pa
             order.append(cell.attack)
 
     monkeypatch.setattr("benchmarks.__main__.Runner", Machine)
-    monkeypatch.setattr("benchmarks.clock.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("benchmarks.running.clock.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(Store, "has_weights", lambda self, key: True)
     command = ["run", "small", "--device", "cpu", "--out", str(tmp_path), "--time-budget", "4", "--only", "ours*"]
     assert CliRunner().invoke(app, command).exit_code == 3

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from clusterguard import PGD, ClusterGuard, certified_success_rate, certify
+from clusterguard.detection import accuracy, false_positive_rate, is_broken
 from clusterguard.errors import ConfigurationError
-from clusterguard.metrics import accuracy, false_positive_rate, is_broken
 from clusterguard.samples import load_digits
 
-from benchmarks import models
-from benchmarks.cells import load_experiment
-from benchmarks.publish import publish
-from benchmarks.runner import Runner
-from benchmarks.store import RESULTS, Store
+from benchmarks.detectors import networks
+from benchmarks.experiments.cells import load_experiment
+from benchmarks.running.publish import publish
+from benchmarks.running.runner import Runner
+from benchmarks.running.store import RESULTS, Store
 
 FOLDERS = sorted((RESULTS / "checkpoints").iterdir())
 
@@ -28,7 +28,7 @@ def shipped_folder(request):
 @pytest.fixture
 def shipped(shipped_folder):
     training = json.loads((shipped_folder / "config.json").read_text())["training"]
-    network = models.build(training["definition"]["model"], (1, 28, 28))
+    network = networks.build(training["definition"]["model"], (1, 28, 28))
     return ClusterGuard.from_pretrained(shipped_folder, backbone=network), training
 
 
@@ -68,7 +68,7 @@ def test_publishing_saves_a_calibrated_guard_with_its_figures(runner, tmp_path):
     cell = load_experiment("certified-mnist", "quick").cells[0]
     cell = replace(cell, training=replace(cell.training, epochs=3, warmup_epochs=3))
     publish(cell, runner, tmp_path / "guard", images=50, attacked=5)
-    network = models.build(cell.training.model, (1, 28, 28))
+    network = networks.build(cell.training.model, (1, 28, 28))
     guard = ClusterGuard.from_pretrained(tmp_path / "guard", backbone=network)
     assert guard.is_calibrated
     images, labels = (part[:5] for part in load_digits("test").tensors)
@@ -76,7 +76,7 @@ def test_publishing_saves_a_calibrated_guard_with_its_figures(runner, tmp_path):
     card = (tmp_path / "guard" / "README.md").read_text()
     assert "any attack of linf 0.4 breaks at most" in card
     assert "suite linf 0.4" in card
-    assert 'backbone=models.build("tiny-cnn", (1, 28, 28))' in card
+    assert 'backbone=networks.build("tiny-cnn", (1, 28, 28))' in card
     assert "\nlicense: mit\n" in card
 
 

@@ -5,18 +5,19 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from clusterguard.demo import HONESTY, digit_network
+from clusterguard.cli import digit_network
+from clusterguard.cli._demo import HONESTY
 from made_up_results import find, made_up, points, rows
 
-from benchmarks import figures
-from benchmarks.cells import load_experiment, tomllib
-from benchmarks.estimates import Results, estimate, success
-from benchmarks.models import build
-from benchmarks.report import read_results, render, write_report
-from benchmarks.store import RESULTS, Store
+from benchmarks.detectors.networks import build
+from benchmarks.experiments.cells import load_experiment, tomllib
+from benchmarks.reporting import figures
+from benchmarks.reporting.estimates import Results, estimate, success
+from benchmarks.reporting.report import read_results, render, write_report
+from benchmarks.running.store import RESULTS, Store
 
 ROOT = Path(__file__).parents[2]
-PAPER = tomllib.loads((ROOT / "benchmarks" / "paper.toml").read_text())
+PAPER = tomllib.loads((ROOT / "benchmarks" / "reporting" / "paper.toml").read_text())
 
 
 @pytest.fixture

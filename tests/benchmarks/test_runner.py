@@ -7,22 +7,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clusterguard import WithThresholds
-from clusterguard.attacks.metering import Metered
+from clusterguard.attacks import Metered
+from clusterguard.detectors import WithThresholds
 from hypothesis import given
 from hypothesis import strategies as st
 from small_experiment import SMALL, comparable, run_all
 from typer.testing import CliRunner
 
-from benchmarks import cells, plan, runner
 from benchmarks.__main__ import app
-from benchmarks.cells import load_experiment
-from benchmarks.clock import Clock, OutOfTimeError
 from benchmarks.detectors import RECIPES
-from benchmarks.judging import from_hex, to_hex
-from benchmarks.kinds import KINDS
-from benchmarks.runner import Runner, pair_goals
-from benchmarks.store import Store
+from benchmarks.experiments import cells
+from benchmarks.experiments.cells import load_experiment
+from benchmarks.experiments.kinds import KINDS
+from benchmarks.running import plan, runner
+from benchmarks.running.clock import Clock, OutOfTimeError
+from benchmarks.running.judging import from_hex, to_hex
+from benchmarks.running.runner import Runner, pair_goals
+from benchmarks.running.store import Store
 
 
 @pytest.fixture(scope="session")

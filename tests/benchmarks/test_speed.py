@@ -3,9 +3,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from benchmarks.speed import head
-from benchmarks.speed.__main__ import TABLE, lines
-from benchmarks.speed.measure import compare, count, interval
+from benchmarks.studies.speed import head
+from benchmarks.studies.speed.__main__ import TABLE, lines
+from benchmarks.studies.speed.measure import compare, count, interval
 
 
 def test_the_faster_side_wins_whichever_it_is():

@@ -4,7 +4,7 @@ import torch
 from clusterguard.errors import PersistenceError
 from made_up_results import find, made_up
 
-from benchmarks.store import Store
+from benchmarks.running.store import Store
 
 
 def test_large_weights_come_in_parts(tmp_path):

@@ -3,17 +3,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from clusterguard.metrics import wilson_interval
+from clusterguard.detection import wilson_interval
 from made_up_results import find, made_up, read, rows
 
-from benchmarks import report
-from benchmarks.cells import load_experiment, tomllib
 from benchmarks.detectors import RECIPES
-from benchmarks.estimates import Results, estimate, success, worst_per_image, worst_row, worst_within
-from benchmarks.tables import area_table, attack_table, compare, show, stages_table, union_table
+from benchmarks.experiments.cells import load_experiment, tomllib
+from benchmarks.reporting import report
+from benchmarks.reporting.estimates import Results, estimate, success, worst_per_image, worst_row, worst_within
+from benchmarks.reporting.tables import area_table, attack_table, compare, show, stages_table, union_table
 
 ROOT = Path(__file__).parents[2]
-PAPER = tomllib.loads((ROOT / "benchmarks" / "paper.toml").read_text())
+PAPER = tomllib.loads((ROOT / "benchmarks" / "reporting" / "paper.toml").read_text())
 TABLES = [name for name in PAPER if name.startswith("table")]
 
 

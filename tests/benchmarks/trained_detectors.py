@@ -7,9 +7,8 @@ from clusterguard import PGD
 from clusterguard.samples import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import models
-from benchmarks.detectors import RECIPES
-from benchmarks.recipe import Schedule
+from benchmarks.detectors import RECIPES, networks
+from benchmarks.detectors.recipe import Schedule
 
 SHAPE = 1, 28, 28
 IMAGES, LABELS = load_digits("test").tensors
@@ -21,7 +20,7 @@ INFINITE = torch.full((10,), torch.inf)
 
 def network(seed=0):
     torch.manual_seed(seed)
-    return models.build("tiny-cnn", SHAPE)
+    return networks.build("tiny-cnn", SHAPE)
 
 
 def schedule(attack=ATTACK):

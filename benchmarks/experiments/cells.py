@@ -1,0 +1,300 @@
+"""Experiments as data: TOML files in, cells out; a cell is one detector under one attack."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from clusterguard.errors import ConfigurationError
+
+from benchmarks.data.fetch import CHECKSUMS
+from benchmarks.detectors import RECIPES
+from benchmarks.experiments.kinds import KINDS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # the same, before it came with Python
+
+FOLDER = Path(__file__).parent
+FORMAT = 1  # of what a cell's result holds; raising it makes every result stale
+Profile = Literal["quick", "cpu", "short", "full"]
+"""quick: wiring, not numbers; cpu: a small network that a CPU can bear; short: the full one's network, trained and
+attacked for as long as half an hour of a GPU allows; full: the paper's setting."""
+Split = Literal["test", "validation"]
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """All that determines a trained detector.
+
+    Attributes:
+        dataset: see `benchmarks.data.datasets.load`.
+        model: a key of `benchmarks.detectors.networks.MODELS`.
+        recipe: the `training` of a recipe.
+        options: of that recipe.
+        seed: of weights, batches and attack.
+        epochs: how often to see the training set.
+        batch_size: images in a step.
+        learning_rate: at the start.
+        optimizer: "adam" or "sgd", the latter with momentum 0.9.
+        weight_decay: of the optimizer.
+        schedule: "constant", "cosine" over all epochs, "step": a tenth after half and after three quarters of them, or
+            "one-cycle": up to the learning rate in the first third of all steps, and down again.
+        warmup_epochs: epochs without the attack first.
+        attack: options of PGD, the training attack.
+        augment: random crops and flips.
+        cutmix: largest part of an image that another one covers, at most half; its label stays.
+        images: train on the first so many; None takes all.
+        half: round the trained weights to half precision, so that the checkpoint holds them in half the room.
+        mixed_precision: compute training passes in bfloat16.
+    """
+
+    dataset: str
+    model: str
+    recipe: str
+    options: Options = field(default_factory=dict)
+    seed: int = 0
+    epochs: int
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine", "step", "one-cycle"] = "constant"
+    warmup_epochs: int = 0
+    attack: Options
+    augment: bool = False
+    cutmix: float = 0.0
+    images: int | None = None
+    half: bool = False
+    mixed_precision: bool = False
+
+    @cached_property
+    def key(self) -> str:
+        """Short name of this training; whatever changes its outcome changes it."""
+        own = asdict(self)
+        if not self.cutmix:
+            del own["cutmix"]  # trainings from before there was a choice stay valid
+        return digest(own | {"checksums": CHECKSUMS.get(self.dataset, {}), "format": FORMAT})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One detector under one attack.
+
+    Attributes:
+        detector: a key of `RECIPES`.
+        training: of the detector.
+        surrogate: what a transfer attack is made on, if it is one.
+        attack: its name in tables.
+        kind: a key of `KINDS`.
+        options: of that kind.
+        images: how many test images, the first ones.
+        rates: false-positive rates to report.
+        chunk: how many images to attack at a time; a killed run loses no more than one chunk.
+        seed: of the attack.
+        points: how many images to keep representations of, for figures.
+        variant: what sets an ablation apart, for tables.
+        split: "test", or "validation", images kept out of training and of thresholds, for choosing among recipes.
+        consistency: options of `ConsistentDetector`, which then stands around the trained detector; {} for none.
+    """
+
+    detector: str
+    training: Training
+    surrogate: "Cell | None" = None
+    attack: str
+    kind: str
+    options: Options
+    images: int
+    rates: tuple[float, ...]
+    chunk: int
+    seed: int
+    points: int = 0
+    variant: str = ""
+    split: Split = "test"
+    consistency: Options = field(default_factory=dict)
+
+    @property
+    def definition(self) -> Options:
+        """All that determines the result, in JSON's types; names that only serve tables are left out."""
+        own = asdict(replace(self, surrogate=None))
+        for name in ("attack", "variant", "surrogate", "chunk"):
+            del own[name]
+        own["training"] = self.training.key
+        own["surrogate"] = None if self.surrogate is None else [self.surrogate.detector, self.surrogate.training.key]
+        own["chunk"] = None if KINDS[self.kind].whole else self.chunk
+        if self.split == "test":
+            del own["split"]  # results from before there was a choice stay valid
+        if not self.consistency:
+            del own["consistency"]
+        return own | {"format": FORMAT, "rates": list(self.rates)}
+
+    @cached_property
+    def key(self) -> str:
+        """Name of the result's file: everything that determines it is in it."""
+        return digest(self.definition)
+
+    @property
+    def title(self) -> str:
+        """For people: what is attacked, and how."""
+        return f"{self.detector}{' ' + self.variant if self.variant else ''}, {self.attack}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a table or figure rests on.
+
+    Attributes:
+        name: of its file.
+        title: one line for people.
+        profile: see `Profile`.
+        detectors: columns, in order.
+        attacks: rows, in order.
+        variants: of an ablation, in order; [""] if it is none.
+        cells: all of it.
+    """
+
+    name: str
+    title: str
+    profile: Profile
+    detectors: tuple[str, ...]
+    attacks: tuple[str, ...]
+    variants: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+
+def list_experiments() -> list[str]:
+    """Names of all experiments."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml") if not path.stem.startswith("_"))
+
+
+def load_experiment(name: str, profile: Profile = "full") -> Experiment:
+    """An experiment by name.
+
+    Args:
+        name: of its file in benchmarks/experiments.
+        profile: all but "full" apply the file's table of that name.
+
+    Raises:
+        ConfigurationError: no such experiment, or a file that says something unknown.
+    """
+    if name not in list_experiments():
+        raise ConfigurationError(f"expected an experiment among {', '.join(list_experiments())}, got {name!r}")
+    table = _read(FOLDER / f"{name}.toml")
+    profiles = {other: table.pop(other, {}) for other in get_args(Profile)}
+    own = profiles.get(profile, {})
+    limits = own.pop("attack", {})
+    table = merge(table, own)
+    try:
+        return _expand(name, profile, table, limits)
+    except (KeyError, TypeError) as error:
+        raise ConfigurationError(f"{name}.toml: {type(error).__name__} {error}") from error
+
+
+def _expand(name: str, profile: Profile, table: Options, limits: Options) -> Experiment:
+    table = dict(table)
+    title, detectors = table.pop("title"), table.pop("detectors")
+    attacks: list[Options] = table.pop("attacks")
+    variants: list[Options] = table.pop("variants", [{}])
+    cells = []
+    for variant in variants:
+        merged = merge(table, {key: value for key, value in variant.items() if key != "name"})
+        for seed in merged["seeds"][: merged.get("most_seeds")]:
+            for detector in detectors:
+                cells += [_cell(merged, detector, attack, limits, seed, variant.get("name", "")) for attack in attacks]
+    unknown = [detector for detector in detectors if detector not in RECIPES]
+    if unknown:
+        raise ConfigurationError(f"{name}.toml: expected detectors among {', '.join(RECIPES)}, got {unknown}")
+    names = tuple(variant.get("name", "") for variant in variants)
+    rows = tuple(dict.fromkeys(attack["name"] for attack in attacks))
+    return Experiment(name, title, profile, tuple(detectors), rows, names, tuple(cells))
+
+
+def _cell(table: Options, detector: str, attack: Options, limits: Options, seed: int, variant: str) -> Cell:
+    own = {"dataset", "model", "images", "rates", "chunk", "seeds", "most_seeds", "points", "split"}
+    _check_keys(table, {"training", "training_of", "consistency"} | own)
+    _check_keys(table.get("consistency", {}), {"radius", "steps", "step_size"})
+    options = {key: value for key, value in attack.items() if key not in ("name", "kind", "rates", "surrogate")}
+    if attack["kind"] not in KINDS:
+        raise ConfigurationError(f"expected a kind of attack among {', '.join(KINDS)}, got {attack['kind']!r}")
+    for key, limit in limits.items():
+        if isinstance(options.get(key), list):
+            options[key] = options[key][-limit:]  # the longest steps
+        elif key in options:
+            options[key] = min(options[key], limit) if isinstance(limit, int) else limit
+    shared: Any = {
+        "attack": attack["name"],
+        "kind": attack["kind"],
+        "options": options,
+        "images": options.pop("images", table["images"]),
+        "rates": tuple(merge(table, attack)["rates"]),
+        "points": table.get("points", 0),
+        "split": table.get("split", "test"),
+        "chunk": table["chunk"],
+        "seed": seed,
+    }
+    other = attack.get("surrogate")
+    # A surrogate is another network than the victim, also where both are trained alike.
+    surrogate = Cell(detector=other, training=_training(table, other, seed + 1000), **shared) if other else None
+    return Cell(
+        detector=detector,
+        training=_training(table, detector, seed),
+        surrogate=surrogate,
+        variant=variant,
+        consistency=table.get("consistency", {}),
+        **shared,
+    )
+
+
+def _check_keys(table: Options, known: set[str]) -> None:
+    if set(table) - known:
+        raise ConfigurationError(f"expected keys among {', '.join(sorted(known))}, got {sorted(set(table) - known)}")
+
+
+def _training(table: Options, detector: str, seed: int) -> Training:
+    recipe = RECIPES[detector].training
+    settings = merge(table["training"], table.get("training_of", {}).get(recipe, {}))
+    return Training(dataset=table["dataset"], model=table["model"], recipe=recipe, seed=seed, **settings)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Options:
+    """Tables merged key by key, `over` having the last word; lists are replaced whole.
+
+    Example:
+        >>> merge({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 4}})
+        {'a': 1, 'b': {'c': 4, 'd': 3}}
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def digest(definition: Options) -> str:
+    """Twelve hexadecimal digits that stand for a definition.
+
+    Example:
+        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _read(path: Path) -> Options:
+    table = tomllib.loads(path.read_text())
+    base, rows = (table.pop(key, None) for key in ("extends", "attacks_of"))
+    table = merge(_read(path.with_name(f"{base}.toml")), table) if base else table
+    return table | {"attacks": _read(path.with_name(f"{rows}.toml"))["attacks"]} if rows else table
+
+
+def all_cells(profile: Profile) -> Iterator[tuple[str, Cell]]:
+    """Every cell of every experiment, with the experiment's name; shared ones come once for each."""
+    for name in list_experiments():
+        for cell in load_experiment(name, profile).cells:
+            yield name, cell

@@ -1,0 +1,183 @@
+"""What results say: rates and areas with their uncertainty, the worst over attacks, and unions image by image."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from clusterguard.detection import Rate
+
+from benchmarks.experiments.cells import Cell, Experiment
+from benchmarks.running.judging import from_hex
+
+ONE_PERCENT = 0.01  # the false-positive rate of the suite, and of everything that is put beside it
+Result = dict[str, Any]
+Slot = Sequence[Result | None]
+"""One a seed, None where it has not been run."""
+Measure = Callable[[Result], Rate | float]
+
+
+class Results:
+    """An experiment and what has been run of it.
+
+    Args:
+        experiment: what is asked for.
+        read: a cell's key -> its result.
+    """
+
+    def __init__(self, experiment: Experiment, read: Callable[[str], Result | None]) -> None:
+        self.experiment = experiment
+        self.cells = [(cell, read(cell.key)) for cell in experiment.cells]
+        self.found = [result for _, result in self.cells if result is not None]
+
+    def slot(self, detector: str, attack: str, variant: str | None = None) -> Slot:
+        """The results of one place in a table; of the first variant, if none is named."""
+        wanted = detector, attack, self.experiment.variants[0] if variant is None else variant
+        return [result for cell, result in self.cells if (cell.detector, cell.attack, cell.variant) == wanted]
+
+    def threat(self, attack: str) -> tuple[str, float]:
+        """Norm and radius of an attack."""
+        return next(threat(cell) for cell, _ in self.cells if cell.attack == attack)
+
+
+def threat(cell: Cell) -> tuple[str, float]:
+    """Norm and radius; Carlini & Wagner's has one norm and does not name it."""
+    return cell.options.get("norm", "l2"), float(cell.options["eps"])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure over seeds.
+
+    Attributes:
+        values: one for every seed that has been run.
+        intervals: 95 % intervals, one a value; none for areas.
+        seeds: how many are asked for.
+        bound: "≥ " or "≤ " where something is missing that could only move it that way.
+    """
+
+    values: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...] = ()
+    seeds: int = 1
+    bound: str = ""
+
+    @property
+    def mean(self) -> float:
+        """Over seeds, NaN if there is none."""
+        return sum(self.values) / len(self.values) if self.values else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """From the lowest end of the seeds' intervals to the highest: seeds share images, so counts do not add up."""
+        lows, highs = [low for low, _ in self.intervals], [high for _, high in self.intervals]
+        return min(lows, default=math.nan), max(highs, default=math.nan)
+
+
+def estimate(slot: Slot, measure: Measure) -> Estimate:
+    """What `measure` finds in each result that is there."""
+    found = [measure(result) for result in slot if result is not None]
+    values = tuple(one.value if isinstance(one, Rate) else one for one in found)
+    return Estimate(values, tuple(one.interval for one in found if isinstance(one, Rate)), len(slot))
+
+
+def success(rate: float, variant: str | None = None) -> Callable[[Result], Rate]:
+    """ASR at a false-positive rate: the worst over variants, such as step sizes, or that of one of them."""
+
+    def measure(result: Result) -> Rate:
+        chosen = [own for name, own in result["results"].items() if variant in (None, name)]
+        return max((Rate(*own["rates"][f"{rate:g}"]["success"]) for own in chosen), key=lambda found: found.value)
+
+    return measure
+
+
+def area(variant: str | None = None) -> Callable[[Result], float]:
+    """EROC: the smallest over variants, or that of one of them; NaN where it is undefined."""
+
+    def measure(result: Result) -> float:
+        areas = [own["eroc"] for name, own in result["results"].items() if variant in (None, name)]
+        return min((found for found in areas if found is not None), default=math.nan)
+
+    return measure
+
+
+def accuracy(result: Result) -> Rate:
+    """The share of clean images labelled correctly."""
+    return Rate(*result["accuracy"])
+
+
+def false_positives(rate: float) -> Callable[[Result], Rate]:
+    """The realised false-positive rate, on clean test images."""
+    return lambda result: Rate(*next(iter(result["results"].values()))["rates"][f"{rate:g}"]["false_positives"])
+
+
+def worst_row(found: Sequence[Estimate], *, smallest: bool = False) -> Estimate:
+    """The paper's worst case: the largest mean among rows, or the smallest; a bound where a row is missing."""
+    known = [one for one in found if not math.isnan(one.mean)]
+    if not known:
+        return found[0]
+    missing = any(len(one.values) < one.seeds for one in found)
+    bound = ("≤ " if smallest else "≥ ") if missing else ""
+    return replace((min if smallest else max)(known, key=lambda one: one.mean), bound=bound)
+
+
+def worst_per_image(slots: Sequence[Slot], rate: float) -> Estimate:
+    """The share of images that at least one of several attacks broke; a bound where one is missing."""
+    seeds = [[result for result in seed if result is not None] for seed in zip(*slots, strict=True)]
+    missing = any(len(seed) < len(slots) for seed in seeds)
+    return _over([union(seed, rate) for seed in seeds if seed], len(seeds), missing)
+
+
+def worst_within(suite: Sequence[tuple[Cell, Result | None]], every: Iterable[Results]) -> tuple[Estimate, int]:
+    """The share of images that any attack within the suite's radii broke, and how many of them the suite had left.
+
+    Args:
+        suite: cells of the worst-case suite against one detector, of one or several radii and all seeds.
+        every: results of all experiments on the same data.
+    """
+    known = {cell.key: (cell, result) for results in every for cell, result in results.cells if result is not None}
+    seeds = dict.fromkeys(cell.seed for cell, _ in suite)
+    found, left = [], 0
+    for seed in seeds:
+        own = {cell.key: (cell, result) for cell, result in suite if cell.seed == seed and result is not None}
+        if own:
+            others = [
+                result
+                for cell, result in known.values()
+                if ONE_PERCENT in cell.rates and any(_is_within(cell, other) for other, _ in own.values())
+            ]
+            found.append(union([*others, *(result for _, result in own.values())], ONE_PERCENT))
+            left += found[-1].count - union([result for _, result in own.values()], ONE_PERCENT).count
+    return _over(found, len(seeds), any(result is None for _, result in suite)), left
+
+
+def _is_within(cell: Cell, suite: Cell) -> bool:
+    """The same detector, attacked on the same images at most as far; a certificate is no attack."""
+    if cell.kind == "certificate":
+        return False
+    if cell.training.key != suite.training.key or cell.detector != suite.detector:
+        return False
+    (norm, eps), (own, radius) = threat(cell), threat(suite)
+    return (cell.images, cell.seed, norm) == (suite.images, suite.seed, own) and eps <= radius
+
+
+def _over(found: Sequence[Rate], seeds: int, missing: bool) -> Estimate:
+    values, intervals = tuple(one.value for one in found), tuple(one.interval for one in found)
+    return Estimate(values, intervals, seeds, "≥ " if missing else "")
+
+
+def union(results: Iterable[Result], rate: float) -> Rate:
+    """The share of images that at least one attack, in one of its variants, broke.
+
+    Args:
+        results: of one detector under several attacks, on the same images.
+        rate: false-positive rate.
+    """
+    verdicts = [
+        [from_hex(own["rates"][f"{rate:g}"][bits], result["images"]) for bits in ("broken", "eligible")]
+        for result in results
+        for own in result["results"].values()
+    ]
+    broken, eligible = (reduce(torch.logical_or, bits) for bits in zip(*verdicts, strict=True))
+    return Rate(int(broken.sum()), int(eligible.sum()))

@@ -1,0 +1,1 @@
+"""Training, attacking and judging cells, and keeping their results."""

@@ -1,0 +1,164 @@
+"""Verdicts on attacked images: at several false-positive rates, image by image, all through `clusterguard.evaluate`."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from clusterguard import Detector, DetectorModule, Evaluation, decide, evaluate
+from clusterguard.attacks import find_representation, has_representation
+from clusterguard.detection import Loader, fit_thresholds, is_broken, is_eligible, judge
+from clusterguard.detectors import WithThresholds
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """An attack that hands out images found before, so that `evaluate` judges them like any others."""
+
+    images: Tensor
+    norm: str
+    eps: float
+
+    def __call__(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """The images, whoever asks."""
+        return self.images
+
+
+def thresholds_at(detector: DetectorModule, calibration: Loader, rates: Sequence[float]) -> dict[float, Tensor]:
+    """By false-positive rate, (K,) conformal thresholds from benign images; one pass over them for all rates."""
+    detection, labels = judge(detector, calibration)
+    fitted = {}
+    for rate in rates:
+        found = fit_thresholds(
+            detection.distances,
+            detection.labels,
+            labels,
+            detector.num_classes,
+            false_positive_rate=rate,
+            scarce="pool",
+        )
+        fitted[rate] = detector.thresholds.new_tensor(found.thresholds)
+    return fitted
+
+
+def judge_attacked(
+    detector: DetectorModule,
+    thresholds: dict[float, Tensor],
+    attacked: dict[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: str,
+    eps: float,
+    calibration: Loader,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """What got through, at each rate.
+
+    Args:
+        detector: under attack.
+        thresholds: by false-positive rate.
+        attacked: by variant, images (n, C, H, W).
+        images: the clean ones.
+        labels: (n,).
+        norm: of the budget.
+        eps: of the budget.
+        calibration: benign images that the areas under the curve compare with.
+
+    Returns:
+        The evaluation at the first rate; and by variant the area, and by rate counts and which images, as hexadecimal
+        bits.
+    """
+    attacks = {name: Replay(images=found, norm=norm, eps=eps) for name, found in attacked.items()}
+    first: Evaluation | None = None
+    found: dict[str, Any] = {name: {"rates": {}} for name in attacked}
+    for rate, own in thresholds.items():
+        report = evaluate(
+            WithThresholds(detector, own),
+            attacks,
+            [(images, labels)],
+            calibration_loader=calibration if first is None else None,  # areas do not depend on thresholds
+            sanity_images=0,
+        )
+        eligible = is_eligible(report.clean, report.labels)
+        for result in report.results:
+            area = result.expected_roc_auc
+            if first is None:
+                found[result.name]["eroc"] = area if math.isfinite(area) else None
+            found[result.name]["rates"][f"{rate:g}"] = {
+                "success": [result.success.count, result.success.total],
+                "false_positives": [report.false_positives.count, report.false_positives.total],
+                "invalid": result.invalid,
+                "eligible": to_hex(eligible),
+                "broken": to_hex(is_broken(result.verdict, report.labels) & eligible),
+            }
+        first = report if first is None else first
+    assert first is not None  # there is at least one rate
+    return first, found
+
+
+def count_unproved(found: dict[str, Any], unproved: Tensor) -> None:
+    """Verdicts of a certificate: each image that is not proved secure (n,) counts as broken; areas mean nothing."""
+    for own in found.values():
+        own["eroc"] = None
+        for at in own["rates"].values():
+            broken = from_hex(at["eligible"], len(unproved)) & unproved.cpu()
+            at |= {"success": [int(broken.sum()), at["success"][1]], "broken": to_hex(broken)}
+
+
+@torch.no_grad()
+def map_points(detector: Detector, images: Tensor, labels: Tensor, attacked: Tensor, *, seed: int) -> dict[str, Any]:
+    """Where benign and attacked images lie in the detector's representation, brought to two dimensions by t-SNE.
+
+    Reference:
+        van der Maaten & Hinton, "Visualizing data using t-SNE" (2008).
+    """
+    from sklearn.manifold import TSNE
+
+    represent = find_representation(detector) if has_representation(detector) else _class_scores(detector)
+    places = torch.cat([represent(images), represent(attacked)]).float().cpu().numpy()
+    tsne = TSNE(perplexity=min(30, len(images) - 1), init="pca", random_state=seed)
+    flat = [[round(float(value), 3) for value in point] for point in tsne.fit_transform(places)]
+    benign, verdict = (decide(detector.evidence(x), detector.thresholds) for x in (images, attacked))
+    return {
+        "benign": flat[: len(images)],
+        "attacked": flat[len(images) :],
+        "labels": labels.tolist(),
+        "benign_labels": benign.labels.tolist(),
+        "attacked_labels": verdict.labels.tolist(),
+        "accepted": (~verdict.is_adversarial).tolist(),
+    }
+
+
+def _class_scores(detector: Detector) -> Callable[[Tensor], Tensor]:
+    return lambda images: detector.evidence(images).class_scores
+
+
+def to_hex(bits: Tensor) -> str:
+    """Booleans (n,) as hexadecimal digits, first image first; the length goes with n.
+
+    Example:
+        >>> to_hex(torch.tensor([True, False, False, True, True]))
+        '98'
+    """
+    text = "".join("1" if bit else "0" for bit in bits.tolist())
+    return "".join(f"{int(text[at : at + 4].ljust(4, '0'), 2):x}" for at in range(0, len(text), 4))
+
+
+def from_hex(digits: str, count: int) -> Tensor:
+    """The inverse of `to_hex`.
+
+    Example:
+        >>> from_hex("98", 5)
+        tensor([ True, False, False,  True,  True])
+    """
+    return torch.tensor([bit == "1" for digit in digits for bit in f"{int(digit, 16):04b}"][:count])

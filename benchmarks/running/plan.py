@@ -1,0 +1,175 @@
+"""What experiments will cost: gradient evaluations from their definitions, seconds from measured throughput."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from clusterguard._support import write_atomically
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.detectors import RECIPES, networks
+from benchmarks.experiments.cells import Cell
+from benchmarks.experiments.kinds import KINDS
+from benchmarks.running.store import RESULTS, device_name
+
+FILE = RESULTS / "throughput.json"
+SIZES = {"digits": (6000, (1, 28, 28)), "mnist": (55_000, (1, 28, 28)), "cifar10": (45_000, (3, 32, 32))}
+# FLOP/s that small convolutional networks sustain in float32, and kernels a second that eager PyTorch launches:
+# assumptions, for a device that has not been measured yet.
+ASSUMED = {"h200": (15e12, 100_000.0), "cpu": (20e9, 50_000.0)}
+PATIENCE = 2.0  # seconds to measure for
+KERNELS = {
+    "tiny-cnn": 25,
+    "wide-cnn": 25,
+    "small-cnn": 50,
+    "released-cnn": 30,
+    "resnet18": 220,
+    "wrn-10-1": 100,
+    "wrn-16-4": 180,
+    "wrn-28-10": 330,
+    "wrn-34-10": 400,
+}
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """How fast a device is.
+
+    Attributes:
+        source: where the figures come from.
+        seconds: model, data set, images in a batch -> seconds an image takes forward, and forward and backward.
+    """
+
+    source: str
+    seconds: Callable[[str, str, int], tuple[float, float]]
+
+
+def calibrate(cells: Sequence[Cell], device: torch.device) -> None:
+    """Measure every network of the cells, at every size of batch, and remember it in results/throughput.json."""
+    known: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
+    own = known.setdefault(device_name(device), {})
+    trainings = {(cell.training.model, cell.training.dataset, cell.training.batch_size) for cell in cells}
+    attacks = {(cell.training.model, cell.training.dataset, min(cell.chunk, cell.images)) for cell in cells}
+    for model, dataset, batch in sorted(trainings | attacks):
+        own[f"{model} {dataset} {batch}"] = _measure(model, SIZES[dataset][1], batch, device)
+    write_atomically(FILE, lambda file: file.write_text(json.dumps(known, indent=1) + "\n"))
+
+
+def _measure(model: str, shape: tuple[int, int, int], batch: int, device: torch.device) -> tuple[float, float]:
+    """Seconds an image."""
+    network = networks.build(model, shape).to(device).eval().requires_grad_(False)
+    images = torch.rand(batch, *shape, device=device, requires_grad=True)
+
+    def forward() -> None:
+        with torch.no_grad():
+            network(images)
+
+    def both() -> None:
+        torch.autograd.grad(network(images).sum(), images)
+
+    def time_of(work: Callable[[], None]) -> float:
+        work()
+        calls, started = 0, time.perf_counter()
+        while time.perf_counter() - started < PATIENCE or calls < 3:
+            work()
+            calls += 1
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return (time.perf_counter() - started) / calls / batch
+
+    return time_of(forward), time_of(both)
+
+
+def throughput(device: str) -> Throughput:
+    """Measured figures of a device, found by a part of its name; else assumed ones."""
+    known: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
+    kind = "h200" if device.startswith("cuda") else device
+    flops, launches = ASSUMED.get(kind, ASSUMED["cpu"])
+    for name, measured in known.items():
+        if device.lower() in name.lower():
+            source = f"measured on {name}, assumed for networks that were not"
+            return Throughput(source, partial(_nearest, measured, flops, launches))
+    return Throughput(
+        f"assumed for {device}: {flops / 1e9:,.0f} GFLOP/s, {launches:,.0f} kernels/s",
+        partial(_assumed, flops, launches),
+    )
+
+
+def _nearest(
+    measured: dict[str, Any], flops: float, launches: float, model: str, dataset: str, batch: int
+) -> tuple[float, float]:
+    """The figures at the nearest size of batch that was measured."""
+    sizes = [int(key.split()[2]) for key in measured if key.split()[:2] == [model, dataset]]
+    if not sizes:
+        return _assumed(flops, launches, model, dataset, batch)
+    forward, both = measured[f"{model} {dataset} {min(sizes, key=lambda size: abs(math.log(size / batch)))}"]
+    return forward, both
+
+
+def _assumed(flops: float, launches: float, model: str, dataset: str, batch: int) -> tuple[float, float]:
+    """Either arithmetic or launching kernels takes the time."""
+    forward = max(_flops(model, SIZES[dataset][1]) / flops, KERNELS[model] / launches / batch)
+    return forward, 3 * forward
+
+
+@cache
+def _flops(model: str, shape: tuple[int, int, int]) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        networks.build(model, shape).eval()(torch.rand(1, *shape))
+    total: int = counter.get_total_flops()
+    return total
+
+
+def training_passes(cell: Cell) -> int:
+    """Forward and backward passes of a cell's training: in each epoch one an image, and more where it attacks.
+
+    Where weights are perturbed, each image and each attacked one takes a pass more.
+    """
+    training, recipe = cell.training, RECIPES[cell.detector]
+    count: int = training.images or SIZES[training.dataset][0]
+    attacked = training.epochs - training.warmup_epochs if recipe.attacked else 0
+    steps: int = training.attack["steps"] * (training.options.get("targets") or 1)
+    looks = 2 if training.options.get("weight_perturbation") else 1
+    return count * (looks * recipe.passes * training.epochs + attacked * (steps + looks))
+
+
+def attack_passes(cell: Cell) -> tuple[int, int]:
+    """Images through a forward pass, and through a backward pass, that a cell's attack takes at most."""
+    forward, backward = KINDS[cell.kind].cost(10, **cell.options)
+    times = cell.images * (len(cell.rates) if KINDS[cell.kind].sees_thresholds else 1)
+    if cell.consistency:
+        steps = cell.consistency.get("steps", 3)  # each look is two, after a search
+        forward, backward = (steps + 2) * forward, 2 * backward + steps * forward
+    return times * forward, times * backward
+
+
+def passes(cell: Cell) -> int:
+    """The same as one number; a backward pass costs about two forward ones."""
+    forward, backward = attack_passes(cell)
+    return forward + 2 * backward
+
+
+def print_plan(cells: Sequence[Cell], speed: Throughput, *, trained: Callable[[str], bool] = lambda key: False) -> None:
+    """Cells, what they cost and how long they should take, trainings first."""
+    print(f"seconds: {speed.source}")
+    total = 0.0
+    needed = {own.training.key: own for cell in cells for own in (cell, cell.surrogate) if own is not None}
+    for own in (own for key, own in needed.items() if not trained(key)):
+        training, count = own.training, training_passes(own)
+        seconds = count * speed.seconds(training.model, training.dataset, training.batch_size)[1]
+        total += seconds
+        print(f"  train  {own.detector:40} {count:>14,} gradients {seconds:>9,.0f} s")
+    for cell in cells:
+        forward, backward = attack_passes(cell)
+        batch = min(cell.chunk, cell.images) * len(cell.options.get("step_sizes", [0]))
+        alone, both = speed.seconds(cell.training.model, cell.training.dataset, batch)
+        seconds = (forward - backward) * alone + backward * both
+        total += seconds
+        print(f"  attack {cell.title:40} {backward:>14,} gradients {seconds:>9,.0f} s")
+    print(f"{len(cells)} cells, {len(needed)} trainings, about {total:,.0f} s in all")

@@ -1,0 +1,77 @@
+"""A trained guard of the benchmarks as a folder that users load: calibrated, evaluated, with its model card."""
+
+from pathlib import Path
+
+from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, certified_success_rate, evaluate
+from clusterguard._support import write_atomically
+from clusterguard.detection import accuracy, false_positive_rate, judge
+from clusterguard.errors import ConfigurationError
+from torch import Generator
+
+from benchmarks.data.datasets import Batches
+from benchmarks.experiments.cells import Cell
+from benchmarks.running.runner import REFERENCES, Runner
+from benchmarks.running.training import JUDGED_AT_ONCE
+
+
+def publish(cell: Cell, runner: Runner, folder: Path, *, images: int | None = None, attacked: int = 300) -> None:
+    """Save a cell's detector, trained already or now.
+
+    Args:
+        cell: any cell of the detector; its attack does not matter.
+        runner: trains and keeps weights.
+        folder: where to save, see `ClusterGuard.save_pretrained`.
+        images: test images for accuracy and certificates, the first ones; None takes all.
+        attacked: test images for the suite, the first ones.
+
+    Raises:
+        ConfigurationError: the detector is no `ClusterGuard`.
+    """
+    guard, record = runner.detector(cell)
+    if not isinstance(guard, ClusterGuard):
+        raise ConfigurationError(f"expected a guard to publish, got a {type(guard).__name__}")
+    data, eps = runner.dataset(cell.training.dataset), cell.training.attack["eps"]
+    Calibrator().fit(guard, Batches(data.calibration, JUDGED_AT_ONCE), progress=runner.progress)
+    references = data.calibration.head(REFERENCES).floats()
+    test = data.open_test()
+    report = evaluate(
+        guard,
+        {f"suite linf {eps:g}": WorstCaseSuite("linf", eps=eps, references=references)},
+        Batches(test.head(attacked).to(runner.device), attacked),
+        generator=Generator(runner.device).manual_seed(cell.seed),
+        sanity_images=0,
+        progress=runner.progress,
+    )
+    judged = Batches(test.head(images).to(runner.device), JUDGED_AT_ONCE)
+    detection, labels = judge(guard, judged)
+    figures = {
+        "accuracy": accuracy(detection, labels),
+        "false positives": false_positive_rate(detection, labels),
+        **{
+            f"any attack of linf {share * eps:g} breaks at most": certified_success_rate(guard, judged, eps=share * eps)
+            for share in (0.75, 1)
+        },
+    }
+    training = {**record, "on the test set": {name: str(rate) for name, rate in figures.items()}}
+    guard.save_pretrained(folder, training=training, evaluation=report)
+    card = folder / "README.md"
+    shape = data.calibration.pixels.shape[1:]
+    text = complete(card.read_text(), f'models.build("{cell.training.model}", {tuple(shape)})')
+    write_atomically(card, lambda file: file.write_text(text))
+
+
+def complete(card: str, backbone: str) -> str:
+    """A model card with what only its publisher knows: how to build the backbone, and a licence."""
+    line = "from clusterguard import ClusterGuard\n"
+    unsaid = {
+        line: f"{line}\nfrom benchmarks import models\n",
+        "backbone=your_module": f"backbone={backbone}",
+        "# license: the publisher's choice": "license: mit",
+        "None is stated. Whoever publishes this guard chooses one, adds it to the header as `license:`, and minds "
+        "those of the backbone's weights and of the training data.": "MIT, as the library's.",
+    }
+    for unknown, known in unsaid.items():
+        if unknown not in card:
+            raise ConfigurationError(f"expected a model card that says {unknown!r}")
+        card = card.replace(unknown, known)
+    return card

@@ -1,0 +1,201 @@
+"""Where results lie: one JSON Lines file a training, weights as safetensors, and a work folder for unfinished cells."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from clusterguard._support import write_atomically
+from clusterguard.errors import PersistenceError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.experiments.cells import Cell, Profile, digest
+
+RESULTS = Path(__file__).parents[1] / "results"
+PART = 15 * 2**20  # bytes in a file of weights, so that each stays below 16 MiB
+PACKAGES = ("torch", "torchvision", "timm", "clusterguard", "numpy")
+
+
+class Store:
+    """A folder of results.
+
+    ``cells/<dataset>/<profile>/<recipe>-seed<n>-<key>.jsonl`` holds all results of one training: the record of the
+    training first, then a line a cell. A training that was run again adds a second record; each cell names the record
+    that it belongs to. Every line ends with a digest of its content.
+
+    Args:
+        root: `cells` and `models` in it are worth keeping, `work` is not once all is done.
+        profile: names the folder that new results go to; results of all profiles are read.
+    """
+
+    def __init__(self, root: Path, profile: Profile = "full") -> None:
+        self.root = root
+        self.profile = profile
+        self._read: dict[Path, tuple[tuple[int, int], dict[str, dict[str, Any]]]] = {}
+
+    def work(self, key: str) -> Path:
+        """A folder for what an unfinished cell or training needs."""
+        folder = self.root / "work" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def finish(self, key: str) -> None:
+        """Remove a work folder."""
+        shutil.rmtree(self.root / "work" / key, ignore_errors=True)
+
+    def write_cell(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        """Append a cell's result to the file of its training; a killed write leaves a line that is not read.
+
+        Args:
+            cell: whose result it is.
+            result: anything that JSON has; what it says under "training" is the record of the training.
+        """
+        training = cell.training
+        folder = self.root / "cells" / training.dataset / self.profile
+        file = folder / f"{training.recipe}-seed{training.seed}-{training.key}.jsonl"
+        record = {"training": result.get("training")}
+        lines = [] if any(line == record for line in _lines(file)) else [record]
+        rest = {name: value for name, value in result.items() if name != "training"}
+        lines.append({"cell": cell.key, "trained": digest(record), **rest})
+        folder.mkdir(parents=True, exist_ok=True)
+        with file.open("a+b") as handle:  # what two processes append does not mix
+            handle.seek(0, os.SEEK_END)
+            if handle.tell():
+                handle.seek(-1, os.SEEK_END)
+                handle.write(b"" if handle.read(1) == b"\n" else b"\n")
+            handle.write("".join(_sealed(line) for line in lines).encode())
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def read_cell(self, key: str) -> dict[str, Any] | None:
+        """A cell's result, None if there is none.
+
+        Raises:
+            PersistenceError: a file of results is damaged.
+        """
+        return next((results[key] for results in self._results() if key in results), None)
+
+    def cell_keys(self) -> set[str]:
+        """Keys of all results that are there."""
+        return {key for results in self._results() for key in results}
+
+    def _results(self) -> Iterator[dict[str, dict[str, Any]]]:
+        """Each file's results by cell, read again where the file has changed."""
+        for file in sorted((self.root / "cells").rglob("*.jsonl")):
+            status = file.stat()
+            state = status.st_mtime_ns, status.st_size
+            if file not in self._read or self._read[file][0] != state:
+                self._read[file] = state, _by_cell(file)
+            yield self._read[file][1]
+
+    def save_weights(self, key: str, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write weights in parts of at most 15 MiB, and a record beside them, which says that they are complete."""
+        parts: list[dict[str, Tensor]] = [{}]
+        size = 0
+        for name, tensor in state.items():
+            size += tensor.nbytes
+            if size > PART and parts[-1]:
+                parts.append({})
+                size = tensor.nbytes
+            parts[-1][name] = tensor.detach().cpu().clone()  # safetensors wants memory that nobody shares
+        for index, part in enumerate(parts):
+            write_atomically(self._weights(key, index), partial(save_file, part))
+        text = json.dumps({"parts": len(parts), **record}, indent=1) + "\n"
+        write_atomically(self._record(key), lambda file: file.write_text(text))
+
+    def has_weights(self, key: str) -> bool:
+        """Whether a training is finished."""
+        return self._record(key).exists()
+
+    def load_weights(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Weights and their record, None if they are not complete."""
+        if not self.has_weights(key):
+            return None
+        record: dict[str, Any] = json.loads(self._record(key).read_text())
+        state: dict[str, Tensor] = {}
+        for index in range(record["parts"]):
+            state |= load_file(self._weights(key, index))
+        return state, record
+
+    def _record(self, key: str) -> Path:
+        return self.root / "models" / f"{key}.json"
+
+    def _weights(self, key: str, index: int) -> Path:
+        return self.root / "models" / f"{key}-{index + 1}.safetensors"
+
+
+def _sealed(line: dict[str, Any]) -> str:
+    return json.dumps(line | {"digest": digest(line)}, allow_nan=False) + "\n"
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a file of results without their digests, unless a write was killed within them."""
+    if not file.exists():
+        return
+    for number, text in enumerate(file.read_text(errors="replace").splitlines(), start=1):
+        if not text.endswith('"}'):
+            continue  # every whole line ends with its digest
+        try:
+            line: dict[str, Any] = json.loads(text)
+            is_whole = line.pop("digest") == digest(line)
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            is_whole = False
+        if not is_whole:
+            raise PersistenceError(
+                f"{file}, line {number}, is damaged; restore the file, or delete the line and run again"
+            )
+        yield line
+
+
+def _by_cell(file: Path) -> dict[str, dict[str, Any]]:
+    records, results = dict[str, Any](), dict[str, dict[str, Any]]()
+    for line in _lines(file):
+        if "training" in line:
+            records[digest(line)] = line["training"]
+            continue
+        key, record = line.pop("cell"), line.pop("trained")
+        if record not in records:
+            raise PersistenceError(
+                f"{file} lacks the record of a training; restore the file, or delete it and run again"
+            )
+        results[key] = {"training": records[record], **line}
+    return results
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What made a result: commit, versions and machine."""
+    return {
+        "commit": _commit(),
+        "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What people call the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+def _commit() -> str:
+    """The commit the benchmark runs at; "+" says that files differ from it."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty=+",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"

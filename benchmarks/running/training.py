@@ -1,0 +1,133 @@
+"""Train a detector of the comparison, or load it; a killed training goes on from its last checkpoint."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from clusterguard import PGD, DetectorModule
+from clusterguard.errors import TrainingStoppedError
+from torch import Generator, nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
+
+from benchmarks.data.datasets import Batches, DataSet
+from benchmarks.detectors import networks
+from benchmarks.detectors.recipe import Recipe, Schedule
+from benchmarks.experiments.cells import Training
+from benchmarks.running.clock import Clock, OutOfTimeError
+from benchmarks.running.store import Store, provenance
+
+JUDGED_AT_ONCE = 500
+STEPS_AT_RISK = 100  # how many a killed training has to take again
+
+
+def train(
+    training: Training,
+    recipe: Recipe,
+    data: DataSet,
+    store: Store,
+    *,
+    device: torch.device,
+    clock: Clock,
+    progress: bool = False,
+    compiled: networks.CompileMode | None = None,
+) -> tuple[DetectorModule, dict[str, Any]]:
+    """The trained detector, uncalibrated, and the record of its training; from the store, if it is there.
+
+    Args:
+        training: what determines it.
+        recipe: how it is built and trained.
+        data: to train on.
+        store: of weights.
+        device: where to compute.
+        clock: the time budget.
+        progress: show progress bars.
+        compiled: run the network through torch.compile in this mode, here and in whatever the detector is used for.
+
+    Raises:
+        OutOfTimeError: the budget is used up; the next call goes on where this one stopped.
+    """
+    torch.manual_seed(training.seed)
+    detector = recipe.build(networks.build(training.model, data.image_shape)).to(device)
+    inner = networks_in(detector)
+    if compiled is not None:
+        for network in inner:
+            network.compile(mode=compiled)
+    saved = store.load_weights(training.key)
+    if saved is not None:
+        detector.load_state_dict(saved[0])
+        return detector, saved[1]["record"]
+    for network in inner:
+        network.mixed_precision = training.mixed_precision
+
+    batches = Batches(
+        data.train.head(training.images),
+        training.batch_size,
+        shuffle=True,
+        augment=training.augment,
+        cutmix=training.cutmix,
+        generator=Generator().manual_seed(training.seed),
+    )
+    try:
+        history = recipe.trainer(detector, make_schedule(training, len(batches))).fit(
+            batches,
+            Batches(data.calibration, JUDGED_AT_ONCE),
+            epochs=training.epochs,
+            checkpoint=store.work(training.key) / "training.pt",
+            checkpoint_every=STEPS_AT_RISK,
+            stop_when=lambda: clock.is_ending,
+            generator=Generator(device).manual_seed(training.seed),
+            calibrate=False,
+            progress=progress,
+        )
+    except TrainingStoppedError as error:
+        raise OutOfTimeError from error
+    for network in inner:
+        network.mixed_precision = False
+    state = detector.state_dict()
+    if training.half:
+        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+        detector.load_state_dict(state)  # what is evaluated is what is kept
+    record = {
+        "definition": asdict(training),
+        "epochs": len(history),
+        "seconds": round(sum(epoch.seconds for epoch in history), 1),
+        "last": {key: value for key, value in asdict(history[-1]).items() if math.isfinite(value)},
+        "provenance": provenance(device) | {"compiled": compiled},
+    }
+    store.save_weights(training.key, state, {"record": record})
+    store.finish(training.key)
+    return detector, record
+
+
+def networks_in(detector: nn.Module) -> list[networks.Features]:
+    """The networks that a detector runs; a guard's is a copy of the one it was built from."""
+    return [module for module in detector.modules() if isinstance(module, networks.Features)]
+
+
+def make_schedule(training: Training, steps: int) -> Schedule:
+    """What a training's numbers and names mean, with so many steps an epoch."""
+
+    def optimizer(module: nn.Module) -> Optimizer:
+        rate, decay = training.learning_rate, training.weight_decay
+        if training.optimizer == "sgd":
+            return SGD(module.parameters(), lr=rate, momentum=0.9, weight_decay=decay, nesterov=True)
+        return Adam(module.parameters(), lr=rate, weight_decay=decay)
+
+    def scheduler(own: Optimizer) -> LRScheduler:
+        if training.schedule == "one-cycle":
+            return OneCycleLR(own, training.learning_rate, total_steps=training.epochs * steps)
+        if training.schedule == "cosine":
+            return CosineAnnealingLR(own, training.epochs)
+        return MultiStepLR(own, [training.epochs // 2, training.epochs * 3 // 4])
+
+    make_scheduler: Callable[[Optimizer], LRScheduler] | None = None if training.schedule == "constant" else scheduler
+    return Schedule(
+        attack=PGD(**training.attack),
+        optimizer=optimizer,
+        scheduler=make_scheduler,
+        schedule_every="step" if training.schedule == "one-cycle" else "epoch",
+        warmup_epochs=training.warmup_epochs,
+    )

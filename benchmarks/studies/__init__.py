@@ -1,0 +1,1 @@
+"""Measurements beside the paper: peers, coverage, speed, pooling."""

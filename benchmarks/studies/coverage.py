@@ -1,0 +1,207 @@
+"""Which backbones can be guarded: every model of timm and torchvision, one by one.
+
+`python -m benchmarks.studies.coverage` builds each model on torch's meta device, so without weights or arithmetic, and
+checks that it becomes an encoder. The counts land in benchmarks/results/coverage.json.
+"""
+
+import datetime
+import gc
+import json
+import platform
+from collections.abc import Callable
+from fnmatch import fnmatch
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from clusterguard._support import write_atomically
+from clusterguard.detectors import find_normalization, find_num_classes, make_encoder
+from torch import Tensor, nn
+from tqdm import tqdm
+
+OUTPUT = Path(__file__).parents[1] / "results" / "coverage.json"
+LIBRARIES = ("timm", "torchvision")
+WIDTH = 20
+BATCH = 2
+SMALL = 30_000_000  # parameters that a CPU runs in seconds
+SAVE_EVERY = 50
+CHECKS = [
+    "the number of classes is found, and a mean and a standard deviation for every channel",
+    f"the encoder maps {BATCH} images of the model's own size to a tensor of shape ({BATCH}, {WIDTH}) in eval mode",
+    "its gradient in the images has their shape",
+    f"in train mode too it returns a tensor of shape ({BATCH}, {WIDTH}), and nothing else",
+]
+Outcomes = dict[str, dict[str, dict[str, str]]]  # library -> passed or failed -> name -> place or reason
+# Where to build a model and where to run it, cheapest first. Some constructors compute with tensors, which takes
+# real ones; and so does a forward pass that looks at values.
+PLACES = {"meta": ("meta", "meta"), "meta, built on the CPU": ("cpu", "meta"), "CPU": ("cpu", "cpu")}
+
+
+class CheckError(Exception):
+    """The encoder ran, and did not do what it should."""
+
+
+class Candidate(NamedTuple):
+    """A model, the shape (C, H, W) of its images, and its number of classes."""
+
+    model: nn.Module
+    shape: tuple[int, int, int]
+    num_classes: int | None
+
+
+def list_models(library: str) -> list[str]:
+    """Names of all classification models of timm or torchvision."""
+    if library == "timm":
+        import timm
+
+        return list(timm.list_models())
+    import torchvision
+
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
+def build(library: str, name: str) -> Candidate:
+    """The model as its library builds it by default, without pretrained weights."""
+    if library == "timm":
+        import timm
+
+        model: Any = timm.create_model(name)
+        return Candidate(model, tuple(model.pretrained_cfg["input_size"]), model.num_classes or None)
+    import torchvision
+
+    # Both draw their initial weights from a slow truncated normal otherwise.
+    options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    # The smallest, since some weights were fine-tuned at a size that the default model does not take.
+    size = min(weights.transforms().crop_size[0] for weights in torchvision.models.get_model_weights(name))
+    return Candidate(model, (3, size, size), 1000)
+
+
+def expect(what: str, expected: object, got: object) -> None:
+    """Raise `CheckError` unless they are equal."""
+    if expected != got:
+        raise CheckError(f"{what}: expected {expected}, got {got}")
+
+
+def describe(output: object) -> str:
+    """Type and shape."""
+    return f"tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+
+
+def check(candidate: Candidate) -> None:
+    """Raise `CheckError` unless the model becomes an encoder; errors of its own pass through."""
+    model, shape, num_classes = candidate
+    expect("number of classes", num_classes, find_num_classes(model))
+    expect("length of mean and std", [shape[0]] * 2, [len(values) for values in find_normalization(model)])
+    encoder = make_encoder(model, WIDTH).eval()
+    images = torch.rand(BATCH, *shape, requires_grad=True)
+    wanted = describe(torch.empty(BATCH, WIDTH))
+    representations = encoder(images)
+    expect("eval mode", wanted, describe(representations))
+    (gradient,) = torch.autograd.grad(representations.sum(), images)
+    expect("input gradient", describe(images), describe(gradient))
+    expect("train mode", wanted, describe(encoder.train()(images)))
+
+
+def find_place(make: Callable[[], Candidate]) -> tuple[str | None, str]:
+    """Check a model in the first place that can run it.
+
+    Args:
+        make: builds it on the default device.
+
+    Returns:
+        The place and an empty reason; or None and what went wrong, place by place.
+    """
+    reasons: list[str] = []
+    for place, (home, arena) in PLACES.items():
+        try:
+            with torch.device(home):
+                candidate = make()
+            parameters = sum(parameter.numel() for parameter in candidate.model.parameters())
+            if arena == "cpu" and parameters > SMALL:
+                reasons.append(f"{place}: not tried with {parameters / 1e6:.0f} million parameters")
+                continue
+            candidate.model.to(arena)
+            with torch.device(arena):
+                check(candidate)
+            return place, ""
+        except CheckError as error:
+            return None, f"{place}: {error}"
+        except Exception as error:
+            reasons.append(f"{place}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return None, "; ".join(reasons)
+
+
+def load(path: Path | None, versions: dict[str, str]) -> Outcomes:
+    """The outcomes in the file; none of them if there is no file, or it is about other versions."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    libraries = found["libraries"] if found.get("versions") == versions else {}
+    return {
+        library: {kind: libraries.get(library, {}).get(kind, {}) for kind in ("passed", "failed")}
+        for library in LIBRARIES
+    }
+
+
+def save(path: Path, outcomes: Outcomes, names: dict[str, list[str]], versions: dict[str, str]) -> None:
+    """Write everything that is known so far."""
+    libraries = {
+        library: {
+            "models": len(names[library]),
+            "models_passed": len(outcome["passed"]),
+            "failed": outcome["failed"],
+            "not_tried": [name for name in names[library] if name not in outcome["passed"] | outcome["failed"]],
+            "passed": {name: outcome["passed"][name] for name in names[library] if name in outcome["passed"]},
+        }
+        for library, outcome in outcomes.items()
+    }
+    content = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+        "checks": CHECKS,
+        "legend": {"passed": "name: where the model ran (meta: shapes only, no values)", "failed": "name: why"},
+        "libraries": libraries,
+    }
+    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def main(
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what has passed, try the rest.")] = False,
+    only: Annotated[str, typer.Option(help="Try the names that match, such as 'vit_*', keep the rest.")] = "*",
+    output: Annotated[Path, typer.Option(help="The JSON file.")] = OUTPUT,
+) -> None:
+    """Try every model of timm and torchvision as a backbone."""
+    versions = {package: version(package) for package in ("torch", *LIBRARIES)}
+    versions["python"] = platform.python_version()
+    names = {library: list_models(library) for library in LIBRARIES}
+    outcomes = load(output if resume or only != "*" else None, versions)
+    todo = [
+        (library, name)
+        for library in LIBRARIES
+        for name in names[library]
+        if fnmatch(name, only) and not (resume and name in outcomes[library]["passed"])
+    ]
+    progress = tqdm(todo, unit="model")
+    try:
+        for done, (library, name) in enumerate(progress, start=1):
+            progress.set_postfix_str(name)
+            place, reason = find_place(partial(build, library, name))
+            for kind in ("passed", "failed"):
+                outcomes[library][kind].pop(name, None)
+            outcomes[library]["failed" if place is None else "passed"][name] = place or reason
+            if place is None:
+                progress.write(f"{library} {name}: {reason}")
+            if done % SAVE_EVERY == 0:
+                gc.collect()  # modules and their hooks form cycles
+                save(output, outcomes, names, versions)
+    finally:
+        save(output, outcomes, names, versions)
+    for library, outcome in outcomes.items():
+        print(f"{library} {versions[library]}: {len(outcome['passed'])} of {len(names[library])}")
+    raise typer.Exit(code=any(outcome["failed"] for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

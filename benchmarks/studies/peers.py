@@ -1,0 +1,219 @@
+"""Other libraries' attacks against our suite, on one guard: no peer may break an image that the suite did not.
+
+`python -m benchmarks.studies.peers` takes the guard that `make demo` leaves behind. What an attack finds is judged by
+`evaluate`. Results land image by image in benchmarks/results/peers.json; an interrupted run goes on from there.
+"""
+
+import hashlib
+import json
+import platform
+import time
+import warnings
+from dataclasses import replace
+from fnmatch import fnmatch
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from clusterguard import PGD, ClusterGuard, WorstCaseSuite, evaluate
+from clusterguard._support import write_atomically
+from clusterguard.attacks import Attack, Towards, from_art, from_autoattack, from_foolbox, from_torchattacks
+from clusterguard.cli import digit_network
+from clusterguard.detection import Rate, is_broken
+from clusterguard.samples import load_digits
+from safetensors.torch import load_model
+from tqdm import tqdm
+
+OUTPUT = Path(__file__).parents[1] / "results" / "peers.json"
+PACKAGES = ("torch", "clusterguard", "torchattacks", "foolbox", "adversarial-robustness-toolbox", "pyautoattack")
+RADII = {"linf": 0.2, "l2": 2.0, "l1": 15.0, "l0": 25.0}
+SUITE, PLAIN = "clusterguard WorstCaseSuite", "clusterguard PGD"
+
+
+class Peer(NamedTuple):
+    """Another library's attack with the settings of a determined user.
+
+    Attributes:
+        library: "torchattacks", "Foolbox" or "ART".
+        attack: the name of its class.
+        options: for the class.
+        aimed: has a targeted mode: then it sees the guard as a classifier that may refuse, and tries all nine wrong
+            classes; else it sees distances only, at the temperature where cross-entropy works best.
+        starts: begins at accepted images of other classes.
+    """
+
+    library: str
+    attack: str
+    options: dict[str, Any]
+    aimed: bool = True
+    starts: bool = False
+
+
+ART_PGD = Peer("ART", "ProjectedGradientDescent", {"max_iter": 100})
+ART_AUTO_PGD = Peer("ART", "AutoProjectedGradientDescent", {"max_iter": 50})
+CARLINI_WAGNER = {"binary_search_steps": 5, "steps": 100, "stepsize": 0.05, "initial_const": 1.0}
+ELASTIC_NET = {"binary_search_steps": 4, "steps": 100, "initial_stepsize": 0.05, "initial_const": 1.0}
+PEERS = {
+    "linf": [
+        Peer("torchattacks", "PGD", {"eps": 0.2, "alpha": 0.02, "steps": 100}),
+        Peer("torchattacks", "APGD", {"eps": 0.2, "steps": 100}, aimed=False),
+        Peer("torchattacks", "FAB", {"eps": 0.2, "steps": 50}, aimed=False),
+        Peer("torchattacks", "Square", {"eps": 0.2, "n_queries": 1000}),
+        Peer("torchattacks", "AutoAttack", {"eps": 0.2}, aimed=False),
+        Peer("Foolbox", "LinfPGD", {"steps": 100}),
+        Peer("Foolbox", "LInfFMNAttack", {"steps": 100}),
+        ART_PGD,
+        ART_AUTO_PGD,
+        Peer("ART", "SquareAttack", {"max_iter": 1000}, aimed=False),
+    ],
+    "l2": [
+        Peer("torchattacks", "PGDL2", {"eps": 2.0, "alpha": 0.2, "steps": 100}),
+        Peer("torchattacks", "CW", {"c": 10, "lr": 0.05, "steps": 200}),
+        Peer("torchattacks", "AutoAttack", {"norm": "L2", "eps": 2.0}, aimed=False),
+        Peer("Foolbox", "L2PGD", {"steps": 100}),
+        Peer("Foolbox", "L2CarliniWagnerAttack", CARLINI_WAGNER),
+        Peer("Foolbox", "DDNAttack", {"steps": 100}),
+        Peer("Foolbox", "L2FMNAttack", {"steps": 100}),
+        Peer("Foolbox", "BoundaryAttack", {"steps": 1000}, starts=True),
+        Peer("Foolbox", "HopSkipJumpAttack", {"steps": 10, "max_gradient_eval_steps": 200}, starts=True),
+        ART_PGD,
+        ART_AUTO_PGD,
+    ],
+    "l1": [
+        Peer("Foolbox", "L1PGD", {"steps": 100}),
+        Peer("Foolbox", "SparseL1DescentAttack", {"steps": 100}),
+        Peer("Foolbox", "L1FMNAttack", {"steps": 100}),
+        Peer("Foolbox", "EADAttack", ELASTIC_NET),
+        ART_PGD,
+    ],
+    "l0": [
+        Peer("torchattacks", "JSMA", {"theta": 1.0, "gamma": 25 / 784}),
+        Peer("torchattacks", "OnePixel", {"pixels": 25, "steps": 10, "popsize": 10}),
+        Peer("torchattacks", "Pixle", {"max_iterations": 20, "restarts": 10}, aimed=False),
+        Peer("Foolbox", "L0FMNAttack", {"steps": 100}),
+    ],
+}
+
+
+def build(peer: Peer, norm: str, references: Towards) -> Attack:
+    """The peer as an ordinary attack."""
+    budget: dict[str, Any] = {"norm": norm, "eps": RADII[norm]}
+    if peer.library == "Foolbox":
+        attack = getattr(import_module("foolbox.attacks"), peer.attack)(**peer.options)
+        return from_foolbox(attack, rejecting=peer.aimed, references=references if peer.starts else None, **budget)
+    if peer.library == "torchattacks":
+        factory = partial(getattr(import_module("torchattacks"), peer.attack), **peer.options)
+        return replace(from_torchattacks(factory, rejecting=peer.aimed, **budget), temperature=0.3)
+    options: dict[str, Any] = {"verbose": False}
+    if norm != "l0":
+        options |= {"norm": {"linf": np.inf, "l2": 2, "l1": 1}[norm], "eps": RADII[norm]}
+    if "PGD" in peer.attack or "ProjectedGradient" in peer.attack:
+        options["eps_step"] = RADII[norm] / 10
+    factory = partial(getattr(import_module("art.attacks.evasion"), peer.attack), **options, **peer.options)
+    return replace(from_art(factory, rejecting=peer.aimed, **budget), temperature=0.3)
+
+
+def build_all(norm: str, references: Towards) -> dict[str, Attack]:
+    """Our suite, our PGD and all peers of a norm, by name."""
+    eps = RADII[norm]
+    step_size = {"l1": eps, "l0": 784.0}.get(norm, eps / 10)
+    attacks: dict[str, Attack] = {
+        SUITE: WorstCaseSuite(norm, eps=eps, references=(references.images, references.labels)),
+        PLAIN: PGD(norm=norm, eps=eps, step_size=step_size, steps=100),
+    }
+    attacks |= {f"{peer.library} {peer.attack}": build(peer, norm, references) for peer in PEERS[norm]}
+    if norm != "l0":
+        attacks["AutoAttack"] = replace(from_autoattack(norm=norm, eps=eps), temperature=0.3)
+    return attacks
+
+
+def compare(results: dict[str, dict[str, Any]]) -> str:
+    """What there is to say about one norm: rows of Markdown, strongest first, what the suite missed last."""
+    suite = set(results[SUITE]["broken"])
+    lines = []
+    for name, result in sorted(results.items(), key=lambda item: -len(item[1]["broken"])):
+        missed = len(set(result["broken"]) - suite)
+        lines.append(
+            f"| {name} | {Rate(len(result['broken']), result['images'])} | {missed} | {result['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def summarise(norms: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A row of Markdown a norm: our PGD, the strongest peer, our suite, and how many images only peers broke."""
+    lines = []
+    for norm, results in norms.items():
+        peers = {name: result for name, result in results.items() if name not in (SUITE, PLAIN)}
+        strongest = max(peers, key=lambda name: len(peers[name]["broken"]))
+        missed = {row for result in peers.values() for row in result["broken"]} - set(results[SUITE]["broken"])
+        cells = [f"{norm.replace('l', 'ℓ').replace('inf', '∞')} {RADII[norm]:g}"]
+        for name in (PLAIN, strongest, SUITE):
+            rate = Rate(len(results[name]["broken"]), results[name]["images"])
+            low, high = rate.interval
+            cells.append(f"{rate.value:.2f} [{low:.2f}, {high:.2f}]" + (f" {name}" if name == strongest else ""))
+        lines.append("| " + " | ".join([*cells, str(len(missed))]) + " |")
+    return "\n".join(lines)
+
+
+def main(
+    guard: Annotated[Path, typer.Option(help="What `make demo` has trained.")] = Path("runs/demo/guard.safetensors"),
+    images: Annotated[int, typer.Option(help="How many accepted test images to attack.", min=1)] = 100,
+    only: Annotated[str, typer.Option(help="Norms to run, such as 'l0'.")] = "*",
+    output: Annotated[Path, typer.Option(help="The JSON file.")] = OUTPUT,
+) -> None:
+    """Run every peer and our suite on the demo's guard, norm by norm."""
+    torch.set_num_threads(1)
+    detector = ClusterGuard(digit_network(), num_classes=10, example=torch.zeros(1, 1, 28, 28))
+    load_model(detector, str(guard))
+    detector.eval()
+    pictures, labels = load_digits("test").tensors
+    verdict = detector.detect(pictures)
+    accepted = ((verdict.labels == labels) & ~verdict.is_adversarial).nonzero().squeeze(1)
+    attacked, rest = accepted[:images], accepted[images:]
+    references = Towards.accepted(detector, pictures[rest], labels[rest])
+    setting = {
+        "guard": hashlib.sha256(guard.read_bytes()).hexdigest(),
+        "images": images,
+        "references": len(references.labels),
+        "seed": 0,
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    content: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    if content.get("setting") != setting:
+        content = {"setting": setting, "machine": f"{platform.machine()}, 1 thread", "norms": {}}
+    for norm in (norm for norm in PEERS if fnmatch(norm, only)):
+        results = content["norms"].setdefault(norm, {})
+        named = build_all(norm, references)
+        for name, attack in (bar := tqdm([item for item in named.items() if item[0] not in results], desc=norm)):
+            bar.set_postfix_str(name)
+            started = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # peers' own
+                report = evaluate(
+                    detector,
+                    {name: attack},
+                    [(pictures[attacked], labels[attacked])],
+                    generator=torch.Generator().manual_seed(0),
+                    sanity_images=0,
+                )
+            (result,) = report.results
+            results[name] = {
+                "attack": result.attack,
+                "eps": RADII[norm],
+                "images": len(attacked),
+                "broken": attacked[is_broken(result.verdict, labels[attacked])].tolist(),
+                "invalid": result.invalid,
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+            write_atomically(output, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+        print(f"\n{norm} {RADII[norm]:g}\n{compare(results)}")
+    print(f"\n{summarise(content['norms'])}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,94 @@
+"""`python -m benchmarks.studies.speed`: time rows, and write the table of those that have been timed."""
+
+import json
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Annotated
+
+import torch
+import typer
+from clusterguard._support import write_atomically
+
+from benchmarks.studies.speed.measure import FOLDER, measure
+from benchmarks.studies.speed.memory import BATCHES, measure_memory
+
+ROWS = ("attack", "suite", "training", "head", "projection", "detection")
+TABLE = FOLDER / "table.md"
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def run(
+    names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(ROWS)}; else all.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+) -> None:
+    """Time rows on a device, side by side with what they are compared to.
+
+    Example: python -m benchmarks.studies.speed run head --device cpu
+    """
+    for name in names or ROWS:
+        measure(name, import_module(f"benchmarks.studies.speed.{name}").rows, torch.device(device))
+
+
+@app.command()
+def memory(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu") -> None:
+    """Measure peak memory by batch size.
+
+    Example: python -m benchmarks.studies.speed memory --device cpu
+    """
+    measure_memory(torch.device(device))
+
+
+@app.command()
+def table() -> None:
+    """Write the tables in docs/performance.md from what has been measured; what has not is shown as not run.
+
+    Example: python -m benchmarks.studies.speed table
+    """
+    write_atomically(TABLE, lambda file: file.write_text("\n".join(lines()) + "\n"))
+
+
+def lines() -> Iterator[str]:
+    """Of the tables, as Markdown."""
+    yield from _ratios()
+    yield ""
+    yield from _memory()
+
+
+def _memory() -> Iterator[str]:
+    yield f"| peak megabytes, ResNet-50 at 224 | {' | '.join(f'batch {batch}' for batch in BATCHES)} |"
+    yield "| --- |" + " --- |" * len(BATCHES)
+    for device in ("cpu", "cuda"):
+        file = FOLDER / f"memory-{device}.json"
+        if not file.exists():
+            yield f"| *{device}* | not run |" + " |" * (len(BATCHES) - 1)
+            continue
+        for work, found in json.loads(file.read_text())["megabytes"].items():
+            yield f"| {work}, {device} | {' | '.join(f'{found[str(batch)]:,.0f}' for batch in BATCHES)} |"
+
+
+def _ratios() -> Iterator[str]:
+    yield "| comparison | their time over ours | target | operators or gradients, ours and theirs | MB allocated |"
+    yield "| --- | --- | --- | --- | --- |"
+    for device in ("cpu", "cuda"):
+        for name in ROWS:
+            file = FOLDER / f"{name}-{device}.json"
+            if not file.exists():
+                yield f"| *{name}, {device}* | not run | | | |"
+                continue
+            for title, row in json.loads(file.read_text())["rows"].items():
+                ratio = row["ratio"]
+                interval = f"{ratio['median']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]"
+                mark = "reached" if ratio["median"] >= row["target"] else "missed"
+                sides = row["ours"], row["theirs"]
+                unit = "gradients" if "gradients" in row["ours"] else "operators"
+                launched = " / ".join(f"{side[unit]:,}" for side in sides) + (
+                    " gradients" if unit == "gradients" else ""
+                )
+                megabytes = " / ".join(f"{side['megabytes']:,.0f}" for side in sides if "megabytes" in side)
+                yield f"| {title}, {device} | {interval} | {row['target']:.3g}: {mark} | {launched} | {megabytes} |"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,74 @@
+"""What a guard costs beside its bare backbone: detection on ResNet-50 at 224, calibration beside plain inference."""
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from clusterguard import Calibrator, ClusterGuard, Detection
+from torch import Tensor, nn
+
+from benchmarks.studies.speed.measure import Row
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@torch.no_grad()
+def infer(model: nn.Module, images: Tensor) -> Tensor:
+    """What one runs without a guard: normalise, forward, label."""
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (MEAN, STD))
+    labels: Tensor = model((images - mean) / std).argmax(dim=1)
+    return labels
+
+
+def same_labels(ours: Detection, theirs: Tensor) -> None:
+    """Both look at the same images through networks of the same shape, untrained; only the number must fit."""
+    assert ours.labels.shape == theirs.shape
+
+
+def calibrate(guard: ClusterGuard, loader: list[tuple[Tensor, Tensor]]) -> Any:
+    """Fit thresholds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an untrained guard gives nearly all images one label
+        return Calibrator(0.2, scarce="pool").fit(guard, loader)
+
+
+@torch.no_grad()
+def pass_over(guard: ClusterGuard, loader: list[tuple[Tensor, Tensor]]) -> Any:
+    """One plain inference pass."""
+    return torch.cat([guard(images).argmax(dim=1) for images, _ in loader])
+
+
+def rows(device: torch.device) -> list[Row]:
+    """The comparisons on a device."""
+    import timm
+
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet50", num_classes=1000).eval()
+    guard = ClusterGuard(backbone).eval().to(device)
+    backbone = backbone.to(device)
+    guard.thresholds = torch.full((1000,), 1e6, device=device)
+    found = [
+        Row(
+            f"detection, ResNet-50 at 224, batch {batch}, against the bare backbone",
+            partial(guard.detect, images, check=False),
+            partial(infer, backbone, images),
+            target=1 / allowed,
+            check=same_labels,
+        )
+        for batch, allowed in ((1, 1.05), (32 if device.type == "cuda" else 8, 1.02))
+        for images in [torch.rand(batch, 3, 224, 224, device=device)]
+    ]
+    small = ClusterGuard(timm.create_model("resnet18", num_classes=10)).eval().to(device)
+    images = torch.rand(5, 20, 3, 64, 64, device=device)
+    labels = pass_over(small, [(part, part) for part in images]).view(5, 20)
+    loader = list(zip(images, labels, strict=True))
+    found.append(
+        Row(
+            "calibration, ResNet-18 at 64, 100 images, against one inference pass",
+            partial(calibrate, small, loader),
+            partial(pass_over, small, loader),
+            target=1 / 1.05,
+        )
+    )
+    return found

@@ -1,0 +1,26 @@
+"""The head against `torch.cdist` to all centres, at the sizes of ImageNet and of ImageNet-21k, m = K."""
+
+from functools import partial
+
+import torch
+from clusterguard.detectors import GaussianClusters
+
+from benchmarks.studies.speed.measure import Row
+
+
+def rows(device: torch.device) -> list[Row]:
+    """The comparisons on a device."""
+    found = []
+    for classes, batch in ((1000, 64), (21_841, 8)):
+        clusters = GaussianClusters(classes).to(device)
+        representations = torch.randn(batch, classes, generator=torch.Generator().manual_seed(0)).to(device)
+        found.append(
+            Row(
+                f"head, K = m = {classes:,}, batch {batch}, against torch.cdist",
+                partial(clusters.distances, representations),
+                partial(torch.cdist, representations, clusters.center_scale * torch.eye(classes, device=device)),
+                target=10,
+                check=partial(torch.testing.assert_close, rtol=1e-3, atol=1e-2),
+            )
+        )
+    return found

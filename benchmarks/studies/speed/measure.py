@@ -1,0 +1,152 @@
+"""Time two ways to do the same, side by side, so that a machine that drifts cannot favour one."""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from clusterguard._support import write_atomically
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.running.store import RESULTS, provenance
+
+FOLDER = RESULTS / "speed"
+MINIMUM = 0.02  # seconds that a measurement lasts at least
+REPEATS = 21  # pairs
+Work = Callable[[], Any]
+Check = Callable[[Any, Any], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Two ways to do the same.
+
+    Attributes:
+        name: of the row.
+        ours: one of them.
+        theirs: the other.
+        target: their time over ours that we want to reach.
+        check: compares what the two return; None where they return nothing to compare.
+        gradients: how many a result took, where that says more than operators, and profiling takes longer than timing.
+    """
+
+    name: str
+    ours: Work
+    theirs: Work
+    target: float
+    check: Check | None = None
+    gradients: Callable[[Any], int] | None = None
+
+
+Rows = Callable[[torch.device], list[Row]]
+"""The comparisons on a device, at sizes that it bears."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How much less time we take.
+
+    Attributes:
+        median: of the paired ratios, their time over ours.
+        low: lower end of its interval of at least 95 %, by the sign test.
+        high: upper end.
+        pairs: how many.
+    """
+
+    median: float
+    low: float
+    high: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}] ({self.pairs} pairs)"
+
+
+def compare(ours: Work, theirs: Work, *, repeats: int) -> Ratio:
+    """Alternate the two, in turning order, and compare each pair.
+
+    Example:
+        >>> slow = lambda: sum(range(200_000))
+        >>> compare(lambda: sum(range(20_000)), slow, repeats=7).median > 2
+        True
+    """
+    calls = {side: max(1, math.ceil(MINIMUM / max(1e-7, _seconds(side, 1)))) for side in (ours, theirs)}
+    ratios = []
+    for index in range(repeats):
+        order = (ours, theirs) if index % 2 else (theirs, ours)
+        times = {side: _seconds(side, calls[side]) / calls[side] for side in order}
+        ratios.append(times[theirs] / times[ours])
+    return interval(ratios)
+
+
+def interval(ratios: Sequence[float]) -> Ratio:
+    """Median with the order statistics between which it lies with a probability of at least 95 %.
+
+    Example:
+        >>> interval([3.0, 1.0, 2.0, 5.0, 4.0, 7.0, 6.0])
+        Ratio(median=4.0, low=1.0, high=7.0, pairs=7)
+    """
+    ordered, count, skipped, outside = sorted(ratios), len(ratios), 0, 2 * 0.5 ** len(ratios)
+    while True:
+        wider = outside + 2 * math.comb(count, skipped + 1) * 0.5**count
+        if wider > 0.05:
+            break
+        skipped, outside = skipped + 1, wider
+    return Ratio(statistics.median(ordered), ordered[skipped], ordered[-1 - skipped], count)
+
+
+def count(work: Work) -> dict[str, float]:
+    """What does not drift: torch operators, and a GPU's kernels, that one call launches; megabytes allocated in all."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiled:
+        work()
+    events = profiled.key_averages()
+    operators = sum(event.count for event in events if event.key.startswith("aten::"))
+    kernels = sum(event.count for event in events if event.device_type.name == "CUDA")
+    own = (event.self_cpu_memory_usage + event.self_device_memory_usage for event in events)
+    megabytes = sum(max(0, memory) for memory in own) / 2**20
+    return {"operators": operators, "kernels": kernels, "megabytes": round(megabytes, 2)}
+
+
+def measure(name: str, rows: Rows, device: torch.device) -> None:
+    """Check, time and count rows; print them and keep them in benchmarks/results/speed, a file a device."""
+    torch.set_num_threads(1)
+    found = {}
+    for row in rows(device):
+        ours, theirs = row.ours(), row.theirs()  # warm-up, too
+        if row.check is not None:
+            row.check(ours, theirs)
+        ratio = compare(row.ours, row.theirs, repeats=REPEATS)
+        reached = "reached" if ratio.median >= row.target else "missed"
+        print(f"{row.name}: {ratio}, target {row.target:.3g} {reached}", flush=True)
+        found[row.name] = {
+            "ratio": asdict(ratio),
+            "target": row.target,
+            "ours": {"gradients": row.gradients(ours)} if row.gradients else count(row.ours),
+            "theirs": {"gradients": row.gradients(theirs)} if row.gradients else count(row.theirs),
+        }
+    content = {"rows": found, "provenance": provenance(device)}
+    file = FOLDER / f"{name}-{device.type}.json"
+    write_atomically(file, lambda own: own.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def _seconds(work: Work, calls: int) -> float:
+    """Between two events of the GPU's own clock, where there is one."""
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        for _ in range(calls):
+            work()
+        return time.perf_counter() - started
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        work()
+    end.record()
+    end.synchronize()
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / 1000

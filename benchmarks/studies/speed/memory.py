@@ -1,0 +1,81 @@
+"""Peak memory by batch size, ResNet-50 at 224: attacks and evaluations hold no more images at a time than asked to."""
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from clusterguard import PGD, ClusterGuard, evaluate
+from clusterguard._support import write_atomically
+from torch import Tensor
+
+from benchmarks.running.store import provenance
+from benchmarks.studies.speed.measure import FOLDER
+
+IMAGES, BATCHES = 8, (1, 2, 4, 8)
+
+
+def infer(guard: ClusterGuard, images: Tensor, batch: int) -> None:
+    """The backbone and the head, without gradients."""
+    for part in images.split(batch):
+        guard.detect(part)
+
+
+def attack(guard: ClusterGuard, images: Tensor, batch: int) -> None:
+    """PGD, one step: further ones take no more."""
+    PGD(eps=0.01, step_size=0.01, steps=1, batch_size=batch)(
+        guard, images, guard.detect(images[:1]).labels.expand(IMAGES)
+    )
+
+
+def judge(guard: ClusterGuard, images: Tensor, batch: int) -> None:
+    """An evaluation in batches."""
+    labels = torch.cat([guard.detect(part).labels for part in images.split(batch)])
+    loader = list(zip(images.split(batch), labels.split(batch), strict=True))
+    evaluate(guard, PGD(eps=0.01, step_size=0.01, steps=1, batch_size=batch), loader, sanity_images=0)
+
+
+WORKS: dict[str, Callable[[ClusterGuard, Tensor, int], None]] = {"detect": infer, "PGD": attack, "evaluate": judge}
+
+
+def peak(work: str, batch: int, device_type: str) -> float:
+    """Megabytes that the work takes at its peak, beyond what was there when it began; in a process of its own."""
+    import timm
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    device = torch.device(device_type)
+    guard = ClusterGuard(timm.create_model("resnet50", num_classes=1000)).eval().to(device)
+    guard.thresholds = torch.full((1000,), 1e6, device=device)
+    images = torch.rand(IMAGES, 3, 224, 224, device=device)
+    guard.detect(images[:1, :, :32, :32])  # libraries load what they need
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        WORKS[work](guard, images, batch)
+        return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far, that of building the model
+    before = _resident("VmRSS")
+    WORKS[work](guard, images, batch)
+    return round((_resident("VmHWM") - before) / 2**10, 1)
+
+
+def _resident(name: str) -> int:
+    """Kilobytes, from Linux."""
+    (line,) = (own for own in Path("/proc/self/status").read_text().splitlines() if own.startswith(name))
+    return int(line.split()[1])
+
+
+def measure_memory(device: torch.device) -> None:
+    """Every work at every batch size; kept in benchmarks/results/speed, a file a device."""
+    found: dict[str, dict[str, float]] = {}
+    # Two at a time, each in a fresh process.
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        asked = [(work, batch, device.type) for work in WORKS for batch in BATCHES]
+        for (work, batch, _), megabytes in zip(asked, pool.starmap(peak, asked, chunksize=1), strict=True):
+            found.setdefault(work, {})[str(batch)] = megabytes
+            print(f"{work}, batch {batch}: {megabytes:,.0f} MB", flush=True)
+    content = {"images": IMAGES, "megabytes": found, "provenance": provenance(device)}
+    file = FOLDER / f"memory-{device.type}.json"
+    write_atomically(file, lambda own: own.write_text(json.dumps(content, indent=1) + "\n"))

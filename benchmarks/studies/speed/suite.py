@@ -1,0 +1,88 @@
+"""The worst-case suite against the same stages run on every image to their end."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard, WorstCaseSuite
+from clusterguard.attacks import Attack, Metered, Towards
+from clusterguard.cli import digit_network
+from clusterguard.samples import load_digits
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks.studies.speed.measure import Row
+
+CASES = {0.1: 20, 0.3: 100}  # digits, at a third of the training attack's radius, and at all of it
+
+
+def train_guard(device: torch.device) -> ClusterGuard:
+    """The demo's guard after five epochs: neither hopeless nor strong."""
+    torch.manual_seed(0)
+    train, calibration = load_digits("train"), load_digits("calibration")
+    guard = ClusterGuard(digit_network(), num_classes=10, example=train[0][0][None]).to(device)
+    attack = PGD(norm="linf", eps=0.3, step_size=0.1, steps=5, keep="last")
+    trainer = AdversarialClusterTrainer(
+        guard, attack, optimizer=torch.optim.Adam(guard.parameters(), lr=2e-3), warmup_epochs=2
+    )
+    loaders = DataLoader(train, batch_size=100, shuffle=True), DataLoader(calibration, batch_size=250)
+    trainer.fit(*loaders, epochs=5, progress=False)
+    return guard.eval()
+
+
+def to_the_end(attack: Attack) -> Attack:
+    """The attack without early stopping, and so of whatever it wraps."""
+    changes: dict[str, Any] = {}
+    if hasattr(attack, "attack"):
+        changes["attack"] = to_the_end(attack.attack)
+    if getattr(attack, "stop_early", False):
+        changes["stop_early"] = False
+    return replace(attack, **changes) if changes else attack  # type: ignore[type-var]  # all stages are dataclasses
+
+
+def run_all(guard: ClusterGuard, suite: WorstCaseSuite, images: Tensor, labels: Tensor) -> tuple[Metered, Tensor]:
+    """Every stage on every image: what it cost, and which images some stage broke."""
+    metered = Metered(guard)
+    broken = torch.zeros_like(labels, dtype=torch.bool)
+    for attack in suite.stages(guard, Towards.accepted(guard, images, labels)).values():
+        found = guard.detect(
+            to_the_end(attack)(metered, images, labels, generator=torch.Generator(images.device).manual_seed(0))
+        )
+        broken |= ~found.is_adversarial & (found.labels != labels)
+    return metered, broken
+
+
+def run_suite(guard: ClusterGuard, suite: WorstCaseSuite, images: Tensor, labels: Tensor) -> tuple[Metered, Tensor]:
+    """The suite: what it cost, and which images it broke."""
+    metered = Metered(guard)
+    found = guard.detect(suite(metered, images, labels, generator=torch.Generator(images.device).manual_seed(0)))
+    return metered, ~found.is_adversarial & (found.labels != labels)
+
+
+def check(ours: tuple[Metered, Tensor], theirs: tuple[Metered, Tensor]) -> None:
+    """Both break the same images, but for a few that randomness decides; and say what either cost."""
+    print("broken", int(ours[1].sum()), int(theirs[1].sum()), "of", len(ours[1]), ours[0].cost, theirs[0].cost)
+    assert int((ours[1] != theirs[1]).sum()) <= len(ours[1]) // 20
+
+
+def rows(device: torch.device) -> list[Row]:
+    """The comparisons on a device."""
+    guard = train_guard(device)
+    found = []
+    for eps, count in CASES.items():
+        images, labels = (part[:count].to(device) for part in load_digits("test").tensors)
+        suite = WorstCaseSuite("linf", eps=eps, budget="quick")
+        name = f"suite, quick, linf {eps}, {count} digits, against all stages on all images"
+        arguments = guard, suite, images, labels
+        found.append(
+            Row(
+                name,
+                partial(run_suite, *arguments),
+                partial(run_all, *arguments),
+                target=2.0,
+                check=check,
+                gradients=lambda result: result[0].cost.backward,
+            )
+        )
+    return found

@@ -1,0 +1,46 @@
+"""A step of the paper's training against the passes it cannot do without."""
+
+import torch
+from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard
+from torch import Tensor, nn
+
+from benchmarks.detectors import networks
+from benchmarks.studies.speed.measure import Row
+
+STEPS = 10
+CASES = {"SmallCNN": ("small-cnn", (1, 28, 28), {"cpu": 32}), "ResNet-18": ("resnet18", (3, 32, 32), {"cpu": 4})}
+
+
+def bare(guard: ClusterGuard, images: Tensor, labels: Tensor) -> None:
+    """Input gradients of a batch, one a step, in eval mode; and one pass over twice the batch, with all gradients."""
+    guard.eval()
+    for _ in range(STEPS):
+        leaf = images.detach().requires_grad_()
+        torch.autograd.grad(nn.functional.cross_entropy(guard(leaf), labels), leaf)
+    guard.train()
+    loss = nn.functional.cross_entropy(guard(torch.cat([images, images])), torch.cat([labels, labels]))
+    torch.autograd.grad(loss, list(guard.parameters()))
+
+
+def rows(device: torch.device) -> list[Row]:
+    """The comparisons on a device."""
+    found = []
+    for title, (name, shape, batches) in CASES.items():
+        batch = batches.get(device.type, 128)
+        torch.manual_seed(0)
+        guard = (
+            ClusterGuard(networks.build(name, shape), num_classes=10, example=torch.zeros(1, *shape)).to(device).train()
+        )
+        attack = PGD(eps=0.1, step_size=0.02, steps=STEPS, keep="last")
+        trainer = AdversarialClusterTrainer(guard, attack)
+        images, labels = torch.rand(batch, *shape, device=device), torch.arange(batch, device=device) % 10
+
+        def step(trainer: AdversarialClusterTrainer = trainer, batch: tuple[Tensor, Tensor] = (images, labels)) -> None:
+            trainer.engine.take_step(*batch, generator=None)
+
+        def passes(guard: ClusterGuard = guard, batch: tuple[Tensor, Tensor] = (images, labels)) -> None:
+            bare(guard, *batch)
+
+        name = f"training step, {title}, batch {batch}, PGD-{STEPS}, against its passes"
+        found.append(Row(name, step, passes, target=1 / 1.1))
+    return found

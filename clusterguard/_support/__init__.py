@@ -1,0 +1,61 @@
+"""What several packages need and no user does: checks, files, modes, processes, compilation."""
+
+from clusterguard._support._checks import (
+    check_calibrated,
+    check_detector,
+    check_images,
+    check_labels,
+    check_names,
+    check_range,
+    check_tensor,
+    check_verdicts,
+    in_range,
+    is_unicode,
+)
+from clusterguard._support._compiling import Call, CompiledCall, call, check_gradients
+from clusterguard._support._copying import (
+    CopiedValues,
+    copy_backbone,
+    copy_module,
+    refuse_unusable,
+    settle_weights,
+    shorten,
+)
+from clusterguard._support._files import read_archive, write_atomically
+from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
+from clusterguard._support._processes import OneProcess, collect, share
+from clusterguard_torchvision import declare_missing_operators
+
+__all__ = [
+    "Call",
+    "CompiledCall",
+    "CopiedValues",
+    "OneProcess",
+    "call",
+    "check_calibrated",
+    "check_detector",
+    "check_gradients",
+    "check_images",
+    "check_labels",
+    "check_names",
+    "check_range",
+    "check_tensor",
+    "check_verdicts",
+    "collect",
+    "copy_backbone",
+    "copy_module",
+    "evaluation_mode",
+    "in_range",
+    "is_unicode",
+    "names_in_eval_mode",
+    "read_archive",
+    "refuse_unusable",
+    "settle_weights",
+    "share",
+    "shorten",
+    "to_eval_mode",
+    "training_mode",
+    "write_atomically",
+]
+
+declare_missing_operators()  # before anything can import torchvision, for torch before 2.5 or without entry points

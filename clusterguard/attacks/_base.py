@@ -1,0 +1,306 @@
+"""What every attack shares: the call, its checks, and what it leaves as it found it."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from clusterguard._support import check_calibrated, check_detector, check_images, check_labels, evaluation_mode
+from clusterguard.attacks._norms import get_norm
+from clusterguard.detection import Detector
+from clusterguard.errors import ConfigurationError, InputError
+from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+class Attack(Protocol):
+    """Any callable with this signature is an attack; a plain function is one.
+
+    Example:
+        >>> from clusterguard.detectors import ConfidenceDetector, WithThresholds
+        >>> from clusterguard import evaluate
+        >>> def invert(detector, images, labels, *, targets=None, generator=None):
+        ...     return 1 - images
+        >>> pixels = ConfidenceDetector(torch.nn.Flatten(), num_classes=2)  # the brighter of two pixels
+        >>> detector = WithThresholds(pixels, torch.full((2,), torch.inf))
+        >>> batches = [(torch.tensor([[[[0.2, 0.7]]], [[[0.9, 0.1]]]]), torch.tensor([1, 0]))]
+        >>> evaluate(detector, invert, batches, sanity_images=0).asr
+        1.0
+    """
+
+    def __call__(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Attack images.
+
+        Args:
+            detector: whatever yields evidence and thresholds.
+            images: (B, C, H, W) in [0, 1].
+            labels: (B,) true labels.
+            targets: (B,) wrong labels to aim at; None aims at any wrong label.
+            generator: randomness; None takes torch's global one.
+
+        Returns:
+            (B, C, H, W), attacked.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltInAttack(ABC):
+    """Base of clusterguard's own attacks, all frozen keyword-only dataclasses.
+
+    A call checks its input before any work, runs the detector in eval mode, leaves every module's mode and every
+    parameter's gradient as it was, works under ``no_grad`` and ``inference_mode``, and returns detached images.
+
+    Args:
+        batch_size: how many images to attack at a time, which bounds memory; None takes all that are handed in.
+    """
+
+    batch_size: int | None = None
+
+    _needs_evidence: ClassVar[bool] = True  # or only verdicts
+
+    def __call__(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Attack images.
+
+        Args:
+            detector: whatever yields evidence and thresholds.
+            images: (B, C, H, W), finite, in [0, 1], float32 or float64.
+            labels: (B,) true labels.
+            targets: (B,) wrong labels to aim at; None aims at any wrong label.
+            generator: randomness, on the images' device; None takes torch's global one.
+
+        Returns:
+            (B, C, H, W), in [0, 1] and within the attack's budget of the images.
+
+        Raises:
+            InputError: images, labels or targets of a wrong shape, dtype, range or device.
+            NotCalibratedError: the detector has no thresholds.
+            ConfigurationError: a radius with which every image of this size is within reach of every other.
+        """
+        check_attack_input(detector, images, labels, targets, needs_evidence=self._needs_evidence)
+        check_radius(self, images)
+        if not len(images):
+            return images
+        with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(detector):
+            # Inference tensors cannot take part in autograd; a clone made outside inference mode can.
+            images, labels = images.detach().clone(), labels.long().clone()
+            targets = None if targets is None else targets.long().clone()
+            size = len(images) if self.batch_size is None else self.batch_size
+            parts = [
+                self._perturb(
+                    detector, images[rows], labels[rows], targets if targets is None else targets[rows], generator
+                )
+                for rows in torch.arange(len(images), device=images.device).split(size)
+            ]
+        return torch.cat(parts).detach()
+
+    def scaled(self, factor: float) -> "Self":
+        """The same attack with `factor` times the radius and steps as much longer, for schedules.
+
+        Args:
+            factor: positive.
+
+        Raises:
+            ConfigurationError: an attack without a radius.
+        """
+        names = {own.name for own in fields(self)} & {"eps", "step_size"}
+        if "eps" not in names:
+            raise ConfigurationError(f"expected an attack with a radius eps, got {self!r}")
+        changed = {name: factor * getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **changed)
+
+    @abstractmethod
+    def _perturb(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        """The attack itself; its input has been checked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrappingAttack(BuiltInAttack):
+    """What attacks around another attack share: its budget is theirs.
+
+    Args:
+        attack: the one inside.
+    """
+
+    attack: Attack
+
+    def scaled(self, factor: float) -> "Self":
+        """The same around a scaled attack.
+
+        Args:
+            factor: positive.
+
+        Raises:
+            ConfigurationError: the inner attack cannot be scaled.
+        """
+        return replace(self, attack=scale(self.attack, factor))
+
+    @property
+    def norm(self) -> str | None:
+        """The inner attack's."""
+        return getattr(self.attack, "norm", None)
+
+    @property
+    def eps(self) -> float | None:
+        """The inner attack's."""
+        return getattr(self.attack, "eps", None)
+
+
+def scale(attack: Attack, factor: float) -> Attack:
+    """The attack with `factor` times the radius.
+
+    Args:
+        attack: one that has a method `scaled`.
+        factor: positive.
+
+    Raises:
+        ConfigurationError: it has no method `scaled` that makes one.
+    """
+    scaled: Callable[[float], Attack] | None = getattr(attack, "scaled", None)
+    if scaled is None:
+        raise ConfigurationError(
+            f"expected an attack with a method scaled(factor), as the built-in ones have, got {attack!r}"
+        )
+    return scaled(factor)
+
+
+def ramp(attack: Attack, done: float, length: float) -> Attack:
+    """The attack with the share done / length of its radius, at least a thousandth and at most all of it.
+
+    Args:
+        attack: one that has a method `scaled`; after the ramp, and where its length is 0, any.
+        done: epochs since the ramp began, at least 0.
+        length: of the ramp, at least 0.
+    """
+    return attack if done >= length else scale(attack, max(done / length, 1e-3))
+
+
+def check_attack_input(
+    detector: Detector,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor | None = None,
+    *,
+    needs_evidence: bool = True,
+) -> None:
+    """All that can be wrong with an attack's input, before any work is done.
+
+    Raises:
+        InputError: images, labels or targets of a wrong shape, dtype, range or device, or a detector without evidence.
+        NotCalibratedError: the detector has no thresholds.
+    """
+    if needs_evidence:
+        check_detector(detector)
+    check_images(images)
+    if images.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"expected images in float32 or float64, got {images.dtype}, whose rounding would leave the ball; "
+            "attack copy.deepcopy(detector).float()"
+        )
+    if not images.isfinite().all():
+        raise InputError("expected finite images, got NaN or infinite pixels; a guard refuses those without an attack")
+    thresholds: Tensor | None = getattr(detector, "thresholds", None)
+    # A black box that gives verdicts only keeps its number of classes to itself.
+    num_classes = 2**31 if thresholds is None else len(thresholds)
+    if thresholds is not None and images.device != thresholds.device:
+        raise InputError(
+            f"expected images on {thresholds.device} like the detector, got {images.device}; "
+            "move one of them with .to(device)"
+        )
+    check_labels(labels, images, num_classes)
+    if targets is not None:
+        check_labels(targets, images, num_classes, name="targets")
+        if (targets == labels).any():
+            raise InputError("expected targets that differ from the labels, got some that are equal")
+    if thresholds is not None:
+        check_calibrated(thresholds)
+
+
+def check_radius(attack: object, images: Tensor) -> None:
+    """An attack's radius, if it states one, leaves some of the box out; a larger one is a mistake in the units.
+
+    Args:
+        attack: any, with or without a norm and eps; an eps of +inf means that it has no budget.
+        images: (B, C, H, W), of which the shape counts.
+
+    Raises:
+        ConfigurationError: eps is larger than any change of such an image can be.
+    """
+    name, eps = getattr(attack, "norm", None), getattr(attack, "eps", None)
+    if name is None or not isinstance(eps, int | float) or math.isinf(eps):
+        return
+    largest = get_norm(name).largest(images.shape[1:])
+    if eps > largest * (1 + 1e-6):
+        raise ConfigurationError(
+            f"expected eps of at most {largest:.6g} in {name}, which is all that can change in an image of shape "
+            f"{tuple(images.shape[1:])} with pixels in [0, 1], got {eps:g}; divide a radius of 8-bit pixels by 255, "
+            "as in eps=8 / 255"
+        )
+
+
+def check_budget(
+    *,
+    eps: float,
+    norm: str = "l2",
+    steps: int = 1,
+    step_size: float = 1.0,
+    batch_size: int | None = None,
+    may_be_unbounded: bool = False,
+) -> None:
+    """Options that many attacks have.
+
+    Args:
+        eps: radius in the norm.
+        norm: its name. In linf an eps above 1 is more than a pixel can change; the other norms' limits depend on the
+            size of the images, see `check_radius`.
+        steps: how many.
+        step_size: of each.
+        batch_size: how many images at a time; None takes all.
+        may_be_unbounded: whether eps may be +inf.
+
+    Raises:
+        ConfigurationError: an eps that is negative or, unless it may be, infinite; fewer than one step or image at a
+            time; or a step size that is not positive and finite.
+    """
+    if not eps >= 0 or not (may_be_unbounded or eps <= _LARGEST):
+        raise ConfigurationError(f"expected a finite eps of at least 0, got {eps}")
+    if norm == "linf" and 1 < eps < math.inf:
+        raise ConfigurationError(
+            f"expected eps in [0, 1] in linf, for pixels are in [0, 1], got {eps:g}; divide a radius of 8-bit pixels "
+            "by 255, as in eps=8 / 255"
+        )
+    if steps < 1:
+        raise ConfigurationError(f"expected at least 1 step, got {steps}")
+    if not 0 < step_size <= _LARGEST:
+        raise ConfigurationError(f"expected a positive, finite step_size, got {step_size}")
+    if batch_size is not None and batch_size < 1:
+        raise ConfigurationError(f"expected a batch_size of at least 1, got {batch_size}")

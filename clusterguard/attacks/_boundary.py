@@ -1,0 +1,203 @@
+"""The boundary attack: from accepted images of other classes, walk towards the clean one by verdicts alone."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Protocol, final, runtime_checkable
+
+import torch
+from clusterguard._support import check_detector
+from clusterguard.attacks._base import BuiltInAttack, check_budget
+from clusterguard.attacks._norms import LInf, Norm, get_norm
+from clusterguard.attacks._random_search import Draws
+from clusterguard.attacks._starts import Towards
+from clusterguard.detection import Detection, Detector, decide
+from clusterguard.errors import ConfigurationError
+from torch import Generator, Tensor
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """All that a decision-based attack needs; every `DetectorModule` is one."""
+
+    def detect(self, images: Tensor, /) -> Detection:
+        """The verdict on images (B, C, H, W) in [0, 1]; only labels and `is_adversarial` are looked at."""
+        ...
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Boundary(BuiltInAttack):
+    """Boundary attack: start from accepted images of other classes and walk along the boundary towards the clean one.
+
+    It learns labels and refusals, nothing else. The closest adversarial image found is returned if its distance is at
+    most eps; otherwise, and where there is no start, the clean image is returned unchanged.
+
+    A step sideways, at the same distance, changes a random square, small ones and large ones in turn, and for l2 also
+    the paper's Gaussian noise has its turn. On digits squares get a fifth closer than noise with as many queries.
+
+    Args:
+        norm: of the distance, "l2" or "linf".
+        eps: largest distance that counts, at least 0; infinity returns the closest image whatever its distance.
+        queries: how often to ask about an image at most, at least 1.
+        references: images to start from, under the labels that the detector accepts them with; None takes the accepted
+            images under attack, those of one batch for each other.
+        starts: how many references to try per image, the nearest first, at least 1.
+        stop_early: images leave the batch once they are within eps; the same images get broken with fewer queries.
+
+    Raises:
+        ConfigurationError: an option out of its range.
+
+    Reference:
+        Brendel, Rauber & Bethge, "Decision-based adversarial attacks" (2018).
+
+    Example:
+        >>> from clusterguard import ClusterGuard
+        >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=10, example=torch.rand(1, 1, 8, 8))
+        >>> guard.thresholds = torch.full((10,), 8.0)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
+        >>> attacked = Boundary(norm="l2", eps=1.0, queries=50)(guard, images, labels)
+        >>> bool((attacked - images).flatten(1).norm(dim=1).max() <= 1)
+        True
+    """
+
+    norm: str = "l2"
+    eps: float
+    queries: int = 5000
+    references: Towards | None = None
+    starts: int = 100
+    stop_early: bool = False
+
+    _needs_evidence = False
+
+    def __post_init__(self) -> None:
+        check_budget(eps=self.eps, norm=self.norm, batch_size=self.batch_size, may_be_unbounded=True)
+        if self.norm not in ("l2", "linf"):
+            raise ConfigurationError(f"expected norm 'l2' or 'linf', got {self.norm!r}")
+        if self.queries < 1 or self.starts < 1:
+            raise ConfigurationError(f"expected at least 1 query and 1 start, got {self.queries} and {self.starts}")
+
+    @torch.no_grad()
+    def _perturb(
+        self, detector: Detector, images: Tensor, labels: Tensor, targets: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        if not isinstance(detector, Judge):
+            check_detector(detector)
+        enough = self.eps if self.stop_early else 0.0
+        search = _Search(detector, images, labels, targets, get_norm(self.norm), self.queries, enough)
+        verdict, _ = search.ask(images, torch.arange(len(images), device=images.device))
+        if self.references is None:
+            pool, pool_labels = images[~verdict.is_adversarial], verdict.labels[~verdict.is_adversarial]
+        else:
+            pool, pool_labels = self.references.images.to(images), self.references.labels.to(labels)
+        fit = pool_labels != labels[:, None] if targets is None else pool_labels == targets[:, None]
+        distances = torch.cdist(images.flatten(1), pool.flatten(1), p=2.0 if self.norm == "l2" else torch.inf)
+        nearest = distances.masked_fill(~fit, torch.inf).sort(dim=1)
+        for radius, index in zip(nearest.values.T[: self.starts], nearest.indices.T, strict=False):
+            search.approach(pool, index, radius)
+        search.walk(generator)
+        return torch.where((search.distance <= self.eps)[:, None, None, None], search.closest, images)
+
+
+class _Search:
+    """The closest adversarial image known for each image of a batch, and the queries left.
+
+    Attributes:
+        closest: (B, C, H, W); the clean image where none is known.
+        distance: (B,) between the two, infinite where none is known.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        norm: Norm,
+        queries: int,
+        enough: float,
+    ) -> None:
+        self._detector, self._images, self._labels, self._targets = detector, images, labels, targets
+        self._norm, self._enough = norm, enough
+        self._left = torch.full_like(labels, queries)
+        self.closest = images.clone()
+        self.distance = torch.full_like(images[:, 0, 0, 0], torch.inf)
+
+    def ask(self, candidates: Tensor, rows: Tensor) -> tuple[Detection, Tensor]:
+        """Verdicts on candidates (b, C, H, W) for the images in these rows, and (b,) which are adversarial.
+
+        Of those the ones no farther than the closest so far take its place.
+        """
+        self._left[rows] -= 1
+        if isinstance(self._detector, Judge):
+            verdict = self._detector.detect(candidates)
+        else:
+            verdict = decide(self._detector.evidence(candidates), self._detector.thresholds)
+        right = verdict.labels == (self._labels if self._targets is None else self._targets)[rows]
+        fooled = (~right if self._targets is None else right) & ~verdict.is_adversarial
+        distance = self._norm.size(candidates - self._images[rows])
+        closer = fooled & (distance <= self.distance[rows])
+        self.closest[rows[closer]], self.distance[rows[closer]] = candidates[closer], distance[closer]
+        return verdict, fooled
+
+    def approach(self, pool: Tensor, index: Tensor, radius: Tensor) -> None:
+        """Bisect the way from starts to images.
+
+        The way is the projection of the start onto smaller and smaller balls; for l2 that is the straight line.
+
+        Args:
+            pool: (R, C, H, W) starts.
+            index: (B,) which of them each image takes.
+            radius: (B,) how far that is from the image; infinite for a start that does not fit.
+        """
+        rows = self._open(radius)
+        low, radius = torch.zeros_like(radius), torch.minimum(radius, _MUCH_CLOSER * self.distance)
+        for halving in range(_HALVINGS + 1):
+            if not len(rows):
+                break
+            _, fooled = self.ask(self._norm.project(self._images[rows], pool[index[rows]], radius[rows]), rows)
+            low[rows[~fooled]] = radius[rows[~fooled]]
+            radius = (low + self.distance) / 2
+            rows = rows[(self._left[rows] > 0) & (fooled | (halving > 0))]  # at first those that gain nothing leave
+
+    def walk(self, generator: Generator | None) -> None:
+        """Step sideways and inwards until an image is near enough or has no queries left."""
+        linf = isinstance(self._norm, LInf)
+        channels, *size = self._images.shape[1:]
+        octaves = min(size).bit_length()
+        kinds = octaves if linf else octaves + 1
+        # In linf a square goes all the way to the opposite faces of the cube: shorter steps are cut off on one side.
+        shortest, longest = (2.0, 2.0) if linf else (0.01, 1.0)
+        sideways = self.distance.new_full((kinds, len(self.distance)), 0.1).clamp(shortest, longest)
+        inwards = torch.full_like(self.distance, 0.01)
+        draws = Draws(self._images, generator)
+        for step in itertools.count():
+            rows = draws.rows = self._open(self.distance)
+            if not len(rows):
+                break
+            kind, probing = step % kinds, step // kinds % 4 == 0
+            if kind < octaves:
+                square, *_ = draws.square(2**kind)
+                noise = square * draws.signs(channels, 1, 1)
+            else:
+                noise = torch.empty_like(self._images).normal_(generator=generator)[rows]
+            images, distance = self._images[rows], self.distance[rows]
+            noise *= (sideways[kind, rows] * distance / self._norm.size(noise))[:, None, None, None]
+            radius = distance if probing else distance * (1 - inwards[rows])
+            _, fooled = self.ask(self._norm.project(images, self.closest[rows] + noise, radius), rows)
+            if probing:
+                sideways[kind, rows] = _adapt(sideways[kind, rows], fooled, share=0.2).clamp(shortest, longest)
+            else:
+                inwards[rows] = _adapt(inwards[rows], fooled, share=0.1).clamp(0.001, 0.5)
+
+    def _open(self, start: Tensor) -> Tensor:
+        """Rows of images with a start at a finite distance (B,) that are not near enough and have queries left."""
+        return (start.isfinite() & (self.distance > self._enough) & (self._left > 0)).nonzero().squeeze(1)
+
+
+def _adapt(lengths: Tensor, succeeded: Tensor, *, share: float) -> Tensor:
+    """Lengths of steps, changed so that they settle where this share of the steps succeeds."""
+    return lengths * torch.where(succeeded, 1.3 ** (1 - share), 1.3**-share)
+
+
+_HALVINGS = 8
+_MUCH_CLOSER = 0.98  # a start that does not beat the closest by this factor costs one query, no more

@@ -1,0 +1,158 @@
+"""Carlini and Wagner's attack: the smallest l2 perturbation that the detector accepts under a wrong label."""
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from clusterguard.attacks._base import BuiltInAttack, check_budget
+from clusterguard.attacks._gradients import backpropagate
+from clusterguard.attacks._loop import Problem
+from clusterguard.attacks._norms import get_norm
+from clusterguard.attacks._objectives import Objective, get_objective
+from clusterguard.detection import Detector
+from clusterguard.errors import ConfigurationError
+from torch import Generator, Tensor
+
+_SHRINK = 0.999  # how close to the ends of the box a start may be: at the ends tanh is flat, and nothing would move
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CarliniWagner(BuiltInAttack):
+    """Find each image's smallest l2 perturbation that is accepted under a wrong label, or as the target.
+
+    It minimises ``‖x' − x‖² + c · objective(x')`` over w with ``x' = (tanh w + 1) / 2``, by Adam; the second term
+    counts only until success. Each image has its own c, multiplied by 10 until it succeeds, then bisected. Where
+    nothing succeeds the clean image comes back. It costs ``searches · steps`` gradients an image.
+
+    Args:
+        eps: successes farther than this are replaced by the clean image, so that the attack can be scored at a
+            budget; None keeps them all.
+        searches: values of c to try, at least 1.
+        steps: of Adam for each of them, at least 1.
+        learning_rate: of Adam, positive, in units of w.
+        initial_c: the first c, positive.
+        confidence: how far below 0 the success margin must be, at least 0, in units of the evidence.
+        objective: what to minimise until success, a name of `clusterguard.attacks._objectives` or a callable.
+
+    Raises:
+        ConfigurationError: an option out of its range.
+
+    Reference:
+        Carlini & Wagner, "Towards evaluating the robustness of neural networks" (2017), and with the detector in the
+        objective "Adversarial examples are not easily detected" (2017).
+
+    Example:
+        >>> import torch
+        >>> from clusterguard import ClusterGuard
+        >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=10, example=torch.rand(1, 1, 8, 8))
+        >>> guard.thresholds = torch.full((10,), 10.0)
+        >>> images = torch.rand(4, 1, 8, 8)
+        >>> labels = guard(images).argmax(dim=1)
+        >>> attacked = CarliniWagner(searches=3, steps=50)(guard, images, labels)
+        >>> bool((guard.detect(attacked).labels != labels).any())
+        True
+    """
+
+    eps: float | None = None
+    searches: int = 5
+    steps: int = 200
+    learning_rate: float = 0.1
+    initial_c: float = 1.0
+    confidence: float = 0.0
+    objective: str | Objective = "margin"
+
+    def __post_init__(self) -> None:
+        check_budget(eps=self._radius, steps=self.steps, batch_size=self.batch_size, may_be_unbounded=True)
+        get_objective(self.objective)
+        if self.searches < 1:
+            raise ConfigurationError(f"expected at least 1 search, got {self.searches}")
+        if not (0 < self.learning_rate < math.inf and 0 < self.initial_c < math.inf):
+            raise ConfigurationError(
+                f"expected positive, finite learning_rate and initial_c, got {self.learning_rate}, {self.initial_c}"
+            )
+        if not self.confidence >= 0:
+            raise ConfigurationError(f"expected confidence of at least 0, got {self.confidence}")
+
+    @property
+    def norm(self) -> str:
+        """What is made small: "l2"."""
+        return "l2"
+
+    @property
+    def _radius(self) -> float:
+        return math.inf if self.eps is None else self.eps
+
+    def _perturb(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        norm, objective = get_norm(self.norm), get_objective(self.objective)
+        problem = Problem(detector, images, labels, targets, norm, self._radius, objective, generator)
+        closest = _Closest(problem)
+        closest.consider(images, problem.margin(images) <= -self.confidence)
+        c = images.new_full((len(images),), self.initial_c)
+        low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
+        for _ in range(self.searches):
+            succeeded = self._search(problem, c, closest)
+            low, high = torch.where(succeeded, low, c), torch.where(succeeded, c, high)
+            c = torch.where(high.isfinite(), (low + high) / 2, 10 * c)
+        return closest.images
+
+    def _search(self, problem: Problem, c: Tensor, closest: "_Closest") -> Tensor:
+        """Descend with one c an image (B,), tell `closest` of all successes, and say which images had one, (B,)."""
+        w = ((2 * problem.images - 1) * _SHRINK).atanh()
+        adam = _Adam(w, self.learning_rate)
+        succeeded = torch.zeros_like(c, dtype=torch.bool)
+        for _ in range(self.steps):
+            tanh = w.tanh()
+            iterates = (tanh + 1) / 2
+            evaluation = backpropagate(problem, iterates)
+            success = evaluation.margin <= -self.confidence
+            succeeded |= success
+            closest.consider(iterates, success)
+            # Where the evidence is not finite its gradient is not either: there only the pull to the image counts.
+            push = evaluation.gradient.nan_to_num(nan=0, posinf=0, neginf=0)
+            weight = torch.where(success, 0, c)[:, None, None, None]
+            w = w - adam.step((2 * (iterates - problem.images) + weight * push) * (1 - tanh.square()) / 2)
+        return succeeded
+
+
+class _Closest:
+    """The success nearest to each image so far, the image itself where there is none within the radius."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self.images = problem.images.clone()
+        self._distance = problem.images.new_full((len(self.images),), torch.inf)
+
+    def consider(self, candidates: Tensor, success: Tensor) -> None:
+        distance = self._problem.norm.size(candidates - self._problem.images)
+        better = success & (distance < self._distance) & (distance <= self._problem.eps)
+        self.images = torch.where(better[:, None, None, None], candidates, self.images)
+        self._distance = torch.where(better, distance, self._distance)
+
+
+class _Adam:
+    """Adam with its usual decays; each coordinate has its own state, so no image sees another.
+
+    Reference:
+        Kingma & Ba, "Adam: a method for stochastic optimization" (2015).
+    """
+
+    def __init__(self, like: Tensor, learning_rate: float) -> None:
+        self._learning_rate = learning_rate
+        self._mean, self._square, self._steps = torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """What to subtract."""
+        self._steps += 1
+        self._mean = 0.9 * self._mean + 0.1 * gradient
+        self._square = 0.999 * self._square + 0.001 * gradient.square()
+        mean, square = self._mean / (1 - 0.9**self._steps), self._square / (1 - 0.999**self._steps)
+        return self._learning_rate * mean / (square.sqrt() + 1e-8)

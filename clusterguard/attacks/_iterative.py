@@ -1,0 +1,237 @@
+"""Attacks that repeat a step of fixed length: PGD, MIM, NES."""
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from functools import partial
+from typing import final
+
+import torch
+from clusterguard.attacks._base import BuiltInAttack, check_budget
+from clusterguard.attacks._gradients import NaturalEvolution, backpropagate
+from clusterguard.attacks._loop import Gradient, Keep, ObjectiveValues, OnStep, Problem, Rule, descend
+from clusterguard.attacks._norms import L1, dense_l1_direction, get_norm
+from clusterguard.attacks._objectives import Objective, get_objective
+from clusterguard.attacks._starts import Start, get_start
+from clusterguard.detection import Detector
+from clusterguard.errors import ConfigurationError
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class IteratedAttack(BuiltInAttack):
+    """What attacks that descend an objective inside a ball share.
+
+    Args:
+        norm: "linf", "l2", "l1" or "l0".
+        eps: radius of the ball, at least 0, in units of the norm over pixels in [0, 1]; for l0 a number of pixels.
+        steps: at least 1.
+        start: "image", "random", "output_diversified", "towards_batch", or a callable such as `Towards`.
+        keep: "best" iterate by success margin, or "last".
+        objective: what to minimise, a name of `clusterguard.attacks._objectives` or a callable.
+        stop_early: images that are broken leave the batch; the same images get broken at less cost.
+        on_step: called with the step and the best margins so far (B,), for traces.
+    """
+
+    norm: str = "linf"
+    eps: float
+    steps: int = 40
+    start: str | Start = "image"
+    keep: Keep = "best"
+    objective: str | Objective = "suspicion"
+    stop_early: bool = False
+    on_step: OnStep | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_budget(eps=self.eps, norm=self.norm, steps=self.steps, batch_size=self.batch_size)
+        get_norm(self.norm)
+        get_objective(self.objective)
+        get_start(self.start)
+        if self.keep not in ("best", "last"):
+            raise ConfigurationError(f"expected keep 'best' or 'last', got {self.keep!r}")
+        if self.stop_early and self.keep == "last":
+            raise ConfigurationError("expected keep='best' where stop_early is on, got 'last'")
+
+    @abstractmethod
+    def _rule(self, problem: Problem, start: Tensor) -> Rule:
+        """A fresh rule for a batch."""
+
+    def _gradient(self, rule: Rule) -> Gradient:
+        """How iterates are evaluated; a rule that must see every evaluation does it itself."""
+        return partial(backpropagate, with_margin=self.keep == "best" or self.on_step is not None)
+
+    def _perturb(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        objective = get_objective(self.objective)
+        problem = Problem(detector, images, labels, targets, get_norm(self.norm), self.eps, objective, generator)
+        start = get_start(self.start)(problem)
+        rule = self._rule(problem, start)
+        return descend(
+            problem,
+            start,
+            rule,
+            gradient=self._gradient(rule),
+            steps=self.steps,
+            keep=self.keep,
+            stop_early=self.stop_early,
+            on_step=self.on_step,
+        )
+
+
+class SteepestDescent:
+    """The rule of FGSM, BIM and PGD: a step of fixed length along the steepest direction, then project.
+
+    Args:
+        step_size: length of the step in the problem's norm, one number or (B,).
+        sparsity: fraction of coordinates that an l1 step changes; None takes the paper's dense step.
+        momentum: decay of a running sum of l1-normalised gradients that replaces the gradient; None takes none.
+
+    Reference:
+        Madry et al. (2018); Dong et al., "Boosting adversarial attacks with momentum" (2018).
+    """
+
+    def __init__(self, step_size: float | Tensor, *, sparsity: float | None, momentum: float | None = None) -> None:
+        self.step_size = step_size.view(-1, 1, 1, 1) if isinstance(step_size, Tensor) else step_size
+        self.sparsity = sparsity
+        self.momentum = momentum
+        self._sum: Tensor | float = 0.0
+
+    def step(self, problem: Problem, iterates: Tensor, evaluation: ObjectiveValues) -> Tensor:
+        """The next iterates (B, C, H, W)."""
+        gradient = evaluation.gradient
+        if self.momentum is not None:
+            gradient = self._sum = self.momentum * self._sum + dense_l1_direction(gradient)
+        if isinstance(problem.norm, L1) and self.sparsity is None:
+            direction = dense_l1_direction(gradient)
+        else:
+            coordinates = max(1, round((self.sparsity or 0) * gradient[0].numel()))
+            direction = problem.norm.direction(gradient, sparsity=coordinates)
+        return problem.project(iterates - self.step_size * direction)
+
+    def select(self, index: Tensor) -> None:
+        """Keep the sums and step sizes of these images."""
+        if isinstance(self._sum, Tensor):
+            self._sum = self._sum[index]
+        if isinstance(self.step_size, Tensor):
+            self.step_size = self.step_size[index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedAttack(IteratedAttack):
+    """What iterated attacks with steps of one fixed length share.
+
+    Args:
+        step_size: length of a step in the norm, positive; (B,) gives each image its own, see `at_step_sizes`.
+        sparsity: fraction of coordinates that an l1 step changes, in (0, 1]; None takes the paper's dense step.
+    """
+
+    step_size: float | Tensor
+    sparsity: float | None = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.step_size, Tensor) and self.batch_size is not None:
+            raise ConfigurationError("expected one step_size for all images where batch_size is set")
+        check_budget(eps=self.eps, step_size=float(torch.as_tensor(self.step_size).min()))
+        if self.sparsity is not None and not 0 < self.sparsity <= 1:
+            raise ConfigurationError(f"expected sparsity in (0, 1] or None, got {self.sparsity}")
+
+    def _rule(self, problem: Problem, start: Tensor) -> Rule:
+        return SteepestDescent(self.step_size, sparsity=self.sparsity)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PGD(SteppedAttack):
+    """Projected gradient descent, aimed at the detector's own decision.
+
+    With the default objective and start and ``keep="last"`` it is the adaptive attack that the paper trains with. For
+    evaluation leave ``keep="best"``: success at any iterate is success.
+
+    Raises:
+        ConfigurationError: an option out of its range.
+
+    Reference:
+        arXiv 2012.03483, equations 17 to 19; Madry et al. (2018).
+
+    Example:
+        >>> import torch
+        >>> from clusterguard import ClusterGuard
+        >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=10, example=torch.rand(1, 1, 8, 8))
+        >>> guard.thresholds = torch.full((10,), 8.0)
+        >>> images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
+        >>> attacked = PGD(norm="linf", eps=0.1, step_size=0.02, steps=10)(guard, images, labels)
+        >>> bool((attacked - images).abs().max() <= 0.1 + 1e-6)
+        True
+    """
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MIM(SteppedAttack):
+    """PGD with momentum: the step follows the decayed sum of all gradients so far.
+
+    Args:
+        decay: of the sum, at least 0.
+
+    Raises:
+        ConfigurationError: an option out of its range.
+
+    Reference:
+        Dong et al., "Boosting adversarial attacks with momentum" (2018).
+
+    Example:
+        >>> MIM(eps=0.3, step_size=0.01, decay=0.9).decay
+        0.9
+    """
+
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.decay >= 0:
+            raise ConfigurationError(f"expected decay of at least 0, got {self.decay}")
+
+    def _rule(self, problem: Problem, start: Tensor) -> Rule:
+        return SteepestDescent(self.step_size, sparsity=self.sparsity, momentum=self.decay)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class NES(SteppedAttack):
+    """PGD on a gradient estimated from queries: a black-box attack that sees evidence, never a gradient.
+
+    It asks for evidence ``steps · (samples + 1) + 1`` times per image.
+
+    Args:
+        samples: queries per image and step, even and at least 2.
+        sigma: standard deviation of the queries around the iterate, positive, in pixel units.
+
+    Raises:
+        ConfigurationError: an option out of its range.
+
+    Reference:
+        Ilyas et al., "Black-box adversarial attacks with limited queries and information" (2018).
+
+    Example:
+        >>> NES(eps=0.3, step_size=0.01, samples=50).samples
+        50
+    """
+
+    samples: int = 50
+    sigma: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 2 or self.samples % 2 or not self.sigma > 0:
+            raise ConfigurationError(
+                f"expected an even number of samples and a positive sigma, got {self.samples} and {self.sigma}"
+            )
+
+    def _gradient(self, rule: Rule) -> Gradient:
+        return NaturalEvolution(samples=self.samples, sigma=self.sigma)

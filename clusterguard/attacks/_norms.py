@@ -1,0 +1,301 @@
+"""Four norms on batches of images, each with its exact projection, steepest step and random start.
+
+Shapes: B images, C channels, H x W pixels. All of it is batched, keeps the input's device and dtype (float32
+or float64) and never waits for the device. Gradients are not meant to flow through.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from clusterguard._support import check_tensor
+from clusterguard.attacks._multipliers import l1_lengths, l2_lengths
+from clusterguard.errors import ConfigurationError, InputError
+from einops import rearrange
+from torch import Generator, Tensor
+
+
+class Norm(ABC):
+    """A norm of perturbations; its balls lie around images and are cut by the box [0, 1].
+
+    Example:
+        >>> images, candidates = torch.full((1, 1, 1, 2), 0.9), torch.tensor([[[[0.2, 1.2]]]])
+        >>> get_norm("linf").project(images, candidates, eps=0.5)
+        tensor([[[[0.4000, 1.0000]]]])
+    """
+
+    @abstractmethod
+    def size(self, perturbations: Tensor) -> Tensor:
+        """The norm of each perturbation: (B, C, H, W) -> (B,)."""
+
+    @abstractmethod
+    def largest(self, shape: Sequence[int]) -> float:
+        """The largest size that a change of an image in [0, 1] can have.
+
+        Args:
+            shape: (C, H, W) of the image.
+        """
+
+    @abstractmethod
+    def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
+        """The step along which a function of this gradient rises fastest: (B, C, H, W) -> (B, C, H, W).
+
+        Args:
+            gradient: (B, C, H, W) of any scale: the step has length 1, or 0 for a gradient of exactly 0.
+            sparsity: how many coordinates an l1 step changes, at least 1, one number or (B,); None means 1.
+                The other norms ignore it.
+        """
+
+    @abstractmethod
+    def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
+        """A random point of ball ∩ box around each image: (B, C, H, W) -> (B, C, H, W).
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            eps: radius, at least 0, one number or (B,).
+            generator: randomness, on the images' device; None takes torch's global one.
+        """
+
+    def projection(self, images: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
+        """A `project` around images (B, C, H, W), `eps` as there; what no candidate changes is computed once."""
+        return lambda candidates: self.project(images, candidates, eps)
+
+    @torch.no_grad()
+    def project(self, images: Tensor, candidates: Tensor, eps: float | Tensor) -> Tensor:
+        """The point of ball ∩ box nearest to each candidate in Euclidean distance: (B, C, H, W) in [0, 1].
+
+        A candidate inside comes back unchanged. What would round to outside the ball is rounded towards the
+        image, so `size` of the result minus the image is at most eps.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            candidates: (B, C, H, W), any values.
+            eps: radius, at least 0, one number or (B,); for l0 the number of pixels.
+
+        Raises:
+            InputError: images and candidates of different shapes, or a tensor eps that is not (B,).
+            ConfigurationError: a number eps below 0.
+        """
+        check_tensor(images, "images", "B", "C", "H", "W", kind="float32 or float64")
+        check_tensor(candidates, "candidates", *images.shape, like=images)
+        radii = _per_image(eps, images)
+        boxed = candidates.clamp(0, 1)
+        change = boxed - images
+        reach = change.abs()
+        beyond = (candidates - boxed).abs_().clamp_max_(1e15)  # keeps sums of squares finite in float32
+        inside = rearrange(self.size(reach), "b -> b 1 1 1") <= radii
+        lengths = torch.where(inside, reach, self._shorten(reach, beyond, radii))
+        size = rearrange(self.size(lengths), "b -> b 1 1 1")
+        lengths *= torch.where(size > radii, _just_inside(radii) / size, 1)
+        moved = images + change.sign_().mul_(lengths)
+        moved = torch.where((moved - images).abs_() > lengths, torch.nextafter(moved, images), moved)
+        return torch.where(lengths >= reach, boxed, moved).clamp_(0, 1)
+
+    @abstractmethod
+    def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
+        """How far each coordinate moves towards a candidate that is outside the ball.
+
+        The candidate's distance in that coordinate is `reach` inside the box, (B, C, H, W), plus `beyond`.
+        """
+
+
+@final
+class LInf(Norm):
+    """The largest change of a coordinate."""
+
+    def size(self, perturbations: Tensor) -> Tensor:
+        """Largest absolute value: (B, C, H, W) -> (B,)."""
+        return perturbations.flatten(1).abs().amax(dim=1)
+
+    def largest(self, shape: Sequence[int]) -> float:
+        """1: a pixel goes from 0 to 1."""
+        return 1.0
+
+    def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
+        """The gradient's signs."""
+        return gradient.sign()
+
+    def projection(self, images: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
+        """A clamp between bounds that are computed once: attacks project at every step."""
+        radii = _per_image(eps, images)
+        low, high = (_end(images, reach).clamp(0, 1) for reach in (-radii, radii))
+        return lambda candidates: candidates.clamp(low, high)
+
+    def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
+        """Uniform in ball ∩ box."""
+        radii = _per_image(eps, images)
+        low, high = (images - radii).clamp_min(0), (images + radii).clamp_max(1)
+        share = torch.empty_like(images).uniform_(generator=generator)
+        return self.project(images, low + (high - low) * share, eps)
+
+    def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
+        return torch.minimum(reach, radii)
+
+
+@final
+class L2(Norm):
+    """The Euclidean length of the change.
+
+    Example:
+        >>> images = torch.tensor([[[[0.5, 0.9]]]])
+        >>> L2().project(images, images + 4.0, eps=0.5)  # what the box takes from one, the other gets
+        tensor([[[[0.9899, 1.0000]]]])
+    """
+
+    def size(self, perturbations: Tensor) -> Tensor:
+        """Root of the sum of squares: (B, C, H, W) -> (B,)."""
+        return perturbations.flatten(1).square().sum(dim=1).sqrt()
+
+    def largest(self, shape: Sequence[int]) -> float:
+        """√(C·H·W)."""
+        return math.sqrt(math.prod(shape))
+
+    def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
+        """The gradient over its Euclidean length."""
+        scaled = _scaled(gradient)
+        return scaled / scaled.square().sum(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1)
+
+    def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
+        """Uniform in the ball, then projected."""
+        noise = torch.empty_like(images).normal_(generator=generator)
+        return self.project(images, images + _spread(self.direction(noise), eps, generator), eps)
+
+    def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
+        return l2_lengths(reach.flatten(1), beyond.flatten(1), _just_inside(radii).flatten(1)).view_as(reach)
+
+
+@final
+class L1(Norm):
+    """The sum of the absolute changes.
+
+    Reference:
+        Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers" (2021).
+
+    Example:
+        >>> L1().direction(torch.tensor([[[[3.0, -4.0, 1.0]]]]), sparsity=2)
+        tensor([[[[ 0.5000, -0.5000,  0.0000]]]])
+    """
+
+    def size(self, perturbations: Tensor) -> Tensor:
+        """Sum of absolute values: (B, C, H, W) -> (B,)."""
+        return perturbations.flatten(1).abs().sum(dim=1)
+
+    def largest(self, shape: Sequence[int]) -> float:
+        """C·H·W."""
+        return float(math.prod(shape))
+
+    def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
+        """Signs of the `sparsity` largest coordinates over their number; with 1, the steepest step of all."""
+        count = _per_image(1 if sparsity is None else sparsity, gradient).flatten(1).clamp_min(1)
+        signs = gradient.flatten(1).sign() * _largest(gradient.flatten(1).abs(), count)
+        return (signs / signs.abs().sum(dim=1, keepdim=True).clamp_min(1)).reshape(gradient.shape)
+
+    def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
+        """Uniform in the ball, then projected."""
+        first, second = (torch.empty_like(images).exponential_(generator=generator) for _ in range(2))
+        laplace = dense_l1_direction(first - second)
+        return self.project(images, images + _spread(laplace, eps, generator), eps)
+
+    def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
+        return l1_lengths(reach.flatten(1), beyond.flatten(1), _just_inside(radii).flatten(1)).view_as(reach)
+
+
+@final
+class L0(Norm):
+    """The number of pixels changed; a pixel counts once, however many of its channels change."""
+
+    def size(self, perturbations: Tensor) -> Tensor:
+        """Pixels with a channel other than 0: (B, C, H, W) -> (B,), in the input's dtype."""
+        return (perturbations != 0).any(dim=1).flatten(1).sum(dim=1, dtype=perturbations.dtype)
+
+    def largest(self, shape: Sequence[int]) -> float:
+        """H·W, all pixels."""
+        return float(math.prod(shape[1:]))
+
+    def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
+        """The gradient over its l1 norm, as in PGD0 (Croce & Hein 2019), for l0 has no steepest step."""
+        return dense_l1_direction(gradient)
+
+    def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
+        """Random pixels, eps of them, take random corners of the colour cube: each channel 0 or 1."""
+        colours = torch.empty_like(images).bernoulli_(generator=generator)
+        lots = torch.empty_like(images[:, 0]).uniform_(generator=generator).flatten(1)
+        chosen = _largest(lots, _per_image(eps, images).flatten(1)).reshape(images[:, :1].shape)
+        return torch.where(chosen, colours, images)
+
+    def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
+        # Moving a coordinate takes the squared distance to the candidate from (r + e)² down to e².
+        gain = (reach * (reach + 2 * beyond)).sum(dim=1)
+        return reach * _largest(gain.flatten(1), radii.flatten(1)).reshape(reach[:, :1].shape)
+
+
+_NORMS: dict[str, Norm] = {"linf": LInf(), "l2": L2(), "l1": L1(), "l0": L0()}
+
+
+def get_norm(name: str) -> Norm:
+    """The norm of that name: "linf", "l2", "l1" or "l0".
+
+    Raises:
+        ConfigurationError: an unknown name.
+    """
+    if name not in _NORMS:
+        raise ConfigurationError(f"expected a norm among {', '.join(_NORMS)}, got {name!r}")
+    return _NORMS[name]
+
+
+def dense_l1_direction(gradient: Tensor) -> Tensor:
+    """The gradient over its l1 norm, the paper's own l1 step; `L1.direction` rises faster.
+
+    Example:
+        >>> dense_l1_direction(torch.tensor([[[[3.0, -1.0]]]]))
+        tensor([[[[ 0.7500, -0.2500]]]])
+    """
+    scaled = _scaled(gradient)
+    return scaled / scaled.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1)
+
+
+def _scaled(gradient: Tensor) -> Tensor:
+    """The gradient over its largest absolute value: its norms are now at least 1, and nothing underflows."""
+    peak = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+    return gradient / torch.where(peak > 0, peak, 1)
+
+
+def _spread(directions: Tensor, eps: float | Tensor, generator: Generator | None) -> Tensor:
+    """Directions on the unit sphere, spread over the ball: volume grows with the C·H·W-th power of length."""
+    share = torch.empty_like(directions[:, :1, :1, :1]).uniform_(generator=generator)
+    return directions * share.pow(1 / directions.shape[1:].numel()) * _per_image(eps, directions)
+
+
+def _end(images: Tensor, reach: Tensor) -> Tensor:
+    """Images moved by `reach`, rounded towards the image where they would be further away than that."""
+    moved = images + reach
+    return torch.where((moved - images).abs() > reach.abs(), torch.nextafter(moved, images), moved)
+
+
+def _largest(scores: Tensor, count: Tensor) -> Tensor:
+    """Mark the `count` (B, 1) largest scores (B, n) of each row, the first ones on ties."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(1, scores.shape[1] + 1, device=scores.device)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, places <= count)
+
+
+def _just_inside(radii: Tensor) -> Tensor:
+    """Radii less a few units in the last place: room for the rounding of sums over all coordinates."""
+    return radii * (1 - 8 * torch.finfo(radii.dtype).eps)
+
+
+def _per_image(value: float | Tensor, images: Tensor) -> Tensor:
+    """One number, or one an image (B,), as (B, 1, 1, 1) in the images' dtype and on their device."""
+    if isinstance(value, Tensor):
+        if value.shape != images.shape[:1]:
+            raise InputError(f"expected a number or shape ({len(images)},), got shape {tuple(value.shape)}")
+        if value.device.type == "cpu" and (value < 0).any():  # elsewhere looking waits for the device
+            raise InputError(f"expected numbers of at least 0, got {value.tolist()}")
+        radii = value.to(images)  # NaN bounds nothing: the image must not move
+        return rearrange(radii.masked_fill(radii.isnan(), 0), "b -> b 1 1 1")
+    if not value >= 0:
+        raise ConfigurationError(f"expected a number of at least 0, got {value}")
+    largest = torch.finfo(images.dtype).max
+    return images.new_full((len(images), 1, 1, 1), value if value <= largest else torch.inf)

@@ -1,0 +1,163 @@
+"""The paper's own way to attack: adaptive PGD at several step sizes, targeted and untargeted, the worst of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from clusterguard._support import check_range, check_tensor
+from clusterguard.attacks._base import Attack, WrappingAttack
+from clusterguard.attacks._iterative import PGD, SteppedAttack
+from clusterguard.detection import Detector
+from clusterguard.errors import ConfigurationError
+from torch import Generator, Tensor
+
+
+def random_targets(labels: Tensor, num_classes: int, generator: Generator | None = None) -> Tensor:
+    """A wrong class for each of labels (B,), all of `num_classes` equally likely; `generator` is the randomness.
+
+    Raises:
+        InputError: labels of a wrong shape, dtype or range.
+        ConfigurationError: fewer than two classes.
+
+    Example:
+        >>> bool((random_targets(torch.tensor([0, 1, 2]), num_classes=3) != torch.tensor([0, 1, 2])).all())
+        True
+    """
+    if num_classes < 2:
+        raise ConfigurationError(f"expected num_classes of at least 2, got {num_classes}")
+    check_tensor(labels, "labels", "B", kind="integer")
+    if labels.device.type == "cpu":  # elsewhere looking waits for the device
+        check_range(labels, num_classes)
+    shift = torch.randint(1, num_classes, labels.shape, generator=generator, device=labels.device)
+    return (labels.long() + shift) % num_classes
+
+
+def at_step_sizes(
+    attack: SteppedAttack,
+    step_sizes: Sequence[float],
+    detector: Detector,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    targets: Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """One attack at A step sizes, all in one batch: on a GPU that costs little more than one of them.
+
+    An attack without randomness finds what A attacks one after the other find.
+
+    Args:
+        attack: such as `PGD`; its own step size is not used.
+        step_sizes: A lengths, positive.
+        detector: calibrated.
+        images: (B, C, H, W), finite, in [0, 1].
+        labels: (B,) true labels.
+        targets: (B,) wrong labels to aim at; None aims at any wrong label.
+        generator: randomness, on the images' device.
+
+    Returns:
+        (A, B, C, H, W) attacked images.
+
+    Raises:
+        ConfigurationError: no step size, or one that is not positive.
+        InputError: images, labels or targets of a wrong shape, dtype, range or device.
+        NotCalibratedError: the detector has no thresholds.
+
+    Example:
+        >>> from clusterguard.detectors import ConfidenceDetector, WithThresholds
+        >>> detector = WithThresholds(ConfidenceDetector(torch.nn.Flatten(), 4), torch.full((4,), torch.inf))
+        >>> attack = PGD(eps=0.1, step_size=0.1, steps=3)
+        >>> at_step_sizes(attack, [0.1, 0.05], detector, torch.rand(5, 1, 2, 2), torch.zeros(5).long()).shape
+        torch.Size([2, 5, 1, 2, 2])
+    """
+    if not step_sizes:
+        raise ConfigurationError("expected at least one step size, got none")
+    count = len(step_sizes)
+    sizes = torch.tensor(step_sizes, device=images.device).repeat_interleave(len(images))
+    attacked: Tensor = replace(attack, step_size=sizes, batch_size=None)(
+        detector,
+        images.repeat(count, 1, 1, 1),
+        labels.repeat(count),
+        targets=None if targets is None else targets.repeat(count),
+        generator=generator,
+    )
+    return attacked.view(count, *images.shape)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RandomTarget(WrappingAttack):
+    """Aim an attack at one random wrong class per image.
+
+    Args:
+        attack: run with these targets.
+
+    Example:
+        >>> RandomTarget(attack=PGD(eps=0.3, step_size=0.01)).eps
+        0.3
+    """
+
+    def _perturb(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        if targets is None:
+            targets = random_targets(labels, len(detector.thresholds), generator)
+        return self.attack(detector, images, labels, targets=targets, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperProtocol:
+    """The attacks behind one row of the paper's Table 2; its figure is the largest ASR among them.
+
+    Hand `attacks()` to `evaluate` and read `largest_mean_asr`. It is weaker than `WorstCaseSuite`.
+
+    Args:
+        norm: "linf", "l2", "l1" or "l0".
+        eps: radius of the ball.
+        step_sizes: the paper tries 3 to 8.
+        targeted: aim at a random wrong class per image ("T") instead of any ("U").
+        steps: k; the paper's figures converge before 1,000.
+
+    Raises:
+        ConfigurationError: no step sizes, or an option out of its range.
+
+    Reference:
+        arXiv 2012.03483, section 5.1, Table 2, figures 6 and 7.
+
+    Example:
+        >>> list(PaperProtocol(norm="l2", eps=2.0, step_sizes=(0.1, 0.2), targeted=True).attacks())
+        ['PGD l2 2 T, step 0.1', 'PGD l2 2 T, step 0.2']
+    """
+
+    norm: str
+    eps: float
+    step_sizes: Sequence[float]
+    targeted: bool = False
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not self.step_sizes:
+            raise ConfigurationError("expected at least one step size, got none")
+        self.attacks()
+
+    def attacks(self) -> dict[str, Attack]:
+        """One attack per step size, by name."""
+        named: dict[str, Attack] = {}
+        for step_size in self.step_sizes:
+            attack = PGD(
+                norm=self.norm,
+                eps=self.eps,
+                step_size=step_size,
+                steps=self.steps,
+                sparsity=None,  # the paper's l1 step is dense
+                keep="last",
+            )
+            name = f"PGD {self.norm} {self.eps:g} {'T' if self.targeted else 'U'}, step {step_size:g}"
+            named[name] = RandomTarget(attack=attack) if self.targeted else attack
+        return named

@@ -1,0 +1,214 @@
+"""Attacks that see the representation behind the evidence: match another image's, or leave the adversarial centre."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import torch
+from clusterguard.attacks._base import BuiltInAttack
+from clusterguard.attacks._gradients import backpropagate
+from clusterguard.attacks._iterative import PGD, SteepestDescent, SteppedAttack
+from clusterguard.attacks._loop import Gradient, ObjectiveValues, OnStep, Problem, Rule, descend
+from clusterguard.attacks._norms import get_norm
+from clusterguard.attacks._objectives import Objective, margin
+from clusterguard.attacks._starts import Towards
+from clusterguard.detection import Detector
+from clusterguard.errors import ConfigurationError
+from torch import Generator, Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RepresentationMatching(BuiltInAttack):
+    """Give each image the representation of an accepted benign image of a wrong class, or of the target.
+
+    It starts at that reference, projected onto the ball, and descends the squared distance of the representations; of
+    all iterates it returns the one with the best success margin. Where no reference fits it returns the clean image.
+    A step costs two forward passes, one with a backward pass.
+
+    Args:
+        references: where to find accepted benign images.
+        norm: "linf", "l2", "l1" or "l0".
+        eps: radius of the ball, at least 0, in units of the norm over pixels in [0, 1]; for l0 a number of pixels.
+        step_size: length of a step in the norm, positive.
+        steps: at least 1.
+        sparsity: fraction of coordinates that an l1 step changes, in (0, 1]; None takes the paper's dense step.
+        stop_early: images that are broken leave the batch; the same images get broken at less cost.
+        on_step: called with the step and the best margins so far (B,), for traces.
+
+    Raises:
+        ConfigurationError: an option out of its range, or, when called, a detector that shows no representations.
+
+    Reference:
+        Sabour et al., "Adversarial manipulation of deep representations" (2016).
+
+    Example:
+        >>> import torch
+        >>> from clusterguard import ClusterGuard
+        >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 8, 8))
+        >>> guard.thresholds = torch.full((2,), 12.0)
+        >>> references = Towards.accepted(guard, torch.rand(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> attack = RepresentationMatching(references=references, eps=0.1, step_size=0.02, steps=10)
+        >>> attack(guard, torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)).shape
+        torch.Size([4, 1, 8, 8])
+    """
+
+    references: Towards
+    norm: str = "linf"
+    eps: float
+    step_size: float
+    steps: int = 40
+    sparsity: float | None = 0.05
+    stop_early: bool = False
+    on_step: OnStep | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        PGD(  # it checks all these
+            norm=self.norm,
+            eps=self.eps,
+            step_size=self.step_size,
+            steps=self.steps,
+            sparsity=self.sparsity,
+            batch_size=self.batch_size,
+        )
+
+    def _perturb(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        represent = find_representation(detector)
+        problem = Problem(detector, images, labels, targets, get_norm(self.norm), self.eps, margin, generator)
+        reference = self.references(replace(problem, eps=math.inf))
+        with torch.no_grad():
+            wanted = _wide(represent(reference))
+        rule = _Matching(wanted, SteepestDescent(self.step_size, sparsity=self.sparsity))
+        return descend(
+            problem,
+            problem.project(reference),
+            rule,
+            gradient=rule.evaluate,
+            steps=self.steps,
+            stop_early=self.stop_early,
+            on_step=self.on_step,
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RepelThenMinimise(SteppedAttack):
+    """Leave the adversarial centre first, then minimise the objective.
+
+    Around the adversarial centre, the origin of the representations, the objective is a plateau. The first steps
+    maximise the distance from it, wherever that leads; the others go down from there. What has not left its own
+    cluster yet is led back into it: give those images a start such as "random" or `Towards`. A step of the first phase
+    costs two forward passes, one with a backward pass.
+
+    Args:
+        share: of the steps in the first phase, in [0, 1].
+
+    Raises:
+        ConfigurationError: an option out of its range, or, when called, a detector that shows no representations.
+
+    Reference:
+        arXiv 2012.03483, equations 11 and 31, for the adversarial cluster.
+
+    Example:
+        >>> RepelThenMinimise(eps=0.3, step_size=0.01).share
+        0.25
+    """
+
+    objective: str | Objective = "margin"
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.share <= 1:
+            raise ConfigurationError(f"expected share in [0, 1], got {self.share}")
+
+    def _gradient(self, rule: Rule) -> Gradient:
+        return _RepelFirst(round(self.share * self.steps))
+
+
+def has_representation(detector: object) -> bool:
+    """Whether the detector, or one that it wraps, shows its representations."""
+    try:
+        find_representation(detector)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def find_representation(detector: object) -> Callable[[Tensor], Tensor]:
+    """The `represent` of a detector, or of the one that it wraps as its `detector`.
+
+    Raises:
+        ConfigurationError: there is none.
+
+    Example:
+        >>> from clusterguard import ClusterGuard
+        >>> from clusterguard.detectors import WithThresholds
+        >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 2, 2))
+        >>> find_representation(WithThresholds(guard, torch.ones(2))) == guard.represent
+        True
+    """
+    owner: object | None = detector
+    while owner is not None:
+        if hasattr(owner, "represent"):
+            represent: Callable[[Tensor], Tensor] = owner.represent
+            return represent
+        owner = getattr(owner, "detector", None)
+    raise ConfigurationError(
+        f"expected a detector with represent(images) -> (B, m), as ClusterGuard has, got {type(detector).__name__}; "
+        "attack it with OrthogonalPGD or APGD instead"
+    )
+
+
+@dataclass
+class _Matching:
+    """Gradient and rule in one, since both forget the images that leave: `wanted` has one row an image."""
+
+    wanted: Tensor
+    descent: SteepestDescent
+
+    def evaluate(self, problem: Problem, iterates: Tensor) -> ObjectiveValues:
+        return _evaluate(problem, iterates, lambda z: (z - self.wanted).square().sum(dim=1))
+
+    def step(self, problem: Problem, iterates: Tensor, evaluation: ObjectiveValues) -> Tensor:
+        return self.descent.step(problem, iterates, evaluation)
+
+    def select(self, index: Tensor) -> None:
+        self.wanted = self.wanted[index]
+        self.descent.select(index)
+
+
+@dataclass
+class _RepelFirst:
+    """A gradient away from the adversarial centre for so many steps, then the objective's."""
+
+    steps_left: int
+
+    def __call__(self, problem: Problem, iterates: Tensor) -> ObjectiveValues:
+        if self.steps_left == 0:
+            return backpropagate(problem, iterates)
+        self.steps_left -= 1
+        return _evaluate(problem, iterates, lambda z: -z.square().sum(dim=1))
+
+
+def _evaluate(problem: Problem, iterates: Tensor, loss_of: Callable[[Tensor], Tensor]) -> ObjectiveValues:
+    """Evaluate a loss of representations (B, m) -> (B,)."""
+    represent = find_representation(problem.detector)
+    with torch.enable_grad():
+        leaf = iterates.detach().requires_grad_()
+        loss = loss_of(_wide(represent(leaf)))
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return ObjectiveValues(loss.detach(), problem.margin(iterates), gradient)
+
+
+def _wide(representations: Tensor) -> Tensor:
+    """In float32 at least, where squares of half precision would overflow."""
+    return representations.to(torch.promote_types(representations.dtype, torch.float32))

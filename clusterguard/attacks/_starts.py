@@ -1,0 +1,131 @@
+"""Where an attack starts; around a plateau this decides between a robust guard and a masked gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from clusterguard._support import check_detector, check_images, check_labels, evaluation_mode
+from clusterguard.attacks._gradients import backpropagate
+from clusterguard.attacks._loop import Problem
+from clusterguard.detection import Detector, Evidence, decide
+from clusterguard.errors import ConfigurationError
+from torch import Tensor
+
+Start = Callable[[Problem], Tensor]
+"""problem -> (B, C, H, W) first iterates, inside ball and box."""
+
+
+def at_image(problem: Problem) -> Tensor:
+    """The problem's clean images themselves."""
+    return problem.images
+
+
+def at_random(problem: Problem) -> Tensor:
+    """A random point of ball ∩ box for each of the problem's images."""
+    return problem.norm.random_start(problem.images, problem.eps, problem.generator)
+
+
+def output_diversified(problem: Problem) -> Tensor:
+    """Where a few whole steps along a random direction of the class scores lead, from the problem's random start.
+
+    Reference:
+        Tashiro, Song & Ermon, "Diversity can be transferred: output diversification" (2020).
+    """
+    shape = len(problem.images), len(problem.detector.thresholds)
+    weights = torch.empty(shape, device=problem.images.device).uniform_(-1, 1, generator=problem.generator)
+
+    def along(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+        return (evidence.class_scores * weights.to(evidence.class_scores.dtype)).sum(dim=1)
+
+    diversified = replace(problem, objective=along)
+    iterates = at_random(problem)
+    size = torch.as_tensor(problem.eps, dtype=iterates.dtype, device=iterates.device).view(-1, 1, 1, 1)
+    for _ in range(3):
+        gradient = backpropagate(diversified, iterates).gradient
+        iterates = problem.project(iterates - size * problem.norm.direction(gradient))
+    return iterates
+
+
+@dataclass(frozen=True, eq=False)
+class Towards:
+    """As close as the ball allows to the nearest accepted benign image of a wrong class, or of the target.
+
+    An adversarial cluster makes a plateau that gradients from the clean image do not leave; these starts are inside
+    the accepted region or at its door.
+
+    Args:
+        images: (R, C, H, W) benign images that the detector accepts.
+        labels: (R,) the labels it gives them.
+
+    Example:
+        >>> import torch
+        >>> references = Towards(torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 2, 1, 0]))
+        >>> references
+        Towards(5 images of 3 classes)
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def accepted(cls, detector: Detector, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> "Towards":
+        """Those images (R, C, H, W) the detector accepts under their labels (R,), judged `batch_size` at a time."""
+        check_detector(detector)
+        check_images(images)
+        check_labels(labels, images, len(detector.thresholds))
+        if batch_size < 1:
+            raise ConfigurationError(f"expected a batch_size of at least 1, got {batch_size}")
+        with evaluation_mode(detector):
+            verdicts = [decide(detector.evidence(part), detector.thresholds) for part in images.split(batch_size)]
+        predicted = torch.cat([verdict.labels for verdict in verdicts])
+        refused = torch.cat([verdict.is_adversarial for verdict in verdicts])
+        usable = ~refused & (predicted == labels)
+        return cls(images[usable], labels[usable])
+
+    def __call__(self, problem: Problem) -> Tensor:
+        """The problem's projected references; the clean image where there is no reference of a fitting class."""
+        if not len(self.images):
+            return problem.images
+        distances = torch.cdist(problem.images.flatten(1), self.images.flatten(1).to(problem.images.dtype))
+        if problem.targets is None:
+            unfit = self.labels == problem.labels[:, None]
+        else:
+            unfit = self.labels != problem.targets[:, None]
+        distances = distances.masked_fill(unfit, torch.inf)
+        nearest = distances.min(dim=1)
+        candidates = self.images[nearest.indices].to(problem.images.dtype)
+        found = nearest.values.isfinite()[:, None, None, None]
+        return problem.project(torch.where(found, candidates, problem.images))
+
+    def __repr__(self) -> str:
+        return f"Towards({len(self.images)} images of {len(self.labels.unique())} classes)"
+
+
+def towards_batch(problem: Problem) -> Tensor:
+    """The point of a problem's ball closest to the nearest image of a wrong class, or of the target, in its batch.
+
+    For training against an adversarial cluster: gradients from the clean image do not find what lies behind it.
+    """
+    return Towards(problem.images, problem.labels)(problem)
+
+
+STARTS: dict[str, Start] = {
+    "image": at_image,
+    "random": at_random,
+    "output_diversified": output_diversified,
+    "towards_batch": towards_batch,
+}
+
+
+def get_start(start: str | Start) -> Start:
+    """The start of that name, or the callable itself.
+
+    Raises:
+        ConfigurationError: an unknown name.
+    """
+    if not isinstance(start, str):
+        return start
+    if start not in STARTS:
+        raise ConfigurationError(f"expected a start among {', '.join(STARTS)}, got {start!r}")
+    return STARTS[start]

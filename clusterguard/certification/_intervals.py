@@ -1,0 +1,356 @@
+"""Interval bounds: what a network can make of every image in a box, through the network as it is written."""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from clusterguard.certification._boxes import Box, hull, move
+from clusterguard.certification._interval_rules import (
+    CASTS,
+    IN_PLACE,
+    METHODS,
+    RULES,
+    VIEWS,
+    Rule,
+    add,
+    divide,
+    multiply,
+    negate,
+    subtract,
+)
+from clusterguard.detection import Arithmetic
+from clusterguard.errors import ConfigurationError
+from torch import Tensor
+
+
+class _Refusals(threading.local):
+    """The first refusal since somebody began to look, for a network may catch it and go on without bounds."""
+
+    first: ConfigurationError | None = None
+
+
+_refusals = _Refusals()
+
+
+def _refuse(message: str) -> ConfigurationError:
+    error = ConfigurationError(message)
+    _refusals.first = _refusals.first or error
+    return error
+
+
+@contextmanager
+def final_refusals() -> Iterator[None]:
+    """Raise at the end what an interval has refused within the block, also where it was caught there.
+
+    Raises:
+        ConfigurationError: an interval has refused something.
+    """
+    before, _refusals.first = _refusals.first, None
+    try:
+        yield
+        if _refusals.first is not None:
+            raise _refusals.first
+    finally:
+        _refusals.first = before
+
+
+class Interval:
+    """All tensors between two others, elementwise; torch's functions and modules take one and give one.
+
+    Bounds of an affine layer, of a monotone function and of a pooling are the tightest there are for their input's
+    box; through several layers they loosen, because a box forgets how coordinates hang together.
+
+    Whatever Python or torch may do to a tensor is refused unless `interval_rules` has a rule for it. A change in place
+    reaches the interval under all its names. Whether tensors such as ``x.flatten(1)`` and ``x`` share their memory
+    depends on strides that an interval does not have; so after a change of one the other holds what it may be with
+    the change and without.
+
+    With an arithmetic, an interval also follows how far a network that computes in it gets from exact numbers: each
+    value that it computes lies within `error` of a value in the interval.
+
+    Args:
+        lower: smallest values, (B, …).
+        upper: largest values, (B, …), not below `lower`.
+        error: how far computed values may lie off the interval, (B, …), at least 0; needed with an arithmetic.
+        arithmetic: what the network computes in, while bounds are float64; None takes its numbers to be exact.
+
+    Raises:
+        ConfigurationError: something without known bounds is done to it; the message names it.
+
+    Reference:
+        Gowal et al., "On the effectiveness of interval bound propagation for training verifiably robust models" (2018).
+        Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition (2002), chapter 3, for errors.
+
+    Example:
+        >>> box = Interval(torch.tensor([[-1.0, 0.0]]), torch.tensor([[1.0, 2.0]]))
+        >>> double = torch.nn.functional.linear(box, torch.tensor([[2.0, -1.0]]))
+        >>> double.lower, double.upper
+        (tensor([[-4.]]), tensor([[2.]]))
+        >>> torch.relu(double).lower
+        tensor([[0.]])
+    """
+
+    __slots__ = ("__weakref__", "_box", "_family", "_steps")
+
+    _box: Box
+    _family: "_Family"
+    _steps: "tuple[Rule, ...]"
+
+    def __init__(
+        self,
+        lower: Tensor,
+        upper: Tensor,
+        *,
+        error: Tensor | None = None,
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
+        self._hold(Box(lower, upper, error, arithmetic))
+        self._join(_Family(lower.shape), ())
+
+    @classmethod
+    def around(cls, images: Tensor, eps: float | Tensor) -> "Interval":
+        """All images in [0, 1] within eps of images (B, C, H, W) in l∞; eps is a number or (B,)."""
+        radius = eps.to(images).view(-1, 1, 1, 1) if isinstance(eps, Tensor) else eps
+        return cls((images - radius).clamp(0, 1), (images + radius).clamp(0, 1))
+
+    @property
+    def lower(self) -> Tensor:
+        """The smallest values."""
+        return self._box.lower
+
+    @property
+    def upper(self) -> Tensor:
+        """The largest values."""
+        return self._box.upper
+
+    @property
+    def error(self) -> Tensor | None:
+        """How far computed values may lie off the interval; None without an arithmetic."""
+        return self._box.error
+
+    @property
+    def arithmetic(self) -> Arithmetic | None:
+        """What the network computes in; None takes its numbers to be exact."""
+        return self._box.arithmetic
+
+    @property
+    def center(self) -> Tensor:
+        """The middle."""
+        return self._box.center
+
+    @property
+    def radius(self) -> Tensor:
+        """Half the width."""
+        return self._box.radius
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of either bound."""
+        return self.lower.shape
+
+    @property
+    def ndim(self) -> int:
+        """Of either bound."""
+        return self.lower.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        return self._box.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of either bound."""
+        return self.lower.device
+
+    def dim(self) -> int:
+        """The number of dimensions of either bound."""
+        return self.lower.ndim
+
+    def size(self, *which: int) -> Any:
+        """The shape of either bound.
+
+        Args:
+            *which: one dimension, to get its size alone.
+        """
+        return self.lower.size(*which)
+
+    def lowest(self, directions: Tensor) -> Tensor:
+        """The smallest value of ⟨direction, z⟩ over z in the interval (B, m), for directions (B, S, m): (B, S).
+
+        Where the interval comes out of a linear layer, that layer and the directions are taken together, which is
+        tighter than the interval is. It is exact; what a network computes can be lower by `slack`.
+        """
+        return self._box.lowest(directions)
+
+    def slack(self, directions: Tensor) -> Tensor:
+        """How far below `lowest` rounding may take ⟨direction, z⟩, for directions (B, S, m): (B, S)."""
+        return self._box.slack(directions)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> "Interval":
+        """Called by torch in place of one of its functions."""
+        name = getattr(function, "__name__", str(function))
+        rule = RULES.get(function)
+        if rule is None:
+            raise _refuse(
+                f"no bounds are known for {name}; certificates need networks of linear layers, convolutions, batch "
+                "normalisation, pooling, sums and monotone activations such as ReLU"
+            )
+        return _call(name, rule, *args, **(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Callable[..., "Interval"]:
+        if name in METHODS:
+            return partial(_call, name, METHODS[name], self)
+        message = f"an interval has no {name!r}; no bounds are known for it"
+        if name.startswith("__"):  # Python asks for names of its own
+            raise AttributeError(message)
+        raise _refuse(message)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise _refuse(f"no bounds are known of a tensor whose {name!r} is assigned")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise _refuse(f"no bounds are known of a tensor whose {name!r} is deleted")
+
+    def __add__(self, other: "Interval | Tensor | float") -> "Interval":
+        return _call("addition", add, self, other)
+
+    def __neg__(self) -> "Interval":
+        return _call("negation", negate, self)
+
+    def __sub__(self, other: "Interval | Tensor | float") -> "Interval":
+        return _call("subtraction", subtract, self, other)
+
+    def __rsub__(self, other: "Tensor | float") -> "Interval":
+        return _call("subtraction", subtract, other, self)
+
+    def __mul__(self, factor: "Interval | Tensor | float") -> "Interval":
+        return _call("multiplication", multiply, self, factor)
+
+    def __truediv__(self, divisor: Tensor | float) -> "Interval":
+        return _call("division", divide, self, divisor)
+
+    def __iadd__(self, other: "Interval | Tensor | float") -> "Interval":
+        return self._become(self + other)
+
+    def __isub__(self, other: "Interval | Tensor | float") -> "Interval":
+        return self._become(self - other)
+
+    def __imul__(self, factor: "Interval | Tensor | float") -> "Interval":
+        return self._become(self * factor)
+
+    def __itruediv__(self, divisor: Tensor | float) -> "Interval":
+        return self._become(self / divisor)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def _become(self, other: "Interval") -> "Interval":
+        """In place, so that whatever else a network calls this interval changes too, as a tensor would."""
+        if other.shape != self.shape or other.dtype != self.dtype:
+            raise _refuse(
+                f"no bounds are known for a change in place from {self.dtype} of shape {(*self.shape,)} to "
+                f"{other.dtype} of shape {(*other.shape,)}"
+            )
+        for member in self._family.others(self):
+            member._hold(hull(member._box, move(other._box, self._positions(), member._positions())))
+        self._hold(other._box)
+        return self
+
+    def _positions(self) -> Tensor:
+        """Where each element lies in the memory that the family may share."""
+        first = torch.arange(self._family.shape.numel(), device=self.device).view(self._family.shape)
+        box = Box(first, first)
+        for step in self._steps:
+            box = step(box)
+        return box.lower
+
+    def _hold(self, box: Box) -> None:
+        object.__setattr__(self, "_box", box)
+
+    def _join(self, family: "_Family", steps: "tuple[Rule, ...]") -> "Interval":
+        object.__setattr__(self, "_family", family)
+        object.__setattr__(self, "_steps", steps)
+        family.members = [member for member in family.members if member() is not None] + [weakref.ref(self)]
+        return self
+
+
+class _Family:
+    """An interval with its views, the views of those, and so on, as long as they are in use.
+
+    Args:
+        shape: of the first.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.members: list[weakref.ref[Interval]] = []
+
+    def others(self, member: Interval) -> list[Interval]:
+        """All of them but one."""
+        alive = (reference() for reference in self.members)
+        return [other for other in alive if other is not None and other is not member]
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise _refuse(
+            f"no bounds are known for a network that applies {name} to what it makes of an image; certificates need "
+            "networks of sums, products and layers that do the same to every image"
+        )
+
+    return refuse
+
+
+_BINARY = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "matmul"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
+_REFUSED = {
+    *("bool", "len", "iter", "next", "reversed", "contains", "getitem", "setitem", "delitem", "hash"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "int", "float", "complex", "index", "abs", "pos", "invert"),
+    *("round", "trunc", "floor", "ceil", "copy", "deepcopy", "reduce", "reduce_ex", "array"),
+    *(prefix + name for prefix in ("", "r", "i") for name in _BINARY),
+}
+for _name in sorted(f"__{name}__" for name in _REFUSED):
+    if _name not in vars(Interval):  # Python has answers of its own to some of these, which are no bounds
+        setattr(Interval, _name, _refusal(_name))
+
+
+def _call(name: str, rule: Rule, *args: Any, inplace: bool = False, **options: Any) -> Interval:
+    """Apply a rule; an argument that it does not take is one without known bounds."""
+    base = next((value for value in (*args, *options.values()) if isinstance(value, Interval)), None)
+    try:
+        box = rule(*map(_unpack, args), **{key: _unpack(value) for key, value in options.items()})
+    except ConfigurationError as error:
+        raise _refuse(str(error)) from error
+    except TypeError as error:
+        raise _refuse(f"no bounds are known for {name} with such arguments: {error}") from error
+    if name in VIEWS and not (args and args[0] is base):
+        raise _refuse(f"no bounds are known for {name} of a tensor that is not its first argument")
+    if base is not None and box is base._box:
+        return base
+    result = Interval(box.lower, box.upper)
+    result._hold(box)
+    if base is None:
+        return result
+    if inplace or name in IN_PLACE:
+        return base._become(result)
+    if name not in VIEWS or box.dtype != base.dtype or box.device != base.device:
+        return result
+    others = args[1:]
+    steps = base._steps if name in CASTS else (*base._steps, lambda positions: rule(positions, *others, **options))
+    return result._join(base._family, steps)
+
+
+def _unpack(value: Any) -> Any:
+    """The box of an interval, also inside a list; everything else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_unpack, value)) if type(value) in (list, tuple) else value
+    return value._box if isinstance(value, Interval) else value

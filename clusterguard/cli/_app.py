@@ -1,0 +1,317 @@
+"""The command line: `clusterguard --help`. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 an error that says what to do, 2 wrong usage, 130 interrupted.
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from clusterguard.cli._options import (
+    BatchSize,
+    Channels,
+    Commands,
+    Data,
+    Device,
+    Eps,
+    Guard,
+    ImageSize,
+    Json,
+    Method,
+    Norm,
+    Rate,
+    Scarce,
+    Seed,
+    check_suffixes,
+    find_device,
+    is_watched,
+    say,
+    say_epoch,
+    show,
+    stopped_by_signals,
+)
+from clusterguard.errors import ConfigurationError, NotCalibratedError
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Put a guard in front of an image classifier: it detects adversarial examples."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the guard, the report and two pictures.")] = Path(
+        "runs/demo"
+    ),
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 12,
+    seed: Seed = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Dry run on that many images only.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a classifier and a guard on real digits, attack both, print one table. Offline, minutes on a CPU.
+
+    Example: clusterguard demo --output runs/demo
+    """
+    import torch
+    from clusterguard.cli._demo import run_demo
+
+    torch.set_num_threads(1)  # a network this small waits longer for a second core than it gains from it
+    report = run_demo(output, epochs=epochs, seed=seed, limit=limit, progress=is_watched())
+    if "pictures" in report:
+        say(f"No pictures: {report['pictures']}")
+    say(f"{report['seconds']:.0f} s in all. The guard, report.json and pictures are in {output}")
+    show(as_json, report, f"\n{report['table']}\n\n{report['note']}\n")
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option(help="Folder for the guard and its checkpoint.")],
+    data: Data = "digits",
+    backbone: Annotated[str, typer.Option(help="timm:NAME or torchvision:NAME.")] = "timm:resnet18",
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from downloaded weights.")] = False,
+    image_size: ImageSize = None,
+    channels: Channels = None,
+    norm: Norm = "linf",
+    eps: Eps = 0.1,
+    step_size: Annotated[float | None, typer.Option(min=0, help="Of the attack; else 2.5 eps / steps.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of the attack.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="In all, those before --resume included.")] = 12,
+    warmup_epochs: Annotated[int, typer.Option(min=0, help="Of these, the first ones without attack.")] = 0,
+    ramp_epochs: Annotated[float, typer.Option(min=0, help="After those, over which the attack's radius grows.")] = 0,
+    batch_size: BatchSize = 100,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
+    false_positive_rate: Rate = 0.01,
+    scarce: Scarce = "error",
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a guard, calibrate it, and save it as a folder.
+
+    Example: clusterguard train --data photos --backbone timm:resnet18 --pretrained --eps 0.03 --output runs/guard
+    """
+    import torch
+    from clusterguard.attacks import PGD
+    from clusterguard.cli import _data as cli_data
+    from clusterguard.cli._image_folders import summarise
+    from clusterguard.detection import Calibrator
+    from clusterguard.detectors import ClusterGuard
+    from clusterguard.evaluation import plain
+    from clusterguard.training import AdversarialClusterTrainer
+    from torch.utils.data import DataLoader
+
+    if not 0 < learning_rate < math.inf:
+        raise typer.BadParameter(f"expected a positive learning rate, got {learning_rate}")
+    if warmup_epochs >= epochs:
+        raise typer.BadParameter(f"expected fewer warmup epochs than epochs, {epochs}, or nothing would ever attack")
+    target = find_device(device)
+    images = cli_data.image_options(data, image_size, channels)
+    attack = PGD(
+        norm=norm, eps=eps, step_size=2.5 * eps / steps if step_size is None else step_size, steps=steps, keep="last"
+    )
+    calibrator = Calibrator(false_positive_rate, scarce=scarce)
+    pictures, calibration = cli_data.load_pair(data, seed=seed, **images)
+    classes = pictures.classes
+    record: dict[str, Any] = {
+        "data": {**cli_data.describe_images(pictures), "seed": seed, **images},
+        "backbone": backbone,
+        "pretrained": pretrained,
+        "attack": repr(attack),
+        "warmup_epochs": warmup_epochs,
+        "ramp_epochs": ramp_epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "calibrator": repr(calibrator),
+    }
+    torch.manual_seed(seed)
+    network = cli_data.make_backbone(
+        backbone, num_classes=len(classes), channels=images["channels"], pretrained=pretrained
+    )
+    guard = ClusterGuard(network, num_classes=len(classes), class_names=classes).to(target).eval()
+    checkpoint = cli_data.begin_run(output, record, resume=resume)
+    summary = summarise(pictures.folder, say=say, progress=is_watched()) if pictures.folder else None
+    trainer = AdversarialClusterTrainer(
+        guard,
+        attack,
+        optimizer=torch.optim.Adam(guard.parameters(), lr=learning_rate),
+        warmup_epochs=warmup_epochs,
+        ramp_epochs=ramp_epochs,
+        calibrator=calibrator,
+    )
+    with stopped_by_signals(checkpoint, lambda: f"{len(trainer.history)} of {epochs} epochs") as is_asked_to_stop:
+        history = trainer.fit(
+            DataLoader(
+                pictures,
+                batch_size,
+                shuffle=True,
+                drop_last=len(pictures) % batch_size == 1,  # one image has no batch statistics; another one each epoch
+                generator=torch.Generator().manual_seed(seed),
+            ),
+            DataLoader(calibration, batch_size),
+            epochs=epochs,
+            on_epoch_end=partial(say_epoch, epochs=epochs),
+            checkpoint=checkpoint,
+            checkpoint_every=100,
+            stop_when=is_asked_to_stop,
+            progress=is_watched(),
+            generator=torch.Generator(target).manual_seed(seed),
+        )
+    guard.save_pretrained(output, training=record | {"epochs": len(history), "last_epoch": plain(history[-1])})
+    result, text = cli_data.describe_guard(output)
+    show(as_json, {**result, "history": history, "images": summary}, text)
+
+
+@app.command()
+def calibrate(
+    guard: Guard,
+    data: Data = "digits",
+    false_positive_rate: Rate = 0.01,
+    method: Method = "conformal",
+    scarce: Scarce = "error",
+    image_size: ImageSize = None,
+    channels: Channels = None,
+    batch_size: BatchSize = 100,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a guard's thresholds on the calibration part of the data, and save them. Figures measured before are dropped.
+
+    Example: clusterguard calibrate runs/guard --data photos --false-positive-rate 0.01
+    """
+    from clusterguard.cli._data import describe_guard, open_guard
+    from clusterguard.cli._image_folders import find_copies
+    from clusterguard.detection import Calibrator
+    from torch.utils.data import DataLoader
+
+    calibrator = Calibrator(false_positive_rate, method=method, scarce=scarce)
+    detector, training, pictures = open_guard(
+        guard, data, "calibration", image_size=image_size, channels=channels, device=find_device(device)
+    )
+    for copies in find_copies(pictures.folder, "calibration"):
+        say(f"warning: {copies}")
+    calibrator.fit(detector, DataLoader(pictures, batch_size), progress=is_watched())
+    detector.save_pretrained(guard, training=training)
+    show(as_json, *describe_guard(guard))
+
+
+@app.command()
+def evaluate(
+    guard: Guard,
+    data: Data = "digits",
+    norm: Norm = "linf",
+    eps: Eps = 0.1,
+    budget: Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="Of the suite.")] = "standard",
+    images: Annotated[int, typer.Option(min=1, help="How many, drawn from the test part by --seed.")] = 200,
+    output: Annotated[
+        list[Path] | None, typer.Option(help="A report, .json, .md or .html; may be given several times.")
+    ] = None,
+    record: Annotated[bool, typer.Option("--record", help="Keep the figures in the guard's folder.")] = False,
+    certified: Annotated[bool, typer.Option("--certify", help="Say what no attack can exceed, too; linf.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder in which to keep what is done, and go on.")] = None,
+    sanity_images: Annotated[int, typer.Option(min=0, help="Images of the sanity report.")] = 100,
+    image_size: ImageSize = None,
+    channels: Channels = None,
+    batch_size: BatchSize = 100,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Attack a guard on the test part of the data with everything there is, and count what gets through.
+
+    Example: clusterguard evaluate runs/guard --data photos --norm linf --eps 0.03 --budget quick --output report.html
+    """
+    import torch
+    from clusterguard._support import write_atomically
+    from clusterguard.attacks import WorstCaseSuite
+    from clusterguard.certification import certified_success_rate
+    from clusterguard.cli._data import open_guard, sample
+    from clusterguard.cli._image_folders import find_copies
+    from clusterguard.evaluation import CertifiedBound, to_html
+    from clusterguard.evaluation import evaluate as run
+    from torch.utils.data import DataLoader
+
+    check_suffixes(output or [], ".json", ".md", ".html")
+    if certified and norm != "linf":
+        raise ConfigurationError(f"expected --norm linf where --certify is on, got {norm}")
+    suite = WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)
+    detector, training, pictures = open_guard(
+        guard, data, "test", image_size=image_size, channels=channels, device=find_device(device)
+    )
+    if not detector.is_calibrated:
+        raise NotCalibratedError(f"{guard} has no thresholds yet; run: clusterguard calibrate {guard}")
+    for copies in find_copies(pictures.folder, "test"):
+        say(f"warning: {copies}")
+    chosen = DataLoader(sample(pictures, images, seed), batch_size)
+    proved = CertifiedBound(eps, certified_success_rate(detector, chosen, eps=eps)) if certified else None
+    result = run(
+        detector,
+        {f"suite {budget} {norm} {eps:g}": suite},
+        chosen,
+        generator=torch.Generator(detector.thresholds.device).manual_seed(seed),
+        sanity_images=sanity_images,
+        checkpoint=checkpoint,
+        progress=is_watched(),
+    )
+    result = replace(result, certified=proved)
+    for path in output or []:
+        if path.suffix == ".md":
+            write_atomically(path, lambda file: file.write_text(result.to_markdown() + "\n"))
+        elif path.suffix == ".json":
+            result.to_json(path)
+        else:
+            to_html(result, path)
+    if record:
+        detector.save_pretrained(guard, training=training, evaluation=result)
+    show(as_json, result.to_dict(), result.to_markdown())
+
+
+@app.command()
+def export(
+    guard: Guard,
+    output: Annotated[list[Path], typer.Option(help="File .onnx, or .pt2 for torch.export; may be given twice.")],
+    image_size: ImageSize = None,
+    channels: Channels = None,
+    as_json: Json = False,
+) -> None:
+    """Write a guard with its thresholds as one graph: images -> labels, distances, is_adversarial.
+
+    Example: clusterguard export runs/guard --output guard.onnx
+    """
+    import torch
+    from clusterguard._support import write_atomically
+    from clusterguard.cli._data import load_named_guard, recorded_images
+    from clusterguard.deployment import export_onnx, export_program
+    from clusterguard.detectors import CARD
+    from rich.console import Console
+
+    check_suffixes(output, ".onnx", ".pt2")
+    detector, training = load_named_guard(guard)
+    own = recorded_images(training)
+    size, depth = image_size or own.get("image_size"), channels or own.get("channels", 3)
+    example = torch.zeros(2, depth, size, size) if size else None
+    with Console(stderr=True).status("exporting"):
+        card = (guard / CARD).read_text(errors="replace") if (guard / CARD).is_file() else None
+        for path in output:
+            if path.suffix == ".onnx":
+                export_onnx(detector, path, example, card=card)
+            else:
+                write_atomically(path, partial(torch.export.save, export_program(detector, example)))
+    files = [str(path) for path in output]
+    show(as_json, {"files": files}, "\n".join(files))
+
+
+@app.command()
+def inspect(guard: Guard, as_json: Json = False) -> None:
+    """Say what is in a guard's folder: backbone, classes, thresholds, training, figures, versions.
+
+    Example: clusterguard inspect runs/guard
+    """
+    from clusterguard.cli._data import describe_guard
+
+    show(as_json, *describe_guard(guard))

@@ -1,0 +1,364 @@
+"""Folders of images with one subfolder a class: their parts, what is passed over, copies, and a summary."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from clusterguard._support import is_unicode
+from clusterguard.deployment import FORMATS, read_image
+from clusterguard.errors import InputError
+from tqdm.auto import tqdm
+
+Part = Literal["train", "calibration", "test"]
+SHARES: dict[Part, float] = {"train": 0.6, "calibration": 0.2, "test": 0.2}
+_NAMES: dict[Part, str] = {
+    "train": "train training",
+    "calibration": "calibration calib cal validation valid val dev",
+    "test": "test testing eval evaluation",
+}
+PARTS: dict[str, Part] = {name: part for part, names in _NAMES.items() for name in names.split()}
+_SUFFIXES = ".jpg .jpeg .jpe .jif .jfif .pjp .pjpeg .mpo .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm"
+SUFFIXES = {*_SUFFIXES.split(), *([".avif"] if "AVIF" in FORMATS else [])}
+_SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+_SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
+Classes = dict[str, list[str]]
+
+
+class _Tree(NamedTuple):
+    """The visible images of a folder, and its visible subfolders, both sorted by name."""
+
+    images: list[str]
+    folders: dict[str, "_Tree"]
+
+    def below(self) -> list[str]:
+        return self.images + [path for own in self.folders.values() for path in own.below()]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a data set, by part and class; make it with `open_folder`.
+
+    Attributes:
+        root: its folder.
+        is_divided: whether the parts are folders of it; else `open_folder` divided it.
+        parts: of each part that is there the classes, and of these the paths.
+        passed_over: how many files do not count, by reason.
+    """
+
+    root: Path
+    is_divided: bool
+    parts: Mapping[Part, Classes]
+    passed_over: Mapping[str, int]
+
+    def samples(self, part: Part) -> list[tuple[str, int]]:
+        """Paths and labels of a part; labels follow the sorted names of its classes.
+
+        Raises:
+            InputError: there is no such part, or one of its classes has no image.
+        """
+        if part not in self.parts:
+            raise InputError(
+                f"expected one subfolder of images a class in {self.root / part}, or in a folder of another usual "
+                f"name ({_NAMES[part].replace(' ', ', ')}), got none"
+            )
+        empty = [name for name, paths in self.parts[part].items() if not paths]
+        if empty or not self.parts[part]:
+            where = "" if self.is_divided else f" for {part}, which is {SHARES[part]:.0%} of the files"
+            raise InputError(
+                f"expected one subfolder of images a class in {self.root}{where}, got no image of "
+                f"{', '.join(empty) or 'any class'}; add images, or remove the folder"
+            )
+        return [(path, label) for label, paths in enumerate(self.parts[part].values()) for path in paths]
+
+
+def open_folder(root: Path, seed: int) -> ImageFolder:
+    """Find the parts and classes in a folder, without opening images.
+
+    Folders `train`, `calibration` and `test`, under these or other usual names in any case, are parts if they hold
+    folders of images; with images directly inside they are classes of that name. Without parts, each image belongs to
+    one for good: a hash of the seed and its content decides, so copies stay together. A class of a few copied images
+    that this would leave empty somewhere is divided by file names.
+
+    Args:
+        root: the folder.
+        seed: of the division.
+
+    Returns:
+        Its images; hidden and foreign files are counted, nothing more.
+
+    Raises:
+        InputError: two folders for one part, parts beside classes, all of them one folder deeper, or names that are
+            not Unicode.
+    """
+    passed_over: Counter[str] = Counter()
+    tree = _scan(root, passed_over, ())
+    divided = _find_parts(root, tree, passed_over)
+    passed_over["in no class"] += len(tree.images)
+    parts: dict[Part, Classes]
+    if divided:
+        parts = {part: _classes(tree.folders[name]) for part, name in divided.items()}
+    else:
+        parts = {part: {name: [] for name in tree.folders} for part in SHARES}
+        for name, paths in _classes(tree).items():
+            for path, part in zip(paths, _divide(paths, root, seed), strict=True):
+                parts[part][name].append(path)
+    for name in {name for classes in parts.values() for name in classes}:
+        if not is_unicode(name):
+            raise InputError(f"expected names of classes in UTF-8, got the folder {name!r} in {root}; rename it")
+    return ImageFolder(root, bool(divided), parts, +passed_over)
+
+
+def _scan(folder: str | Path, passed_over: Counter[str], above: tuple[str, ...]) -> _Tree:
+    images, folders = [], {}
+    above += (os.path.realpath(folder),)
+    for entry in sorted(os.scandir(folder), key=lambda own: own.name):
+        name, suffix = entry.name.lower(), Path(entry.name).suffix.lower()
+        if Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir():
+            if name.startswith(".") or name in _SYSTEM_FOLDERS:
+                passed_over["hidden"] += sum(len(files) for _, _, files in os.walk(entry.path))
+            elif os.path.realpath(entry.path) in above:
+                passed_over["links to a folder that they are in"] += 1
+            else:
+                folders[entry.name] = _scan(entry.path, passed_over, above)
+        elif name.startswith(".") or name in _SYSTEM_FILES:
+            passed_over["hidden"] += 1
+        elif suffix in SUFFIXES and (entry.is_symlink() or entry.is_file()):  # a broken link shall be told
+            images.append(entry.path)
+        else:
+            passed_over[suffix or "without a suffix"] += 1
+    return _Tree(images, folders)
+
+
+def _find_parts(root: Path, tree: _Tree, passed_over: Counter[str]) -> dict[Part, str]:
+    """The folders that are parts, by structure: those of a usual name that hold folders of images."""
+    filled = {name: own for name, own in tree.folders.items() if own.below()}
+    named = {name: PARTS[name.casefold()] for name in filled if name.casefold() in PARTS}
+    nested = {name for name in named if any(own.below() for own in filled[name].folders.values())}
+    if not nested:
+        for name, own in filled.items():
+            if len(filled) == 1 and not own.images and sum(bool(inner.below()) for inner in own.folders.values()) > 1:
+                raise InputError(f"expected several classes in {root}, got {name} alone; pass {root / name} instead")
+        return {}
+    for name in nested:
+        if filled[name].images:
+            raise InputError(
+                f"expected {root / name} to hold images, as a class, or one subfolder a class, as a part; got both: "
+                f"move {filled[name].images[0]} into a class"
+            )
+    foreign = [name for name in filled if name not in named]
+    if foreign:
+        raise InputError(
+            f"expected folders of parts or folders of classes in {root}, got both: {', '.join(sorted(nested))} hold "
+            f"folders of images, as parts do, beside {', '.join(foreign)}; move one sort elsewhere"
+        )
+    parts: dict[Part, str] = {}
+    for name in sorted(nested):
+        if named[name] in parts:
+            raise InputError(
+                f"expected one folder for {named[name]} in {root}, got {parts[named[name]]} and {name}; move one "
+                "elsewhere"
+            )
+        parts[named[name]] = name
+    for name in set(named) - nested:  # such as test images without labels
+        passed_over["in no class"] += len(filled[name].images)
+    return {part: parts[part] for part in SHARES if part in parts}
+
+
+def _classes(tree: _Tree) -> Classes:
+    return {name: own.below() for name, own in tree.folders.items()}
+
+
+def _divide(paths: list[str], root: Path, seed: int) -> list[Part]:
+    digests = [_file_digest(path) for path in paths]
+    parts = [_part_of(digest, seed) for digest in digests]
+    if len(set(parts)) < len(SHARES) and len(set(digests)) < len(digests):
+        return [_part_of(os.fsencode(Path(path).relative_to(root)), seed) for path in paths]
+    return parts
+
+
+def _part_of(identity: bytes, seed: int) -> Part:
+    digest = hashlib.sha256(f"{seed}/".encode() + identity).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    if position < SHARES["train"]:
+        return "train"
+    return "calibration" if position < SHARES["train"] + SHARES["calibration"] else "test"
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"expected an image, got {path}, which cannot be read: {error}; remove it") from error
+
+
+def _file_size(path: str) -> int:
+    with _named(path):
+        return Path(path).stat().st_size
+
+
+def _file_digest(path: str) -> bytes:
+    with _named(path):
+        status = Path(path).stat()
+        return _digest_of_content(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=2**20)
+def _digest_of_content(path: str, size: int, changed: int) -> bytes:
+    return hashlib.sha256(Path(path).read_bytes()).digest()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summarise` saw.
+
+    Attributes:
+        counts: images by part and class.
+        sizes: smallest and largest, as (width, height).
+        modes: images by the way their pixels are stored, in Pillow's names.
+        doubts: images by what other programs may show differently.
+        passed_over: files that do not count, by reason.
+        warnings: sentences on copies and on pixels that are suspiciously dark.
+    """
+
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    modes: dict[str, int] = field(default_factory=dict)
+    doubts: dict[str, int] = field(default_factory=dict)
+    passed_over: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        def listed(counts: Mapping[str, int]) -> str:
+            shown = [f"{name} {count}" for name, count in list(counts.items())[:20]]
+            return ", ".join([*shown, "…"] if len(counts) > 20 else shown)
+
+        small, large = (f"{width}×{height}" for width, height in self.sizes)
+        lines = [f"{part:12}{sum(own.values())} images: {listed(own)}" for part, own in self.counts.items()]
+        lines.append(f"{'sizes':12}{small if small == large else f'{small} to {large}'} pixels")
+        lines.append(f"{'modes':12}{listed(self.modes)}")
+        lines += [f"{'note':12}{count} with {doubt}" for doubt, count in self.doubts.items()]
+        lines += [f"{'passed over':12}{listed(self.passed_over)}"] if self.passed_over else []
+        return "\n".join([*lines, *(f"warning: {own}" for own in self.warnings)])
+
+
+class _Seen(NamedTuple):
+    size: tuple[int, int]
+    mode: str
+    doubts: tuple[str, ...]
+    brightest: int
+    digest: bytes
+
+
+def _look(path: str) -> _Seen | InputError:
+    try:
+        image, mode, doubts = read_image(path)
+    except InputError as error:
+        return error
+    brightest = image.convert("L").getextrema()[1]
+    pixels = image.convert("RGB")
+    digest = hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()
+    return _Seen(image.size, mode, doubts, int(brightest), digest)  # type: ignore[arg-type]
+
+
+def summarise(folder: ImageFolder, *, say: Callable[[str], None], progress: bool = False) -> Summary:
+    """Read every image once, before a training, which meets damaged ones too late and copies never.
+
+    Args:
+        folder: whose parts are looked at.
+        say: is told the summary as text.
+        progress: whether to show a bar.
+
+    Returns:
+        The summary.
+
+    Raises:
+        InputError: images that cannot be read; the first ones are named.
+    """
+    paths = [path for own in folder.parts.values() for path in _paths(own)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(_look, paths), total=len(paths), desc="reading", disable=not progress, leave=False)
+        seen = dict(zip(paths, bar, strict=True))
+    good = {path: own for path, own in seen.items() if isinstance(own, _Seen)}
+    bad = {path: own for path, own in seen.items() if isinstance(own, InputError)}
+    if bad:
+        others = [*list(bad)[1:6], *(["…"] if len(bad) > 6 else [])]
+        more = f" ({len(bad)} of {len(paths)} images are not read, the others: {', '.join(others)})" if others else ""
+        raise InputError(f"{next(iter(bad.values()))}{more}")
+    warnings = _describe_copies(folder.parts, lambda path: good[path].digest)
+    deep = [own.brightest for own in good.values() if own.mode.startswith("I")]
+    if deep and max(deep) < 32:
+        warnings.append(
+            f"none of the {len(deep)} images of 16 bits uses more than an eighth of their range, so they are read as "
+            "almost black; cameras of 12 bits write such files: multiply the pixels if white is a smaller number"
+        )
+    widths, heights = zip(*(own.size for own in good.values()), strict=True)
+    summary = Summary(
+        {part: {name: len(paths) for name, paths in own.items()} for part, own in folder.parts.items()},
+        ((min(widths), min(heights)), (max(widths), max(heights))),
+        dict(Counter(own.mode for own in good.values()).most_common()),
+        dict(Counter(doubt for own in good.values() for doubt in own.doubts).most_common()),
+        dict(folder.passed_over),
+        tuple(warnings),
+    )
+    say(str(summary))
+    return summary
+
+
+def find_copies(folder: ImageFolder | None, part: Part) -> list[str]:
+    """Warnings of files of a part that are byte by byte files of the training part, too.
+
+    Only files of equal sizes are read, so this is cheap enough for every command.
+
+    Args:
+        folder: None stands for data without files, which have no copies.
+        part: "calibration" or "test".
+
+    Returns:
+        Sentences, none if there are no copies.
+    """
+    if folder is None or not {part, "train"} <= set(folder.parts):
+        return []
+    samples: dict[Part, Classes] = {own: folder.parts[own] for own in ("train", part)}
+    sizes = {name: {path: _file_size(path) for path in _paths(own)} for name, own in samples.items()}
+    shared = set.intersection(*(set(own.values()) for own in sizes.values()))
+    alike = {
+        part: {name: [path for path in paths if sizes[part][path] in shared] for name, paths in own.items()}
+        for part, own in samples.items()
+    }
+    return _describe_copies(alike, _file_digest)
+
+
+def _paths(classes: Classes) -> list[str]:
+    return [path for paths in classes.values() for path in paths]
+
+
+def _describe_copies(parts: Mapping[Part, Classes], digest: Callable[[str], bytes]) -> list[str]:
+    first: dict[bytes, tuple[str, str, Part]] = {}
+    copies: dict[tuple[Part, Part], list[tuple[str, str]]] = {}
+    contradictions: list[tuple[str, str]] = []
+    every = [(part, name, path) for part, own in parts.items() for name, paths in own.items() for path in paths]
+    for part, name, path in every:
+        original, original_name, original_part = first.setdefault(digest(path), (path, name, part))
+        if original_part != part:
+            copies.setdefault((part, original_part), []).append((path, original))
+        if original_name != name:
+            contradictions.append((path, original))
+    told = [
+        f"{len(pairs)} copies of {other} images among those for {part}, such as {pairs[0][0]} of {pairs[0][1]}; what "
+        "is measured on copies holds for no other image: remove them from one of the two"
+        for (part, other), pairs in copies.items()
+    ]
+    if contradictions:
+        path, original = contradictions[0]
+        told.append(
+            f"{len(contradictions)} copies of images in another class, such as {path} of {original}; keep each in one"
+        )
+    return told

@@ -1,0 +1,19 @@
+"""What a guard needs in service: one exported graph, images as people see them, an alarm for drift."""
+
+from clusterguard.deployment._export import OnnxDetector, export_onnx, export_program, load_onnx
+from clusterguard.deployment._images import FORMATS, ImageFile, fit_image, read_image
+from clusterguard.deployment._monitoring import FalsePositiveMonitor, MonitorReport, plausible_rate
+
+__all__ = [
+    "FORMATS",
+    "FalsePositiveMonitor",
+    "ImageFile",
+    "MonitorReport",
+    "OnnxDetector",
+    "export_onnx",
+    "export_program",
+    "fit_image",
+    "load_onnx",
+    "plausible_rate",
+    "read_image",
+]

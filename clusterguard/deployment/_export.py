@@ -1,0 +1,395 @@
+"""A detector as one graph, images -> labels, distances, is_adversarial: for `torch.export` and for ONNX."""
+
+import copy
+import glob
+import hashlib
+import importlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from clusterguard._support import (
+    check_calibrated,
+    check_images,
+    check_tensor,
+    evaluation_mode,
+    is_unicode,
+    settle_weights,
+    to_eval_mode,
+    write_atomically,
+)
+from clusterguard.detection import Calibration, Detection, Evidence, check_repeated, decide, without_autocast
+from clusterguard.detectors import DetectorModule
+from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError, in_one_line
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn.functional import one_hot
+
+_LARGEST_GRAPH = 2**31 - 2**24
+"""Bytes of weights that fit into one file, protobuf's 2 GiB, with room for the rest; more go into a file beside it."""
+_SMALLEST_TENSOR = 1024  # bytes; what is smaller stays in the graph, as ONNX's own tools do it
+_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+
+
+def export_program(detector: DetectorModule, example: Tensor | None = None) -> ExportedProgram:
+    """Export a detector with its thresholds by `torch.export`.
+
+    The graph holds copies: training or calibrating the detector later does not change it.
+
+    Args:
+        detector: calibrated.
+        example: (B, C, H, W) images in [0, 1]. C, H and W become part of the graph, B stays free. None takes the
+            detector's `image_shape` or, where that is not decided, the size that a timm backbone was configured for.
+
+    Returns:
+        A program that maps images to labels, distances and is_adversarial, each (B,), as `detect` does in eval mode.
+
+    Raises:
+        NotCalibratedError: the detector has no thresholds.
+        InputError: an example of a wrong shape, dtype or range.
+        ConfigurationError: no example, and no detector or timm backbone that tells its size; or a detector that gives
+            the same images different evidence each time.
+
+    Example:
+        >>> from clusterguard import ClusterGuard
+        >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU()), num_classes=2)
+        >>> guard.thresholds = torch.tensor([12.0, 12.0])
+        >>> program = export_program(guard, torch.rand(1, 1, 4, 4))
+        >>> labels, distances, is_adversarial = program.module()(torch.rand(7, 1, 4, 4))
+        >>> labels.shape
+        torch.Size([7])
+    """
+    decision, images = _prepare(detector, example)
+    with _quiet():
+        return torch.export.export(decision, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+
+
+def export_onnx(
+    detector: DetectorModule, path: str | Path, example: Tensor | None = None, *, card: str | None = None
+) -> Path:
+    """Export a detector with its thresholds as an ONNX file.
+
+    Args:
+        detector: calibrated, in float32 or float16.
+        path: of the file; what was there stays there if anything fails. Weights of more than 2 GiB do not fit into
+            it and go into a second file beside it, named like it with a part of their hash and ``.data``. Both belong
+            together: move and copy them together.
+        example: as in `export_program`.
+        card: text about the detector for those who use the graph, such as the model card of a saved guard.
+
+    Returns:
+        The path. The graph maps "images" to "labels", "distances" and "is_adversarial"; its initializer "thresholds" is
+        the only part that calibration sets. Its metadata say how they were fitted, and hold the classes' names and the
+        card.
+
+    Raises:
+        MissingDependencyError: onnx or onnxscript is not installed.
+        NotCalibratedError: the detector has no thresholds.
+        InputError: an example of a wrong shape, dtype or range.
+        ConfigurationError: as in `export_program`, or another precision, or a card that is no text.
+
+    Example:
+        >>> import tempfile
+        >>> from clusterguard import ClusterGuard
+        >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU()), num_classes=2)
+        >>> guard.thresholds = torch.tensor([12.0, 12.0])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_onnx(guard, f"{folder}/guard.onnx", torch.rand(1, 1, 4, 4)).name
+        'guard.onnx'
+    """
+    _import("onnx", "onnxscript")
+    if card is not None and not (isinstance(card, str) and is_unicode(card)):
+        raise ConfigurationError(f"expected a card that is a text UTF-8 can write, got {type(card).__name__}")
+    decision, images = _prepare(detector, example)
+    if images.dtype not in _DTYPES.values():
+        raise ConfigurationError(
+            f"expected a detector in float32 or float16, got {images.dtype}; export "
+            "copy.deepcopy(detector).float() and calibrate the graph, for its distances will differ"
+        )
+    thresholds, shapes = detector.thresholds.cpu(), ({0: Dim("batch")}, None)
+    with _quiet():
+        program = torch.export.export(
+            decision.cpu(), (images.cpu(), thresholds), dynamic_shapes=shapes, strict=False
+        ).run_decompositions({torch.ops.aten.clamp_min.default: _clamp_min})
+        names: dict[str, Any] = {"input_names": ["images", "thresholds"], "output_names": Detection._fields}
+        exported: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    model = exported.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # stack traces, with paths of this machine
+    del model.graph.value_info[:]
+    for value in [model.graph.input[0], *model.graph.output]:
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    return _write(model, detector, path, card)
+
+
+class OnnxDetector(DetectorModule):
+    """A detector that `export_onnx` wrote, run by onnxruntime; make it with `load_onnx`.
+
+    It detects and can be calibrated like any detector. The graph tells one suspicion an image, that of its label, so
+    evidence for other classes is a place holder, and there are no gradients: attack the detector that was exported.
+    Its `image_shape` is the (C, H, W) of the images that it takes, its `card` the text that was exported with it. A
+    graph that is saved with other thresholds leaves the card out, for it describes the old ones.
+
+    Args:
+        model: the graph, its thresholds an input.
+        session: that runs it.
+        thresholds: (K,).
+        card: about the detector; None if there is none.
+        folder: of weights that are not in the graph but in a file beside it.
+
+    Example:
+        See `load_onnx`.
+    """
+
+    def __init__(
+        self, model: Any, session: Any, thresholds: Tensor, *, card: str | None = None, folder: Path = Path()
+    ) -> None:
+        (images, *_) = session.get_inputs()
+        super().__init__(len(thresholds), image_shape=tuple(images.shape[1:]))
+        self.thresholds, self._exported_thresholds = thresholds, thresholds.clone()
+        self.card = card
+        self._model, self._session, self._folder = model, session, folder
+        self._shape, self._dtype = images.shape[1:], _DTYPES[images.type]
+
+    def check_image_shape(self, images: Tensor) -> None:
+        """Make sure that images have the shape that the graph was exported for, which nothing can change.
+
+        Args:
+            images: (B, C, H, W).
+
+        Raises:
+            InputError: they have another one.
+        """
+        check_tensor(images, "images, as the graph was exported for,", "B", *self._shape)
+
+    def evidence(self, images: Tensor) -> Evidence:
+        """Images (B, C, H, W) -> class scores and suspicion (B, K) on which `decide` says what the graph says."""
+        # At these thresholds the graph refuses what is not finite and nothing else.
+        labels, distances, not_finite = self._run(images, torch.full_like(self.thresholds, torch.inf))
+        is_label = one_hot(labels, self.num_classes).bool()
+        best = torch.where(not_finite, torch.inf, 1.0)
+        return Evidence(torch.where(is_label, best[:, None], 0.0), distances[:, None].expand_as(is_label))
+
+    def save(self, path: str | Path) -> Path:
+        """The path to which the graph is written, with the thresholds it has now.
+
+        Raises:
+            NotCalibratedError: it has none.
+            PersistenceError: the file of its weights, beside the graph that was loaded, is gone or damaged.
+        """
+        check_calibrated(self.thresholds)
+        model = copy.deepcopy(self._model)
+        (helper,) = _import("onnx.external_data_helper")
+        try:
+            helper.load_external_data_for_model(model, str(self._folder))
+        except Exception as error:  # ONNX's errors, and those of the file system, have no base class in common
+            raise PersistenceError(
+                f"{self._folder} no longer holds the weights of the graph that was loaded ({in_one_line(error)}); put "
+                "their file back, or export the detector again"
+            ) from error
+        is_described = torch.equal(self.thresholds.cpu(), self._exported_thresholds)
+        return _write(model, self, path, self.card if is_described else None)
+
+    def _run(self, images: Tensor, thresholds: Tensor) -> Detection:
+        check_tensor(thresholds, "thresholds", self.num_classes)
+        feeds = {"images": images.detach().to("cpu", self._dtype).contiguous(), "thresholds": thresholds.cpu()}
+        outputs = self._session.run(Detection._fields, {name: own.numpy() for name, own in feeds.items()})
+        return Detection(*(torch.from_numpy(own).to(images.device) for own in outputs))
+
+
+def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProvider",)) -> OnnxDetector:
+    """A graph that `export_onnx` wrote, also after quantisation, as a detector that can be calibrated again.
+
+    Args:
+        path: of the file.
+        providers: onnxruntime's execution providers, the preferred first.
+
+    Returns:
+        The detector, with the file's thresholds and the record of their calibration.
+
+    Raises:
+        MissingDependencyError: onnx or onnxruntime is not installed.
+        PersistenceError: the file, or the one of its weights, is missing, damaged, or not from `export_onnx`.
+
+    Example:
+        >>> import tempfile
+        >>> from clusterguard import ClusterGuard
+        >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU()), num_classes=2)
+        >>> guard.thresholds = torch.tensor([12.0, 12.0])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = export_onnx(guard, f"{folder}/guard.onnx", torch.rand(1, 1, 4, 4))
+        ...     detector = load_onnx(path)
+        ...     detector.thresholds = torch.tensor([9.0, 9.0])  # or Calibrator(0.01).fit(detector, loader)
+        ...     load_onnx(detector.save(path)).thresholds
+        tensor([9., 9.])
+    """
+    onnx, onnxruntime = _import("onnx", "onnxruntime")
+    try:
+        model, folder = onnx.load(path, load_external_data=False), Path(path).absolute().parent
+        _check_external(model, folder)
+        properties = {own.key: own.value for own in model.metadata_props}
+        if "clusterguard" not in properties:
+            raise ValueError("its metadata do not name clusterguard")
+        thresholds = _open(model)
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))
+        detector = OnnxDetector(model, session, thresholds, card=properties.get("card"), folder=folder)
+        detector.class_names = json.loads(properties.get("class_names", "null"))
+        if "calibration" in properties:
+            detector.calibration = Calibration.from_dict(json.loads(properties["calibration"]), thresholds)
+    except Exception as error:  # protobuf's and onnxruntime's errors have no base class in common
+        raise PersistenceError(
+            f"{path} is missing, damaged, or not written by export_onnx; export the detector again. What went wrong: "
+            f"{in_one_line(error)}"
+        ) from error
+    return detector
+
+
+class _Decision(nn.Module):
+    """What is exported: a detector and the rule, `decide`."""
+
+    def __init__(self, detector: DetectorModule) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor, thresholds: Tensor | None = None) -> tuple[Tensor, ...]:
+        scores, suspicion = self.detector.evidence(images)
+        # Torch takes a NaN for the largest score, other runtimes do not; infinity is refused as well.
+        scores = scores.masked_fill(scores.isnan(), torch.inf)
+        return tuple(
+            decide(Evidence(scores, suspicion), self.detector.thresholds if thresholds is None else thresholds)
+        )
+
+
+def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decision, Tensor]:
+    """A frozen copy in eval mode, and two blank images for it; with one, export would take B for a constant."""
+    if not isinstance(detector, DetectorModule):
+        raise ConfigurationError(
+            f"expected a DetectorModule, got {type(detector).__name__}; set the thresholds of the detector in it"
+        )
+    check_calibrated(detector.thresholds)
+    if example is not None:
+        check_images(example)
+    with evaluation_mode(detector):  # no other thread changes the mode while it is copied
+        decision = _Decision(copy.deepcopy(detector)).requires_grad_(False)
+    to_eval_mode(decision)
+    settle_weights(decision)
+    like = next((own for own in decision.parameters() if own.is_floating_point()), detector.thresholds)
+    images = like.new_zeros(2, *(_configured_shape(detector) if example is None else example.shape[1:]))
+    noise = torch.rand(8, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
+    with _quiet(), torch.no_grad():
+        decision(images)  # what a detector does at its first batch alone is no part of the graph
+        check_repeated(decision.detector, noise)
+    return decision, images
+
+
+def _configured_shape(detector: DetectorModule) -> tuple[int, ...]:
+    if isinstance(detector.image_shape, tuple):
+        return detector.image_shape
+    for module in detector.modules():
+        settings = getattr(module, "pretrained_cfg", None)
+        if isinstance(settings, dict) and "input_size" in settings:
+            size = getattr(getattr(module, "patch_embed", None), "img_size", None) or settings["input_size"][1:]
+            return (getattr(module, "in_chans", 3), *size)
+    raise ConfigurationError("this detector does not tell the size of its images; pass example=images, a batch of them")
+
+
+def _clamp_min(values: Tensor, smallest: float) -> Tensor:
+    # ONNX leaves open what Clip makes of NaN, and onnxruntime makes a finite number of +inf; both must stay what they
+    # are, or what is not finite would be accepted.
+    return torch.where(values < smallest, smallest, values)
+
+
+def _write(model: Any, detector: DetectorModule, path: str | Path, card: str | None = None) -> Path:
+    """Turn the input "thresholds" into an initializer, say how it was fitted, and write the graph."""
+    (onnx,) = _import("onnx")
+    record = detector.calibration
+    properties = {"clusterguard": version("clusterguard"), "num_classes": str(detector.num_classes)}
+    if detector.class_names is not None:
+        properties["class_names"] = json.dumps(detector.class_names)
+    if card is not None:
+        properties["card"] = card
+    if record is not None and record.describes(detector.thresholds):
+        properties |= {
+            "false_positive_rate": str(record.false_positive_rate),
+            "method": record.method,
+            "calibration": json.dumps(record.to_dict()),
+        }
+    onnx.helper.set_model_props(model, properties)
+    weights = _move_weights_out(model, Path(path).name)
+    model.graph.input.remove(next(own for own in model.graph.input if own.name == "thresholds"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(detector.thresholds.cpu().numpy(), "thresholds"))
+
+    def write(file: Path) -> None:
+        onnx.save(model, file)
+        onnx.checker.check_model(str(file))
+        if weights is not None:  # under a name of its own, so that until the graph is there, too, the old ones match
+            file.with_name(weights).replace(Path(path).with_name(weights))
+
+    written = write_atomically(path, write)
+    for old in written.parent.glob(f"{glob.escape(written.name)}.{'[0-9a-f]' * 16}.data"):
+        if old.name != weights:
+            old.unlink()
+    return written
+
+
+def _move_weights_out(model: Any, name: str) -> str | None:
+    """Where a graph grows too large for one file: mark its weights to be written to another, whose name is returned."""
+    large = [own for own in model.graph.initializer if len(own.raw_data) >= _SMALLEST_TENSOR]
+    if sum(len(own.raw_data) for own in large) <= _LARGEST_GRAPH:
+        return None
+    digest = hashlib.sha256()
+    for own in large:
+        digest.update(own.raw_data)
+    location = f"{name}.{digest.hexdigest()[:16]}.data"
+    (helper,) = _import("onnx.external_data_helper")
+    for own in large:
+        helper.set_external_data(own, location)
+    return location
+
+
+def _check_external(model: Any, folder: Path) -> None:
+    """Weights outside of a graph are in plain files beside it, and nowhere else."""
+    (helper,) = _import("onnx.external_data_helper")
+    for tensor in helper._get_all_tensors(model):
+        if not helper.uses_external_data(tensor):
+            continue
+        name = helper.ExternalDataInfo(tensor).location
+        file = folder / name
+        if Path(name).name != name or "\\" in name or file.is_symlink():
+            raise ValueError(f"its weights are said to be in {name!r}, which is no plain file beside it")
+        if not file.is_file():
+            raise ValueError(f"its weights are in {name!r}, which is not beside it; put that file there, too")
+
+
+def _open(model: Any) -> Tensor:
+    """Turn the initializer "thresholds" into an input, and return it."""
+    (onnx,) = _import("onnx")
+    initializer = next(own for own in model.graph.initializer if own.name == "thresholds")
+    values = onnx.numpy_helper.to_array(initializer)
+    model.graph.initializer.remove(initializer)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("thresholds", initializer.data_type, values.shape))
+    return torch.tensor(values)
+
+
+def _import(*names: str) -> list[Any]:
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'{" and ".join(names)} are needed for this; run: pip install "clusterguard[export]"'
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, for exporters warn of their own deprecations; no autocast, for the graph would keep its casts."""
+    with warnings.catch_warnings(), without_autocast():
+        warnings.simplefilter("ignore")
+        yield

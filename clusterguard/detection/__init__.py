@@ -1,0 +1,82 @@
+"""The decision, once: from evidence to verdicts, thresholds for it, and rates of verdicts."""
+
+from clusterguard.detection._calibration import (
+    Calibration,
+    Calibrator,
+    allowed_refusals,
+    fit_threshold,
+    fit_thresholds,
+    minimum_examples,
+)
+from clusterguard.detection._decision import (
+    Detection,
+    Detector,
+    Evidence,
+    check_goal,
+    class_margins,
+    decide,
+    success_margin,
+)
+from clusterguard.detection._judging import check_repeated, judge
+from clusterguard.detection._loaders import (
+    Loader,
+    Pairs,
+    Unpack,
+    check_loader,
+    give_the_same_images,
+    number_of_batches,
+    set_epoch,
+    unpack_batch,
+)
+from clusterguard.detection._metrics import (
+    Rate,
+    accuracy,
+    accuracy_after_rejection,
+    attack_success_rate,
+    expected_roc_auc,
+    false_positive_rate,
+    is_broken,
+    is_eligible,
+    roc_auc,
+    wilson_interval,
+)
+from clusterguard.detection._precision import Arithmetic, full_precision, without_autocast
+
+__all__ = [
+    "Arithmetic",
+    "Calibration",
+    "Calibrator",
+    "Detection",
+    "Detector",
+    "Evidence",
+    "Loader",
+    "Pairs",
+    "Rate",
+    "Unpack",
+    "accuracy",
+    "accuracy_after_rejection",
+    "allowed_refusals",
+    "attack_success_rate",
+    "check_goal",
+    "check_loader",
+    "check_repeated",
+    "class_margins",
+    "decide",
+    "expected_roc_auc",
+    "false_positive_rate",
+    "fit_threshold",
+    "fit_thresholds",
+    "full_precision",
+    "give_the_same_images",
+    "is_broken",
+    "is_eligible",
+    "judge",
+    "minimum_examples",
+    "number_of_batches",
+    "roc_auc",
+    "set_epoch",
+    "success_margin",
+    "unpack_batch",
+    "wilson_interval",
+    "without_autocast",
+]

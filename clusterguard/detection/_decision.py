@@ -1,0 +1,185 @@
+"""The decision, once: what a detector reports, when it accepts, and how far an attack is from success.
+
+Everything else (the guard, the baselines, relabelling in training, attacks, metrics) calls these functions.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from clusterguard._support import check_range, check_tensor
+from clusterguard.errors import InputError
+from torch import Tensor
+
+
+class Evidence(NamedTuple):
+    """What a detector sees in a batch, before any threshold.
+
+    Attributes:
+        class_scores: (B, K); the larger, the more like class k. The largest is the label.
+        suspicion: (B, K); the larger, the more adversarial the image if it is labelled k. For a `ClusterGuard`
+            the Euclidean distance to the centre of class k.
+    """
+
+    class_scores: Tensor
+    suspicion: Tensor
+
+
+class Detection(NamedTuple):
+    """The verdict on a batch.
+
+    Attributes:
+        labels: (B,) int64, the class with the largest score.
+        distances: (B,) suspicion of that label; for a `ClusterGuard` the distance to the label's centre.
+        is_adversarial: (B,) bool; True means: refuse this image.
+    """
+
+    labels: Tensor
+    distances: Tensor
+    is_adversarial: Tensor
+
+
+class Detector(Protocol):
+    """All that attacks, metrics and evaluation ask of a detector.
+
+    Attributes:
+        thresholds: (K,) largest suspicion that is accepted, per label. NaN means not calibrated (and accepts
+            nothing); +inf accepts every finite suspicion.
+
+    Example:
+        >>> class Brighter:  # of two pixels, and suspicious if they are nearly the same
+        ...     thresholds = torch.tensor([-0.1, -0.1])
+        ...
+        ...     def evidence(self, images):
+        ...         pixels = images.flatten(1)
+        ...         return Evidence(pixels, -(pixels[:, :1] - pixels[:, 1:]).abs().expand_as(pixels))
+        >>> decide(Brighter().evidence(torch.tensor([[[[0.2, 0.9]]]])), Brighter.thresholds).labels
+        tensor([1])
+    """
+
+    thresholds: Tensor
+
+    def evidence(self, images: Tensor) -> Evidence:
+        """The class scores and suspicion of images (B, C, H, W) in [0, 1]; differentiable in the images."""
+        ...
+
+
+def decide(evidence: Evidence, thresholds: Tensor) -> Detection:
+    """Label each image and say whether it is refused.
+
+    The label is the class with the largest score, the first one on ties. The image is accepted iff the label's
+    suspicion is at most the label's threshold and everything in its row of evidence is finite: in doubt the
+    guard refuses.
+
+    Args:
+        evidence: of B images, K classes.
+        thresholds: (K,).
+
+    Returns:
+        Labels, the labels' suspicion, and the verdict, each (B,).
+
+    Raises:
+        InputError: tensors of a wrong shape, dtype or device.
+
+    Reference:
+        arXiv 2012.03483, equation 16 and section 3.2.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[-1.0, -9.0], [-4.0, -3.0]]), torch.tensor([[1.0, 9.0], [4.0, 3.0]]))
+        >>> decide(evidence, thresholds=torch.tensor([2.0, 2.0])).is_adversarial
+        tensor([False,  True])
+    """
+    _check_evidence(evidence, thresholds)
+    labels = evidence.class_scores.argmax(dim=1)
+    suspicion = evidence.suspicion.gather(1, labels[:, None]).squeeze(1)
+    accepted = (suspicion <= thresholds[labels]) & _is_finite(evidence)
+    return Detection(labels, suspicion, ~accepted)
+
+
+def class_margins(evidence: Evidence, thresholds: Tensor) -> Tensor:
+    """How far each image is from being accepted as each class: at most 0 iff `decide` accepts it as that class.
+
+    ``m_j = max(suspicion_j - threshold_j, max_{i != j}(score_i - score_j))``, +inf where evidence is not finite
+    or the threshold is NaN. On a tie of scores the class that `decide` does not choose gets the smallest
+    positive number instead of 0, so margins and decisions agree exactly.
+
+    Args:
+        evidence: of B images, K >= 2 classes.
+        thresholds: (K,).
+
+    Returns:
+        (B, K), in the units of the evidence; differentiable.
+
+    Raises:
+        InputError: tensors of a wrong shape, dtype or device, or a single class.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[-1.0, -9.0]]), torch.tensor([[1.0, 9.0]]))
+        >>> class_margins(evidence, thresholds=torch.tensor([2.0, 2.0]))
+        tensor([[-1.,  8.]])
+    """
+    _check_evidence(evidence, thresholds, classes=2)
+    scores, suspicion = evidence
+    top = scores.amax(dim=1, keepdim=True)
+    label = scores.argmax(dim=1, keepdim=True)
+    is_label = torch.zeros_like(scores, dtype=torch.bool).scatter(1, label, True)
+    runner_up = scores.masked_fill(is_label, -torch.inf).amax(dim=1, keepdim=True)
+    behind = torch.where(is_label, runner_up - top, top - scores + torch.finfo(scores.dtype).tiny)
+    margins = torch.maximum(suspicion - thresholds, behind)
+    refused = ~_is_finite(evidence)[:, None] | thresholds.isnan()
+    return margins.masked_fill(refused, torch.inf)
+
+
+def success_margin(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+    """How far an attack on each image is from success: at most 0 iff the image is accepted under a wrong label.
+
+    Args:
+        evidence: of B images, K >= 2 classes.
+        thresholds: (K,).
+        labels: (B,) true labels.
+        targets: (B,) wrong labels the attack aims at; None means that any wrong label will do.
+
+    Returns:
+        (B,) the margin of the target, or the smallest margin of a wrong class.
+
+    Raises:
+        InputError: tensors of a wrong shape, dtype or device, or labels out of range.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[-1.0, -9.0]]), torch.tensor([[1.0, 9.0]]))
+        >>> thresholds = torch.tensor([2.0, 2.0])
+        >>> success_margin(evidence, thresholds, labels=torch.tensor([1]))  # accepted as class 0: a success
+        tensor([-1.])
+    """
+    check_goal(evidence, thresholds, labels, targets)
+    margins = class_margins(evidence, thresholds)
+    if targets is not None:
+        return margins.gather(1, targets[:, None].long()).squeeze(1)
+    return margins.scatter(1, labels[:, None].long(), torch.inf).amin(dim=1)
+
+
+def check_goal(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> None:
+    """Evidence is of B images and K >= 2 classes, and all the rest fits it: what an objective needs.
+
+    Raises:
+        InputError: otherwise.
+    """
+    _check_evidence(evidence, thresholds, classes=2)
+    scores = evidence.class_scores
+    for name, own in {"labels": labels, "targets": labels if targets is None else targets}.items():
+        check_tensor(own, name, len(scores), kind="integer", like=scores)
+        if own.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking waits for the device
+            check_range(own, scores.shape[1], name=name)
+
+
+def _check_evidence(evidence: Evidence, thresholds: Tensor, *, classes: int = 1) -> None:
+    scores, suspicion = evidence
+    check_tensor(scores, "class_scores", "B", "K")
+    check_tensor(suspicion, "suspicion", *scores.shape, like=scores)
+    check_tensor(thresholds, "thresholds", scores.shape[1], like=scores)
+    if scores.shape[1] < classes:
+        raise InputError(f"expected evidence for at least {classes} classes, got {scores.shape[1]}")
+
+
+def _is_finite(evidence: Evidence) -> Tensor:
+    """(B,) True where every score and suspicion of the row is finite."""
+    return (evidence.class_scores.isfinite() & evidence.suspicion.isfinite()).all(dim=1)

@@ -1,0 +1,30 @@
+"""Detectors that are modules: the guard, its clusters and backbones, and two that it is compared with."""
+
+from clusterguard.detectors._backbones import find_normalization, find_num_classes, make_encoder
+from clusterguard.detectors._base import DetectorModule, Normalize, WithThresholds
+from clusterguard.detectors._clusters import GaussianClusters
+from clusterguard.detectors._confidence import ConfidenceDetector
+from clusterguard.detectors._consistency import ConsistentDetector
+from clusterguard.detectors._folders import CARD, CONFIG, WEIGHTS, read_config, read_weights, refuse_foreign
+from clusterguard.detectors._guard import ClusterGuard
+from clusterguard.detectors._model_card import describe_thresholds
+
+__all__ = [
+    "CARD",
+    "CONFIG",
+    "WEIGHTS",
+    "ClusterGuard",
+    "ConfidenceDetector",
+    "ConsistentDetector",
+    "DetectorModule",
+    "GaussianClusters",
+    "Normalize",
+    "WithThresholds",
+    "describe_thresholds",
+    "find_normalization",
+    "find_num_classes",
+    "make_encoder",
+    "read_config",
+    "read_weights",
+    "refuse_foreign",
+]

@@ -1,0 +1,110 @@
+"""The Gaussian mixture of the paper: K unit-variance clusters, one adversarial cluster at the origin."""
+
+import math
+
+import torch
+from clusterguard._support import check_tensor
+from clusterguard.errors import ConfigurationError
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+
+
+class GaussianClusters(nn.Module):
+    """A Gaussian with unit covariance per class in a representation space of m = K·l dimensions.
+
+    The centre of class i is `center_scale` on the i-th block of l coordinates and 0 elsewhere; adversarial
+    representations belong to the origin. Nothing is learned. Since centres are that sparse, the distances to
+    all K of them cost O(m) an image, and memory O(K), instead of O(K·m). Everything is computed in float32 at
+    least, under autocast too.
+
+    Args:
+        num_classes: K, at least 2.
+        representation_dim: m, a multiple of K; None means K (l = 1).
+        center_scale: M, positive; centres are M·√(2l) apart and M·√l from the adversarial centre.
+
+    Raises:
+        ConfigurationError: if m is no positive multiple of K, K < 2, or M is not positive and finite.
+
+    Reference:
+        arXiv 2012.03483, equations 11 to 16.
+
+    Example:
+        >>> clusters = GaussianClusters(num_classes=3, center_scale=10.0)
+        >>> clusters.distances(torch.tensor([[10.0, 0.0, 0.0]])).round(decimals=2)
+        tensor([[ 0.0000, 14.1400, 14.1400]])
+    """
+
+    center_scale: Tensor
+
+    def __init__(self, num_classes: int, representation_dim: int | None = None, *, center_scale: float = 10.0) -> None:
+        super().__init__()
+        dim = num_classes if representation_dim is None else representation_dim
+        if num_classes < 2:
+            raise ConfigurationError(f"expected num_classes of at least 2, got {num_classes}")
+        if dim < num_classes or dim % num_classes:
+            raise ConfigurationError(
+                f"expected representation_dim to be a positive multiple of num_classes={num_classes}, got {dim}; "
+                f"try {max(1, round(dim / num_classes)) * num_classes}"
+            )
+        if not (center_scale > 0 and math.isfinite(center_scale)):
+            raise ConfigurationError(f"expected a positive, finite center_scale, got {center_scale}")
+        self.num_classes = num_classes
+        self.representation_dim = dim
+        self.register_buffer("center_scale", torch.tensor(float(center_scale)))
+
+    def extra_repr(self) -> str:
+        """What is shown when the module is printed: K, m and M."""
+        return f"num_classes={self.num_classes}, representation_dim={self.representation_dim}, M={self.center_scale:g}"
+
+    @property
+    def centers(self) -> Tensor:
+        """(K, m) the class centres u(i) of equation 13."""
+        block = self.representation_dim // self.num_classes
+        identity = torch.eye(self.num_classes, device=self.center_scale.device) * self.center_scale
+        return repeat(identity, "k j -> k (j l)", l=block)
+
+    def squared_distances(self, representations: Tensor) -> Tensor:
+        """Squared Euclidean distance to every class centre: (B, m) -> (B, K).
+
+        The own block's distance is added to the energy of the other blocks, which loses less precision close to
+        a centre than expanding the square would.
+        """
+        blocks = self._blocks(representations)
+        energy = reduce(blocks.square(), "b k l -> b k", "sum")
+        own = reduce((blocks - self.center_scale).square(), "b k l -> b k", "sum")
+        return (energy.sum(dim=1, keepdim=True) - energy).clamp_min(0) + own
+
+    def distances(self, representations: Tensor) -> Tensor:
+        """Euclidean distance to every class centre: (B, m) -> (B, K). Its gradient is finite at the centre too."""
+        squared = self.squared_distances(representations)
+        return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
+
+    def adversarial_squared_distance(self, representations: Tensor) -> Tensor:
+        """Squared Euclidean distance to the adversarial centre, the origin: (B, m) -> (B,)."""
+        return reduce(self._blocks(representations).square(), "b k l -> b", "sum")
+
+    @property
+    def half_way(self) -> Tensor:
+        """Half the distance between two class centres, (): further from a centre, another one may be closer."""
+        return self.center_scale * math.sqrt(0.5 * self.representation_dim / self.num_classes)
+
+    def logits(self, representations: Tensor) -> Tensor:
+        """M times the block sums: (B, m) -> (B, K), the log-likelihoods up to a constant per row.
+
+        Their softmax is the mixture's posterior, so any tool that expects a classifier's logits works on them.
+        """
+        return self.center_scale * reduce(self._blocks(representations), "b k l -> b k", "sum")
+
+    def log_likelihood(self, representations: Tensor) -> Tensor:
+        """Log N(z; u(i), I) for every class i: (B, m) -> (B, K)."""
+        constant = 0.5 * self.representation_dim * math.log(2 * math.pi)
+        return -0.5 * self.squared_distances(representations) - constant
+
+    def posterior(self, representations: Tensor) -> Tensor:
+        """p(class | z) with equal priors: (B, m) -> (B, K), rows sum to 1."""
+        return self.logits(representations).softmax(dim=1)
+
+    def _blocks(self, representations: Tensor) -> Tensor:
+        check_tensor(representations, "representations", "B", self.representation_dim)
+        wide = representations.to(torch.promote_types(representations.dtype, torch.float32))
+        return rearrange(wide, "b (k l) -> b k l", k=self.num_classes)

@@ -1,0 +1,248 @@
+"""ClusterGuard: a backbone and the Gaussian mixture behind it, the module that users hold."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from clusterguard._support import Call, CompiledCall, call, names_in_eval_mode, to_eval_mode
+from clusterguard.detection import Evidence
+from clusterguard.detectors._backbones import choose_normalization, choose_num_classes, make_encoder
+from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network, valid_images
+from clusterguard.detectors._clusters import GaussianClusters
+from clusterguard.detectors._folders import describe_backbone, find_folder, load_guard, save_guard
+from clusterguard.detectors._model_card import Measured
+from huggingface_hub import ModelHubMixin
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class ClusterGuard(DetectorModule, ModelHubMixin):
+    """An image classifier that notices adversarial examples: a drop-in for the classifier it wraps.
+
+    The backbone's classifier is replaced by one with m outputs, the representation. An image is labelled by the
+    closest of K Gaussian clusters and refused if it lies further from that cluster's centre than the threshold.
+    Untrained it knows nothing: fine-tune it with `AdversarialClusterTrainer`, then fit thresholds with
+    `Calibrator`.
+
+    A new guard is in eval mode, and training leaves it in eval mode. Modules that are in eval mode within a backbone in
+    train mode, such as a frozen BatchNorm, stay in eval mode while the guard is trained; they are named in `frozen`.
+
+    Args:
+        backbone: any timm model, any torchvision classification model, or any module that maps images to (B, D).
+            It is copied, with its weights; the original stays as it is. Wrappers that compute the same as the model in
+            them are left out: `nn.DataParallel`, a compiled or averaged model, an `nn.Sequential` that only normalises
+            first, a module that only calls the model.
+        num_classes: K; None takes the backbone's own number of classes.
+        representation_dim: m, a multiple of K; None means K.
+        center_scale: M, how far the class centres lie from the origin, along each of their m/K coordinates.
+        mean: per channel, subtracted from images in [0, 1]; None takes what the backbone was trained with
+            (timm: its configuration; torchvision: ImageNet's; other modules: nothing).
+        std: per channel, the divisor after that.
+        example: (B, C, H, W) images for a module whose output width cannot be found without running it. Their shape
+            becomes the `image_shape`, unless one is given.
+        image_shape: (C, H, W) of the images that the guard takes; images of another shape are an error. None takes
+            that of the example or else of the first images that it is trained or calibrated on, "any" leaves it free.
+        class_names: K different names in the order of the labels, which go where the guard goes; None if they are not
+            known.
+
+    Raises:
+        ConfigurationError: an option that cannot work, or num_classes neither given nor found.
+        InputError: an example of another shape than image_shape.
+        UnsupportedBackboneError: the backbone has no classifier to replace and no (B, D) output, or weights that
+            cannot be trained here.
+
+    Warns:
+        UserWarning: num_classes differs from the backbone's own, or a model's normalisation or classifier is lost
+            because what stands around it does not compute the same.
+
+    Reference:
+        arXiv 2012.03483, section 3.2 and figure 4.
+
+    Example:
+        >>> import torch
+        >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU()), num_classes=10)
+        >>> guard(torch.rand(4, 1, 28, 28)).shape  # logits, as any classifier
+        torch.Size([4, 10])
+        >>> guard.distances(torch.rand(4, 1, 28, 28)).shape
+        torch.Size([4, 10])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int | None = None,
+        *,
+        representation_dim: int | None = None,
+        center_scale: float = 10.0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        example: Tensor | None = None,
+        image_shape: ImageShape | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        replaced = "the guard replaces that classifier anyway, and tells as many classes apart as it was told to"
+        classes = choose_num_classes(backbone, num_classes, consequence=replaced)
+        super().__init__(classes, image_shape=image_shape)
+        self.class_names = class_names
+        self.normalize = Normalize(*choose_normalization(backbone, mean, std))
+        self.clusters = GaussianClusters(classes, representation_dim, center_scale=center_scale)
+        self.encoder = make_encoder(backbone, self.clusters.representation_dim, example=example)
+        self._encode: Call = call
+        if example is not None:
+            self.learn_image_shape(example)
+        if self.encoder.training:  # so what is in eval mode within it was put there on purpose
+            self.frozen = names_in_eval_mode(self)
+        to_eval_mode(self)
+
+    def represent(self, images: Tensor) -> Tensor:
+        """The representation z: images (B, C, H, W) in [0, 1] -> (B, m)."""
+        normalised = self.normalize(images)
+        self.check_image_shape(images)
+        return run_network(partial(self._encode, self.encoder), normalised)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits: images (B, C, H, W) in [0, 1] -> (B, K). Their softmax is the mixture's posterior."""
+        return self.clusters.logits(self.represent(images))
+
+    def distances(self, images: Tensor) -> Tensor:
+        """Distance to every class centre: images (B, C, H, W) in [0, 1] -> (B, K), +inf for images to be refused."""
+        visible, is_valid = valid_images(images)
+        return self.clusters.distances(self.represent(visible)).masked_fill(~is_valid, torch.inf)
+
+    def evidence(self, images: Tensor) -> Evidence:
+        """The class scores −d and suspicion d of images (B, C, H, W) in [0, 1], d (B, K) the distances."""
+        distances = self.distances(images)
+        return Evidence(-distances, distances)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Run the encoder through `torch.compile`, in place: detection, attacks and training all gain.
+
+        Saving and exporting work as before; copies are not compiled. Call it on the device where the guard shall stay.
+        The first time a gradient is taken it is compared with the eager one: torch.compile gives some networks wrong
+        gradients without a word, and then attacks fail and the guard looks robust.
+
+        Args:
+            *args: of `torch.compile`.
+            **kwargs: of `torch.compile`; ``mode="reduce-overhead"`` takes CUDA graphs, for small batches on a GPU.
+
+        Raises:
+            ConfigurationError: not here, but at the first gradient, if it is wrong.
+
+        Example:
+            >>> import torch
+            >>> guard = ClusterGuard(nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 2, 2))
+            >>> guard.compile(backend="eager")
+            >>> guard.distances(torch.rand(5, 1, 2, 2)).shape
+            torch.Size([5, 2])
+        """
+        self._encode = CompiledCall(*args, **kwargs)  # module.compile() skips nn.Sequential silently
+
+    def save_pretrained(  # type: ignore[override]  # the Hub's version takes options of its own and returns an address
+        self,
+        save_directory: str | Path,
+        *,
+        training: Mapping[str, Any] | None = None,
+        evaluation: Measured | None = None,
+        config: Mapping[str, Any] | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the guard as a folder: `model.safetensors`, `config.json`, and a model card in `README.md`.
+
+        An interrupted save leaves the old guard, or a folder that `from_pretrained` refuses, never a mixture.
+
+        Args:
+            save_directory: the folder; an older guard in it is replaced, other files stay.
+            training: how it was trained, anything that JSON has; recorded as it is.
+            evaluation: what `evaluate` found about this guard at these thresholds; its figures go into the card.
+            config: the name under which `push_to_hub` hands over `training`.
+            model_card_kwargs: in which `push_to_hub` hands over ``{"evaluation": ...}``.
+
+        Raises:
+            PersistenceError: the folder holds another model's files.
+            ConfigurationError: training that JSON has no words for, or an evaluation at other thresholds.
+
+        Warns:
+            UserWarning: no call of timm or torchvision rebuilds the backbone, so loading will need the module.
+
+        Example:
+            >>> import tempfile, torch
+            >>> backbone = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU())
+            >>> guard, images = ClusterGuard(backbone, num_classes=10), torch.rand(4, 1, 28, 28)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     guard.save_pretrained(folder, training={"epochs": 30})
+            ...     again = ClusterGuard.from_pretrained(folder, backbone=backbone)
+            >>> torch.equal(again.distances(images), guard.distances(images))
+            True
+        """
+        records: dict[str, Any] = {"training": config if training is None else training, "evaluation": evaluation}
+        options = {
+            "num_classes": self.num_classes,
+            "representation_dim": self.clusters.representation_dim,
+            "center_scale": float(self.clusters.center_scale),
+            "mean": self.normalize.mean.flatten().tolist(),
+            "std": self.normalize.std.flatten().tolist(),
+        }
+        recipe = describe_backbone(self.encoder, self.clusters.representation_dim)
+        records.update(model_card_kwargs or {})
+        save_guard(self, Path(save_directory), backbone=recipe, options=options, **records)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the Hub's version takes any option
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        backbone: nn.Module | None = None,
+        example: Tensor | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> "Self":
+        """The guard that `save_pretrained` or `push_to_hub` wrote, on the CPU, in eval mode, calibration restored.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or an id on the Hugging Face Hub.
+            backbone: the module the guard was made with, weights aside; None rebuilds it from `config.json`.
+            example: as in `ClusterGuard`, if that module needed one.
+            revision: on the Hub: a branch, tag or commit.
+            token: for the Hub; None takes the one that is logged in.
+            cache_dir: where downloads are kept.
+            force_download: fetch it even if it is there.
+            local_files_only: do not ask the Hub.
+
+        Returns:
+            The guard; its tensors are the saved ones, bit by bit.
+
+        Raises:
+            PersistenceError: it is missing, damaged, foreign, too new, or does not fit the backbone.
+
+        Example:
+            See `save_pretrained`.
+        """
+        folder = find_folder(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        return load_guard(
+            lambda module, options: cls(
+                module,
+                options["num_classes"],
+                representation_dim=options["representation_dim"],
+                center_scale=options["center_scale"],
+                mean=options["mean"],
+                std=options["std"],
+                example=example,
+                image_shape=options.get("image_shape"),  # guards of version 0.1 do not tell it
+            ),
+            folder,
+            backbone=backbone,
+        )

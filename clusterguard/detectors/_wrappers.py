@@ -1,0 +1,258 @@
+"""Finds the model inside wrappers that compute the same as it does, and the normalisation in front of it.
+
+That a wrapper computes the same is known (`nn.DataParallel`, averaged and compiled models) or shown: the model inside
+is replaced by a stand-in, and the wrapper must hand the very tensor that it gets to the stand-in, and return the very
+tensor that the stand-in gives. So the model never runs, and neither its size nor its device matters.
+"""
+
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from clusterguard._support import copy_module
+from torch import Tensor, nn
+
+Normalization: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation, one value a channel."""
+IsModel: TypeAlias = Callable[[nn.Module], bool]
+
+# By name, for timm and torch._dynamo take long to import. The attribute holds the module that is called.
+_TRANSPARENT = {
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "timm.utils.model_ema.ModelEmaV2": "module",
+    "timm.utils.model_ema.ModelEmaV3": "module",
+}
+# Sides of images, and the shape of what a model may make of one: some holders treat a few sizes or ranks otherwise.
+_SHAPES = (((32, 32), (7,)), ((28, 28), (5, 3, 3)), ((224, 224), (7,)), ((33, 47), (5, 3, 3)))
+
+
+class Core(NamedTuple):
+    """What is inside the wrappers, and the normalisation that they apply to its images, if any."""
+
+    module: nn.Module
+    normalization: Normalization | None = None
+
+
+def unwrap(module: nn.Module, is_model: IsModel) -> Core:
+    """Take the wrappers off a model, as far as they compute the same.
+
+    Args:
+        module: a model, perhaps in wrappers. It stays as it is, and so do modes and random states.
+        is_model: whether a module is a model that is worth finding.
+
+    Returns:
+        The model, and the normalisation that stands in front of it in an `nn.Sequential`. Where no such model can be
+        reached: the module, without wrappers that are known to compute the same.
+
+    Example:
+        >>> network = nn.Sequential(nn.DataParallel(nn.Linear(3, 2)))
+        >>> unwrap(network, lambda module: isinstance(module, nn.Linear)).module
+        Linear(in_features=3, out_features=2, bias=True)
+    """
+    return _find_core(module, is_model) or Core(_take_off_known(module))
+
+
+def _find_core(module: nn.Module, is_model: IsModel) -> Core | None:
+    module = _take_off_known(module)
+    if is_model(module):
+        return Core(module)
+    if not any(map(is_model, module.modules())):
+        return None
+    if type(module) is nn.Sequential and not _is_altered(module):
+        *before, last = [part for part in module if type(part) is not nn.Identity]
+        core = _find_core(last, is_model)
+        if core is not None and not before:
+            return core
+        if core is not None and core.normalization is None:
+            normalization = read_normalization(nn.Sequential(*before), count_channels(core.module))
+            return None if normalization is None else Core(core.module, normalization)
+    return _find_core_of_holder(module, is_model)
+
+
+def _take_off_known(module: nn.Module) -> nn.Module:
+    while not _is_altered(module):
+        attribute = _TRANSPARENT.get(f"{type(module).__module__}.{type(module).__qualname__}")
+        if attribute is None:
+            break
+        module = getattr(module, attribute)
+    return module
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether hooks, or a forward of the object's own, make it compute something else than its class does."""
+    has_forward = "forward" in vars(module) and type(module).__name__ != "OptimizedModule"  # which always has one
+    return bool(has_forward or module._forward_hooks or module._forward_pre_hooks)
+
+
+def count_channels(model: nn.Module) -> int:
+    """How many channels the model's images have: its first convolution's, or three."""
+    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    channels = getattr(model, "in_chans", None) if first is None else first.in_channels
+    return channels if isinstance(channels, int) else 3
+
+
+def read_normalization(module: nn.Module, channels: int) -> Normalization | None:
+    """Read off how a module normalises images, if that is all it does.
+
+    Args:
+        module: stays as it is; a copy is run, in double precision on the CPU.
+        channels: C of the images (B, C, H, W) that it takes.
+
+    Returns:
+        Mean and standard deviation, if the module computes ``(images - mean) / std`` in train and in eval mode and
+        learns nothing; else None.
+
+    Example:
+        >>> from torchvision.transforms import Normalize
+        >>> read_normalization(Normalize([0.25], [0.5]), 1)
+        ((0.25,), (0.5,))
+    """
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        return None
+    images = torch.randn(3, channels, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    images[0], images[1] = 0, 1
+    try:
+        with _undisturbed("cpu"):
+            exact = copy_module(module).double().cpu()
+            outputs = [exact.train(mode)(images.clone()) for mode in (True, False)]
+            if _repeats_channels(exact, images):
+                return None
+        shift, scale = outputs[0][0, :, :1, :1], (outputs[0][1] - outputs[0][0])[:, :1, :1]
+        std, expected = 1 / scale, images * scale + shift
+        if not (std > 0).all() or not std.isfinite().all():
+            return None
+        if {output.shape for output in outputs} != {images.shape}:
+            return None
+        if not all(torch.allclose(output.double(), expected, atol=1e-5) for output in outputs):
+            return None
+    except Exception:  # whatever a module raises at images that it does not take
+        return None
+    # In the shortest words for a float32, which leave out the rounding errors of this computation.
+    sides = (side.flatten().float().numpy() for side in (-shift * std, std))
+    mean, deviation = (tuple(float(str(value)) for value in side) for side in sides)
+    return mean, deviation
+
+
+def _repeats_channels(module: nn.Module, images: Tensor) -> bool:
+    """Whether it leaves images as they are, but for making colour images of grey ones."""
+    try:
+        return torch.equal(module(images.clone()), images) and module(images[:, :1].clone()).shape[1] != 1
+    except Exception:  # whatever it raises at grey images, if it does not take them
+        return False
+
+
+def _find_core_of_holder(holder: nn.Module, is_model: IsModel) -> Core | None:
+    """The core of the part to which a module only hands its images on; None if it does anything else."""
+    # The outermost parts, for they may normalise; else the models themselves, for a holder may reach into its parts.
+    for parts in (list(_find_parts(holder, is_model)), list(_find_models(holder, is_model))):
+        called = _find_only_called(holder, parts) if parts else None
+        if called is not None:
+            return next(core for part, core in parts if id(part) == called)
+    return None
+
+
+def _find_parts(module: nn.Module, is_model: IsModel) -> Iterator[tuple[nn.Module, Core]]:
+    """The outermost parts that are models, or compute the same as one."""
+    for part in module.children():
+        core = _find_core(part, is_model)
+        if core is None:
+            yield from _find_parts(part, is_model)
+        else:
+            yield part, core
+
+
+def _find_models(module: nn.Module, is_model: IsModel) -> Iterator[tuple[nn.Module, Core]]:
+    for part in module.children():
+        if is_model(part):
+            yield part, Core(part)
+        else:
+            yield from _find_models(part, is_model)
+
+
+def _find_only_called(holder: nn.Module, parts: list[tuple[nn.Module, Core]]) -> int | None:
+    """The id of the part to which a module only hands its images on, whatever their size and mode."""
+    like = next((weight for weight in holder.parameters() if weight.is_floating_point()), torch.empty(0))
+    device, dtype = torch.device("cpu") if like.is_meta else like.device, like.dtype
+    generator = torch.Generator().manual_seed(0)
+    usual = count_channels(parts[0][1].module)
+    called = set()
+    with _undisturbed(device):
+        for training, channels, (sides, features) in product((True, False), {usual, 1, 3}, _SHAPES):
+            images = (torch.randn((2, channels, *sides), generator=generator) * 2).to(device, dtype)
+            output = torch.randn((2, *features), generator=generator).to(device, dtype)
+            try:
+                called.add(_find_called(holder, parts, images, output, training=training))
+            except Exception:  # whatever it raises when images or a stand-in are not what it expects
+                if channels == usual:
+                    return None
+            if len(called) > 1 or None in called:
+                return None
+    return next(iter(called))
+
+
+def _find_called(
+    holder: nn.Module, parts: list[tuple[nn.Module, Core]], images: Tensor, output: Tensor, *, training: bool
+) -> int | None:
+    """The id of the one part that gets the images and gives the holder's output; None if there is no such part."""
+    stand_ins = {id(part): _StandIn(core.module, images, output, training=training) for part, core in parts}
+    before = output.clone()
+    shadow = copy_module(holder, dict(stand_ins))
+    shadow.train(training)
+    returned = shadow(images)
+    used = {part: stand_in.calls for part, stand_in in stand_ins.items() if stand_in.calls}
+    is_faithful = list(used.values()) == [[True]] and returned is output and torch.equal(output, before)
+    return next(iter(used)) if is_faithful else None
+
+
+class _StandIn(nn.Module):
+    """Notes for each call whether a model would have got the images as they are, in the same mode and arithmetic."""
+
+    def __init__(self, model: nn.Module, images: Tensor, output: Tensor, *, training: bool) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(images.new_zeros(()))  # some holders ask a parameter for its device or dtype
+        self.calls: list[bool] = []
+        self._signature = inspect.signature(model.forward)
+        self._has_hooks = bool(model._forward_hooks or model._forward_pre_hooks)
+        self._expected = (images, images.clone(), training, _autocast(images))
+        self._output = output
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = self._signature.bind(*args, **kwargs)
+        images, values, training, autocast = self._expected
+        is_alone = len(given.args) == 1 and not given.kwargs and given.args[0] is images
+        as_expected = (self.training, _autocast(images)) == (training, autocast)
+        self.calls.append(is_alone and as_expected and torch.equal(images, values))
+        return self._output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What a holder calls that passes a model's hooks by."""
+        if self._has_hooks:
+            raise NotImplementedError
+        return self(*args, **kwargs)
+
+
+def _autocast(images: Tensor) -> bool:
+    return torch.is_autocast_enabled(images.device.type)
+
+
+@contextmanager
+def _undisturbed(device: torch.device | str) -> Iterator[None]:
+    """Runs a module without a gradient and without a trace in random states or on the screen."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # a module may draw from it
+    devices = [device] if torch.device(device).type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002

@@ -1,0 +1,28 @@
+"""What an attacker achieves against a detector, in figures, pages and plots."""
+
+from clusterguard.evaluation._evaluate import evaluate
+from clusterguard.evaluation._html import to_html
+from clusterguard.evaluation._plots import (
+    Panel,
+    evaluation_figures,
+    plot_distances,
+    plot_representations,
+    star_coordinates,
+)
+from clusterguard.evaluation._results import AttackResult, CertifiedBound, Evaluation, plain
+from clusterguard.evaluation._sanity import Sanity
+
+__all__ = [
+    "AttackResult",
+    "CertifiedBound",
+    "Evaluation",
+    "Panel",
+    "Sanity",
+    "evaluate",
+    "evaluation_figures",
+    "plain",
+    "plot_distances",
+    "plot_representations",
+    "star_coordinates",
+    "to_html",
+]

@@ -1,0 +1,210 @@
+"""Evaluate a detector: run attacks, believe none of them, count what really gets through."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from clusterguard._support import check_detector, check_tensor, evaluation_mode
+from clusterguard.attacks import Attack, check_attack_input, check_radius, get_norm
+from clusterguard.detection import (
+    Detection,
+    Detector,
+    Loader,
+    Pairs,
+    Rate,
+    Unpack,
+    accuracy,
+    accuracy_after_rejection,
+    attack_success_rate,
+    decide,
+    expected_roc_auc,
+    false_positive_rate,
+    is_broken,
+    is_eligible,
+    judge,
+)
+from clusterguard.errors import ConfigurationError, InputError
+from clusterguard.evaluation._batches import Batches, attack_batches
+from clusterguard.evaluation._results import AttackResult, Evaluation, Gallery
+from clusterguard.evaluation._sanity import examine
+from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def evaluate(
+    detector: Detector,
+    attacks: Attack | Mapping[str, Attack],
+    loader: Loader,
+    *,
+    calibration_loader: Loader | None = None,
+    generator: Generator | None = None,
+    sanity_images: int = 100,
+    checkpoint: str | Path | None = None,
+    accelerator: "Accelerator | None" = None,
+    unpack: Unpack | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Attack a calibrated detector and count what gets through.
+
+    An attack's word is not taken: each returned image is judged afresh, as it is stored, and does not count if it
+    left [0, 1] or the budget that the attack states in its `norm` and `eps`.
+
+    Args:
+        detector: calibrated; on the device where the work shall be done.
+        attacks: one attack or suite, or several by name.
+        loader: batches of clean test images (B, C, H, W) in [0, 1] and labels (B,).
+        calibration_loader: the benign images that EROC compares with; None compares with those of `loader`.
+        generator: the attacks' randomness, on the detector's device.
+        sanity_images: how many images the sanity report examines, see `Sanity`; 0 switches it off.
+        checkpoint: a folder in which suites keep what they have done, so that an interrupted run can go on.
+        accelerator: whose processes take a batch each, in turn; all get the same result, whatever their number, if
+            the batches are the same in all of them and the generator has the same seed. A suite then runs batch by
+            batch.
+        unpack: finds images and labels in batches of another form, in both loaders.
+        progress: show a progress bar.
+
+    Returns:
+        The figures, with counts and intervals.
+
+    Raises:
+        NotCalibratedError: the detector has no thresholds.
+        InputError: images or labels of a wrong shape, dtype or range, or an empty loader.
+        ConfigurationError: no attacks, an attack with a radius that covers all images, or a negative number of sanity
+            images.
+
+    Reference:
+        arXiv 2012.03483, section 5, "Evaluation metric".
+
+    Example:
+        >>> from clusterguard import FGSM
+        >>> from clusterguard.detectors import ConfidenceDetector
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> detector = ConfidenceDetector(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)), 2)
+        >>> detector.thresholds = torch.tensor([5.0, 5.0])
+        >>> loader = DataLoader(TensorDataset(torch.rand(8, 1, 2, 2), torch.arange(8) % 2), batch_size=4)
+        >>> evaluate(detector, {"FGSM": FGSM(eps=0.1)}, loader).images
+        8
+    """
+    named = dict(attacks) if isinstance(attacks, Mapping) else {type(attacks).__name__: attacks}
+    if not named:
+        raise ConfigurationError("expected at least one attack, got none")
+    check_detector(detector)
+    if sanity_images < 0:
+        raise ConfigurationError(f"expected sanity_images of at least 0, got {sanity_images}")
+    device, num_classes = detector.thresholds.device, len(detector.thresholds)
+    batches = [(_moved(images, device), _moved(labels, device)) for images, labels in Pairs(loader, unpack)]
+    if not batches:
+        raise InputError("expected a loader with at least one batch, got an empty one")
+    for batch in batches:
+        check_attack_input(detector, *batch)  # everything is checked before the first attack starts
+        for attack in named.values():
+            check_radius(attack, batch[0])
+    clean, labels = judge(detector, batches, accelerator=accelerator)
+    eligible = is_eligible(clean, labels)
+    benign, benign_labels = clean, labels
+    if calibration_loader is not None:
+        benign, benign_labels = judge(detector, calibration_loader, accelerator=accelerator, unpack=unpack)
+    results: list[AttackResult] = []
+    broken: dict[str, Tensor] = {}
+    gallery: Gallery | None = None
+    for name, attack in named.items():
+        started = time.perf_counter()
+        file = None if checkpoint is None else Path(checkpoint) / f"{name}.pt"
+        attacked, stages, cost = attack_batches(
+            attack,
+            detector,
+            batches,
+            generator=generator,
+            checkpoint=file,
+            accelerator=accelerator,
+            progress=name if progress else "",
+        )
+        seconds = time.perf_counter() - started
+        valid = torch.cat([_is_valid(attack, old, new) for (old, _), new in zip(batches, attacked, strict=True)])
+        verdict = _judge_attacked(detector, attacked)
+        verdict = verdict._replace(is_adversarial=verdict.is_adversarial | ~valid)
+        hits = is_broken(verdict, labels) & eligible
+        norm = getattr(attack, "norm", None)
+        budget = norm or "attacks without a stated norm"
+        broken[budget] = broken.get(budget, torch.zeros_like(hits)) | hits
+        results.append(
+            AttackResult(
+                name=name,
+                attack=repr(attack),
+                norm=norm,
+                eps=getattr(attack, "eps", None),
+                success=attack_success_rate(clean, verdict, labels),
+                expected_roc_auc=expected_roc_auc(benign, benign_labels, verdict, labels, num_classes),
+                invalid=int((~valid).sum()),
+                cost=cost,
+                seconds=seconds,
+                stages=stages,
+                verdict=verdict,
+            )
+        )
+        ratios = verdict.distances / detector.thresholds.cpu()[verdict.labels]
+        images = torch.cat([images for images, _ in batches])
+        gallery = _worst_broken(gallery, Gallery(images, torch.cat(attacked), labels, verdict.labels, ratios), hits)
+    total = int(eligible.sum())
+    return Evaluation(
+        images=len(labels),
+        accuracy=accuracy(clean, labels),
+        accuracy_after_rejection=accuracy_after_rejection(clean, labels),
+        false_positives=false_positive_rate(clean, labels),
+        false_positives_by_class=tuple(
+            false_positive_rate(Detection(*(part[labels == index] for part in clean)), labels[labels == index])
+            for index in range(num_classes)
+        ),
+        results=tuple(results),
+        worst_by_norm={norm: Rate(int(hits.sum()), total) for norm, hits in broken.items()},
+        worst_case=Rate(int(torch.stack(list(broken.values())).any(dim=0).sum()), total),
+        benign_reference="evaluated" if calibration_loader is None else "calibration",
+        thresholds=tuple(detector.thresholds.tolist()),
+        seed=None if generator is None else generator.initial_seed(),
+        sanity=examine(detector, *_head(batches, sanity_images), results, generator) if sanity_images else None,
+        clean=clean,
+        labels=labels,
+        gallery=gallery,
+    )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, if it is a tensor with values; if not, the checks say so."""
+    return tensor.to(device) if isinstance(tensor, Tensor) and not tensor.is_meta else tensor
+
+
+@torch.no_grad()
+def _judge_attacked(detector: Detector, batches: list[Tensor]) -> Detection:
+    """Verdicts on attacked images as they are stored; unlike clean ones they may be outside [0, 1]."""
+    with evaluation_mode(detector):
+        verdicts = [decide(detector.evidence(images), detector.thresholds) for images in batches]
+    return Detection(*(torch.cat(parts).cpu() for parts in zip(*verdicts, strict=True)))
+
+
+def _is_valid(attack: Attack, images: Tensor, attacked: Tensor) -> Tensor:
+    """(B,) whether attacked images are images, and within the budget that the attack states."""
+    check_tensor(attacked, "what the attack returns", *images.shape, like=images)
+    in_box = ((attacked >= 0) & (attacked <= 1)).flatten(1).all(dim=1)
+    norm, eps = getattr(attack, "norm", None), getattr(attack, "eps", None)
+    if norm is None or eps is None:
+        return in_box.cpu()
+    tolerance = 1e-5 * (1 + eps)  # float32 rounding of a few thousand summed pixels
+    in_budget: Tensor = get_norm(norm).size(attacked - images) <= eps + tolerance
+    return (in_box & in_budget).cpu()
+
+
+def _head(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return images[:count], labels[:count]
+
+
+def _worst_broken(best: Gallery | None, fresh: Gallery, hits: Tensor, count: int = 12) -> Gallery:
+    """Broken images at the smallest suspicion over threshold, of those so far and of a further attack."""
+    broken = Gallery(*(part.cpu()[hits] for part in fresh))
+    merged = broken if best is None else Gallery(*(torch.cat(parts) for parts in zip(best, broken, strict=True)))
+    order = merged.ratios.argsort()[:count]
+    return Gallery(*(part[order] for part in merged))

@@ -1,0 +1,214 @@
+"""Signs that attacks failed, rather than that the detector held: printed with every evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from clusterguard._support import evaluation_mode
+from clusterguard.attacks import (
+    PGD,
+    Attack,
+    MultiTarget,
+    ObjectiveValues,
+    Problem,
+    SparseRS,
+    Square,
+    Start,
+    SteepestDescent,
+    Towards,
+    backpropagate,
+    check_attack_input,
+    descend,
+    get_norm,
+    get_objective,
+)
+from clusterguard.detection import Detection, Detector, Rate, decide, is_broken, is_eligible
+from torch import Generator, Tensor
+
+_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Sanity:
+    """What a quick probe with our own attacks says about the evaluation beside it.
+
+    Attributes:
+        images: how many images were probed; only those labelled correctly and accepted before any attack.
+        norm: of the probe, that of the first attack that states one.
+        eps: of the probe.
+        by_eps: (eps, ASR) pairs at parts of eps, at eps, and with the ball around the whole box.
+        by_step: ASR after each step of PGD at eps.
+        white_box: ASR of gradient attacks at eps, image starts and several targets included.
+        black_box: ASR of a gradient-free attack at eps.
+        zero_gradients: share of gradients that were exactly 0.
+        non_finite_gradients: share of gradients that were not finite.
+        still_falling: share of unbroken images whose best margin made more than 2 % of its way in the last tenth of
+            the steps.
+        lost_again: share of images that an earlier iterate broke and the last one did not.
+        warnings: what is wrong, in words; empty if nothing is.
+    """
+
+    images: int
+    norm: str
+    eps: float
+    by_eps: tuple[tuple[float, Rate], ...]
+    by_step: tuple[Rate, ...]
+    white_box: Rate
+    black_box: Rate
+    zero_gradients: float
+    non_finite_gradients: float
+    still_falling: float
+    lost_again: float
+    warnings: tuple[str, ...]
+
+
+class Result(Protocol):
+    """What the probe is told of each evaluated attack."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def norm(self) -> str | None:
+        """The norm it states."""
+
+    @property
+    def eps(self) -> float | None:
+        """The radius it states."""
+
+    @property
+    def verdict(self) -> Detection:
+        """Verdicts on its images."""
+
+
+def examine(
+    detector: Detector,
+    images: Tensor,
+    labels: Tensor,
+    results: Sequence[Result],
+    generator: Generator | None = None,
+) -> Sanity | None:
+    """Probe a detector on some images.
+
+    Args:
+        detector: calibrated.
+        images: (B, C, H, W) clean images in [0, 1], the first B that were evaluated.
+        labels: (B,) their labels.
+        results: of the evaluated attacks.
+        generator: randomness, on the images' device.
+
+    Returns:
+        The report; None if no attack states its norm and eps, or no image is labelled correctly and accepted.
+    """
+    check_attack_input(detector, images, labels)
+    stated = [result for result in results if result.norm is not None and result.eps]
+    with torch.no_grad(), evaluation_mode(detector):
+        usable = is_eligible(decide(detector.evidence(images), detector.thresholds), labels)
+    if not stated or not usable.any():
+        return None
+    norm, eps = str(stated[0].norm), float(stated[0].eps or 0)
+    references = Towards.accepted(detector, images, labels)
+    probed, truth = images[usable], labels[usable]
+
+    def hits(attacked: Tensor) -> Tensor:
+        with torch.no_grad(), evaluation_mode(detector):
+            return is_broken(decide(detector.evidence(attacked), detector.thresholds), truth)
+
+    def broken(attack: Attack) -> Tensor:
+        return hits(attack(detector, probed, truth, generator=generator))
+
+    def pgd(radius: float, start: Start | str) -> PGD:
+        step = radius if norm == "l0" else radius / 10
+        return PGD(
+            norm=norm, eps=radius, step_size=step, steps=_STEPS, start=start, objective="margin", stop_early=True
+        )
+
+    trace = _Trace()
+    problem = Problem(detector, probed, truth, None, get_norm(norm), eps, get_objective("margin"), generator)
+    rule = SteepestDescent(pgd(eps, "image").step_size, sparsity=0.05)
+    with evaluation_mode(detector):
+        last = descend(problem, probed, rule, gradient=trace.gradient, steps=_STEPS, keep="last")
+    trace.margins.append(problem.margin(last))
+    margins = torch.stack(trace.margins)
+    best = margins.cummin(dim=0).values
+    late = best[-1 - _STEPS // 10] - best[-1]
+    ever = best[-1] <= 0
+    white = ever | broken(pgd(eps, references)) | broken(MultiTarget(attack=pgd(eps, references), max_targets=5))
+    black = broken(SparseRS(eps=int(eps), queries=200) if norm == "l0" else Square(norm=norm, eps=eps, queries=200))
+
+    whole = float(get_norm(norm).size(torch.ones_like(images[:1]))[0])
+    curve, so_far = [], torch.zeros_like(white)
+    for radius in (eps / 4, eps / 2, eps * 3 / 4):
+        radius = max(1.0, radius // 1) if norm == "l0" else radius
+        so_far = so_far | broken(pgd(radius, "image")) | broken(pgd(radius, references))
+        curve.append((radius, _rate(so_far)))
+    so_far = so_far | white | black
+    curve.append((eps, _rate(so_far)))
+    curve.append((whole, _rate(so_far | broken(pgd(whole, "image")) | broken(pgd(whole, references)))))
+
+    report = Sanity(
+        images=len(probed),
+        norm=norm,
+        eps=eps,
+        by_eps=tuple(curve),
+        by_step=tuple(_rate(row <= 0) for row in best),
+        white_box=_rate(white),
+        black_box=_rate(black),
+        zero_gradients=trace.zero / trace.seen,
+        non_finite_gradients=trace.non_finite / trace.seen,
+        still_falling=_share((late > 0.02 * (best[0] - best[-1]))[~ever]),
+        lost_again=_share(ever & (margins[-1] > 0)),
+        warnings=(),
+    )
+    missed = white.cpu()
+    for result in results:
+        if result.norm == norm and result.eps == eps:
+            verdict = Detection(*(part[: len(images)][usable.cpu()] for part in result.verdict))
+            missed = missed & ~is_broken(verdict, truth.cpu())
+    found = [text for wrong, text in _judgements(report, int((black & ~white).sum()), int(missed.sum())) if wrong]
+    return Sanity(**{**report.__dict__, "warnings": tuple(found)})
+
+
+class _Trace:
+    """Backpropagation that remembers margins and counts gradients that say nothing."""
+
+    def __init__(self) -> None:
+        self.margins: list[Tensor] = []
+        self.seen = self.zero = self.non_finite = 0
+
+    def gradient(self, problem: Problem, iterates: Tensor) -> ObjectiveValues:
+        evaluation = backpropagate(problem, iterates)
+        flat = evaluation.gradient.flatten(1)
+        self.margins.append(evaluation.margin)
+        self.seen += len(flat)
+        self.zero += int((flat == 0).all(dim=1).sum())
+        self.non_finite += int((~flat.isfinite()).any(dim=1).sum())
+        return evaluation
+
+
+def _judgements(report: Sanity, only_black: int, missed: int) -> list[tuple[bool, str]]:
+    whole = report.by_eps[-1][1]
+    return [
+        (whole.value < 0.99, f"with the whole box allowed only {whole} are broken: the attacks fail, not the attacker"),
+        (
+            only_black > 0,
+            f"a gradient-free attack breaks {only_black} images that gradient attacks do not: gradients are masked",
+        ),
+        (
+            missed > 0,
+            f"a quick probe breaks {missed} of {report.images} images that the evaluated attacks, too weak, do not",
+        ),
+        (report.zero_gradients > 0.01, f"{report.zero_gradients:.1%} of gradients are exactly 0: the loss saturates"),
+        (report.non_finite_gradients > 0, f"{report.non_finite_gradients:.1%} of gradients are not finite"),
+        (report.still_falling > 0.1, f"{report.still_falling:.0%} of losses still fell at the end: take more steps"),
+    ]
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.double().mean()) if len(hits) else 0.0
+
+
+def _rate(hits: Tensor) -> Rate:
+    return Rate(int(hits.sum()), hits.numel())

@@ -1,0 +1,404 @@
+"""What every training of a detector shares: epochs, records, checkpoints, calibration at the end."""
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from clusterguard._support import check_images, check_labels, collect, names_in_eval_mode, to_eval_mode, training_mode
+from clusterguard.detection import (
+    Calibrator,
+    Loader,
+    Pairs,
+    Unpack,
+    check_loader,
+    give_the_same_images,
+    judge,
+    set_epoch,
+)
+from clusterguard.detectors import DetectorModule
+from clusterguard.errors import (
+    ConfigurationError,
+    InputError,
+    PersistenceError,
+    TooFewCalibrationExamplesError,
+    TrainingStoppedError,
+    in_one_line,
+)
+from clusterguard.training._checkpoints import EpochRecord, EpochTotals, read_checkpoint, save_checkpoint
+from clusterguard.training._engine import TrainingEngine, TrainingStep
+from clusterguard.training._loader_state import restarting_workers
+from clusterguard.training._optimizers import MakeOptimizer, MakeScheduler, make_optimizer, make_scheduler
+from clusterguard.training._options import TrainingOptions
+from clusterguard.training._replay import Replay, Run
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+
+class DetectorTrainer(ABC):
+    """Trains a detector, then calibrates it; write `training_step`, the loss of a batch.
+
+    Args:
+        detector: trained in place, on its own device.
+        optimizer: a function that makes one of the detector's parameters, such as
+            ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``, or an optimizer of ``detector.parameters()``;
+            None takes Adam with learning rate 1e-3.
+        scheduler: a function that makes one of the optimizer, or a scheduler of it, torch's or timm's; stepped after
+            every epoch, or as the options say. `ReduceLROnPlateau` is given the mean loss of each epoch.
+        calibrator: fits the final thresholds; None takes `Calibrator()`.
+        options: how steps are taken: clipping, averaging, devices and processes; None takes `TrainingOptions()`.
+
+    Attributes:
+        optimizer: that takes the steps.
+        scheduler: of its learning rate, or None.
+        thresholds: (K,) those in use while training, +inf at first.
+        history: one record per epoch that is done.
+
+    Example:
+        >>> from clusterguard.detectors import ConfidenceDetector
+        >>> from torch.nn.functional import cross_entropy
+        >>> class Plain(DetectorTrainer):
+        ...     def training_step(self, images, labels, generator):
+        ...         logits = self.detector(images)
+        ...         return TrainingStep(cross_entropy(logits, labels), (logits.argmax(1) == labels).sum())
+        >>> detector = ConfidenceDetector(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), 2)
+        >>> batches = [(torch.rand(8, 1, 4, 4), torch.arange(8) % 2)]
+        >>> history = Plain(detector).fit(batches, batches, epochs=2, calibrate=False, progress=False)
+        >>> [record.epoch for record in history]
+        [1, 2]
+    """
+
+    def __init__(
+        self,
+        detector: DetectorModule,
+        *,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
+        calibrator: Calibrator | None = None,
+        options: TrainingOptions | None = None,
+    ) -> None:
+        self.detector = detector
+        self.optimizer: Optimizer = make_optimizer(optimizer, detector)
+        self.scheduler: Any = make_scheduler(scheduler, self.optimizer)
+        self.calibrator = Calibrator() if calibrator is None else calibrator
+        self.options = TrainingOptions() if options is None else options
+        self.thresholds = torch.full_like(detector.thresholds, torch.inf)
+        self.history: list[EpochRecord] = []
+        self._totals = EpochTotals()
+        self._batches: int | None = None
+        self._noted: dict[str, float] = {}
+
+    @abstractmethod
+    def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
+        """The loss of a batch.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], on the detector's device.
+            labels: (B,).
+            generator: the attack's randomness; None takes torch's global one.
+        """
+
+    def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:  # noqa: B027  # may be left out
+        """Called after every step of the optimizer, with an endless supply of calibration batches."""
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Hand values, numbers by name, to the trackers with the next report."""
+        self._noted |= values
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs so far; the present one counts in part where the loader tells its length."""
+        return len(self.history) + (self._totals.steps / self._batches if self._batches else 0)
+
+    @cached_property
+    def engine(self) -> TrainingEngine:
+        """What takes the steps; made when it is first needed."""
+        return TrainingEngine(
+            self.detector,
+            self.training_step,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            options=self.options,
+        )
+
+    def fit(
+        self,
+        train_loader: Loader,
+        calibration_loader: Loader,
+        *,
+        epochs: int,
+        on_epoch_end: Callable[[EpochRecord], None] | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int | None = None,
+        stop_when: Callable[[], bool] | None = None,
+        generator: Generator | None = None,
+        calibrate: bool = True,
+        unpack: Unpack | None = None,
+        progress: bool = True,
+    ) -> list[EpochRecord]:
+        """Train, then calibrate.
+
+        The detector counts as uncalibrated until the end, and stays so if training fails. It is in train mode within
+        epochs and in eval mode afterwards, also if training fails. Modules that its attribute `frozen` names stay in
+        eval mode; in a detector that you hand over in train mode, these are the ones you have put into eval mode, such
+        as a frozen BatchNorm. Batch normalisation of which all parameters are frozen, or that lies in a module of which
+        all are, is used in eval mode too, so that its statistics do not move. Equal seeds of torch's global generator,
+        of the loaders and of `generator` give equal weights on the same machine. With several processes, batches of the
+        training loader are dealt out in turn.
+
+        Args:
+            train_loader: batches of images (B, C, H, W) in [0, 1] and labels (B,), in any form that
+                `clusterguard.detection.unpack_batch` knows; a loader of a stream will do. Samplers and data sets with a
+                method `set_epoch` are told the number of each epoch.
+            calibration_loader: the same, of images kept out of training and of evaluation.
+            epochs: how many there shall be in all, those of a resumed checkpoint and of earlier calls included.
+            on_epoch_end: called after every epoch with its record, when the checkpoint has been written.
+            checkpoint: a file written after every epoch; if it exists, training goes on from it, to the same weights
+                as without the interruption. The one before it is kept beside it, as ``.previous``. Persistent workers
+                of loaders are started anew for every pass, for their random states cannot be kept.
+            checkpoint_every: steps of the optimizer after which it is written too; None writes it after epochs only.
+            stop_when: asked after every step of the optimizer; once any process says yes, the checkpoint is written and
+                `TrainingStoppedError` ends the call. The same call goes on. For limits of time, and for SIGTERM.
+            generator: the attack's randomness; None takes torch's global one.
+            calibrate: fit thresholds at the end. Where the calibration set turns out too small, a warning says so
+                and the trained detector stays uncalibrated.
+            unpack: finds images and labels in a batch of another form, such as
+                ``lambda batch: (batch["photo"], batch["species"])``.
+            progress: show a progress bar.
+
+        Returns:
+            One record per epoch.
+
+        Raises:
+            ConfigurationError: fewer than one epoch or step, a loader of which there is one pass only or that processes
+                cannot share, an optimizer or a scheduler that would change nothing, nothing to train, or `stop_when`
+                without a checkpoint.
+            PersistenceError: the checkpoint and the one before it are damaged, or another run's; nothing has changed.
+            InputError: images or labels of a wrong form, shape, dtype or range.
+            TooFewCalibrationExamplesError: before training, if the calibration set can't suffice.
+            TrainingDivergedError: the loss became NaN or infinite; the detector holds the last good weights.
+            TrainingStoppedError: `stop_when` said so, and the checkpoint is written.
+
+        Warns:
+            UserWarning: calibration images are trained on; the optimizer lacks parameters; a loader holds randomness
+                that no checkpoint can keep; a batch has one image, and the detector batch normalisation.
+        """
+        if epochs < 1:
+            raise ConfigurationError(f"expected at least 1 epoch, got {epochs}")
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise ConfigurationError(f"expected checkpoint_every of at least 1 step, got {checkpoint_every}")
+        if stop_when is not None and checkpoint is None:
+            raise ConfigurationError("expected a checkpoint with stop_when, or what is stopped would be lost, got none")
+        check_loader(train_loader, "training loader")
+        check_loader(calibration_loader, "calibration loader")
+        with torch.inference_mode(False), torch.enable_grad():
+            train, calibration = (
+                loader if checkpoint is None else restarting_workers(loader)
+                for loader in (train_loader, calibration_loader)
+            )
+            run = Run(
+                Replay(Pairs(self.engine.share(train), unpack), self.engine.device),
+                Replay(Pairs(calibration, unpack), self.engine.device),
+                generator,
+                checkpoint,
+                checkpoint_every,
+                stop_when,
+            )
+            if calibrate and give_the_same_images(train_loader, calibration_loader):
+                warnings.warn(
+                    "the calibration loader gives images that are trained on. Thresholds fitted to them refuse more "
+                    "new images than they should; keep the calibration images out of training",
+                    stacklevel=2,
+                )
+            self._begin(run, epochs, calibrate)
+            while len(self.history) < epochs:
+                frozen = self.detector.frozen | _frozen_batch_norms(self.detector)
+                with training_mode(self.detector, frozen=frozen):
+                    is_stopped = self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" * progress)
+                self._end_epoch(run, on_epoch_end)
+                if is_stopped:
+                    raise self._stopped(run)
+            self.engine.finish()
+            if calibrate:
+                self._calibrate(run, progress)
+        return self.history
+
+    def _begin(self, run: Run, epochs: int, calibrate: bool) -> None:
+        """Find what cannot work before the first step, and go on from a checkpoint if there is one."""
+        self.engine.check(run.train.length, epochs, resumable=run.checkpoint is not None)
+        obstacles = [*run.train.obstacles, *run.calibration.obstacles]
+        if run.checkpoint is not None and obstacles:
+            warnings.warn(
+                "training that goes on from its checkpoint will not be the same as without the interruption, because "
+                + "; ".join(obstacles),
+                stacklevel=3,
+            )
+        if calibrate:
+            with run.calibration.undisturbed():
+                self.calibrator.check_counts(self._first_judged(run.calibration.loader), self.detector.num_classes)
+        self.thresholds = self.thresholds.to(self.engine.device, copy=True)
+        if not self._resume(run):
+            self._totals = EpochTotals()  # of an epoch that an earlier call did not finish
+        self.engine.begin()
+        self.detector.reset_calibration()
+        if self.detector.training:
+            self.detector.frozen = names_in_eval_mode(self.detector)
+        to_eval_mode(self.detector)
+
+    def _first_judged(self, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches, checked; the detector has a look at the first, or errors would come when training is over."""
+        for position, (images, labels) in enumerate(batches):
+            check_images(images)
+            if not position:
+                judge(self.detector, [(images, labels)])
+            yield images, labels
+
+    def _finish_epoch(self, run: Run, title: str) -> bool:
+        """Go on with the present epoch to its end, and say whether to stop then."""
+        totals, started = self._totals, time.perf_counter() - self._totals.seconds
+        calibration_batches = run.calibration.forever()
+        self._batches = run.train.length
+        if not run.train.taken:
+            set_epoch(run.train.loader, len(self.history))
+        bar = tqdm(
+            run.train,
+            desc=title,
+            total=self._batches,
+            initial=run.train.taken,
+            disable=not title,
+            leave=False,
+            mininterval=0.5,
+        )
+        step, count = None, 0
+        for images, labels in bar:
+            check_images(images)
+            check_labels(labels, images, self.detector.num_classes)
+            if not len(labels):
+                continue
+            self.detector.learn_image_shape(images)
+            step, is_whole = self.engine.take_step(images, labels, generator=run.generator)
+            count = len(labels)
+            totals.add(step.loss, count, step.correct, step.successes)
+            totals.seconds = time.perf_counter() - started
+            if is_whole:
+                self.after_step(calibration_batches)
+                self._report(step, count)
+                is_stopped = self._is_stopped(run)
+                if is_stopped or (run.checkpoint_every is not None and self.engine.steps % run.checkpoint_every == 0):
+                    self._save(run)
+                if is_stopped:
+                    raise self._stopped(run)
+            if title:
+                record = totals.record(len(self.history) + 1, float(self.thresholds.mean()))
+                attack, tau = f"{record.attack_success_rate:.2f}", f"{record.mean_threshold:.2f}"
+                bar.set_postfix(loss=f"{record.loss:.2f}", attack=attack, tau=tau, refresh=False)
+        if step is None and not totals.images:
+            raise InputError("expected a training loader with at least one image, got an empty one")
+        if not self.engine.apply_gradients() or step is None:
+            return False
+        # The step of a last group that is smaller. The loader has ended its pass, so only a checkpoint of the whole
+        # epoch can follow.
+        self.after_step(calibration_batches)
+        self._report(step, count)
+        return self._is_stopped(run)
+
+    def _stopped(self, run: Run) -> TrainingStoppedError:
+        steps = self.engine.steps
+        return TrainingStoppedError(f"stopped, as asked, after {steps} steps; fit with {run.checkpoint} goes on")
+
+    def _end_epoch(self, run: Run, on_epoch_end: Callable[[EpochRecord], None] | None) -> None:
+        epochs = len(self.history) + 1
+        record = self.engine.end_epoch(self._totals, epochs).record(epochs, float(self.thresholds.mean()))
+        self.history.append(record)
+        self._totals = EpochTotals()
+        run.calibration.rewind()
+        self._save(run)
+        if on_epoch_end is not None:
+            on_epoch_end(record)
+
+    def _calibrate(self, run: Run, progress: bool) -> None:
+        loader, accelerator = run.calibration.loader, self.engine.shared
+        try:
+            with run.calibration.undisturbed():  # a further call of fit trains as if there had been none
+                self.calibrator.fit(self.detector, loader, accelerator=accelerator, progress=progress)
+        except TooFewCalibrationExamplesError as error:
+            warnings.warn(f"trained, but not calibrated: {error}", stacklevel=3)
+
+    def _is_stopped(self, run: Run) -> bool:
+        """Whether any process is asked to stop; all of them then do."""
+        if run.stop_when is None:
+            return False
+        return any(collect({self.engine.accelerator.process_index: run.stop_when()}, self.engine.shared))
+
+    def _report(self, step: TrainingStep, images: int) -> None:
+        if not self.engine.is_reporting:
+            return
+        measured = {"loss": step.loss, "accuracy": step.correct / images, **(step.terms or {})}
+        if step.successes is not None:
+            measured["attack_success_rate"] = step.successes / images
+        values = {name: value.item() for name, value in measured.items()}
+        values |= {f"threshold/{index}": value for index, value in enumerate(self.thresholds.tolist())}
+        values["images_per_second"] = self._totals.images / self._totals.seconds
+        self.engine.report(values | self._noted)
+        self._noted = {}
+
+    def _save(self, run: Run) -> None:
+        if run.checkpoint is None:
+            return
+        accelerator = self.engine.accelerator
+        own = {accelerator.process_index: run.state_dict(self.engine.device) | {"totals": asdict(self._totals)}}
+        values = {
+            "thresholds": self.thresholds,
+            "history": [asdict(record) for record in self.history],
+            "steps": self.engine.steps,
+            "image_shape": self.detector.image_shape,
+            "processes": collect(own, self.engine.shared),
+        }
+        if accelerator.is_main_process:
+            save_checkpoint(run.checkpoint, parts=self.engine.parts, values=values)
+        accelerator.wait_for_everyone()
+
+    def _resume(self, run: Run) -> bool:
+        """Go to where the checkpoint was written, and say whether there was one."""
+        checkpoint = None if run.checkpoint is None else read_checkpoint(run.checkpoint)
+        if checkpoint is None:
+            return False
+        accelerator, values = self.engine.accelerator, checkpoint.values
+        try:
+            processes, steps = values["processes"], int(values["steps"])
+            own = processes[accelerator.process_index % len(processes)]
+            thresholds = values["thresholds"].to(self.engine.device).view_as(self.thresholds)
+            history = [EpochRecord(**record) for record in values["history"]]
+            totals = EpochTotals(**own["totals"])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+            raise PersistenceError(
+                f"{checkpoint.file} holds something else than the checkpoint of this training ({in_one_line(error)}); "
+                "choose another file, or delete it to start anew"
+            ) from error
+        if len(processes) != accelerator.num_processes:
+            raise PersistenceError(
+                f"{checkpoint.file} was written by {len(processes)} processes; go on with as many, "
+                f"not with {accelerator.num_processes}"
+            )
+        with checkpoint.restored(self.engine.parts):
+            run.load_state_dict(own, self.engine.device)
+        self.thresholds, self.history, self.engine.steps, self._totals = thresholds, history, steps, totals
+        self.detector.image_shape = self.detector.image_shape or values.get("image_shape")
+        return True
+
+
+def _frozen_batch_norms(detector: nn.Module) -> frozenset[str]:
+    """The names of batch normalisation in modules all of whose parameters are frozen, itself among them."""
+    frozen: set[nn.Module] = set()
+    for module in detector.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            frozen |= {layer for layer in module.modules() if isinstance(layer, _BatchNorm)}
+    return frozenset(name for name, module in detector.named_modules() if module in frozen)

@@ -1,0 +1,305 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from clusterguard import ClusterGuard, load_onnx
+from clusterguard.cli import app
+from clusterguard.cli._data import load_part
+from typer.testing import CliRunner
+
+COMMANDS = ("demo", "train", "calibrate", "evaluate", "export", "inspect")
+EPOCHS = 8  # of 7 steps
+SMALL = ["--backbone", "timm:test_resnet", "--image-size", "16", "--channels", "1", "--steps", "1", "--eps", "0.05"]
+SMALL += ["--batch-size", "32", "--learning-rate", "0.003", "--false-positive-rate", "0.1"]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(own) for own in arguments])
+
+
+def fails(message: str, *arguments: object) -> None:
+    """One line of text on stderr, nothing on stdout, exit code 1."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert re.match(f"error: .*{message}", result.stderr), result.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "guard"
+    result = run("train", "--data", photos, "--output", folder, "--epochs", EPOCHS, *SMALL, "--json")
+    assert result.exit_code == 0, result.output
+    return folder, json.loads(result.stdout)
+
+
+@pytest.fixture
+def guard(trained, tmp_path):
+    return shutil.copytree(trained[0], tmp_path / "guard")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: clusterguard {command} " in result.stdout
+
+
+def test_the_manual_names_options_that_exist():
+    known = "".join(CliRunner().invoke(app, [own, "--help"], terminal_width=200).stdout for own in COMMANDS)
+    manual = (Path(__file__).parents[2] / "docs" / "how-to" / "command-line.md").read_text()
+    named = set(re.findall(r"--[a-z][a-z-]+", manual)) - {"--help"}
+    assert len(named) > 10
+    assert {own for own in named if f"{own} " not in known} == set()
+
+
+def test_training_saves_a_calibrated_guard_with_its_record(trained):
+    folder, result = trained
+    assert result["is_calibrated"]
+    recorded = {"classes": ["0", "1", "7"], "divided_by": "content", "seed": 0, "image_size": 16, "channels": 1}
+    assert result["training"]["data"] == recorded
+    assert [record["epoch"] for record in result["history"]] == list(range(1, EPOCHS + 1))
+    assert result["training"]["last_epoch"] == result["history"][-1]
+    guard = ClusterGuard.from_pretrained(folder)
+    assert guard.thresholds.tolist() == result["thresholds"]
+    assert guard.calibration.false_positive_rate == 0.1
+
+
+def test_training_sums_up_its_images(trained):
+    _, result = trained
+    images = result["images"]
+    assert sum(sum(own.values()) for own in images["counts"].values()) == 360
+    assert (images["modes"], images["sizes"], images["warnings"]) == ({"L": 360}, [[28, 28], [28, 28]], [])
+
+
+def test_class_names_go_from_folders_to_guard_and_graph(guard, tmp_path):
+    assert ClusterGuard.from_pretrained(guard).class_names == ("0", "1", "7")
+    assert run("export", guard, "--output", tmp_path / "guard.onnx").exit_code == 0
+    detector = load_onnx(tmp_path / "guard.onnx")
+    assert detector.class_names == ("0", "1", "7")
+    assert detector.card == (guard / "README.md").read_text()
+
+
+def test_data_of_other_classes_or_in_another_order_is_refused(guard, photos, tmp_path):
+    detector = ClusterGuard.from_pretrained(guard)
+    detector.class_names = ("1", "0", "7")
+    detector.save_pretrained(guard)
+    for command in ("calibrate", "evaluate"):
+        fails("classes that were trained, 1, 0, 7; got 0, 1, 7", command, guard, "--data", photos)
+
+
+def test_a_guard_of_an_older_version_has_its_names_from_its_record_and_refuses_its_own_division(
+    guard, trained, photos, tmp_path
+):
+    detector = ClusterGuard.from_pretrained(guard)
+    detector.class_names = None
+    record = trained[1]["training"]
+    older = {key: own for key, own in record["data"].items() if key != "divided_by"}
+    detector.save_pretrained(guard, training=record | {"data": older})
+    fails("an older version of clusterguard divided it", "calibrate", guard, "--data", photos)
+    shutil.copytree(photos, tmp_path / "parts" / "val")
+    result = run("calibrate", guard, "--data", tmp_path / "parts", "--false-positive-rate", 0.1)
+    assert result.exit_code == 0, result.output
+    assert ClusterGuard.from_pretrained(guard).class_names == ("0", "1", "7")
+
+
+def test_calibrate_and_evaluate_tell_copies_of_training_images(guard, photos, tmp_path):
+    for part in ("train", "val", "test"):
+        shutil.copytree(photos, tmp_path / "parts" / part)
+    result = run("calibrate", guard, "--data", tmp_path / "parts", "--false-positive-rate", 0.1)
+    assert "warning: 360 copies of train images among those for calibration" in result.stderr
+    options = ("--budget", "quick", "--eps", 0.01, "--images", 2, "--sanity-images", 0)
+    result = run("evaluate", guard, "--data", tmp_path / "parts", *options)
+    assert "copies of train images among those for test" in result.stderr
+
+
+def test_names_of_files_cannot_steer_a_terminal(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "data" / "train")
+    name = os.fsdecode(b"\x1b[31m\xff.png")
+    (tmp_path / "data" / "train" / "0" / name).write_bytes(b"no image")
+    shutil.copytree(photos, tmp_path / "data" / "val")
+    output = tmp_path / "guard"
+    fails(r".*\\x1b\[31m\\udcff\.png", "train", "--data", tmp_path / "data", "--output", output, *SMALL)
+
+
+def test_one_class_is_not_enough(photos, tmp_path):
+    shutil.copytree(photos / "0", tmp_path / "data" / "photos")
+    fails("at least two classes", "train", "--data", tmp_path / "data", "--output", tmp_path / "guard", *SMALL)
+
+
+def test_inspect_says_what_is_there(trained):
+    text = run("inspect", trained[0]).stdout
+    for part in ("timm:test_resnet", "3: 0, 1, 7", "conformal", "0.1", "eps=0.05", "nothing recorded", "torch"):
+        assert part in text
+
+
+def test_inspect_says_that_a_guard_is_not_calibrated_and_export_and_evaluate_refuse_it(guard, photos):
+    detector = ClusterGuard.from_pretrained(guard)
+    detector.reset_calibration()
+    detector.save_pretrained(guard)
+    result = run("inspect", guard)
+    assert result.exit_code == 0
+    assert "everything is refused" in result.stdout
+    told = json.loads(run("inspect", guard, "--json").stdout)
+    assert (told["is_calibrated"], told["thresholds"]) == (False, [None] * 3)
+    fails("run: clusterguard calibrate", "evaluate", guard, "--data", photos)
+    fails("no thresholds yet", "export", guard, "--output", guard / "guard.pt2", "--image-size", 16, "--channels", 1)
+
+
+def test_calibrate_changes_thresholds_and_nothing_else(guard, photos):
+    before, weights = json.loads(run("inspect", guard, "--json").stdout), ClusterGuard.from_pretrained(guard)
+    options = ("--data", photos, "--false-positive-rate", 0.2, "--method", "quantile")
+    after = json.loads(run("calibrate", guard, *options, "--json").stdout)
+    assert after["thresholds"] != before["thresholds"]
+    assert (after["calibration"]["false_positive_rate"], after["calibration"]["method"]) == (0.2, "quantile")
+    assert after["training"] == before["training"]
+    again = ClusterGuard.from_pretrained(guard)
+    assert all(torch.equal(own, again.get_parameter(name)) for name, own in weights.named_parameters())
+
+
+def test_calibrate_that_fails_leaves_the_guard_as_it_was(guard, photos):
+    before = (guard / "model.safetensors").read_bytes()
+    fails("needs at least 999", "calibrate", guard, "--data", photos, "--false-positive-rate", 0.001)
+    fails("expected images of the classes that were trained, 0, 1, 7", "calibrate", guard)  # on all ten digits
+    assert (guard / "model.safetensors").read_bytes() == before
+
+
+def test_evaluate_reports_and_records(guard, photos, tmp_path):
+    outputs = [tmp_path / f"report.{kind}" for kind in ("json", "md", "html")]
+    files = [part for path in outputs for part in ("--output", path)]
+    options = ("--data", photos, "--budget", "quick", "--eps", 0.05, "--images", 4, "--sanity-images", 0)
+    result = run("evaluate", guard, *options, *files, "--record", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["images"] == 4
+    assert json.loads(outputs[0].read_text())["worst_case"] == told["worst_case"]
+    assert "worst case per image" in outputs[1].read_text()
+    assert outputs[2].read_text().startswith("<!doctype html>")
+    assert "on 4 images" in run("inspect", guard).stdout
+    assert "suite quick linf 0.05" in (guard / "README.md").read_text()
+    run("calibrate", guard, "--data", photos, "--false-positive-rate", 0.2)
+    assert "nothing recorded" in run("inspect", guard).stdout  # figures at other thresholds would be a lie
+
+
+def test_evaluate_proves_what_no_attack_exceeds(guard, photos, tmp_path):
+    options = ("--data", photos, "--budget", "quick", "--eps", 0.01, "--images", 4, "--sanity-images", 0, "--certify")
+    report = tmp_path / "report.json"
+    told = json.loads(run("evaluate", guard, *options, "--json", "--output", report).stdout)
+    proved, found = told["certified"]["success"], told["results"][0]["success"]
+    assert json.loads(report.read_text())["certified"] == {"eps": 0.01, "success": proved}
+    assert found["total"] == proved["total"]
+    assert found["count"] <= proved["count"]
+    assert "| proved upper bound, linf 0.01 |" in run("evaluate", guard, *options).stdout
+    fails("expected --norm linf where --certify is on, got l2", "evaluate", guard, *options, "--norm", "l2")
+
+
+def test_an_exported_program_says_what_the_guard_says(guard, photos, tmp_path):
+    program = tmp_path / "guard.pt2"  # tests/test_serving.py exports ONNX
+    assert json.loads(run("export", guard, "--output", program, "--json").stdout) == {"files": [str(program)]}
+    pictures = load_part(str(photos), "test", image_size=16, channels=1, seed=0)
+    images = torch.stack([image for image, _ in pictures])
+    expected = ClusterGuard.from_pretrained(guard).detect(images)
+    labels, distances, is_adversarial = torch.export.load(program).module()(images)
+    assert torch.equal(labels, expected.labels)
+    assert torch.allclose(distances, expected.distances, atol=1e-4)
+    assert torch.equal(is_adversarial, expected.is_adversarial)
+
+
+def test_errors_are_one_line_and_say_what_to_do(guard, photos, tmp_path):
+    train = ("train", "--output", tmp_path / "new")
+    fails("checkpoint.pt is of an earlier training; go on with --resume", "train", "--output", guard)
+    fails("expected the options .* attack .*eps=0.05", "train", "--data", photos, "--output", guard, "--resume")
+    fails("'digits' or a folder of images, got 'nowhere'", *train, "--data", "nowhere")
+    fails("expected one subfolder of images a class", *train, "--data", tmp_path)
+    fails("such as timm:resnet18 or torchvision:resnet50, got 'resnet18'", *train, "--backbone", "resnet18")
+    fails("expected a model of timm, got 'resnet'", *train, "--backbone", "timm:resnet")
+    fails("take 3 channels, got 1", *train, "--backbone", "torchvision:resnet18")
+    fails("expected config.json in", "inspect", tmp_path)
+    (guard / "checkpoint.pt").unlink()
+    fails("holds a guard already", "train", "--output", guard, "--resume")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "README.md").write_text("# Mine")
+    fails("README.md is not clusterguard's", *train, "--data", photos, *SMALL)  # before hours of training, not after
+    config = (guard / "config.json").read_text()
+    (guard / "config.json").write_text(config.replace('"counts"', '"count"'))
+    fails("config.json was edited", "inspect", guard)
+    (guard / "config.json").write_text(config)
+    (guard / "model.safetensors").write_bytes(b"cut off")
+    fails("damaged, cut off", "inspect", guard)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train",),
+        ("train", "--output", "new", "--norm", "l3"),
+        ("train", "--output", "new", "--epochs", "2", "--warmup-epochs", "2"),
+        ("train", "--output", "new", "--learning-rate", "nan"),
+        ("train", "--output", "new", "--device", "abacus"),
+        ("inspect", "nowhere"),
+        ("export", ".", "--output", "guard.pickle"),
+        ("evaluate", ".", "--output", "report.docx"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_leaves_nothing_behind(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_training_that_is_interrupted_goes_on_and_ends_as_if_it_had_not_been(number, code, trained, photos, tmp_path):
+    _, uninterrupted = trained
+    command = [sys.executable, "-m", "clusterguard", "train", "--data", str(photos), "--output", str(tmp_path), *SMALL]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--epochs", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
+    )
+    assert any(line.startswith("epoch 1/1000") for line in process.stderr)  # after the summary of the images
+    process.send_signal(number)
+    told, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert told == ""
+    assert re.search(r"interrupted after \d+ of 1000 epochs: run the same command with --resume to go on", said)
+    assert not (tmp_path / "config.json").exists()
+
+    result = run(*command[3:], "--epochs", EPOCHS, "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    resumed = json.loads(result.stdout)
+    assert len(resumed["history"]) == EPOCHS
+    assert resumed["thresholds"] == pytest.approx(uninterrupted["thresholds"], rel=1e-5)
+
+
+def test_a_training_that_is_interrupted_before_its_first_checkpoint_may_start_again(photos, tmp_path, monkeypatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clusterguard.AdversarialClusterTrainer.fit", interrupt)
+    for _ in range(2):
+        result = run("train", "--data", photos, "--output", tmp_path / "guard", *SMALL)
+        assert result.exit_code == 130
+        assert result.stderr.endswith("\ninterrupted after 0 of 12 epochs: nothing was done yet\n")
+
+
+def test_ctrl_c_elsewhere_is_exit_code_130(guard, photos, monkeypatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clusterguard.Calibrator.fit", interrupt)
+    result = run("calibrate", guard, "--data", photos)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")

@@ -1,0 +1,236 @@
+"""Folders as people have them: parts, classes, what does not count, and copies."""
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clusterguard.cli._data import load_part
+from clusterguard.cli._image_folders import find_copies, open_folder, summarise
+from clusterguard.errors import InputError
+from PIL import Image
+
+OPTIONS = {"image_size": 8, "channels": 1, "seed": 0}
+PARTS = ("train", "calibration", "test")
+_numbers = itertools.count()
+
+
+def picture(number=None):
+    """One that no other call makes, unless the number is given."""
+    seed = next(_numbers) if number is None else 10**6 + number
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8))
+
+
+def fill(root, *folders, count=3, suffix=".png", kind=None):
+    for folder in folders:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            picture().save(root / folder / f"{index}{suffix}", kind)
+    return root
+
+
+def paths(root, part, seed=0):
+    samples = load_part(str(root), part, **OPTIONS | {"seed": seed}).items.samples
+    return {os.path.relpath(path, root) for path, _ in samples}
+
+
+def look(root):
+    told = []
+    return summarise(open_folder(root, 0), say=told.append), "\n".join(told)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "calibration", "test"),
+        ("Train", "Val", "TEST"),
+        ("training", "validation", "testing"),
+        ("TRAINING", "valid", "eval"),
+        ("train", "dev", "Evaluation"),
+    ],
+)
+def test_parts_have_their_usual_names_in_any_case(tmp_path, names):
+    fill(tmp_path, *(f"{part}/{kind}" for part in names for kind in ("cat", "dog")))
+    for part, name in zip(PARTS, names, strict=True):
+        loaded = load_part(str(tmp_path), part, **OPTIONS)
+        assert loaded.classes == ("cat", "dog")
+        assert {Path(path).parts[0] for path in paths(tmp_path, part)} == {name}
+
+
+def test_classes_may_be_called_like_parts(tmp_path):
+    fill(tmp_path / "direct", "train", "plane", "test", "Val", count=40)
+    assert load_part(str(tmp_path / "direct"), "train", **OPTIONS).classes == ("Val", "plane", "test", "train")
+    fill(tmp_path / "parts", "train/train", "train/plane", "val/train", "val/plane")
+    assert load_part(str(tmp_path / "parts"), "calibration", **OPTIONS).classes == ("plane", "train")
+    assert len(load_part(str(tmp_path / "parts"), "train", **OPTIONS)) == 6
+
+
+def test_images_of_a_class_may_lie_deeper(tmp_path):
+    fill(tmp_path, "cat/2023/may", "cat", "dog/2024", count=60)
+    train = load_part(str(tmp_path), "train", **OPTIONS)
+    assert train.classes == ("cat", "dog")
+    assert sum(len(load_part(str(tmp_path), part, **OPTIONS)) for part in PARTS) == 180
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train/cat", "val/cat", "calibration/cat"), "one folder for calibration .* got calibration and val"),
+        (("train/cat", "Train/cat"), "one folder for train"),
+        (("train/steam", "train/diesel", "plane"), "got both: train .* beside plane"),
+        (("train/cat", "train"), "got both: move"),
+        (("photos/cat", "photos/dog"), "photos alone; pass .*photos instead"),
+        (("photos/train/cat", "photos/test/cat"), "photos alone; pass .*photos instead"),
+    ],
+)
+def test_what_may_mean_two_things_is_refused(tmp_path, folders, message):
+    fill(tmp_path, *folders)
+    with pytest.raises(InputError, match=message):
+        load_part(str(tmp_path), "train", **OPTIONS)
+
+
+def test_missing_parts_and_empty_classes_are_named(tmp_path):
+    fill(tmp_path, "train/cat", "train/dog", "val/cat")
+    (tmp_path / "val" / "dog").mkdir()
+    with pytest.raises(InputError, match="no image of dog"):
+        load_part(str(tmp_path), "calibration", **OPTIONS)
+    with pytest.raises(InputError, match=r"test, testing, eval"):
+        load_part(str(tmp_path), "test", **OPTIONS)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no image of any class"):
+        load_part(str(tmp_path / "empty"), "train", **OPTIONS)
+
+
+def test_hidden_and_foreign_files_do_not_count_and_are_counted(tmp_path):
+    fill(tmp_path, "cat", "dog", count=40)
+    clean = [paths(tmp_path, part) for part in PARTS]
+    for folder in (".ipynb_checkpoints", "cat/.ipynb_checkpoints", "__MACOSX/cat", "dog/@eaDir"):
+        fill(tmp_path, folder, count=5)
+    for name in ("._0.png", ".DS_Store", "Thumbs.db"):
+        (tmp_path / "cat" / name).write_bytes(b"\0\5\x16\7")
+    for name in ("0.heic", "1.HEIC", "labels.csv", "README"):
+        (tmp_path / "dog" / name).write_bytes(b"x")
+    picture().save(tmp_path / "overview.png")
+    assert [paths(tmp_path, part) for part in PARTS] == clean
+    summary, told = look(tmp_path)
+    assert summary.passed_over == {"hidden": 23, ".heic": 2, ".csv": 1, "without a suffix": 1, "in no class": 1}
+    for part in ("hidden 23", ".heic 2", "in no class 1"):
+        assert part in told
+
+
+def test_every_common_suffix_counts_in_any_case(tmp_path):
+    kinds = {".jpg": "JPEG", ".JPEG": "JPEG", ".jfif": "JPEG", ".jpe": "JPEG", ".PNG": "PNG", ".bmp": "BMP"}
+    kinds |= {".webp": "WEBP", ".tif": "TIFF", ".TIFF": "TIFF", ".gif": "GIF", ".ppm": "PPM", ".pgm": "PPM"}
+    for suffix, kind in kinds.items():
+        fill(tmp_path, "train/a", "train/b", suffix=suffix, kind=kind, count=1)
+    train = load_part(str(tmp_path), "train", **OPTIONS)
+    assert len(list(train)) == 2 * len(kinds)
+    assert look(tmp_path)[0].modes == {"L": 20, "P": 2, "RGB": 2}
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    fill(tmp_path / "store", "cat", "dog")
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for kind in ("cat", "dog"):
+        (tmp_path / "data" / "train" / kind).symlink_to(tmp_path / "store" / kind)
+    (tmp_path / "store" / "cat" / "again").symlink_to(tmp_path / "store" / "cat")
+    (tmp_path / "store" / "cat" / "self").symlink_to("self")
+    assert len(load_part(str(tmp_path / "data"), "train", **OPTIONS)) == 6
+    (tmp_path / "store" / "cat" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(InputError, match=r"gone\.png"):
+        look(tmp_path / "data")
+
+
+def test_names_that_are_no_unicode(tmp_path):
+    fill(tmp_path, "train/cat", "train/dog")
+    name = os.fsdecode(b"\xff\xfe.png")
+    picture().save(tmp_path / "train" / "cat" / name)
+    assert len(list(load_part(str(tmp_path), "train", **OPTIONS))) == 7
+    (tmp_path / "train" / "dog").rename(tmp_path / "train" / os.fsdecode(b"d\xf6g"))
+    with pytest.raises(InputError, match="UTF-8"):
+        load_part(str(tmp_path), "train", **OPTIONS)
+
+
+def test_a_division_follows_content_and_seed_alone(tmp_path):
+    fill(tmp_path / "one", "cat", "dog", count=60)
+    for index, path in enumerate(sorted((tmp_path / "one").rglob("*.png"))):
+        target = tmp_path / "two" / path.parent.name / f"{(index * 37) % 120:03}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+
+    def contents(root, part, seed=0):
+        return sorted((root / path).read_bytes() for path in paths(root, part, seed))
+
+    for part in PARTS:
+        assert contents(tmp_path / "one", part) == contents(tmp_path / "two", part)
+        assert contents(tmp_path / "one", part) != contents(tmp_path / "one", part, seed=1)
+
+
+def test_copies_stay_in_one_part_whatever_their_name_or_class(tmp_path):
+    fill(tmp_path, "cat", "dog", count=60)
+    for path in sorted((tmp_path / "cat").iterdir()):
+        shutil.copy(path, path.with_name(f"copy of {path.name}"))
+        shutil.copy(path, tmp_path / "dog" / f"cat {path.name}")
+    contents = [{(tmp_path / path).read_bytes() for path in paths(tmp_path, part)} for part in PARTS]
+    assert sum(map(len, contents)) == len(set.union(*contents)) == 120
+    _, told = look(tmp_path)
+    assert "60 copies of images in another class" in told
+    assert "among those for" not in told
+
+
+def test_a_class_of_copies_alone_is_divided_and_told(tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / kind).mkdir()
+        for index in range(40):
+            picture(len(kind)).save(tmp_path / kind / f"{index}.png")
+    parts = [paths(tmp_path, part) for part in PARTS]
+    assert all(parts)
+    assert sum(map(len, parts)) == 80
+    assert "copies of train images among those for calibration" in look(tmp_path)[1]
+
+
+def test_copies_of_training_images_are_found_in_other_parts(tmp_path):
+    fill(tmp_path, *(f"{part}/{kind}" for part in ("Train", "Val", "Test") for kind in ("cat", "dog")))
+    assert not look(tmp_path)[0].warnings
+    shutil.copy(tmp_path / "Train" / "cat" / "0.png", tmp_path / "Val" / "cat" / "x.png")
+    Image.open(tmp_path / "Train" / "dog" / "1.png").save(tmp_path / "Test" / "dog" / "x.bmp")  # other bytes
+    summary, told = look(tmp_path)
+    assert len(summary.warnings) == 2
+    for pattern in ("Val/cat/x.png", "Train/cat/0.png", "Test/dog/x.bmp", "Train/dog/1.png"):
+        assert pattern in told
+    folder = open_folder(tmp_path, 0)
+    assert "Val/cat/x.png" in find_copies(folder, "calibration")[0]
+    assert find_copies(folder, "test") == []  # only equal files are looked for here
+    assert find_copies(None, "test") == []
+
+
+def test_the_summary_tells_classes_counts_sizes_and_modes(tmp_path):
+    fill(tmp_path, "train/cat", "train/dog", "val/cat", "val/dog")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "train" / "dog" / "large.png")
+    summary, told = look(tmp_path)
+    assert summary.counts == {"train": {"cat": 3, "dog": 4}, "calibration": {"cat": 3, "dog": 3}}
+    assert summary.sizes == ((8, 8), (30, 20))
+    assert summary.modes == {"L": 12, "RGB": 1}
+    for part in ("7 images: cat 3, dog 4", "8×8 to 30×20", "L 12, RGB 1"):
+        assert part in told
+
+
+def test_damaged_images_are_named_before_a_training(tmp_path):
+    fill(tmp_path, "train/cat", "train/dog")
+    for name in ("1.png", "2.png"):
+        (tmp_path / "train" / "dog" / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"dog/1\.png.*2 of 6 images are not read.*dog/2\.png"):
+        look(tmp_path)
+
+
+def test_dark_images_of_sixteen_bits_are_told(tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+        values = np.random.default_rng(len(kind)).integers(0, 4096, (8, 8), dtype=np.uint16)
+        Image.fromarray(values).save(tmp_path / "train" / kind / f"{kind}.png")
+    dark = look(tmp_path)[1]
+    assert "almost black" in dark
+    Image.fromarray(values * 16).save(tmp_path / "train" / "cat" / "white.png")
+    assert "almost black" not in look(tmp_path)[1]

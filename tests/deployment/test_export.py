@@ -1,0 +1,205 @@
+import copy
+import sys
+import warnings
+
+import pytest
+import timm
+import torch
+from clusterguard import ClusterGuard, Detection, DetectorModule, Evidence, decide, export_onnx, load_onnx
+from clusterguard.deployment import export_program
+from clusterguard.detectors import ConfidenceDetector, WithThresholds
+from clusterguard.errors import ConfigurationError, InputError, MissingDependencyError, NotCalibratedError
+from exporting import assert_same, flat_guard, run_alone, set_thresholds, spread
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+IMAGES = torch.rand(5, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+BACKBONES = {
+    "cnn": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()
+    ),
+    "resnet": lambda: timm.create_model("test_resnet", in_chans=1, num_classes=10, drop_rate=0.5),
+    "vit": lambda: timm.create_model("test_vit", in_chans=1, num_classes=10, img_size=32),
+}
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def exported(request, digits, tmp_path_factory):
+    """A guard in train mode, whose BatchNorm has seen digits, exported in both ways; and digits."""
+    torch.manual_seed(0)
+    images = pad(digits.tensors[0][:200], (2, 2, 2, 2))
+    guard = ClusterGuard(BACKBONES[request.param](), 10, mean=[0.13], std=[0.31], example=images[:2]).train()
+    with torch.no_grad():
+        guard(images)
+    spread(guard, images)
+    set_thresholds(guard, images)
+    path = export_onnx(guard, tmp_path_factory.mktemp("onnx") / "guard.onnx", images[:1])
+    return guard, export_program(guard, images[:1]), path, images
+
+
+def test_the_graphs_say_what_the_guard_says(exported):
+    guard, program, path, images = exported
+    expected = guard.detect(images)
+    assert 50 < expected.is_adversarial.sum() < 150
+    assert len(expected.labels.unique()) == 10
+    assert_same(run_alone(path, images), expected)
+    assert_same(load_onnx(path).detect(images), expected)
+    assert_same(Detection(*program.module()(images)), expected)
+    assert guard.training
+    assert all(parameter.requires_grad for parameter in guard.parameters())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_any_batch_size_will_do(exported, batch):
+    guard, program, path, images = exported
+    assert_same(run_alone(path, images[:batch]), guard.detect(images[:batch]))
+    assert_same(Detection(*program.module()(images[:batch])), guard.detect(images[:batch]))
+
+
+@pytest.mark.parametrize("pixel", [torch.nan, torch.inf, -torch.inf])
+def test_an_image_that_is_not_finite_is_refused_and_its_neighbours_are_not_touched(exported, pixel):
+    guard, program, path, images = exported
+    images = images[:5].clone()
+    images[2, 0, 9, 9] = pixel
+    expected = guard.detect(images)
+    assert expected.is_adversarial[2]
+    assert_same(run_alone(path, images), expected)
+    assert_same(Detection(*program.module()(images)), expected)
+
+
+def test_a_distance_equal_to_the_threshold_is_accepted_and_the_next_larger_is_not(exported):
+    _, _, path, images = exported
+    detector = load_onnx(path)
+    labels, distances, _ = detector.detect(images)
+    first = distances[labels == labels[0]][0]
+    detector.thresholds = torch.full_like(detector.thresholds, first)
+    assert not detector.detect(images).is_adversarial[0]
+    detector.thresholds = torch.full_like(detector.thresholds, torch.nextafter(first, torch.tensor(0.0)))
+    assert detector.detect(images).is_adversarial[0]
+
+
+def test_what_overflows_inside_is_refused_even_without_limits(tmp_path):
+    """Pixel 0 makes a coordinate whose square overflows, 1 an infinite one, 2 a NaN; 3 lets only the sum overflow."""
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False)), 4)
+    hidden, last = (layer for layer in guard.modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        hidden.weight.copy_(torch.diag(torch.tensor([1e30, 3e38, 3e38, 1.2e19])))
+        hidden.weight[3, 2] = 3e38
+        hidden.weight[:, 3] = torch.tensor([1.2e19, 0.6e19, 1.2e19, 1.2e19])
+        last.weight.copy_(torch.tensor([[1.0, 0, 2, -2], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
+    guard.thresholds = torch.full((4,), torch.inf)
+    images = torch.cat([torch.zeros(1, 4), torch.eye(4)]).view(5, 1, 2, 2)
+    expected = guard.detect(images)
+    assert expected.is_adversarial.tolist() == [False, True, True, True, True]
+    assert expected.distances[4] == torch.inf
+    assert_same(run_alone(export_onnx(guard, tmp_path / "guard.onnx", images), images), expected)
+
+
+def test_any_detector_module_can_be_exported(tmp_path):
+    torch.manual_seed(0)
+    detector = ConfidenceDetector(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), 3)
+    images = torch.rand(40, 1, 4, 4)
+    set_thresholds(detector, images)
+    fresh = copy.deepcopy(detector)
+    fresh._looked = False  # what it does at its first batch must not get into the graph
+    assert_same(run_alone(export_onnx(fresh, tmp_path / "detector.onnx", images), images), detector.detect(images))
+    assert_same(Detection(*export_program(fresh, images).module()(images)), detector.detect(images))
+    assert not fresh._looked
+
+
+class Ratios(DetectorModule):
+    """Suspicion is finite where scores are not."""
+
+    def evidence(self, images: Tensor) -> Evidence:
+        flat = images.flatten(1)
+        return Evidence(flat[:, :3] / flat[:, 3:4], flat[:, :3])
+
+
+def test_scores_that_are_not_finite_are_refused_whatever_the_suspicion(tmp_path):
+    detector, images = Ratios(3), torch.rand(6, 1, 2, 2)
+    detector.thresholds = torch.full((3,), 0.8)
+    images[4, 0, 1, 1] = 0
+    expected = detector.detect(images)
+    assert expected.is_adversarial[4]
+    path = export_onnx(detector, tmp_path / "detector.onnx", images)
+    assert_same(run_alone(path, images), expected)
+    assert_same(decide(load_onnx(path).evidence(images), detector.thresholds), expected)
+
+
+def test_a_graph_does_not_follow_its_detector(tmp_path):
+    guard, images = flat_guard(), torch.rand(8, 1, 4, 4)
+    program = export_program(guard, images)
+    before = guard.detect(images)
+    guard.thresholds = guard.thresholds * 0
+    with torch.no_grad():
+        guard.encoder[-1].weight.zero_()
+    assert_same(Detection(*program.module()(images)), before)
+    torch.export.save(program, tmp_path / "guard.pt2")
+    assert_same(Detection(*torch.export.load(tmp_path / "guard.pt2").module()(images)), before)
+
+
+def test_half_precision(tmp_path):
+    guard, images = flat_guard().half(), torch.rand(40, 1, 4, 4).half()
+    set_thresholds(guard, images)
+    expected = guard.detect(images)
+    path = export_onnx(guard, tmp_path / "half.onnx", images)
+    assert_same(run_alone(path, images), expected, rtol=1e-2)
+    assert_same(load_onnx(path).detect(images.float()), expected, rtol=1e-2)
+    assert_same(Detection(*export_program(guard, images.float()).module()(images)), expected)
+    with pytest.raises(ConfigurationError, match=r"float32 or float16, got torch.bfloat16; export copy.deepcopy"):
+        export_onnx(guard.bfloat16(), tmp_path / "half.onnx", images)
+
+
+def test_detectors_that_cannot_be_exported_say_what_to_do(tmp_path):
+    guard = flat_guard()
+    with pytest.raises(ConfigurationError, match="pass example=images"):
+        export_onnx(guard, tmp_path / "guard.onnx")
+    with pytest.raises(InputError, match="divide 8-bit images by 255"):
+        export_program(guard, torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
+    guard.reset_calibration()
+    for export in (export_program, lambda guard, images: export_onnx(guard, tmp_path / "guard.onnx", images)):
+        with pytest.raises(NotCalibratedError, match=r"call Calibrator"):
+            export(guard, torch.rand(1, 1, 4, 4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_timm_backbone_tells_the_size_of_its_images():
+    guard = ClusterGuard(timm.create_model("test_vit", in_chans=1, num_classes=2, img_size=48))
+    guard.thresholds = torch.full((2,), 10.0)
+    assert export_program(guard).module()(torch.rand(3, 1, 48, 48))[0].shape == (3,)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_packages_are_named(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=rf'{package}.*pip install "clusterguard\[export\]"'):
+        load_onnx(tmp_path) if package == "onnxruntime" else export_onnx(flat_guard(), tmp_path / "guard.onnx")
+
+
+def test_thresholds_that_were_set_by_hand_have_no_record(exported):
+    assert load_onnx(exported[2]).calibration is None
+
+
+def test_exporters_warnings_and_prints_stay_out_of_sight(tmp_path, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_onnx(export_onnx(flat_guard(), tmp_path / "guard.onnx", torch.rand(1, 1, 4, 4)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_graphs_hold_no_casts_of_an_autocast_around_the_export(tmp_path):
+    guard, images = ClusterGuard(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), 2, example=IMAGES), IMAGES
+    guard.thresholds = torch.full((2,), 20.0)
+    expected = guard.detect(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        path = export_onnx(guard, tmp_path / "guard.onnx", images)
+        program = export_program(guard, images)
+        assert torch.equal(guard.detect(images).distances, expected.distances)
+    for verdict in (load_onnx(path).detect(images), Detection(*program.module()(images))):
+        torch.testing.assert_close(verdict.distances, expected.distances, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_module_of_ours_is_not_exported():
+    guard = ClusterGuard(nn.Flatten(), 2, example=IMAGES)
+    with pytest.raises(ConfigurationError, match="expected a DetectorModule, got WithThresholds"):
+        export_program(WithThresholds(guard, torch.full((2,), 20.0)), IMAGES)

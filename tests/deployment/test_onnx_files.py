@@ -1,0 +1,119 @@
+import copy
+from pathlib import Path
+
+import clusterguard
+import numpy as np
+import onnx
+import pytest
+import torch
+from clusterguard import Calibrator, decide, export_onnx, load_onnx
+from clusterguard.errors import InputError, NotCalibratedError, PersistenceError
+from exporting import assert_same, flat_guard, run_alone
+from onnxruntime.quantization import quantize_dynamic
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    guard, images = flat_guard(), torch.rand(400, 1, 4, 4)
+    loader = [(images, guard.detect(images).labels)]
+    Calibrator(0.1, scarce="error").fit(guard, loader)
+    return guard, export_onnx(guard, tmp_path_factory.mktemp("onnx") / "guard.onnx", images), loader
+
+
+def test_the_file_says_what_it_is_and_nothing_of_this_machine(calibrated):
+    guard, path, _ = calibrated
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    properties = {own.key: own.value for own in model.metadata_props}
+    assert properties["clusterguard"] == clusterguard.__version__
+    assert properties["num_classes"] == "3"
+    assert properties["false_positive_rate"] == "0.1"
+    assert properties["method"] == "conformal"
+    assert str(Path(clusterguard.__file__).parent).encode() not in path.read_bytes()
+    shapes = [own.type.tensor_type.shape.dim for own in [*model.graph.input, *model.graph.output]]
+    assert [shape[0].dim_param for shape in shapes] == ["batch"] * 4
+    detector = load_onnx(path)
+    assert torch.equal(detector.thresholds, guard.thresholds)
+    assert detector.calibration == guard.calibration
+
+
+def test_an_exported_graph_can_be_calibrated_again(calibrated, tmp_path):
+    guard, path, loader = calibrated
+    guard, detector = copy.deepcopy(guard), load_onnx(path)
+    expected = Calibrator(0.3).fit(guard, loader)
+    found = Calibrator(0.3).fit(detector, loader)
+    assert found.counts == expected.counts
+    np.testing.assert_allclose(found.thresholds, expected.thresholds, rtol=1e-5)
+    saved = detector.save(tmp_path / "again.onnx")
+    assert load_onnx(saved).calibration == found
+    images = loader[0][0]
+    assert_same(run_alone(saved, images), detector.detect(images), rtol=0)
+    assert not torch.equal(run_alone(saved, images).is_adversarial, run_alone(path, images).is_adversarial)
+    detector.reset_calibration()
+    with pytest.raises(NotCalibratedError):
+        detector.detect(images)
+    with pytest.raises(NotCalibratedError):
+        detector.save(saved)
+    assert load_onnx(saved).calibration == found
+
+
+@pytest.mark.parametrize("thresholds", [[5.0, 6.0, 7.0], [torch.inf] * 3, [torch.nan, 10.0, torch.inf], [0.0] * 3])
+def test_a_graphs_evidence_and_its_verdicts_agree(calibrated, thresholds):
+    _, path, loader = calibrated
+    images = loader[0][0][:50].clone()
+    images[3, 0, 0, 0], images[4, 0, 0, 0] = torch.nan, torch.inf
+    detector = load_onnx(path)
+    detector.thresholds = torch.tensor(thresholds)
+    detection = detector.detect(images, check=False)
+    assert_same(decide(detector.evidence(images), detector.thresholds), detection, rtol=0)
+    assert detection.is_adversarial[3:5].all()
+
+
+def test_images_of_another_size_are_named(calibrated):
+    with pytest.raises(InputError, match=r"as the graph was exported for, of shape \(B, 1, 4, 4\).*\(2, 1, 5, 5\)"):
+        load_onnx(calibrated[1]).detect(torch.rand(2, 1, 5, 5))
+
+
+def test_quantised_weights_leave_thresholds_exact_and_can_be_calibrated(calibrated, tmp_path):
+    guard, path, loader = calibrated
+    quantize_dynamic(path, tmp_path / "int8.onnx")
+    detector = load_onnx(tmp_path / "int8.onnx")
+    assert torch.equal(detector.thresholds, guard.thresholds)
+    assert detector.calibration == guard.calibration
+    images = loader[0][0]
+    exact, rounded = guard.detect(images).distances, detector.detect(images).distances
+    assert 1e-4 < ((exact - rounded) / exact).abs().median() < 0.05
+    Calibrator(0.1).fit(detector, loader)
+    assert not torch.equal(detector.thresholds, guard.thresholds)
+    assert_same(run_alone(detector.save(tmp_path / "int8.onnx"), images), detector.detect(images), rtol=0)
+
+
+def test_a_failing_export_leaves_the_old_file(calibrated, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    guard, path, loader = calibrated
+    before = path.read_bytes()
+    monkeypatch.setattr(onnx, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        export_onnx(guard, path, loader[0][0])
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def foreign(path: Path) -> None:
+    value = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Relu", ["images"], ["labels"])
+    graph = onnx.helper.make_graph([node], "g", [value], [onnx.helper.make_empty_tensor_value_info("labels")])
+    onnx.save(onnx.helper.make_model(graph), path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda path: None, lambda path: path.write_bytes(b"\xff not a graph"), foreign],
+    ids=["missing", "damaged", "foreign"],
+)
+def test_files_that_are_no_exported_detector_are_named(make, tmp_path):
+    make(tmp_path / "other.onnx")
+    with pytest.raises(PersistenceError, match=r"other\.onnx is missing, damaged, or not written by export_onnx"):
+        load_onnx(tmp_path / "other.onnx")

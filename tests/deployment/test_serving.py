@@ -1,0 +1,327 @@
+"""The service of examples/serve, over HTTP."""
+
+import asyncio
+import hashlib
+import importlib.util
+import io
+import json
+import re
+import socket
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import clusterguard as cg
+import httpx2
+import pytest
+import torch
+import uvicorn
+from clusterguard.cli import app as cli
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+
+# How to store a picture that orientations 2 to 8 turn upright.
+UNDONE_BY = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270"
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "九")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "serve"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"serve_{name}", EXAMPLE / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # FastAPI looks annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def guard():
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU())
+    guard = cg.ClusterGuard(backbone, num_classes=10, class_names=NAMES)
+    train, calibration = (
+        DataLoader(cg.samples.load_digits(split), batch_size=100, shuffle=split == "train")
+        for split in ("train", "calibration")
+    )
+    trainer = cg.AdversarialClusterTrainer(guard, cg.FGSM(eps=0.1), warmup_epochs=1, calibrator=cg.Calibrator(0.05))
+    trainer.fit(train, calibration, epochs=2, progress=False)
+    return guard.eval()
+
+
+@pytest.fixture(scope="module")
+def app():
+    module = load("app")
+    module.MAX_BYTES = 500_000
+    return module
+
+
+@pytest.fixture
+def address(guard, app, tmp_path):
+    """A server on a free port, with metrics that start at zero."""
+    graph = cg.export_onnx(guard, tmp_path / "guard.onnx", torch.zeros(1, 1, 28, 28), card="# A guard\n\nof 数字")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app.create_app(str(graph)), log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+def png(picture: Image.Image | torch.Tensor, kind: str = "PNG", **options: object) -> bytes:
+    if isinstance(picture, torch.Tensor):
+        picture = Image.fromarray((picture[0] * 255).round().byte().numpy())
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def files(*contents: bytes, media_type: str = "image/png") -> dict[str, object]:
+    return {"files": [("images", ("image", own, media_type)) for own in contents]}
+
+
+def text(body: str | bytes, kind: str = "application/json") -> dict[str, object]:
+    return {"content": body, "headers": {"content-type": kind}}
+
+
+def batch(*values: str) -> str:
+    """A JSON batch of one digit in which these values stand for its first pixels."""
+    row = [*values, *["0"] * (28 - len(values))]
+    rows = [row, *[["0"] * 28] * 27]
+    return f'{{"images": [[[{",".join("[" + ",".join(own) + "]" for own in rows)}]]]}}'
+
+
+def with_gamma(content: bytes, gamma: int) -> bytes:
+    """A PNG that states a gamma, in units of 1/100,000."""
+    body = b"gAMA" + gamma.to_bytes(4, "big")
+    position = content.index(b"IDAT") - 4
+    return content[:position] + b"\0\0\0\4" + body + zlib.crc32(body).to_bytes(4, "big") + content[position:]
+
+
+async def stream(size: int):
+    for _ in range(size // 10_000):
+        yield b"0" * 10_000  # without a content-length
+
+
+def refused_requests(digit: torch.Tensor) -> list[tuple[int, dict[str, object]]]:
+    """Requests that are not answered with verdicts, and the status that each deserves."""
+    whole = png(digit)
+    jpeg, second = "image/jpeg", Image.new("RGB", (28, 28), "white")
+    animated = png(Image.new("L", (28, 28)), save_all=True, append_images=[Image.new("L", (28, 28), 255)])
+    return [
+        (422, files(whole[:-30])),
+        (422, files(b"")),
+        (422, files(whole, b"no image")),
+        (422, files(png(Image.new("L", (28, 28)), kind="GIF"))),  # whatever it says it is
+        (422, files(whole, media_type="image/jpeg")),
+        (422, files(png(Image.new("I;16", (28, 28))))),
+        (422, files(png(Image.new("RGBA", (28, 28))))),
+        (422, files(png(Image.new("RGBA", (28, 28), "white")))),
+        (422, files(png(Image.new("P", (28, 28))))),
+        (422, files(png(Image.new("1", (28, 28))))),
+        (422, files(whole + b"more")),
+        (422, files(png(Image.new("RGB", (28, 28)), "MPO", save_all=True, append_images=[second]), media_type=jpeg)),
+        (422, files(png(Image.new("CMYK", (28, 28)), "JPEG"), media_type=jpeg)),
+        (422, files(png(digit, icc_profile=b"no profile"))),
+        (422, files(with_gamma(whole, 100_000))),
+        (422, files(png(Image.new("L", (28, 28)), transparency=0))),
+        (422, files(animated)),
+        (422, files(png(Image.new("L", (1, 3000))))),
+        (422, {"files": [("pictures", ("image", whole, "image/png"))]}),
+        (422, {"data": {"images": "text"}, "files": {"other": b""}}),
+        (415, files(whole, media_type="image/gif")),
+        (415, files(whole, media_type="text/html")),
+        (415, text(whole, "image/png")),
+        (415, {}),
+        (400, text(b"--x", "multipart/form-data")),
+        (413, files(png(Image.new("L", (4001, 1000))))),
+        (413, files(*[whole] * 65)),
+        (413, text(batch() + " " * 500_000)),
+        (413, {"content": None, "headers": {"content-type": "application/json"}}),  # a stream, see below
+        (422, text("")),
+        (422, text("[]")),
+        (422, text('{"images": []}')),
+        (422, text('{"images": [[[[0.5]]]]}')),
+        (422, text('{"images": [[[[0.5], [0.5, 0.5]]]]}')),
+        (422, text('{"images": ' + "[" * 100_000)),
+        (422, text('{"images": "\ud83d"}'.encode("utf-8", "surrogatepass"))),
+        *[
+            (422, text(batch(value)))
+            for value in ("NaN", "Infinity", "-Infinity", "1e999", "1e300", "null", '"nan"', "2", "-1", "9" * 400)
+        ],
+    ]
+
+
+async def ask(address: str, requests: list[dict[str, object]]) -> list[httpx2.Response]:
+    """All at once, over at most 50 connections."""
+    limits = httpx2.Limits(max_connections=50)
+    async with httpx2.AsyncClient(base_url=address, limits=limits, timeout=None, trust_env=False) as client:
+        return await asyncio.gather(
+            *(
+                client.post(
+                    "/detect", **(own if own.get("content", b"") is not None else own | {"content": stream(10**6)})
+                )
+                for own in requests
+            )
+        )
+
+
+def test_a_thousand_concurrent_requests_are_all_answered_as_the_guard_says(address, guard):
+    generator = torch.Generator().manual_seed(0)
+    digits = cg.samples.load_digits("test").tensors[0]
+    noise = torch.randint(0, 256, (200, 1, 28, 28), generator=generator) / 255
+    images = torch.cat([digits, noise])[torch.randperm(1200, generator=generator)]
+    expected = guard.detect(images)
+    assert expected.is_adversarial.sum() > 100
+    assert (~expected.is_adversarial).sum() > 700
+
+    bad = refused_requests(digits[0])
+    requests, answers, position = [], [], 0
+    for index in range(1000):
+        if index % 7 == 3:
+            status, request = bad[index // 7 % len(bad)]
+            requests.append(request)
+            answers.append((status, None))
+            continue
+        rows = range(position, position + 1 + index % 2)
+        position = (position + 2) % 1198
+        if index % 10 == 0:
+            requests.append(text(json.dumps({"images": images[list(rows)].tolist()})))
+        else:
+            requests.append(files(*(png(images[row]) for row in rows)))
+        answers.append((200, rows))
+
+    responses = asyncio.run(ask(address, requests))
+    assert len(responses) == 1000
+    statuses, refused, accepted = Counter(), 0, 0
+    for request, response, (status, rows) in zip(requests, responses, answers, strict=True):
+        assert response.status_code == status, (str(request)[:300], response.text)
+        statuses[status] += 1
+        if rows is None:
+            assert "verdicts" not in response.json()
+            continue
+        assert response.json()["verdicts"] == [
+            {
+                "is_adversarial": bool(expected.is_adversarial[row]),
+                "label": None if expected.is_adversarial[row] else int(expected.labels[row]),
+                "class_name": None if expected.is_adversarial[row] else NAMES[expected.labels[row]],
+            }
+            for row in rows
+        ]
+        refused += int(expected.is_adversarial[list(rows)].sum())
+        accepted += int((~expected.is_adversarial[list(rows)]).sum())
+
+    assert httpx2.get(f"{address}/health", trust_env=False).json()["status"] == "ok"
+    metrics = httpx2.get(f"{address}/metrics", trust_env=False).text
+
+    def value(name: str) -> float:
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", metrics, flags=re.MULTILINE)[1])
+
+    assert value('clusterguard_images_total{verdict="refused"}') == refused
+    assert value('clusterguard_images_total{verdict="accepted"}') == accepted
+    assert value('clusterguard_distance_over_threshold_bucket{le="1.0"}') == pytest.approx(accepted, abs=1)
+    for status, count in statuses.items():
+        assert value(f'clusterguard_requests_total{{path="/detect",status="{status}"}}') == count
+    assert value('clusterguard_request_seconds_count{path="/detect"}') == 1000
+    assert value("clusterguard_monitor_alarm") == 1  # every sixth image is noise
+    assert value("clusterguard_monitor_limit") == pytest.approx(cg.deployment.plausible_rate(guard.calibration))
+
+
+def test_ordinary_traffic_raises_no_alarm_and_images_of_another_size_are_fitted(address, guard):
+    digits = cg.samples.load_digits("test").tensors[0][:100]
+    large = Image.fromarray((digits[0, 0] * 255).byte().numpy()).resize((84, 56)).convert("RGB")
+    answers = asyncio.run(
+        ask(address, [files(*map(png, digits[:50])), files(png(large, "JPEG"), media_type="image/jpeg")])
+    )
+    assert [len(own.json()["verdicts"]) for own in answers] == [50, 1]
+    assert "clusterguard_monitor_alarm 0.0" in httpx2.get(f"{address}/metrics", trust_env=False).text
+
+
+def test_what_people_see_is_what_is_judged(address, guard):
+    digits = cg.samples.load_digits("test").tensors[0][:40]
+    expected = [guard.detect(digits).is_adversarial.tolist(), guard.detect(digits).labels.tolist()]
+    assert not all(expected[0])
+    turns = [None, *(getattr(Image.Transpose, name) for name in UNDONE_BY.split())]
+    requests = []
+    for tag, turn in enumerate(turns, 1):
+        exif, contents = Image.Exif(), []
+        exif[0x0112] = tag
+        for digit in digits:
+            picture = Image.fromarray((digit[0] * 255).round().byte().numpy())
+            contents.append(png(picture if turn is None else picture.transpose(turn), exif=exif))
+        requests.append(files(*contents))
+    for response in asyncio.run(ask(address, requests)):
+        verdicts = response.json()["verdicts"]
+        assert [own["is_adversarial"] for own in verdicts] == expected[0]
+        assert all(own["label"] in (None, label) for own, label in zip(verdicts, expected[1], strict=True))
+
+
+def test_an_error_says_what_is_wrong_with_the_picture(address):
+    white = Image.new("L", (28, 28), 255)
+    second = png(white.convert("RGB"), "MPO", save_all=True, append_images=[white.convert("RGB")])
+    cases = {
+        "several pictures": files(second, media_type="image/jpeg"),
+        "animation": files(png(white, save_all=True, append_images=[Image.new("L", (28, 28))])),
+        "16 bits a channel": files(png(Image.new("I;16", (28, 28)))),
+        "a palette": files(png(white.convert("P"))),
+        "transparent": files(png(Image.new("LA", (28, 28)))),
+        "an alpha channel": files(png(Image.new("RGBA", (28, 28), "white"))),
+        "gamma of 1 ": files(with_gamma(png(white), 100_000)),
+        "data after its end": files(png(white) + b"\0"),
+        "cut off": files(png(white, "JPEG")[:-2], media_type="image/jpeg"),
+    }
+    for words, response in zip(cases, asyncio.run(ask(address, list(cases.values()))), strict=True):
+        assert response.status_code == 422
+        assert words in response.json()["detail"]
+
+
+@pytest.mark.parametrize("kind", ["image/png", "image/PNG", "IMAGE/Png", "image/png; charset=binary", "image/png ;x=y"])
+def test_media_types_have_no_case_and_parameters_do_not_count(address, kind):
+    white = png(Image.new("L", (28, 28), 255))
+    (response,) = asyncio.run(ask(address, [files(white, media_type=kind)]))
+    assert response.status_code == 200
+
+
+def test_the_model_is_told_with_its_hash_names_and_card(address, guard, tmp_path):
+    told = httpx2.get(f"{address}/model", trust_env=False).json()
+    assert told["sha256"] == hashlib.sha256((tmp_path / "guard.onnx").read_bytes()).hexdigest()
+    assert (told["class_names"], told["num_classes"], told["image_shape"]) == (list(NAMES), 10, [1, 28, 28])
+    assert told["false_positive_rate"] == guard.calibration.false_positive_rate
+    assert told["card"] == "# A guard\n\nof 数字"
+
+
+def test_the_load_generator_counts_what_is_answered(address, capsys):
+    asyncio.run(load("load").main(address, requests=20, concurrency=3))
+    assert re.search(r"20 requests, 3 at a time: \d+ a second, .* statuses {200: 20}", capsys.readouterr().out)
+
+
+def test_a_graph_without_a_calibration_record_is_not_served(guard, app, tmp_path):
+    plain = cg.ClusterGuard(nn.Flatten(), num_classes=2, example=torch.zeros(1, 1, 4, 4))
+    plain.thresholds = torch.tensor([9.0, 9.0])
+    graph = cg.export_onnx(plain, tmp_path / "guard.onnx", torch.zeros(1, 1, 4, 4))
+    with pytest.raises(RuntimeError, match="run: clusterguard calibrate"):
+        app.create_app(str(graph))
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_make_a_service(app, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^clusterguard (.*)$", (EXAMPLE / "README.md").read_text(), flags=re.MULTILINE)
+    assert [own.split()[0] for own in commands] == ["train", "export"]
+    for command in commands:
+        assert CliRunner().invoke(cli, command.split()).exit_code == 0
+    images = cg.samples.load_digits("test").tensors[0]
+    detector = cg.load_onnx("runs/digits/guard.onnx")
+    expected = cg.ClusterGuard.from_pretrained("runs/digits").detect(images)
+    found = detector.detect(images)
+    assert torch.equal(found.labels, expected.labels)
+    assert torch.equal(found.is_adversarial, expected.is_adversarial)
+    assert app.create_app("runs/digits/guard.onnx").routes

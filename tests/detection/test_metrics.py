@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+from clusterguard import Detection
+from clusterguard.detection import (
+    Rate,
+    accuracy,
+    accuracy_after_rejection,
+    attack_success_rate,
+    expected_roc_auc,
+    false_positive_rate,
+    roc_auc,
+    wilson_interval,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+
+def verdicts(labels, distances, refused):
+    return Detection(torch.tensor(labels), torch.tensor(distances), torch.tensor(refused))
+
+
+def test_rates_by_hand():
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    clean = verdicts([0, 0, 1, 1, 0], [1.0, 9.0, 1.0, 1.0, 1.0], [False, True, False, False, False])
+    attacked = verdicts([1, 1, 0, 1, 0], [1.0, 1.0, 9.0, 1.0, 1.0], [False, False, True, False, False])
+    assert accuracy(clean, labels) == Rate(4, 5)
+    assert accuracy_after_rejection(clean, labels) == Rate(3, 4)
+    assert false_positive_rate(clean, labels) == Rate(1, 4)
+    # Eligible: images 0, 2, 3. Image 0 gets through, 2 is refused, 3 is still right; 1 and 4 do not count.
+    assert attack_success_rate(clean, attacked, labels) == Rate(1, 3)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.lists(st.integers(0, 6), min_size=1, max_size=30))
+def test_roc_auc_is_scikit_learns_ties_included(benign, adversarial):
+    expected = roc_auc_score([0] * len(benign) + [1] * len(adversarial), benign + adversarial)
+    assert roc_auc(torch.tensor(benign).float(), torch.tensor(adversarial).float()) == pytest.approx(expected)
+
+
+def test_roc_auc_tells_large_distances_apart():
+    assert roc_auc(torch.tensor([1000.0, 1001.0]), torch.tensor([1002.0])) == 1.0
+
+
+def test_expected_roc_auc_by_hand():
+    # Class 0: benign at 1, 2 (and a misclassified one at 0, which does not count); class 1: benign at 5.
+    benign = verdicts([0, 0, 0, 1], [1.0, 2.0, 0.0, 5.0], [False] * 4)
+    benign_labels = torch.tensor([0, 0, 1, 1])
+    # Attacked and labelled 0: at 1.5 (AUC ½) and one that is still correct (AUC 1); labelled 1: at 4 (AUC 0).
+    attacked = verdicts([0, 0, 1], [1.5, 0.1, 4.0], [False] * 3)
+    labels = torch.tensor([1, 0, 0])
+    expected = (2 * (0.5 + 1) / 2 + 1 * 0.0) / 3
+    assert expected_roc_auc(benign, benign_labels, attacked, labels, 3) == pytest.approx(expected)
+
+
+def test_expected_roc_auc_is_one_if_every_attacked_image_is_still_right():
+    benign = verdicts([0, 1], [1.0, 1.0], [False] * 2)
+    attacked = verdicts([0, 1], [0.0, 0.0], [False] * 2)
+    labels = torch.tensor([0, 1])
+    assert expected_roc_auc(benign, labels, attacked, labels, 2) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)]
+)
+def test_wilson_intervals_from_the_literature(count, total, low, high):
+    assert wilson_interval(count, total) == pytest.approx((low, high), abs=1e-4)
+
+
+@given(st.integers(0, 50), st.integers(0, 50))
+def test_wilson_intervals_hold_the_share(count, more):
+    low, high = wilson_interval(count, count + more)
+    assert 0 <= low <= high <= 1
+    if count + more:
+        assert low <= count / (count + more) <= high
+
+
+def test_nothing_counted_is_nan_not_zero():
+    assert math.isnan(Rate(0, 0).value)
+    assert Rate(0, 0).interval == (0.0, 1.0)

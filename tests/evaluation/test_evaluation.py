@@ -1,0 +1,110 @@
+import json
+
+import pytest
+import torch
+from clusterguard import FGSM, PGD, evaluate
+from clusterguard.detection import Rate
+from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
+from torch.utils.data import DataLoader, TensorDataset
+
+
+@pytest.fixture
+def loader(small_guard):
+    images = torch.rand(90, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = small_guard(images).argmax(1)
+    labels[:5] = (labels[:5] + 1) % 3
+    return DataLoader(TensorDataset(images, labels), batch_size=40)
+
+
+def test_figures_are_counted_from_the_images(small_guard, loader):
+    images, labels = loader.dataset.tensors
+    attack = PGD(eps=0.3, step_size=0.1, steps=10)
+    report = evaluate(small_guard, {"pgd": attack}, loader)
+    clean = small_guard.detect(images)
+    after = small_guard.detect(attack(small_guard, images, labels))
+    eligible = (clean.labels == labels) & ~clean.is_adversarial
+    broken = (after.labels != labels) & ~after.is_adversarial & eligible
+    assert report.images == 90
+    assert report.accuracy == Rate(85, 90)
+    assert report.results[0].success == Rate(int(broken.sum()), int(eligible.sum()))
+    assert sum(rate.total for rate in report.false_positives_by_class) == 85
+    assert sum(rate.count for rate in report.false_positives_by_class) == report.false_positives.count
+
+
+def test_the_worst_case_counts_an_image_that_any_attack_breaks(small_guard, loader):
+    attacks = {f"pgd {eps}": PGD(eps=eps, step_size=eps, steps=3) for eps in (0.05, 0.2)}
+    report = evaluate(small_guard, attacks, loader)
+    counts = [result.success.count for result in report.results]
+    assert max(counts) <= report.worst_case.count <= sum(counts)
+    assert report.asr == report.worst_case.value
+    assert report.eroc == min(result.expected_roc_auc for result in report.results)
+
+
+def test_images_outside_box_or_budget_do_not_count(small_guard, loader):
+    strong = PGD(eps=1.0, step_size=0.2, steps=20, objective="margin")
+
+    class Cheat:
+        norm, eps = "linf", 0.01
+
+        def __call__(self, *arguments, **options):
+            return strong(*arguments, **options)
+
+    def leave_the_box(detector, images, labels, **options):
+        return strong(detector, images, labels) + 2
+
+    report = evaluate(small_guard, {"honest": strong, "cheat": Cheat(), "outside": leave_the_box}, loader)
+    assert report.results[0].success.count > 0
+    assert report.results[0].invalid == 0
+    assert report.results[1].success.count == report.results[2].success.count == 0
+    assert report.results[1].invalid == report.results[2].invalid == 90
+
+
+def test_success_is_monotone_in_eps_and_complete_for_the_whole_box(small_guard, loader):
+    attacks = {
+        str(eps): PGD(eps=eps, step_size=max(eps, 0.01) / 5, steps=30, objective="margin")
+        for eps in (0.0, 0.1, 0.3, 1.0)
+    }
+    counts = [result.success.count for result in evaluate(small_guard, attacks, loader).results]
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+
+
+def test_a_plain_function_and_a_single_attack_will_do(small_guard, loader):
+    report = evaluate(small_guard, lambda detector, images, labels, **_: images, loader)
+    assert report.results[0].success.count == 0
+    assert evaluate(small_guard, FGSM(eps=0.1), loader).results[0].name == "FGSM"
+
+
+def test_the_report_is_plain_json_and_markdown(small_guard, loader, tmp_path):
+    report = evaluate(small_guard, {"none": FGSM(eps=0.0)}, loader)
+    data = json.loads(report.to_json(tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert data["accuracy"] == {
+        "count": 85,
+        "total": 90,
+        "value": 85 / 90,
+        "interval": list(report.accuracy.interval),
+    }
+    assert data["results"][0]["attack"] == repr(FGSM(eps=0.0))
+    assert data["versions"]["torch"] == torch.__version__
+    assert "| none | 0.000 [" in report.to_markdown()
+
+
+def test_everything_is_checked_before_the_first_attack(small_guard, loader):
+    def attack(*_, **__):
+        pytest.fail("attacked")
+
+    good = next(iter(loader))
+    with pytest.raises(InputError, match="finite images"):
+        evaluate(small_guard, attack, [good, (torch.full((1, 1, 8, 8), torch.nan), torch.tensor([0]))])
+    with pytest.raises(InputError, match="at least one batch"):
+        evaluate(small_guard, attack, [])
+    with pytest.raises(ConfigurationError, match="at least one attack"):
+        evaluate(small_guard, {}, loader)
+    small_guard.reset_calibration()
+    with pytest.raises(NotCalibratedError):
+        evaluate(small_guard, attack, loader)
+
+
+def test_an_attack_that_returns_another_shape_is_named(small_guard, loader):
+    with pytest.raises(InputError, match="what the attack returns of shape"):
+        evaluate(small_guard, lambda detector, images, labels, **_: images[:1], loader)

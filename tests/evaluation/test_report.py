@@ -1,0 +1,81 @@
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from clusterguard import PGD, WorstCaseSuite, __version__, evaluate
+from clusterguard.detection import Rate
+from clusterguard.evaluation import CertifiedBound, to_html
+from torch.utils.data import DataLoader, TensorDataset
+
+
+@pytest.fixture(scope="module")
+def report():
+    from clusterguard import ClusterGuard
+    from torch import nn
+
+    torch.manual_seed(0)
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU()), num_classes=3, representation_dim=6)
+    guard.thresholds = torch.full((3,), 14.0)
+    images = torch.rand(40, 1, 8, 8)
+    loader = DataLoader(TensorDataset(images, guard.eval()(images).argmax(1)), batch_size=20)
+    attacks = {
+        "PGD <linf>": PGD(eps=0.2, step_size=0.05, steps=10),
+        "PGD l2": PGD(norm="l2", eps=1.0, step_size=0.2, steps=10),
+        "suite": WorstCaseSuite("linf", eps=0.2, budget="quick"),
+    }
+    return evaluate(guard, attacks, loader, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_json_says_what_was_done(report, tmp_path):
+    data = json.loads(report.to_json(tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert data["versions"]["clusterguard"] == __version__
+    assert data["seed"] == 3
+    assert [result["name"] for result in data["results"]] == ["PGD <linf>", "PGD l2", "suite"]
+    assert data["results"][0]["cost"] == {"forward": 40 * 11, "backward": 40 * 10}
+    assert data["results"][2]["stages"][0]["name"] == "APGD"
+    assert set(data["worst_by_norm"]) == {"linf", "l2"}
+    assert data["sanity"]["warnings"] == list(report.sanity.warnings)
+    assert "verdict" not in data["results"][0]
+
+
+def test_unions_are_over_images(report):
+    by_norm = [rate.count for rate in report.worst_by_norm.values()]
+    assert max(by_norm) <= report.worst_case.count <= sum(by_norm)
+    assert report.worst_by_norm["linf"].count >= max(report.results[0].success.count, report.results[2].success.count)
+    assert report.largest_mean_asr == max(result.success.value for result in report.results)
+
+
+def test_the_markdown_has_every_attack_stage_and_warning(report):
+    text = report.to_markdown()
+    for piece in ("PGD l2", "worst of linf, per image", "Stages of suite", "| APGD |", "Sanity, a probe of"):
+        assert piece in text
+
+
+def test_what_is_proved_stands_beside_what_was_found(report, tmp_path):
+    assert "proved" not in report.to_markdown() + to_html(report, tmp_path / "report.html").read_text()
+    proved = replace(report, certified=CertifiedBound(0.2, Rate(30, 40)))
+    row = "proved upper bound, linf 0.2"
+    assert f"| {row} | {Rate(30, 40)} |" in proved.to_markdown()
+    assert f"<td>{row}</td>" in to_html(proved, tmp_path / "report.html").read_text()
+
+
+def test_the_page_needs_nothing_else(report, tmp_path):
+    page = to_html(report, tmp_path / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=['\"](?!data:)", page)
+    assert page.count("data:image/png;base64,") == 3
+    assert "PGD &lt;linf&gt;" in page
+    assert "PGD <linf>" not in page
+    assert "Worst-broken images" in page
+
+
+def test_without_matplotlib_the_page_says_what_to_install(report, tmp_path, monkeypatch):
+    import sys
+
+    from clusterguard.errors import MissingDependencyError
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingDependencyError, match="plots"):
+        to_html(report, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,265 @@
+"""Train and eval mode: modules that have their own way of changing it, and several readers at once."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from contextlib import ExitStack
+
+import clusterguard as cg
+import pytest
+import torch
+from clusterguard._support import evaluation_mode, names_in_eval_mode, training_mode
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+from torchvision.models.feature_extraction import create_feature_extractor
+
+IMAGES = torch.rand(8, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Node(nn.Module):
+    def __init__(self, *children):
+        super().__init__()
+        self.parts = nn.ModuleList(children)
+
+
+class Swapping(Node):
+    """It learns of its mode through `train` alone, as a module does that holds one graph for each mode."""
+
+    graph = True
+
+    def train(self, mode=True):
+        self.graph = mode
+        return super().train(mode)
+
+
+class Merging(Node):
+    """It overrides `eval` too, as layers do that merge weights for inference."""
+
+    graph = True
+
+    def train(self, mode=True):
+        self.graph = mode
+        return super().train(mode)
+
+    def eval(self):
+        super().eval()
+        self.graph = False
+        return self
+
+
+trees = st.recursive(
+    st.builds(lambda kind: kind(), st.sampled_from([Node, Swapping, Merging])),
+    lambda inner: st.builds(
+        lambda kind, parts: kind(*parts), st.sampled_from([Node, Swapping, Merging]), st.lists(inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def state_of(module):
+    return [(part.training, getattr(part, "graph", None)) for part in module.modules()]
+
+
+@given(trees, st.data())
+def test_whoever_reads_sees_eval_mode_and_the_last_one_out_leaves_each_module_as_it_was(tree, data):
+    modules = list(tree.modules())
+    for module in modules:
+        module.train(data.draw(st.booleans()))
+    before, inside = state_of(tree), []
+    for _ in range(data.draw(st.integers(1, 8))):
+        if inside and data.draw(st.booleans()):
+            inside.pop(data.draw(st.integers(0, len(inside) - 1)))[1].close()
+        else:
+            read, stack = data.draw(st.sampled_from(modules)), ExitStack()
+            stack.enter_context(evaluation_mode(read))
+            inside.append((read, stack))
+        for read, _ in inside:
+            assert not any(mode or graph for mode, graph in state_of(read))
+    for _, stack in inside:
+        stack.close()
+    assert state_of(tree) == before
+
+
+@given(trees, st.data())
+def test_training_wakes_all_but_what_is_frozen(tree, data):
+    for module in tree.modules():
+        module.train(data.draw(st.booleans()))
+    if not tree.training:
+        return
+    frozen, before = names_in_eval_mode(tree), state_of(tree)
+    tree.eval()
+    with training_mode(tree, frozen=frozen):
+        assert state_of(tree) == before
+    assert not any(mode or graph for mode, graph in state_of(tree))
+
+
+def test_modules_can_be_copied_and_pickled_while_they_are_read():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    with evaluation_mode(model):
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for other in copies:
+        assert not other[1].training
+        with evaluation_mode(other.train()):
+            assert not other[1].training
+        assert other[1].training
+
+
+def test_nothing_of_a_module_is_kept_when_nobody_reads_it_any_more():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    with pytest.raises(ValueError, match="whatever"), evaluation_mode(model):
+        raise ValueError("whatever")
+    gone = weakref.ref(model[0])
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+class Gate(nn.Module):
+    """Lets the first reader wait inside until the second has come, and the second until the first has left."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.second_is_in, self.first_has_left = 0, threading.Event(), threading.Event()
+
+    def __deepcopy__(self, memo):  # events cannot be copied
+        return self
+
+    def forward(self, images):
+        self.calls += 1
+        if self.calls == 1:
+            self.second_is_in.wait(30)
+        else:
+            self.second_is_in.set()
+            self.first_has_left.wait(30)
+        return images
+
+
+def test_who_is_still_reading_when_another_thread_leaves_reads_in_eval_mode():
+    gate = Gate()
+    gate.second_is_in.set()
+    gate.first_has_left.set()
+    backbone = nn.Sequential(gate, nn.BatchNorm2d(1), nn.Dropout(0.9), nn.Flatten())
+    guard = cg.ClusterGuard(backbone, 2, example=IMAGES)
+    guard.thresholds = torch.full((2,), 100.0)
+    expected, statistics = guard.detect(IMAGES), guard.encoder[0][1].running_mean.clone()
+    guard.train()
+    gate.calls, gate.second_is_in, gate.first_has_left = 0, threading.Event(), threading.Event()
+    verdicts = {}
+
+    def read(name):
+        verdicts[name] = guard.detect(IMAGES)
+
+    first, second = (threading.Thread(target=read, args=(name,)) for name in ("first", "second"))
+    first.start()
+    while not gate.calls:
+        pass
+    second.start()
+    first.join(30)
+    gate.first_has_left.set()
+    second.join(30)
+    for verdict in verdicts.values():
+        torch.testing.assert_close(verdict, expected, rtol=0, atol=0)
+    assert set(verdicts) == {"first", "second"}
+    assert torch.equal(guard.encoder[0][1].running_mean, statistics)
+    assert all(module.training for module in guard.modules())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_many_threads_that_detect_attack_and_certify_agree_and_leave_no_trace(training):
+    torch.manual_seed(0)
+    guard = cg.ClusterGuard(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten()),
+        2,
+        example=IMAGES,
+    )
+    guard.thresholds = torch.full((2,), 30.0)
+    labels, attack = torch.arange(8) % 2, cg.PGD(eps=0.1, step_size=0.05, steps=2)
+    reads = [
+        lambda: [guard.detect(IMAGES).distances],
+        lambda: [attack(guard, IMAGES, labels)],
+        lambda: list(cg.certify(guard, IMAGES, labels, eps=0.01)),
+    ]
+    expected = [read() for read in reads]
+    guard.train(training)
+    before, failures = copy.deepcopy(guard.state_dict()), []
+
+    def work(turn):
+        for step in range(12):
+            which = (turn + step) % len(reads)
+            if not all(map(torch.equal, reads[which](), expected[which])):
+                failures.append(which)
+
+    threads = [threading.Thread(target=work, args=(turn,)) for turn in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    torch.testing.assert_close(dict(guard.state_dict()), dict(before), rtol=0, atol=0)
+    assert {module.training for module in guard.modules()} == {training}
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+
+    def forward(self, images):
+        return functional.dropout(self.conv(images).flatten(1), 0.5, training=self.training)
+
+
+class Extracted(nn.Module):
+    """Features by torchvision's tool, which keeps one graph for each mode and swaps them in `train`."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = create_feature_extractor(Dropping(), ["dropout"])
+
+    def forward(self, images):
+        return self.inner(images)["dropout"]
+
+
+@pytest.mark.filterwarnings("ignore:no recipe rebuilds this backbone")
+@pytest.mark.parametrize("make", [Dropping, Extracted])
+def test_a_backbone_whose_dropout_no_flag_reaches_is_used_in_eval_mode_everywhere(make, tmp_path):
+    guard = cg.ClusterGuard(make(), 2, mean=[0.0], std=[1.0], example=IMAGES)
+    guard.thresholds = torch.full((2,), 100.0)
+    expected = guard.detect(IMAGES).distances
+    guard.train()
+    assert torch.equal(guard.detect(IMAGES).distances, expected)
+    assert not torch.equal(guard(IMAGES), guard(IMAGES))  # it is back in train mode
+    guard.save_pretrained(tmp_path)
+    again = cg.ClusterGuard.from_pretrained(tmp_path, backbone=make(), example=IMAGES)
+    assert torch.equal(again.detect(IMAGES).distances, expected)
+    program = cg.deployment.export_program(guard, IMAGES).module()
+    torch.testing.assert_close(program(IMAGES)[1], expected)
+
+
+def test_two_threads_that_take_gradients_through_a_classifier_leave_its_parameters_trainable():
+    """What is shown to other libraries: one thread stays inside while the other comes and leaves."""
+    gate = Gate()
+    gate.second_is_in.set()
+    gate.first_has_left.set()
+    guard = cg.ClusterGuard(nn.Sequential(gate, nn.Flatten()), 2, example=IMAGES)
+    gate.calls, gate.second_is_in, gate.first_has_left = 0, threading.Event(), threading.Event()
+    gradients = {}
+
+    def attack(name):
+        leaf = IMAGES.clone().requires_grad_()
+        cg.attacks.as_classifier(guard)(leaf).square().sum().backward()
+        gradients[name] = leaf.grad
+
+    first, second = (threading.Thread(target=attack, args=(name,)) for name in ("first", "second"))
+    first.start()
+    while not gate.calls:
+        pass
+    second.start()
+    first.join(30)
+    gate.first_has_left.set()
+    second.join(30)
+    assert torch.equal(gradients["first"], gradients["second"])
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in guard.parameters())

@@ -1,0 +1,136 @@
+"""Training makes guards of which much can be proved; what is certified no attack breaks."""
+
+import copy
+import math
+
+import clusterguard
+import pytest
+import torch
+from certifiable import guard_of
+from clusterguard import (
+    APGD,
+    Calibrator,
+    CertifiedTrainer,
+    ClusterGuard,
+    certified_success_rate,
+    certify,
+    decide,
+    success_margin,
+)
+from clusterguard.certification import Interval, bound
+from clusterguard.errors import ConfigurationError
+from clusterguard.samples import load_digits
+from clusterguard.training import initialise
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+SHAPE = 2, 6, 6
+CALIBRATION = DataLoader(load_digits("calibration"), batch_size=500)
+TEST = load_digits("test")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 4, 2, 1), nn.ReLU(), nn.Flatten())
+    guard = ClusterGuard(body, 10, example=torch.rand(1, 1, 28, 28))
+    loader = DataLoader(load_digits("train"), batch_size=50, shuffle=True, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(guard.parameters(), 4e-3)
+    trainer = CertifiedTrainer(guard, eps=0.1, optimizer=optimizer, ramp_epochs=3, calibrator=Calibrator(scarce="pool"))
+    trainer.fit(loader, CALIBRATION, epochs=7, progress=False)
+    return guard.eval()
+
+
+def test_a_certified_guard_keeps_what_it_promises(trained):
+    images, labels = (part[:300] for part in TEST.tensors)
+    verdict = trained.detect(images)
+    good = (verdict.labels == labels) & ~verdict.is_adversarial
+    proved = certify(trained, images, labels, eps=0.1)
+    assert good.float().mean() > 0.85
+    assert (proved.is_secure & good).sum() > 0.6 * good.sum()
+    attack = APGD(norm="linf", eps=0.1, steps=20, start="random")
+    attacked = attack(trained, images, labels, generator=torch.Generator().manual_seed(0))
+    evidence = trained.evidence(attacked)
+    assert not (success_margin(evidence, trained.thresholds, labels)[proved.is_secure] <= 0).any()
+    after = decide(evidence, trained.thresholds)
+    assert not (after.is_adversarial | (after.labels != labels))[proved.is_kept].any()
+
+
+def test_the_certified_rate_is_above_what_an_attack_finds_and_grows_with_the_radius(trained):
+    batches = [tuple(part[:200] for part in TEST.tensors), tuple(part[200:300] for part in TEST.tensors)]
+    rates = [certified_success_rate(trained, batches, eps=eps) for eps in (0.0, 0.05, 0.1, 0.3)]
+    assert rates[0].count == 0
+    assert [rate.count for rate in rates] == sorted(rate.count for rate in rates)
+    assert len({rate.total for rate in rates}) == 1
+    found = clusterguard.evaluate(trained, APGD(norm="linf", eps=0.1, steps=10), batches, sanity_images=0)
+    assert found.results[0].success.count <= rates[2].count
+    assert found.results[0].success.total == rates[2].total
+
+
+def test_initial_weights_keep_the_width_of_intervals_and_leave_other_layers_alone():
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(2, 50, 3),
+        nn.BatchNorm2d(50),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(800, 400),
+        nn.ReLU(),
+        nn.Linear(400, 9),
+    ]
+    model = nn.Sequential(*layers).eval()
+    statistics = copy.deepcopy(model[1].state_dict())
+    initialise(model)
+    assert all(torch.equal(statistics[name], value) for name, value in model[1].state_dict().items())
+    assert not any(layer.bias.any() for layer in (model[0], model[4], model[6]))
+    box = Interval(*(torch.full((4, *SHAPE), end) for end in (0.4, 0.6)))
+    widths = [(found.upper - found.lower).mean().item() for found in (model[:3](box), model[:6](box))]
+    assert all(0.1 < width < 0.4 for width in widths)
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    drawn = [initialise(model, generator=generator) or model[4].weight.clone() for generator in generators]
+    assert torch.equal(*drawn)
+
+
+def test_without_bounds_the_loss_is_that_of_benign_images_and_with_them_that_of_the_worst(monkeypatch):
+    guard = guard_of(dtype=torch.float32).train()
+    images, labels = torch.rand(6, 1, 2, 2), torch.arange(6) % 3
+    options = {"eps": 0.2, "center_weight": 0.5, "temperature": 2.0, "ramp_epochs": 2, "bound_weight": 0.4}
+    trainer = CertifiedTrainer(guard, warmup_epochs=1, **options)
+    distances = guard.distances(images).square()
+    own = distances.gather(1, labels[:, None]).mean() / 2
+    benign = nn.functional.cross_entropy(-distances / 4, labels) + 0.5 * own
+    monkeypatch.setattr(type(trainer), "epochs_done", 0.5)
+    torch.testing.assert_close(trainer.training_step(images, labels, None).loss, benign)
+    monkeypatch.setattr(type(trainer), "epochs_done", 2.0)  # half the radius, half the weight
+    worst = bound(guard, images, labels, eps=0.1).leads
+    expected = 0.8 * benign + 0.2 * nn.functional.cross_entropy(-worst / 4, labels)
+    step = trainer.training_step(images, labels, None)
+    torch.testing.assert_close(step.loss, expected)
+    assert step.successes == ((worst < 0).sum(dim=1) > 0).sum()
+    assert all(module.training for module in guard.modules())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"eps": 0.0},
+        {"eps": 1.5},
+        {"bound_weight": 0.0},
+        {"warmup_epochs": -1},
+        {"ramp_epochs": math.inf},
+        {"center_weight": -1.0},
+        {"temperature": 0.0},
+    ],
+)
+def test_options_out_of_range_are_refused(option):
+    with pytest.raises(ConfigurationError, match=next(iter(option))):
+        CertifiedTrainer(guard_of(), **{"eps": 0.1, **option})
+
+
+def test_a_network_without_bounds_is_refused_at_the_first_step_and_not_half_trained():
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.LayerNorm(4)), 2, example=torch.rand(1, 1, 2, 2))
+    before = copy.deepcopy(guard.encoder.state_dict())
+    loader = DataLoader(TensorDataset(torch.rand(8, 1, 2, 2), torch.arange(8) % 2), batch_size=4)
+    with pytest.raises(ConfigurationError, match="layer_norm"):
+        CertifiedTrainer(guard, eps=0.1, warmup_epochs=5).fit(loader, loader, epochs=6, calibrate=False, progress=False)
+    assert all(torch.equal(before[name], value) for name, value in guard.encoder.state_dict().items())

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from clusterguard.errors import InputError, PersistenceError
+from clusterguard.training._checkpoints import previous, read_checkpoint, save_checkpoint
+from torch import nn
+
+
+def parts(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Linear(50, 20)
+    return {"guard": model, "optimizer": torch.optim.Adam(model.parameters()), "scheduler": None}
+
+
+def save(path, seed, step):
+    save_checkpoint(path, parts=parts(seed), values={"step": step})
+
+
+def load_checkpoint(path, parts):
+    checkpoint = read_checkpoint(path)
+    with checkpoint.restored(parts):
+        return checkpoint.values
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Two checkpoints, one behind the other."""
+    file = tmp_path / "run.pt"
+    save(file, 1, 1)
+    save(file, 2, 2)
+    return file
+
+
+def test_the_last_checkpoint_is_read_back(path):
+    found = parts()
+    assert load_checkpoint(path, parts=found) == {"step": 2}
+    assert torch.equal(found["guard"].weight, parts(2)["guard"].weight)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["run.pt", "run.pt.previous"]
+
+
+def test_no_file_is_no_checkpoint(tmp_path):
+    assert read_checkpoint(tmp_path / "none.pt") is None
+
+
+@pytest.mark.parametrize("where", [0, 40, 1500, 3000, -300, -1])
+def test_a_flipped_bit_is_noticed_or_harmless(path, where):
+    content = bytearray(path.read_bytes())
+    content[where] ^= 0x10
+    path.write_bytes(content)
+    found = parts()
+    try:
+        values = load_checkpoint(path, parts=found)
+    except UserWarning:  # warnings are errors here
+        return
+    assert values == {"step": 2}
+    assert torch.equal(found["guard"].weight, parts(2)["guard"].weight)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.99])
+def test_a_truncated_file_gives_way_to_the_one_before_with_a_warning(path, kept):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    found = parts()
+    with pytest.warns(UserWarning, match="run.pt is damaged; going on from .*run.pt.previous"):
+        assert load_checkpoint(path, parts=found) == {"step": 1}
+    assert torch.equal(found["guard"].weight, parts(1)["guard"].weight)
+
+
+def test_killed_between_the_two_moves_the_previous_one_stands(path):
+    path.unlink()
+    assert load_checkpoint(path, parts=parts()) == {"step": 1}
+
+
+def test_nothing_whole_is_an_error_and_changes_nothing(path):
+    for file in (path, previous(path)):
+        file.write_bytes(b"not a checkpoint")
+    found = parts()
+    with pytest.raises(PersistenceError, match=r"run.pt is damaged.*delete it"):
+        load_checkpoint(path, parts=found)
+    assert torch.equal(found["guard"].weight, parts()["guard"].weight)
+
+
+def test_another_runs_checkpoint_is_refused_and_changes_nothing(path):
+    other = {"guard": nn.Linear(50, 7), "optimizer": None, "scheduler": None}
+    with pytest.raises(PersistenceError, match="another run"):
+        load_checkpoint(path, parts=other)
+    model = nn.Linear(50, 7)
+    weight = model.weight.detach().clone()
+    other = {"guard": model, "optimizer": torch.optim.Adam(model.parameters()), "scheduler": None}
+    with pytest.raises(PersistenceError, match="does not fit"):
+        load_checkpoint(path, parts=other)
+    assert torch.equal(model.weight, weight)
+
+
+@pytest.mark.parametrize("failure", [InputError, KeyboardInterrupt])
+def test_what_fails_while_restoring_undoes_it(path, failure):
+    found = parts()
+
+    def fail():
+        with read_checkpoint(path).restored(found):
+            assert torch.equal(found["guard"].weight, parts(2)["guard"].weight)
+            raise failure
+
+    with pytest.raises(failure):
+        fail()
+    assert torch.equal(found["guard"].weight, parts()["guard"].weight)
+
+
+def test_a_part_that_refuses_in_its_own_way_undoes_the_others(path):
+    class Picky(nn.Module):
+        def load_state_dict(self, state_dict):
+            if state_dict:
+                raise TypeError("not mine")
+
+    found = parts() | {"optimizer": Picky()}
+    with pytest.raises(PersistenceError, match="does not fit"):
+        read_checkpoint(path).restored(found).__enter__()
+    assert torch.equal(found["guard"].weight, parts()["guard"].weight)
+
+
+def test_a_failing_write_leaves_the_old_ones(path):
+    with pytest.raises(AttributeError, match=r"pickle|local"):
+        save_checkpoint(path, parts=parts(3), values={"code": lambda: None})
+    assert load_checkpoint(path, parts=parts()) == {"step": 2}

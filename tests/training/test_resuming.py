@@ -1,0 +1,249 @@
+"""Training that goes on from a checkpoint, with the loaders that people have."""
+
+import random
+import warnings
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from clusterguard import AdversarialClusterTrainer
+from clusterguard.errors import PersistenceError
+from clusterguard.training._loader_state import LoaderState
+from clusterguard.training._replay import Replay
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from trainings import ATTACK, new_guard, weights
+
+LABELS = torch.arange(60) % 3
+DATA = TensorDataset(torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(3)), LABELS)
+GLOBAL = np.random.default_rng(0)
+
+
+def seeded():
+    return torch.Generator().manual_seed(7)
+
+
+class Noisy(Dataset):
+    """The data, with noise from any generator."""
+
+    def __init__(self, draw, **held):
+        self.draw = draw
+        self.__dict__ |= held
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        image, label = DATA[index]
+        return (0.8 * image + 0.2 * self.draw(self)).clamp(0, 1).float(), label
+
+
+class DrawsFromItsModule(Dataset):
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        image, label = DATA[index]
+        return (image * noise()).float(), label
+
+
+def noise():
+    return GLOBAL.random()
+
+
+class Slotted:
+    __slots__ = ("generator",)
+
+    def __init__(self):
+        self.generator = random.Random(4)
+
+
+class CountsItsPasses(Sampler):
+    def __init__(self):
+        self.passes = 0
+
+    def __len__(self):
+        return 60
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(torch.randperm(60, generator=torch.Generator().manual_seed(self.passes)).tolist())
+
+
+class ShufflesInPlace(Sampler):
+    def __init__(self, order):
+        self.order = order
+
+    def __len__(self):
+        return 60
+
+    def __iter__(self):
+        if isinstance(self.order, torch.Tensor):
+            self.order[:] = self.order[torch.randperm(60)]
+        else:
+            np.random.shuffle(self.order)  # noqa: NPY002  # as people do
+        return iter([int(index) for index in self.order])
+
+
+class Stream(IterableDataset):
+    def __init__(self):
+        self.generator = seeded()
+
+    def __iter__(self):
+        return (DATA[index] for index in torch.randperm(60, generator=self.generator).tolist())
+
+
+def noisy(draw, **held):
+    return Noisy(draw, **held)
+
+
+LOADERS = {
+    "random sampler": lambda: DataLoader(DATA, 10, sampler=RandomSampler(DATA, generator=seeded())),
+    "weighted sampler": lambda: DataLoader(
+        DATA, 10, sampler=WeightedRandomSampler([1.0, 2.0, 3.0] * 20, 60, generator=seeded())
+    ),
+    "subset sampler": lambda: DataLoader(DATA, 10, sampler=SubsetRandomSampler(range(50), generator=seeded())),
+    "batch sampler": lambda: DataLoader(
+        DATA, batch_sampler=BatchSampler(RandomSampler(DATA, generator=seeded()), 10, drop_last=False)
+    ),
+    "sampler that counts": lambda: DataLoader(DATA, 10, sampler=CountsItsPasses()),
+    "sampler of a list": lambda: DataLoader(DATA, 10, sampler=ShufflesInPlace(list(range(60)))),
+    "sampler of an array": lambda: DataLoader(DATA, 10, sampler=ShufflesInPlace(np.arange(60))),
+    "sampler of a tensor": lambda: DataLoader(DATA, 10, sampler=ShufflesInPlace(torch.arange(60))),
+    "torch's in data": lambda: DataLoader(
+        noisy(lambda own: torch.rand(1, generator=own.generator), generator=seeded()), 10
+    ),
+    "numpy's in data": lambda: DataLoader(noisy(lambda own: own.rng.random(), rng=np.random.default_rng(5)), 10),
+    "numpy's old one in data": lambda: DataLoader(noisy(lambda own: own.rng.rand(), rng=np.random.RandomState(5)), 10),
+    "numpy's other bits in data": lambda: DataLoader(
+        noisy(lambda own: own.rng.random(), rng=np.random.Generator(np.random.Philox(5))), 10
+    ),
+    "python's in nested data": lambda: DataLoader(
+        ConcatDataset(
+            [Subset(noisy(lambda own: own.rng.random(), rng=random.Random(5)), range(30)), Subset(DATA, range(30, 60))]
+        ),
+        10,
+        shuffle=True,
+    ),
+    "a closure's": lambda: DataLoader(
+        (lambda generator: noisy(lambda _: torch.rand(1, generator=generator)))(seeded()), 10
+    ),
+    "a slot's": lambda: DataLoader(noisy(lambda own: own.inner.generator.random(), inner=Slotted()), 10),
+    "a module's": lambda: DataLoader(DrawsFromItsModule(), 10),
+    "stream": lambda: DataLoader(Stream(), 10),
+    "workers, generator in data": lambda: DataLoader(
+        noisy(lambda own: torch.rand(1, generator=own.generator), generator=seeded()), 10, num_workers=1
+    ),
+    "persistent workers": lambda: DataLoader(
+        noisy(lambda own: torch.rand(1)), 10, shuffle=True, num_workers=1, persistent_workers=True
+    ),
+}
+
+
+def train(make, file, *, epochs, seed, until=None):
+    """A training as in a new process: all that is random begins anew."""
+    global GLOBAL
+    GLOBAL = np.random.default_rng(0)
+    trainer = AdversarialClusterTrainer(new_guard(), ATTACK, warmup_epochs=9)
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+    if until is not None:
+        after_step = trainer.after_step
+
+        def interrupt(batches):
+            after_step(batches)
+            if trainer.engine.steps == until:
+                raise KeyboardInterrupt
+
+        trainer.after_step = interrupt
+    fit = {"epochs": epochs, "checkpoint": file, "checkpoint_every": 2, "calibrate": False, "progress": False}
+    if until is None:
+        trainer.fit(make(), [DATA[:10]], **fit)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit(make(), [DATA[:10]], **fit)
+    return weights(trainer.guard)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_resumed_training_is_bit_by_bit_the_uninterrupted_one(name, tmp_path):
+    make = LOADERS[name]
+    whole = train(make, tmp_path / "whole.pt", epochs=3, seed=1)
+    train(make, tmp_path / "run.pt", epochs=3, seed=1, until=9)  # within the second epoch
+    assert torch.equal(train(make, tmp_path / "run.pt", epochs=3, seed=99), whole)
+    train(make, tmp_path / "epochs.pt", epochs=1, seed=1)
+    assert torch.equal(train(make, tmp_path / "epochs.pt", epochs=3, seed=99), whole)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: DataLoader(noisy(lambda own: own.rng.random(), rng=random.SystemRandom()), 10), "operating system"),
+        (lambda: DataLoader(noisy(lambda own: next(own.places) % 2, places=count()), 10), "is an iterator"),
+        (lambda: DataLoader(DATA, 10, num_workers=1, in_order=False), "in_order=False"),
+    ],
+)
+def test_what_cannot_be_resumed_is_said_before_training_that_has_a_checkpoint(make, reason, tmp_path):
+    trainer = AdversarialClusterTrainer(new_guard(), ATTACK, warmup_epochs=1)
+    fit = {"epochs": 1, "calibrate": False, "progress": False}
+    with pytest.warns(UserWarning, match=rf"not be the same as without the interruption, because .*{reason}"):
+        trainer.fit(make(), [DATA[:10]], checkpoint=tmp_path / "run.pt", **fit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdversarialClusterTrainer(new_guard(), ATTACK, warmup_epochs=1).fit(make(), [DATA[:10]], **fit)
+
+
+def test_another_loaders_generators_are_refused():
+    state = Replay(LOADERS["random sampler"](), torch.device("cpu")).state_dict()
+    with pytest.raises(PersistenceError, match="generators that it had when it was interrupted"):
+        Replay(DataLoader(DATA, 10), torch.device("cpu")).load_state_dict(state)
+
+
+def test_what_a_loader_was_made_with_is_not_brought_back():
+    class Folder(Dataset):
+        def __init__(self, root):
+            self.root, self.passes = root, 0
+
+    old, new = Folder("old"), Folder("new")
+    state = LoaderState(old)
+    old.passes = 3
+    LoaderState(new).set(state.changed(state.get()))
+    assert (new.root, new.passes) == ("new", 3)
+
+
+def test_the_search_ends_in_a_loop_and_in_a_large_data_set():
+    class Node:
+        pass
+
+    first, second = Node(), Node()
+    first.next, second.next, first.names = second, first, [(str(index), index) for index in range(1_000_000)]
+    second.generator = seeded()
+    assert list(LoaderState(first).get()["generators"]) == ["loader.next.generator"]
+
+
+def test_calibration_leaves_no_trace_in_what_is_drawn_afterwards(blobs):
+    def fit(*parts, calibrate):
+        guard = new_guard()
+        trainer = AdversarialClusterTrainer(guard, ATTACK, warmup_epochs=9)
+        torch.manual_seed(1)
+        train, calibration = DataLoader(DATA, 10, shuffle=True), DataLoader(blobs.dataset, 60, shuffle=True)
+        for epochs in parts:
+            trainer.fit(train, calibration, epochs=epochs, calibrate=calibrate, progress=False)
+        return weights(guard)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # too few are classified correctly, perhaps
+        assert torch.equal(fit(1, 2, 3, calibrate=True), fit(3, calibrate=False))
