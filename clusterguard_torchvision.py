@@ -22,11 +22,11 @@ _library: torch.library.Library | None = None  # declarations live as long as th
 def declare_missing_operators() -> None:
     """Declare torchvision's `nms` and `qnms`, and only if its own import would fail for want of them.
 
-    Does not import torchvision, and does nothing where it is imported already, absent, or able to load its
+    Does not import torchvision, and does nothing where it has been imported already, is absent, or can load its
     operators itself.
     """
     global _library
-    if _library is not None or "torchvision" in sys.modules:
+    if _library is not None or "torchvision._meta_registrations" in sys.modules:
         return
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:

@@ -1,9 +1,13 @@
 """The walls of docs/architecture.md, held by reading the imports."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import clusterguard
 import pytest
@@ -23,103 +27,140 @@ HEAVY = {
     "onnxruntime",
 }
 
-# Who may import whom; rooms that are not named may import every room.
-ALLOWED = {
+# Who may import whom, from the ground up; what a room may import stands above it.
+FLOORS = {
     "errors": set(),
-    "decision": {"checks", "errors"},
-    "checkpoints": {"errors", "files"},
-    "processes": set(),
-    "loaders": {"errors"},
-    "loader_state": {"errors"},
-    "optimizers": {"errors"},
-    "replay": {"detector", "errors", "loader_state", "loaders"},
-    "training_options": {"errors", "processes"},
-    "modes": {"errors"},
-    "files": {"errors"},
-    "torchvision_operators": set(),
-    "clusters": {"checks", "errors"},
-    "checks": {"errors"},
-    "image_files": {"errors"},
-    "image_folders": {"checks", "errors", "image_files"},
-    "metrics": {"checks", "decision", "errors"},
     "samples": {"errors"},
-    "copying": {"errors"},
-    "wrappers": {"copying"},
-    "backbones": {"copying", "errors", "wrappers"},
-    "attacks": {"attacks", "decision", "errors", "checks", "modes", "files"},
-    "detector": {
-        "copying",
-        "decision",
-        "errors",
-        "checks",
-        "loaders",
-        "modes",
-        "precision",
-        "processes",
-        "calibration",
-    },  # calibration: only for type checkers
-    "monitoring": {"calibration", "checks", "decision", "errors"},
-    # results: only for type checkers, in these three; so is guard in the second
-    "compiling": {"errors", "modes"},
-    "precision": {"errors"},
-    "boxes": {"precision"},
-    "interval_rules": {"boxes", "errors", "precision"},
-    "intervals": {"boxes", "errors", "interval_rules", "precision"},
-    "guard": {"backbones", "clusters", "compiling", "decision", "detector", "modes", "persistence", "results"},
-    "persistence": {"backbones", "calibration", "errors", "guard", "model_card", "results"},
-    "model_card": {"calibration", "metrics", "results"},
-    "export": {"calibration", "checks", "copying", "decision", "detector", "errors", "files", "modes", "precision"},
-    "confidence": {"backbones", "decision", "detector", "errors"},
-    "consistency": {"checks", "decision", "detector", "errors"},
+    "_support": {"errors"},
+    "detection": {"_support", "errors"},
+    "attacks": {"_support", "detection", "errors"},
+    "detectors": {"_support", "detection", "errors"},
+    "certification": {"_support", "detection", "detectors", "errors"},
+    "evaluation": {"_support", "attacks", "detection", "errors"},
+    "deployment": {"_support", "detection", "detectors", "errors"},
+    "training": {"_support", "attacks", "certification", "detection", "detectors", "errors"},
 }
+FLOORS |= {"": {*FLOORS} - {"_support"}}  # the top level hands on what users need most
+FLOORS |= {"cli": {*FLOORS}}
+PACKAGES = [name for name in FLOORS if (PACKAGE / name / "__init__.py").is_file()]
 FILES = sorted(PACKAGE.rglob("*.py"))
 EVERY = sorted(
     path for part in ("clusterguard", "benchmarks", "tests", "examples", "docs") for path in (ROOT / part).rglob("*.py")
 )
+BENCHMARKS = [path for path in EVERY if path.is_relative_to(ROOT / "benchmarks")]
 
 
-def imports(path: Path, *, top_level_only: bool) -> set[str]:
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> list[tuple[str, str]]:
+    """(module, name) of everything a file imports, in functions and for type checkers too; name is "" for modules."""
     tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else ast.walk(tree)
-    names = set()
-    for node in nodes:
+    found = []
+    for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found += [(node.module or "", alias.name) for alias in node.names]
+    return found
+
+
+def inner_imports(path: Path) -> list[tuple[str, str, str]]:
+    """(room, module in it, name) of what a file imports of clusterguard."""
+    found = []
+    for module, name in imports(path):
+        top, *parts = module.split(".")
+        if top == "clusterguard":
+            found.append((parts[0] if parts else "", ".".join(parts[1:]), name))
+    return found
 
 
 def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+    first = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    return "" if first == "__init__" else first
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_rooms_import_only_what_they_may(path):
-    own = {name.split(".")[1] for name in imports(path, top_level_only=False) if name.startswith("clusterguard.")}
-    allowed = ALLOWED.get(room(path))
-    if allowed is not None:
-        assert own <= allowed | {room(path)}
+def face(name: str) -> set[str]:
+    return {*importlib.import_module(f"clusterguard.{name}".rstrip(".")).__all__}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_heavy_packages_are_imported_where_they_are_used(path):
-    assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & HEAVY
+def test_every_room_is_on_the_plan():
+    assert {room(path) for path in FILES} == {*FLOORS}
 
 
-@pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) <= 500
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_rooms_import_only_what_stands_below_them(path):
+    here = room(path)
+    for other, inner, name in inner_imports(path):
+        if other == here != "":
+            assert not inner or inner.startswith("_"), f"{inner}: modules begin with an underscore"
+        elif here == "" and other == "":
+            assert name in PACKAGES or name in FLOORS
+        else:
+            assert other in FLOORS[here], other
+            assert not inner, f"{other}.{inner}.{name} is private"
 
 
-def test_benchmarks_use_the_public_interface():
-    private = {
-        f"{path.name}: {name}"
-        for path in (PACKAGE.parent / "benchmarks").rglob("*.py")
-        for name in imports(path, top_level_only=False)
-        if name.startswith("clusterguard.") and "._" in name
+@pytest.mark.parametrize("path", [*FILES, *BENCHMARKS], ids=name_of)
+def test_only_what_a_package_hands_on_is_imported_from_outside(path):
+    here = room(path) if path in FILES else "benchmarks"
+    for other, inner, name in inner_imports(path):
+        if other != here and (other in PACKAGES or other == ""):
+            assert not inner
+            assert name in face(other), f"{other}.{name}"
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, ""])
+def test_a_package_hands_on_what_it_says(package):
+    module = importlib.import_module(f"clusterguard.{package}".rstrip("."))
+    names = module.__all__
+    assert names == sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+    own = {
+        name for name, value in vars(module).items() if not name.startswith("_") and not isinstance(value, ModuleType)
     }
-    assert not private
+    modules = {name for name in names if isinstance(getattr(module, name), ModuleType)}
+    assert {*names} == own - {"declare_missing_operators", "version"} | modules
+    assert all(getattr(module, name).__doc__ for name in names if inspect.isroutine(getattr(module, name)))
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "benchmarks"])
+def test_no_package_has_a_circle(package):
+    folder = ROOT / package if package == "benchmarks" else PACKAGE / package
+    prefix = package if package == "benchmarks" else f"clusterguard.{package}"
+    below: dict[str, set[str]] = {}
+    for path in folder.rglob("*.py"):
+        inner = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+        wanted = {f"{module}.{name}" for module, name in imports(path)} | {module for module, _ in imports(path)}
+        below[inner] = {name.removeprefix(f"{prefix}.") for name in wanted if name.startswith(f"{prefix}.")}
+    order = [*TopologicalSorter(below).static_order()]  # raises CycleError
+    assert {*below} <= {*order}
+
+
+def test_the_plan_is_small():
+    arrows = {(room(path), other) for path in FILES for other, _, _ in inner_imports(path) if other != room(path)}
+    arrows |= {("benchmarks", other) for path in BENCHMARKS for other, _, _ in inner_imports(path)}
+    assert len(arrows) <= 70
+    floors: dict[str, int] = {}
+    for name in TopologicalSorter({a: {b for x, b in arrows if x == a} for a, _ in arrows}).static_order():
+        floors[name] = 1 + max((floors[b] for a, b in arrows if a == name), default=0)
+    assert len(floors) <= 14
+    assert max(floors.values()) <= 8
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    assert not {module.split(".")[0] for module, _ in imports(path, top_level_only=True)} & HEAVY
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name_of)
+def test_files_and_functions_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 500
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+            assert (node.end_lineno or 0) - first.lineno < 60, node.name
 
 
 def test_importing_clusterguard_imports_neither_timm_nor_torchvision():
@@ -128,15 +169,7 @@ def test_importing_clusterguard_imports_neither_timm_nor_torchvision():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("package", ["torchvision", "timm"])
-def test_after_clusterguard_torchvision_and_timm_import_on_any_torch(package):
-    code = f"import clusterguard, {package}; clusterguard._support.declare_missing_operators()"
+@pytest.mark.parametrize("order", ["clusterguard, timm", "torch, timm, clusterguard", "torchvision, clusterguard"])
+def test_torchvision_and_timm_import_before_and_after_clusterguard_on_any_torch(order):
+    code = f"import {order}; import clusterguard_torchvision as c; c.declare_missing_operators()"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
-
-
-def test_public_names_are_sorted_documented_and_there():
-    assert list(clusterguard.__all__) == sorted(
-        clusterguard.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name)
-    )
-    for name in clusterguard.__all__:
-        assert getattr(clusterguard, name).__doc__, name

@@ -122,9 +122,8 @@ class Runner:
         assert first is not None  # there is at least one rate
         points = {}
         if cell.points:
-            found = next(iter(attacked.attacked.values()))
             seen = WithThresholds(detector, thresholds[cell.rates[0]])
-            shown = (part[: cell.points] for part in (images, labels, found))
+            shown = (part[: cell.points] for part in (images, labels, next(iter(attacked.attacked.values()))))
             points = {"points": map_points(seen, *shown, seed=cell.seed)}
         result = {
             "title": cell.title,

@@ -12,8 +12,7 @@ from clusterguard.attacks._base import (
 )
 from clusterguard.attacks._boundary import Boundary
 from clusterguard.attacks._carlini_wagner import CarliniWagner
-from clusterguard.attacks._fixed_schedule import BIM, FGSM, FixedSchedule
-from clusterguard.attacks._gradients import backpropagate
+from clusterguard.attacks._descent import Gradient, ObjectiveValues, Problem, Rule, backpropagate, descend
 from clusterguard.attacks._interop import (
     DetectorAsClassifier,
     PeerAttack,
@@ -24,12 +23,8 @@ from clusterguard.attacks._interop import (
     from_foolbox,
     from_torchattacks,
 )
-from clusterguard.attacks._iterative import MIM, NES, PGD, IteratedAttack, SteepestDescent, SteppedAttack
-from clusterguard.attacks._loop import Gradient, ObjectiveValues, Problem, Rule, descend
 from clusterguard.attacks._metering import Cost, Metered
 from clusterguard.attacks._minimum_norm import FastMinimumNorm
-from clusterguard.attacks._mixed import MixedAttack
-from clusterguard.attacks._multi_target import MultiTarget
 from clusterguard.attacks._norms import L0, L1, L2, LInf, Norm, dense_l1_direction, get_norm
 from clusterguard.attacks._objectives import (
     OBJECTIVES,
@@ -43,6 +38,17 @@ from clusterguard.attacks._objectives import (
 )
 from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._paper import PaperProtocol, RandomTarget, at_step_sizes, random_targets
+from clusterguard.attacks._pgd import (
+    BIM,
+    FGSM,
+    MIM,
+    NES,
+    PGD,
+    FixedSchedule,
+    IteratedAttack,
+    SteepestDescent,
+    SteppedAttack,
+)
 from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square
 from clusterguard.attacks._representation import (
     RepelThenMinimise,
@@ -60,9 +66,8 @@ from clusterguard.attacks._starts import (
     output_diversified,
     towards_batch,
 )
-from clusterguard.attacks._suite import EFFORTS, WorstCaseSuite
-from clusterguard.attacks._suite_state import StageRecord, SuiteResult
-from clusterguard.attacks._transfer import Transfer
+from clusterguard.attacks._suite import EFFORTS, StageRecord, SuiteResult, WorstCaseSuite
+from clusterguard.attacks._wrapping import MixedAttack, MultiTarget, Transfer
 
 __all__ = [
     "APGD",

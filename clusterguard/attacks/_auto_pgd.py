@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from clusterguard.attacks._iterative import IteratedAttack
-from clusterguard.attacks._loop import ObjectiveValues, Problem, Rule
+from clusterguard.attacks._descent import ObjectiveValues, Problem, Rule
 from clusterguard.attacks._norms import L0, L1
 from clusterguard.attacks._objectives import Objective
+from clusterguard.attacks._pgd import IteratedAttack
 from clusterguard.attacks._starts import Start, get_start
 from clusterguard.detection import Detector
 from torch import Generator, Tensor

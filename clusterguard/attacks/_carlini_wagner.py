@@ -6,8 +6,7 @@ from typing import final
 
 import torch
 from clusterguard.attacks._base import BuiltInAttack, check_budget
-from clusterguard.attacks._gradients import backpropagate
-from clusterguard.attacks._loop import Problem
+from clusterguard.attacks._descent import Problem, backpropagate
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective, get_objective
 from clusterguard.detection import Detector

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from clusterguard._support import check_calibrated, check_detector, evaluation_mode
 from clusterguard.attacks._base import BuiltInAttack, check_budget
-from clusterguard.attacks._loop import Problem
-from clusterguard.attacks._multi_target import MultiTarget
+from clusterguard.attacks._descent import Problem
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import margin
 from clusterguard.attacks._starts import Towards
+from clusterguard.attacks._wrapping import MultiTarget
 from clusterguard.detection import Detector, Evidence, class_margins
 from clusterguard.errors import ConfigurationError, MissingDependencyError
 from torch import Generator, Tensor, nn

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from clusterguard.attacks._gradients import backpropagate
-from clusterguard.attacks._iterative import IteratedAttack
-from clusterguard.attacks._loop import Gradient, ObjectiveValues, Problem, Rule
+from clusterguard.attacks._descent import Gradient, ObjectiveValues, Problem, Rule, backpropagate
 from clusterguard.attacks._norms import L0, get_norm
 from clusterguard.attacks._objectives import Objective
+from clusterguard.attacks._pgd import IteratedAttack
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
 

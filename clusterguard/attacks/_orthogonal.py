@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-from clusterguard.attacks._iterative import SteppedAttack
-from clusterguard.attacks._loop import Gradient, ObjectiveValues, Problem, Rule
+from clusterguard.attacks._descent import Gradient, ObjectiveValues, Problem, Rule
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective, logit
+from clusterguard.attacks._pgd import SteppedAttack
 from clusterguard.detection import success_margin
 from clusterguard.errors import ConfigurationError
 from torch import Tensor

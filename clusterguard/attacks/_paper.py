@@ -7,7 +7,7 @@ from typing import final
 import torch
 from clusterguard._support import check_range, check_tensor
 from clusterguard.attacks._base import Attack, WrappingAttack
-from clusterguard.attacks._iterative import PGD, SteppedAttack
+from clusterguard.attacks._pgd import PGD, SteppedAttack
 from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor

@@ -7,11 +7,10 @@ from typing import final
 
 import torch
 from clusterguard.attacks._base import BuiltInAttack
-from clusterguard.attacks._gradients import backpropagate
-from clusterguard.attacks._iterative import PGD, SteepestDescent, SteppedAttack
-from clusterguard.attacks._loop import Gradient, ObjectiveValues, OnStep, Problem, Rule, descend
+from clusterguard.attacks._descent import Gradient, ObjectiveValues, OnStep, Problem, Rule, backpropagate, descend
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective, margin
+from clusterguard.attacks._pgd import PGD, SteepestDescent, SteppedAttack
 from clusterguard.attacks._starts import Towards
 from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError

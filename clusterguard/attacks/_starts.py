@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from clusterguard._support import check_detector, check_images, check_labels, evaluation_mode
-from clusterguard.attacks._gradients import backpropagate
-from clusterguard.attacks._loop import Problem
+from clusterguard.attacks._descent import Problem, backpropagate
 from clusterguard.detection import Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError
 from torch import Tensor

@@ -1,31 +1,146 @@
-"""Ordered attacks, later ones on survivors only: the worst case that an honest evaluation needs."""
+"""The worst case over many attacks, and the state from which an interrupted one goes on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
 
 import torch
-from clusterguard._support import evaluation_mode
+from clusterguard._support import evaluation_mode, read_archive, write_atomically
 from clusterguard.attacks._auto_pgd import APGD
 from clusterguard.attacks._base import Attack, BuiltInAttack, check_attack_input, check_budget, check_radius
 from clusterguard.attacks._boundary import Boundary
 from clusterguard.attacks._carlini_wagner import CarliniWagner
-from clusterguard.attacks._iterative import MIM, PGD
 from clusterguard.attacks._metering import Metered
 from clusterguard.attacks._minimum_norm import FastMinimumNorm
-from clusterguard.attacks._multi_target import MultiTarget
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._orthogonal import OrthogonalPGD
+from clusterguard.attacks._pgd import MIM, PGD
 from clusterguard.attacks._random_search import SparseRS, Square
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching, has_representation
 from clusterguard.attacks._starts import Start, Towards
-from clusterguard.attacks._suite_state import StageRecord, SuiteResult, SuiteState
-from clusterguard.attacks._transfer import Transfer
+from clusterguard.attacks._wrapping import MultiTarget, Transfer
 from clusterguard.detection import Detector, success_margin
-from clusterguard.errors import ConfigurationError
+from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
+
+_KEYS = ("suite", "clean_margins", "best", "margins", "records", "generator")
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one stage of a suite did.
+
+    Attributes:
+        name: of the stage.
+        attacked: how many images had survived until then.
+        broken: how many of those it broke.
+        forward: images judged.
+        backward: gradients taken.
+    """
+
+    name: str
+    attacked: int
+    broken: int
+    forward: int
+    backward: int
+
+
+class SuiteResult(NamedTuple):
+    """What a suite found.
+
+    Attributes:
+        images: (B, C, H, W), each image's attacked version with the smallest success margin.
+        stages: one record per stage, in order.
+    """
+
+    images: Tensor
+    stages: tuple[StageRecord, ...]
+
+
+@dataclass
+class SuiteState:
+    """What an interrupted suite goes on from.
+
+    Attributes:
+        suite: how it prints.
+        clean_margins: (B,), by which another detector, other images or labels are noticed.
+        best: (B, C, H, W) strongest images so far.
+        margins: (B,) their success margins.
+        records: of the stages that are done.
+    """
+
+    suite: str
+    clean_margins: Tensor
+    best: Tensor
+    margins: Tensor
+    records: list[StageRecord]
+
+    def save(self, path: str | Path, generator: Generator | None) -> None:
+        """Write the state, whole or not at all."""
+        state = {
+            "suite": self.suite,
+            "clean_margins": self.clean_margins,
+            "best": self.best,
+            "margins": self.margins,
+            "records": [asdict(record) for record in self.records],
+            "generator": None if generator is None else generator.get_state(),
+        }
+        write_atomically(path, partial(torch.save, state))
+
+    def load(self, path: str | Path, generator: Generator | None) -> None:
+        """Take over a state that `save` wrote for the same suite, detector, images and labels.
+
+        Raises:
+            ConfigurationError: it is of something else.
+            PersistenceError: it is damaged, or no state of a suite.
+        """
+        again = f"delete {path} to begin the suite anew, or choose another checkpoint"
+        try:
+            state = read_archive(path, *_KEYS, device=self.best.device)
+        except PersistenceError as error:
+            raise PersistenceError(f"{error}; {again}") from error
+        if not _is_state(state):
+            raise PersistenceError(f"{path} holds no state of a suite; {again}")
+        clean = state["clean_margins"]
+        if state["suite"] != self.suite or state["best"].shape != self.best.shape:
+            raise ConfigurationError(
+                f"{path} belongs to {state['suite'][:200]} on {len(clean)} images; use another checkpoint"
+            )
+        if not torch.allclose(clean.to(self.clean_margins), self.clean_margins, rtol=1e-3, atol=1e-3):
+            raise ConfigurationError(f"{path} belongs to another detector or other images; use another checkpoint")
+        if generator is not None and state["generator"] is not None:
+            try:
+                generator.set_state(state["generator"].cpu())
+            except (RuntimeError, TypeError) as error:
+                raise PersistenceError(
+                    f"{path} holds another generator's state ({in_one_line(error)}); {again}"
+                ) from error
+        self.best, self.margins = state["best"], state["margins"]
+        self.records = [StageRecord(**record) for record in state["records"]]
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    """Whether an archive holds what `SuiteState.save` writes: its kinds, its shapes, and no margin that is NaN."""
+    clean, best, margins, generator = (state[name] for name in ("clean_margins", "best", "margins", "generator"))
+    if not all(isinstance(own, Tensor) and own.is_floating_point() for own in (clean, best, margins)):
+        return False
+    if clean.ndim != 1 or margins.shape != clean.shape or best.ndim != 4 or len(best) != len(clean):
+        return False
+    if clean.isnan().any() or margins.isnan().any() or not best.isfinite().all():
+        return False
+    kinds = {"name": str, "attacked": int, "broken": int, "forward": int, "backward": int}
+    return (
+        isinstance(state["suite"], str)
+        and (generator is None or isinstance(generator, Tensor))
+        and isinstance(state["records"], list)
+        and all(
+            isinstance(record, dict) and {k: type(v) for k, v in record.items()} == kinds for record in state["records"]
+        )
+    )
+
 
 Budget = Literal["quick", "standard", "thorough"]
 
@@ -136,9 +251,8 @@ class WorstCaseSuite(BuiltInAttack):
             },
         }
         if self.norm == "l2":
-            stages["Carlini-Wagner"] = CarliniWagner(
-                eps=self.eps, steps=effort.steps, searches=5, batch_size=self.batch_size
-            )
+            carlini_wagner = CarliniWagner(eps=self.eps, steps=effort.steps, searches=5, batch_size=self.batch_size)
+            stages["Carlini-Wagner"] = carlini_wagner
         stages["selective PGD"] = OrthogonalPGD(strategy="selective", **iterated)
         if has_representation(detector):
             stages["repel, then minimise"] = RepelThenMinimise(**iterated)

@@ -68,6 +68,13 @@ def demo(
     show(as_json, report, f"\n{report['table']}\n\n{report['note']}\n")
 
 
+def _check_schedule(learning_rate: float, warmup_epochs: int, epochs: int) -> None:
+    if not 0 < learning_rate < math.inf:
+        raise typer.BadParameter(f"expected a positive learning rate, got {learning_rate}")
+    if warmup_epochs >= epochs:
+        raise typer.BadParameter(f"expected fewer warmup epochs than epochs, {epochs}, or nothing would ever attack")
+
+
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="Folder for the guard and its checkpoint.")],
@@ -106,10 +113,7 @@ def train(
     from clusterguard.training import AdversarialClusterTrainer
     from torch.utils.data import DataLoader
 
-    if not 0 < learning_rate < math.inf:
-        raise typer.BadParameter(f"expected a positive learning rate, got {learning_rate}")
-    if warmup_epochs >= epochs:
-        raise typer.BadParameter(f"expected fewer warmup epochs than epochs, {epochs}, or nothing would ever attack")
+    _check_schedule(learning_rate, warmup_epochs, epochs)
     target = find_device(device)
     images = cli_data.image_options(data, image_size, channels)
     attack = PGD(
@@ -146,13 +150,7 @@ def train(
     )
     with stopped_by_signals(checkpoint, lambda: f"{len(trainer.history)} of {epochs} epochs") as is_asked_to_stop:
         history = trainer.fit(
-            DataLoader(
-                pictures,
-                batch_size,
-                shuffle=True,
-                drop_last=len(pictures) % batch_size == 1,  # one image has no batch statistics; another one each epoch
-                generator=torch.Generator().manual_seed(seed),
-            ),
+            cli_data.shuffled(pictures, batch_size, seed),
             DataLoader(calibration, batch_size),
             epochs=epochs,
             on_epoch_end=partial(say_epoch, epochs=epochs),

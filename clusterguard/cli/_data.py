@@ -26,7 +26,7 @@ from clusterguard.errors import ConfigurationError, InputError, PersistenceError
 from clusterguard.samples import load_digits
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -133,6 +133,17 @@ def sample(pictures: Pictures, count: int, seed: int) -> Subset[tuple[Tensor, in
     """At most `count` images drawn without order, for folders are sorted by class."""
     chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[:count]
     return Subset(pictures, chosen.sort().values.tolist())
+
+
+def shuffled(pictures: Pictures, batch_size: int, seed: int) -> DataLoader[tuple[Tensor, int]]:
+    """Batches to train on, in another order each epoch."""
+    return DataLoader(
+        pictures,
+        batch_size,
+        shuffle=True,
+        drop_last=len(pictures) % batch_size == 1,  # one image has no batch statistics; another one each epoch
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def make_backbone(name: str, *, num_classes: int, channels: int, pretrained: bool) -> nn.Module:

@@ -1,9 +1,9 @@
 """Evaluate a detector: run attacks, believe none of them, count what really gets through."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from clusterguard._support import check_detector, check_tensor, evaluation_mode
@@ -95,70 +95,43 @@ def evaluate(
     check_detector(detector)
     if sanity_images < 0:
         raise ConfigurationError(f"expected sanity_images of at least 0, got {sanity_images}")
-    device, num_classes = detector.thresholds.device, len(detector.thresholds)
-    batches = [(_moved(images, device), _moved(labels, device)) for images, labels in Pairs(loader, unpack)]
-    if not batches:
-        raise InputError("expected a loader with at least one batch, got an empty one")
-    for batch in batches:
-        check_attack_input(detector, *batch)  # everything is checked before the first attack starts
-        for attack in named.values():
-            check_radius(attack, batch[0])
+    num_classes = len(detector.thresholds)
+    batches = _read_batches(detector, named.values(), Pairs(loader, unpack))
     clean, labels = judge(detector, batches, accelerator=accelerator)
     eligible = is_eligible(clean, labels)
-    benign, benign_labels = clean, labels
+    benign = clean, labels
     if calibration_loader is not None:
-        benign, benign_labels = judge(detector, calibration_loader, accelerator=accelerator, unpack=unpack)
+        benign = judge(detector, calibration_loader, accelerator=accelerator, unpack=unpack)
     results: list[AttackResult] = []
     broken: dict[str, Tensor] = {}
     gallery: Gallery | None = None
     for name, attack in named.items():
-        started = time.perf_counter()
-        file = None if checkpoint is None else Path(checkpoint) / f"{name}.pt"
-        attacked, stages, cost = attack_batches(
+        result, attacked = _attack(
+            name,
             attack,
             detector,
             batches,
+            (clean, labels),
+            benign,
             generator=generator,
-            checkpoint=file,
+            checkpoint=None if checkpoint is None else Path(checkpoint) / f"{name}.pt",
             accelerator=accelerator,
             progress=name if progress else "",
         )
-        seconds = time.perf_counter() - started
-        valid = torch.cat([_is_valid(attack, old, new) for (old, _), new in zip(batches, attacked, strict=True)])
-        verdict = _judge_attacked(detector, attacked)
-        verdict = verdict._replace(is_adversarial=verdict.is_adversarial | ~valid)
-        hits = is_broken(verdict, labels) & eligible
-        norm = getattr(attack, "norm", None)
-        budget = norm or "attacks without a stated norm"
+        results.append(result)
+        hits = is_broken(result.verdict, labels) & eligible
+        budget = result.norm or "attacks without a stated norm"
         broken[budget] = broken.get(budget, torch.zeros_like(hits)) | hits
-        results.append(
-            AttackResult(
-                name=name,
-                attack=repr(attack),
-                norm=norm,
-                eps=getattr(attack, "eps", None),
-                success=attack_success_rate(clean, verdict, labels),
-                expected_roc_auc=expected_roc_auc(benign, benign_labels, verdict, labels, num_classes),
-                invalid=int((~valid).sum()),
-                cost=cost,
-                seconds=seconds,
-                stages=stages,
-                verdict=verdict,
-            )
-        )
-        ratios = verdict.distances / detector.thresholds.cpu()[verdict.labels]
-        images = torch.cat([images for images, _ in batches])
-        gallery = _worst_broken(gallery, Gallery(images, torch.cat(attacked), labels, verdict.labels, ratios), hits)
+        ratios = result.verdict.distances / detector.thresholds.cpu()[result.verdict.labels]
+        shown = Gallery(_head(batches)[0], attacked, labels, result.verdict.labels, ratios)
+        gallery = _worst_broken(gallery, shown, hits)
     total = int(eligible.sum())
     return Evaluation(
         images=len(labels),
         accuracy=accuracy(clean, labels),
         accuracy_after_rejection=accuracy_after_rejection(clean, labels),
         false_positives=false_positive_rate(clean, labels),
-        false_positives_by_class=tuple(
-            false_positive_rate(Detection(*(part[labels == index] for part in clean)), labels[labels == index])
-            for index in range(num_classes)
-        ),
+        false_positives_by_class=_false_positives_by_class(clean, labels, num_classes),
         results=tuple(results),
         worst_by_norm={norm: Rate(int(hits.sum()), total) for norm, hits in broken.items()},
         worst_case=Rate(int(torch.stack(list(broken.values())).any(dim=0).sum()), total),
@@ -172,17 +145,67 @@ def evaluate(
     )
 
 
+def _attack(
+    name: str,
+    attack: Attack,
+    detector: Detector,
+    batches: Batches,
+    clean: tuple[Detection, Tensor],
+    benign: tuple[Detection, Tensor],
+    **options: Any,
+) -> tuple[AttackResult, Tensor]:
+    """Run one attack, with the options of `attack_batches`: what it achieves, and its images (B, C, H, W)."""
+    started = time.perf_counter()
+    attacked, stages, cost = attack_batches(attack, detector, batches, **options)
+    seconds = time.perf_counter() - started
+    valid = torch.cat([_is_valid(attack, old, new) for (old, _), new in zip(batches, attacked, strict=True)])
+    verdict, labels = _judge_attacked(detector, attacked, valid), clean[1]
+    result = AttackResult(
+        name=name,
+        attack=repr(attack),
+        norm=getattr(attack, "norm", None),
+        eps=getattr(attack, "eps", None),
+        success=attack_success_rate(clean[0], verdict, labels),
+        expected_roc_auc=expected_roc_auc(*benign, verdict, labels, len(detector.thresholds)),
+        invalid=int((~valid).sum()),
+        cost=cost,
+        seconds=seconds,
+        stages=stages,
+        verdict=verdict,
+    )
+    return result, torch.cat(attacked)
+
+
+def _read_batches(detector: Detector, attacks: Iterable[Attack], pairs: Pairs) -> Batches:
+    """All batches, on the detector's device; everything is checked before the first attack starts."""
+    device = detector.thresholds.device
+    batches = [(_moved(images, device), _moved(labels, device)) for images, labels in pairs]
+    if not batches:
+        raise InputError("expected a loader with at least one batch, got an empty one")
+    for batch in batches:
+        check_attack_input(detector, *batch)
+        for attack in attacks:
+            check_radius(attack, batch[0])
+    return batches
+
+
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device, if it is a tensor with values; if not, the checks say so."""
     return tensor.to(device) if isinstance(tensor, Tensor) and not tensor.is_meta else tensor
 
 
 @torch.no_grad()
-def _judge_attacked(detector: Detector, batches: list[Tensor]) -> Detection:
-    """Verdicts on attacked images as they are stored; unlike clean ones they may be outside [0, 1]."""
+def _judge_attacked(detector: Detector, batches: list[Tensor], valid: Tensor) -> Detection:
+    """Verdicts on attacked images as they are stored; those that are not valid (B,) count as refused."""
     with evaluation_mode(detector):
         verdicts = [decide(detector.evidence(images), detector.thresholds) for images in batches]
-    return Detection(*(torch.cat(parts).cpu() for parts in zip(*verdicts, strict=True)))
+    verdict = Detection(*(torch.cat(parts).cpu() for parts in zip(*verdicts, strict=True)))
+    return verdict._replace(is_adversarial=verdict.is_adversarial | ~valid)
+
+
+def _false_positives_by_class(clean: Detection, labels: Tensor, num_classes: int) -> tuple[Rate, ...]:
+    members = [labels == index for index in range(num_classes)]
+    return tuple(false_positive_rate(Detection(*(part[of] for part in clean)), labels[of]) for of in members)
 
 
 def _is_valid(attack: Attack, images: Tensor, attacked: Tensor) -> Tensor:
@@ -197,7 +220,7 @@ def _is_valid(attack: Attack, images: Tensor, attacked: Tensor) -> Tensor:
     return (in_box & in_budget).cpu()
 
 
-def _head(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
+def _head(batches: Batches, count: int | None = None) -> tuple[Tensor, Tensor]:
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return images[:count], labels[:count]
 

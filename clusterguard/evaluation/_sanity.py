@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from clusterguard._support import evaluation_mode
@@ -112,18 +112,15 @@ def examine(
     references = Towards.accepted(detector, images, labels)
     probed, truth = images[usable], labels[usable]
 
-    def hits(attacked: Tensor) -> Tensor:
+    def broken(attack: Attack) -> Tensor:
+        attacked = attack(detector, probed, truth, generator=generator)
         with torch.no_grad(), evaluation_mode(detector):
             return is_broken(decide(detector.evidence(attacked), detector.thresholds), truth)
 
-    def broken(attack: Attack) -> Tensor:
-        return hits(attack(detector, probed, truth, generator=generator))
-
     def pgd(radius: float, start: Start | str) -> PGD:
         step = radius if norm == "l0" else radius / 10
-        return PGD(
-            norm=norm, eps=radius, step_size=step, steps=_STEPS, start=start, objective="margin", stop_early=True
-        )
+        options: dict[str, Any] = {"steps": _STEPS, "start": start, "objective": "margin", "stop_early": True}
+        return PGD(norm=norm, eps=radius, step_size=step, **options)
 
     trace = _Trace()
     problem = Problem(detector, probed, truth, None, get_norm(norm), eps, get_objective("margin"), generator)
@@ -139,15 +136,12 @@ def examine(
     black = broken(SparseRS(eps=int(eps), queries=200) if norm == "l0" else Square(norm=norm, eps=eps, queries=200))
 
     whole = float(get_norm(norm).size(torch.ones_like(images[:1]))[0])
+    smaller = [eps / 4, eps / 2, eps * 3 / 4]
     curve, so_far = [], torch.zeros_like(white)
-    for radius in (eps / 4, eps / 2, eps * 3 / 4):
-        radius = max(1.0, radius // 1) if norm == "l0" else radius
-        so_far = so_far | broken(pgd(radius, "image")) | broken(pgd(radius, references))
-        curve.append((radius, _rate(so_far)))
-    so_far = so_far | white | black
-    curve.append((eps, _rate(so_far)))
-    curve.append((whole, _rate(so_far | broken(pgd(whole, "image")) | broken(pgd(whole, references)))))
-
+    for radius in [*([max(1.0, radius // 1) for radius in smaller] if norm == "l0" else smaller), None, whole]:
+        hits = [white, black] if radius is None else [broken(pgd(radius, at)) for at in ("image", references)]
+        so_far = so_far | hits[0] | hits[1]
+        curve.append((eps if radius is None else radius, _rate(so_far)))
     report = Sanity(
         images=len(probed),
         norm=norm,
@@ -162,13 +156,18 @@ def examine(
         lost_again=_share(ever & (margins[-1] > 0)),
         warnings=(),
     )
-    missed = white.cpu()
-    for result in results:
-        if result.norm == norm and result.eps == eps:
-            verdict = Detection(*(part[: len(images)][usable.cpu()] for part in result.verdict))
-            missed = missed & ~is_broken(verdict, truth.cpu())
+    alike = [result.verdict for result in results if result.norm == norm and result.eps == eps]
+    missed = white.cpu() & _left_by(alike, usable.cpu(), truth.cpu())
     found = [text for wrong, text in _judgements(report, int((black & ~white).sum()), int(missed.sum())) if wrong]
     return Sanity(**{**report.__dict__, "warnings": tuple(found)})
+
+
+def _left_by(verdicts: Sequence[Detection], usable: Tensor, truth: Tensor) -> Tensor:
+    """(b,) whether each usable image, of all (B,), is broken in none of the verdicts; truth (b,) are the labels."""
+    left = torch.ones_like(truth, dtype=torch.bool)
+    for verdict in verdicts:
+        left &= ~is_broken(Detection(*(part[: len(usable)][usable] for part in verdict)), truth)
+    return left
 
 
 class _Trace:

@@ -260,7 +260,17 @@ def test_wrong_usage_is_exit_code_2_and_leaves_nothing_behind(arguments, tmp_pat
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_training_that_is_interrupted_goes_on_and_ends_as_if_it_had_not_been(number, code, trained, photos, tmp_path):
     _, uninterrupted = trained
-    command = [sys.executable, "-m", "clusterguard", "train", "--data", str(photos), "--output", str(tmp_path), *SMALL]
+    command = [
+        sys.executable,
+        "-m",
+        "clusterguard.cli",
+        "train",
+        "--data",
+        str(photos),
+        "--output",
+        str(tmp_path),
+        *SMALL,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*command, "--epochs", "1000"],

@@ -49,6 +49,32 @@ def main(folder: Path) -> None:
             )
         assert trainer.engine.steps == 8, "nobody stopped"
     history = trainer.fit(train, calibration, **options)
+    moving, accumulated, proved = train_otherwise(guard, accelerator, train, calibration)
+    fitted = cg.Calibrator(0.05).fit(guard, calibration, accelerator=accelerator)
+    test = DataLoader(blobs(30, 2), batch_size=6)
+    attacks = {
+        "PGD": cg.PGD(eps=0.3, step_size=0.1, steps=5, start="random"),
+        "suite": cg.WorstCaseSuite("linf", eps=0.2, budget="quick"),
+    }
+    generator = torch.Generator().manual_seed(0)
+    report = cg.evaluate(guard, attacks, test, generator=generator, accelerator=accelerator, sanity_images=10)
+    result = {
+        "weights": guard.state_dict(),
+        "moved": {name: own.detach() for name, own in moving.named_parameters()},
+        "accumulated": {name: own.detach() for name, own in accumulated.named_parameters()},
+        "proved": {name: own.detach() for name, own in proved.named_parameters()},
+        "thresholds": trainer.thresholds,
+        "history": [[record.loss, record.accuracy, record.attack_success_rate] for record in history],
+        "calibration": [*fitted.thresholds, *fitted.counts],
+        "broken": [result.verdict.labels for result in report.results],
+        "cost": [tuple(result.cost) for result in report.results],
+        "report": re.sub(r"\d+\.\d+ s", "", str(report)),
+    }
+    torch.save(result, folder / f"{accelerator.num_processes}-{accelerator.process_index}.pt")
+
+
+def train_otherwise(guard, accelerator, train, calibration):
+    """Copies of a guard, trained further: with perturbed weights, with groups of batches, and certified."""
     # With weights that move up the loss before they go down, on weights that have learned something.
     moving = copy.deepcopy(guard)
     options = cg.TrainingOptions(accelerator=accelerator, weight_perturbation=0.05)
@@ -75,27 +101,7 @@ def main(folder: Path) -> None:
         ramp_epochs=1,
         options=cg.TrainingOptions(accelerator=accelerator),
     ).fit(train, calibration, epochs=3, calibrate=False, progress=False)
-    fitted = cg.Calibrator(0.05).fit(guard, calibration, accelerator=accelerator)
-    test = DataLoader(blobs(30, 2), batch_size=6)
-    attacks = {
-        "PGD": cg.PGD(eps=0.3, step_size=0.1, steps=5, start="random"),
-        "suite": cg.WorstCaseSuite("linf", eps=0.2, budget="quick"),
-    }
-    generator = torch.Generator().manual_seed(0)
-    report = cg.evaluate(guard, attacks, test, generator=generator, accelerator=accelerator, sanity_images=10)
-    result = {
-        "weights": guard.state_dict(),
-        "moved": {name: own.detach() for name, own in moving.named_parameters()},
-        "accumulated": {name: own.detach() for name, own in accumulated.named_parameters()},
-        "proved": {name: own.detach() for name, own in proved.named_parameters()},
-        "thresholds": trainer.thresholds,
-        "history": [[record.loss, record.accuracy, record.attack_success_rate] for record in history],
-        "calibration": [*fitted.thresholds, *fitted.counts],
-        "broken": [result.verdict.labels for result in report.results],
-        "cost": [tuple(result.cost) for result in report.results],
-        "report": re.sub(r"\d+\.\d+ s", "", str(report)),
-    }
-    torch.save(result, folder / f"{accelerator.num_processes}-{accelerator.process_index}.pt")
+    return moving, accumulated, proved
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from clusterguard import (
     load_onnx,
 )
 from clusterguard.attacks import StageRecord
-from clusterguard.attacks._suite_state import SuiteState
+from clusterguard.attacks._suite import SuiteState
 from clusterguard.cli._data import begin_run
 from clusterguard.errors import ClusterGuardError, ConfigurationError, InputError, PersistenceError, in_one_line
 from clusterguard.training._checkpoints import read_checkpoint, save_checkpoint

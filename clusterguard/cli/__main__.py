@@ -1,4 +1,4 @@
-"""`python -m clusterguard` is `clusterguard`."""
+"""`python -m clusterguard.cli` is `clusterguard`."""
 
 from clusterguard.cli import app
 

@@ -1,4 +1,4 @@
-"""Attacks that repeat a step of fixed length: PGD, MIM, NES."""
+"""Attacks that descend on one image at a time: PGD, MIM, NES, and FGSM and BIM with fixed schedules."""
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
@@ -7,8 +7,17 @@ from typing import final
 
 import torch
 from clusterguard.attacks._base import BuiltInAttack, check_budget
-from clusterguard.attacks._gradients import NaturalEvolution, backpropagate
-from clusterguard.attacks._loop import Gradient, Keep, ObjectiveValues, OnStep, Problem, Rule, descend
+from clusterguard.attacks._descent import (
+    Gradient,
+    Keep,
+    NaturalEvolution,
+    ObjectiveValues,
+    OnStep,
+    Problem,
+    Rule,
+    backpropagate,
+    descend,
+)
 from clusterguard.attacks._norms import L1, dense_l1_direction, get_norm
 from clusterguard.attacks._objectives import Objective, get_objective
 from clusterguard.attacks._starts import Start, get_start
@@ -235,3 +244,93 @@ class NES(SteppedAttack):
 
     def _gradient(self, rule: Rule) -> Gradient:
         return NaturalEvolution(samples=self.samples, sigma=self.sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedSchedule(BuiltInAttack):
+    """PGD from the image, last iterate, with equal steps that add up to the radius.
+
+    Args:
+        norm: "linf", "l2", "l1" or "l0".
+        eps: radius of the ball, at least 0.
+        objective: what to minimise, a name of `clusterguard.attacks._objectives` or a callable.
+    """
+
+    norm: str = "linf"
+    eps: float
+    objective: str | Objective = "suspicion"
+
+    def __post_init__(self) -> None:
+        self.as_pgd()
+
+    @abstractmethod
+    def as_pgd(self) -> PGD:
+        """The same attack, spelled out."""
+
+    def _spell_out(self, steps: int) -> PGD:
+        return PGD(
+            norm=self.norm,
+            eps=self.eps,
+            step_size=self.eps / max(1, steps) or 1.0,
+            steps=steps,
+            keep="last",
+            objective=self.objective,
+            batch_size=self.batch_size,
+        )
+
+    def _perturb(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        return self.as_pgd()._perturb(detector, images, labels, targets, generator)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FGSM(FixedSchedule):
+    """The fast gradient sign method: one step of the whole radius.
+
+    Raises:
+        ConfigurationError: an option out of its range.
+
+    Reference:
+        Goodfellow et al., "Explaining and harnessing adversarial examples" (2015).
+
+    Example:
+        >>> FGSM(eps=0.1).as_pgd().step_size
+        0.1
+    """
+
+    def as_pgd(self) -> PGD:
+        """One step of PGD."""
+        return self._spell_out(1)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class BIM(FixedSchedule):
+    """The basic iterative method.
+
+    Args:
+        steps: at least 1.
+
+    Raises:
+        ConfigurationError: an option out of its range.
+
+    Reference:
+        Kurakin, Goodfellow & Bengio, "Adversarial examples in the physical world" (2017).
+
+    Example:
+        >>> BIM(eps=0.3).as_pgd().step_size
+        0.03
+    """
+
+    steps: int = 10
+
+    def as_pgd(self) -> PGD:
+        """The steps of PGD."""
+        return self._spell_out(self.steps)

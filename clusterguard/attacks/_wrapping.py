@@ -1,0 +1,191 @@
+"""Attacks made of other attacks: several targets, a mixture, a surrogate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from clusterguard._support import evaluation_mode
+from clusterguard.attacks._base import Attack, BuiltInAttack, WrappingAttack, check_attack_input, check_budget, scale
+from clusterguard.detection import Detector, class_margins, success_margin
+from clusterguard.errors import ConfigurationError
+from torch import Generator, Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MultiTarget(WrappingAttack):
+    """Aim an attack at every wrong class in turn and keep what came closest to success.
+
+    Choosing the nearest wrong class anew at each step gets stuck between classes; this does not.
+
+    Args:
+        attack: run once per target; ``stop_early`` in it saves work.
+        max_targets: how many wrong classes to try per image, the most promising first; None tries all.
+
+    Raises:
+        ConfigurationError: fewer than one target.
+
+    Reference:
+        Gowal et al., "An alternative surrogate loss for PGD-based adversarial testing" (2019).
+
+    Example:
+        >>> from clusterguard import PGD
+        >>> MultiTarget(attack=PGD(eps=0.3, step_size=0.01)).max_targets is None
+        True
+    """
+
+    max_targets: int | None = None
+
+    def __post_init__(self) -> None:
+        check_budget(eps=0, batch_size=self.batch_size)
+        if self.max_targets is not None and self.max_targets < 1:
+            raise ConfigurationError(f"expected max_targets of at least 1, got {self.max_targets}")
+
+    def _perturb(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        if targets is not None:
+            return self.attack(detector, images, labels, targets=targets, generator=generator)
+        with torch.no_grad():
+            promise = class_margins(detector.evidence(images), detector.thresholds)
+            # An image that cannot be judged has infinite margins everywhere: its own label must still come last.
+            promise = promise.clamp_max(torch.finfo(promise.dtype).max).scatter(1, labels[:, None], torch.inf)
+            order = promise.argsort(dim=1)[:, : len(detector.thresholds) - 1][:, : self.max_targets]
+        best, best_margin = images.clone(), images.new_full((len(images),), torch.inf)
+        for column in order.T:
+            rows = (best_margin > 0).nonzero().squeeze(1)  # what is broken stays as it is
+            if not len(rows):
+                break
+            attacked = self.attack(detector, images[rows], labels[rows], targets=column[rows], generator=generator)
+            with torch.no_grad():
+                margin = success_margin(detector.evidence(attacked), detector.thresholds, labels[rows])
+            better = margin < best_margin[rows]
+            best[rows[better]], best_margin[rows[better]] = attacked[better], margin[better].to(best_margin.dtype)
+        return best
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MixedAttack(BuiltInAttack):
+    """Run one of several attacks, chosen at random for each batch: training against several norms.
+
+    Args:
+        attacks: at least one, all equally likely.
+
+    Raises:
+        ConfigurationError: no attacks.
+
+    Reference:
+        Maini, Wong & Kolter, "Adversarial robustness against the union of multiple perturbation models" (2020).
+
+    Example:
+        >>> from clusterguard import PGD
+        >>> linf, l2 = PGD(eps=0.3, step_size=0.06), PGD(norm="l2", eps=2.0, step_size=0.4)
+        >>> len(MixedAttack(attacks=(linf, l2)).attacks)
+        2
+    """
+
+    attacks: Sequence[Attack]
+
+    def __post_init__(self) -> None:
+        check_budget(eps=0, batch_size=self.batch_size)
+        if not self.attacks:
+            raise ConfigurationError("expected at least one attack, got none")
+
+    @property
+    def norm(self) -> str | None:
+        """That of all of them; None if they differ."""
+        norm: str | None = self._common("norm")
+        return norm
+
+    @property
+    def eps(self) -> float | None:
+        """That of all of them; None if they differ."""
+        eps: float | None = self._common("eps")
+        return eps
+
+    def _common(self, name: str) -> Any:
+        found = {getattr(attack, name, None) for attack in self.attacks}
+        return found.pop() if len(found) == 1 else None
+
+    def scaled(self, factor: float) -> "Self":
+        """The same of scaled attacks.
+
+        Args:
+            factor: positive.
+        """
+        return replace(self, attacks=tuple(scale(attack, factor) for attack in self.attacks))
+
+    def _perturb(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        device = None if generator is None else generator.device
+        chosen = int(torch.randint(len(self.attacks), (), generator=generator, device=device))
+        return self.attacks[chosen](detector, images, labels, targets=targets, generator=generator)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Transfer(WrappingAttack):
+    """Attack a surrogate, and hope that its mistakes are the victim's too; the victim is never asked for evidence.
+
+    Args:
+        surrogate: the detector that is attacked, calibrated, on the images' device, with the victim's classes; it is
+            shared, not copied.
+        attack: run on it.
+
+    Raises:
+        ConfigurationError: an option out of its range.
+
+    Reference:
+        Papernot et al., "Transferability in machine learning: from phenomena to black-box attacks using adversarial
+        samples" (2016).
+
+    Example:
+        >>> import torch
+        >>> from clusterguard import PGD
+        >>> from clusterguard.detectors import ConfidenceDetector, WithThresholds
+        >>> classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+        >>> undefended = WithThresholds(ConfidenceDetector(classifier, 3), torch.full((3,), torch.inf))
+        >>> attack = Transfer(surrogate=undefended, attack=PGD(eps=0.1, step_size=0.02, objective="logit"))
+        >>> attack.eps
+        0.1
+    """
+
+    surrogate: Detector
+
+    _needs_evidence = False
+
+    def __post_init__(self) -> None:
+        check_budget(eps=0, batch_size=self.batch_size)
+
+    def __repr__(self) -> str:
+        surrogate = type(self.surrogate).__name__
+        return f"Transfer(batch_size={self.batch_size}, surrogate={surrogate}, attack={self.attack!r})"
+
+    def _perturb(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        check_attack_input(self.surrogate, images, labels, targets)
+        with evaluation_mode(self.surrogate):
+            return self.attack(self.surrogate, images, labels, targets=targets, generator=generator)
