@@ -3,6 +3,7 @@
 import html
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,11 +12,15 @@ from urllib.parse import unquote, urlsplit
 
 from latex2mathml.converter import convert
 
+sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads this file by its path
+from plan import draw_plan  # noqa: E402
+
 _LOG = logging.getLogger("mkdocs.hooks.links")  # mkdocs counts what is logged under its name, and fails if it is strict
 
 
 def on_page_content(content: str, **_: object) -> str:
-    """Replace what arithmatex has marked, inline and display formulas alike."""
+    """Replace what arithmatex has marked, inline and display formulas alike, and draw the plan where a page asks."""
+    content = content.replace("<!-- plan -->", draw_plan()) if "<!-- plan -->" in content else content
     return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', _to_mathml, content, flags=re.DOTALL)
 
 
