@@ -432,6 +432,8 @@ def _plausible_shapes(module: nn.Module) -> Iterable[tuple[int, ...]]:
     first = next(iter(_dense_layers(module)), None)
     if isinstance(first, nn.Linear):
         yield 1, 1, first.in_features  # whatever the image's sides are, if nn.Flatten comes before it
+        if first.in_features > 1:
+            yield 1, first.in_features, 1  # fits then, too, which spares it the rest
     channels = (first.in_channels,) if isinstance(first, nn.Conv2d) else (3, 1)
     yield from ((channel, size, size) for size in _COMMON_SIZES for channel in channels)
 
