@@ -11,7 +11,7 @@ test: .venv/installed
 	$(BIN)/pytest -q -n 2 --dist worksteal
 
 test-all: .venv/installed
-	$(BIN)/pytest -q -n 2 --dist worksteal -m "not gpu and not network"
+	CLUSTERGUARD_TESTS=thorough $(BIN)/pytest -q -n 2 --dist worksteal -m "not gpu and not network"
 
 # every MNIST experiment on a tiny network and few images: wiring, not numbers
 benchmark-quick: .venv/installed

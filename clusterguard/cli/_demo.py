@@ -130,7 +130,7 @@ def run_demo(
         "worst_case": {name: evaluation.to_dict() for name, evaluation in worst.items()},
     }
     write_atomically(output / "guard.safetensors", lambda file: save_model(guard, str(file)))
-    images, labels = (part[:400].to(device) for part in test.tensors)
+    images, labels = (part[: min(400, limit or 400)].to(device) for part in test.tensors)
     try:
         _draw(output, undefended, guard, images, labels, epsilons[-1])
     except MissingDependencyError as error:

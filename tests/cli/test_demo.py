@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from clusterguard import FGSM
 from clusterguard.cli import app
 from typer.testing import CliRunner
 
@@ -8,9 +9,9 @@ from typer.testing import CliRunner
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    with pytest.warns(UserWarning, match="pooled threshold"):  # hardly anything is learned from 300 digits
+    with pytest.warns(UserWarning, match="pooled threshold"):  # hardly anything is learned from 100 digits
         result = CliRunner().invoke(
-            app, ["demo", "--output", str(folder), "--epochs", "3", "--limit", "300"], catch_exceptions=False
+            app, ["demo", "--output", str(folder), "--epochs", "3", "--limit", "100"], catch_exceptions=False
         )
     return folder, result
 
@@ -38,6 +39,8 @@ def test_without_matplotlib_the_demo_says_so_and_does_the_rest(tmp_path, monkeyp
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for name in ("evaluation_attack", "WorstCaseSuite"):  # how strong they are is another matter
+        monkeypatch.setattr(f"clusterguard.demo.{name}", lambda *_, eps=0.3, **__: FGSM(eps=eps))
     with pytest.warns(UserWarning, match="pooled threshold"):
         result = CliRunner().invoke(
             app,

@@ -35,6 +35,7 @@ def test_the_file_says_what_it_is_and_nothing_of_this_machine(calibrated):
     detector = load_onnx(path)
     assert torch.equal(detector.thresholds, guard.thresholds)
     assert detector.calibration == guard.calibration
+    assert (detector.class_names, detector.card) == (None, None)  # the guard has none
 
 
 def test_an_exported_graph_can_be_calibrated_again(calibrated, tmp_path):

@@ -60,10 +60,15 @@ def app():
     return module
 
 
+@pytest.fixture(scope="module")
+def graph(guard, tmp_path_factory):
+    path = tmp_path_factory.mktemp("service") / "guard.onnx"
+    return cg.export_onnx(guard, path, torch.zeros(1, 1, 28, 28), card="# A guard\n\nof 数字")
+
+
 @pytest.fixture
-def address(guard, app, tmp_path):
+def address(graph, app):
     """A server on a free port, with metrics that start at zero."""
-    graph = cg.export_onnx(guard, tmp_path / "guard.onnx", torch.zeros(1, 1, 28, 28), card="# A guard\n\nof 数字")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app.create_app(str(graph)), log_level="error", lifespan="off"))
@@ -290,9 +295,9 @@ def test_media_types_have_no_case_and_parameters_do_not_count(address, kind):
     assert response.status_code == 200
 
 
-def test_the_model_is_told_with_its_hash_names_and_card(address, guard, tmp_path):
+def test_the_model_is_told_with_its_hash_names_and_card(address, guard, graph):
     told = httpx2.get(f"{address}/model", trust_env=False).json()
-    assert told["sha256"] == hashlib.sha256((tmp_path / "guard.onnx").read_bytes()).hexdigest()
+    assert told["sha256"] == hashlib.sha256(graph.read_bytes()).hexdigest()
     assert (told["class_names"], told["num_classes"], told["image_shape"]) == (list(NAMES), 10, [1, 28, 28])
     assert told["false_positive_rate"] == guard.calibration.false_positive_rate
     assert told["card"] == "# A guard\n\nof 数字"
@@ -303,12 +308,11 @@ def test_the_load_generator_counts_what_is_answered(address, capsys):
     assert re.search(r"20 requests, 3 at a time: \d+ a second, .* statuses {200: 20}", capsys.readouterr().out)
 
 
-def test_a_graph_without_a_calibration_record_is_not_served(guard, app, tmp_path):
-    plain = cg.ClusterGuard(nn.Flatten(), num_classes=2, example=torch.zeros(1, 1, 4, 4))
-    plain.thresholds = torch.tensor([9.0, 9.0])
-    graph = cg.export_onnx(plain, tmp_path / "guard.onnx", torch.zeros(1, 1, 4, 4))
+def test_a_graph_without_a_calibration_record_is_not_served(graph, app, tmp_path):
+    plain = cg.load_onnx(graph)
+    plain.calibration = None
     with pytest.raises(RuntimeError, match="run: clusterguard calibrate"):
-        app.create_app(str(graph))
+        app.create_app(str(plain.save(tmp_path / "guard.onnx")))
 
 
 @pytest.mark.slow

@@ -86,10 +86,3 @@ def test_names_and_card_go_with_a_graph_and_the_card_leaves_with_its_thresholds(
         with pytest.raises(ConfigurationError, match="expected a card"):
             export_onnx(named_guard(), tmp_path / "no.onnx", torch.rand(1, 3, 2, 2), card=card)
     assert not (tmp_path / "no.onnx").exists()
-
-
-def test_a_guard_without_names_has_a_graph_without(tmp_path):
-    guard = make_guard()
-    guard.thresholds = torch.full((guard.num_classes,), 9.0)
-    detector = load_onnx(export_onnx(guard, tmp_path / "guard.onnx", torch.rand(1, 3, 2, 2)))
-    assert (detector.class_names, detector.card) == (None, None)

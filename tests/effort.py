@@ -1,0 +1,10 @@
+"""How long random tests search: a part of it by default, all of it where `make test-all` asks for it."""
+
+import os
+
+IS_THOROUGH = os.environ.get("CLUSTERGUARD_TESTS") == "thorough"
+
+
+def examples(thorough: int) -> int:
+    """A quarter of these examples, but at least 20, unless the run is thorough."""
+    return thorough if IS_THOROUGH else max(20, thorough // 4)
