@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import re
@@ -5,15 +6,51 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clusterguard
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SMALLER = "batch_size=100", "batch_size=40"
+FEW = {"train": 400, "calibration": 800, "test": 20}
 
 
+def on_few_digits(monkeypatch):
+    """Let what runs in this process see few digits, and calibrate on fewer a class than an example would."""
+
+    def load_few(split):
+        return TensorDataset(*(part[: FEW[split]] for part in load_digits(split).tensors))
+
+    load_digits = clusterguard.samples.load_digits
+    monkeypatch.setattr(clusterguard.samples, "load_digits", load_few)
+    pooling = functools.partialmethod(clusterguard.Calibrator.__init__, scarce="pool")
+    monkeypatch.setattr(clusterguard.Calibrator, "__init__", pooling)
+
+
+@pytest.mark.filterwarnings("ignore:.*pooled threshold")
+@pytest.mark.filterwarnings("ignore:.*scipy:DeprecationWarning")  # Foolbox imports what SciPy gives away
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
-def test_examples_run(script, tmp_path):
+def test_examples_run_on_few_digits(script, tmp_path, monkeypatch, capsys):
+    """In this process, which has imported already what each of them imports, and in as many steps."""
+    on_few_digits(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    code = compile(script.read_text().replace(*SMALLER), script, "exec")
+    with torch.random.fork_rng():
+        exec(code, {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert "worst case per image" in printed or "recalibrated" in printed
+
+
+# The others differ in nothing but in what the test above has run: it takes them minutes to train on all digits.
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(own, marks=[] if own.name == "own_attack.py" else pytest.mark.slow) for own in EXAMPLES],
+    ids=lambda path: path.name,
+)
+def test_examples_run_as_scripts(script, tmp_path):
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # other tests run beside this one
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, env=one_thread)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -35,14 +72,20 @@ def test_links_in_the_front_pages_lead_somewhere():
             assert target.startswith("https://") or (ROOT / target).exists(), f"{page}: {target}"
 
 
-def test_the_notebook_runs_and_is_committed_without_outputs(capsys):
+@pytest.mark.filterwarnings("ignore:.*pooled threshold")
+@pytest.mark.parametrize("digits", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_the_notebook_runs_and_is_committed_without_outputs(digits, monkeypatch, capsys):
+    batches = "", ""  # as they are
+    if digits == "few":
+        on_few_digits(monkeypatch)
+        batches = SMALLER
     notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
     namespace = {"__name__": "__main__"}
     with torch.random.fork_rng():
         for cell in cells:
-            exec("".join(cell["source"]), namespace)
+            exec("".join(cell["source"]).replace(*batches), namespace)
     printed = capsys.readouterr().out
     assert "worst case per image" in printed
     assert namespace["guard"].is_calibrated
