@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 from latex2mathml.converter import convert
 
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads this file by its path
-from plan import draw_plan  # noqa: E402
+from plan import draw_plan
 
 _LOG = logging.getLogger("mkdocs.hooks.links")  # mkdocs counts what is logged under its name, and fails if it is strict
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from clusterguard import FGSM, AdversarialClusterTrainer, Calibrator, ClusterGuard, Evidence
-from clusterguard.attacks import Towards
+from clusterguard.attacks import EFFORTS, Towards
+from effort import FEW_STEPS
 from hypothesis import settings
 from PIL import Image
 from torch import Tensor, nn
@@ -25,6 +26,12 @@ torch.set_num_threads(1)  # tests run in parallel processes; more threads than c
 def pytest_runtest_setup() -> None:
     """Every test begins with the same random state, whichever tests ran before it in its process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def light_suites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quick suites have all their stages, each of a few steps."""
+    monkeypatch.setitem(EFFORTS, "quick", FEW_STEPS)
 
 
 class LinearDetector(nn.Module):

@@ -2,7 +2,10 @@
 
 import os
 
+from clusterguard.attacks._suite import Effort
+
 IS_THOROUGH = os.environ.get("CLUSTERGUARD_TESTS") == "thorough"
+FEW_STEPS = Effort(steps=5, restarts=1, targets=2, queries=20)  # for tests of what is done with a suite
 
 
 def examples(thorough: int) -> int:

@@ -53,6 +53,9 @@ ATTACKS = DETERMINISTIC | {
 }
 
 
+pytestmark = pytest.mark.usefixtures("light_suites")
+
+
 def each(attacks):
     return pytest.mark.parametrize("attack", attacks.values(), ids=attacks)
 

@@ -37,7 +37,7 @@ def test_no_single_attack_beats_the_suite(small_guard, cases, norm):
         assert not (broken(small_guard, single, labels) & ~found).any(), name
 
 
-def test_stages_work_on_survivors_and_count_what_they_broke_and_cost(small_guard, cases):
+def test_stages_work_on_survivors_and_count_what_they_broke_and_cost(small_guard, cases, light_suites):
     images, labels = cases
     records = []
     suite = WorstCaseSuite("linf", eps=0.05, budget="quick", batch_size=16)
@@ -52,7 +52,7 @@ def test_stages_work_on_survivors_and_count_what_they_broke_and_cost(small_guard
     assert next(record for record in result.stages if record.name == "Square").backward == 0
 
 
-def test_an_interrupted_run_goes_on_where_it_was(small_guard, cases, tmp_path):
+def test_an_interrupted_run_goes_on_where_it_was(small_guard, cases, tmp_path, light_suites):
     images, labels = cases
     suite = WorstCaseSuite("linf", eps=0.05, budget="quick")
     whole = suite.run(small_guard, images, labels, generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def test_an_interrupted_run_goes_on_where_it_was(small_guard, cases, tmp_path):
     assert tuple(seen + rest) == whole.stages
 
 
-def test_a_checkpoint_of_something_else_is_refused(small_guard, cases, tmp_path):
+def test_a_checkpoint_of_something_else_is_refused(small_guard, cases, tmp_path, light_suites):
     images, labels = cases
     file = tmp_path / "suite.pt"
     WorstCaseSuite("linf", eps=0.01, budget="quick").run(small_guard, images[:4], labels[:4], checkpoint=file)

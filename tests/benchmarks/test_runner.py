@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clusterguard.attacks import Metered
+from clusterguard.attacks import EFFORTS, Metered
 from clusterguard.detectors import WithThresholds
+from effort import FEW_STEPS
 from hypothesis import given
 from hypothesis import strategies as st
 from small_experiment import SMALL, comparable, run_all
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def experiment(folder, monkeypatch):
+def experiment(folder, monkeypatch, light_suites):
     monkeypatch.setattr(cells, "FOLDER", folder)
     return load_experiment("small")
 
@@ -44,6 +45,7 @@ def finished(folder, tmp_path_factory):
     """The store of a run that nobody interrupted, and its results."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "FOLDER", folder)
+        patch.setitem(EFFORTS, "quick", FEW_STEPS)
         root = tmp_path_factory.mktemp("finished")
         return root, [comparable(result) for result in run_all(load_experiment("small"), root)]
 
@@ -156,7 +158,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_results(finished, expe
     short, stops = replace(experiment, cells=tuple(chosen)), 0
     while True:
         try:
-            results = run_all(short, tmp_path, Impatient(looks=2))
+            results = run_all(short, tmp_path, Impatient(looks=3))
             break
         except OutOfTimeError:
             stops += 1
@@ -169,6 +171,8 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_results(finished, expe
 def test_a_killed_process_goes_on_to_the_same_results(finished, folder, tmp_path):
     code = (
         "import sys; from pathlib import Path; from benchmarks import cells; cells.FOLDER = Path(sys.argv[1]);"
+        "from clusterguard.attacks.suite import EFFORTS, Effort;"
+        f"EFFORTS['quick'] = {FEW_STEPS};"
         "from benchmarks.__main__ import app; app(['run', 'small', '--device', 'cpu', '--out', sys.argv[2]])"
     )
     command = [sys.executable, "-c", code, str(folder), str(tmp_path)]

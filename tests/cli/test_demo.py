@@ -2,17 +2,20 @@ import json
 
 import pytest
 from clusterguard import FGSM
+from clusterguard.attacks import EFFORTS
 from clusterguard.cli import app
+from effort import FEW_STEPS
 from typer.testing import CliRunner
 
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    with pytest.warns(UserWarning, match="pooled threshold"):  # hardly anything is learned from 100 digits
-        result = CliRunner().invoke(
-            app, ["demo", "--output", str(folder), "--epochs", "3", "--limit", "100"], catch_exceptions=False
-        )
+    arguments = ["demo", "--output", str(folder), "--epochs", "3", "--limit", "100"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EFFORTS, "quick", FEW_STEPS)
+        with pytest.warns(UserWarning, match="pooled threshold"):  # hardly anything is learned from 100 digits
+            result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     return folder, result
 
 

@@ -5,8 +5,7 @@ import contextlib
 import pytest
 import torch
 from clusterguard import FGSM, Calibrator, certified_success_rate, evaluate
-from clusterguard.detection import give_the_same_images, judge, number_of_batches, set_epoch
-from clusterguard.detection._loaders import unpack_batch
+from clusterguard.detection import give_the_same_images, judge, number_of_batches, set_epoch, unpack_batch
 from clusterguard.errors import InputError
 from hypothesis import given
 from hypothesis import strategies as st

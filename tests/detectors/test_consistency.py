@@ -174,7 +174,7 @@ def test_attackers_get_the_gradient_of_the_neighbour_it_decides_by(trained, imag
     ],
     ids=lambda attack: type(attack).__name__,
 )
-def test_every_attack_works_on_it_as_it_is(trained, blobs, attack):
+def test_every_attack_works_on_it_as_it_is(trained, blobs, attack, light_suites):
     images, labels = next(iter(blobs))
     report = evaluate(trained, attack, [(images[:20], labels[:20])], sanity_images=0)
     assert report.asr > 0.3  # a small network that was never trained against attacks

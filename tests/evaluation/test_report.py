@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from clusterguard import PGD, WorstCaseSuite, __version__, evaluate
+from clusterguard.attacks import EFFORTS
 from clusterguard.detection import Rate
 from clusterguard.evaluation import CertifiedBound, to_html
+from effort import FEW_STEPS
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -25,7 +27,9 @@ def report():
         "PGD l2": PGD(norm="l2", eps=1.0, step_size=0.2, steps=10),
         "suite": WorstCaseSuite("linf", eps=0.2, budget="quick"),
     }
-    return evaluate(guard, attacks, loader, generator=torch.Generator().manual_seed(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EFFORTS, "quick", FEW_STEPS)
+        return evaluate(guard, attacks, loader, generator=torch.Generator().manual_seed(3))
 
 
 def test_the_json_says_what_was_done(report, tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 import clusterguard as cg
 import torch
 from accelerate import Accelerator
+from clusterguard.attacks import EFFORTS
+from clusterguard.attacks._suite import Effort
 from clusterguard.errors import TrainingStoppedError
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -56,6 +58,7 @@ def main(folder: Path) -> None:
         "PGD": cg.PGD(eps=0.3, step_size=0.1, steps=5, start="random"),
         "suite": cg.WorstCaseSuite("linf", eps=0.2, budget="quick"),
     }
+    EFFORTS["quick"] = Effort(steps=5, restarts=1, targets=2, queries=20)
     generator = torch.Generator().manual_seed(0)
     report = cg.evaluate(guard, attacks, test, generator=generator, accelerator=accelerator, sanity_images=10)
     result = {
