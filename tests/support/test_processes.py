@@ -1,3 +1,4 @@
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,16 +30,17 @@ def test_every_item_goes_to_one_process_and_order_is_restored(count):
     assert collect(merged, None) == list("abcde")
 
 
+@pytest.mark.usefixtures("fresh_accelerate", "light_suites")
 def test_two_processes_train_calibrate_and_evaluate_as_one_does(tmp_path):
     torch.manual_seed(0)
     guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU()), 3)
     torch.save(guard.state_dict(), tmp_path / "start.pt")
-    script = [str(SCRIPTS / "two_processes.py"), str(tmp_path)]
+    script = SCRIPTS / "two_processes.py"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([sys.executable, *script], check=True)
+    runpy.run_path(str(script))["main"](tmp_path)
     for checkpoint in tmp_path.glob("run.pt*"):
         checkpoint.unlink()
-    subprocess.run([*launcher, *script], check=True)
+    subprocess.run([*launcher, str(script), str(tmp_path)], check=True)
 
     alone = torch.load(tmp_path / "1-0.pt")
     for rank in (0, 1):
