@@ -4,7 +4,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from clusterguard._support import write_atomically
@@ -90,7 +90,7 @@ def write_report(store: Store, profile: Profile, pages: Path) -> list[Path]:
 
 def read_results(store: Store, profile: Profile) -> dict[str, list[Results]]:
     """By name of the page, the experiments on it."""
-    read = cache(store.read_cell)
+    read = store.read_cells().get
     pages: dict[str, list[Results]] = {}
     for dataset in TITLES:
         found = [load_experiment(name, profile) for name in list_experiments() if name.endswith(f"-{dataset}")]

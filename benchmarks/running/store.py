@@ -83,6 +83,10 @@ class Store:
         """
         return next((results[key] for results in self._results() if key in results), None)
 
+    def read_cells(self) -> dict[str, dict[str, Any]]:
+        """All results that are there, by cell: for who needs many, as each look of `read_cell` is at all files."""
+        return {key: result for results in reversed([*self._results()]) for key, result in results.items()}
+
     def cell_keys(self) -> set[str]:
         """Keys of all results that are there."""
         return {key for results in self._results() for key in results}

@@ -9,7 +9,8 @@ from certifiable import guard_of, points_of
 from clusterguard import ClusterGuard, certified_success_rate, certify, decide, success_margin
 from clusterguard.certification import Interval, bound, certified_radius
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
-from hypothesis import given
+from effort import examples
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -50,6 +51,7 @@ def test_without_a_radius_the_certificate_is_the_decision(seed):
     assert not (proved.is_kept & ((verdict.labels != labels) | verdict.is_adversarial)).any()
 
 
+@settings(max_examples=examples(100))
 @given(seed=st.integers(0, 10_000), largest=st.sampled_from([0.05, 1.0]))
 def test_the_certified_radius_is_where_certificates_end(seed, largest):
     guard = guard_of(seed, dtype=torch.float32)

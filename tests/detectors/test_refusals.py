@@ -148,7 +148,7 @@ def test_distances_of_a_guard_are_refused_in_the_same_way():
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=16, max_size=16))
 def test_evidence_of_images_in_the_box_and_its_gradient_are_those_of_the_bare_network(pixels):
-    guard, images = a_guard(), torch.tensor(pixels).view(1, *SHAPE)
+    guard, images = GUARD, torch.tensor(pixels).view(1, *SHAPE)
     results = []
     for distances in (
         lambda x: guard.evidence(x).suspicion,
@@ -161,6 +161,7 @@ def test_evidence_of_images_in_the_box_and_its_gradient_are_those_of_the_bare_ne
         assert torch.equal(got, expected)
 
 
+GUARD = a_guard()
 EXPORTABLE = [name for name in MAKERS if name not in ("consistent", "compiled")]
 
 
