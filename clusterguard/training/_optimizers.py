@@ -11,7 +11,7 @@ import torch
 from clusterguard.errors import ConfigurationError
 from torch import nn
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 MakeOptimizer: TypeAlias = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
 """An optimizer, or a function that makes one of the detector's parameters."""
@@ -20,6 +20,7 @@ MakeScheduler: TypeAlias = LRScheduler | Callable[[Optimizer], Any]
 """A scheduler, torch's or timm's, or a function that makes one of the optimizer."""
 
 _FACTORY = "optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
+_SCHEDULER_FACTORY = "scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)"
 
 
 def make_optimizer(given: MakeOptimizer | None, detector: nn.Module) -> Optimizer:
@@ -30,19 +31,26 @@ def make_optimizer(given: MakeOptimizer | None, detector: nn.Module) -> Optimize
         detector: whose parameters are to be trained.
 
     Raises:
-        ConfigurationError: the detector has no parameters, or the factory makes no optimizer.
+        ConfigurationError: the detector has no parameters, or what was given is no optimizer and makes none.
 
     Example:
         >>> import torch
         >>> make_optimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.5), nn.Linear(2, 2)).defaults["lr"]
         0.5
     """
-    if isinstance(given, Optimizer) or (given is not None and not callable(given)):
+    if given is not None and not callable(given):
+        if not (hasattr(given, "param_groups") and hasattr(given, "step")):
+            raise ConfigurationError(
+                f"expected an optimizer or a function from the parameters to one, got {given!r}; pass {_FACTORY}"
+            )
         return given
     parameters = list(detector.parameters())
     if not parameters:
         raise ConfigurationError("expected a detector with parameters to train, got one that has none")
-    made = Adam(parameters, lr=1e-3) if given is None else given(parameters)
+    if given is None:
+        return Adam(parameters, lr=1e-3)
+    _check_takes_one(given, "the parameters", _FACTORY)
+    made = given(parameters)
     if not hasattr(made, "param_groups"):
         raise ConfigurationError(f"expected a function that returns an optimizer, got {type(made)}; such as {_FACTORY}")
     return made
@@ -56,7 +64,7 @@ def make_scheduler(given: MakeScheduler | None, optimizer: Optimizer) -> Any:
         optimizer: whose learning rate it sets.
 
     Raises:
-        ConfigurationError: the factory makes no scheduler.
+        ConfigurationError: what was given is no scheduler and makes none.
 
     Example:
         >>> optimizer = make_optimizer(None, nn.Linear(2, 2))
@@ -65,13 +73,28 @@ def make_scheduler(given: MakeScheduler | None, optimizer: Optimizer) -> Any:
     """
     if given is None or (hasattr(given, "step") and not isinstance(given, type)):
         return given
+    if callable(given):
+        _check_takes_one(given, "the optimizer", _SCHEDULER_FACTORY)
     made = given(optimizer) if callable(given) else given
     if not hasattr(made, "step"):
         raise ConfigurationError(
             f"expected a scheduler, or a function from the optimizer to one, got {type(made)}; such as "
-            "scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)"
+            f"{_SCHEDULER_FACTORY}"
         )
     return made
+
+
+def _check_takes_one(factory: Callable[..., Any], argument: str, example: str) -> None:
+    """A factory can be called with one argument; a class such as CosineAnnealingLR wants more."""
+    try:
+        inspect.signature(factory).bind(None)
+    except ValueError:  # some that are written in C do not tell what they take
+        return
+    except TypeError as error:
+        name = getattr(factory, "__name__", repr(factory))
+        raise ConfigurationError(
+            f"expected a function of {argument} alone, got {name} ({error}); pass {example}"
+        ) from None
 
 
 def check_optimizer(optimizer: Any, detector: nn.Module) -> None:
@@ -156,15 +179,28 @@ def check_scheduler(
                 "expected ReduceLROnPlateau with mode='min' and schedule_every='epoch', for it is given the mean loss "
                 f"of each epoch, got mode={inner.mode!r} and schedule_every={every!r}"
             )
-    if isinstance(scheduler, OneCycleLR) and steps is not None and steps > scheduler.total_steps:
-        raise ConfigurationError(
-            f"expected OneCycleLR with total_steps of at least the {steps} steps of this training, got "
-            f"{scheduler.total_steps}"
-        )
+    if steps is not None:
+        _check_length(scheduler, steps)
     if resumable and not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
         raise ConfigurationError(
             f"expected a scheduler with state_dict and load_state_dict, to train with a checkpoint, got {name}"
         )
+
+
+def _check_length(scheduler: Any, steps: int) -> None:
+    """A scheduler, and those that it is made of, last for so many steps."""
+    if isinstance(scheduler, OneCycleLR) and steps > scheduler.total_steps:
+        raise ConfigurationError(
+            f"expected OneCycleLR with total_steps of at least the {steps} steps that this training takes with it, got "
+            f"{scheduler.total_steps}"
+        )
+    if isinstance(scheduler, ChainedScheduler):
+        for own in scheduler._schedulers:
+            _check_length(own, steps)
+    if isinstance(scheduler, SequentialLR):
+        starts = [0, *scheduler._milestones]
+        for own, start, end in zip(scheduler._schedulers, starts, [*scheduler._milestones, steps + 1], strict=True):
+            _check_length(own, min(steps, end - 1) - start)  # the step at a milestone is the next one's
 
 
 def check_keepable(optimizer: Any, scheduler: Any) -> None:

@@ -8,7 +8,14 @@ from clusterguard.errors import ConfigurationError
 from timm.scheduler import CosineLRScheduler, PlateauLRScheduler
 from torch import nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 from trainings import ATTACK, held_out, new_guard, weights
 
 
@@ -86,9 +93,50 @@ def test_what_cannot_take_the_steps_is_refused_before_the_first(blobs, options, 
     assert not trainer.engine.steps
 
 
+def in_turn(optimizer, *, total):
+    """A schedule of one step, then a cycle."""
+    first, second = StepLR(optimizer, 1), OneCycleLR(optimizer, 1.0, total_steps=total)
+    return SequentialLR(optimizer, [first, second], milestones=[1])
+
+
+@pytest.mark.parametrize("chain", [lambda own: own, lambda own: ChainedScheduler([own])])
+def test_a_cycle_within_a_schedule_must_last_to_the_end(chain, blobs):
+    options = TrainingOptions(schedule_every="step")
+    with pytest.raises(ConfigurationError, match="total_steps of at least the 9 steps"):
+        fit(new_guard(), blobs, scheduler=lambda own: chain(in_turn(own, total=8)), options=options)
+    fit(new_guard(), blobs, scheduler=lambda own: chain(in_turn(own, total=9)), options=options)
+
+
+def test_a_cycle_that_another_schedule_follows_may_end_before_the_training(blobs):
+    def first_a_cycle(optimizer, total=3):
+        cycle, rest = OneCycleLR(optimizer, 1e-3, total_steps=total), StepLR(optimizer, 1)
+        return SequentialLR(optimizer, [cycle, rest], milestones=[4])
+
+    options = TrainingOptions(schedule_every="step")
+    fit(new_guard(), blobs, scheduler=first_a_cycle, options=options)
+    with pytest.raises(ConfigurationError, match="total_steps of at least the 3 steps"):
+        fit(new_guard(), blobs, scheduler=lambda own: first_a_cycle(own, total=2), options=options)
+
+
 @pytest.mark.parametrize("options", [{"optimizer": lambda own: None}, {"scheduler": lambda own: None}])
 def test_a_factory_that_makes_nothing_is_named(options):
     with pytest.raises(ConfigurationError, match="a function"):
+        AdversarialClusterTrainer(new_guard(), ATTACK, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adam"}, "got 'adam'; pass optimizer=lambda parameters"),
+        ({"optimizer": [nn.Parameter(torch.ones(1))]}, "pass optimizer=lambda parameters"),
+        ({"optimizer": lambda: None}, "function of the parameters alone, got <lambda>"),
+        ({"scheduler": "cosine"}, "such as scheduler=lambda optimizer"),
+        ({"scheduler": CosineAnnealingLR}, "got CosineAnnealingLR .*T_max.*; pass scheduler=lambda optimizer"),
+        ({"scheduler": OneCycleLR}, "got OneCycleLR .*max_lr"),
+    ],
+)
+def test_what_is_no_optimizer_or_scheduler_and_makes_none_is_told_what_to_pass(options, message):
+    with pytest.raises(ConfigurationError, match=message):
         AdversarialClusterTrainer(new_guard(), ATTACK, **options)
 
 
