@@ -1,6 +1,7 @@
 """Checks of what users hand in: early, cheap, and each message says what was expected and what came."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -114,6 +115,21 @@ def check_range(labels: Tensor, num_classes: int, *, name: str = "labels") -> No
     """
     if labels.numel() and not labels.is_meta and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise InputError(f"expected {name} from 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+
+
+def check_numbers(*, whole: bool = False, **values: object) -> None:
+    """Options are numbers, by name; text and truth values are not.
+
+    Args:
+        whole: whether they must be integers.
+        **values: the options.
+
+    Raises:
+        ConfigurationError: otherwise.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+            raise ConfigurationError(f"expected {'a whole number' if whole else 'a number'} as {name}, got {value!r}")
 
 
 def check_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:

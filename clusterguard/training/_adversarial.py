@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple, final, get_args
 
 import torch
-from clusterguard._support import evaluation_mode
+from clusterguard._support import check_numbers, evaluation_mode
 from clusterguard.attacks import Attack, check_radius, get_norm, ramp, scale
 from clusterguard.detection import Calibrator, Loader, decide, false_positive_rate, fit_thresholds, is_broken, judge
 from clusterguard.detectors import ClusterGuard, WithThresholds
@@ -127,21 +127,31 @@ class AdversarialClusterTrainer(DetectorTrainer):
         calibrator: Calibrator | None = None,
         options: TrainingOptions | None = None,
     ) -> None:
+        weights: dict[str, Any] = {
+            "adversarial_weight": adversarial_weight,
+            "adversarial_margin": adversarial_margin,
+            "cross_entropy_weight": cross_entropy_weight,
+        }
         if relabel not in ("separate", "graded", "original"):
             raise ConfigurationError(f"expected relabel 'separate', 'graded' or 'original', got {relabel!r}")
         if relabel == "graded" and (getattr(attack, "norm", None) is None or not getattr(attack, "eps", None)):
             raise ConfigurationError(f"expected an attack with a norm and a positive eps, to grade by, got {attack!r}")
+        check_numbers(
+            adversarial_floor=adversarial_floor,
+            temperature=temperature,
+            grading_power=grading_power,
+            ramp_epochs=ramp_epochs,
+            **weights,
+        )
+        check_numbers(
+            whole=True, warmup_epochs=warmup_epochs, refresh_every=refresh_every, refresh_batches=refresh_batches
+        )
         if not 0 < grading_power < math.inf:
             raise ConfigurationError(f"expected a positive grading_power, got {grading_power}")
         if not 0 <= ramp_epochs < math.inf:
             raise ConfigurationError(f"expected ramp_epochs of at least 0, got {ramp_epochs}")
         if ramp_epochs:
             scale(attack, 1.0)  # one that cannot be scaled is refused now
-        weights = {
-            "adversarial_weight": adversarial_weight,
-            "adversarial_margin": adversarial_margin,
-            "cross_entropy_weight": cross_entropy_weight,
-        }
         for name, value in weights.items():
             if not 0 <= value < math.inf:
                 raise ConfigurationError(f"expected {name} of at least 0, got {value}")

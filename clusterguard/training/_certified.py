@@ -4,7 +4,7 @@ import math
 from typing import final
 
 import torch
-from clusterguard._support import evaluation_mode
+from clusterguard._support import check_numbers, evaluation_mode
 from clusterguard.certification import bound, check_bounds
 from clusterguard.detection import Calibrator
 from clusterguard.detectors import ClusterGuard
@@ -101,6 +101,14 @@ class CertifiedTrainer(DetectorTrainer):
         calibrator: Calibrator | None = None,
         options: TrainingOptions | None = None,
     ) -> None:
+        check_numbers(
+            eps=eps,
+            warmup_epochs=warmup_epochs,
+            ramp_epochs=ramp_epochs,
+            bound_weight=bound_weight,
+            center_weight=center_weight,
+            temperature=temperature,
+        )
         if not (0 < eps <= 1 and 0 < bound_weight <= 1):
             raise ConfigurationError(
                 f"expected eps and bound_weight in (0, 1], got {eps} and {bound_weight}; pixels are in [0, 1], so a "

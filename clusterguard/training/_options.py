@@ -1,15 +1,20 @@
 """How a training takes its steps, whatever its loss is."""
 
+import gc
 import math
 import os
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
-from clusterguard._support import OneProcess
+from clusterguard._support import OneProcess, check_numbers
 from clusterguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_read: "WeakKeyDictionary[Accelerator, int]" = WeakKeyDictionary()  # accelerators, and the number read from each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,8 @@ class TrainingOptions:
             one-cycle ones do. timm's schedulers are told of both and choose themselves.
         accumulate: number of batches, at least 1, whose gradients are averaged for one step of the optimizer. The last
             group of an epoch may be smaller; it is averaged over what it has. None takes the
-            `gradient_accumulation_steps` that the accelerator has when these options are made.
+            `gradient_accumulation_steps` of the accelerator when these options are made. accelerate keeps that number
+            for all accelerators together, so it is the newest one's; where it may be another one's, a warning says so.
         accelerator: `accelerate.Accelerator`: devices, processes, mixed precision and trackers are its business.
             Processes hold the whole detector each (DDP); FSDP, DeepSpeed and Megatron-LM are refused. None trains on
             the detector's device in this process, without accelerate and untouched by any accelerator of the script;
@@ -37,7 +43,10 @@ class TrainingOptions:
         log_every: steps between two reports to the accelerator's trackers, such as TensorBoard.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option of a wrong type or out of its range.
+
+    Warns:
+        UserWarning: `accumulate` is None, and a younger accelerator may have changed this accelerator's number.
 
     Reference:
         Wu, Xia & Wang, "Adversarial weight perturbation helps robust generalization" (2020).
@@ -56,6 +65,11 @@ class TrainingOptions:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        check_numbers(
+            **{name: given[name] for name in ("clip_norm", "average_decay", "weight_perturbation") if name in given}
+        )
+        check_numbers(whole=True, **{name: given[name] for name in ("accumulate", "log_every") if name in given})
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ConfigurationError(f"expected a positive clip_norm, got {self.clip_norm}")
         if self.average_decay is not None and not 0 < self.average_decay < 1:
@@ -69,9 +83,7 @@ class TrainingOptions:
         if self.log_every < 1:
             raise ConfigurationError(f"expected log_every of at least 1, got {self.log_every}")
         if self.accumulate is None and self.accelerator is not None:
-            # accelerate keeps this number for all accelerators together, so the next one to be made changes it.
-            steps = getattr(self.accelerator, "gradient_accumulation_steps", 1)
-            object.__setattr__(self, "accumulate", steps)
+            object.__setattr__(self, "accumulate", _steps_of(self.accelerator))
         if self.accumulate is not None and self.accumulate < 1:
             raise ConfigurationError(f"expected accumulate of at least 1 batch, got {self.accumulate}")
 
@@ -101,3 +113,29 @@ class TrainingOptions:
         """Number of batches whose gradients make one step."""
         launched = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))  # by ``accelerate launch``
         return launched if self.accumulate is None else self.accumulate
+
+
+def _steps_of(accelerator: Any) -> int:
+    """How many batches an accelerator accumulates, with a warning where the number may be another accelerator's."""
+    steps: int = getattr(accelerator, "gradient_accumulation_steps", 1)
+    if not hasattr(accelerator, "gradient_state"):  # nothing is shared
+        return steps
+    if _may_be_anothers(accelerator, steps):
+        gc.collect()  # of what has ended
+        if _may_be_anothers(accelerator, steps):
+            warnings.warn(
+                f"there are several accelerators, and accelerate keeps one number of batches per step for all of them, "
+                f"{steps} of the newest; say which is meant with TrainingOptions(accelerator=..., accumulate={steps})",
+                stacklevel=4,
+            )
+    _read[accelerator] = steps
+    return steps
+
+
+def _may_be_anothers(accelerator: Any, steps: int) -> bool:
+    """Whether the number that accelerate has now may be that of an accelerator younger than this one."""
+    kind = type(accelerator)
+    others = {own for own in gc.get_referrers(kind) if isinstance(own, kind) and own is not accelerator}
+    # All that were read before this one was first seen are older.
+    known = _read.get(accelerator, steps if others <= set(_read) else None)
+    return bool(others) and known != steps

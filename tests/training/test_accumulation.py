@@ -136,3 +136,21 @@ def test_a_recipes_schedule_counts_the_last_small_group(blobs, fresh_accelerate)
 def test_a_group_has_at_least_one_batch():
     with pytest.raises(ConfigurationError, match="accumulate of at least 1"):
         TrainingOptions(accumulate=0)
+
+
+def test_the_number_of_another_accelerator_is_warned_of(fresh_accelerate):
+    first = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    second = Accelerator(cpu=True)
+    with pytest.warns(UserWarning, match=r"several accelerators.*accumulate=1\)"):
+        TrainingOptions(accelerator=first)
+    assert TrainingOptions(accelerator=first, accumulate=4).batches_per_step == 4
+    assert second.gradient_accumulation_steps == 1
+
+
+def test_an_accelerator_read_before_another_was_made_is_warned_of_only_when_its_number_has_changed(fresh_accelerate):
+    first = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    assert TrainingOptions(accelerator=first).accumulate == 4
+    second = Accelerator(cpu=True)
+    assert TrainingOptions(accelerator=second).accumulate == 1  # all others were read before, so it is the newest
+    with pytest.warns(UserWarning, match="several accelerators"):
+        TrainingOptions(accelerator=first)

@@ -121,6 +121,8 @@ def test_without_bounds_the_loss_is_that_of_benign_images_and_with_them_that_of_
         {"ramp_epochs": math.inf},
         {"center_weight": -1.0},
         {"temperature": 0.0},
+        {"eps": "0.1"},
+        {"ramp_epochs": None},
     ],
 )
 def test_options_out_of_range_are_refused(option):

@@ -216,6 +216,13 @@ def test_graded_labels_divide_small_perturbations_between_both_centres(blobs, mo
         {"average_decay": 1.0},
         {"schedule_every": "batch"},
         {"log_every": 0},
+        {"log_every": 1.5},
+        {"accumulate": "4"},
+        {"accumulate": 1.5},
+        {"accumulate": True},
+        {"clip_norm": "1"},
+        {"average_decay": "0.9"},
+        {"weight_perturbation": [0.1]},
     ],
 )
 def test_options_are_checked_at_once(options):
@@ -230,6 +237,11 @@ def test_options_are_checked_at_once(options):
         ({"relabel": "graded", "grading_power": 0.0}, "grading_power"),
         ({"ramp_epochs": -1.0}, "ramp_epochs"),
         ({"ramp_epochs": 1.0, "attack": lambda *_, **__: None}, "scaled"),
+        ({"ramp_epochs": "1"}, "a number as ramp_epochs, got '1'"),
+        ({"adversarial_weight": None}, "a number as adversarial_weight"),
+        ({"temperature": "1"}, "a number as temperature"),
+        ({"warmup_epochs": 1.5}, "a whole number as warmup_epochs"),
+        ({"refresh_every": "10"}, "a whole number as refresh_every"),
     ],
 )
 def test_an_attack_must_have_what_the_options_need(options, message):
