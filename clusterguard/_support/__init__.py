@@ -22,7 +22,7 @@ from clusterguard._support._copying import (
     settle_weights,
     shorten,
 )
-from clusterguard._support._files import read_archive, write_atomically
+from clusterguard._support._files import check_place, read_archive, write_atomically
 from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
 from clusterguard._support._processes import OneProcess, collect, share
 from clusterguard_torchvision import declare_missing_operators
@@ -40,6 +40,7 @@ __all__ = [
     "check_labels",
     "check_names",
     "check_numbers",
+    "check_place",
     "check_range",
     "check_tensor",
     "check_verdicts",

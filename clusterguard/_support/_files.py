@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clusterguard.errors import PersistenceError, in_one_line
+from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -40,6 +40,30 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         temporary.chmod(permissions)  # safetensors' files can be read by their owner alone
         temporary.replace(path)
     return path
+
+
+def check_place(path: str | Path) -> None:
+    """A file can be written at a path, whose folder is created.
+
+    Raises:
+        ConfigurationError: it cannot, for the path is a folder's, or one of the folders on the way to it is a file, or
+            must not be written to.
+
+    Example:
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> check_place(Path(folder.name) / "new" / "state.pt")
+        >>> folder.cleanup()
+    """
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            pass
+    except (OSError, TypeError, ValueError) as error:  # Python's own of what is no path at all
+        raise ConfigurationError(
+            f"expected the path of a file that can be written, got {str(path)!r} ({in_one_line(error)}); choose another"
+        ) from None
 
 
 def read_archive(path: str | Path, *keys: str, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -100,6 +100,9 @@ def save_checkpoint(path: str | Path, *, parts: Mapping[str, Stateful | None], v
         path: of the file.
         parts: by name; None where a run has no such part.
         values: tensors, numbers, strings, lists and dicts of them.
+
+    Raises:
+        PersistenceError: it cannot be written, because the disk is full, say.
     """
     state = {
         "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
@@ -111,7 +114,13 @@ def save_checkpoint(path: str | Path, *, parts: Mapping[str, Stateful | None], v
         if Path(path).exists():
             Path(path).replace(previous(path))  # killed here, a run goes on from the previous one
 
-    write_atomically(path, write)
+    try:
+        write_atomically(path, write)
+    except (OSError, RuntimeError) as error:  # torch's own of a disk that is full
+        raise PersistenceError(
+            f"{path} could not be written ({in_one_line(error)}); make room, or choose another place, and call fit "
+            "again: it goes on from the last checkpoint"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clusterguard._support import check_images, check_labels, collect, names_in_eval_mode, to_eval_mode, training_mode
+from clusterguard._support import (
+    check_images,
+    check_labels,
+    check_numbers,
+    check_place,
+    collect,
+    names_in_eval_mode,
+    to_eval_mode,
+    training_mode,
+)
 from clusterguard.detection import (
     Calibrator,
     Loader,
@@ -178,9 +187,10 @@ class DetectorTrainer(ABC):
 
         Raises:
             ConfigurationError: fewer than one epoch or step, a loader of which there is one pass only or that processes
-                cannot share, an optimizer or a scheduler that would change nothing, nothing to train, or `stop_when`
-                without a checkpoint.
-            PersistenceError: the checkpoint and the one before it are damaged, or another run's; nothing has changed.
+                cannot share, an optimizer or a scheduler that would change nothing, nothing to train, a
+                checkpoint where no file can be written, or `stop_when` without one.
+            PersistenceError: the checkpoint and the one before it are damaged, or another run's, and nothing has
+                changed; or it could not be written any more.
             InputError: images or labels of a wrong form, shape, dtype or range.
             TooFewCalibrationExamplesError: before training, if the calibration set can't suffice.
             TrainingDivergedError: the loss became NaN or infinite; the detector holds the last good weights.
@@ -190,6 +200,7 @@ class DetectorTrainer(ABC):
             UserWarning: calibration images are trained on; the optimizer lacks parameters; a loader holds randomness
                 that no checkpoint can keep; a batch has one image, and the detector batch normalisation.
         """
+        check_numbers(whole=True, epochs=epochs, checkpoint_every=1 if checkpoint_every is None else checkpoint_every)
         if epochs < 1:
             raise ConfigurationError(f"expected at least 1 epoch, got {epochs}")
         if checkpoint_every is not None and checkpoint_every < 1:
@@ -243,6 +254,8 @@ class DetectorTrainer(ABC):
         if calibrate:
             with run.calibration.undisturbed():
                 self.calibrator.check_counts(self._first_judged(run.calibration.loader), self.detector.num_classes)
+        if run.checkpoint is not None:
+            check_place(run.checkpoint)
         self.thresholds = self.thresholds.to(self.engine.device, copy=True)
         if not self._resume(run):
             self._totals = EpochTotals()  # of an epoch that an earlier call did not finish

@@ -121,3 +121,13 @@ def test_a_failing_write_leaves_the_old_ones(path):
     with pytest.raises(AttributeError, match=r"pickle|local"):
         save_checkpoint(path, parts=parts(3), values={"code": lambda: None})
     assert load_checkpoint(path, parts=parts()) == {"step": 2}
+
+
+def test_a_disk_that_is_full_is_named_and_the_checkpoint_before_stays(path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr("torch.save", full)
+    with pytest.raises(PersistenceError, match=r"run\.pt could not be written \(RuntimeError: Pytorch.*call fit again"):
+        save(path, 3, 3)
+    assert load_checkpoint(path, parts=parts()) == {"step": 2}

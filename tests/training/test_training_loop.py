@@ -69,6 +69,25 @@ def test_a_run_stopped_after_every_few_steps_ends_where_an_uninterrupted_one_doe
     assert [record.loss for record in stopped.history] == [record.loss for record in straight.history]
 
 
+@pytest.mark.parametrize("options", [{"epochs": "3"}, {"epochs": 1.5}, {"epochs": 1, "checkpoint_every": "2"}])
+def test_what_is_counted_is_a_whole_number(blobs, options):
+    with pytest.raises(ConfigurationError, match="a whole number as"):
+        AdversarialClusterTrainer(new_guard(), ATTACK).fit(blobs, blobs, **options)
+
+
+@pytest.mark.parametrize("place", ["file/c.pt", "file/deeper/c.pt", "."])
+def test_a_checkpoint_where_no_file_can_be_is_refused_before_training(blobs, tmp_path, place):
+    (tmp_path / "file").write_text("taken")
+    guard = new_guard()
+    before = weights(guard)
+    with pytest.raises(
+        ConfigurationError, match=r"expected the path of a file that can be written, got '.*choose anoth"
+    ):
+        train(guard, blobs, checkpoint=tmp_path / place)
+    assert torch.equal(weights(guard), before)
+    assert [own.name for own in tmp_path.iterdir()] == ["file"]
+
+
 def test_what_may_be_stopped_needs_a_checkpoint(blobs):
     trainer = AdversarialClusterTrainer(new_guard(), ATTACK)
     with pytest.raises(ConfigurationError, match="would be lost"):
