@@ -1,17 +1,19 @@
 """What loaders give: batches of images and labels in the forms that people have, their number, and their source."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+import torch
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     RandomSampler,
-    Sampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
@@ -156,7 +158,7 @@ def set_epoch(loader: object, epoch: int) -> None:
 
 
 def give_the_same_images(first: object, second: object) -> bool:
-    """Whether two loaders certainly share images: the same batches, data set, or part of a data set.
+    """Whether two loaders certainly share images: batches, items of a data set, or memory in which images lie.
 
     Args:
         first: a loader.
@@ -174,29 +176,50 @@ def give_the_same_images(first: object, second: object) -> bool:
     """
     if first is second:
         return True
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        return bool({id(batch) for batch in first} & {id(batch) for batch in second})
-    items = [_items(own) for own in (first, second) if isinstance(own, DataLoader)]
-    if len(items) < 2 or None in items:
-        return False
-    (source, some), (other, more) = (own for own in items if own is not None)
-    return source is other and (some is None or more is None or not some.isdisjoint(more))
+    some, more = _places(first), _places(second)
+    return any(not some[source].isdisjoint(more[source]) for source in some.keys() & more.keys())
 
 
-def _items(loader: DataLoader[Any]) -> tuple[object, set[int] | None] | None:
-    """The data set at the bottom and which of its items are drawn, None for all; None where the sampler hides it."""
-    batches = loader.batch_sampler
-    sampler: Sampler[Any] | Iterable[Any] = loader.sampler if batches is None else getattr(batches, "sampler", batches)
-    indices: list[int] | None = None
-    if isinstance(sampler, SubsetRandomSampler):
-        indices = [int(index) for index in sampler.indices]
-    elif type(batches) not in (BatchSampler, type(None)) or not isinstance(
-        sampler, SequentialSampler | RandomSampler | WeightedRandomSampler
-    ):
-        return None
-    data: Dataset[Any] = loader.dataset
-    while isinstance(data, Subset):
-        drawn = range(len(data.indices)) if indices is None else indices
-        indices, data = [int(data.indices[index]) for index in drawn], data.dataset
-    source = data.tensors[0] if isinstance(data, TensorDataset) else data
-    return source, None if indices is None else set(indices)
+def _places(loader: object) -> dict[object, set[int]]:
+    """Where a loader's items lie: their positions, by the data set or the memory that holds them; none if unknown."""
+    places: dict[object, set[int]] = {}
+    if isinstance(loader, list | tuple):
+        places["batches"] = {id(batch) for batch in loader}
+        for batch in loader:
+            with suppress(InputError):
+                _add_rows(places, unpack_batch(batch)[0], None)
+    elif isinstance(loader, DataLoader):
+        batches = loader.batch_sampler
+        sampler = loader.sampler if batches is None else getattr(batches, "sampler", batches)
+        if isinstance(sampler, SubsetRandomSampler):
+            _add_items(places, loader.dataset, [int(index) for index in sampler.indices])
+        elif type(batches) in (BatchSampler, type(None)) and isinstance(
+            sampler, SequentialSampler | RandomSampler | WeightedRandomSampler
+        ):
+            _add_items(places, loader.dataset, range(len(loader.dataset)))  # type: ignore[arg-type]
+    return places
+
+
+def _add_items(places: dict[object, set[int]], data: Dataset[Any], indices: Iterable[int]) -> None:
+    if isinstance(data, Subset):
+        _add_items(places, data.dataset, [int(data.indices[index]) for index in indices])
+    elif isinstance(data, ConcatDataset):
+        parts: dict[int, list[int]] = {}
+        for index in indices:
+            part = bisect_right(data.cumulative_sizes, index)
+            parts.setdefault(part, []).append(index - ([0, *data.cumulative_sizes])[part])
+        for part, own in parts.items():
+            _add_items(places, data.datasets[part], own)
+    elif isinstance(data, TensorDataset):
+        _add_rows(places, data.tensors[0], indices)
+    else:
+        places.setdefault(id(data), set()).update(indices)
+
+
+def _add_rows(places: dict[object, set[int]], images: object, indices: Iterable[int] | None) -> None:
+    """Rows of a tensor by where they begin in memory, so that those of its slices are the same; None takes all."""
+    if isinstance(images, Tensor) and images.ndim and images.layout == torch.strided and not images.is_meta:
+        start, step = int(images.storage_offset()), int(images.stride(0))
+        rows = range(len(images)) if indices is None else indices
+        memory = "memory", images.untyped_storage().data_ptr()
+        places.setdefault(memory, set()).update(start + step * row for row in rows)

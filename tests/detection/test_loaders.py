@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -118,6 +119,14 @@ DATA = TensorDataset(IMAGES, LABELS)
 HALVES = random_split(DATA, [2, 2])
 
 
+OTHER = [(torch.rand(1, 8, 8), 0), (torch.rand(1, 8, 8), 1)]  # a list will do as a data set
+
+
+def joined(*parts):
+    """Some images of each of two data sets."""
+    return DataLoader(ConcatDataset([Subset(data, part) for data, part in zip((DATA, OTHER), parts, strict=True)]))
+
+
 def drawing(indices):
     return DataLoader(DATA, sampler=SubsetRandomSampler(indices))
 
@@ -148,7 +157,16 @@ def drawing(indices):
         ),
         (DataLoader(DATA, batch_sampler=[[0], [1]]), DataLoader(DATA, batch_sampler=[[2]]), False),  # cannot be told
         (DataLoader(DATA, sampler=RandomSampler(DATA)), DataLoader(HALVES[0]), True),
-        (DataLoader(DATA), [(IMAGES, LABELS)], False),
+        (DataLoader(DATA), [(IMAGES, LABELS)], True),
+        (DataLoader(DATA), [(IMAGES.clone(), LABELS)], False),
+        (DataLoader(TensorDataset(IMAGES[:2], LABELS[:2])), DataLoader(TensorDataset(IMAGES[1:], LABELS[1:])), True),
+        (DataLoader(TensorDataset(IMAGES[:2], LABELS[:2])), DataLoader(TensorDataset(IMAGES[2:], LABELS[2:])), False),
+        (DataLoader(ConcatDataset(HALVES)), DataLoader(DATA), True),
+        (joined([0, 1], [0]), joined([1], [1]), True),
+        (joined([0, 1], [0]), joined([2, 3], [0]), True),  # of the second data set
+        (joined([0, 1], [0]), joined([2, 3], [1]), False),
+        (joined([0, 1], [0]), DataLoader(Subset(DATA, [3])), False),
+        (joined([0, 3], [0]), DataLoader(Subset(DATA, [3])), True),
     ],
 )
 def test_shared_images_are_noticed_where_they_are_certain(first, second, shared):
@@ -159,4 +177,19 @@ def test_shared_images_are_noticed_where_they_are_certain(first, second, shared)
 def test_lists_share_images_if_they_share_a_batch():
     batches = [(IMAGES, LABELS), (IMAGES.clone(), LABELS)]
     assert give_the_same_images(batches, batches[1:])
-    assert not give_the_same_images(batches[:1], batches[1:])
+    assert not give_the_same_images(batches[:1], batches[1:])  # labels are often the same
+
+
+@pytest.mark.parametrize(
+    ("batch", "shared"),
+    [
+        ((IMAGES, LABELS.clone()), True),
+        ({"image": IMAGES, "label": LABELS.clone()}, True),
+        ((IMAGES[2:], LABELS[2:]), True),  # a part of the same memory
+        ((IMAGES.clone(), LABELS), False),
+        ((LABELS, LABELS, IMAGES), False),  # it cannot be told which are the images
+        (None, False),
+    ],
+)
+def test_lists_share_images_if_batches_of_theirs_share_the_images_memory(batch, shared):
+    assert give_the_same_images([(IMAGES, LABELS)], [batch]) == shared
