@@ -3,16 +3,19 @@
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from types import GeneratorType
+from typing import Any, NoReturn
 
 import torch
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    ChainDataset,
     ConcatDataset,
     DataLoader,
     Dataset,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
@@ -119,11 +122,55 @@ def check_loader(loader: object, name: str) -> None:
         raise ConfigurationError(
             f"expected a {name} of batches, got a data set of single images; wrap it in torch.utils.data.DataLoader"
         )
-    if isinstance(loader, Iterator) or not hasattr(loader, "__iter__"):
+    source = loader.dataset if isinstance(loader, DataLoader) else loader
+    if isinstance(source, Iterator) and not isinstance(source, Dataset):
+        _refuse_one_pass(name, source)
+    if not hasattr(loader, "__iter__"):
         raise ConfigurationError(
             f"expected a {name} that can be passed through repeatedly, got {type(loader).__name__}; pass a DataLoader, "
             "or a list of the batches"
         )
+
+
+def check_passes(loader: object, name: str) -> None:
+    """Neither a loader nor the stream that it reads gives the same iterator again, which ends for good.
+
+    Workers get copies of a stream for each pass, so any will do for them.
+
+    Args:
+        loader: that `check_loader` takes; asked for an iterator twice, as may change what it carries.
+        name: of the loader, for the message.
+
+    Raises:
+        ConfigurationError: otherwise.
+    """
+    sources: list[Any] = [loader]
+    if isinstance(loader, DataLoader):
+        is_stream = isinstance(loader.dataset, IterableDataset) and not loader.num_workers
+        sources = [loader.dataset] if is_stream else []
+    while sources:
+        source = sources.pop()
+        if isinstance(source, ChainDataset):
+            sources += source.datasets
+            continue
+        first = iter(source)
+        if is_running(first) and iter(source) is first:
+            _refuse_one_pass(name, source)
+
+
+def _refuse_one_pass(name: str, source: object) -> NoReturn:
+    raise ConfigurationError(
+        f"expected a {name} that can be passed through repeatedly, got {type(source).__name__}, of which there is one "
+        "pass only; pass a DataLoader of a data set, a list of the batches, or a class whose __iter__ makes a new "
+        "iterator each time"
+    )
+
+
+def is_running(value: object) -> bool:
+    """Whether it is an iterator of Python's own, which goes from where it is to its end and never back."""
+    return isinstance(value, Iterator) and (
+        isinstance(value, GeneratorType) or type(value).__module__ in ("builtins", "itertools")
+    )
 
 
 def number_of_batches(loader: object) -> int | None:

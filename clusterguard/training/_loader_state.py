@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import PurePath
-from types import BuiltinFunctionType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from clusterguard.detection import is_running
 from clusterguard.errors import PersistenceError
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -196,8 +197,7 @@ def _held_by_object(value: Any) -> Iterator[tuple[str, Any]]:
 def _obstacles(path: str, value: Any) -> Iterator[str]:
     if _is_of_the_system(value):
         yield f"{path} draws from the operating system's randomness"
-    is_running = isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")
-    if is_running or isinstance(value, GeneratorType):
+    if is_running(value):
         yield f"{path} is an iterator, whose position cannot be kept"
     if isinstance(value, DataLoader) and value.num_workers and not getattr(value, "in_order", True):
         yield f"{path} gives batches in the order in which its workers end them (in_order=False)"

@@ -103,7 +103,10 @@ class Replay:
                 given += 1
                 yield batch
             if not given:
-                raise InputError("expected a calibration loader with at least one batch, got an empty one")
+                raise InputError(
+                    "expected a calibration loader with at least one batch in every pass, got an empty pass; let its "
+                    "__iter__ begin anew each time, or pass a list of the batches"
+                )
 
     def rewind(self) -> None:
         """Begin a new pass with the next batch."""

@@ -26,6 +26,7 @@ from clusterguard.detection import (
     Pairs,
     Unpack,
     check_loader,
+    check_passes,
     give_the_same_images,
     judge,
     set_epoch,
@@ -222,6 +223,9 @@ class DetectorTrainer(ABC):
                 checkpoint_every,
                 stop_when,
             )
+            with run.train.undisturbed(), run.calibration.undisturbed():
+                check_passes(train_loader, "training loader")
+                check_passes(calibration_loader, "calibration loader")
             if calibrate and give_the_same_images(train_loader, calibration_loader):
                 warnings.warn(
                     "the calibration loader gives images that are trained on. Thresholds fitted to them refuse more "
@@ -313,6 +317,11 @@ class DetectorTrainer(ABC):
                 attack, tau = f"{record.attack_success_rate:.2f}", f"{record.mean_threshold:.2f}"
                 bar.set_postfix(loss=f"{record.loss:.2f}", attack=attack, tau=tau, refresh=False)
         if step is None and not totals.images:
+            if self.history:
+                raise InputError(
+                    "expected a training loader that can be passed through repeatedly, got none of its images in epoch "
+                    f"{len(self.history) + 1}; let its __iter__ begin anew each time, or pass a list of the batches"
+                )
             raise InputError("expected a training loader with at least one image, got an empty one")
         if not self.engine.apply_gradients() or step is None:
             return False

@@ -9,7 +9,7 @@ from clusterguard import APGD, PGD, AdversarialClusterTrainer, Calibrator, Train
 from clusterguard.attacks import Boundary
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import ChainDataset, DataLoader, IterableDataset, Subset, TensorDataset
 from trainings import ATTACK, held_out, new_guard, train, weights
 
 CALIBRATOR = Calibrator(0.1, scarce="pool")
@@ -158,6 +158,97 @@ def test_loaders_that_cannot_be_trained_with_are_refused_before_the_first_step(b
     with pytest.raises(error, match=reason):
         fit(guard, make(*next(iter(blobs))), list(blobs))
     assert torch.equal(weights(guard), before)
+
+
+class OnePass(IterableDataset):
+    """A stream that is read from one iterator, and so once."""
+
+    def __init__(self, items):
+        self.items = iter(items)
+
+    def __iter__(self):
+        return self.items
+
+
+class Restarting(OnePass):
+    """It looks like one that is read once, but begins anew."""
+
+    def __init__(self, items):
+        self.given = items
+
+    def __iter__(self):
+        self.items = iter(self.given)
+        return self
+
+    def __next__(self):
+        return next(self.items)
+
+
+class Plain:
+    """A loader that is nothing of torch's."""
+
+    def __init__(self, batches):
+        self.batches = (batch for batch in batches)
+
+    def __iter__(self):
+        return self.batches
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda data: DataLoader(OnePass(data), 60),
+        lambda data: DataLoader(ChainDataset([Stream(data), OnePass(data)]), 60),
+        lambda data: Plain(DataLoader(data, 60)),
+        lambda data: DataLoader((item for item in data), 60),
+        lambda data: (batch for batch in DataLoader(data, 60)),
+    ],
+)
+@pytest.mark.parametrize("whose", ["training", "calibration"])
+def test_a_loader_of_one_pass_is_refused_before_training(blobs, make, whose):
+    guard, data = new_guard(), Subset(blobs.dataset, range(120))
+    before = weights(guard)
+    loaders = {"training": list(blobs), "calibration": list(blobs), whose: make(data)}
+    with pytest.raises(
+        ConfigurationError, match=f"expected a {whose} loader that .* repeatedly.*one pass only.*new iter"
+    ):
+        fit(guard, *loaders.values())
+    assert torch.equal(weights(guard), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_begins_anew_in_every_pass_is_not_taken_for_one_of_one_pass(blobs, workers):
+    data = Subset(blobs.dataset, range(120))
+    stream = (OnePass if workers else Restarting)(list(data))  # workers have copies, a new one for each pass
+    plain, streamed = new_guard(), new_guard()
+    fit(plain, DataLoader(data, 60), list(blobs), epochs=2)
+    fit(streamed, DataLoader(stream, 60, num_workers=workers), list(blobs), epochs=2)
+    assert torch.equal(weights(plain), weights(streamed))
+
+
+def test_a_loader_that_is_empty_from_its_second_pass_on_is_told_to_begin_anew(blobs):
+    class Hidden(OnePass):
+        def __iter__(self):
+            return (item for item in self.items)
+
+    with pytest.raises(InputError, match=r"none of its images in epoch 2; let its __iter__ begin anew"):
+        fit(new_guard(), DataLoader(Hidden(blobs.dataset), 300), list(blobs), epochs=2)
+    with pytest.raises(InputError, match=r"an empty pass; let its __iter__ begin anew"):
+        fit(new_guard(), list(blobs), DataLoader(Hidden(blobs.dataset), 300), epochs=2, refresh_every=1)
+
+
+def test_looking_for_loaders_of_one_pass_leaves_no_trace(blobs, monkeypatch):
+    class Shuffled:
+        def __iter__(self):
+            return iter([batches[index] for index in torch.randperm(len(batches))])
+
+    batches, looked, unlooked = list(blobs), new_guard(), new_guard()
+    torch.manual_seed(5)
+    fit(looked, Shuffled(), batches)
+    monkeypatch.setattr("clusterguard.training_loop.check_passes", lambda *_: None)
+    torch.manual_seed(5)
+    fit(unlooked, Shuffled(), batches)
+    assert torch.equal(weights(looked), weights(unlooked))
 
 
 @pytest.mark.parametrize(
