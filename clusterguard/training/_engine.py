@@ -1,8 +1,9 @@
 """Steps of the optimizer: on one device or many, clipped, averaged, and undone when the loss explodes."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -102,6 +103,7 @@ class TrainingEngine:
         self._given_optimizer = optimizer
         self._optimizer = self.accelerator.prepare_optimizer(optimizer)
         self._gathered = 0  # batches whose gradients wait for the next step
+        self._has_warned = False  # of a batch of one image
         decay = options.average_decay
         average = None if decay is None else get_ema_multi_avg_fn(decay)
         self._average = None if decay is None else AveragedModel(detector, multi_avg_fn=average, use_buffers=True)
@@ -161,7 +163,7 @@ class TrainingEngine:
         """Make ready for a training: no gradients are left over, and averaged weights give way to those that train."""
         with self._in_sync():
             self._optimizer.zero_grad()
-        self._gathered = 0
+        self._gathered, self._has_warned = 0, False
         before, self._before_average = self._before_average, None
         if before is None or self._average is None:
             return
@@ -185,21 +187,23 @@ class TrainingEngine:
     def take_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> tuple[TrainingStep, bool]:
         """Descend the loss of a batch.
 
-        A batch of one image has no statistics of its own, so batch normalisation takes it with its running ones.
+        A batch of one image has no statistics of its own where feature maps have one pixel, so batch normalisation
+        takes it with its running ones there.
 
         Returns:
             What the batch gave; and whether the optimizer has taken a step, or gradients accumulate still.
 
         Raises:
             TrainingDivergedError: the loss is NaN or infinite, in this process or another.
+            ConfigurationError: the batch has one image, of which batch normalisation has no statistics of any kind.
 
         Warns:
-            UserWarning: the batch has one image, and the detector batch normalisation.
+            UserWarning: batch normalisation takes its running statistics, for the first time since `begin`.
         """
         completes = self._gathered + 1 >= self.options.batches_per_step
         batch = _usable(images).to(self.device), _usable(labels).to(self.device).long(), generator
         exchange = nullcontext() if completes else self.accelerator.no_sync(self._module)
-        with exchange, _running_statistics(self.detector) if len(images) == 1 else nullcontext():
+        with exchange, self._of_one_image() if len(images) == 1 else nullcontext():
             if self.options.weight_perturbation is None:
                 step: TrainingStep = self._module(*batch)
                 self._check_loss(step.loss.detach())
@@ -230,6 +234,18 @@ class TrainingEngine:
             self._average.update_parameters(self.detector)
         optimizers.after_step(self.scheduler, every=self.options.schedule_every, steps=self.steps)
         return True
+
+    def _of_one_image(self) -> AbstractContextManager[None]:
+        def warn() -> None:
+            if not self._has_warned:
+                warnings.warn(
+                    "a batch has one image only, of which batch normalisation can take no statistics, so it took the "
+                    "running ones; drop_last=True of the DataLoader leaves such a batch out",
+                    stacklevel=2,
+                )
+            self._has_warned = True
+
+        return _single_image(self.detector, synchronised=self.accelerator.num_processes > 1, warn=warn)
 
     def _add_gradients(self, loss: Tensor) -> None:
         # Not accelerate's backward, which divides by the number of batches that its newest accelerator was given.
@@ -363,23 +379,46 @@ def _usable(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _running_statistics(detector: nn.Module) -> Iterator[None]:
-    """Batch normalisation by running statistics, which do not move; synchronised layers see all processes' images."""
-    layers = [
-        layer
-        for layer in detector.modules()
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm) and layer.training
-    ]
-    if layers:
-        warnings.warn(
-            "a batch has one image only, of which batch normalisation can take no statistics, so it took the running "
-            "ones; drop_last=True of the DataLoader leaves such a batch out",
-            stacklevel=2,
-        )
-    for layer in layers:
-        layer.eval()
+def _single_image(detector: nn.Module, *, synchronised: bool, warn: Callable[[], None]) -> Iterator[None]:
+    """Batch normalisation of one image: by its own statistics where maps have several pixels, else by the running ones.
+
+    Args:
+        detector: whose layers in train mode take part.
+        synchronised: whether `SyncBatchNorm` sees images of other processes, too.
+        warn: called when running statistics are taken.
+    """
+    layers = {
+        name: layer
+        for name, layer in detector.named_modules()
+        if isinstance(layer, _BatchNorm) and not (synchronised and isinstance(layer, nn.SyncBatchNorm))
+    }
+    names = {layer: name for name, layer in layers.items()}
+    switched: set[nn.Module] = set()
+
+    def before(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        values: Tensor = [*inputs, *named.values()][0]
+        if math.prod(values.shape[2:]) > 1 or len(values) > 2:  # 2: the image and the attacked one
+            return
+        if layer.running_mean is None:
+            raise ConfigurationError(
+                f"expected batches of at least two images, for {names[layer]} with track_running_stats=False has no "
+                "statistics to take in place of those of a single image, got a batch of one; pass drop_last=True to "
+                "the DataLoader"
+            )
+        if layer.training:
+            layer.training = False
+            switched.add(layer)
+            warn()
+
+    def after(layer: nn.Module, *_: Any) -> None:
+        if layer in switched:
+            switched.remove(layer)
+            layer.training = True
+
+    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in names]
+    hooks += [layer.register_forward_hook(after, always_call=True) for layer in names]
     try:
         yield
     finally:
-        for layer in layers:
-            layer.train()
+        for hook in hooks:
+            hook.remove()

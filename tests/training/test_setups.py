@@ -5,7 +5,16 @@ import re
 
 import pytest
 import torch
-from clusterguard import APGD, PGD, AdversarialClusterTrainer, Calibrator, TrainingOptions, WorstCaseSuite, evaluate
+from clusterguard import (
+    APGD,
+    PGD,
+    AdversarialClusterTrainer,
+    Calibrator,
+    ClusterGuard,
+    TrainingOptions,
+    WorstCaseSuite,
+    evaluate,
+)
 from clusterguard.attacks import Boundary
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError
 from torch import nn
@@ -64,6 +73,40 @@ def test_a_last_batch_of_one_image_is_trained_on_without_its_statistics(blobs, w
     assert norm.running_var.isfinite().all()
     assert norm.num_batches_tracked == 1
     assert norm.training == guard.training
+
+
+def train_on_single_images(blobs, norm, *, stride, warmup_epochs=0):
+    """Three batches of one image; its maps have one pixel at a stride of 8."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(1, 2, stride, stride=stride), norm, nn.ReLU(), nn.Flatten())
+    guard = ClusterGuard(backbone, num_classes=3, example=torch.rand(2, 1, 8, 8))
+    fit(guard, DataLoader(Subset(blobs.dataset, range(3)), 1), list(blobs), warmup_epochs=warmup_epochs)
+    return guard.encoder[0][1]
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_one_image_of_large_maps_has_statistics_and_is_normalised_by_them(blobs, kind, warmup_epochs):
+    norm = train_on_single_images(blobs, kind(2), stride=2, warmup_epochs=warmup_epochs)  # a warning would be an error
+    assert norm.num_batches_tracked == 3
+    train_on_single_images(blobs, nn.BatchNorm2d(2, track_running_stats=False), stride=2, warmup_epochs=warmup_epochs)
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_one_image_of_one_pixel_is_normalised_by_running_statistics_and_warned_of_once(blobs, kind, warmup_epochs):
+    with pytest.warns(UserWarning, match="one image only") as warned:
+        norm = train_on_single_images(blobs, kind(2), stride=8, warmup_epochs=warmup_epochs)
+    assert len(warned) == 1
+    assert norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+def test_one_image_of_one_pixel_without_running_statistics_is_refused_in_a_sentence(blobs, warmup_epochs):
+    with pytest.raises(ConfigurationError, match=r"encoder\.0\.1 with track_running_stats=False .*drop_last=True"):
+        train_on_single_images(
+            blobs, nn.BatchNorm2d(2, track_running_stats=False), stride=8, warmup_epochs=warmup_epochs
+        )
 
 
 @pytest.mark.parametrize("whole", [True, False])
