@@ -259,38 +259,48 @@ def test_wrong_usage_is_exit_code_2_and_leaves_nothing_behind(arguments, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+# ``python -m clusterguard.cli`` that waits after its first epoch for the end of its input. So a signal sent before is in
+# time however slow the machine; otherwise it may come after more epochs than there are to be in the end.
+WAITING = """
+import runpy, sys
+from clusterguard import AdversarialClusterTrainer as Trainer
+
+fit = Trainer.fit
+
+def wait_after_epochs(trainer, *loaders, on_epoch_end, **options):
+    def wait(record):
+        on_epoch_end(record)
+        sys.stdin.read()
+    return fit(trainer, *loaders, on_epoch_end=wait, **options)
+
+Trainer.fit = wait_after_epochs
+runpy.run_module("clusterguard.cli", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_a_training_that_is_interrupted_goes_on_and_ends_as_if_it_had_not_been(trained, photos, tmp_path):
     _, uninterrupted = trained
-    command = [
-        sys.executable,
-        "-m",
-        "clusterguard.cli",
-        "train",
-        "--data",
-        str(photos),
-        "--output",
-        str(tmp_path),
-        *SMALL,
-    ]
+    command = ["train", "--data", str(photos), "--output", str(tmp_path), *SMALL]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for number, code, options in ((signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--resume"])):
+    for epoch, (number, code, options) in enumerate([(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--resume"])], 1):
         process = subprocess.Popen(
-            [*command, "--epochs", "1000", *options],
+            [sys.executable, "-c", WAITING, *command, "--epochs", "1000", *options],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
         )
-        assert any(re.match(r"epoch \d+/1000", line) for line in process.stderr)  # after the summary of the images
+        assert any(line.startswith(f"epoch {epoch}/1000") for line in process.stderr)  # after the summary of the images
         process.send_signal(number)
-        told, said = process.communicate(timeout=60)
+        told, said = process.communicate(timeout=60)  # it ends the input
         assert process.returncode == code
         assert told == ""
-        assert re.search(r"interrupted after \d+ of 1000 epochs: run the same command with --resume to go on", said)
+        assert f"interrupted after {epoch} of 1000 epochs: run the same command with --resume to go on" in said
         assert not (tmp_path / "config.json").exists()
 
-    result = run(*command[3:], "--epochs", EPOCHS, "--resume", "--json")
+    result = run(*command, "--epochs", EPOCHS, "--resume", "--json")
     assert result.exit_code == 0, result.output
     resumed = json.loads(result.stdout)
     assert len(resumed["history"]) == EPOCHS
