@@ -3,9 +3,12 @@
 import copy
 import functools
 import itertools
+import math
 import random
+import sys
+import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -20,6 +23,11 @@ from torch.utils.data import DataLoader, Sampler
 
 _DEPTH, _WIDTH, _MOST = 12, 256, 50_000  # of the search: it must end, also in a data set of a million file names
 _GENERATORS = (Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+_LARGEST = 10_000  # elements of a value that is kept, of what is no sampler: data are not to be copied
+_LIBRARIES = ("builtins", "torch", "numpy", "random", "torchvision", "accelerate")
+_KINDS = "iufbc"  # of NumPy's types
+_CLASS = "class "  # before the name of a class, in paths
+_NOTHING = object()
 _SCALARS = (bool, int, float, str, type(None))
 _LEAVES = (*_SCALARS, bytes, complex, type, ModuleType, BuiltinFunctionType, PurePath, np.generic)
 
@@ -27,9 +35,9 @@ _LEAVES = (*_SCALARS, bytes, complex, type, ModuleType, BuiltinFunctionType, Pur
 class LoaderState:
     """Finds what a loader carries from pass to pass, keeps it, and puts it back.
 
-    It looks through the attributes of the loader, its sampler, data set, functions and so on, and knows torch's,
-    NumPy's and Python's generators; numbers and strings that have changed since it first looked; and, in samplers, also
-    tensors, arrays and lists of numbers.
+    It looks through the attributes of the loader, its sampler, data set, their classes, functions and so on, each time
+    anew, and knows torch's, NumPy's and Python's generators, and numbers, strings, tensors, arrays and containers of
+    them that have changed since it first looked; outside of samplers those of up to 10,000 elements.
 
     Args:
         loader: any.
@@ -45,71 +53,127 @@ class LoaderState:
     """
 
     def __init__(self, loader: object) -> None:
-        self._generators: dict[str, Any] = {}
-        self._owners: dict[str, Any] = {}
-        self._obstacles: list[str] = []
-        for path, value in _reachable(loader):
-            if isinstance(value, _GENERATORS):
-                self._generators[path] = value
-            elif (
-                hasattr(value, "__dict__") and not isinstance(value, FunctionType | nn.Module) and not _is_shared(value)
-            ):
-                self._owners[path] = value
-            self._obstacles += _obstacles(path, value)
-        self._first = self._values()
+        self._loader = loader
+        self._found = _Found(loader)  # at the last look
+        self._first, self._generators_at_first = self._found.values(), set(self._found.generators)
 
     @property
     def obstacles(self) -> list[str]:
         """What keeps the loader from being brought back to where it was, in words; empty if nothing is known."""
-        return self._obstacles
+        return [reason for path, value in _reachable(self._loader) for reason in _obstacles(path, value)]
 
     def get(self) -> dict[str, Any]:
         """The present state, of numbers, strings, tensors, and lists and dicts of them."""
-        generators = {path: _get(own) for path, own in self._generators.items() if not _is_of_the_system(own)}
-        return {"generators": generators, "values": self._values()}
+        found = self._found = _Found(self._loader)
+        return {
+            "generators": {path: _get(own) for path, own in found.generators.items()},
+            "made": {
+                path: _kind(own) for path, own in found.generators.items() if path not in self._generators_at_first
+            },
+            "values": found.values(),
+            "names": {path: list(_attributes(owner)) for path, owner in found.owners.items()},
+        }
 
     def changed(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state that `get` returned, less the values that have never changed, as a checkpoint keeps it.
 
         What the loader was made with, such as a folder's name, may then be another when the training goes on.
         """
-        now = self._values()
+        now = self._found.values()
         values = {
             path: value
             for path, value in state["values"].items()
             if not _is_same(value, self._first.get(path)) or not _is_same(now.get(path), self._first.get(path))
         }
-        return {"generators": state["generators"], "values": values}
+        return {"generators": state["generators"], "made": state["made"], "values": values}
 
     def set(self, state: Mapping[str, Any]) -> None:
         """Go back to a state that `get` or `changed` returned.
 
         Raises:
             PersistenceError: it is another loader's.
+
+        Warns:
+            UserWarning: a generator that the loader makes while it is passed through cannot be put back.
         """
-        generators = {path: own for path, own in self._generators.items() if not _is_of_the_system(own)}
-        if set(generators) != set(state["generators"]):
+        found, made = _Found(self._loader), state.get("made", {})
+        missing = set(state["generators"]) - set(found.generators)
+        if missing - set(made) or (found.generators.keys() & self._generators_at_first) - state["generators"].keys():
             raise PersistenceError(
                 f"expected a loader with the generators that it had when it was interrupted "
-                f"({_listed(state['generators'])}), got one with {_listed(generators)}"
+                f"({_listed(state['generators'])}), got one with {_listed(found.generators)}"
             )
-        for path, generator in generators.items():
-            _set(generator, state["generators"][path])
-        now = self._values()
-        for path, value in state["values"].items():
-            if path in now and not _is_same(now[path], value):
-                owner, _, name = path.rpartition(".")
-                setattr(self._owners[owner], name, _restored(getattr(self._owners[owner], name), value))
+        for path, names in state.get("names", {}).items():
+            found.forget(path, names)
+        for path, value in sorted(state["values"].items(), key=lambda own: _CLASS not in own[0]):  # classes first
+            found.put(path, value)
+        for path in sorted(missing):
+            found.make(path, made[path])
+        for path, own in state["generators"].items():
+            if path in found.generators:
+                _set(found.generators[path], own)
 
-    def _values(self) -> dict[str, Any]:
+
+class _Found:
+    """What a loader holds at this moment: generators, and objects with attributes, by the path to them."""
+
+    def __init__(self, loader: object) -> None:
+        self.generators: dict[str, Any] = {}
+        self.owners: dict[str, Any] = {}
+        classes: set[type] = set()
+        for path, value in _reachable(loader):
+            if isinstance(value, _GENERATORS):
+                if not _is_of_the_system(value):
+                    self.generators[path] = value
+            elif not isinstance(value, FunctionType | nn.Module) and _has_attributes(value) and not _is_shared(value):
+                self.owners[path] = value
+                own = {kind for kind in _own_kinds(value) if _is_own(kind.__module__)} - classes
+                self.owners |= {f"{path}.{_CLASS}{kind.__name__}": kind for kind in own}
+                classes |= own
+
+    def values(self) -> dict[str, Any]:
+        """Copies of what may change, by path."""
         return {
-            f"{path}.{name}": copy.copy(value)
-            if isinstance(value, (*_SCALARS, list))
-            else torch.as_tensor(value).clone()
-            for path, owner in self._owners.items()
-            for name, value in vars(owner).items()
-            if isinstance(value, _SCALARS) or (isinstance(owner, Sampler) and _is_numbers(value))
+            f"{path}.{name}": _kept(value)
+            for path, owner in self.owners.items()
+            for name, value in _attributes(owner).items()
+            if _is_state(value, limit=None if isinstance(owner, Sampler) else _LARGEST)
         }
+
+    def put(self, path: str, value: Any) -> None:
+        """Set an attribute back, a container in place, for others may hold it too."""
+        where, _, name = path.rpartition(".")
+        if where not in self.owners:
+            return
+        owner = self.owners[where]
+        present = getattr(owner, name, _NOTHING)
+        if isinstance(present, _GENERATORS):
+            if value is None:
+                setattr(owner, name, None)  # it will be made anew
+                self.generators.pop(path, None)
+        elif present is _NOTHING or (_is_state(present, limit=None) and not _is_same(_kept(present), value)):
+            _replace(owner, name, present, _restored(value))
+
+    def forget(self, path: str, names: Collection[str]) -> None:
+        """Take away the attributes that an object had not yet, if they are what may change."""
+        owner = self.owners.get(path)
+        for name, value in list(_attributes(owner).items()) if owner is not None else []:
+            if name not in names and (isinstance(value, _GENERATORS) or _is_state(value, limit=_LARGEST)):
+                delattr(owner, name)
+                self.generators.pop(f"{path}.{name}", None)
+
+    def make(self, path: str, kind: str) -> None:
+        """Make a generator that the loader would make itself, in its first pass."""
+        where, _, name = path.rpartition(".")
+        if where in self.owners and not name.endswith("]"):
+            self.generators[path] = _made(kind)
+            setattr(self.owners[where], name, self.generators[path])
+        else:
+            warnings.warn(
+                f"the training will not be the same as without the interruption, because the generator {path} cannot "
+                "be put back; make it in __init__, as an attribute of the data set",
+                stacklevel=2,
+            )
 
 
 def restarting_workers(loader: Any) -> Any:
@@ -127,15 +191,24 @@ def restarting_workers(loader: Any) -> Any:
 
 
 def _reachable(root: object) -> Iterator[tuple[str, Any]]:
-    """Objects that a loader holds, breadth first, each once, by the path of attributes to it."""
+    """Objects that a loader holds, breadth first, each once, by the path of attributes to it; large containers last."""
     queue, seen = deque([("loader", root, 0)]), {id(root): root}
-    while queue:
-        path, value, depth = queue.popleft()
-        yield path, value
-        if depth == _DEPTH or isinstance(value, _GENERATORS):
-            continue
-        for name, child in _children(value):
-            if isinstance(child, (*_LEAVES, Tensor, np.ndarray)) or id(child) in seen or len(seen) == _MOST:
+    rest: deque[tuple[str, Iterator[tuple[str, Any]], int]] = deque()  # of large containers
+    while queue or rest:
+        if queue:
+            path, value, depth = queue.popleft()
+            yield path, value
+            if depth == _DEPTH or isinstance(value, _GENERATORS):
+                continue
+            remaining = _children(value)
+            children = list(itertools.islice(remaining, _WIDTH))
+            if not all(_is_plain(child) for _, child in children):
+                rest.append((path, remaining, depth))
+        else:
+            path, remaining, depth = rest.popleft()
+            children = list(itertools.islice(remaining, _MOST))
+        for name, child in children:
+            if _is_leaf(child) or id(child) in seen or len(seen) == _MOST:
                 continue
             seen[id(child)] = child  # kept, or its id might be given to another object
             queue.append((f"{path}.{name}", child, depth + 1))
@@ -143,9 +216,9 @@ def _reachable(root: object) -> Iterator[tuple[str, Any]]:
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
-        yield from ((f"[{name!r}]", child) for name, child in itertools.islice(value.items(), _WIDTH))
+        yield from ((f"[{name!r}]", child) for name, child in value.items())
     elif isinstance(value, list | tuple | set | frozenset | deque):
-        yield from ((f"[{index}]", child) for index, child in enumerate(itertools.islice(value, _WIDTH)))
+        yield from ((f"[{index}]", child) for index, child in enumerate(value))
     elif isinstance(value, functools.partial):
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
     elif isinstance(value, MethodType):
@@ -156,18 +229,50 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from _held_by_object(value)
 
 
+def _is_leaf(value: object) -> bool:
+    return isinstance(value, (*_LEAVES, Tensor, np.ndarray))
+
+
+def _is_plain(value: object, *, depth: int = 2) -> bool:
+    """Whether it is a leaf, or a few of them, such as a file's name and its boxes."""
+    if not depth or not isinstance(value, list | tuple | dict):
+        return _is_leaf(value)
+    items = value.values() if isinstance(value, dict) else value
+    return all(_is_plain(item, depth=depth - 1) for item in itertools.islice(items, _WIDTH))
+
+
 def _held_by_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """What it closes over, its defaults, and what it uses of its module's generators and functions."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # a name that is not bound yet
             yield name, cell.cell_contents
     yield "defaults", (function.__defaults__, function.__kwdefaults__)
-    for name in _names(function.__code__):
-        value = function.__globals__.get(name)
-        if isinstance(value, _GENERATORS) or (
-            callable(value) and getattr(value, "__module__", "") == function.__module__
-        ):
-            yield name, value
+    names = _names(function.__code__)
+    for name in names & function.__globals__.keys():
+        value = function.__globals__[name]
+        if isinstance(value, ModuleType) and _is_own(value.__name__):
+            held = {f"{name}.{attribute}": vars(value)[attribute] for attribute in names & vars(value).keys()}
+        else:
+            held = {name: value}
+        yield from ((path, own) for path, own in held.items() if isinstance(own, _GENERATORS) or _is_peoples(own))
+
+
+def _is_peoples(value: object) -> bool:
+    """Whether it is a function or an object of a class that is no library's, or a few generators."""
+    if isinstance(value, list | tuple | dict):
+        items = value.values() if isinstance(value, dict) else value
+        return any(isinstance(item, _GENERATORS) for item in itertools.islice(items, _WIDTH))
+    return _is_own(value.__module__ if isinstance(value, FunctionType) else type(value).__module__)
+
+
+@functools.cache
+def _is_own(name: str | None) -> bool:
+    """Whether a module is neither Python's nor installed, so somebody's script, notebook or package in the making."""
+    top = str(name).partition(".")[0]
+    if top in sys.stdlib_module_names or top in _LIBRARIES:
+        return False
+    file = getattr(sys.modules.get(str(name)), "__file__", None)
+    return file is None or not {"site-packages", "dist-packages"} & set(PurePath(file).parts)
 
 
 def _names(code: CodeType) -> set[str]:
@@ -181,9 +286,7 @@ def _held_by_object(value: Any) -> Iterator[tuple[str, Any]]:
     for name, child in getattr(value, "__dict__", {}).items():
         if not (isinstance(value, DataLoader) and name == "_iterator"):  # the pass that is running
             yield name, child
-    for kind in type(value).__mro__:
-        if kind.__module__.partition(".")[0] in ("builtins", "torch", "numpy", "random"):
-            continue
+    for kind in _own_kinds(value):
         slots = getattr(kind, "__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if hasattr(value, name):
@@ -192,6 +295,23 @@ def _held_by_object(value: Any) -> Iterator[tuple[str, Any]]:
             function = getattr(member, "__func__", getattr(member, "fget", member))  # static methods, properties
             if isinstance(function, (*_GENERATORS, FunctionType)):
                 yield name, function
+
+
+def _own_kinds(value: object) -> list[type]:
+    """The classes of an object that are not torch's, NumPy's or Python's."""
+    return [kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] not in _LIBRARIES]
+
+
+def _has_attributes(value: object) -> bool:
+    return hasattr(value, "__dict__") or any(hasattr(kind, "__slots__") for kind in _own_kinds(value))
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    """What may be set of an object or a class, by name."""
+    if isinstance(owner, type):
+        return {name: value for name, value in vars(owner).items() if not name.startswith("__")}
+    slots = [name for kind in _own_kinds(owner) for name in vars(kind).get("__slots__", ()) if hasattr(owner, name)]
+    return {name: getattr(owner, name) for name in slots} | getattr(owner, "__dict__", {})
 
 
 def _obstacles(path: str, value: Any) -> Iterator[str]:
@@ -257,21 +377,110 @@ def _arrays(state: Any) -> Any:
     return np.array(state[1], dtype=state[0]) if isinstance(state, list) else state
 
 
-def _is_numbers(value: Any) -> bool:
+def _replace(owner: Any, name: str, present: Any, value: Any) -> None:
+    """Set an attribute; what can change in place does, for others may hold it, too."""
+    if type(present) is type(value) and isinstance(present, list | deque):
+        present.clear()
+        present.extend(value)
+    elif type(present) is type(value) and isinstance(present, dict | set):
+        present.clear()
+        present.update(value)
+    elif isinstance(present, np.ndarray) and np.shape(value) == present.shape and present.flags.writeable:
+        present[...] = value
+    else:
+        setattr(owner, name, value)
+
+
+def _kind(generator: Any) -> str:
+    """What `_made` makes one like it of."""
+    if isinstance(generator, Generator):
+        return f"torch {generator.device}"
+    if isinstance(generator, random.Random):
+        return "python"
+    if isinstance(generator, np.random.RandomState):
+        return f"old {generator.get_state(legacy=False)['bit_generator']}"
+    return f"{'new' if isinstance(generator, np.random.Generator) else 'bits'} {type(_bits(generator)).__name__}"
+
+
+def _made(kind: str) -> Any:
+    family, _, detail = kind.partition(" ")
+    if family == "torch":
+        return Generator(detail)
+    if family == "python":
+        return random.Random()
+    bits = getattr(np.random, detail)()
+    return {"old": np.random.RandomState, "new": np.random.Generator}.get(family, lambda own: own)(bits)
+
+
+def _is_state(value: Any, *, limit: int | None) -> bool:
+    """Whether it is a number, a string, a tensor or an array, or a container of them, of so many elements at most."""
+    return _size(value, math.inf if limit is None else limit) >= 0
+
+
+def _size(value: Any, limit: float) -> int:
+    """The number of elements; -1 if there are too many or others."""
+    if isinstance(value, _SCALARS) or (isinstance(value, np.generic) and value.dtype.kind in _KINDS):
+        return 1
+    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in _KINDS):
+        size = value.numel() if isinstance(value, Tensor) else value.size
+        return size if size <= limit else -1
+    if type(value) not in (list, tuple, dict, deque, set) or len(value) > limit:
+        return -1
+    total = 0
+    for item in itertools.chain(value.keys(), value.values()) if isinstance(value, dict) else value:
+        size = _size(item, limit - total)
+        total += max(1, size)
+        if size < 0 or total > limit:
+            return -1
+    return total
+
+
+def _kept(value: Any) -> Any:
+    """A copy of what `_is_state`, of what a checkpoint takes: other types than its own are named."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray | np.generic):
+        return {"array": torch.from_numpy(np.array(value)), "type": str(value.dtype)}
+    if isinstance(value, dict):
+        return {"dict": [[_kept(name), _kept(own)] for name, own in value.items()]}
+    if isinstance(value, list | tuple | deque | set):
+        items = [_kept(item) for item in value]
+        return (
+            items
+            if isinstance(value, list)
+            else {type(value).__name__: items, "maxlen": getattr(value, "maxlen", None)}
+        )
+    return value
+
+
+def _restored(value: Any) -> Any:
+    """The inverse of `_kept`."""
+    if isinstance(value, Tensor):
+        return value.clone()
     if isinstance(value, list):
-        return bool(value) and all(type(item) in (int, float) for item in value)
-    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "iufb")
+        return [_restored(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "array" in value:
+        return value["array"].numpy().astype(value["type"])[()]
+    if "dict" in value:
+        return {_restored(name): _restored(own) for name, own in value["dict"]}
+    if "deque" in value:
+        return deque(_restored(value["deque"]), value["maxlen"])
+    return tuple(_restored(value["tuple"])) if "tuple" in value else set(_restored(value["set"]))
 
 
 def _is_same(value: Any, other: Any) -> bool:
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return value.dtype == other.dtype and torch.equal(value, other)
-    return type(value) is type(other) and bool(value == other)
-
-
-def _restored(present: Any, value: Any) -> Any:
-    """A copy of a value that was kept, as an array where the present one is one."""
-    return value.numpy().astype(present.dtype) if isinstance(present, np.ndarray) else copy.copy(value)
+    """Whether two of what `_kept` returns are equal."""
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, Tensor):
+        return value.dtype == other.dtype and value.shape == other.shape and torch.equal(value, other)
+    if isinstance(value, dict):
+        return value.keys() == other.keys() and all(_is_same(own, other[name]) for name, own in value.items())
+    if isinstance(value, list):
+        return len(value) == len(other) and all(map(_is_same, value, other))
+    return bool(value == other)
 
 
 def _listed(names: Mapping[str, Any]) -> str:

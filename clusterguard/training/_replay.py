@@ -1,6 +1,8 @@
 """The way back to an exact moment of a run: random states, and loaders that return to the batch where they were."""
 
 import random
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,11 @@ from clusterguard.detection import Loader, number_of_batches
 from clusterguard.errors import InputError, PersistenceError
 from clusterguard.training._loader_state import LoaderState
 from torch import Generator, Tensor
+
+UNKNOWN = (
+    "something that it draws from or counts with cannot be found; keep that in attributes of the data set or the "
+    "sampler"
+)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
@@ -73,7 +80,7 @@ class Replay:
         self.loader, self._device = loader, device
         self._carried = LoaderState(loader)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
-        self._taken, self._start = 0, self._present_states()
+        self._taken, self._digest, self._start = 0, 0, self._present_states()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self
@@ -88,6 +95,8 @@ class Replay:
         except StopIteration:
             self.rewind()
             raise
+        if not self._taken:  # later ones may hold what others have drawn meanwhile
+            self._digest = _digest(batch)
         self._taken += 1
         return batch
 
@@ -110,7 +119,7 @@ class Replay:
 
     def rewind(self) -> None:
         """Begin a new pass with the next batch."""
-        self._batches, self._taken = None, 0
+        self._batches, self._taken, self._digest = None, 0, 0
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -126,10 +135,22 @@ class Replay:
         """Why this loader cannot be brought back to where it was, in words; empty if nothing is known."""
         return self._carried.obstacles
 
+    def is_repeatable(self) -> bool:
+        """Whether the loader gives the same first batch twice, when it begins twice from where it is."""
+        digests = set()
+        for _ in range(2):
+            with self.undisturbed():
+                digests.add(_digest(next(iter(self.loader), None)))
+        return len(digests) == 1
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the present pass began, or the next will, and how many batches it has given."""
+        """Where the present pass began, or the next will, how many batches it has given, and a digest of the first."""
         start = self._start if self._taken else self._present_states()
-        return {"taken": self._taken, "start": start | {"loader": self._carried.changed(start["loader"])}}
+        return {
+            "taken": self._taken,
+            "digest": self._digest,
+            "start": start | {"loader": self._carried.changed(start["loader"])},
+        }
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Go there; the global random states are then those after the last of the batches.
@@ -137,6 +158,9 @@ class Replay:
         Raises:
             InputError: the loader has fewer batches than when it was interrupted.
             PersistenceError: it is another loader.
+
+        Warns:
+            UserWarning: the first batch of the pass is another one than then.
         """
         if not isinstance(state["start"]["loader"], dict):
             raise PersistenceError("expected a checkpoint of this version of clusterguard, got an older one's")
@@ -145,6 +169,12 @@ class Replay:
         for _ in range(state["taken"]):
             if next(self, None) is None:
                 raise InputError(f"expected a loader of at least {state['taken']} batches, as when it was interrupted")
+        if self._digest != state.get("digest", self._digest):
+            warnings.warn(
+                "training that goes on from its checkpoint is not the same as without the interruption, because the "
+                f"loader gives other batches than before: its images have changed, or {UNKNOWN}",
+                stacklevel=2,
+            )
 
     def _present_states(self) -> dict[str, Any]:
         return {"global": random_states(self._device), "loader": self._carried.get()}
@@ -162,6 +192,17 @@ class Replay:
     def length(self) -> int | None:
         """Batches of a whole pass; None if the loader does not tell."""
         return number_of_batches(self.loader)
+
+
+def _digest(batch: Any, before: int = 0) -> int:
+    """A number that tells batches apart, by some of the pixels and all labels."""
+    if isinstance(batch, Tensor):
+        flat = batch.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 4096)].cpu().contiguous()
+        return zlib.crc32(some.view(torch.uint8).numpy().tobytes(), before)
+    for part in batch if isinstance(batch, tuple | list) else ():
+        before = _digest(part, before)
+    return before
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from clusterguard.training._engine import TrainingEngine, TrainingStep
 from clusterguard.training._loader_state import restarting_workers
 from clusterguard.training._optimizers import MakeOptimizer, MakeScheduler, make_optimizer, make_scheduler
 from clusterguard.training._options import TrainingOptions
-from clusterguard.training._replay import Replay, Run
+from clusterguard.training._replay import UNKNOWN, Replay, Run
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -172,7 +172,8 @@ class DetectorTrainer(ABC):
             on_epoch_end: called after every epoch with its record, when the checkpoint has been written.
             checkpoint: a file written after every epoch; if it exists, training goes on from it, to the same weights
                 as without the interruption. The one before it is kept beside it, as ``.previous``. Persistent workers
-                of loaders are started anew for every pass, for their random states cannot be kept.
+                of loaders are started anew for every pass, for their random states cannot be kept; and the first batch
+                of each loader is drawn twice before training, to find out whether it can be brought back.
             checkpoint_every: steps of the optimizer after which it is written too; None writes it after epochs only.
             stop_when: asked after every step of the optimizer; once any process says yes, the checkpoint is written and
                 `TrainingStoppedError` ends the call. The same call goes on. For limits of time, and for SIGTERM.
@@ -248,13 +249,8 @@ class DetectorTrainer(ABC):
     def _begin(self, run: Run, epochs: int, calibrate: bool) -> None:
         """Find what cannot work before the first step, and go on from a checkpoint if there is one."""
         self.engine.check(run.train.length, epochs, resumable=run.checkpoint is not None)
-        obstacles = [*run.train.obstacles, *run.calibration.obstacles]
-        if run.checkpoint is not None and obstacles:
-            warnings.warn(
-                "training that goes on from its checkpoint will not be the same as without the interruption, because "
-                + "; ".join(obstacles),
-                stacklevel=3,
-            )
+        if run.checkpoint is not None:
+            self._warn_of_obstacles(run)
         if calibrate:
             with run.calibration.undisturbed():
                 self.calibrator.check_counts(self._first_judged(run.calibration.loader), self.detector.num_classes)
@@ -268,6 +264,23 @@ class DetectorTrainer(ABC):
         if self.detector.training:
             self.detector.frozen = names_in_eval_mode(self.detector)
         to_eval_mode(self.detector)
+
+    def _warn_of_obstacles(self, run: Run) -> None:
+        """Say before training, once, what in the loaders no checkpoint can keep."""
+        obstacles = [*run.train.obstacles, *run.calibration.obstacles]
+        if not obstacles and self.engine.shared is None:  # with several processes a pass must be ended by all of them
+            loaders = {"training": run.train, "calibration": run.calibration}
+            obstacles = [
+                f"the {name} loader, begun again from the same random states, gives another first batch: {UNKNOWN}"
+                for name, replay in loaders.items()
+                if not replay.is_repeatable()
+            ]
+        if obstacles:
+            warnings.warn(
+                "training that goes on from its checkpoint will not be the same as without the interruption, because "
+                + "; ".join(dict.fromkeys(obstacles)),
+                stacklevel=4,
+            )
 
     def _first_judged(self, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches, checked; the detector has a look at the first, or errors would come when training is over."""

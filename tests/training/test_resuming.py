@@ -1,8 +1,11 @@
 """Training that goes on from a checkpoint, with the loaders that people have."""
 
 import random
+import secrets
 import warnings
+from collections import deque
 from itertools import count
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -206,6 +209,223 @@ def test_what_cannot_be_resumed_is_said_before_training_that_has_a_checkpoint(ma
         AdversarialClusterTrainer(new_guard(), ATTACK, warmup_epochs=1).fit(make(), [DATA[:10]], **fit)
 
 
+class Carrying(Dataset):
+    """Numbers, with one added that changes from item to item in some way; class attributes may be given."""
+
+    def __init__(self, change, **held):
+        self.change = change
+        self.__dict__ |= held
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.tensor([index + float(self.change(self))])
+
+
+def carrying(change, *, of_class=None, **held):
+    return DataLoader(type("Own", (Carrying,), of_class or {})(change, **held), 2)
+
+
+def add_to_itself(own):
+    own.count += 1
+    return own.count
+
+
+def add_to_its_class(own):
+    type(own).count += 1
+    return own.count
+
+
+def add_to_first(own):
+    own.count[0] += 1
+    return own.count[0]
+
+
+def make_if_none(own):
+    own.rng = own.rng or np.random.default_rng(5)
+    return own.rng.random()
+
+
+def make_if_absent(make):
+    def change(own):
+        if not hasattr(own, "rng"):
+            own.rng = make()
+        return own.rng.random() if isinstance(own.rng, random.Random) else torch.rand(1, generator=own.rng)
+
+    return change
+
+
+helpers = ModuleType("helpers")
+exec("def noise():\n    return RNG.random()", vars(helpers))
+
+
+def draw_from_a_module(own):
+    return helpers.RNG.random()
+
+
+def call_a_module(own):
+    return helpers.noise()
+
+
+def turn(own):
+    own.order.rotate(1)
+    own.order = type(own.order)(own.order)
+    return own.order[0]
+
+
+class LazyStream(IterableDataset):
+    def __iter__(self):
+        if not hasattr(self, "rng"):
+            self.rng = random.Random(8)
+        return (torch.tensor([self.rng.random()]) for _ in range(6))
+
+
+class Ordered(Sampler):
+    """A sampler that moves an order, or an epoch, of any type."""
+
+    def __init__(self, **held):
+        self.__dict__ |= held
+
+    def __iter__(self):
+        if hasattr(self, "order"):
+            order = list(self.order)
+            self.order = type(self.order)(order[1:] + order[:1])
+            return iter(list(self.order))
+        self.state["epoch"] += 1
+        return iter(torch.randperm(6, generator=torch.Generator().manual_seed(self.state["epoch"])).tolist())
+
+    def __len__(self):
+        return 6
+
+
+def ordered(**held):
+    return DataLoader(torch.arange(6.0)[:, None], 2, sampler=Ordered(**held))
+
+
+CARRIED = {
+    "made if none": lambda: carrying(make_if_none, rng=None),
+    "python's made if absent": lambda: carrying(make_if_absent(lambda: random.Random(3))),
+    "torch's made if absent": lambda: carrying(make_if_absent(seeded)),
+    "made by a stream": lambda: DataLoader(LazyStream(), 2),
+    "class": lambda: carrying(add_to_itself, of_class={"count": 0}),
+    "class itself": lambda: carrying(add_to_its_class, of_class={"count": 0}),
+    "list of the class": lambda: carrying(add_to_first, of_class={"count": [0]}),
+    "another module's": lambda: carrying(draw_from_a_module),
+    "another module's function": lambda: carrying(call_a_module),
+    "many": lambda: carrying(lambda own: own.rngs[299].random(), rngs=[random.Random(index) for index in range(300)]),
+    "many by name": lambda: carrying(
+        lambda own: own.rngs["299"].random(), rngs={str(index): random.Random(index) for index in range(300)}
+    ),
+    "list": lambda: carrying(add_to_first, count=[0, "name"]),
+    "dict": lambda: carrying(add_to_first, count={0: 0, "deeper": [(1, 2)]}),
+    "tensor": lambda: carrying(add_to_first, count=torch.zeros(2)),
+    "array": lambda: carrying(add_to_first, count=np.zeros(2)),
+    "number of numpy's": lambda: carrying(add_to_itself, count=np.int64(0)),
+    "deque": lambda: carrying(turn, order=deque(range(7), maxlen=9)),
+    "slot": lambda: carrying(lambda own: add_to_itself(own.inner), inner=SlottedCount()),
+    "order in a tuple": lambda: ordered(order=tuple(range(6))),
+    "order in a deque": lambda: ordered(order=deque(range(6))),
+    "epoch in a dict": lambda: ordered(state={"epoch": 0}),
+}
+
+
+class SlottedCount:
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+
+def anew(make):
+    """A replay as in a new process."""
+    helpers.RNG = np.random.default_rng(6)
+    return Replay(make(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("taken", [0, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", CARRIED)
+def test_what_a_loader_carries_comes_back_in_a_new_process(name, taken, tmp_path):
+    replay = anew(CARRIED[name])
+    assert replay.is_repeatable()
+    for _ in range(taken + taken // 3):  # a pass has 3 batches, and then it ends
+        next(replay, None)
+    torch.save(replay.state_dict(), tmp_path / "state.pt")
+    expected = [batch.tolist() for _ in range(3) for batch in replay]
+    resumed = anew(CARRIED[name])
+    assert resumed.is_repeatable()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [batch.tolist() for _ in range(3) for batch in resumed] == expected
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_what_is_drawn_undisturbed_leaves_no_trace_in_what_a_loader_carries(name):
+    plain, disturbed = anew(CARRIED[name]), None
+    expected = [batch.tolist() for _ in range(2) for batch in plain]
+    disturbed = anew(CARRIED[name])
+    with disturbed.undisturbed():
+        list(disturbed.loader)
+    assert [batch.tolist() for _ in range(2) for batch in disturbed] == expected
+
+
+def counts_where_nobody_looks():
+    count = 0
+
+    def change(own):
+        nonlocal count
+        count += 1
+        return count
+
+    return carrying(change)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        counts_where_nobody_looks,
+        lambda: carrying(lambda own: torch.rand(1, generator=torch.Generator().manual_seed(secrets.randbits(40)))),
+    ],
+)
+def test_a_loader_that_differs_from_itself_is_noticed_before_and_after_an_interruption(make):
+    replay = anew(make)
+    assert not replay.is_repeatable()
+    next(replay)
+    with pytest.warns(UserWarning, match="gives other batches than before: its images have changed, or something"):
+        anew(make).load_state_dict(replay.state_dict())
+
+
+def test_a_loader_whose_first_batch_does_not_come_again_is_warned_of_once_before_training(tmp_path):
+    drawn = 0
+
+    def draw(_):
+        nonlocal drawn
+        drawn += 1
+        return drawn % 7 / 7
+
+    trainer = AdversarialClusterTrainer(new_guard(), ATTACK, warmup_epochs=1)
+    with pytest.warns(
+        UserWarning, match="because the training loader, begun again .* gives another first batch"
+    ) as warned:
+        trainer.fit(
+            DataLoader(noisy(draw), 10),
+            [DATA[:10]],
+            epochs=1,
+            checkpoint=tmp_path / "run.pt",
+            calibrate=False,
+            progress=False,
+        )
+    assert len(warned) == 1
+
+
+def test_changed_images_are_noticed_when_the_training_goes_on():
+    replay = Replay([(DATA[:10])], torch.device("cpu"))
+    next(replay)
+    state = replay.state_dict()
+    Replay([(DATA[:10])], torch.device("cpu")).load_state_dict(state)  # the same: no warning
+    with pytest.warns(UserWarning, match="its images have changed"):
+        Replay([(DATA[10:20])], torch.device("cpu")).load_state_dict(state)
+
+
 def test_another_loaders_generators_are_refused():
     state = Replay(LOADERS["random sampler"](), torch.device("cpu")).state_dict()
     with pytest.raises(PersistenceError, match="generators that it had when it was interrupted"):
@@ -230,6 +450,7 @@ def test_the_search_ends_in_a_loop_and_in_a_large_data_set():
 
     first, second = Node(), Node()
     first.next, second.next, first.names = second, first, [(str(index), index) for index in range(1_000_000)]
+    first.boxes = [{"name": str(index), "box": [index, index]} for index in range(100_000)]
     second.generator = seeded()
     assert list(LoaderState(first).get()["generators"]) == ["loader.next.generator"]
 

@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_good_weights(blobs):
 
 
 def test_a_calibration_set_that_cannot_suffice_is_refused_before_training(blobs):
-    few = DataLoader(TensorDataset(*(part[:30] for part in blobs.dataset.tensors)), batch_size=30)
+    few = DataLoader(TensorDataset(*(part[:30] for part in held_out(blobs).dataset.tensors)), batch_size=30)
     guard = new_guard()
     before = weights(guard)
     with pytest.raises(TooFewCalibrationExamplesError, match=r"\[10, 10, 10\]"):
