@@ -1,6 +1,7 @@
 """What a loader carries from one pass to the next: random generators and counters in its sampler or data set."""
 
 import copy
+import dis
 import functools
 import itertools
 import math
@@ -247,11 +248,11 @@ def _held_by_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
         with suppress(ValueError):  # a name that is not bound yet
             yield name, cell.cell_contents
     yield "defaults", (function.__defaults__, function.__kwdefaults__)
-    names = _names(function.__code__)
+    attributes, names = _names(function.__code__)
     for name in names & function.__globals__.keys():
         value = function.__globals__[name]
         if isinstance(value, ModuleType) and _is_own(value.__name__):
-            held = {f"{name}.{attribute}": vars(value)[attribute] for attribute in names & vars(value).keys()}
+            held = {f"{name}.{attribute}": vars(value)[attribute] for attribute in attributes & vars(value).keys()}
         else:
             held = {name: value}
         yield from ((path, own) for path, own in held.items() if isinstance(own, _GENERATORS) or _is_peoples(own))
@@ -275,22 +276,21 @@ def _is_own(name: str | None) -> bool:
     return file is None or not {"site-packages", "dist-packages"} & set(PurePath(file).parts)
 
 
-def _names(code: CodeType) -> set[str]:
-    """The global names that a function uses, those inside it included."""
+@functools.cache
+def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The names that a function uses, attributes included, and the global ones; those of functions inside it, too."""
+    names = frozenset(own.argval for own in dis.get_instructions(code) if own.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*inner)
+    used = frozenset(code.co_names).union(*(own[0] for own in inner))
+    return used, names.union(*(own[1] for own in inner))
 
 
 def _held_by_object(value: Any) -> Iterator[tuple[str, Any]]:
     """Its attributes; of its classes the generators and the methods."""
-    for name, child in getattr(value, "__dict__", {}).items():
+    for name, child in _attributes(value).items():
         if not (isinstance(value, DataLoader) and name == "_iterator"):  # the pass that is running
             yield name, child
     for kind in _own_kinds(value):
-        slots = getattr(kind, "__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(value, name):
-                yield name, getattr(value, name)
         for name, member in vars(kind).items():
             function = getattr(member, "__func__", getattr(member, "fget", member))  # static methods, properties
             if isinstance(function, (*_GENERATORS, FunctionType)):
@@ -310,8 +310,9 @@ def _attributes(owner: Any) -> dict[str, Any]:
     """What may be set of an object or a class, by name."""
     if isinstance(owner, type):
         return {name: value for name, value in vars(owner).items() if not name.startswith("__")}
-    slots = [name for kind in _own_kinds(owner) for name in vars(kind).get("__slots__", ()) if hasattr(owner, name)]
-    return {name: getattr(owner, name) for name in slots} | getattr(owner, "__dict__", {})
+    slots = [vars(kind).get("__slots__", ()) for kind in _own_kinds(owner)]
+    names = [name for own in slots for name in ((own,) if isinstance(own, str) else own) if hasattr(owner, name)]
+    return {name: getattr(owner, name) for name in names} | getattr(owner, "__dict__", {})
 
 
 def _obstacles(path: str, value: Any) -> Iterator[str]:

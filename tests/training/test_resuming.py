@@ -331,7 +331,7 @@ CARRIED = {
 
 
 class SlottedCount:
-    __slots__ = ("count",)
+    __slots__ = "count"
 
     def __init__(self):
         self.count = 0
@@ -424,6 +424,26 @@ def test_changed_images_are_noticed_when_the_training_goes_on():
     Replay([(DATA[:10])], torch.device("cpu")).load_state_dict(state)  # the same: no warning
     with pytest.warns(UserWarning, match="its images have changed"):
         Replay([(DATA[10:20])], torch.device("cpu")).load_state_dict(state)
+
+
+def test_what_only_shares_its_name_with_an_attribute_is_left_alone():
+    script = ModuleType("script")
+    exec("def change(own):\n    return own.stats", vars(script))
+    script.stats = SlottedCount()
+    loader = carrying(script.change, stats=0)
+    state = LoaderState(loader)
+    before = state.get()
+    script.stats.count += 1
+    state.set(before)
+    assert script.stats.count == 1
+
+
+@pytest.mark.parametrize("batch", [torch.eye(2).to_sparse(), torch.ones(2, device="meta"), [], None, torch.ones(0)])
+def test_batches_of_any_kind_can_be_replayed(batch):
+    replay = Replay([batch], torch.device("cpu"))
+    assert replay.is_repeatable()
+    next(replay)
+    Replay([[1, 2]], torch.device("cpu")).load_state_dict({**replay.state_dict(), "digest": 0})
 
 
 def test_another_loaders_generators_are_refused():
