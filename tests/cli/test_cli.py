@@ -259,7 +259,7 @@ def test_wrong_usage_is_exit_code_2_and_leaves_nothing_behind(arguments, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-# ``python -m clusterguard.cli`` that waits after its first epoch for the end of its input. So a signal sent before is in
+# The command line, but it waits after each epoch for the end of its input. So a signal sent before is in
 # time however slow the machine; otherwise it may come after more epochs than there are to be in the end.
 WAITING = """
 import runpy, sys
