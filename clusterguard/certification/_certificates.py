@@ -1,5 +1,6 @@
 """What no attack can do: proofs, image by image, that hold for every perturbation of a radius."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch.nn.functional import one_hot
 
 _SAMPLED_IMAGES = 4  # of those that are proved, and of all: on so many bounds are tried out before they are believed
 _SAMPLED_POINTS = 8  # inner points of the ball around each, and as many of its corners
+_ATTACK_STEPS = 2  # from corner to corner, towards where proofs would fail first
 
 
 class Bounds(NamedTuple):
@@ -125,7 +127,8 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
     cuBLAS do; not for Winograd's and Fourier's ways to a convolution, which cuDNN may take for one of stride 1.
 
     Before bounds are believed they are tried out: the guard's own outputs on a few of the images, and on points of the
-    ball around them, must lie within.
+    ball around them, must lie within. Some of those points are random, others follow the gradient to where a proof
+    would fail first.
 
     Args:
         guard: calibrated; see `bound` for its network.
@@ -378,7 +381,8 @@ def _try_out(
     if not len(chosen):
         return
     some, some_labels, reach = images[chosen], labels[chosen], radii.expand(len(images))[chosen]
-    points = _sample(some.double(), reach).to(_arithmetic_of(guard).dtype)
+    points, dtype = _sample(some.double(), reach), _arithmetic_of(guard).dtype
+    points = torch.cat([points, _attack(guard, points, some_labels, reach, dtype)], dim=1).to(dtype)
     wide = _bound_in_service(guard, some, some_labels, reach) if proofs is None else _take(proofs, chosen)
     narrow = _bound_in_service(guard, some, some_labels, torch.zeros_like(reach))
     outputs = _run(guard, points)
@@ -428,6 +432,33 @@ def _sample(images: Tensor, radii: Tensor) -> Tensor:
     noise[:, -1], noise[:, -2] = 1, -1  # all pixels brighter, all darker
     moved = (images[:, None] + radii.view(-1, 1, 1, 1, 1) * noise).clamp(0, 1)
     return torch.cat([images[:, None].clamp(0, 1), moved], dim=1)
+
+
+def _attack(guard: ClusterGuard, points: Tensor, labels: Tensor, radii: Tensor, dtype: torch.dtype) -> Tensor:
+    """Corners of each ball along the signs of gradients, around the first of points (B, P, C, H, W): (B, 8, C, H, W).
+
+    They lie where the label's lead and its distance are smallest and largest. A network without gradients has none. The
+    encoder is taken as it was written, for to compile its gradients would take minutes.
+    """
+    own, reach = labels.long()[:, None], radii.view(-1, 1, 1, 1)
+    found = points[:, :0]
+    for sign, is_of_lead in itertools.product((1, -1), (True, False)):
+        at = points[:, 0]
+        for _ in range(_ATTACK_STEPS):
+            with torch.inference_mode(False), torch.enable_grad():
+                start = at.to(dtype, copy=True).requires_grad_()
+                try:
+                    squared = guard.clusters.squared_distances(guard.encoder(guard.normalize(start)))
+                    distances = squared.gather(1, own).squeeze(1)
+                    goal = squared.scatter(1, own, torch.inf).amin(dim=1) - distances if is_of_lead else distances
+                    slope = torch.autograd.grad(goal.sum(), start)[0].double().nan_to_num()
+                except RuntimeError as error:
+                    if type(error) is not RuntimeError:
+                        raise  # of memory or the device
+                    return found
+            at = (points[:, 0] - sign * reach * slope.sign()).clamp(0, 1)
+            found = torch.cat([found, at[:, None]], dim=1)
+    return found
 
 
 def _check_outputs(guard: ClusterGuard, proofs: _Proofs, labels: Tensor, found: Tensor, distances: Tensor) -> None:

@@ -139,6 +139,41 @@ def test_images_of_which_something_is_proved_are_tried_out_even_among_many_other
         certify(guard, batch, torch.zeros(1000).long(), eps=0.01)
 
 
+class Hidden(nn.Module):
+    """Something else for a tensor than for an interval, in one corner of the ball alone."""
+
+    def __init__(self, spot):
+        super().__init__()
+        self.weight, self.spot = nn.Parameter(torch.tensor([1.0, -1.0]).repeat(8)[torch.randperm(16)][None]), spot
+
+    def forward(self, values):
+        score = functional.linear(values.flatten(1), self.weight)
+        return score * torch.where(self.spot * score > 0.15, 1.5, 1.0) if isinstance(values, torch.Tensor) else score
+
+
+@pytest.mark.parametrize("spot", [-1.0, 1.0])
+def test_bounds_are_tried_out_where_an_attack_would_go(spot):
+    torch.manual_seed(0)
+    guard = ClusterGuard(Hidden(spot), 2, example=torch.rand(1, 1, 4, 4)).eval()
+    guard.thresholds = torch.full((2,), 100.0)
+    guard.encoder[-1].load_state_dict(weighted([[10.0], [-10.0]], [1.0, -1.0]).state_dict())
+    with pytest.raises(ConfigurationError, match="outside the bounds"):
+        certify(guard, torch.full((1, 1, 4, 4), 0.5), torch.tensor([0]), eps=0.01)
+
+
+def test_certifying_a_network_without_gradients_leaves_them_out():
+    class Detached(nn.Module):
+        def forward(self, values):
+            return values.detach().flatten(1)
+
+    guard = around(Detached())
+    guard.requires_grad_(False)
+    batch = images()
+    assert certify(guard, batch, guard.detect(batch).labels, eps=0.0).is_secure.shape == (3,)
+    with torch.inference_mode():
+        assert certify(around(nn.Flatten()), batch, LABELS, eps=0.1).is_secure.shape == (3,)
+
+
 def overriding(name, function):
     return type("Overriding", (ClusterGuard,), {name: function})
 
