@@ -277,12 +277,27 @@ def _mean(box: Box, dim: int | Sequence[int] | None = None, keepdim: bool = Fals
     return _average(torch.mean, 0, box, *(() if dim is None else (dim, keepdim)))
 
 
-def _cat(parts: Sequence[Any], dim: int = 0) -> Box:
+def _join(function: Callable[..., Tensor], parts: Sequence[Any], dim: int = 0) -> Box:
+    """Boxes and tensors beside each other."""
     first = next(part for part in parts if isinstance(part, Box))
     boxes = [part if isinstance(part, Box) else _operand(first, part) for part in parts]
-    lower, upper = (torch.cat([getattr(box, end) for box in boxes], dim) for end in ("lower", "upper"))
+    lower, upper = (function([getattr(box, end) for box in boxes], dim) for end in ("lower", "upper"))
     errors = [box.error for box in boxes if box.error is not None]
-    return _result(first, lower, upper, torch.cat(errors, dim) if errors else None)
+    return _result(first, lower, upper, function(errors, dim) if errors else None)
+
+
+def _pad(box: Box, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Box:
+    """The box with a number around it, which is rounded to what the network computes in."""
+    _check_options([*pad, value], {})
+    number = _operand(box, value or 0.0)
+    if mode != "constant" or not math.isfinite(float(number.lower)):
+        raise TypeError(f"a border is made by {mode!r} of {value}")
+    ends = ((box.lower, number.lower), (box.upper, number.upper))
+    lower, upper = (functional.pad(inside, pad, value=float(border)) for inside, border in ends)
+    if box.error is None or number.error is None:
+        return _result(box, lower, upper, None)
+    border = float(number.error) if value else 0.0
+    return _result(box, lower, upper, functional.pad(box.error, pad, value=border))
 
 
 def _dropout(box: Box, p: float = 0.5, training: bool = True) -> Box:
@@ -325,8 +340,8 @@ def _rising(
 
 
 def _check_factor(name: str, value: float, smallest: float) -> None:
-    if not smallest <= value < math.inf:
-        raise ConfigurationError(f"no bounds are known for {name} below {smallest:g}, or infinite, got {value}")
+    if not smallest <= value < 1e30:  # float32 has to hold it
+        raise ConfigurationError(f"no bounds are known for {name} below {smallest:g}, or from 1e30 on, got {value}")
 
 
 def _clamp(box: Box, min: float | None = None, max: float | None = None) -> Box:
@@ -364,6 +379,27 @@ def _elu(box: Box, alpha: float = 1.0) -> Box:
     return _rising(function, box, steepest=max(1.0, alpha), fixed=_ULPS * alpha)
 
 
+def _celu(box: Box, alpha: float = 1.0) -> Box:
+    _check_factor("celu with alpha", alpha, 1e-6)
+    return _rising(partial(functional.celu, alpha=alpha), box, fixed=_ULPS * alpha)
+
+
+def _prelu(box: Any, weight: Any) -> Box:
+    """Two straight lines that meet at 0, with a slope below it of either sign: it is largest and least at ends or 0."""
+    if not isinstance(box, Box) or isinstance(weight, Box):
+        raise ConfigurationError("no bounds are known for weights that depend on the image")
+    if weight.dtype != box.dtype:
+        raise TypeError(f"weights of {weight.dtype} meet a tensor of {box.dtype}")
+    slope = weight.to(box.lower)
+    kink = torch.zeros_like(box.lower).clamp(box.lower, box.upper)
+    lower, upper = _ordered(*(torch.prelu(end, slope) for end in (box.lower, box.upper, kink)))
+    if box.error is None or box.arithmetic is None:
+        return _result(box, lower, upper, None)
+    size = slope.abs().view(-1, *[1] * max(0, box.lower.ndim - 2))
+    rounding = box.arithmetic.unit * size * box.magnitude + box.arithmetic.smallest
+    return _result(box, lower, upper, size.clamp_min(1) * box.error + rounding)
+
+
 def _gelu(box: Box, *, approximate: str = "none") -> Box:
     bottoms = {"none": -0.7517915246935645, "tanh": -0.7524614220710161}
     if approximate not in bottoms:
@@ -379,6 +415,8 @@ def _relu(box: Box) -> Box:
 
 
 _sigmoid = partial(_rising, torch.sigmoid, steepest=0.25, fixed=_ULPS)
+_log_sigmoid = partial(_rising, functional.logsigmoid, scaled=_ULPS, fixed=_ULPS)
+_selu = partial(_rising, functional.selu, steepest=1.76, scaled=4, fixed=2 * _ULPS)
 _tanh = partial(_rising, torch.tanh, fixed=_ULPS)
 _silu = partial(_rising, functional.silu, bottom=-1.2784645427610738, steepest=1.1, scaled=_ULPS)
 _mish = partial(_rising, functional.mish, bottom=-1.1924312145154952, steepest=1.1, scaled=_ULPS)
@@ -388,7 +426,10 @@ _hardsigmoid = partial(_rising, functional.hardsigmoid, steepest=0.17, fixed=_UL
 
 IN_PLACE = {"relu_"}
 """Names of functions that change what they are applied to."""
-_VIEWS = ("flatten", "reshape", "view", "contiguous", "squeeze", "unsqueeze", "permute", "transpose", "detach")
+_VIEWS = (
+    *("flatten", "unflatten", "reshape", "view", "squeeze", "unsqueeze"),
+    *("contiguous", "permute", "transpose", "detach"),
+)
 METHODS: dict[str, Rule] = {
     **{name: partial(_view, name) for name in _VIEWS},
     **{"mean": _mean, "clone": _clone, "to": _to, "clamp": _clamp, "sigmoid": _sigmoid, "tanh": _tanh},
@@ -428,6 +469,10 @@ RULES: dict[Any, Rule] = {
     functional.softplus: _softplus,
     functional.leaky_relu: _leaky_relu,
     functional.elu: _elu,
+    functional.selu: _selu,
+    functional.celu: _celu,
+    functional.logsigmoid: _log_sigmoid,
+    functional.prelu: _prelu,
     functional.gelu: _gelu,
     functional.silu: _silu,
     functional.mish: _mish,
@@ -435,5 +480,7 @@ RULES: dict[Any, Rule] = {
     functional.hardsigmoid: _hardsigmoid,
     functional.batch_norm: _batch_norm,
     torch.mean: _mean,
-    torch.cat: _cat,
+    torch.cat: partial(_join, torch.cat),
+    torch.stack: partial(_join, torch.stack),
+    functional.pad: _pad,
 }

@@ -67,7 +67,19 @@ def cloned(values, _):
     return copy
 
 
+def padded(values, border):
+    return functional.max_pool2d(nn.ConstantPad2d((1, 0, 2, 1), border)(values), (4, 2), 1)
+
+
 STEPS = {
+    "prelu": lambda values, layers: layers["prelu"](values),
+    "selu": lambda values, _: functional.selu(values),
+    "celu in place": lambda values, _: functional.celu(values, 0.3, inplace=True),
+    "log sigmoid": lambda values, _: functional.logsigmoid(values),
+    "padded": lambda values, _: padded(values, 0.1),
+    "padded with zeros": lambda values, _: functional.avg_pool2d(nn.ZeroPad2d(1)(values), 3, 1),
+    "cropped and padded": lambda values, _: functional.pad(values, (-1, 1), value=-3.3),
+    "unflattened": lambda values, _: plus(nn.Unflatten(1, SHAPE)(values.flatten(1)), 0.1),
     "convolution": lambda values, layers: layers["convolution"](values),
     "normalisation": lambda values, layers: layers["normalisation"](values),
     "linear": lambda values, layers: view_as_map(layers["linear"](values.flatten(1))),
@@ -99,6 +111,7 @@ JOINS = {
     "difference in place": minus,
     "sum in place": plus,
     "product": lambda one, other: one * other,
+    "stacked": lambda one, other: torch.stack([one, other], dim=-1).mean(-1),
     "beside": lambda one, other: torch.cat([one, other], dim=1).mean(1, keepdim=True) + one,
 }
 
@@ -111,11 +124,12 @@ class Program(nn.Module):
         torch.manual_seed(seed)
         self.steps = steps
         layers = {"convolution": nn.Conv2d(2, 2, 3, padding=1), "linear": nn.Linear(32, 32)}
-        self.layers = nn.ModuleDict({**layers, "normalisation": nn.BatchNorm2d(2)})
+        self.layers = nn.ModuleDict({**layers, "normalisation": nn.BatchNorm2d(2), "prelu": nn.PReLU(2)})
         self.last = nn.Linear(32, 3)
         normalisation = self.layers["normalisation"]
         nn.init.normal_(normalisation.weight)
         nn.init.normal_(normalisation.bias)
+        nn.init.normal_(self.layers["prelu"].weight, std=2.0)  # of either sign, and steeper than 1
         normalisation.running_mean.normal_(std=scale)
         normalisation.running_var.uniform_(0.01, 1)
         nn.init.normal_(self.layers["convolution"].bias, std=scale)

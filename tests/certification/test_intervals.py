@@ -127,6 +127,10 @@ def test_a_direction_is_bounded_through_the_last_layer_and_never_worse_than_by_t
         (nn.Softmax(dim=1), "softmax"),
         (nn.ELU(-1.0), "elu with alpha below 0"),
         (nn.LeakyReLU(-0.5), "leaky_relu with negative_slope below 0"),
+        (nn.CELU(-1.0), "celu with alpha below 1e-06"),
+        (nn.ELU(1e39), "elu with alpha below 0, or from 1e30 on"),
+        (nn.ReflectionPad2d(1), "pad with such arguments: a border is made by 'reflect'"),
+        (nn.ConstantPad2d(1, -math.inf), "pad with such arguments: a border is made by 'constant' of -inf"),
     ],
 )
 def test_a_layer_without_bounds_is_named(layer, named):
@@ -199,6 +203,9 @@ TORCH = {
     "maximum": lambda h: torch.maximum(h, torch.zeros(4)),
     "norm": torch.norm,
     "weights of the image": lambda h: functional.linear(torch.ones(2, 4).double(), h),
+    "slopes of the image": lambda h: functional.prelu(torch.ones(2, 4).double(), h),
+    "slopes of another type": lambda h: functional.prelu(h, torch.ones(1)),
+    "padded by a tensor": lambda h: functional.pad(h, (1, 1), value=torch.ones(())),
     "bias of the image": lambda h: functional.linear(h, torch.ones(4, 4).double(), h),
     "softplus of a low threshold": lambda h: functional.softplus(h, threshold=1.0),
     "falling softplus": lambda h: functional.softplus(h, beta=-1.0),
@@ -319,6 +326,15 @@ def test_the_bottom_of_a_gelu_is_held(approximate):
     found = functional.gelu(Interval(torch.tensor([-2.0]).double(), torch.zeros(1).double()), approximate=approximate)
     seen = functional.gelu(torch.linspace(-1, 0, 100_001, dtype=torch.float64), approximate=approximate)
     assert found.lower <= seen.min()
+
+
+@pytest.mark.parametrize("layer", [nn.PReLU(init=-0.5), nn.PReLU(4), nn.SELU(), nn.CELU(0.5), nn.LogSigmoid()])
+def test_bounds_of_one_activation_are_reached(layer):
+    ends = torch.tensor([[[-3.0] * 4], [[2.0] * 4]], dtype=torch.float64)
+    found = layer.double()(Interval(ends[0], ends[1]))
+    seen = layer(torch.linspace(-3, 2, 501, dtype=torch.float64)[:, None].expand(-1, 4))  # 0 and both ends are in it
+    torch.testing.assert_close(found.lower[0], seen.amin(dim=0))
+    torch.testing.assert_close(found.upper[0], seen.amax(dim=0))
 
 
 def test_following_rounding_ends_under_autocast_and_with_other_types():
