@@ -1,10 +1,12 @@
 """What several packages need and no user does: checks, files, modes, processes, compilation."""
 
 from clusterguard._support._checks import (
+    IN_GREY_LEVELS,
     check_calibrated,
     check_detector,
     check_images,
     check_labels,
+    check_linf_radius,
     check_names,
     check_numbers,
     check_range,
@@ -28,6 +30,7 @@ from clusterguard._support._processes import OneProcess, collect, share
 from clusterguard_torchvision import declare_missing_operators
 
 __all__ = [
+    "IN_GREY_LEVELS",
     "Call",
     "CompiledCall",
     "CopiedValues",
@@ -38,6 +41,7 @@ __all__ = [
     "check_gradients",
     "check_images",
     "check_labels",
+    "check_linf_radius",
     "check_names",
     "check_numbers",
     "check_place",

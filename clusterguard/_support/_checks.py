@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Projections and image decoders overshoot [0, 1] by rounding: 1e-4 is tolerated, as bfloat16 rounds that number, too.
 _TOLERANCE = 1.002e-4
+IN_GREY_LEVELS = "divide a radius of 8-bit pixels by 255, as in eps=8 / 255"
+"""What to do about a radius that is too large, for the end of a message."""
 Kind = Literal["floating-point", "float32 or float64", "integer", "bool"]
 _DTYPES: dict[Kind, tuple[torch.dtype, ...]] = {
     "floating-point": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -130,6 +132,26 @@ def check_numbers(*, whole: bool = False, **values: object) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
             raise ConfigurationError(f"expected {'a whole number' if whole else 'a number'} as {name}, got {value!r}")
+
+
+def check_linf_radius(eps: float | Tensor, shape: torch.Size | None = None) -> Tensor:
+    """A radius in l∞ is in [0, 1], as pixels are: one number or, if they are told, one for each of (B,) images.
+
+    Args:
+        eps: the radius.
+        shape: (B,); None takes one number alone.
+
+    Returns:
+        It in float64, () or (B,).
+
+    Raises:
+        InputError: it has another shape or range.
+    """
+    radii = torch.as_tensor(eps, dtype=torch.float64)
+    if radii.shape not in (torch.Size([]), shape) or not bool(((radii >= 0) & (radii <= 1)).all()):
+        several = "" if shape is None else f" or {tuple(shape)}"
+        raise InputError(f"expected a radius eps in [0, 1], one number{several}, got {eps}; {IN_GREY_LEVELS}")
+    return radii
 
 
 def check_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:

@@ -7,7 +7,14 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
-from clusterguard._support import check_calibrated, check_detector, check_images, check_labels, evaluation_mode
+from clusterguard._support import (
+    IN_GREY_LEVELS,
+    check_calibrated,
+    check_detector,
+    check_images,
+    check_labels,
+    evaluation_mode,
+)
 from clusterguard.attacks._norms import get_norm
 from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError, InputError
@@ -262,8 +269,7 @@ def check_radius(attack: object, images: Tensor) -> None:
     if eps > largest * (1 + 1e-6):
         raise ConfigurationError(
             f"expected eps of at most {largest:.6g} in {name}, which is all that can change in an image of shape "
-            f"{tuple(images.shape[1:])} with pixels in [0, 1], got {eps:g}; divide a radius of 8-bit pixels by 255, "
-            "as in eps=8 / 255"
+            f"{tuple(images.shape[1:])} with pixels in [0, 1], got {eps:g}; {IN_GREY_LEVELS}"
         )
 
 
@@ -295,8 +301,7 @@ def check_budget(
         raise ConfigurationError(f"expected a finite eps of at least 0, got {eps}")
     if norm == "linf" and 1 < eps < math.inf:
         raise ConfigurationError(
-            f"expected eps in [0, 1] in linf, for pixels are in [0, 1], got {eps:g}; divide a radius of 8-bit pixels "
-            "by 255, as in eps=8 / 255"
+            f"expected eps in [0, 1] in linf, for pixels are in [0, 1], got {eps:g}; {IN_GREY_LEVELS}"
         )
     if steps < 1:
         raise ConfigurationError(f"expected at least 1 step, got {steps}")

@@ -202,6 +202,8 @@ class WorstCaseSuite(BuiltInAttack):
         get_norm(self.norm)
         if self.budget not in EFFORTS:
             raise ConfigurationError(f"expected a budget among {', '.join(EFFORTS)}, got {self.budget!r}")
+        if self.references is not None:  # without them, the size of images is seen at the first call
+            check_radius(self, self.references[0])
 
     def stages(self, detector: Detector, references: Towards) -> dict[str, Attack]:
         """The attacks by name, in order; those that the detector has no use for are left out.

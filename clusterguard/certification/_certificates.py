@@ -7,7 +7,16 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from clusterguard._support import CompiledCall, call, check_calibrated, check_images, check_labels, evaluation_mode
+from clusterguard._support import (
+    IN_GREY_LEVELS,
+    CompiledCall,
+    call,
+    check_calibrated,
+    check_images,
+    check_labels,
+    check_linf_radius,
+    evaluation_mode,
+)
 from clusterguard.certification._intervals import Interval, final_refusals
 from clusterguard.detection import Arithmetic, Loader, Pairs, Rate, Unpack, full_precision, is_eligible
 from clusterguard.detectors import ClusterGuard, GaussianClusters, Normalize
@@ -134,7 +143,7 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
         guard: calibrated; see `bound` for its network.
         images: (B, C, H, W) in [0, 1].
         labels: (B,) true labels, or those that the guard gives.
-        eps: radius in l∞, one number or (B,), at least 0.
+        eps: radius in l∞, one number or (B,), in [0, 1].
 
     Returns:
         Which images are proved secure, and which are proved to be kept, each (B,).
@@ -153,9 +162,7 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
         tensor(True)
     """
     _check(guard, images, labels)
-    radii = torch.as_tensor(eps, dtype=torch.float64, device=images.device)
-    if radii.shape not in (torch.Size([]), images.shape[:1]) or not bool((radii >= 0).all()):
-        raise InputError(f"expected a radius eps of at least 0, one number or ({len(images)},), got {eps}")
+    radii = check_linf_radius(eps, images.shape[:1]).to(images.device)
     with _as_in_service(guard):
         proofs = _bound_in_service(guard, images, labels, radii)
         is_proved = proofs.certificate.is_secure | proofs.certificate.is_kept
@@ -173,14 +180,14 @@ def certified_radius(
         guard: as in `certify`.
         images: (B, C, H, W) in [0, 1].
         labels: (B,) true labels, or those that the guard gives.
-        largest: radius at which to stop looking, positive.
+        largest: radius at which to stop looking, in (0, 1].
         precision: of the radius, positive.
 
     Returns:
         (B,) radii in l∞ at which `certify` says that the image is secure; 0 where it says so at none.
 
     Raises:
-        ConfigurationError: a `largest` or precision that is not positive; and whatever `certify` raises.
+        ConfigurationError: a `largest` or precision out of its range; and whatever `certify` raises.
 
     Example:
         >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 1, 2))
@@ -188,8 +195,11 @@ def certified_radius(
         >>> certified_radius(guard, torch.rand(4, 1, 1, 2), torch.tensor([0, 1, 0, 1])).shape
         torch.Size([4])
     """
-    if not (0 < precision < torch.inf and 0 < largest < torch.inf):
-        raise ConfigurationError(f"expected a positive largest radius and precision, got {largest} and {precision}")
+    if not (0 < precision < torch.inf and 0 < largest <= 1):
+        raise ConfigurationError(
+            f"expected a positive precision and a largest radius in (0, 1], got {precision} and {largest}; "
+            f"{IN_GREY_LEVELS}"
+        )
     _check(guard, images, labels)
     radii = images.new_full((len(images),), largest, dtype=torch.float64)
     proved, open_end, tried = torch.zeros_like(radii), radii, radii
@@ -209,7 +219,7 @@ def certified_success_rate(guard: ClusterGuard, loader: Loader, *, eps: float, u
     Args:
         guard: as in `certify`.
         loader: batches of images (B, C, H, W) in [0, 1] and their true labels (B,).
-        eps: radius in l∞.
+        eps: radius in l∞, in [0, 1].
         unpack: finds images and labels in batches of another form.
 
     Returns:
@@ -225,6 +235,7 @@ def certified_success_rate(guard: ClusterGuard, loader: Loader, *, eps: float, u
         >>> certified_success_rate(guard, [(images, guard.detect(images).labels)], eps=0.0).value
         0.0
     """
+    check_linf_radius(eps)
     counted, broken, is_empty = 0, 0, True
     for images, labels in Pairs(loader, unpack):
         images, labels = images.to(guard.thresholds.device), labels.to(guard.thresholds.device)

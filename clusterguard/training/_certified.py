@@ -4,7 +4,7 @@ import math
 from typing import final
 
 import torch
-from clusterguard._support import check_numbers, evaluation_mode
+from clusterguard._support import IN_GREY_LEVELS, check_numbers, evaluation_mode
 from clusterguard.certification import bound, check_bounds
 from clusterguard.detection import Calibrator
 from clusterguard.detectors import ClusterGuard
@@ -111,8 +111,7 @@ class CertifiedTrainer(DetectorTrainer):
         )
         if not (0 < eps <= 1 and 0 < bound_weight <= 1):
             raise ConfigurationError(
-                f"expected eps and bound_weight in (0, 1], got {eps} and {bound_weight}; pixels are in [0, 1], so a "
-                "radius of 8 grey levels is eps=8 / 255"
+                f"expected eps and bound_weight in (0, 1], got {eps} and {bound_weight}; {IN_GREY_LEVELS}"
             )
         if not (0 <= warmup_epochs < math.inf and 0 <= ramp_epochs < math.inf):
             raise ConfigurationError(

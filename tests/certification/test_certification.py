@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_the_certified_radius_is_where_certificates_end(seed, largest):
     proved = radius > 0
     assert certify(guard, images, labels, eps=radius).is_secure[proved].all()
     ends = proved & (radius < largest)
-    assert not certify(guard, images, labels, eps=radius + 2e-4).is_secure[ends].any()
+    assert not certify(guard, images, labels, eps=(radius + 2e-4).clamp_max(1)).is_secure[ends].any()
     assert ((radius >= 0) & (radius <= largest)).all()
 
 
@@ -112,6 +113,17 @@ def test_certifying_leaves_the_guard_as_it_was():
 def test_a_radius_that_means_nothing_is_refused(eps):
     with pytest.raises(InputError, match="radius"):
         certify(guard_of(dtype=torch.float32), torch.rand(2, 1, 2, 2), torch.tensor([0, 1]), eps=eps)
+
+
+@pytest.mark.parametrize("eps", [8, torch.tensor([0.1, 8.0])])
+def test_a_radius_of_8_bit_pixels_is_refused_with_what_to_do(eps):
+    guard, images, labels = guard_of(dtype=torch.float32), torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    with pytest.raises(InputError, match=re.escape("eps=8 / 255")):
+        certify(guard, images, labels, eps=eps)
+    with pytest.raises(InputError, match=re.escape("eps=8 / 255")):
+        certified_success_rate(guard, iter(()), eps=8)  # before any batch is asked for
+    with pytest.raises(ConfigurationError, match=re.escape("eps=8 / 255")):
+        certified_radius(guard, images, labels, largest=8.0)
 
 
 def test_without_thresholds_there_is_nothing_to_prove():

@@ -347,3 +347,5 @@ def test_a_radius_that_covers_the_box_is_refused_by_whoever_sees_the_images_firs
         with pytest.raises(ConfigurationError, match=re.escape("8 / 255")):
             call()
     APGD(norm=norm, eps=largest, steps=1)(small_guard, images, labels)
+    with pytest.raises(ConfigurationError, match=re.escape("8 / 255")):
+        WorstCaseSuite(norm, eps=largest + 1, references=(images, labels))
