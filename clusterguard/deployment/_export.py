@@ -33,6 +33,9 @@ from torch.nn.functional import one_hot
 _LARGEST_GRAPH = 2**31 - 2**24
 """Bytes of weights that fit into one file, protobuf's 2 GiB, with room for the rest; more go into a file beside it."""
 _SMALLEST_TENSOR = 1024  # bytes; what is smaller stays in the graph, as ONNX's own tools do it
+_CHUNK = 2**24  # bytes of weights that are read at a time
+_RECORD = ("num_classes", "class_names", "false_positive_rate", "method", "calibration")
+"""Metadata that belong to the thresholds."""
 _DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 
@@ -84,8 +87,8 @@ def export_onnx(
 
     Returns:
         The path. The graph maps "images" to "labels", "distances" and "is_adversarial"; its initializer "thresholds" is
-        the only part that calibration sets. Its metadata say how they were fitted, and hold the classes' names and the
-        card.
+        the only part that calibration sets. Its metadata say how they were fitted, and hold the classes' names, the
+        card, and a digest of weights and thresholds that `load_onnx` checks.
 
     Raises:
         MissingDependencyError: onnx or onnxscript is not installed.
@@ -205,6 +208,10 @@ class OnnxDetector(DetectorModule):
 def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProvider",)) -> OnnxDetector:
     """A graph that `export_onnx` wrote, also after quantisation, as a detector that can be calibrated again.
 
+    Weights and thresholds must be those that were written, bit by bit, by the digest in the metadata. Graphs of older
+    versions, which wrote none, are taken as they are, and so are the weights of a graph that another tool has turned
+    into other operations or data types; its thresholds are still checked.
+
     Args:
         path: of the file.
         providers: onnxruntime's execution providers, the preferred first.
@@ -235,6 +242,7 @@ def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProv
         properties = {own.key: own.value for own in model.metadata_props}
         if "clusterguard" not in properties:
             raise ValueError("its metadata do not name clusterguard")
+        _check_digests(model, properties, folder)
         thresholds = _open(model)
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
@@ -321,10 +329,11 @@ def _write(model: Any, detector: DetectorModule, path: str | Path, card: str | N
             "method": record.method,
             "calibration": json.dumps(record.to_dict()),
         }
-    onnx.helper.set_model_props(model, properties)
     weights = _move_weights_out(model, Path(path).name)
     model.graph.input.remove(next(own for own in model.graph.input if own.name == "thresholds"))
     model.graph.initializer.append(onnx.numpy_helper.from_array(detector.thresholds.cpu().numpy(), "thresholds"))
+    properties["digest"] = json.dumps(_digests(model, properties, Path()))
+    onnx.helper.set_model_props(model, properties)
 
     def write(file: Path) -> None:
         onnx.save(model, file)
@@ -352,6 +361,47 @@ def _move_weights_out(model: Any, name: str) -> str | None:
     for own in large:
         helper.set_external_data(own, location)
     return location
+
+
+def _digests(model: Any, properties: dict[str, str], folder: Path) -> dict[str, str]:
+    """SHA-256 of a graph's form, of all its numbers, and of its thresholds with what is said of them."""
+    weights, thresholds = hashlib.sha256(), hashlib.sha256()
+    parts = (*model.graph.node, *model.functions, *model.graph.input, *model.graph.output)
+    for own in parts:
+        weights.update(own.SerializeToString(deterministic=True))
+    form = hashlib.sha256(str(len(parts)).encode())  # no names of operations: one bit turns Relu into Selu
+    for tensor in sorted(model.graph.initializer, key=lambda own: str(own.name)):
+        form.update(f"\n{tensor.name} {tensor.data_type} {[*tensor.dims]}".encode())
+        for part in _content(tensor, folder):
+            (thresholds if tensor.name == "thresholds" else weights).update(part)
+    thresholds.update(json.dumps([properties.get(key) for key in _RECORD]).encode())
+    return {"form": form.hexdigest(), "weights": weights.hexdigest(), "thresholds": thresholds.hexdigest()}
+
+
+def _content(tensor: Any, folder: Path) -> Iterator[bytes]:
+    """The bytes of a tensor, from wherever it lies."""
+    (helper,) = _import("onnx.external_data_helper")
+    if tensor.raw_data or not helper.uses_external_data(tensor):
+        yield tensor.raw_data or tensor.SerializeToString(deterministic=True)
+        return
+    place = helper.ExternalDataInfo(tensor)
+    with (folder / place.location).open("rb") as file:
+        file.seek(place.offset or 0)
+        left = place.length or 0
+        while left and (part := file.read(min(left, _CHUNK))):
+            yield part
+            left -= len(part)
+
+
+def _check_digests(model: Any, properties: dict[str, str], folder: Path) -> None:
+    """A graph holds what was written, if that was noted; other tools may change its form, and with it the weights."""
+    if "digest" not in properties:
+        return
+    noted, found = json.loads(properties["digest"]), _digests(model, properties, folder)
+    if noted["thresholds"] != found["thresholds"]:
+        raise ValueError("its thresholds, or the record of their calibration, are not those that were exported")
+    if noted["form"] == found["form"] and noted["weights"] != found["weights"]:
+        raise ValueError("its weights or operations are not those that were exported")
 
 
 def _check_external(model: Any, folder: Path) -> None:

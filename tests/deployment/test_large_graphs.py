@@ -110,6 +110,16 @@ def test_missing_weights_are_named(large):
         detector.save(path)
 
 
+def test_weights_with_another_bit_are_refused(large):
+    _, path, _ = large
+    file = weights_of(path)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x20
+    file.write_bytes(content)
+    with pytest.raises(PersistenceError, match="weights or operations are not those that were exported"):
+        load_onnx(path)
+
+
 def test_truncated_weights_are_refused(large):
     _, path, _ = large
     file = weights_of(path)

@@ -81,12 +81,68 @@ def test_quantised_weights_leave_thresholds_exact_and_can_be_calibrated(calibrat
     detector = load_onnx(tmp_path / "int8.onnx")
     assert torch.equal(detector.thresholds, guard.thresholds)
     assert detector.calibration == guard.calibration
+    with pytest.raises(PersistenceError, match="thresholds"):
+        load_onnx(flipped(tmp_path / "int8.onnx", guard.thresholds.numpy().tobytes(), tmp_path / "damaged.onnx"))
     images = loader[0][0]
     exact, rounded = guard.detect(images).distances, detector.detect(images).distances
     assert 1e-4 < ((exact - rounded) / exact).abs().median() < 0.05
     Calibrator(0.1).fit(detector, loader)
     assert not torch.equal(detector.thresholds, guard.thresholds)
     assert_same(run_alone(detector.save(tmp_path / "int8.onnx"), images), detector.detect(images), rtol=0)
+
+
+def flipped(path: Path, content: bytes, to: Path) -> Path:
+    """A copy in which one bit of this content, an exponent's where it is of numbers, is another."""
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(content) + 3] ^= 0x20
+    to.write_bytes(whole)
+    return to
+
+
+def test_a_graph_with_another_bit_in_its_thresholds_or_weights_is_refused(calibrated, tmp_path):
+    guard, path, _ = calibrated
+    weights = guard.encoder[0][1].weight.detach().numpy().tobytes()
+    for content, what in (
+        (guard.thresholds.numpy().tobytes(), "thresholds, or the record"),
+        (b'_rate": 0.1', "thresholds, or the record"),
+        (weights, "weights or operations"),
+    ):
+        with pytest.raises(PersistenceError, match=rf"guard\.onnx is missing, damaged.*{what}"):
+            load_onnx(flipped(path, content, tmp_path / "guard.onnx"))
+
+
+def test_any_flipped_bit_is_harmless_or_refused(calibrated, tmp_path):
+    _, path, loader = calibrated
+    whole, images, expected = path.read_bytes(), loader[0][0], load_onnx(path).detect(loader[0][0])
+    generator, refused = torch.Generator().manual_seed(0), 0
+    for position in torch.randint(8 * len(whole), (60,), generator=generator).tolist():
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        (tmp_path / "guard.onnx").write_bytes(damaged)
+        try:
+            detector = load_onnx(tmp_path / "guard.onnx")
+        except PersistenceError:
+            refused += 1
+            continue
+        assert_same(detector.detect(images), expected, rtol=0)
+    assert refused > 20
+
+
+def test_a_graph_without_a_digest_as_older_versions_wrote_it_is_read(calibrated, tmp_path):
+    model = onnx.load(calibrated[1])
+    properties = {own.key: own.value for own in model.metadata_props}
+    assert properties.pop("digest")
+    onnx.helper.set_model_props(model, properties)
+    onnx.save(model, tmp_path / "old.onnx")
+    detector = load_onnx(tmp_path / "old.onnx")
+    assert torch.equal(detector.thresholds, calibrated[0].thresholds)
+    assert {own.key for own in onnx.load(detector.save(tmp_path / "new.onnx")).metadata_props} > {"digest"}
+
+
+def test_a_graph_whose_weights_another_tool_moved_out_keeps_its_digest(calibrated, tmp_path):
+    _, path, loader = calibrated
+    onnx.save(onnx.load(path), tmp_path / "two.onnx", save_as_external_data=True, location="w", size_threshold=99)
+    assert_same(load_onnx(tmp_path / "two.onnx").detect(loader[0][0]), load_onnx(path).detect(loader[0][0]), rtol=0)
 
 
 def test_a_failing_export_leaves_the_old_file(calibrated, monkeypatch):
