@@ -58,6 +58,9 @@ def export_program(detector: DetectorModule, example: Tensor | None = None) -> E
         ConfigurationError: no example, and no detector or timm backbone that tells its size; or a detector that gives
             the same images different evidence each time.
 
+    Warns:
+        UserWarning: the detector's `image_shape` is "any", which a graph does not keep.
+
     Example:
         >>> from clusterguard import ClusterGuard
         >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU()), num_classes=2)
@@ -94,7 +97,10 @@ def export_onnx(
         MissingDependencyError: onnx or onnxscript is not installed.
         NotCalibratedError: the detector has no thresholds.
         InputError: an example of a wrong shape, dtype or range.
-        ConfigurationError: as in `export_program`, or another precision, or a card that is no text.
+        ConfigurationError: as in `export_program`, or another precision, a path of a folder, or a card that is no text.
+
+    Warns:
+        UserWarning: as in `export_program`.
 
     Example:
         >>> import tempfile
@@ -106,6 +112,7 @@ def export_onnx(
         'guard.onnx'
     """
     _import("onnx", "onnxscript")
+    _check_path(path)
     if card is not None and not (isinstance(card, str) and is_unicode(card)):
         raise ConfigurationError(f"expected a card that is a text UTF-8 can write, got {type(card).__name__}")
     decision, images = _prepare(detector, example)
@@ -183,9 +190,11 @@ class OnnxDetector(DetectorModule):
 
         Raises:
             NotCalibratedError: it has none.
+            ConfigurationError: the path is that of a folder.
             PersistenceError: the file of its weights, beside the graph that was loaded, is gone or damaged.
         """
         check_calibrated(self.thresholds)
+        _check_path(path)
         model = copy.deepcopy(self._model)
         (helper,) = _import("onnx.external_data_helper")
         try:
@@ -294,7 +303,20 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
     with _quiet(), torch.no_grad():
         decision(images)  # what a detector does at its first batch alone is no part of the graph
         check_repeated(decision.detector, noise)
+    if detector.image_shape == "any":
+        warnings.warn(
+            f"this detector takes images of every shape, but the graph will take those of shape {(*images.shape[1:],)} "
+            "alone; bring images to that shape, or export one graph for each",
+            stacklevel=3,
+        )
     return decision, images
+
+
+def _check_path(path: str | Path) -> None:
+    if Path(path).is_dir():
+        raise ConfigurationError(
+            f"expected the path of a file, got the folder {path}; name a file in it, such as {Path(path, 'guard.onnx')}"
+        )
 
 
 def _configured_shape(detector: DetectorModule) -> tuple[int, ...]:

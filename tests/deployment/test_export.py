@@ -163,6 +163,13 @@ def test_detectors_that_cannot_be_exported_say_what_to_do(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_graph_of_a_detector_for_every_shape_says_that_it_takes_one():
+    detector = ConfidenceDetector(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), 4, image_shape="any")
+    detector.thresholds = torch.ones(4)
+    with pytest.warns(UserWarning, match=r"every shape, but the graph will take those of shape \(1, 6, 6\) alone"):
+        export_program(detector, IMAGES)
+
+
 def test_a_timm_backbone_tells_the_size_of_its_images():
     guard = ClusterGuard(timm.create_model("test_vit", in_chans=1, num_classes=2, img_size=48))
     guard.thresholds = torch.full((2,), 10.0)

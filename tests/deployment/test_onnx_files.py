@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from clusterguard import Calibrator, decide, export_onnx, load_onnx
-from clusterguard.errors import InputError, NotCalibratedError, PersistenceError
+from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError, PersistenceError
 from exporting import assert_same, flat_guard, run_alone
 from onnxruntime.quantization import quantize_dynamic
 
@@ -143,6 +143,14 @@ def test_a_graph_whose_weights_another_tool_moved_out_keeps_its_digest(calibrate
     _, path, loader = calibrated
     onnx.save(onnx.load(path), tmp_path / "two.onnx", save_as_external_data=True, location="w", size_threshold=99)
     assert_same(load_onnx(tmp_path / "two.onnx").detect(loader[0][0]), load_onnx(path).detect(loader[0][0]), rtol=0)
+
+
+def test_a_folder_is_no_place_for_a_graph(calibrated, tmp_path):
+    guard, path, _ = calibrated
+    with pytest.raises(ConfigurationError, match=rf"got the folder {tmp_path}; .*guard\.onnx"):
+        export_onnx(guard, tmp_path, torch.rand(1, 1, 4, 4))
+    with pytest.raises(ConfigurationError, match="got the folder"):
+        load_onnx(path).save(tmp_path)
 
 
 def test_a_failing_export_leaves_the_old_file(calibrated, monkeypatch):
