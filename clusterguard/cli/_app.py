@@ -25,6 +25,7 @@ from clusterguard.cli._options import (
     Rate,
     Scarce,
     Seed,
+    SkipUnreadable,
     check_suffixes,
     find_device,
     is_watched,
@@ -83,6 +84,7 @@ def train(
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from downloaded weights.")] = False,
     image_size: ImageSize = None,
     channels: Channels = None,
+    skip_unreadable: SkipUnreadable = False,
     norm: Norm = "linf",
     eps: Eps = 0.1,
     step_size: Annotated[float | None, typer.Option(min=0, help="Of the attack; else 2.5 eps / steps.")] = None,
@@ -120,10 +122,13 @@ def train(
         norm=norm, eps=eps, step_size=2.5 * eps / steps if step_size is None else step_size, steps=steps, keep="last"
     )
     calibrator = Calibrator(false_positive_rate, scarce=scarce)
-    pictures, calibration = cli_data.load_pair(data, seed=seed, **images)
+    pictures, calibration = cli_data.load_pair(data, seed=seed, skip_unreadable=skip_unreadable, **images)
+    for left_out in cli_data.describe_unreadable(pictures):
+        say(f"warning: {left_out}")
     classes = pictures.classes
     record: dict[str, Any] = {
         "data": {**cli_data.describe_images(pictures), "seed": seed, **images},
+        **({"skip_unreadable": True} if skip_unreadable else {}),
         "backbone": backbone,
         "pretrained": pretrained,
         "attack": repr(attack),
@@ -139,7 +144,7 @@ def train(
     )
     guard = ClusterGuard(network, num_classes=len(classes), class_names=classes).to(target).eval()
     checkpoint = cli_data.begin_run(output, record, resume=resume)
-    summary = summarise(pictures.folder, say=say, progress=is_watched()) if pictures.folder else None
+    summary = summarise(pictures.folder, say=say) if pictures.folder else None
     trainer = AdversarialClusterTrainer(
         guard,
         attack,
@@ -174,6 +179,7 @@ def calibrate(
     scarce: Scarce = "error",
     image_size: ImageSize = None,
     channels: Channels = None,
+    skip_unreadable: SkipUnreadable = False,
     batch_size: BatchSize = 100,
     device: Device = None,
     as_json: Json = False,
@@ -182,17 +188,24 @@ def calibrate(
 
     Example: clusterguard calibrate runs/guard --data photos --false-positive-rate 0.01
     """
-    from clusterguard.cli._data import describe_guard, open_guard
+    from clusterguard import Calibrator
+    from clusterguard.cli._data import describe_guard, describe_unreadable, open_guard
     from clusterguard.cli._image_folders import find_copies
     from clusterguard.detection import Calibrator
     from torch.utils.data import DataLoader
 
     calibrator = Calibrator(false_positive_rate, method=method, scarce=scarce)
     detector, training, pictures = open_guard(
-        guard, data, "calibration", image_size=image_size, channels=channels, device=find_device(device)
+        guard,
+        data,
+        "calibration",
+        image_size=image_size,
+        channels=channels,
+        device=find_device(device),
+        skip_unreadable=skip_unreadable,
     )
-    for copies in find_copies(pictures.folder, "calibration"):
-        say(f"warning: {copies}")
+    for doubt in (*describe_unreadable(pictures), *find_copies(pictures.folder, "calibration")):
+        say(f"warning: {doubt}")
     calibrator.fit(detector, DataLoader(pictures, batch_size), progress=is_watched())
     detector.save_pretrained(guard, training=training)
     show(as_json, *describe_guard(guard))
@@ -215,6 +228,7 @@ def evaluate(
     sanity_images: Annotated[int, typer.Option(min=0, help="Images of the sanity report.")] = 100,
     image_size: ImageSize = None,
     channels: Channels = None,
+    skip_unreadable: SkipUnreadable = False,
     batch_size: BatchSize = 100,
     seed: Seed = 0,
     device: Device = None,
@@ -225,10 +239,12 @@ def evaluate(
     Example: clusterguard evaluate runs/guard --data photos --norm linf --eps 0.03 --budget quick --output report.html
     """
     import torch
+    from clusterguard import WorstCaseSuite, certified_success_rate
+    from clusterguard import evaluate as run
     from clusterguard._support import write_atomically
     from clusterguard.attacks import WorstCaseSuite
     from clusterguard.certification import certified_success_rate
-    from clusterguard.cli._data import open_guard, sample
+    from clusterguard.cli._data import describe_unreadable, open_guard, sample
     from clusterguard.cli._image_folders import find_copies
     from clusterguard.evaluation import CertifiedBound, to_html
     from clusterguard.evaluation import evaluate as run
@@ -239,12 +255,18 @@ def evaluate(
         raise ConfigurationError(f"expected --norm linf where --certify is on, got {norm}")
     suite = WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)
     detector, training, pictures = open_guard(
-        guard, data, "test", image_size=image_size, channels=channels, device=find_device(device)
+        guard,
+        data,
+        "test",
+        image_size=image_size,
+        channels=channels,
+        device=find_device(device),
+        skip_unreadable=skip_unreadable,
     )
     if not detector.is_calibrated:
         raise NotCalibratedError(f"{guard} has no thresholds yet; run: clusterguard calibrate {guard}")
-    for copies in find_copies(pictures.folder, "test"):
-        say(f"warning: {copies}")
+    for doubt in (*describe_unreadable(pictures), *find_copies(pictures.folder, "test")):
+        say(f"warning: {doubt}")
     chosen = DataLoader(sample(pictures, images, seed), batch_size)
     proved = CertifiedBound(eps, certified_success_rate(detector, chosen, eps=eps)) if certified else None
     result = run(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from clusterguard._support import write_atomically
-from clusterguard.cli._image_folders import ImageFolder, Part, open_folder
+from clusterguard.cli._image_folders import ImageFolder, Part, listed_paths, open_folder
 from clusterguard.deployment import fit_image, read_image
 from clusterguard.detection import Calibration, Rate
 from clusterguard.detectors import (
@@ -71,10 +71,15 @@ class ImageFiles(Sequence[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: Any) -> Any:
         path, label = self.samples[index]
-        return read_image(path).image, label
+        try:
+            return read_image(path).image, label
+        except InputError as error:
+            raise InputError(f"{error}; --skip-unreadable leaves such images out") from error
 
 
-def load_part(data: str, part: Part, *, image_size: int, channels: int, seed: int) -> Pictures:
+def load_part(
+    data: str, part: Part, *, image_size: int, channels: int, seed: int, skip_unreadable: bool = False
+) -> Pictures:
     """A part of a data set for `clusterguard train`, `calibrate` or `evaluate`.
 
     Args:
@@ -86,6 +91,7 @@ def load_part(data: str, part: Part, *, image_size: int, channels: int, seed: in
         image_size: side in pixels; the shorter side is scaled to it and the middle cut out.
         channels: 1 or 3.
         seed: of the split.
+        skip_unreadable: read every image of the folder first, and leave out those that cannot be read.
 
     Returns:
         The images, as people see them; hidden files and those that are no images do not count.
@@ -107,7 +113,7 @@ def load_part(data: str, part: Part, *, image_size: int, channels: int, seed: in
         return Pictures(load_digits(part), tuple("0123456789"), transforms.Compose([*fit, spread]))
     if not Path(data).is_dir():
         raise InputError(f"expected 'digits' or a folder of images, got {data!r}, which is no folder")
-    folder = open_folder(Path(data), seed)
+    folder = open_folder(Path(data), seed, skip_unreadable=skip_unreadable)
     items = ImageFiles(folder.samples(part))
     fit_one = partial(fit_image, size=(image_size, image_size), channels=channels)
     return Pictures(items, tuple(folder.parts[part]), fit_one, folder)
@@ -183,7 +189,14 @@ def make_backbone(name: str, *, num_classes: int, channels: int, pretrained: boo
 
 
 def open_guard(
-    folder: Path, data: str, part: Part, *, image_size: int | None, channels: int | None, device: torch.device
+    folder: Path,
+    data: str,
+    part: Part,
+    *,
+    image_size: int | None,
+    channels: int | None,
+    device: torch.device,
+    skip_unreadable: bool = False,
 ) -> tuple[ClusterGuard, dict[str, Any] | None, Pictures]:
     """A saved guard, the record of its training, and images as it was trained on.
 
@@ -194,6 +207,7 @@ def open_guard(
         image_size: None takes what the guard was trained with, if `clusterguard train` recorded it.
         channels: likewise.
         device: of the guard.
+        skip_unreadable: as for `load_part`.
 
     Raises:
         PersistenceError: no guard, or a damaged one.
@@ -204,7 +218,7 @@ def open_guard(
     recorded = recorded_images(training)
     guard = guard.to(device)
     options = image_options(data, image_size or recorded.get("image_size"), channels or recorded.get("channels"))
-    pictures = load_part(data, part, **options, seed=recorded.get("seed", 0))
+    pictures = load_part(data, part, **options, seed=recorded.get("seed", 0), skip_unreadable=skip_unreadable)
     check_classes(pictures, guard.class_names or pictures.classes)
     if "seed" in recorded and "divided_by" not in recorded and divided_by(pictures) == "content":
         raise ConfigurationError(
@@ -229,6 +243,12 @@ def load_named_guard(folder: Path) -> tuple[ClusterGuard, Any]:
 def describe_images(pictures: Pictures) -> dict[str, Any]:
     """What a training records of its images besides their size."""
     return {"classes": list(pictures.classes), "divided_by": divided_by(pictures)}
+
+
+def describe_unreadable(pictures: Pictures) -> list[str]:
+    """A warning of the images that were left out because they cannot be read; none if there are none."""
+    paths = () if pictures.folder is None else pictures.folder.unreadable
+    return [f"{len(paths)} images that cannot be read are left out: {listed_paths(paths)}"] if paths else []
 
 
 def divided_by(pictures: Pictures) -> str:

@@ -3,11 +3,11 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -50,12 +50,14 @@ class ImageFolder:
         is_divided: whether the parts are folders of it; else `open_folder` divided it.
         parts: of each part that is there the classes, and of these the paths.
         passed_over: how many files do not count, by reason.
+        unreadable: paths of images that were left out because they cannot be read.
     """
 
     root: Path
     is_divided: bool
     parts: Mapping[Part, Classes]
     passed_over: Mapping[str, int]
+    unreadable: tuple[str, ...] = ()
 
     def samples(self, part: Part) -> list[tuple[str, int]]:
         """Paths and labels of a part; labels follow the sorted names of its classes.
@@ -78,8 +80,8 @@ class ImageFolder:
         return [(path, label) for label, paths in enumerate(self.parts[part].values()) for path in paths]
 
 
-def open_folder(root: Path, seed: int) -> ImageFolder:
-    """Find the parts and classes in a folder, without opening images.
+def open_folder(root: Path, seed: int, *, skip_unreadable: bool = False) -> ImageFolder:
+    """Find the parts and classes in a folder, without opening images unless it has to know which can be read.
 
     Folders `train`, `calibration` and `test`, under these or other usual names in any case, are parts if they hold
     folders of images; with images directly inside they are classes of that name. Without parts, each image belongs to
@@ -89,6 +91,8 @@ def open_folder(root: Path, seed: int) -> ImageFolder:
     Args:
         root: the folder.
         seed: of the division.
+        skip_unreadable: read every image, and leave out those that `read_image` refuses. The others belong to the same
+            parts as with them.
 
     Returns:
         Its images; hidden and foreign files are counted, nothing more.
@@ -101,18 +105,21 @@ def open_folder(root: Path, seed: int) -> ImageFolder:
     tree = _scan(root, passed_over, ())
     divided = _find_parts(root, tree, passed_over)
     passed_over["in no class"] += len(tree.images)
+    unreadable: list[str] = []
+    sort = partial(_readable_classes, unreadable) if skip_unreadable else _classes
     parts: dict[Part, Classes]
     if divided:
-        parts = {part: _classes(tree.folders[name]) for part, name in divided.items()}
+        parts = {part: sort(tree.folders[name]) for part, name in divided.items()}
     else:
         parts = {part: {name: [] for name in tree.folders} for part in SHARES}
-        for name, paths in _classes(tree).items():
+        for name, paths in sort(tree).items():
             for path, part in zip(paths, _divide(paths, root, seed), strict=True):
                 parts[part][name].append(path)
     for name in {name for classes in parts.values() for name in classes}:
         if not is_unicode(name):
             raise InputError(f"expected names of classes in UTF-8, got the folder {name!r} in {root}; rename it")
-    return ImageFolder(root, bool(divided), parts, +passed_over)
+    passed_over["unreadable"] = len(unreadable)
+    return ImageFolder(root, bool(divided), parts, +passed_over, tuple(unreadable))
 
 
 def _scan(folder: str | Path, passed_over: Counter[str], above: tuple[str, ...]) -> _Tree:
@@ -173,6 +180,14 @@ def _find_parts(root: Path, tree: _Tree, passed_over: Counter[str]) -> dict[Part
 
 def _classes(tree: _Tree) -> Classes:
     return {name: own.below() for name, own in tree.folders.items()}
+
+
+def _readable_classes(unreadable: list[str], tree: _Tree) -> Classes:
+    """The classes without images that cannot be read; these are added to a list."""
+    classes = _classes(tree)
+    bad = {path for path, seen in _look_at_all(_paths(classes)).items() if isinstance(seen, InputError)}
+    unreadable += sorted(bad)
+    return {name: [path for path in paths if path not in bad] for name, paths in classes.items()}
 
 
 def _divide(paths: list[str], root: Path, seed: int) -> list[Part]:
@@ -259,22 +274,37 @@ class _Seen(NamedTuple):
 
 def _look(path: str) -> _Seen | InputError:
     try:
+        status = Path(path).stat()
+    except OSError:
+        return _look_at_version(path, -1, -1)  # reading it will say what is wrong
+    return _look_at_version(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=2**20)
+def _look_at_version(path: str, size: int, changed: int) -> _Seen | InputError:
+    try:
         image, mode, doubts = read_image(path)
     except InputError as error:
-        return error
+        return InputError(str(error))  # without a traceback, which would keep the file's content
     brightest = image.convert("L").getextrema()[1]
     pixels = image.convert("RGB")
     digest = hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()
     return _Seen(image.size, mode, doubts, int(brightest), digest)  # type: ignore[arg-type]
 
 
-def summarise(folder: ImageFolder, *, say: Callable[[str], None], progress: bool = False) -> Summary:
+def _look_at_all(paths: list[str]) -> dict[str, _Seen | InputError]:
+    """What is seen of each image, with a bar if somebody watches."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(_look, paths), total=len(paths), desc="reading", disable=None, leave=False)
+        return dict(zip(paths, bar, strict=True))
+
+
+def summarise(folder: ImageFolder, *, say: Callable[[str], None]) -> Summary:
     """Read every image once, before a training, which meets damaged ones too late and copies never.
 
     Args:
         folder: whose parts are looked at.
         say: is told the summary as text.
-        progress: whether to show a bar.
 
     Returns:
         The summary.
@@ -283,15 +313,15 @@ def summarise(folder: ImageFolder, *, say: Callable[[str], None], progress: bool
         InputError: images that cannot be read; the first ones are named.
     """
     paths = [path for own in folder.parts.values() for path in _paths(own)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(_look, paths), total=len(paths), desc="reading", disable=not progress, leave=False)
-        seen = dict(zip(paths, bar, strict=True))
+    seen = _look_at_all(paths)
     good = {path: own for path, own in seen.items() if isinstance(own, _Seen)}
     bad = {path: own for path, own in seen.items() if isinstance(own, InputError)}
     if bad:
-        others = [*list(bad)[1:6], *(["…"] if len(bad) > 6 else [])]
-        more = f" ({len(bad)} of {len(paths)} images are not read, the others: {', '.join(others)})" if others else ""
-        raise InputError(f"{next(iter(bad.values()))}{more}")
+        others = f", the others: {listed_paths([*bad][1:], 9)}" if len(bad) > 1 else ""
+        raise InputError(
+            f"{next(iter(bad.values()))} ({len(bad)} of {len(paths)} images are not read{others}); --skip-unreadable "
+            "leaves them out"
+        )
     warnings = _describe_copies(folder.parts, lambda path: good[path].digest)
     deep = [own.brightest for own in good.values() if own.mode.startswith("I")]
     if deep and max(deep) < 32:
@@ -310,6 +340,11 @@ def summarise(folder: ImageFolder, *, say: Callable[[str], None], progress: bool
     )
     say(str(summary))
     return summary
+
+
+def listed_paths(paths: Sequence[str], count: int = 10) -> str:
+    """The first of some paths, for a message."""
+    return ", ".join([*paths[:count], *(["…"] if len(paths) > count else [])])
 
 
 def find_copies(folder: ImageFolder | None, part: Part) -> list[str]:

@@ -57,6 +57,10 @@ ImageSize = Annotated[
 Channels = Annotated[
     int | None, typer.Option(min=1, max=3, help="1 or 3; as trained, else 1 for digits, 3 for folders.")
 ]
+SkipUnreadable = Annotated[
+    bool,
+    typer.Option("--skip-unreadable", help="Leave out images that cannot be read, and say how many; else an error."),
+]
 Norm = Annotated[Literal["linf", "l2", "l1", "l0"], typer.Option(help="In which the attack is bounded.")]
 Eps = Annotated[float, typer.Option(min=0, help="Radius of the attack, pixels in [0, 1].")]
 Rate = Annotated[float, typer.Option(help="Share of benign images that may be refused, per class, such as 0.01.")]

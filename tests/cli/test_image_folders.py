@@ -2,12 +2,13 @@
 
 import itertools
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from clusterguard.cli._data import load_part
+from clusterguard.cli._data import describe_unreadable, load_part
 from clusterguard.cli._image_folders import find_copies, open_folder, summarise
 from clusterguard.errors import InputError
 from PIL import Image
@@ -223,6 +224,55 @@ def test_damaged_images_are_named_before_a_training(tmp_path):
         (tmp_path / "train" / "dog" / name).write_bytes(b"")
     with pytest.raises(InputError, match=r"dog/1\.png.*2 of 6 images are not read.*dog/2\.png"):
         look(tmp_path)
+
+
+def spoil(folder):
+    """A broken link, a JPEG without an end, one in inks without a profile, and a profile that is none."""
+    red = Image.new("RGB", (8, 8), "red")
+    (folder / "link.png").symlink_to(folder / "gone.png")
+    red.save(folder / "end.jpg")
+    (folder / "end.jpg").write_bytes((folder / "end.jpg").read_bytes()[:-2])
+    red.convert("CMYK").save(folder / "inks.jpg")
+    red.save(folder / "profile.png", icc_profile=b"no profile at all")
+    return {str(folder / name) for name in ("link.png", "end.jpg", "inks.jpg", "profile.png")}
+
+
+def test_images_that_cannot_be_read_are_left_out_where_that_is_asked_for(tmp_path):
+    fill(tmp_path, "train/cat", "train/dog")
+    bad = spoil(tmp_path / "train" / "dog")
+    with pytest.raises(InputError, match=r"4 of 10 images are not read, the others: .*--skip-unreadable leaves them"):
+        look(tmp_path)
+    with pytest.raises(InputError, match="--skip-unreadable"):
+        list(load_part(str(tmp_path), "train", **OPTIONS))
+    folder, told = open_folder(tmp_path, 0, skip_unreadable=True), []
+    assert set(folder.unreadable) == bad
+    assert summarise(folder, say=told.append).counts == {"train": {"cat": 3, "dog": 3}}
+    assert "unreadable 4" in told[0]
+    pictures = load_part(str(tmp_path), "train", skip_unreadable=True, **OPTIONS)
+    assert len(list(pictures)) == 6
+    (warning,) = describe_unreadable(pictures)
+    assert "4 images" in warning
+    assert all(path in warning for path in bad)
+    assert describe_unreadable(load_part("digits", "test", **OPTIONS)) == []
+
+
+def test_images_that_are_left_out_change_no_part_of_the_others(tmp_path):
+    fill(tmp_path, "cat", "dog", count=40)
+    before = [paths(tmp_path, part) for part in PARTS]
+    spoil(tmp_path / "cat")
+    folder = open_folder(tmp_path, 0, skip_unreadable=True)
+    after = [{os.path.relpath(path, tmp_path) for path, _ in folder.samples(part)} for part in PARTS]
+    assert after == before
+
+
+def test_a_long_list_of_damaged_images_names_ten(tmp_path):
+    fill(tmp_path, "train/cat", count=12)
+    for file in (tmp_path / "train" / "cat").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match=r"12 of 12") as raised:
+        look(tmp_path)
+    assert len(set(re.findall(r"cat/\d+\.png", str(raised.value)))) == 10
+    assert "…" in str(raised.value)
 
 
 def test_dark_images_of_sixteen_bits_are_told(tmp_path):
