@@ -1,8 +1,10 @@
 """Finds the model inside wrappers that compute the same as it does, and the normalisation in front of it.
 
 That a wrapper computes the same is known (`nn.DataParallel`, averaged and compiled models) or shown: the model inside
-is replaced by a stand-in, and the wrapper must hand the very tensor that it gets to the stand-in, and return the very
-tensor that the stand-in gives. So the model never runs, and neither its size nor its device matters.
+is replaced by a stand-in, and the wrapper must hand the very tensor that it gets to the stand-in, if need be in another
+memory format, and return the very tensor that the stand-in gives. It may call the model by the two halves of which timm
+makes a model's `forward`, if that does nothing else. So the model never runs, and neither its size nor its device
+matters.
 """
 
 import inspect
@@ -11,12 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from clusterguard._support import copy_module
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Normalization: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation, one value a channel."""
@@ -31,6 +35,7 @@ _TRANSPARENT = {
     "timm.utils.model_ema.ModelEmaV2": "module",
     "timm.utils.model_ema.ModelEmaV3": "module",
 }
+_HALVES = ("forward_features", "forward_head")  # as timm's models have them
 # Sides of images, and the shape of what a model may make of one: some holders treat a few sizes or ranks otherwise.
 _SHAPES = (((32, 32), (7,)), ((28, 28), (5, 3, 3)), ((224, 224), (7,)), ((33, 47), (5, 3, 3)))
 
@@ -207,10 +212,34 @@ def _find_called(
     before = output.clone()
     shadow = copy_module(holder, dict(stand_ins))
     shadow.train(training)
-    returned = shadow(images)
+    with _MemoryFormats(images) as same:
+        for stand_in in stand_ins.values():
+            stand_in.same = same.tensors
+        returned = shadow(images)
     used = {part: stand_in.calls for part, stand_in in stand_ins.items() if stand_in.calls}
     is_faithful = list(used.values()) == [[True]] and returned is output and torch.equal(output, before)
     return next(iter(used)) if is_faithful else None
+
+
+class _MemoryFormats(TorchFunctionMode):
+    """Notes the tensors that are a tensor in another memory format."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensors = [tensor]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch in place of one of its functions."""
+        options = kwargs or {}
+        result = function(*args, **options)
+        is_one = len(args) == 1 and options.keys() <= {"memory_format"} and _is_among(args[0], self.tensors)
+        if is_one and function in (Tensor.contiguous, Tensor.to):
+            self.tensors.append(result)
+        return result
+
+
+def _is_among(value: Any, tensors: list[Tensor]) -> bool:
+    return any(value is tensor for tensor in tensors)
 
 
 class _StandIn(nn.Module):
@@ -220,24 +249,66 @@ class _StandIn(nn.Module):
         super().__init__()
         self.anchor = nn.Parameter(images.new_zeros(()))  # some holders ask a parameter for its device or dtype
         self.calls: list[bool] = []
+        self.same = [images]
         self._signature = inspect.signature(model.forward)
         self._has_hooks = bool(model._forward_hooks or model._forward_pre_hooks)
         self._expected = (images, images.clone(), training, _autocast(images))
         self._output = output
+        self._has_halves = _has_halves(model)
+        self._features = [output.clone(), output.clone()]  # as they are handed out, and what they have to be
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = self._signature.bind(*args, **kwargs)
-        images, values, training, autocast = self._expected
-        is_alone = len(given.args) == 1 and not given.kwargs and given.args[0] is images
-        as_expected = (self.training, _autocast(images)) == (training, autocast)
-        self.calls.append(is_alone and as_expected and torch.equal(images, values))
+        self.calls.append(self._is_expected(self._signature.bind(*args, **kwargs)))
         return self._output
+
+    def _is_expected(self, given: inspect.BoundArguments) -> bool:
+        images, values, _, _ = self._expected
+        is_alone = len(given.args) == 1 and not given.kwargs and _is_among(given.args[0], self.same)
+        is_unchanged = is_alone and torch.equal(given.args[0], values) and torch.equal(images, values)
+        return is_unchanged and self._is_as_usual()
+
+    def _is_as_usual(self) -> bool:
+        images, _, training, autocast = self._expected
+        return (self.training, _autocast(images)) == (training, autocast)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What a holder calls that passes a model's hooks by."""
         if self._has_hooks:
             raise NotImplementedError
         return self(*args, **kwargs)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The first half of what some models do; only with the second half it makes a call."""
+        if not (self._has_halves and self._is_expected(self._signature.bind(images))):
+            raise NotImplementedError
+        return self._features[0]
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """The second half."""
+        given, values = self._features
+        self.calls.append(features is given and torch.equal(given, values) and self._is_as_usual())
+        return self._output
+
+
+def _has_halves(model: nn.Module) -> bool:
+    """Whether a model's forward is forward_head(forward_features(images)) and nothing else, as seen on an object."""
+    steps = [torch.zeros(2, 3, 1, 1) for _ in range(3)]
+
+    def hand_on(step: int, name: str) -> Callable[..., Tensor]:
+        usual = inspect.signature(getattr(model, name)).parameters
+
+        def half(given: Tensor, **options: Any) -> Tensor:
+            if given is not steps[step] or any(usual[own].default is not value for own, value in options.items()):
+                raise NotImplementedError
+            return steps[step + 1]
+
+        return half
+
+    try:
+        bare = SimpleNamespace(**{name: hand_on(step, name) for step, name in enumerate(_HALVES)})
+        return not _is_altered(model) and type(model).forward(bare, steps[0]) is steps[2]
+    except Exception:  # whatever it raises where it has no halves, or asks for more than these two
+        return False
 
 
 def _autocast(images: Tensor) -> bool:

@@ -130,6 +130,27 @@ def test_a_wrapper_that_computes_the_same_changes_nothing(wrap: Wrap, library: s
     assert torch.equal(ConfidenceDetector(wrap(model)).normalize.mean, plain.normalize.mean)
 
 
+CHANNELS_LAST = {
+    "contiguous": lambda images: images.contiguous(memory_format=torch.channels_last),
+    "to": lambda images: images.to(memory_format=torch.channels_last),
+}
+
+
+def in_halves(self: Holder, images: Tensor) -> Tensor:
+    return self.model.forward_head(self.model.forward_features(images))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+@pytest.mark.parametrize("way", [*CHANNELS_LAST.values(), None], ids=[*CHANNELS_LAST, "in halves"])
+def test_another_memory_format_and_a_call_in_halves_change_nothing(
+    way: Callable[[Tensor], Tensor] | None, name
+) -> None:
+    act = in_halves if way is None else lambda self, images: self.model(way(images))
+    model = timm.create_model(name, num_classes=K)
+    assert find_num_classes(Holder(model, act)) == K
+    assert find_normalization(Holder(model, act)) == find_normalization(model)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_looking_into_a_holder_leaves_no_trace(training: bool) -> None:
     holder = Training(build("timm").train(training))
@@ -165,6 +186,23 @@ def with_hook(model: nn.Module) -> nn.Module:
     return wrapper
 
 
+def half_in_bfloat16(self: Holder, images: Tensor) -> Tensor:
+    features = self.model.forward_features(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        return self.model.forward_head(features)
+
+
+def change_a_copy(self: Holder, images: Tensor) -> Tensor:
+    copied = images.contiguous(memory_format=torch.channels_last)
+    copied -= 0.5
+    return self.model(copied)
+
+
+def with_inner_hook(model: nn.Module) -> nn.Module:
+    model.register_forward_hook(lambda module, images, output: output / 2)
+    return Holder(model, in_halves)
+
+
 class Frozen(Holder):
     """Keeps its model in eval mode while the rest is trained."""
 
@@ -187,6 +225,15 @@ OTHERS: dict[str, Wrap] = {
     "autocast": holding(calculate_in_bfloat16),
     "freezes": lambda model: Frozen(model, lambda self, images: self.model(images)),
     "hooked": with_hook,
+    "subtracts in another format": holding(change_a_copy),
+    "rounds in another format": holding(
+        lambda self, images: self.model(images.to(torch.bfloat16, memory_format=torch.channels_last).float())
+    ),
+    "flips in halves": holding(lambda self, images: in_halves(self, images.flip(3))),
+    "squashes halfway": holding(lambda self, images: self.model.forward_head(self.model.forward_features(images) / 2)),
+    "stops halfway": holding(lambda self, images: self.model.forward_head(self.model.forward_features(images), True)),
+    "autocast halfway": holding(half_in_bfloat16),
+    "past a hook in halves": with_inner_hook,
     "sequential that clamps": lambda model: nn.Sequential(nn.Hardtanh(0, 1), model),
     "sequential that learns": lambda model: nn.Sequential(nn.BatchNorm2d(3), model),
     "sequential that drops": lambda model: nn.Sequential(nn.Dropout(), model),
