@@ -1,5 +1,6 @@
 """Train and eval mode: set through the modules' own methods, restored module by module, safe among threads."""
 
+import os
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import nn
 _lock = threading.RLock()
 _readers: dict[nn.Module, int] = {}
 _to_restore: dict[nn.Module, None] = {}  # modules that were in train mode before anybody read them
+_own = threading.local()  # what this thread reads, for a fork leaves no other thread in the child
 
 
 @contextmanager
@@ -35,7 +37,9 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
         yield  # what is traced can take no lock, and needs none
         return
     modules = dict.fromkeys(module for root in roots for module in root.modules())
+    read_here: list[dict[nn.Module, None]] = vars(_own).setdefault("read", [])
     with _lock:
+        read_here.append(modules)
         for module in modules:
             _readers[module] = _readers.get(module, 0) + 1
             if module.training:
@@ -45,14 +49,36 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
         yield
     finally:
         with _lock:
+            read_here.remove(modules)
             for module in modules:
                 _readers[module] -= 1
                 if not _readers[module]:
                     del _readers[module]
-            restored = dict.fromkeys(module for module in _to_restore if _may_change(module))
-            for module in restored:
-                del _to_restore[module]
-            _set_mode(restored, training=True)
+            _restore()
+
+
+def _restore() -> None:
+    """Put those modules back that nobody reads any more."""
+    restored = dict.fromkeys(module for module in _to_restore if _may_change(module))
+    for module in restored:
+        del _to_restore[module]
+    _set_mode(restored, training=True)
+
+
+def _forget_other_threads() -> None:
+    """In a forked child, where only the thread that forked goes on, and holds the lock."""
+    try:
+        _readers.clear()
+        for modules in vars(_own).get("read", []):
+            for module in modules:
+                _readers[module] = _readers.get(module, 0) + 1
+        _restore()
+    finally:
+        _lock.release()
+
+
+if hasattr(os, "register_at_fork"):  # a fork waits until no thread is in the middle of a change
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forget_other_threads)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The arithmetic that a guard runs in: how far it rounds, and how to keep the hardware from rounding further."""
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -63,6 +64,8 @@ class Arithmetic(NamedTuple):
 _lock = threading.RLock()
 _restore = ExitStack()
 _users = 0
+if hasattr(os, "register_at_fork"):  # a fork waits until no thread switches settings, so the child can take the lock
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 import copy
 import gc
+import os
 import pickle
+import signal
 import threading
+import time
 import weakref
 from contextlib import ExitStack
 
@@ -11,6 +14,7 @@ import clusterguard as cg
 import pytest
 import torch
 from clusterguard._support import evaluation_mode, names_in_eval_mode, training_mode
+from clusterguard.detection import full_precision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -136,6 +140,75 @@ class Gate(nn.Module):
             self.second_is_in.set()
             self.first_has_left.wait(30)
         return images
+
+
+def in_a_child(check):
+    """Whether a check holds in a forked process; one that does not end is killed."""
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        try:
+            os._exit(0 if check() else 1)
+        finally:
+            os._exit(2)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+class TestForking:
+    def test_a_fork_in_the_middle_of_a_change_leaves_no_lock_behind(self):
+        has_begun = threading.Event()
+
+        class Slow(nn.Dropout):
+            def train(self, mode=True):
+                has_begun.set()
+                time.sleep(0.05)
+                return super().train(mode)
+
+        def read():
+            with evaluation_mode(slow):
+                pass
+
+        slow, other = Slow(), nn.Dropout()
+        has_begun.clear()
+        thread = threading.Thread(target=read)
+        thread.start()
+        has_begun.wait(30)
+
+        def check():
+            with evaluation_mode(other), full_precision():
+                return not other.training
+
+        assert in_a_child(check)
+        thread.join(30)
+
+    def test_what_other_threads_read_is_not_read_in_a_child(self):
+        model, mine, is_in, may_leave = nn.Dropout(), nn.Dropout(), threading.Event(), threading.Event()
+
+        def read():
+            with evaluation_mode(model):
+                is_in.set()
+                may_leave.wait(30)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        is_in.wait(30)
+        with evaluation_mode(mine):
+            assert in_a_child(lambda: model.training and not mine.training)
+            assert not model.training
+        may_leave.set()
+        thread.join(30)
+        assert model.training
+        assert mine.training
+
+    def test_a_child_leaves_what_it_was_forked_in(self):
+        model = nn.Dropout()
+        with evaluation_mode(model):
+            child = os.fork()
+        if not child:
+            os._exit(not model.training)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_who_is_still_reading_when_another_thread_leaves_reads_in_eval_mode():
