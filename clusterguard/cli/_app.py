@@ -188,7 +188,6 @@ def calibrate(
 
     Example: clusterguard calibrate runs/guard --data photos --false-positive-rate 0.01
     """
-    from clusterguard import Calibrator
     from clusterguard.cli._data import describe_guard, describe_unreadable, open_guard
     from clusterguard.cli._image_folders import find_copies
     from clusterguard.detection import Calibrator
@@ -239,8 +238,6 @@ def evaluate(
     Example: clusterguard evaluate runs/guard --data photos --norm linf --eps 0.03 --budget quick --output report.html
     """
     import torch
-    from clusterguard import WorstCaseSuite, certified_success_rate
-    from clusterguard import evaluate as run
     from clusterguard._support import write_atomically
     from clusterguard.attacks import WorstCaseSuite
     from clusterguard.certification import certified_success_rate

@@ -141,6 +141,11 @@ def find_folder(name: str | Path, **hub_options: Any) -> Path:
         return Path(name)
     if Path(name).exists():
         raise PersistenceError(f"expected a folder that save_pretrained wrote, got the file {name}; name its folder")
+    if not _may_be_on_the_hub(name):
+        raise PersistenceError(
+            f"expected a folder that save_pretrained wrote, got {name}, which does not exist; mend the path, which is "
+            f"taken from {Path.cwd()} unless it is absolute"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -150,6 +155,13 @@ def find_folder(name: str | Path, **hub_options: Any) -> Path:
             f"expected a folder, or a guard's id on the Hugging Face Hub, got {str(name)!r}: there is no such folder, "
             f"and the Hub says: {in_one_line(error)}"
         ) from error
+
+
+def _may_be_on_the_hub(name: str | Path) -> bool:
+    """Whether it can be an id such as "owner/guard" at all, or is a path."""
+    text = str(name)
+    is_path = isinstance(name, Path) or text.startswith((".", "~", "/")) or text.endswith("/") or "\\" in text
+    return not is_path and text.count("/") <= 1
 
 
 def describe_backbone(encoder: nn.Module, representation_dim: int) -> dict[str, Any]:

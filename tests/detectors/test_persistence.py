@@ -1,8 +1,10 @@
 import json
 import math
+import re
 import tempfile
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -165,10 +167,20 @@ def test_an_id_goes_to_the_hub(saved, monkeypatch):
     assert asked["allow_patterns"] == ["model.safetensors", "config.json"]
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "/no/such", "someone/guard"])
+@pytest.mark.parametrize("name", ["someone/guard", "guard"])
 def test_what_is_neither_folder_nor_on_the_hub_is_named(name, tmp_path):
     with pytest.raises(PersistenceError, match=f"expected a folder, or a guard's id .* got '{name}'"):
         ClusterGuard.from_pretrained(name, local_files_only=True, cache_dir=tmp_path)
+
+
+PATHS = ["no/such/folder", "/no/such", "./guard", "../guard", "~/guard", "no/such/", "no\\such", Path("no/such")]
+
+
+@pytest.mark.parametrize("name", PATHS, ids=str)
+def test_a_path_without_a_folder_is_named_and_asks_no_hub(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(PersistenceError, match=rf"got {re.escape(str(name))}, which does not exist; mend the path"):
+        ClusterGuard.from_pretrained(name)
 
 
 def test_saving_says_nothing_where_there_is_nothing_to_say(tmp_path):
