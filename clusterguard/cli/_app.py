@@ -118,14 +118,13 @@ def train(
     _check_schedule(learning_rate, warmup_epochs, epochs)
     target = find_device(device)
     images = cli_data.image_options(data, image_size, channels)
-    attack = PGD(
-        norm=norm, eps=eps, step_size=2.5 * eps / steps if step_size is None else step_size, steps=steps, keep="last"
-    )
+    step = 2.5 * eps / steps if step_size is None else step_size
+    attack = PGD(norm=norm, eps=eps, step_size=step, steps=steps, keep="last")
     calibrator = Calibrator(false_positive_rate, scarce=scarce)
     pictures, calibration = cli_data.load_pair(data, seed=seed, skip_unreadable=skip_unreadable, **images)
     for left_out in cli_data.describe_unreadable(pictures):
         say(f"warning: {left_out}")
-    classes = pictures.classes
+    depth, classes = images["channels"], pictures.classes
     record: dict[str, Any] = {
         "data": {**cli_data.describe_images(pictures), "seed": seed, **images},
         **({"skip_unreadable": True} if skip_unreadable else {}),
@@ -139,9 +138,7 @@ def train(
         "calibrator": repr(calibrator),
     }
     torch.manual_seed(seed)
-    network = cli_data.make_backbone(
-        backbone, num_classes=len(classes), channels=images["channels"], pretrained=pretrained
-    )
+    network = cli_data.make_backbone(backbone, num_classes=len(classes), channels=depth, pretrained=pretrained)
     guard = ClusterGuard(network, num_classes=len(classes), class_names=classes).to(target).eval()
     checkpoint = cli_data.begin_run(output, record, resume=resume)
     summary = summarise(pictures.folder, say=say) if pictures.folder else None

@@ -1,6 +1,6 @@
 """Training of detectors: the loop, the objectives of the paper and of certified training, recipes."""
 
-from clusterguard.detectors._folders import _recipes as recipes
+from clusterguard.training import _recipes as recipes
 from clusterguard.training._adversarial import AdversarialClusterTrainer, Relabel
 from clusterguard.training._certified import CertifiedTrainer, initialise
 from clusterguard.training._checkpoints import EpochRecord
