@@ -27,7 +27,8 @@ from clusterguard.attacks import Attack, Objective
 from griffe import Docstring
 from torch import Tensor
 
-REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "docs" / "reference"
 DIRECTIVES = [
     found for page in REFERENCE.glob("*.md") for found in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
 ]
@@ -81,6 +82,16 @@ class Public:
             if own.kind.value == kind
             for entry in own.value
         }
+
+    def has(self, attribute: str) -> bool:
+        """Whether a class has an attribute, says of which type it is, or sets it when it is made."""
+        ours = [own for own in inspect.getmro(self.thing) if is_ours(own) or own is self.thing]
+        made = [inspect.getsource(own) for own in ours if "__init__" in vars(own) and not is_dataclass(own)]
+        return (
+            hasattr(self.thing, attribute)
+            or any(attribute in inspect.get_annotations(own) for own in ours)
+            or any(re.search(rf"self\.{attribute}\b.* = ", source) for source in made)
+        )
 
     def says_of(self, parameter: str) -> list[str]:
         """What is said of a parameter or field, here and where it may be left to."""
@@ -176,6 +187,7 @@ def faults(public: Public, *, example: bool) -> list[str]:
             found.append(f"what {name} is")
         elif is_tensor(annotation) and not any(map(SHAPE.search, said)):
             found.append(f"the shape of {name}")
+    found += [f"{name}, which it says it has" for name in public.entries("attributes") if not public.has(name)]
     if inspect.isfunction(public.thing) and not public.is_property and not public.says_what_it_returns:
         found.append("what it returns")
     if example and not re.search(r">>>|Example:\s+See `", public.text):
@@ -216,6 +228,51 @@ def test_the_reference_names_nothing_twice():
     assert not inside
 
 
+def slug(heading: str) -> str:
+    """The anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def broken_links(file: Path) -> list[str]:
+    """Links of a Markdown file, by Markdown or HTML, to files or headings that are not there."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```|`[^`\n]*`", "", file.read_text())
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)[^)]*\)|(?:href|src)=\"([^\"]+)\"|^\[[^\]]+\]: *(\S+)", text, re.MULTILINE):
+        target = "".join(link)
+        path, _, anchor = target.partition("#")
+        aim = file.parent / path if path else file
+        if re.match(r"[a-z]+:", target):
+            continue
+        headings = re.findall(r"^#+ (.*)$", aim.read_text(), re.MULTILINE) if anchor and aim.is_file() else []
+        if not aim.exists() or (anchor and anchor not in map(slug, headings)):
+            broken.append(target)
+    return broken
+
+
+# Pages for readers of the repository, which the site does not hold, or only in part.
+OUTSIDE_THE_SITE = [
+    *sorted(ROOT.glob("*.md")),
+    *(
+        ROOT / folder / "README.md"
+        for folder in ("benchmarks", "benchmarks/speed", "clusterguard/data", "examples/serve")
+    ),
+]
+
+
+@pytest.mark.parametrize("file", OUTSIDE_THE_SITE, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_of_pages_outside_the_site_lead_somewhere(file):
+    assert not broken_links(file)
+
+
+def test_a_broken_link_is_seen(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(
+        "# One heading: `code`, too\n[a](README.md) [b](#one-heading-code-too) [c](https://example.org) `[no](link)`\n"
+        '[d](gone.md) [e](#two) [f](README.md#three "title") <img src="gone.png"> [g](/gone)\n\n[h]: gone/\n'
+    )
+    assert broken_links(page) == ["gone.md", "#two", "README.md#three", "gone.png", "/gone", "gone/"]
+
+
 def well_said(images: Tensor, eps: float) -> Tensor:
     """Do something.
 
@@ -254,10 +311,24 @@ class BadRecord:
     total: int
 
 
+@dataclass
+class RenamedRecord:
+    """A record.
+
+    Attributes:
+        count: how many.
+        sum: of all.
+    """
+
+    count: int
+    total: int = 0
+
+
 @pytest.mark.parametrize(
     ("thing", "expected"),
     [
         (well_said, []),
+        (RenamedRecord, ["what total is", "sum, which it says it has", "an example that runs"]),
         (without_shape, ["the shape of images", "an example that runs"]),
         (unsaid, ["what images is", "what it returns", "an example that runs"]),
         (silent, ["a sentence that says what it is"]),
