@@ -463,8 +463,8 @@ def _attack(guard: ClusterGuard, points: Tensor, labels: Tensor, radii: Tensor, 
                     distances = squared.gather(1, own).squeeze(1)
                     goal = squared.scatter(1, own, torch.inf).amin(dim=1) - distances if is_of_lead else distances
                     slope = torch.autograd.grad(goal.sum(), start)[0].double().nan_to_num()
-                except RuntimeError as error:
-                    if type(error) is not RuntimeError:
+                except Exception as error:  # whatever a network without gradients raises
+                    if isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError):
                         raise  # of memory or the device
                     return found
             at = (points[:, 0] - sign * reach * slope.sign()).clamp(0, 1)

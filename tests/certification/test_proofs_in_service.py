@@ -161,17 +161,28 @@ def test_bounds_are_tried_out_where_an_attack_would_go(spot):
         certify(guard, torch.full((1, 1, 4, 4), 0.5), torch.tensor([0]), eps=0.01)
 
 
-def test_certifying_a_network_without_gradients_leaves_them_out():
-    class Detached(nn.Module):
-        def forward(self, values):
-            return values.detach().flatten(1)
+class Detached(nn.Module):
+    def forward(self, values):
+        return values.detach().flatten(1)
 
-    guard = around(Detached())
-    guard.requires_grad_(False)
-    batch = images()
+
+class WithoutBackward(nn.Module):
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            return 2 * values
+
+    def forward(self, values):
+        values = values.flatten(1)
+        return self.Doubled.apply(values) if isinstance(values, torch.Tensor) else 2 * values
+
+
+@pytest.mark.parametrize("body", [Detached, WithoutBackward, nn.Flatten])
+def test_certifying_a_network_without_gradients_leaves_them_out(body):
+    guard, batch = around(body()).requires_grad_(False), images()
     assert certify(guard, batch, guard.detect(batch).labels, eps=0.0).is_secure.shape == (3,)
     with torch.inference_mode():
-        assert certify(around(nn.Flatten()), batch, LABELS, eps=0.1).is_secure.shape == (3,)
+        assert certify(around(body()), batch, LABELS, eps=0.1).is_secure.shape == (3,)
 
 
 def overriding(name, function):
