@@ -13,8 +13,8 @@ from benchmarks.detectors.recipe import Schedule
 SHAPE = 1, 28, 28
 IMAGES, LABELS = load_digits("test").tensors
 CALIBRATION = DataLoader(load_digits("calibration"), batch_size=500)
-TRAINING = TensorDataset(*(part[:2000] for part in load_digits("train").tensors))
-ATTACK = PGD(eps=0.2, step_size=0.1, steps=4)
+TRAINING = TensorDataset(*(part[:1800] for part in load_digits("train").tensors))
+ATTACK = PGD(eps=0.2, step_size=0.1, steps=2)
 INFINITE = torch.full((10,), torch.inf)
 
 
