@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SMALLER = "batch_size=100", "batch_size=40"
-FEW = {"train": 400, "calibration": 800, "test": 20}
+FEW = {"train": 400, "calibration": 600, "test": 20}
 
 
 def on_few_digits(monkeypatch):

@@ -8,10 +8,10 @@ from clusterguard.detectors import GaussianClusters
 from benchmarks.studies.speed.measure import Row
 
 
-def rows(device: torch.device) -> list[Row]:
-    """The comparisons on a device."""
+def rows(device: torch.device, sizes: tuple[tuple[int, int], ...] = ((1000, 64), (21_841, 8))) -> list[Row]:
+    """The comparisons on a device, at these numbers of classes and of images."""
     found = []
-    for classes, batch in ((1000, 64), (21_841, 8)):
+    for classes, batch in sizes:
         clusters = GaussianClusters(classes).to(device)
         representations = torch.randn(batch, classes, generator=torch.Generator().manual_seed(0)).to(device)
         found.append(
