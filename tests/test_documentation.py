@@ -254,7 +254,7 @@ OUTSIDE_THE_SITE = [
     *sorted(ROOT.glob("*.md")),
     *(
         ROOT / folder / "README.md"
-        for folder in ("benchmarks", "benchmarks/speed", "clusterguard/data", "examples/serve")
+        for folder in ("benchmarks", "benchmarks/studies/speed", "clusterguard/data", "examples/serve")
     ),
 ]
 

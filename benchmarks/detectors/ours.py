@@ -16,7 +16,7 @@ from clusterguard import (
     TrainingOptions,
 )
 from clusterguard.attacks import Attack, MixedAttack, MultiTarget
-from clusterguard.training import AdversarialTarget, Relabel
+from clusterguard.training import ClusterLoss, Graded, Opposite, Origin, Original, Outside, Relabel, Separate, Target
 from torch import nn
 
 from benchmarks.detectors.recipe import Recipe, Schedule
@@ -24,12 +24,12 @@ from benchmarks.detectors.recipe import Recipe, Schedule
 
 def ours(
     *,
-    relabel: Relabel = "separate",
+    relabel: Literal["separate", "graded", "original"] = "separate",
     center_scale: float = 10.0,
     block: int = 1,
     adversarial_weight: float = 1.0,
     adversarial_floor: float = 0.0,
-    adversarial_target: AdversarialTarget = "origin",
+    adversarial_target: Literal["origin", "opposite", "outside"] = "origin",
     adversarial_margin: float = 0.1,
     cross_entropy_weight: float = 0.0,
     temperature: float = 1.0,
@@ -69,6 +69,12 @@ def ours(
         targets: aim at so many classes in turn, the most promising ones.
         grading_power: for relabel "graded".
     """
+    targets_by_name: dict[str, Target] = {
+        "origin": Origin(),
+        "opposite": Opposite(),
+        "outside": Outside(adversarial_margin),
+    }
+    relabels: dict[str, Relabel] = {"separate": Separate(), "original": Original(), "graded": Graded(grading_power)}
 
     def build(network: nn.Module) -> ClusterGuard:
         example = torch.zeros(1, *cast(tuple[int, ...], network.image_shape))
@@ -102,14 +108,14 @@ def ours(
             optimizer=optimizer,
             scheduler=None if schedule.scheduler is None else schedule.scheduler(optimizer),
             warmup_epochs=schedule.warmup_epochs,
-            adversarial_weight=adversarial_weight,
-            adversarial_floor=adversarial_floor,
-            adversarial_target=adversarial_target,
-            adversarial_margin=adversarial_margin,
-            cross_entropy_weight=cross_entropy_weight,
-            temperature=temperature,
-            relabel=relabel,
-            grading_power=grading_power,
+            loss=ClusterLoss(
+                target=targets_by_name[adversarial_target],
+                weight=adversarial_weight,
+                floor=adversarial_floor,
+                cross_entropy_weight=cross_entropy_weight,
+                temperature=temperature,
+            ),
+            relabel=relabels[relabel],
             ramp_epochs=ramp_epochs,
             refresh_every=refresh_every,
             options=TrainingOptions(

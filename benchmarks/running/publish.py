@@ -56,7 +56,7 @@ def publish(cell: Cell, runner: Runner, folder: Path, *, images: int | None = No
     guard.save_pretrained(folder, training=training, evaluation=report)
     card = folder / "README.md"
     shape = data.calibration.pixels.shape[1:]
-    text = complete(card.read_text(), f'models.build("{cell.training.model}", {tuple(shape)})')
+    text = complete(card.read_text(), f'networks.build("{cell.training.model}", {tuple(shape)})')
     write_atomically(card, lambda file: file.write_text(text))
 
 
@@ -64,7 +64,7 @@ def complete(card: str, backbone: str) -> str:
     """A model card with what only its publisher knows: how to build the backbone, and a licence."""
     line = "from clusterguard import ClusterGuard\n"
     unsaid = {
-        line: f"{line}\nfrom benchmarks import models\n",
+        line: f"{line}\nfrom benchmarks.detectors import networks\n",
         "backbone=your_module": f"backbone={backbone}",
         "# license: the publisher's choice": "license: mit",
         "None is stated. Whoever publishes this guard chooses one, adds it to the header as `license:`, and minds "

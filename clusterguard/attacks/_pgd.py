@@ -111,7 +111,7 @@ class SteepestDescent:
         self._sum: Tensor | float = 0.0
 
     def step(self, problem: Problem, iterates: Tensor, evaluation: ObjectiveValues) -> Tensor:
-        """The next iterates (B, C, H, W)."""
+        """The next iterates (B, C, H, W) of a problem, after an evaluation of these."""
         gradient = evaluation.gradient
         if self.momentum is not None:
             gradient = self._sum = self.momentum * self._sum + dense_l1_direction(gradient)
@@ -123,7 +123,7 @@ class SteepestDescent:
         return problem.project(iterates - self.step_size * direction)
 
     def select(self, index: Tensor) -> None:
-        """Keep the sums and step sizes of these images."""
+        """Keep the sums and step sizes of some images; index is (b,) integers or (B,) bools."""
         if isinstance(self._sum, Tensor):
             self._sum = self._sum[index]
         if isinstance(self.step_size, Tensor):

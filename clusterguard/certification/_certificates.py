@@ -76,7 +76,7 @@ def bound(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float | T
         Gowal et al., "On the effectiveness of interval bound propagation for training verifiably robust models" (2018);
         the distances' bounds are ours.
     """
-    return _bound_distances(guard.clusters, _bound_representations(guard, Interval.around(images, eps)), labels)
+    return _bound_distances(_clusters_of(guard), _bound_representations(guard, Interval.around(images, eps)), labels)
 
 
 def _bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
@@ -95,7 +95,7 @@ def _bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
         if isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError):
             raise  # of memory or the device, which is not the network's fault
         raise ConfigurationError(f"no bounds are known for this network: {error}") from error
-    shape = (len(box.lower), guard.clusters.representation_dim)
+    shape = (len(box.lower), guard.head.representation_dim)
     if not isinstance(found, Interval) or found.shape != shape or (found.error is None) != (box.error is None):
         raise ConfigurationError(
             f"no bounds are known for this network: expected bounds of representations {shape}, got "
@@ -291,7 +291,7 @@ def _check_methods(guard: ClusterGuard) -> None:
     changed += _changed_in_place(guard)
     if not (guard._encode is call or type(guard._encode) is CompiledCall):
         changed.append("_encode")
-    for name, kind in (("clusters", GaussianClusters), ("normalize", Normalize)):
+    for name, kind in (("head", GaussianClusters), ("normalize", Normalize)):
         part = getattr(guard, name)
         hooks = (part._forward_hooks, part._forward_pre_hooks)
         if type(part) is not kind or _changed_in_place(part) or any(hooks):
@@ -303,13 +303,19 @@ def _check_methods(guard: ClusterGuard) -> None:
         )
 
 
+def _clusters_of(guard: ClusterGuard) -> GaussianClusters:
+    if not isinstance(guard.head, GaussianClusters):
+        raise ConfigurationError(f"bounds are known for GaussianClusters, got the head {type(guard.head).__name__}")
+    return guard.head
+
+
 def _changed_in_place(module: nn.Module) -> list[str]:
     return [name for name in vars(module) if callable(getattr(type(module), name, None))]
 
 
 def _arithmetic_of(guard: ClusterGuard) -> Arithmetic:
     """The one data type of all that goes into a distance."""
-    parts = (guard.encoder, guard.normalize, guard.clusters)
+    parts = (guard.encoder, guard.normalize, guard.head)
     tensors = (tensor for part in parts for tensor in (*part.parameters(), *part.buffers()))
     dtypes = sorted({tensor.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()}, key=str)
     if dtypes not in ([torch.float32], [torch.float64]):
@@ -328,7 +334,8 @@ def _bound_in_service(guard: ClusterGuard, images: Tensor, labels: Tensor, radii
     error = torch.full_like(ball.lower, 2 * arithmetic.unit)
     ball = Interval(ball.lower, ball.upper, error=error, arithmetic=arithmetic)
     found = _bound_representations(guard, ball)
-    bounds = _with_rounding(guard.clusters, found, labels, _bound_distances(guard.clusters, found, labels))
+    clusters = _clusters_of(guard)
+    bounds = _with_rounding(clusters, found, labels, _bound_distances(clusters, found, labels))
     thresholds = guard.thresholds.double()
     leads = (bounds.leads > 0) | one_hot(labels.long(), guard.num_classes).bool()
     is_secure = (leads | (bounds.nearest > thresholds)).all(dim=1)
@@ -459,7 +466,7 @@ def _attack(guard: ClusterGuard, points: Tensor, labels: Tensor, radii: Tensor, 
             with torch.inference_mode(False), torch.enable_grad():
                 start = at.to(dtype, copy=True).requires_grad_()
                 try:
-                    squared = guard.clusters.squared_distances(guard.encoder(guard.normalize(start)))
+                    squared = _clusters_of(guard).squared_distances(guard.encoder(guard.normalize(start)))
                     distances = squared.gather(1, own).squeeze(1)
                     goal = squared.scatter(1, own, torch.inf).amin(dim=1) - distances if is_of_lead else distances
                     slope = torch.autograd.grad(goal.sum(), start)[0].double().nan_to_num()
@@ -476,7 +483,7 @@ def _check_outputs(guard: ClusterGuard, proofs: _Proofs, labels: Tensor, found: 
     """Representations (B, P, m) and distances (B, P, K) at P points of each of B balls lie within the balls' bounds."""
     box, bounds = proofs.representations, proofs.bounds
     error = torch.zeros_like(box.lower) if box.error is None else box.error
-    centers = guard.clusters.centers.to(found)
+    centers = _clusters_of(guard).centers.to(found)
     along = torch.einsum("bkm,bpm->bpk", centers[labels.long()][:, None] - centers, found)
     own = distances.gather(2, labels.long().view(-1, 1, 1).expand(-1, distances.shape[1], 1))
     is_own = one_hot(labels.long(), guard.num_classes).bool()

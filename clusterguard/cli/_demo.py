@@ -164,7 +164,9 @@ def _draw(
 ) -> None:
     def points(detector: DetectorModule, pictures: Tensor) -> Tensor:
         if isinstance(detector, ClusterGuard):
-            return star_coordinates(guard.clusters.logits(guard.represent(pictures)) / guard.clusters.center_scale**2)
+            return star_coordinates(
+                guard.head.logits(guard.represent(pictures)) / guard.head.options()["center_scale"] ** 2
+            )
         logits = detector(pictures)
         return star_coordinates(logits - logits.mean(dim=1, keepdim=True))
 

@@ -56,7 +56,7 @@ class Arithmetic(NamedTuple):
         return cls(dtype, limits.eps / 2 + _BOUNDS_UNIT, limits.max / 64, 2.0**-96)
 
     def gamma(self, count: int) -> float:
-        """Largest relative error of `count` operations in a row, so of a sum of `count` products in any order."""
+        """The largest relative error of `count` operations in a row, so of a sum of `count` products in any order."""
         share = count * self.unit
         return share / (1 - share) if share < 1 else torch.inf
 

@@ -2,11 +2,11 @@
 
 from clusterguard.detectors._backbones import find_normalization, find_num_classes, make_encoder
 from clusterguard.detectors._base import DetectorModule, Normalize, WithThresholds
-from clusterguard.detectors._clusters import GaussianClusters
 from clusterguard.detectors._confidence import ConfidenceDetector
 from clusterguard.detectors._consistency import ConsistentDetector
 from clusterguard.detectors._folders import CARD, CONFIG, WEIGHTS, read_config, read_weights, refuse_foreign
 from clusterguard.detectors._guard import ClusterGuard
+from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._model_card import describe_thresholds
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ConsistentDetector",
     "DetectorModule",
     "GaussianClusters",
+    "Head",
     "Normalize",
     "WithThresholds",
     "describe_thresholds",

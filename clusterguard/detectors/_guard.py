@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from clusterguard._support import Call, CompiledCall, call, names_in_eval_mode, to_eval_mode
+from clusterguard._support import Call, CompiledCall, call, copy_module, names_in_eval_mode, to_eval_mode
 from clusterguard.detection import Evidence
 from clusterguard.detectors._backbones import choose_normalization, choose_num_classes, make_encoder
 from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network, valid_images
-from clusterguard.detectors._clusters import GaussianClusters
 from clusterguard.detectors._folders import describe_backbone, find_folder, load_guard, save_guard
+from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._model_card import Measured
+from clusterguard.errors import ConfigurationError, PersistenceError
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
@@ -38,10 +39,13 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             first, a module that only calls the model.
         num_classes: K; None takes the backbone's own number of classes.
         representation_dim: m, a multiple of K; None means K.
-        center_scale: M, how far the class centres lie from the origin, along each of their m/K coordinates.
+        center_scale: M, how far the class centres lie from the origin, along each of their m/K coordinates; None
+            means 10.
         mean: per channel, subtracted from images in [0, 1]; None takes what the backbone was trained with
             (timm: its configuration; torchvision: ImageNet's; other modules: nothing).
         std: per channel, the divisor after that.
+        head: what compares representations with classes; it is copied. None takes `GaussianClusters`, the paper's, of
+            the two options above, which go with that alone.
         example: (B, C, H, W) images for a module whose output width cannot be found without running it. Their shape
             becomes the `image_shape`, unless one is given.
         image_shape: (C, H, W) of the images that the guard takes; images of another shape are an error. None takes
@@ -77,20 +81,23 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         num_classes: int | None = None,
         *,
         representation_dim: int | None = None,
-        center_scale: float = 10.0,
+        center_scale: float | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        head: Head | None = None,
         example: Tensor | None = None,
         image_shape: ImageShape | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
         replaced = "the guard replaces that classifier anyway, and tells as many classes apart as it was told to"
-        classes = choose_num_classes(backbone, num_classes, consequence=replaced)
+        wanted = _num_classes_of(head, num_classes, representation_dim, center_scale)
+        classes = choose_num_classes(backbone, wanted, consequence=replaced)
         super().__init__(classes, image_shape=image_shape)
         self.class_names = class_names
         self.normalize = Normalize(*choose_normalization(backbone, mean, std))
-        self.clusters = GaussianClusters(classes, representation_dim, center_scale=center_scale)
-        self.encoder = make_encoder(backbone, self.clusters.representation_dim, example=example)
+        scale = 10.0 if center_scale is None else center_scale
+        self.head = copy_module(head) if head else GaussianClusters(classes, representation_dim, center_scale=scale)
+        self.encoder = make_encoder(backbone, self.head.representation_dim, example=example)
         self._encode: Call = call
         if example is not None:
             self.learn_image_shape(example)
@@ -106,12 +113,12 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits: images (B, C, H, W) in [0, 1] -> (B, K). Their softmax is the mixture's posterior."""
-        return self.clusters.logits(self.represent(images))
+        return self.head.logits(self.represent(images))
 
     def distances(self, images: Tensor) -> Tensor:
         """Distance to every class centre: images (B, C, H, W) in [0, 1] -> (B, K), +inf for images to be refused."""
         visible, is_valid = valid_images(images)
-        return self.clusters.distances(self.represent(visible)).masked_fill(~is_valid, torch.inf)
+        return self.head.distances(self.represent(visible)).masked_fill(~is_valid, torch.inf)
 
     def evidence(self, images: Tensor) -> Evidence:
         """The class scores −d and suspicion d of images (B, C, H, W) in [0, 1], d (B, K) the distances."""
@@ -181,12 +188,12 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         records: dict[str, Any] = {"training": config if training is None else training, "evaluation": evaluation}
         options = {
             "num_classes": self.num_classes,
-            "representation_dim": self.clusters.representation_dim,
-            "center_scale": float(self.clusters.center_scale),
+            "head": {"type": type(self.head).__qualname__, "description": self.head.describe()},
+            **self.head.options(),
             "mean": self.normalize.mean.flatten().tolist(),
             "std": self.normalize.std.flatten().tolist(),
         }
-        recipe = describe_backbone(self.encoder, self.clusters.representation_dim)
+        recipe = describe_backbone(self.encoder, self.head.representation_dim)
         records.update(model_card_kwargs or {})
         save_guard(self, Path(save_directory), backbone=recipe, options=options, **records)
 
@@ -196,6 +203,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         pretrained_model_name_or_path: str | Path,
         *,
         backbone: nn.Module | None = None,
+        head: Head | None = None,
         example: Tensor | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -208,6 +216,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         Args:
             pretrained_model_name_or_path: a folder, or an id on the Hugging Face Hub.
             backbone: the module the guard was made with, weights aside; None rebuilds it from `config.json`.
+            head: the head it was made with, unless that is the paper's; its tensors are replaced by the saved ones.
             example: as in `ClusterGuard`, if that module needed one.
             revision: on the Hub: a branch, tag or commit.
             token: for the Hub; None takes the one that is logged in.
@@ -236,8 +245,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             lambda module, options: cls(
                 module,
                 options["num_classes"],
-                representation_dim=options["representation_dim"],
-                center_scale=options["center_scale"],
+                **_head_options(options, head),
                 mean=options["mean"],
                 std=options["std"],
                 example=example,
@@ -246,3 +254,34 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             folder,
             backbone=backbone,
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        old, new = f"{prefix}clusters.", f"{prefix}head."  # guards of version 0.1 had no other head
+        for name in [name for name in state_dict if name.startswith(old)]:
+            state_dict[new + name.removeprefix(old)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _num_classes_of(head: Head | None, num_classes: int | None, *own: object) -> int | None:
+    """K as it was asked for; options of the paper's head beside another one are refused."""
+    if head is None:
+        return num_classes
+    if not isinstance(head, Head):
+        raise ConfigurationError(f"expected a head that is a clusterguard.detectors.Head, got {type(head).__name__}")
+    if any(option is not None for option in own):
+        raise ConfigurationError(
+            "expected representation_dim and center_scale, or a head, got both; give the head its own"
+        )
+    if num_classes not in (None, head.num_classes):
+        raise ConfigurationError(f"expected num_classes as the head has, {head.num_classes}, got {num_classes}")
+    return head.num_classes
+
+
+def _head_options(options: Mapping[str, Any], head: Head | None) -> dict[str, Any]:
+    """What makes the head of a saved guard again."""
+    name = options.get("head", {}).get("type", GaussianClusters.__qualname__)
+    if head is not None and type(head).__qualname__ == name:
+        return {"head": head}
+    if head is not None or name != GaussianClusters.__qualname__:
+        raise PersistenceError(f"this guard was saved with the head {name}; pass one as it was made with as head=")
+    return {"representation_dim": options["representation_dim"], "center_scale": options["center_scale"]}

@@ -64,7 +64,7 @@ def model_card(
 
     Example:
         >>> backbone = {"source": "timm", "name": "resnet18", "arguments": {}}
-        >>> guard = {"num_classes": 10, "representation_dim": 10, "center_scale": 10.0, "dtype": "float32"}
+        >>> guard = {"num_classes": 10, "head": {"description": "m = 10"}, "dtype": "float32"}
         >>> config = {"backbone": backbone, "guard": guard, "training": None, "versions": {"torch": "2.13.0"}}
         >>> "Not measured" in model_card(config, calibrated=False)
         True
@@ -88,8 +88,7 @@ def model_card(
         "[arXiv 2012.03483](https://arxiv.org/abs/2012.03483).",
         f"```python\n{code}\n```",
         "## Model",
-        f"Backbone {name}{arguments}; representation of {guard['representation_dim']} dimensions, center scale "
-        f"{guard['center_scale']:g}, {guard['dtype']}. Saved with {versions}. The "
+        f"Backbone {name}{arguments}; {guard['head']['description']}, {guard['dtype']}. Saved with {versions}. The "
         "backbone's name tells its architecture, not the weights that training started from.",
         *(["## Classes", f"In the order of their labels:\n\n```json\n{names}\n```"] if names else []),
         "## Thresholds",

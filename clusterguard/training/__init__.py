@@ -1,21 +1,30 @@
 """Training of detectors: the loop, the objectives of the paper and of certified training, recipes."""
 
 from clusterguard.training import _recipes as recipes
-from clusterguard.training._adversarial import AdversarialClusterTrainer, Relabel
+from clusterguard.training._adversarial import AdversarialClusterTrainer
 from clusterguard.training._certified import CertifiedTrainer, initialise
 from clusterguard.training._checkpoints import EpochRecord
 from clusterguard.training._engine import TrainingStep
-from clusterguard.training._losses import AdversarialTarget, cluster_loss
+from clusterguard.training._losses import ClusterLoss, Opposite, Origin, Outside, Relabelled, Target, cluster_loss
 from clusterguard.training._options import TrainingOptions
+from clusterguard.training._relabelling import Graded, Original, Relabel, Separate
 from clusterguard.training._trainer import DetectorTrainer
 
 __all__ = [
     "AdversarialClusterTrainer",
-    "AdversarialTarget",
     "CertifiedTrainer",
+    "ClusterLoss",
     "DetectorTrainer",
     "EpochRecord",
+    "Graded",
+    "Opposite",
+    "Origin",
+    "Original",
+    "Outside",
     "Relabel",
+    "Relabelled",
+    "Separate",
+    "Target",
     "TrainingOptions",
     "TrainingStep",
     "cluster_loss",

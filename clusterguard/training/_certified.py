@@ -133,9 +133,9 @@ class CertifiedTrainer(DetectorTrainer):
 
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
         """The loss of a batch, of images (B, C, H, W) in [0, 1] and labels (B,); nothing in it is random."""
-        representations, clusters = self.guard.represent(images), self.guard.clusters
-        logits = clusters.logits(representations)
-        spread = 0.5 * clusters.squared_distances(representations).gather(1, labels[:, None].long()).mean()
+        representations, head = self.guard.represent(images), self.guard.head
+        logits = head.logits(representations)
+        spread = 0.5 * head.energies(representations).gather(1, labels[:, None].long()).mean()
         loss = cross_entropy(logits / self.temperature, labels) + self.center_weight * spread
         right = (logits.argmax(dim=1) == labels).sum()
         share = self._grown

@@ -69,7 +69,7 @@ def robust(
     The growing radius is what counts most. From a random start at its full radius, the guard learns to hide its
     gradients instead of separating: the training attack all but stops succeeding, and the worst-case suite breaks
     nearly all. Where both are trained like this, separating did not beat plain adversarial training of the same head
-    (``relabel="original"``) under that suite at the radius of training; the results pages have the figures.
+    (``relabel=Original()``) under that suite at the radius of training; the results pages have the figures.
 
     Args:
         guard: trained in place, on its own device.

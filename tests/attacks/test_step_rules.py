@@ -1,7 +1,6 @@
 import pytest
 import torch
-from clusterguard import Evaluation
-from clusterguard.attacks import OBJECTIVES, Problem, get_norm
+from clusterguard.attacks import OBJECTIVES, ObjectiveValues, Problem, get_norm
 from clusterguard.attacks._auto_pgd import HalvingSteps, SparseSteps, checkpoints
 
 RULES = {"linf": HalvingSteps, "l2": HalvingSteps, "l1": SparseSteps, "l0": HalvingSteps}
@@ -32,7 +31,7 @@ def one_pixel(values, *, eps):
 def evaluation(losses, gradient=None):
     loss = torch.as_tensor(losses)
     gradient = torch.ones(len(loss), 1, 1, 1) if gradient is None else gradient
-    return Evaluation(loss, loss, gradient)
+    return ObjectiveValues(loss, loss, gradient)
 
 
 def step_sizes_after(losses, *, eps=0.1):
@@ -137,7 +136,9 @@ def test_rules_go_on_as_before_for_the_images_that_stay(norm):
             part.select(chosen)
         found = whole.step(task, iterates, look)
         if step >= 9:
-            alone = part.step(task.select(chosen), iterates[chosen], Evaluation(*(value[chosen] for value in look)))
+            alone = part.step(
+                task.select(chosen), iterates[chosen], ObjectiveValues(*(value[chosen] for value in look))
+            )
             assert torch.equal(alone, found[chosen])
         iterates = found
 

@@ -19,6 +19,7 @@ from clusterguard.attacks import (
 )
 from clusterguard.detection import accuracy, attack_success_rate, false_positive_rate, judge, roc_auc
 from clusterguard.detectors import WithThresholds
+from clusterguard.training import ClusterLoss, Graded
 from torch.utils.data import DataLoader
 from trained_detectors import ATTACK, CALIBRATION, IMAGES, INFINITE, LABELS, TRAINING, network, schedule, trained
 
@@ -42,6 +43,9 @@ def test_every_ingredient_of_a_recipe_reaches_the_trainer():
     }
     recipe = RECIPES["ours"].variant(**options)
     trainer = recipe.trainer(recipe.build(network()), schedule())
+    assert trainer.relabel == Graded(options.pop("grading_power"))
+    assert options.pop("relabel") == "graded"
+    assert trainer.loss == ClusterLoss(weight=options.pop("adversarial_weight"))
     for name, value in options.items():
         assert value in (getattr(part, name, None) for part in (trainer, trainer.options, trainer.attack)), name
     mixed = RECIPES["l-ben"].variant(radii={"linf": 0.3, "l1": 15.0}, targets=2)
@@ -60,7 +64,7 @@ def test_the_librarys_robust_recipe_is_the_one_that_was_measured():
     recipe = RECIPES["ours"].variant(**training.options)
     measured = recipe.trainer(guard := recipe.build(network()), make_schedule(training, len(loader)))
     trainer = recipes.robust(guard, loader, epochs=training.epochs, eps=training.attack["eps"])
-    for name in ("attack", "ramp_epochs", "warmup_epochs", "relabel", "adversarial_weight", "refresh_every"):
+    for name in ("attack", "ramp_epochs", "warmup_epochs", "relabel", "loss", "refresh_every"):
         assert getattr(trainer, name) == getattr(measured, name), name
     for name in ("max_lr", "initial_lr", "weight_decay"):
         assert trainer.optimizer.param_groups[0][name] == measured.optimizer.param_groups[0][name], name

@@ -4,7 +4,8 @@ import pytest
 import torch
 from clusterguard.detectors import GaussianClusters
 from clusterguard.errors import ConfigurationError, InputError
-from clusterguard.training._losses import adversarial_energy, class_cross_entropy
+from clusterguard.training import Opposite, Outside
+from clusterguard.training._losses import class_cross_entropy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -32,7 +33,7 @@ def test_distances_match_the_definition(classes, block, batch, scale, seed):
         rtol=1e-5,
         atol=1e-5 * scale**2,
     )
-    torch.testing.assert_close(clusters.adversarial_squared_distance(z), z.square().sum(dim=1))
+    torch.testing.assert_close(clusters.adversarial_energy(z), z.square().sum(dim=1))
 
 
 @pytest.mark.parametrize("classes", [1000, 21_841])
@@ -130,9 +131,9 @@ def scattered(classes: int, block: int, seed: int) -> tuple[GaussianClusters, to
 def test_the_opposite_of_a_class_is_its_centre_across_the_origin(classes, block, seed):
     clusters, z, labels, found = scattered(classes, block, seed)
     infinite = torch.full((classes,), torch.inf)
-    energy = adversarial_energy(clusters, z, labels, found, infinite, target="opposite")
+    energy = Opposite().energy(clusters, z, labels, found, infinite)
     torch.testing.assert_close(energy, (z + clusters.centers[labels]).square().sum(dim=1), rtol=1e-4, atol=1e-3)
-    there = adversarial_energy(clusters, -clusters.centers[labels], labels, found, infinite, target="opposite")
+    there = Opposite().energy(clusters, -clusters.centers[labels], labels, found, infinite)
     assert not there.any()
 
 
@@ -153,7 +154,7 @@ def test_one_step_down_the_hinge_leaves_the_accepted_region_and_goes_nowhere_els
     def distance(z):
         return clusters.distances(z).gather(1, found[:, None]).squeeze(1)
 
-    energy = adversarial_energy(clusters, z, labels, found, thresholds, target="outside", margin=margin)
+    energy = Outside(margin).energy(clusters, z, labels, found, thresholds)
     assert energy.isfinite().all()
     (gradient,) = torch.autograd.grad(0.5 * energy.sum(), z)
     stepped = z.detach() - gradient
@@ -172,7 +173,7 @@ def test_at_a_centre_the_hinge_has_a_finite_gradient():
     clusters = GaussianClusters(3)
     z = clusters.centers[:1].clone().requires_grad_()
     thresholds, label, found = torch.ones(3), torch.tensor([1]), torch.tensor([0])
-    energy = adversarial_energy(clusters, z, label, found, thresholds, target="outside")
+    energy = Outside().energy(clusters, z, label, found, thresholds)
     assert energy.item() == pytest.approx(1.21)
     assert torch.autograd.grad(energy.sum(), z)[0].isfinite().all()
 

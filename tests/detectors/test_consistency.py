@@ -48,7 +48,7 @@ def trained(blobs):
     for _ in range(15):
         for batch, labels in blobs:
             optimizer.zero_grad()
-            guard.clusters.squared_distances(guard.represent(batch)).gather(1, labels[:, None]).mean().backward()
+            guard.head.squared_distances(guard.represent(batch)).gather(1, labels[:, None]).mean().backward()
             optimizer.step()
     optimizer.zero_grad()
     consistent = ConsistentDetector(guard.eval().requires_grad_(False), radius=0.03, steps=2)

@@ -93,7 +93,7 @@ def mixture(draw):
     assert found.shape == clusters.squared_distances(representations).shape == shape
     assert clusters.posterior(representations).shape == clusters.log_likelihood(representations).shape == shape
     assert clusters.logits(representations).shape == shape
-    assert clusters.adversarial_squared_distance(representations).shape == shape[:1]
+    assert clusters.adversarial_energy(representations).shape == shape[:1]
     separate = spoil(draw, torch.tensor([True, False]))
     assert cluster_loss(clusters, representations, draw_labels(draw, 2), separate).shape == ()
 

@@ -147,7 +147,7 @@ def test_representations_outlive_the_next_call_of_a_graph_that_reuses_its_memory
     """As CUDA graphs do."""
 
     def reusing(graph, inputs):
-        memory = torch.empty(4, small_guard.clusters.representation_dim)
+        memory = torch.empty(4, small_guard.head.representation_dim)
 
         def run(*own):
             (output,) = graph(*own)

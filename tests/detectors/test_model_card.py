@@ -34,7 +34,7 @@ def test_a_card_states_what_is_known_and_no_figure_else(tmp_path):
 
 def test_a_card_shows_the_calibration_and_the_evaluation_of_this_guard(small_guard, blobs, tmp_path, light_suites):
     labels = torch.cat([labels for _, labels in blobs])
-    images = small_guard.clusters.centers.repeat(200, 1)  # a guard that is right on these "images"
+    images = small_guard.head.centers.repeat(200, 1)  # a guard that is right on these "images"
     guard = ClusterGuard(nn.Flatten(), 3, representation_dim=6, example=images.view(-1, 1, 2, 3)).eval()
     with torch.no_grad():
         guard.encoder[-1].weight.copy_(10 * torch.eye(6))

@@ -152,7 +152,7 @@ def test_evidence_of_images_in_the_box_and_its_gradient_are_those_of_the_bare_ne
     results = []
     for distances in (
         lambda x: guard.evidence(x).suspicion,
-        lambda x: guard.clusters.distances(guard.encoder((x - guard.normalize.mean) / guard.normalize.std)),
+        lambda x: guard.head.distances(guard.encoder((x - guard.normalize.mean) / guard.normalize.std)),
     ):
         leaf = images.clone().requires_grad_()
         output = distances(leaf)

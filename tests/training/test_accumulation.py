@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from clusterguard import AdversarialClusterTrainer, TrainingOptions, recipes
 from clusterguard.errors import ConfigurationError, TrainingStoppedError
+from clusterguard.training import Original
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from trainings import ATTACK, new_guard, weights
@@ -19,7 +20,7 @@ def fit(guard, batches, *, epochs=1, **options):
     trainer = AdversarialClusterTrainer(
         guard,
         ATTACK,
-        relabel="original",
+        relabel=Original(),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
         options=TrainingOptions(**options),
     )

@@ -2,6 +2,7 @@ import pytest
 import torch
 from clusterguard import ClusterGuard, recipes
 from clusterguard.errors import ConfigurationError
+from clusterguard.training import Separate
 from torch import nn
 from trainings import held_out
 
@@ -16,7 +17,7 @@ def test_the_papers_recipe_has_no_ingredient_that_the_paper_lacks(guard):
     trainer = recipes.paper(guard)
     assert (trainer.attack.eps, trainer.attack.step_size, trainer.attack.steps) == (0.3, 0.01, 40)
     assert (trainer.attack.start, trainer.attack.objective, trainer.attack.keep) == ("image", "suspicion", "last")
-    assert (trainer.ramp_epochs, trainer.warmup_epochs, trainer.relabel) == (0, 0, "separate")
+    assert (trainer.ramp_epochs, trainer.warmup_epochs, trainer.relabel) == (0, 0, Separate())
     assert (trainer.options.clip_norm, trainer.options.average_decay, trainer.scheduler) == (None, None, None)
 
 

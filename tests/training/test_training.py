@@ -7,7 +7,7 @@ from clusterguard import FGSM, PGD, AdversarialClusterTrainer, ClusterGuard
 from clusterguard.detectors import GaussianClusters, WithThresholds
 from clusterguard.errors import ConfigurationError
 from clusterguard.samples import load_digits
-from clusterguard.training import cluster_loss
+from clusterguard.training import ClusterLoss, Graded, Opposite, Origin, Original, Outside, Separate, cluster_loss
 from clusterguard.training._losses import cluster_terms
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,7 +39,7 @@ def test_one_epoch_on_real_digits_lowers_the_loss():
 
     def record(detector, images, labels, *, targets=None, generator=None):
         with torch.no_grad():
-            own = guard.clusters.squared_distances(guard.represent(images)).gather(1, labels[:, None])
+            own = guard.head.squared_distances(guard.represent(images)).gather(1, labels[:, None])
         losses.append(own.mean().item())
         return FGSM(eps=0.1)(detector, images, labels)
 
@@ -69,7 +69,7 @@ def test_what_got_through_goes_to_the_origin_and_the_rest_keeps_its_class(blobs,
         seen.append((representations.detach(), labels, is_separate.bool()))
         return cluster_terms(clusters, representations, labels, is_separate, *others)
 
-    monkeypatch.setattr("clusterguard.training._adversarial.cluster_terms", spy)
+    monkeypatch.setattr("clusterguard.training._losses.cluster_terms", spy)
     guard = new_guard()
     before = copy.deepcopy(guard).eval()
     images, labels = next(iter(blobs))
@@ -86,19 +86,18 @@ def test_what_got_through_goes_to_the_origin_and_the_rest_keeps_its_class(blobs,
 
 
 def test_relabelling_to_the_original_class_never_uses_the_origin(blobs, monkeypatch):
-    monkeypatch.setattr(GaussianClusters, "adversarial_squared_distance", lambda self, z: z.new_full((len(z),), 1e9))
-    history = train(new_guard(), blobs, relabel="original", calibrate=False)
+    monkeypatch.setattr(GaussianClusters, "adversarial_energy", lambda self, z: z.new_full((len(z),), 1e9))
+    history = train(new_guard(), blobs, relabel=Original(), calibrate=False)
     assert history[-1].loss < 1e3
     assert history[-1].attack_success_rate > 0
 
 
-@pytest.mark.parametrize("relabel", ["separate", "graded"])
-@pytest.mark.parametrize("target", ["origin", "opposite", "outside"])
+@pytest.mark.parametrize("relabel", [Separate(), Graded(1.0)], ids=str)
+@pytest.mark.parametrize("target", [Origin(), Opposite(), Outside(1.0)], ids=str)
 @pytest.mark.parametrize("threshold", [10.0, math.inf])
 def test_the_loss_sends_what_got_through_where_it_shall_go(blobs, target, relabel, threshold):
     guard = new_guard()
-    options = {"adversarial_target": target, "adversarial_margin": 1.0, "relabel": relabel, "grading_power": 1.0}
-    trainer = AdversarialClusterTrainer(guard, ATTACK, **options)
+    trainer = AdversarialClusterTrainer(guard, ATTACK, loss=ClusterLoss(target=target), relabel=relabel)
     trainer.attack = lambda detector, images, labels, **_: attacked
     trainer.attack.norm, trainer.attack.eps = "linf", 1.0
     trainer.thresholds.fill_(threshold)
@@ -108,16 +107,16 @@ def test_the_loss_sends_what_got_through_where_it_shall_go(blobs, target, relabe
 
     with torch.no_grad():
         z = guard.represent(attacked)
-    nearest = torch.cdist(z, guard.clusters.centers).min(dim=1)
+    nearest = torch.cdist(z, guard.head.centers).min(dim=1)
     through = (nearest.indices != labels) & (nearest.values <= threshold)
     assert 5 < through.sum() < 55
     edge = 2 * (math.sqrt(50) if threshold == math.inf else threshold)  # centres are 10·√2 apart
     energy = {
-        "origin": z.norm(dim=1),
-        "opposite": (z + guard.clusters.centers[labels]).norm(dim=1),
-        "outside": (edge - nearest.values).clamp_min(0),
+        Origin(): z.norm(dim=1),
+        Opposite(): (z + guard.head.centers[labels]).norm(dim=1),
+        Outside(1.0): (edge - nearest.values).clamp_min(0),
     }[target].square()
-    shares = through * (1.0 if relabel == "separate" else (attacked - images).abs().flatten(1).amax(dim=1))
+    shares = through * (1.0 if relabel == Separate() else (attacked - images).abs().flatten(1).amax(dim=1))
     torch.testing.assert_close(term, 0.5 * (shares * energy).sum() / shares.sum())
 
 
@@ -129,7 +128,7 @@ def test_a_floor_keeps_few_successes_from_weighing_as_much_as_many(blobs, floor,
     train(guard, blobs, epochs=8, warmup_epochs=8, calibrate=False)
     attacked = images.clone()
     attacked[:2] = torch.roll(images, 1, dims=0)[:2]  # two images of another class, and no other change
-    trainer = AdversarialClusterTrainer(guard.eval(), lambda *_, **__: attacked, adversarial_floor=floor)
+    trainer = AdversarialClusterTrainer(guard.eval(), lambda *_, **__: attacked, loss=ClusterLoss(floor=floor))
     step = trainer.training_step(images, labels, None)
     assert step.successes == 2
     with torch.no_grad():
@@ -141,7 +140,7 @@ def test_cross_entropy_comes_on_top_and_does_not_look_at_what_got_through(blobs)
     batch = next(iter(blobs))
     plain, mixed = (
         AdversarialClusterTrainer(new_guard(), ATTACK, **options).training_step(*batch, None)
-        for options in ({}, {"cross_entropy_weight": 3.0, "temperature": 10.0})
+        for options in ({}, {"loss": ClusterLoss(cross_entropy_weight=3.0, temperature=10.0)})
     )
     extra = mixed.terms["loss/cross_entropy"]
     torch.testing.assert_close(mixed.loss, plain.loss + 3 * extra)
@@ -190,13 +189,8 @@ def test_the_attack_sees_the_guard_in_eval_mode_and_thresholds_that_get_refreshe
     "options",
     [
         {"relabel": "x"},
-        {"adversarial_weight": -1.0},
-        {"adversarial_weight": math.nan},
-        {"adversarial_floor": 1.5},
-        {"adversarial_target": "elsewhere"},
-        {"adversarial_margin": -0.1},
-        {"cross_entropy_weight": math.inf},
-        {"temperature": 0.0},
+        {"relabel": Separate},
+        {"loss": Origin()},
         {"refresh_every": 0},
         {"warmup_epochs": -1},
     ],
@@ -204,3 +198,24 @@ def test_the_attack_sees_the_guard_in_eval_mode_and_thresholds_that_get_refreshe
 def test_options_are_checked_at_once(options):
     with pytest.raises(ConfigurationError, match="expected"):
         AdversarialClusterTrainer(new_guard(), ATTACK, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ClusterLoss(weight=-1.0), "weight of at least 0"),
+        (lambda: ClusterLoss(weight=math.nan), "weight of at least 0"),
+        (lambda: ClusterLoss(weight=None), "a number as weight"),
+        (lambda: ClusterLoss(floor=1.5), "floor in"),
+        (lambda: ClusterLoss(target="origin"), "Origin"),
+        (lambda: ClusterLoss(target=Outside), "Origin"),
+        (lambda: ClusterLoss(cross_entropy_weight=math.inf), "cross_entropy_weight"),
+        (lambda: ClusterLoss(temperature=0.0), "positive temperature"),
+        (lambda: ClusterLoss(temperature="1"), "a number as temperature"),
+        (lambda: Outside(-0.1), "margin of at least 0"),
+        (lambda: Graded(0.0), "positive power"),
+    ],
+)
+def test_losses_and_relabelling_check_themselves(make, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make()

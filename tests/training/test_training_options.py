@@ -8,6 +8,7 @@ from accelerate.tracking import GeneralTracker
 from clusterguard import FGSM, PGD, AdversarialClusterTrainer, Calibrator, ClusterGuard, TrainingOptions
 from clusterguard.attacks import MixedAttack
 from clusterguard.errors import ConfigurationError
+from clusterguard.training import Graded, Original, _losses
 from torch import nn
 from torch.utils.data import DataLoader
 from trainings import ATTACK, fit, new_guard, weights
@@ -59,10 +60,10 @@ def test_a_scheduler_may_step_every_step(blobs):
 
 def test_accumulated_gradients_are_those_of_a_larger_batch(blobs, fresh_accelerate):
     large = new_guard()
-    fit(large, DataLoader(blobs.dataset, batch_size=120), relabel="original")
+    fit(large, DataLoader(blobs.dataset, batch_size=120), relabel=Original())
     small = new_guard()
     options = TrainingOptions(accelerator=Accelerator(cpu=True, gradient_accumulation_steps=2))
-    trainer = fit(small, blobs, relabel="original", options=options)
+    trainer = fit(small, blobs, relabel=Original(), options=options)
     assert trainer.engine.steps == 10
     torch.testing.assert_close(weights(small), weights(large), rtol=1e-4, atol=1e-6)
 
@@ -176,15 +177,13 @@ def test_a_mixed_attack_takes_each_in_turn_at_random_and_scales_them_all(linear_
 
 def test_graded_labels_divide_small_perturbations_between_both_centres(blobs, monkeypatch):
     shares = []
-    import clusterguard.training as training
-
-    original = training.cluster_terms
+    original = _losses.cluster_terms
 
     def spy(clusters, representations, labels, is_separate, *others):
         shares.append(is_separate)
         return original(clusters, representations, labels, is_separate, *others)
 
-    monkeypatch.setattr(training, "cluster_terms", spy)
+    monkeypatch.setattr(_losses, "cluster_terms", spy)
     images, labels = next(iter(blobs))
     wrong = torch.roll(images, 1, dims=0)  # of another class, so the trained guard gives them another label
 
@@ -197,7 +196,7 @@ def test_graded_labels_divide_small_perturbations_between_both_centres(blobs, mo
     guard = new_guard()
     fit(guard, blobs, epochs=8, attack=lambda *_, **__: pytest.fail("attacked"), warmup_epochs=8)
     shares.clear()
-    trainer = AdversarialClusterTrainer(guard, Halfway(), relabel="graded", grading_power=2.0)
+    trainer = AdversarialClusterTrainer(guard, Halfway(), relabel=Graded(2.0))
     trainer.fit([(images, labels)], blobs, epochs=1, calibrate=False, progress=False)
     attacked = shares[0][len(images) :]
     size = (wrong - images).abs().flatten(1).amax(1) / Halfway.eps
@@ -233,13 +232,10 @@ def test_options_are_checked_at_once(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"relabel": "graded", "attack": lambda *_, **__: None}, "norm and a positive eps"),
-        ({"relabel": "graded", "grading_power": 0.0}, "grading_power"),
+        ({"relabel": Graded(), "attack": lambda *_, **__: None}, "norm and a positive eps"),
         ({"ramp_epochs": -1.0}, "ramp_epochs"),
         ({"ramp_epochs": 1.0, "attack": lambda *_, **__: None}, "scaled"),
         ({"ramp_epochs": "1"}, "a number as ramp_epochs, got '1'"),
-        ({"adversarial_weight": None}, "a number as adversarial_weight"),
-        ({"temperature": "1"}, "a number as temperature"),
         ({"warmup_epochs": 1.5}, "a whole number as warmup_epochs"),
         ({"refresh_every": "10"}, "a whole number as refresh_every"),
     ],

@@ -1,6 +1,8 @@
-"""The Gaussian mixture of the paper: K unit-variance clusters, one adversarial cluster at the origin."""
+"""Heads: what compares representations with classes. The paper's is a mixture of Gaussians with fixed centres."""
 
 import math
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from clusterguard._support import check_tensor
@@ -9,7 +11,79 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 
-class GaussianClusters(nn.Module):
+class Head(nn.Module, ABC):
+    """What a guard does with representations: a region for every class, and one for adversarial images.
+
+    A subclass is all that another head takes: `ClusterGuard(backbone, head=...)` trains, calibrates, attacks, saves and
+    exports it. Parameters are learned with the backbone's; what a detection depends on must be in the state dict.
+
+    Args:
+        num_classes: K, at least 2.
+        representation_dim: m, positive.
+
+    Raises:
+        ConfigurationError: too few classes or dimensions.
+
+    Example:
+        >>> class Medians(Head):  # class i around i on every coordinate, by absolute differences
+        ...     def distances(self, representations):
+        ...         centers = torch.arange(self.num_classes)[:, None].expand(-1, self.representation_dim)
+        ...         return torch.cdist(representations, centers.to(representations), p=1)
+        ...     def energies(self, representations):
+        ...         return 2 * self.distances(representations)
+        ...     def adversarial_energy(self, representations):
+        ...         return 2 * (representations + 1).abs().sum(dim=1)
+        ...     @property
+        ...     def half_way(self):
+        ...         return torch.tensor(self.representation_dim / 2)
+        >>> guard = ClusterGuard(nn.Flatten(), head=Medians(2, 3), example=torch.rand(1, 1, 2, 2))
+        >>> guard.distances(torch.rand(5, 1, 2, 2)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(self, num_classes: int, representation_dim: int) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ConfigurationError(f"expected num_classes of at least 2, got {num_classes}")
+        if representation_dim < 1:
+            raise ConfigurationError(f"expected representation_dim of at least 1, got {representation_dim}")
+        self.num_classes = num_classes
+        self.representation_dim = representation_dim
+
+    @abstractmethod
+    def distances(self, representations: Tensor) -> Tensor:
+        """How far representations are from every class: (B, m) -> (B, K), at least 0, differentiable.
+
+        An image gets the label of the smallest one, and is accepted if that is within the label's threshold.
+        """
+
+    @abstractmethod
+    def energies(self, representations: Tensor) -> Tensor:
+        """How unlikely representations are under every class: (B, m) -> (B, K), −2 log-likelihoods up to a constant."""
+
+    @abstractmethod
+    def adversarial_energy(self, representations: Tensor) -> Tensor:
+        """How unlikely representations are as adversarial ones: (B, m) -> (B,), −2 log-likelihoods up to a constant."""
+
+    @property
+    @abstractmethod
+    def half_way(self) -> Tensor:
+        """Half the distance between two classes, () or (K,): further from a class, another one may be closer."""
+
+    def logits(self, representations: Tensor) -> Tensor:
+        """Log-likelihoods up to a constant per row: (B, m) -> (B, K). Their softmax is the posterior."""
+        return -0.5 * self.energies(representations)
+
+    def options(self) -> dict[str, Any]:
+        """What makes such a head again, beside K, as values that JSON has; a saved guard keeps them."""
+        return {"representation_dim": self.representation_dim}
+
+    def describe(self) -> str:
+        """The head in a few words, for model cards."""
+        return f"{type(self).__name__} in {self.representation_dim} dimensions"
+
+
+class GaussianClusters(Head):
     """A Gaussian with unit covariance per class in a representation space of m = K·l dimensions.
 
     The centre of class i is `center_scale` on the i-th block of l coordinates and 0 elsewhere; adversarial
@@ -37,10 +111,8 @@ class GaussianClusters(nn.Module):
     center_scale: Tensor
 
     def __init__(self, num_classes: int, representation_dim: int | None = None, *, center_scale: float = 10.0) -> None:
-        super().__init__()
         dim = num_classes if representation_dim is None else representation_dim
-        if num_classes < 2:
-            raise ConfigurationError(f"expected num_classes of at least 2, got {num_classes}")
+        super().__init__(num_classes, max(1, dim))
         if dim < num_classes or dim % num_classes:
             raise ConfigurationError(
                 f"expected representation_dim to be a positive multiple of num_classes={num_classes}, got {dim}; "
@@ -48,8 +120,6 @@ class GaussianClusters(nn.Module):
             )
         if not (center_scale > 0 and math.isfinite(center_scale)):
             raise ConfigurationError(f"expected a positive, finite center_scale, got {center_scale}")
-        self.num_classes = num_classes
-        self.representation_dim = dim
         self.register_buffer("center_scale", torch.tensor(float(center_scale)))
 
     def extra_repr(self) -> str:
@@ -79,7 +149,11 @@ class GaussianClusters(nn.Module):
         squared = self.squared_distances(representations)
         return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
 
-    def adversarial_squared_distance(self, representations: Tensor) -> Tensor:
+    def energies(self, representations: Tensor) -> Tensor:
+        """The squared distances: representations (B, m) -> (B, K)."""
+        return self.squared_distances(representations)
+
+    def adversarial_energy(self, representations: Tensor) -> Tensor:
         """Squared Euclidean distance to the adversarial centre, the origin: (B, m) -> (B,)."""
         return reduce(self._blocks(representations).square(), "b k l -> b", "sum")
 
@@ -94,6 +168,14 @@ class GaussianClusters(nn.Module):
         Their softmax is the mixture's posterior, so any tool that expects a classifier's logits works on them.
         """
         return self.center_scale * reduce(self._blocks(representations), "b k l -> b k", "sum")
+
+    def options(self) -> dict[str, Any]:
+        """M and M."""
+        return {"representation_dim": self.representation_dim, "center_scale": float(self.center_scale)}
+
+    def describe(self) -> str:
+        """M and M, in words."""
+        return f"representation of {self.representation_dim} dimensions, center scale {float(self.center_scale):g}"
 
     def log_likelihood(self, representations: Tensor) -> Tensor:
         """Log N(z; u(i), I) for every class i: (B, m) -> (B, K)."""
