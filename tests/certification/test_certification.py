@@ -28,6 +28,7 @@ def test_distances_stay_within_their_bounds(seed, eps, block):
     assert (seen[:, label] <= found.farthest + 1e-6).all()
 
 
+@settings(max_examples=examples(150))
 @given(seed=st.integers(0, 10_000), eps=st.floats(0, 0.3))
 def test_what_is_certified_holds_all_over_the_ball(seed, eps):
     guard = guard_of(seed, dtype=torch.float32)
@@ -41,6 +42,7 @@ def test_what_is_certified_holds_all_over_the_ball(seed, eps):
         assert ((verdicts.labels == label) & ~verdicts.is_adversarial).all()
 
 
+@settings(max_examples=examples(100))
 @given(seed=st.integers(0, 10_000))
 def test_without_a_radius_the_certificate_is_the_decision(seed):
     guard = guard_of(seed, dtype=torch.float32)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from clusterguard import ClusterGuard, export_onnx, load_onnx
 from clusterguard.errors import ConfigurationError, PersistenceError
-from hypothesis import given
+from effort import examples
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from saving import make_guard, network
 
@@ -45,6 +46,7 @@ def test_names_are_k_different_strings(names):
     assert guard.class_names is None
 
 
+@settings(max_examples=examples(100))
 @given(names=st.lists(texts, min_size=2, max_size=4, unique=True))
 def test_names_come_back_from_a_folder(names, tmp_path_factory):
     folder = tmp_path_factory.mktemp("guard")
