@@ -22,6 +22,14 @@ from torch import nn
 from benchmarks.detectors.recipe import Recipe, Schedule
 
 
+def _target(name: str, margin: float) -> Target:
+    return {"origin": Origin(), "opposite": Opposite(), "outside": Outside(margin)}[name]
+
+
+def _relabel(name: str, power: float) -> Relabel:
+    return {"separate": Separate(), "original": Original(), "graded": Graded(power)}[name]
+
+
 def ours(
     *,
     relabel: Literal["separate", "graded", "original"] = "separate",
@@ -69,12 +77,6 @@ def ours(
         targets: aim at so many classes in turn, the most promising ones.
         grading_power: for relabel "graded".
     """
-    targets_by_name: dict[str, Target] = {
-        "origin": Origin(),
-        "opposite": Opposite(),
-        "outside": Outside(adversarial_margin),
-    }
-    relabels: dict[str, Relabel] = {"separate": Separate(), "original": Original(), "graded": Graded(grading_power)}
 
     def build(network: nn.Module) -> ClusterGuard:
         example = torch.zeros(1, *cast(tuple[int, ...], network.image_shape))
@@ -109,13 +111,13 @@ def ours(
             scheduler=None if schedule.scheduler is None else schedule.scheduler(optimizer),
             warmup_epochs=schedule.warmup_epochs,
             loss=ClusterLoss(
-                target=targets_by_name[adversarial_target],
+                target=_target(adversarial_target, adversarial_margin),
                 weight=adversarial_weight,
                 floor=adversarial_floor,
                 cross_entropy_weight=cross_entropy_weight,
                 temperature=temperature,
             ),
-            relabel=relabels[relabel],
+            relabel=_relabel(relabel, grading_power),
             ramp_epochs=ramp_epochs,
             refresh_every=refresh_every,
             options=TrainingOptions(

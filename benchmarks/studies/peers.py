@@ -22,7 +22,7 @@ import torch
 import typer
 from clusterguard import PGD, ClusterGuard, WorstCaseSuite, evaluate
 from clusterguard._support import write_atomically
-from clusterguard.attacks import Attack, Towards, from_art, from_autoattack, from_foolbox, from_torchattacks
+from clusterguard.attacks import Attack, Towards, from_art, from_autoattack, from_foolbox, from_torchattacks, get_norm
 from clusterguard.cli import digit_network
 from clusterguard.detection import Rate, is_broken
 from clusterguard.samples import load_digits
@@ -121,7 +121,7 @@ def build(peer: Peer, norm: str, references: Towards) -> Attack:
 def build_all(norm: str, references: Towards) -> dict[str, Attack]:
     """Our suite, our PGD and all peers of a norm, by name."""
     eps = RADII[norm]
-    step_size = {"l1": eps, "l0": 784.0}.get(norm, eps / 10)
+    step_size = get_norm(norm).step_size(eps, (1, 28, 28), share=0.1)
     attacks: dict[str, Attack] = {
         SUITE: WorstCaseSuite(norm, eps=eps, references=(references.images, references.labels)),
         PLAIN: PGD(norm=norm, eps=eps, step_size=step_size, steps=100),

@@ -49,7 +49,7 @@ from clusterguard.attacks._pgd import (
     SteepestDescent,
     SteppedAttack,
 )
-from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square
+from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square, random_search
 from clusterguard.attacks._representation import (
     RepelThenMinimise,
     RepresentationMatching,
@@ -144,6 +144,7 @@ __all__ = [
     "margin",
     "output_diversified",
     "ramp",
+    "random_search",
     "random_targets",
     "scale",
     "suspicion",

@@ -6,7 +6,7 @@ from typing import final
 
 import torch
 from clusterguard.attacks._descent import ObjectiveValues, Problem, Rule
-from clusterguard.attacks._norms import L0, L1
+from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective
 from clusterguard.attacks._pgd import IteratedAttack
 from clusterguard.attacks._starts import Start, get_start
@@ -96,9 +96,7 @@ class HalvingSteps(_FromTheBest):
     """
 
     def __init__(self, problem: Problem, start: Tensor, *, steps: int) -> None:
-        # For l0 the direction is dense, of length 1 over all coordinates: this moves them twice the box on average.
-        whole = 2 * start.shape[1:].numel()
-        super().__init__(problem, start, first_step=whole if isinstance(problem.norm, L0) else 2 * problem.eps)
+        super().__init__(problem, start, first_step=2 * problem.norm.longest_step(problem.eps, start.shape[1:]))
         self._checkpoints = (0, *checkpoints(steps))
         self._checked = 0
         self._previous = start
@@ -207,7 +205,7 @@ class APGD(IteratedAttack):
     large_radii: bool = True
 
     def _rule(self, problem: Problem, start: Tensor) -> Rule:
-        if isinstance(problem.norm, L1):
+        if problem.norm.takes_sparsity:
             return SparseSteps(problem, start, steps=self.steps)
         return HalvingSteps(problem, start, steps=self.steps)
 
@@ -220,7 +218,7 @@ class APGD(IteratedAttack):
         generator: Generator | None,
     ) -> Tensor:
         leg = self.steps * 3 // 10
-        if self.norm != "l1" or not self.large_radii or not leg:
+        if not get_norm(self.norm).takes_sparsity or not self.large_radii or not leg:
             return super()._perturb(detector, images, labels, targets, generator)
 
         def shifted(step: int, margins: Tensor) -> None:

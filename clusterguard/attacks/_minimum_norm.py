@@ -6,13 +6,11 @@ from typing import final
 
 import torch
 from clusterguard.attacks._descent import Gradient, ObjectiveValues, Problem, Rule, backpropagate
-from clusterguard.attacks._norms import L0, get_norm
+from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective
 from clusterguard.attacks._pgd import IteratedAttack
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
-
-_DUAL = {"linf": "l1", "l2": "l2", "l1": "linf", "l0": "linf"}
 
 
 @final
@@ -84,9 +82,9 @@ class _Walk:
         size = problem.norm.size(iterates - problem.images)
         success = evaluation.margin <= 0
         self.nearest = torch.where(success, torch.minimum(size, self.nearest), self.nearest)
-        slope = get_norm(_DUAL[self.attack.norm]).size(evaluation.gradient)
+        slope = get_norm(problem.norm.dual).size(evaluation.gradient)
         rate = 0.001 + (self.attack.adjustment - 0.001) * self._decay
-        one = 1.0 if isinstance(problem.norm, L0) else 0.0  # pixels come whole
+        one = problem.norm.grain
         grown = torch.maximum(self.radii * (1 + rate), self.radii + one)
         # Were the margin linear, it would be 0 there; a little beyond, for rounding must not leave it above 0 for ever.
         missing = (evaluation.margin.abs() / slope.clamp_min(1e-12)).clamp_max(1e6)

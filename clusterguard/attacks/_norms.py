@@ -14,7 +14,7 @@ its batch.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from clusterguard._support import check_tensor
@@ -187,11 +187,49 @@ def _sort_l1(reach: Tensor, beyond: Tensor, radius: Tensor) -> Tensor:
 class Norm(ABC):
     """A norm of perturbations; its balls lie around images and are cut by the box [0, 1].
 
+    Whatever attacks do differently from norm to norm, they ask the norm.
+
+    Attributes:
+        name: by which attacks name it.
+        dual: name of the norm in which a gradient says how fast a function can rise.
+        grain: smallest difference between two radii; 0 where radii are continuous.
+        is_sparse: whether good perturbations change few coordinates, each as far as it may go.
+        takes_sparsity: whether `direction` changes as many coordinates as it is told to.
+
     Example:
         >>> images, candidates = torch.full((1, 1, 1, 2), 0.9), torch.tensor([[[[0.2, 1.2]]]])
         >>> get_norm("linf").project(images, candidates, eps=0.5)
         tensor([[[[0.4000, 1.0000]]]])
     """
+
+    name: ClassVar[str]
+    dual: ClassVar[str]
+    grain: ClassVar[float] = 0.0
+    is_sparse: ClassVar[bool] = False
+    takes_sparsity: ClassVar[bool] = False
+
+    def round_radius(self, eps: float) -> float:
+        """A radius that the norm can have, `eps` or a little less: at least one grain."""
+        return max(self.grain, eps // self.grain * self.grain) if self.grain else eps
+
+    def longest_step(self, eps: float | Tensor, shape: Sequence[int]) -> float | Tensor:
+        """The length beyond which a step gains nothing.
+
+        Args:
+            eps: radius, one number or (B,).
+            shape: (C, H, W) of the images.
+        """
+        return eps
+
+    def step_size(self, eps: float, shape: Sequence[int], *, share: float) -> float | Tensor:
+        """A length for steps of equal length.
+
+        Args:
+            eps: radius.
+            shape: (C, H, W) of the images.
+            share: of the radius; sparse norms take the longest step instead.
+        """
+        return self.longest_step(eps, shape) if self.is_sparse else share * eps
 
     @abstractmethod
     def size(self, perturbations: Tensor) -> Tensor:
@@ -272,6 +310,8 @@ class Norm(ABC):
 class LInf(Norm):
     """The largest change of a coordinate."""
 
+    name, dual = "linf", "l1"
+
     def size(self, perturbations: Tensor) -> Tensor:
         """Largest absolute value: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).abs().amax(dim=1)
@@ -311,6 +351,8 @@ class L2(Norm):
         tensor([[[[0.9899, 1.0000]]]])
     """
 
+    name = dual = "l2"
+
     def size(self, perturbations: Tensor) -> Tensor:
         """Root of the sum of squares: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).square().sum(dim=1).sqrt()
@@ -345,6 +387,9 @@ class L1(Norm):
         tensor([[[[ 0.5000, -0.5000,  0.0000]]]])
     """
 
+    name, dual = "l1", "linf"
+    is_sparse = takes_sparsity = True
+
     def size(self, perturbations: Tensor) -> Tensor:
         """Sum of absolute values: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).abs().sum(dim=1)
@@ -373,6 +418,14 @@ class L1(Norm):
 class L0(Norm):
     """The number of pixels changed; a pixel counts once, however many of its channels change."""
 
+    name, dual = "l0", "linf"
+    grain = 1.0
+    is_sparse = True
+
+    def longest_step(self, eps: float | Tensor, shape: Sequence[int]) -> float | Tensor:
+        """C·H·W: the direction is dense, of length 1 over all coordinates, and this moves them across the box."""
+        return float(math.prod(shape))
+
     def size(self, perturbations: Tensor) -> Tensor:
         """Pixels with a channel other than 0: (B, C, H, W) -> (B,), in the input's dtype."""
         return (perturbations != 0).any(dim=1).flatten(1).sum(dim=1, dtype=perturbations.dtype)
@@ -398,7 +451,7 @@ class L0(Norm):
         return reach * _largest(gain.flatten(1), radii.flatten(1)).reshape(reach[:, :1].shape)
 
 
-_NORMS: dict[str, Norm] = {"linf": LInf(), "l2": L2(), "l1": L1(), "l0": L0()}
+_NORMS: dict[str, Norm] = {norm.name: norm for norm in (LInf(), L2(), L1(), L0())}
 
 
 def get_norm(name: str) -> Norm:

@@ -18,7 +18,7 @@ from clusterguard.attacks._descent import (
     backpropagate,
     descend,
 )
-from clusterguard.attacks._norms import L1, dense_l1_direction, get_norm
+from clusterguard.attacks._norms import dense_l1_direction, get_norm
 from clusterguard.attacks._objectives import Objective, get_objective
 from clusterguard.attacks._starts import Start, get_start
 from clusterguard.detection import Detector
@@ -115,7 +115,7 @@ class SteepestDescent:
         gradient = evaluation.gradient
         if self.momentum is not None:
             gradient = self._sum = self.momentum * self._sum + dense_l1_direction(gradient)
-        if isinstance(problem.norm, L1) and self.sparsity is None:
+        if problem.norm.takes_sparsity and self.sparsity is None:
             direction = dense_l1_direction(gradient)
         else:
             coordinates = max(1, round((self.sparsity or 0) * gradient[0].numel()))

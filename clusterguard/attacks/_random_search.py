@@ -274,6 +274,20 @@ class Draws:
         return chosen.reshape(among.shape)
 
 
+def random_search(norm: str, *, eps: float, queries: int, batch_size: int | None = None) -> RandomSearch:
+    """The random search that fits a norm: over pixels where radii count them, else over squares.
+
+    Args:
+        norm: "linf", "l2", "l1" or "l0".
+        eps: radius.
+        queries: an image.
+        batch_size: as in `BuiltInAttack`.
+    """
+    if get_norm(norm).grain:
+        return SparseRS(eps=int(eps), queries=queries, batch_size=batch_size)
+    return Square(norm=norm, eps=eps, queries=queries, batch_size=batch_size)
+
+
 def _ask(problem: Problem, images: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and success margin of each image, from one query."""
     evidence, thresholds = problem.detector.evidence(images), problem.detector.thresholds

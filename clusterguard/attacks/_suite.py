@@ -17,7 +17,7 @@ from clusterguard.attacks._minimum_norm import FastMinimumNorm
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._pgd import MIM, PGD
-from clusterguard.attacks._random_search import SparseRS, Square
+from clusterguard.attacks._random_search import Square, random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching, has_representation
 from clusterguard.attacks._starts import Start, Towards
 from clusterguard.attacks._wrapping import MultiTarget, Transfer
@@ -213,10 +213,8 @@ class WorstCaseSuite(BuiltInAttack):
             references: accepted benign images.
         """
         effort = EFFORTS[self.budget]
-        # Sparse norms change few coordinates at a time, each as far as it may go.
-        coordinates = float(references.images.shape[1:].numel())
-        step = {"l1": self.eps, "l0": coordinates}.get(self.norm, 2 * self.eps / max(10, effort.steps // 5))
-        step = step or 1.0  # eps = 0
+        norm, share = get_norm(self.norm), 2 / max(10, effort.steps // 5)
+        step = norm.step_size(self.eps, references.images.shape[1:], share=share) or 1.0  # eps = 0
 
         def apgd(start: str | Start, objective: str = "margin", steps: int = effort.steps) -> APGD:
             return APGD(
@@ -249,7 +247,7 @@ class WorstCaseSuite(BuiltInAttack):
                     attack=FastMinimumNorm(step_size=length, steps=3 * effort.steps, stop_early=True, **options),
                     max_targets=effort.targets,
                 )
-                for length in ((10.0, 1.0) if self.norm == "l0" else (1.0, 0.3))
+                for length in ((10.0, 1.0) if norm.grain else (1.0, 0.3))
             },
         }
         if self.norm == "l2":
@@ -265,10 +263,8 @@ class WorstCaseSuite(BuiltInAttack):
             stages["orthogonal PGD"] = OrthogonalPGD(strategy="orthogonal", **iterated)
         for index, surrogate in enumerate(self.surrogates):
             stages[f"transfer {index + 1}"] = Transfer(surrogate=surrogate, attack=apgd("image"))
-        if self.norm == "l0":
-            stages["Sparse-RS"] = SparseRS(eps=int(self.eps), queries=effort.queries, batch_size=self.batch_size)
-        else:
-            stages["Square"] = Square(queries=effort.queries, **options)
+        search = random_search(queries=effort.queries, **options)
+        stages["Square" if isinstance(search, Square) else "Sparse-RS"] = search
         if self.budget == "thorough" and self.norm in ("linf", "l2"):
             stages["boundary"] = Boundary(queries=effort.queries, references=references, stop_early=True, **options)
         return stages

@@ -12,8 +12,6 @@ from clusterguard.attacks import (
     MultiTarget,
     ObjectiveValues,
     Problem,
-    SparseRS,
-    Square,
     Start,
     SteepestDescent,
     Towards,
@@ -22,6 +20,7 @@ from clusterguard.attacks import (
     descend,
     get_norm,
     get_objective,
+    random_search,
 )
 from clusterguard.detection import Detection, Detector, Rate, decide, is_broken, is_eligible
 from torch import Generator, Tensor
@@ -118,7 +117,7 @@ def examine(
             return is_broken(decide(detector.evidence(attacked), detector.thresholds), truth)
 
     def pgd(radius: float, start: Start | str) -> PGD:
-        step = radius if norm == "l0" else radius / 10
+        step = get_norm(norm).step_size(radius, images.shape[1:], share=0.1)
         options: dict[str, Any] = {"steps": _STEPS, "start": start, "objective": "margin", "stop_early": True}
         return PGD(norm=norm, eps=radius, step_size=step, **options)
 
@@ -133,12 +132,12 @@ def examine(
     late = best[-1 - _STEPS // 10] - best[-1]
     ever = best[-1] <= 0
     white = ever | broken(pgd(eps, references)) | broken(MultiTarget(attack=pgd(eps, references), max_targets=5))
-    black = broken(SparseRS(eps=int(eps), queries=200) if norm == "l0" else Square(norm=norm, eps=eps, queries=200))
+    black = broken(random_search(norm, eps=eps, queries=200))
 
     whole = float(get_norm(norm).size(torch.ones_like(images[:1]))[0])
-    smaller = [eps / 4, eps / 2, eps * 3 / 4]
+    smaller = [get_norm(norm).round_radius(radius) for radius in (eps / 4, eps / 2, eps * 3 / 4)]
     curve, so_far = [], torch.zeros_like(white)
-    for radius in [*([max(1.0, radius // 1) for radius in smaller] if norm == "l0" else smaller), None, whole]:
+    for radius in [*smaller, None, whole]:
         hits = [white, black] if radius is None else [broken(pgd(radius, at)) for at in ("image", references)]
         so_far = so_far | hits[0] | hits[1]
         curve.append((eps if radius is None else radius, _rate(so_far)))

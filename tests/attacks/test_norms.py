@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from clusterguard.attacks import Norm, dense_l1_direction, get_norm
@@ -176,3 +178,27 @@ def test_the_gpu_agrees(name):
     torch.testing.assert_close(on_gpu.cpu(), norm.project(images, candidates, eps), rtol=0, atol=1e-5)
     assert_inside(norm, images.cuda(), on_gpu, eps)
     assert_inside(norm, images.cuda(), norm.random_start(images.cuda(), eps), eps)
+
+
+@each_norm
+def test_no_change_of_that_size_raises_a_linear_function_by_more_than_its_dual_norm(name):
+    norm, gradient = get_norm(name), torch.randn(8, 3, 4, 4)
+    changes = torch.randn(8, 3, 4, 4).clamp(-1, 1) * (torch.rand(8, 3, 4, 4) < 0.3)
+    rise = (gradient * changes).flatten(1).sum(dim=1)
+    # For l0 the bound holds a channel at a time: three in a pixel.
+    bound = get_norm(norm.dual).size(gradient) * norm.size(changes) * (3 if norm.grain else 1)
+    assert (rise <= bound * (1 + 1e-5)).all()
+
+
+@each_norm
+@given(st.floats(0.01, 500))
+def test_a_rounded_radius_is_one_that_the_norm_can_have(name, eps):
+    norm = get_norm(name)
+    rounded = norm.round_radius(eps)
+    assert rounded == eps if not norm.grain else rounded == max(1, math.floor(eps))
+
+
+@each_norm
+def test_steps_of_equal_length_are_a_share_of_the_radius_unless_the_norm_is_sparse(name):
+    lengths = {"linf": 0.05, "l2": 0.05, "l1": 0.5, "l0": 3 * 4 * 5}
+    assert get_norm(name).step_size(0.5, (3, 4, 5), share=0.1) == pytest.approx(lengths[name])
