@@ -27,6 +27,7 @@ from clusterguard._support._copying import (
 from clusterguard._support._files import check_place, read_archive, write_atomically
 from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
 from clusterguard._support._processes import OneProcess, collect, share
+from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
 from clusterguard_torchvision import declare_missing_operators
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "CompiledCall",
     "CopiedValues",
     "OneProcess",
+    "Progress",
     "call",
     "check_calibrated",
     "check_detector",
@@ -51,12 +53,16 @@ __all__ = [
     "collect",
     "copy_backbone",
     "copy_module",
+    "digest_of",
     "evaluation_mode",
     "in_range",
     "is_unicode",
     "names_in_eval_mode",
+    "previous",
     "read_archive",
+    "read_progress",
     "refuse_unusable",
+    "save_progress",
     "settle_weights",
     "share",
     "shorten",

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and archives that are read whole or not at all."""
 
+import os
 import tempfile
 import warnings
 import zipfile
@@ -38,6 +39,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         permissions = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(permissions)  # safetensors' files can be read by their owner alone
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # or a crash of the machine could leave an empty file under the new name
         temporary.replace(path)
     return path
 
@@ -85,7 +88,11 @@ def read_archive(path: str | Path, *keys: str, device: torch.device | str = "cpu
         >>> folder.cleanup()
     """
     try:
+        if not Path(path).is_file():
+            raise PersistenceError(f"{path} is no ordinary file")  # a device or a pipe would be read without an end
         with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise PersistenceError(f"{path} was not written by torch.save: its parts are compressed")
             damaged = archive.testzip()  # torch itself does not look at checksums
         if damaged is not None:
             raise PersistenceError(f"{path} is damaged: its part {damaged!r} has another checksum")

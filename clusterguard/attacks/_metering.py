@@ -1,6 +1,6 @@
 """What an attack costs: images judged, and images differentiated, counted at the detector."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clusterguard.attacks._representation import find_representation, has_representation
 from clusterguard.detection import Detector, Evidence
@@ -17,6 +17,10 @@ class Cost(NamedTuple):
 
     forward: int = 0
     backward: int = 0
+
+    def __add__(self, other: tuple[Any, ...]) -> "Cost":
+        """Both costs together."""
+        return Cost(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 class Metered(nn.Module):

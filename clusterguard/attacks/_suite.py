@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
 
 import torch
-from clusterguard._support import evaluation_mode, read_archive, write_atomically
+from clusterguard._support import evaluation_mode, read_progress, save_progress
 from clusterguard.attacks._auto_pgd import APGD
 from clusterguard.attacks._base import Attack, BuiltInAttack, check_attack_input, check_budget, check_radius
 from clusterguard.attacks._boundary import Boundary
 from clusterguard.attacks._carlini_wagner import CarliniWagner
-from clusterguard.attacks._metering import Metered
+from clusterguard.attacks._metering import Cost, Metered
 from clusterguard.attacks._minimum_norm import FastMinimumNorm
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._orthogonal import OrthogonalPGD
@@ -26,7 +25,8 @@ from clusterguard.errors import ConfigurationError, PersistenceError, in_one_lin
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-_KEYS = ("suite", "clean_margins", "best", "margins", "records", "generator")
+_KIND = "suite"
+_KEYS = {"suite", "clean_margins", "best", "margins", "records", "generator", "cost", "runs"}
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,14 @@ class SuiteResult(NamedTuple):
     Attributes:
         images: (B, C, H, W), each image's attacked version with the smallest success margin.
         stages: one record per stage, in order.
+        cost: what all of it took, earlier runs that this one went on from included.
+        runs: how many runs that were.
     """
 
     images: Tensor
     stages: tuple[StageRecord, ...]
+    cost: Cost
+    runs: int
 
 
 @dataclass
@@ -70,6 +74,8 @@ class SuiteState:
         best: (B, C, H, W) strongest images so far.
         margins: (B,) their success margins.
         records: of the stages that are done.
+        spent: what earlier runs took.
+        runs: how many runs there have been, this one included.
     """
 
     suite: str
@@ -77,9 +83,11 @@ class SuiteState:
     best: Tensor
     margins: Tensor
     records: list[StageRecord]
+    spent: Cost = field(default_factory=Cost)
+    runs: int = 1
 
-    def save(self, path: str | Path, generator: Generator | None) -> None:
-        """Write the state, whole or not at all."""
+    def save(self, path: str | Path, generator: Generator | None, cost: Cost) -> None:
+        """Write the state, whole or not at all; `cost` is that of this run so far."""
         state = {
             "suite": self.suite,
             "clean_margins": self.clean_margins,
@@ -87,8 +95,10 @@ class SuiteState:
             "margins": self.margins,
             "records": [asdict(record) for record in self.records],
             "generator": None if generator is None else generator.get_state(),
+            "cost": list(self.spent + cost),
+            "runs": self.runs,
         }
-        write_atomically(path, partial(torch.save, state))
+        save_progress(path, _KIND, state)
 
     def load(self, path: str | Path, generator: Generator | None) -> None:
         """Take over a state that `save` wrote for the same suite, detector, images and labels.
@@ -98,11 +108,11 @@ class SuiteState:
             PersistenceError: it is damaged, or no state of a suite.
         """
         again = f"delete {path} to begin the suite anew, or choose another checkpoint"
-        try:
-            state = read_archive(path, *_KEYS, device=self.best.device)
-        except PersistenceError as error:
-            raise PersistenceError(f"{error}; {again}") from error
-        if not _is_state(state):
+        progress = read_progress(path, _KIND, hint=again, device=self.best.device)
+        if progress is None:
+            return
+        state = progress.state
+        if set(state) != _KEYS or not _is_state(state):
             raise PersistenceError(f"{path} holds no state of a suite; {again}")
         clean = state["clean_margins"]
         if state["suite"] != self.suite or state["best"].shape != self.best.shape:
@@ -120,6 +130,7 @@ class SuiteState:
                 ) from error
         self.best, self.margins = state["best"], state["margins"]
         self.records = [StageRecord(**record) for record in state["records"]]
+        self.spent, self.runs = Cost(*state["cost"]), state["runs"] + 1
 
 
 def _is_state(state: dict[str, Any]) -> bool:
@@ -134,6 +145,8 @@ def _is_state(state: dict[str, Any]) -> bool:
     kinds = {"name": str, "attacked": int, "broken": int, "forward": int, "backward": int}
     return (
         isinstance(state["suite"], str)
+        and isinstance(state["cost"], list)
+        and [type(count) for count in (*state["cost"], state["runs"])] == [int, int, int]
         and (generator is None or isinstance(generator, Tensor))
         and isinstance(state["records"], list)
         and all(
@@ -304,12 +317,13 @@ class WorstCaseSuite(BuiltInAttack):
         """
         check_attack_input(detector, images, labels, targets)
         check_radius(self, images)
+        metered = Metered(detector)
         with torch.inference_mode(False), evaluation_mode(detector):
             images, labels = images.detach().clone(), labels.long().clone()
             targets = None if targets is None else targets.long().clone()
             benign = (images, labels) if self.references is None else self.references
-            stages = self.stages(detector, Towards.accepted(detector, *benign, batch_size=self.batch_size or 500))
-            state = self._begin(detector, images, labels, targets, checkpoint, generator)
+            stages = self.stages(detector, Towards.accepted(metered, *benign, batch_size=self.batch_size or 500))
+            state = self._begin(metered, images, labels, targets, checkpoint, generator)
             bar = tqdm(stages.items(), desc=f"{self.norm} {self.eps:g}", disable=not progress, leave=False)
             for name, attack in bar:
                 rows = (state.margins > 0).nonzero().squeeze(1)
@@ -317,14 +331,14 @@ class WorstCaseSuite(BuiltInAttack):
                     break
                 if any(record.name == name for record in state.records):
                     continue
-                record = self._run_stage(name, attack, state, rows, detector, images, labels, targets, generator)
+                record = self._run_stage(name, attack, state, rows, metered, images, labels, targets, generator)
                 state.records.append(record)
                 bar.set_postfix(broken=int((state.margins <= 0).sum()))
                 if checkpoint is not None:
-                    state.save(checkpoint, generator)
+                    state.save(checkpoint, generator, metered.cost)
                 if on_stage is not None:
                     on_stage(record)
-        return SuiteResult(state.best, tuple(state.records))
+        return SuiteResult(state.best, tuple(state.records), state.spent + metered.cost, state.runs)
 
     def __call__(
         self,
@@ -396,6 +410,6 @@ class WorstCaseSuite(BuiltInAttack):
     ) -> "SuiteState":
         clean = self._margins(detector, images, labels, targets)
         state = SuiteState(repr(self), clean, images.clone(), clean.clone(), [])
-        if checkpoint is not None and Path(checkpoint).exists():
+        if checkpoint is not None:
             state.load(checkpoint, generator)
         return state

@@ -13,7 +13,7 @@ from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, 
 from clusterguard.detectors._folders import describe_backbone, find_folder, load_guard, save_guard
 from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._model_card import Measured
-from clusterguard.errors import ConfigurationError, PersistenceError
+from clusterguard.errors import ConfigurationError
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
@@ -283,5 +283,5 @@ def _head_options(options: Mapping[str, Any], head: Head | None) -> dict[str, An
     if head is not None and type(head).__qualname__ == name:
         return {"head": head}
     if head is not None or name != GaussianClusters.__qualname__:
-        raise PersistenceError(f"this guard was saved with the head {name}; pass one as it was made with as head=")
+        raise ConfigurationError(f"this guard was saved with the head {name}; pass one as it was made with as head=")
     return {"representation_dim": options["representation_dim"], "center_scale": options["center_scale"]}

@@ -24,12 +24,14 @@ class Attacked(NamedTuple):
     Attributes:
         images: (B, C, H, W) each, in the batches they came in.
         stages: of a suite.
-        cost: of all batches together.
+        cost: of all batches together, in all runs that a suite went on from.
+        runs: how many runs that were.
     """
 
     images: list[Tensor]
     stages: tuple[StageRecord, ...]
     cost: Cost
+    runs: int = 1
 
 
 def attack_batches(
@@ -61,9 +63,10 @@ def attack_batches(
     if accelerator is None and isinstance(attack, WorstCaseSuite):
         images, labels = _join(batches)
         result = attack.run(
-            metered, images, labels, generator=generator, checkpoint=checkpoint, progress=bool(progress)
+            detector, images, labels, generator=generator, checkpoint=checkpoint, progress=bool(progress)
         )
-        return Attacked(list(result.images.split([len(own) for _, own in batches])), result.stages, metered.cost)
+        parts = list(result.images.split([len(labels) for _, labels in batches]))
+        return Attacked(parts, result.stages, result.cost, result.runs)
     bar = tqdm(batches, desc=progress, disable=not progress, leave=False)
     if accelerator is None:
         attacked = [attack(metered, images, labels, generator=generator) for images, labels in bar]
@@ -72,17 +75,18 @@ def attack_batches(
     if isinstance(attack, WorstCaseSuite) and attack.references is None:
         attack = replace(attack, references=_join(batches))
     seed = None if generator is None else _draw_seed(generator)
-    own: dict[int, tuple[Tensor, tuple[StageRecord, ...]]] = {}
+    own: dict[int, Attacked] = {}
     for position, batch in share(bar, accelerator):
         seeded = None if seed is None else Generator(batch[0].device).manual_seed(seed + position)
         file = None if checkpoint is None else checkpoint.with_stem(f"{checkpoint.stem}-{position}")
-        found = attack_batches(attack, metered, [batch], generator=seeded, checkpoint=file)
-        own[position] = found.images[0].cpu(), found.stages
-    parts, costs = collect(own, accelerator), collect({accelerator.process_index: metered.cost}, accelerator)
+        done = attack_batches(attack, detector, [batch], generator=seeded, checkpoint=file)
+        own[position] = done._replace(images=[done.images[0].cpu()])
+    parts = collect(own, accelerator)
     return Attacked(
-        [images.to(batches[0][0].device) for images, _ in parts],
-        _add_up([record for _, records in parts for record in records]),
-        Cost(sum(cost.forward for cost in costs), sum(cost.backward for cost in costs)),
+        [part.images[0].to(batches[0][0].device) for part in parts],
+        _add_up([record for part in parts for record in part.stages]),
+        sum((part.cost for part in parts), Cost()),
+        max(part.runs for part in parts),
     )
 
 

@@ -156,7 +156,8 @@ def _attack(
 ) -> tuple[AttackResult, Tensor]:
     """Run one attack, with the options of `attack_batches`: what it achieves, and its images (B, C, H, W)."""
     started = time.perf_counter()
-    attacked, stages, cost = attack_batches(attack, detector, batches, **options)
+    done = attack_batches(attack, detector, batches, **options)
+    attacked = done.images
     seconds = time.perf_counter() - started
     valid = torch.cat([_is_valid(attack, old, new) for (old, _), new in zip(batches, attacked, strict=True)])
     verdict, labels = _judge_attacked(detector, attacked, valid), clean[1]
@@ -168,9 +169,10 @@ def _attack(
         success=attack_success_rate(clean[0], verdict, labels),
         expected_roc_auc=expected_roc_auc(*benign, verdict, labels, len(detector.thresholds)),
         invalid=int((~valid).sum()),
-        cost=cost,
+        cost=done.cost,
         seconds=seconds,
-        stages=stages,
+        runs=done.runs,
+        stages=done.stages,
         verdict=verdict,
     )
     return result, torch.cat(attacked)

@@ -57,6 +57,7 @@ def to_html(evaluation: Evaluation, path: str | Path) -> Path:
         ),
         "<p>ASR: of the images labelled correctly and accepted before the attack, the share accepted under a wrong "
         "label after it. EROC: ROC AUC of each label's suspicion, weighted by how many attacked images got it.</p>",
+        *(f"<p>{html.escape(text)}</p>" for text in evaluation.resumed_lines()),
         "<h2>Sanity</h2>",
         *_html_sanity(evaluation),
     ]

@@ -58,8 +58,9 @@ class AttackResult:
         success: ASR, over the images labelled correctly and accepted before the attack.
         expected_roc_auc: EROC.
         invalid: attacked images that left the box or the attack's own budget and so did not count.
-        cost: images judged and gradients taken, all images together.
-        seconds: wall time.
+        cost: images judged and gradients taken, all images together and in all runs.
+        seconds: wall time of the last run.
+        runs: how many runs there were; more than one if a suite went on from an interrupted one.
         stages: of a suite, what each stage broke and cost.
         verdict: on the n attacked images; not part of the JSON.
     """
@@ -73,6 +74,7 @@ class AttackResult:
     invalid: int
     cost: Cost
     seconds: float
+    runs: int
     stages: tuple[StageRecord, ...]
     verdict: Detection = field(repr=False, metadata={"json": False})
 
@@ -166,6 +168,7 @@ class Evaluation:
             lines += [f"| worst of {norm}, per image | {rate} | | | |" for norm, rate in self.worst_by_norm.items()]
         lines.append(f"| worst case per image | {self.worst_case} | {show_number(self.eroc)} | | |")
         lines += [f"| {name} | {rate} | | | |" for name, rate in self.proved]
+        lines += [line for text in self.resumed_lines() for line in ("", text)]
         for result in self.results:
             if result.stages:
                 lines += ["", f"Stages of {result.name}, each on the survivors of those before it:", ""]
@@ -175,6 +178,14 @@ class Evaluation:
                     for stage in result.stages
                 ]
         return "\n".join(lines + self.sanity_lines())
+
+    def resumed_lines(self) -> list[str]:
+        """A sentence for each suite that went on from an interrupted run."""
+        return [
+            f"{result.name} took {result.runs} runs, each going on from the one before; its effort is of all of them."
+            for result in self.results
+            if result.runs > 1
+        ]
 
     def sanity_lines(self) -> list[str]:
         """What the sanity probe measured, and its warnings, as lines of text; empty without a probe."""

@@ -2,17 +2,17 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from clusterguard._support import read_archive, write_atomically
+from clusterguard._support import read_progress, save_progress
 from clusterguard.errors import PersistenceError, in_one_line
 from torch import Tensor
+
+_KIND = "training"
 
 
 @dataclass(frozen=True)
@@ -104,23 +104,8 @@ def save_checkpoint(path: str | Path, *, parts: Mapping[str, Stateful | None], v
     Raises:
         PersistenceError: it cannot be written, because the disk is full, say.
     """
-    state = {
-        "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
-        "values": dict(values),
-    }
-
-    def write(temporary: Path) -> None:
-        torch.save(state, temporary)
-        if Path(path).exists():
-            Path(path).replace(previous(path))  # killed here, a run goes on from the previous one
-
-    try:
-        write_atomically(path, write)
-    except (OSError, RuntimeError) as error:  # torch's own of a disk that is full
-        raise PersistenceError(
-            f"{path} could not be written ({in_one_line(error)}); make room, or choose another place, and call fit "
-            "again: it goes on from the last checkpoint"
-        ) from error
+    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    save_progress(path, _KIND, {"parts": states, "values": dict(values)})
 
 
 @dataclass(frozen=True)
@@ -185,33 +170,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint | None:
     Warns:
         UserWarning: the last file is damaged, and the one before it is used.
     """
-    files = [file for file in (Path(path), previous(path)) if file.exists()]
-    faults = []
-    for file in files:
-        try:
-            state = read_archive(file, "parts", "values")
-            _check_names(file, state)
-        except PersistenceError as error:
-            faults.append(str(error))
-            continue
-        if file != files[0]:
-            warnings.warn(
-                f"{files[0]} is damaged; going on from the checkpoint before it, {file} ({faults[0]})", stacklevel=2
-            )
-        return Checkpoint(file, state["parts"], state["values"])
-    if files:
-        raise PersistenceError(
-            f"{path} is damaged, and there is no whole checkpoint before it; delete it to start anew ({faults[0]})"
-        )
-    return None
-
-
-def previous(path: str | Path) -> Path:
-    """Where the checkpoint before the last is kept."""
-    return Path(path).with_name(Path(path).name + ".previous")
-
-
-def _check_names(file: Path, state: Mapping[str, Any]) -> None:
-    for key in ("parts", "values"):
-        if not isinstance(state[key], dict) or not all(isinstance(name, str) for name in state[key]):
-            raise PersistenceError(f"{file} holds something else than a checkpoint")
+    progress = read_progress(path, _KIND, hint="delete it to start anew, or choose another checkpoint")
+    if progress is None:
+        return None
+    states, values = (progress.state.get(key) for key in ("parts", "values"))
+    if not isinstance(states, dict) or not isinstance(values, dict):
+        raise PersistenceError(f"{progress.file} holds something else than a checkpoint; choose another file")
+    return Checkpoint(progress.file, states, values)

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clusterguard import PGD, WorstCaseSuite, decide
-from clusterguard.attacks import Metered, Towards, get_norm
+from clusterguard import PGD, WorstCaseSuite, decide, evaluate
+from clusterguard.attacks import Cost, Metered, Towards, get_norm
 from clusterguard.detection import is_broken
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
@@ -72,6 +72,23 @@ def test_an_interrupted_run_goes_on_where_it_was(small_guard, cases, tmp_path, l
     assert torch.equal(resumed.images, whole.images)
     assert resumed.stages == whole.stages
     assert tuple(seen + rest) == whole.stages
+    assert (whole.runs, resumed.runs) == (1, 2)
+    again = Cost(2 * len(images))  # the second run judges clean images and references anew
+    assert whole.cost + again == resumed.cost
+    assert whole.cost.backward == sum(stage.backward for stage in whole.stages)
+
+
+def test_a_report_tells_the_effort_of_all_runs(small_guard, cases, tmp_path, light_suites):
+    loader = [cases]
+    attack = {"suite": WorstCaseSuite("linf", eps=0.05, budget="quick", batch_size=7)}
+    first, second = (
+        evaluate(small_guard, attack, loader, sanity_images=0, checkpoint=tmp_path, generator=torch.Generator())
+        for _ in range(2)
+    )
+    assert second.results[0].cost.backward == first.results[0].cost.backward > 0
+    assert second.results[0].cost.forward > first.results[0].cost.forward
+    assert "suite took 2 runs" in second.to_markdown()
+    assert "runs" not in first.to_markdown()
 
 
 def test_a_checkpoint_of_something_else_is_refused(small_guard, cases, tmp_path, light_suites):

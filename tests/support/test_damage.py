@@ -16,12 +16,13 @@ from clusterguard import (
     export_onnx,
     load_onnx,
 )
-from clusterguard.attacks import StageRecord
+from clusterguard._support import save_progress
+from clusterguard.attacks import Cost, StageRecord
 from clusterguard.attacks._suite import SuiteState
 from clusterguard.cli._data import begin_run
 from clusterguard.errors import ClusterGuardError, ConfigurationError, InputError, PersistenceError, in_one_line
 from clusterguard.training._checkpoints import read_checkpoint, save_checkpoint
-from damaging import archive, assert_refused_or_read
+from damaging import assert_refused_or_read
 from exporting import flat_guard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +44,7 @@ def suite_state():
 
 def test_a_suite_state(tmp_path):
     file, generator = tmp_path / "suite.pt", torch.Generator()
-    suite_state().save(file, generator)
+    suite_state().save(file, generator, Cost(20, 10))
     assert_refused_or_read(file, lambda: suite_state().load(file, generator))
 
 
@@ -54,6 +55,8 @@ GOOD = {
     "margins": torch.tensor([0.1, 0.2]),
     "records": [{"name": "first", "attacked": 2, "broken": 0, "forward": 1, "backward": 1}],
     "generator": None,
+    "cost": [20, 10],
+    "runs": 1,
 }
 
 
@@ -79,12 +82,16 @@ GOOD = {
         {"generator": "state"},
         {"generator": torch.zeros(3, dtype=torch.uint8)},
         {"generator": torch.zeros(5056)},
+        {"cost": [20]},
+        {"cost": [20, 1.5]},
+        {"cost": None},
+        {"runs": "one"},
     ],
     ids=str,
 )
 def test_a_suite_state_of_wrong_kinds_changes_nothing(tmp_path, wrong):
     file, state, generator = tmp_path / "suite.pt", suite_state(), torch.Generator().manual_seed(3)
-    file.write_bytes(archive(GOOD | wrong))
+    save_progress(file, "suite", GOOD | wrong)
     before, best, drawn = generator.get_state(), state.best.clone(), list(state.records)
     with pytest.raises((PersistenceError, ConfigurationError), match=r"suite\.pt .*checkpoint") as caught:
         state.load(file, generator)
@@ -98,7 +105,7 @@ def test_a_suite_says_what_to_do_with_a_damaged_state(small_guard, tmp_path):
     images = torch.rand(4, 1, 8, 8)
     (tmp_path / "suite.pt").write_bytes(b"damaged")
     suite = WorstCaseSuite("linf", eps=0.05, budget="quick")
-    with pytest.raises(PersistenceError, match=r"suite\.pt is damaged .*; delete .* to begin the suite anew"):
+    with pytest.raises(PersistenceError, match=r"suite\.pt is damaged.*; delete .* to begin the suite anew"):
         suite.run(small_guard, images, small_guard(images).argmax(1), checkpoint=tmp_path / "suite.pt")
 
 
