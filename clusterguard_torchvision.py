@@ -1,11 +1,12 @@
-"""Lets `import torchvision` (and so `import timm`) work where its compiled operators cannot load.
+"""Makes `import torchvision`, and so `import timm`, work where its compiled operators cannot be loaded.
 
 A torchvision wheel built for CUDA cannot load its extension beside a CPU-only torch. Its import then stops at
 "operator torchvision::nms does not exist", because it registers shape functions for two detection operators
 that the extension would have declared. Classification uses neither, so declaring their schemas is enough.
 
-This is no part of the package, because `import torch` runs `on_torch_import` too, as an entry point of the group
-`torch.backends`: so timm may be imported before clusterguard, and importing torch alone stays as fast as it was.
+`on_torch_import` is an entry point of the group `torch.backends`, so `import torch` runs it. This allows timm to be
+imported before clusterguard. The module lies outside the package, so that importing torch does not import clusterguard
+and stays as fast as before.
 """
 
 import importlib.util
@@ -16,14 +17,14 @@ from pathlib import Path
 import torch
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_library: torch.library.Library | None = None  # declarations live as long as this object
+_library: torch.library.Library | None = None  # the declarations exist as long as this object
 
 
 def declare_missing_operators() -> None:
-    """Declare torchvision's `nms` and `qnms`, and only if its own import would fail for want of them.
+    """Declare torchvision's `nms` and `qnms` if its import would fail without them.
 
-    Does not import torchvision, and does nothing where it has been imported already, is absent, or can load its
-    operators itself.
+    This does not import torchvision. It does nothing if torchvision has been imported already, is not installed, or can
+    load its operators itself.
     """
     global _library
     if _library is not None or "torchvision._meta_registrations" in sys.modules:
@@ -40,7 +41,7 @@ def declare_missing_operators() -> None:
     try:
         if not extensions:
             raise OSError("torchvision has no compiled operators")
-        torch.ops.load_library(str(extensions[0]))  # as torchvision itself will; the second load is free
+        torch.ops.load_library(str(extensions[0]))  # torchvision will load it again, which costs nothing
     except OSError:
         _library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
@@ -48,7 +49,7 @@ def declare_missing_operators() -> None:
 
 
 def on_torch_import() -> None:
-    """Declare the operators beside a torch without CUDA; whatever goes wrong here must not fail `import torch`."""
+    """Declare the operators if torch has no CUDA. No error in here may make `import torch` fail."""
     if torch.version.cuda is None:
         with suppress(Exception):
             declare_missing_operators()

@@ -1,4 +1,4 @@
-"""Every error that clusterguard raises on purpose; each message says what to do next.
+"""Every error that clusterguard raises on purpose. Each message says what to do next.
 
 ```
 ClusterGuardError
@@ -16,7 +16,7 @@ ClusterGuardError
 
 
 class ClusterGuardError(Exception):
-    """Base class: catch this to catch every error that clusterguard raises on purpose."""
+    """Base class of all errors that clusterguard raises on purpose. Catch it to catch them all."""
 
 
 class ConfigurationError(ClusterGuardError, ValueError):
@@ -40,15 +40,15 @@ class TooFewCalibrationExamplesError(ClusterGuardError, ValueError):
 
 
 class TrainingDivergedError(ClusterGuardError, RuntimeError):
-    """The training loss became NaN or infinite; the guard holds the last good weights."""
+    """The training loss became NaN or infinite. The guard holds the last good weights."""
 
 
 class TrainingStoppedError(ClusterGuardError, RuntimeError):
-    """Training was asked to stop and has written its checkpoint; the same call goes on from there."""
+    """Training was asked to stop and has written its checkpoint. The same call continues from it."""
 
 
 class PersistenceError(ClusterGuardError, RuntimeError):
-    """A guard, graph, checkpoint or suite state that is missing, damaged, foreign, too new, or does not fit."""
+    """A guard, graph, checkpoint or suite state that is missing, damaged, foreign or too new, or that does not fit."""
 
 
 class MissingDependencyError(ClusterGuardError, ImportError):
@@ -56,11 +56,11 @@ class MissingDependencyError(ClusterGuardError, ImportError):
 
 
 def in_one_line(error: BaseException, *, length: int = 400) -> str:
-    r"""What another library says went wrong, for the end of one of our messages: on one line, and not too long.
+    r"""The text of another library's error, shortened to one line for the end of a message of clusterguard.
 
     Args:
-        error: whose text may have many lines, or none.
-        length: characters after which the text is cut off.
+        error: error whose text may have many lines, or none.
+        length: number of characters after which the text is cut off.
 
     Example:
         >>> in_one_line(KeyError("weight")), in_one_line(ValueError("first\n  second")), in_one_line(EOFError())

@@ -1,4 +1,4 @@
-"""The real digits that ship inside the package, for the demo, the tests and a first try offline."""
+"""Real digits that ship with the package, for the demo, the tests and a first try without a network."""
 
 from importlib import resources
 from typing import Literal
@@ -15,17 +15,17 @@ SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
 def load_digits(split: Split) -> TensorDataset:
     """A stratified part of MNIST: 6,000 training, 1,500 calibration and 1,000 test images.
 
-    Training and calibration images come from MNIST's training set, test images from its test set; the file beside
-    the data says which, and how they were drawn.
+    Training and calibration images come from MNIST's training set, and test images from its test set. A README beside
+    the data says which images these are and how they were drawn.
 
     Args:
-        split: "train", "calibration" or "test".
+        split: name of the part, "train", "calibration" or "test".
 
     Returns:
         Images (n, 1, 28, 28) float32 in [0, 1] and labels (n,) int64.
 
     Raises:
-        ConfigurationError: an unknown split.
+        ConfigurationError: there is no split of this name.
 
     Reference:
         LeCun, Cortes & Burges, "The MNIST database of handwritten digits".

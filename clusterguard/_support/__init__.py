@@ -1,4 +1,4 @@
-"""What several packages need and no user does: checks, files, modes, processes, compilation."""
+"""Private helpers that several packages share: checks, copies, files, modes, processes and compilation."""
 
 from clusterguard._support._checks import (
     IN_GREY_LEVELS,
@@ -71,4 +71,4 @@ __all__ = [
     "write_atomically",
 ]
 
-declare_missing_operators()  # before anything can import torchvision, for torch before 2.5 or without entry points
+declare_missing_operators()  # here too, before any import of torchvision: torch may not have run the entry point

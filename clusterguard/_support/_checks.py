@@ -1,4 +1,4 @@
-"""Checks of what users hand in: early, cheap, and each message says what was expected and what came."""
+"""Input checks. They are early and cheap, and each message says what was expected and what was passed instead."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -8,10 +8,11 @@ import torch
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from torch import Tensor
 
-# Projections and image decoders overshoot [0, 1] by rounding: 1e-4 is tolerated, as bfloat16 rounds that number, too.
+# Rounding in projections and image decoders can overshoot [0, 1], so 1e-4 is tolerated. The constant is a little
+# larger because bfloat16 rounds 1e-4 up.
 _TOLERANCE = 1.002e-4
 IN_GREY_LEVELS = "divide a radius of 8-bit pixels by 255, as in eps=8 / 255"
-"""What to do about a radius that is too large, for the end of a message."""
+"""Advice about a radius that is too large, for the end of an error message."""
 Kind = Literal["floating-point", "float32 or float64", "integer", "bool"]
 _DTYPES: dict[Kind, tuple[torch.dtype, ...]] = {
     "floating-point": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -28,16 +29,23 @@ def check_tensor(
     kind: Kind = "floating-point",
     like: Tensor | None = None,
 ) -> None:
-    """A value is a dense tensor of this shape, where a letter stands for any length, on the device of another one.
+    """Check that a value is a dense tensor of the right shape, data type and device.
+
+    Args:
+        value: object to check.
+        name: name of the value in the error message.
+        *shape: length of each axis; a letter stands for any length.
+        kind: allowed data types.
+        like: tensor on whose device the value must be; None allows any device.
 
     Raises:
-        InputError: otherwise.
+        InputError: if the check fails.
     """
     if torch.compiler.is_compiling():
         return
     is_right = isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in _DTYPES[kind]
     if is_right:
-        lengths = [own if isinstance(want, str) else want for want, own in zip(shape, value.shape, strict=False)]
+        lengths = [actual if isinstance(want, str) else want for want, actual in zip(shape, value.shape, strict=False)]
         is_right = len(shape) == value.ndim and lengths == [*value.shape]
     if not is_right:
         expected = f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
@@ -50,34 +58,36 @@ def check_tensor(
 
 
 def check_detector(detector: object) -> None:
-    """It can be asked for evidence, and has thresholds or a place for them.
+    """Check that a detector has a method `evidence` and a tensor of thresholds (K,), fitted or not.
 
     Raises:
-        InputError: otherwise.
+        InputError: if the check fails.
     """
     thresholds = getattr(detector, "thresholds", None)
     if not callable(getattr(detector, "evidence", None)) or not isinstance(thresholds, Tensor) or thresholds.ndim != 1:
         raise InputError(
             f"expected a detector with evidence(images) and thresholds (K,), got {type(detector).__name__}; "
-            "the Boundary attack alone needs no more than detect(images)"
+            "only the Boundary attack works with detect(images) alone"
         )
 
 
 def in_range(images: Tensor) -> Tensor:
-    """Which pixels are in [0, 1] but for rounding, in the shape of the images; NaN and infinity are not."""
+    """Mask of the pixels that are in [0, 1] up to rounding, in the shape of the images. NaN and infinity are False."""
     return (images >= -_TOLERANCE) & (images <= 1 + _TOLERANCE)
 
 
 def check_images(images: Tensor) -> None:
-    """Images are (B, C, H, W), floating point, in [0, 1]; non-finite pixels pass, for the guard refuses those.
+    """Check that images are (B, C, H, W), floating point and in [0, 1].
+
+    Pixels that are not finite pass this check, because the guard refuses such images itself.
 
     Raises:
-        InputError: otherwise.
+        InputError: if the check fails.
     """
     if not isinstance(images, Tensor):
         raise InputError(
-            f"expected images as a tensor of shape (B, C, H, W), got {type(images).__name__}; torch.from_numpy makes "
-            "one of an array"
+            f"expected images as a tensor of shape (B, C, H, W), got {type(images).__name__}; torch.from_numpy "
+            "converts an array"
         )
     if images.ndim != 4:
         shape = tuple(images.shape)
@@ -98,10 +108,10 @@ def check_images(images: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, images: Tensor, num_classes: int, *, name: str = "labels") -> None:
-    """Labels are (B,) integers in [0, K), one an image, on the images' device.
+    """Check that labels are (B,) integers in [0, K), one per image, on the images' device.
 
     Raises:
-        InputError: otherwise.
+        InputError: if the check fails.
     """
     if not isinstance(images, Tensor) or not images.ndim:
         raise InputError(f"expected images of shape (B, C, H, W), got {type(images).__name__}")
@@ -110,24 +120,24 @@ def check_labels(labels: Tensor, images: Tensor, num_classes: int, *, name: str 
 
 
 def check_range(labels: Tensor, num_classes: int, *, name: str = "labels") -> None:
-    """Labels are in [0, K).
+    """Check that labels are in [0, K).
 
     Raises:
-        InputError: otherwise.
+        InputError: if the check fails.
     """
     if labels.numel() and not labels.is_meta and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise InputError(f"expected {name} from 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
 
 
 def check_numbers(*, whole: bool = False, **values: object) -> None:
-    """Options are numbers, by name; text and truth values are not.
+    """Check that options are numbers. Strings and booleans are refused.
 
     Args:
-        whole: whether they must be integers.
-        **values: the options.
+        whole: whether the numbers must be integers.
+        **values: options by name.
 
     Raises:
-        ConfigurationError: otherwise.
+        ConfigurationError: if the check fails.
     """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
@@ -135,51 +145,58 @@ def check_numbers(*, whole: bool = False, **values: object) -> None:
 
 
 def check_linf_radius(eps: float | Tensor, shape: torch.Size | None = None) -> Tensor:
-    """A radius in l∞ is in [0, 1], as pixels are: one number or, if they are told, one for each of (B,) images.
+    """Check that an l∞ radius is in [0, 1], the range of the pixels.
 
     Args:
-        eps: the radius.
-        shape: (B,); None takes one number alone.
+        eps: one radius, or one radius per image if `shape` allows it.
+        shape: shape (B,) of one radius per image; None allows a single number only.
 
     Returns:
-        It in float64, () or (B,).
+        The radius in float64, of shape () or (B,).
 
     Raises:
-        InputError: it has another shape or range.
+        InputError: the radius has another shape or is out of range.
     """
     radii = torch.as_tensor(eps, dtype=torch.float64)
     if radii.shape not in (torch.Size([]), shape) or not bool(((radii >= 0) & (radii <= 1)).all()):
-        several = "" if shape is None else f" or {tuple(shape)}"
+        several = "" if shape is None else f" or a tensor of shape {tuple(shape)}"
         raise InputError(f"expected a radius eps in [0, 1], one number{several}, got {eps}; {IN_GREY_LEVELS}")
     return radii
 
 
 def check_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
-    """The names of K classes, if they are K different ones that can be written to files.
+    """Check that K class names are all different, not empty, and encodable as UTF-8.
+
+    Returns:
+        The names as a tuple.
 
     Raises:
-        ConfigurationError: otherwise.
+        ConfigurationError: if the check fails.
     """
     is_right = isinstance(names, Sequence) and not isinstance(names, str)
-    is_right = is_right and all(isinstance(own, str) and own.strip() and is_unicode(own) for own in names)
+    is_right = is_right and all(isinstance(name, str) and name.strip() and is_unicode(name) for name in names)
     if not is_right or not len(set(names)) == len(names) == num_classes:
         raise ConfigurationError(
-            f"expected names of {num_classes} classes that UTF-8 can write, all different and none empty, got "
+            f"expected {num_classes} class names that are all different, not empty, and encodable as UTF-8, got "
             f"{names!r}; give them in the order of the labels"
         )
     return tuple(names)
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can write a text; names of files may hold bytes that are no characters."""
+    """Whether a text can be encoded as UTF-8. A file name may hold bytes that are not characters."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def check_verdicts(labels: Tensor, *verdicts: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Verdicts, each of labels, distances and is_adversarial, are of as many images as there are labels.
+    """Check that each verdict covers as many images as there are labels.
+
+    Args:
+        labels: (n,) true labels.
+        *verdicts: tuples of predicted labels, distances and is_adversarial, each (n,).
 
     Raises:
-        InputError: otherwise.
+        InputError: if the check fails.
     """
     count = len(labels) if isinstance(labels, Tensor) and labels.ndim else "n"
     check_tensor(labels, "labels", count, kind="integer")
@@ -190,10 +207,10 @@ def check_verdicts(labels: Tensor, *verdicts: tuple[Tensor, Tensor, Tensor]) -> 
 
 
 def check_calibrated(thresholds: Tensor) -> None:
-    """Thresholds have been fitted.
+    """Check that thresholds have been fitted.
 
     Raises:
-        NotCalibratedError: if any is NaN.
+        NotCalibratedError: if a threshold is NaN.
     """
     if thresholds.is_meta or thresholds.isnan().any():
         raise NotCalibratedError(

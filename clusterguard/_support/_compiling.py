@@ -1,4 +1,4 @@
-"""torch.compile, not taken at its word: wrong gradients would make a detector look robust."""
+"""Calls that torch.compile has compiled. Their gradients are verified, as wrong ones make a detector look robust."""
 
 from collections.abc import Callable
 from types import FunctionType
@@ -10,23 +10,23 @@ from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 
 Call = Callable[[nn.Module, Tensor], Tensor]
-"""(module, images) -> the module's output."""
+"""A function from a module and its images to the module's output."""
 
 
 def call(module: nn.Module, images: Tensor) -> Tensor:
-    """The module's output, as it is."""
+    """The module's output, without compilation."""
     output: Tensor = module(images)
     return output
 
 
 class CompiledCall:
-    """A compiled `call` whose input gradients are compared with those of the module itself before anybody uses them.
+    """A compiled `call` whose input gradients are compared with the eager ones before their first use.
 
-    A copy, or what comes out of a pickle, is `call` again, not compiled.
+    Copying or unpickling it gives the plain `call`, which is not compiled.
 
     Args:
-        *args: of `torch.compile`.
-        **kwargs: of `torch.compile`.
+        *args: positional arguments of `torch.compile`.
+        **kwargs: keyword arguments of `torch.compile`.
 
     Example:
         >>> compiled = CompiledCall(backend="eager")
@@ -35,8 +35,9 @@ class CompiledCall:
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        own = FunctionType(call.__code__.replace(), call.__globals__)  # torch compiles one code object eight times
-        self.compiled: Call = torch.compile(own, *args, **kwargs)
+        # torch compiles each code object at most eight times, so every instance gets a code object of its own.
+        function = FunctionType(call.__code__.replace(), call.__globals__)
+        self.compiled: Call = torch.compile(function, *args, **kwargs)
         self._is_checked = False
 
     def __reduce__(self) -> tuple[Callable[[], Call], tuple[()]]:
@@ -46,13 +47,13 @@ class CompiledCall:
         """The compiled module's output.
 
         Raises:
-            ConfigurationError: at the first call with a gradient, if it is wrong.
+            ConfigurationError: the compiled gradient is wrong. This is checked at the first call that needs one.
         """
         if not self._is_checked and torch.is_grad_enabled() and images.requires_grad:
             with evaluation_mode(module):
-                check_gradients(lambda own: self.compiled(module, own), lambda own: call(module, own), images)
+                check_gradients(lambda batch: self.compiled(module, batch), lambda batch: call(module, batch), images)
             self._is_checked = True
-        return self.compiled(module, images).clone()  # CUDA graphs write the next output where the last one lies
+        return self.compiled(module, images).clone()  # CUDA graphs overwrite this output at the next call
 
 
 def _not_compiled() -> Call:
@@ -60,27 +61,27 @@ def _not_compiled() -> Call:
 
 
 def check_gradients(compiled: Callable[[Tensor], Tensor], eager: Callable[[Tensor], Tensor], images: Tensor) -> None:
-    """Make sure that two ways to compute the same have the same gradient with respect to the images.
+    """Check that a compiled function and its eager version have the same gradient with respect to the images.
 
     Args:
-        compiled: images (B, C, H, W) -> (B, D).
-        eager: the same, not compiled.
-        images: some of those to come.
+        compiled: function from images (B, C, H, W) to an output (B, D).
+        eager: the same function without compilation.
+        images: example batch (B, C, H, W).
 
     Raises:
-        ConfigurationError: the gradients differ by more than 1 % of the largest.
+        ConfigurationError: the gradients differ by more than 1 % of the largest eager one.
     """
     gradients = []
-    for way in (compiled, eager):
+    for function in (compiled, eager):
         leaf = images.detach().clone().requires_grad_()
-        output = way(leaf).float()
-        ramp = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output)  # no symmetry hides an error
+        output = function(leaf).float()
+        ramp = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output)  # breaks symmetries
         gradients.append(torch.autograd.grad((output * ramp).sum(), leaf)[0])
-    found, expected = gradients
-    worst, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    actual, expected = gradients
+    worst, scale = float((actual - expected).abs().max()), float(expected.abs().max())
     if not worst <= 0.01 * scale:
         raise ConfigurationError(
-            f"torch.compile gave this network wrong input gradients: they differ by up to {worst:.3g}, where the "
-            f"largest is {scale:.3g}, so attacks would be led astray and the guard would look robust. Do not compile "
-            'it, or try another backend, such as "aot_eager", or another release of torch'
+            f"torch.compile gave this network wrong input gradients: they differ by up to {worst:.3g} from the eager "
+            f"ones, of which the largest is {scale:.3g}. Attacks would fail and the guard would look robust. Do not "
+            'compile it, or try another backend, such as "aot_eager", or another release of torch'
         )

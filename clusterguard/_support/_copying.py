@@ -1,4 +1,4 @@
-"""Copies of modules, those whose weights are computed by weight normalisation and the like among them."""
+"""Copies of modules, including those whose weights are computed before each call, as by weight normalisation."""
 
 import copy
 import inspect
@@ -16,16 +16,17 @@ from torch.overrides import TorchFunctionMode
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_COMPUTED = "parametrizations"  # where torch.nn.utils.parametrize keeps them in a module
+_COMPUTED = "parametrizations"  # where torch.nn.utils.parametrize keeps what computes a module's weights
 
 _QUANTISED = {torch.int8, torch.uint8, torch.qint8, torch.quint8, torch.qint32}
 
 
 class CopiedValues(TorchFunctionMode):
-    """While it is active, `copy.deepcopy` copies the values of a tensor that has a gradient history.
+    """Context in which `copy.deepcopy` can copy tensors that have a gradient history.
 
-    Weights under `torch.nn.utils.weight_norm` have such a history, and so have activations that a module keeps. The
-    copy has no history: hooks compute the weight again before it is used, and a kept activation is only looked at.
+    Weights under `torch.nn.utils.weight_norm` have such a history, and so do activations that a module keeps. The copy
+    has the same values but no history. It does not need one, because hooks compute the weight again before its next
+    use, and nothing takes a gradient through a kept activation.
 
     Example:
         >>> import torch
@@ -36,7 +37,7 @@ class CopiedValues(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Copy values where torch would raise, and call torch everywhere else."""
+        """Copy the values where torch would raise an error, and call torch as usual everywhere else."""
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
             tensor, memo = args
             return memo.setdefault(id(tensor), tensor.detach().clone())
@@ -47,11 +48,11 @@ def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """Copy a module with everything in it, tensors with a gradient history included.
 
     Args:
-        module: stays as it is.
-        memo: of `copy.deepcopy`: what stands in the copy for the object of an id.
+        module: module to copy; it is not changed.
+        memo: memo of `copy.deepcopy`, which maps the id of an object to the object that replaces it in the copy.
 
     Returns:
-        The copy. Its hooks and everything else are copies too.
+        The copy. Its hooks and attributes are copies too.
 
     Example:
         >>> copy_module(nn.Linear(3, 2)).weight.shape
@@ -62,10 +63,10 @@ def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
 
 
 def settle_weights(module: nn.Module) -> None:
-    """Turn weights that are computed before each call into plain ones of the same value, in place.
+    """Replace weights that are computed before each call by plain parameters of the same value, in place.
 
     Args:
-        module: in eval mode; it stays what it is as a function, and can no longer be trained as before.
+        module: module in eval mode. It still computes the same function, but can no longer be trained as before.
 
     Example:
         >>> from torch.nn.utils.parametrizations import orthogonal
@@ -78,7 +79,7 @@ def settle_weights(module: nn.Module) -> None:
         if parametrize.is_parametrized(part):
             names = list(getattr(part, _COMPUTED))
             weights = {name: nn.Parameter(getattr(part, name).detach(), False) for name in names}
-            # Torch's remove_parametrizations would change the class, which copies share with their original.
+            # Torch's remove_parametrizations would change the class, which a copy shares with its original.
             part.__class__ = type(part).__bases__[0]
             del part._modules[_COMPUTED]
             for name, weight in weights.items():
@@ -91,10 +92,10 @@ def settle_weights(module: nn.Module) -> None:
 
 
 def refuse_unusable(backbone: nn.Module) -> None:
-    """Refuse a backbone whose weights no gradient descent can change here.
+    """Refuse a backbone whose weights cannot be trained here.
 
     Raises:
-        UnsupportedBackboneError: weights that are quantised or spread over processes; it names the layer.
+        UnsupportedBackboneError: the weights are quantised or spread over processes. The message names the layer.
 
     Example:
         >>> refuse_unusable(nn.Linear(3, 2))
@@ -106,22 +107,22 @@ def refuse_unusable(backbone: nn.Module) -> None:
         place = f"{type(part).__name__} at {path!r}" if path else type(part).__name__
         if any(home.startswith("torch.distributed.fsdp") for home in homes) or "DTensor" in kinds:
             raise UnsupportedBackboneError(
-                f"expected a backbone whose weights are whole, got one that is spread over processes ({place}); make "
-                "the guard of the model before it is sharded, or load its full state dict into a new model"
+                f"expected a backbone with complete weights, got one with weights spread over processes ({place}); "
+                "make the guard before the model is sharded, or load its full state dict into a new model"
             )
         if any(".quantized" in home and home.startswith("torch.") for home in homes) or dtypes & _QUANTISED:
             raise UnsupportedBackboneError(
                 f"expected a backbone with floating-point weights, got quantised ones ({place}), which have no "
-                "gradients; pass the model as it was before, and quantise the guard once it is exported"
+                "gradients; pass the model as it was before quantisation, and quantise the exported guard"
             )
 
 
 def copy_backbone(module: nn.Module) -> nn.Module:
-    """Copy a backbone that a user hands in, or say why that cannot be done.
+    """Copy a user's backbone, or raise an error that says why it cannot be copied.
 
     Raises:
-        UnsupportedBackboneError: an attribute cannot be copied, or a function that holds on to the original takes the
-            place of a method.
+        UnsupportedBackboneError: an attribute cannot be copied, or a module's `forward` was replaced by a function that
+            refers to the original.
 
     Example:
         >>> copy_backbone(nn.Linear(3, 2)).weight.shape
@@ -131,16 +132,16 @@ def copy_backbone(module: nn.Module) -> nn.Module:
         forward = vars(part).get("forward") if type(part).__name__ != "OptimizedModule" else None
         if isinstance(forward, FunctionType) and _holds_module(forward):
             raise UnsupportedBackboneError(
-                f"expected modules with a forward of their class, got a function in the place of {path or 'the'} "
-                f"{type(part).__name__}'s that holds on to a module, so that a copy would go on to use the original's "
-                "weights; write a subclass with that forward, or types.MethodType(function, module)"
+                f"expected modules with the forward of their class, got {path or 'the'} {type(part).__name__} with a "
+                "function in its place that holds on to a module, so that a copy would still use the original's "
+                "weights; write a subclass with that forward, or assign types.MethodType(function, module)"
             )
     try:
         return copy_module(module)
-    except Exception as error:  # whatever an attribute raises that cannot be copied
+    except Exception as error:  # an attribute that cannot be copied may raise anything
         raise UnsupportedBackboneError(
-            f"expected a backbone that copy.deepcopy can copy, got {shorten(error)}; remove what cannot be copied, "
-            "such as open files, locks or generators, from its attributes"
+            f"expected a backbone that copy.deepcopy can copy, got {shorten(error)}; remove attributes that "
+            "cannot be copied, such as open files, locks or generators"
         ) from error
 
 
@@ -151,6 +152,6 @@ def _holds_module(function: FunctionType) -> bool:
 
 
 def shorten(error: Exception) -> str:
-    """An error of a library in at most 300 characters, on one line."""
+    """An error as text on one line, cut after 300 characters."""
     text = " ".join(repr(error).split())
     return text if len(text) <= 300 else f"{text[:300]} …"

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and archives that are read whole or not at all."""
+"""Files that are written completely or not at all, and archives that are read completely or not at all."""
 
 import os
 import tempfile
@@ -15,12 +15,12 @@ from clusterguard.errors import ConfigurationError, PersistenceError, in_one_lin
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, then move it there in one step.
 
-    If writing fails, what was at `path` before is still there and nothing else is left behind. The file gets the
-    permissions of any new file.
+    If writing fails, an older file at `path` stays as it was, and no temporary file is left behind. The file gets the
+    permissions that new files usually get.
 
     Args:
-        path: where the file shall be; its folder is created.
-        write: gets the temporary path.
+        path: path of the file; its folder is created.
+        write: function that writes the content to the temporary path it is called with.
 
     Returns:
         The path.
@@ -38,7 +38,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         temporary.touch()
         permissions = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(permissions)  # safetensors' files can be read by their owner alone
+        temporary.chmod(permissions)  # safetensors lets only the owner read its files
         with temporary.open("rb") as written:
             os.fsync(written.fileno())  # or a crash of the machine could leave an empty file under the new name
         temporary.replace(path)
@@ -46,11 +46,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def check_place(path: str | Path) -> None:
-    """A file can be written at a path, whose folder is created.
+    """Check that a file can be written at a path, and create its folder.
 
     Raises:
-        ConfigurationError: it cannot, for the path is a folder's, or one of the folders on the way to it is a file, or
-            must not be written to.
+        ConfigurationError: the path is that of a folder, one of its parents is a file, or the folder is not writable.
 
     Example:
         >>> folder = tempfile.TemporaryDirectory()
@@ -63,22 +62,23 @@ def check_place(path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=Path(path).parent):
             pass
-    except (OSError, TypeError, ValueError) as error:  # Python's own of what is no path at all
+    except (OSError, TypeError, ValueError) as error:  # TypeError and ValueError: it is no path at all
         raise ConfigurationError(
             f"expected the path of a file that can be written, got {str(path)!r} ({in_one_line(error)}); choose another"
         ) from None
 
 
 def read_archive(path: str | Path, *keys: str, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A dict that `torch.save` wrote; no code in the file is run, and its checksums are looked at.
+    """Read a dict that `torch.save` wrote. Its checksums are verified, and no code in the file is run.
 
     Args:
-        path: of the file.
-        *keys: that the dict must have.
-        device: where its tensors go.
+        path: path of the file.
+        *keys: keys that the dict must have.
+        device: device on which its tensors are put.
 
     Raises:
-        PersistenceError: it cannot be read, is damaged, or holds something else; what to do is for the caller to add.
+        PersistenceError: the file cannot be read, is damaged, or holds something else. The message does not say what to
+            do about it; the caller adds that.
 
     Example:
         >>> folder = tempfile.TemporaryDirectory()
@@ -93,15 +93,15 @@ def read_archive(path: str | Path, *keys: str, device: torch.device | str = "cpu
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
                 raise PersistenceError(f"{path} was not written by torch.save: its parts are compressed")
-            damaged = archive.testzip()  # torch itself does not look at checksums
+            damaged = archive.testzip()  # torch itself does not verify checksums
         if damaged is not None:
             raise PersistenceError(f"{path} is damaged: its part {damaged!r} has another checksum")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old ways to store tensors; there is nothing that the caller could do
+            warnings.simplefilter("ignore")  # about old storage formats, which the caller cannot change
             state = torch.load(path, weights_only=True, map_location=device)
     except PersistenceError:
         raise
-    except Exception as error:  # zipfile, zlib, pickle and torch each have errors of their own, and pass on Python's
+    except Exception as error:  # zipfile, zlib, pickle and torch each raise errors of many classes
         raise PersistenceError(f"{path} is damaged or cannot be read ({in_one_line(error)})") from error
     if not isinstance(state, dict) or not set(keys) <= set(state):
         raise PersistenceError(f"{path} holds something else than {', '.join(keys)}")

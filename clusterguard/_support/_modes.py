@@ -1,4 +1,4 @@
-"""Train and eval mode: set through the modules' own methods, restored module by module, safe among threads."""
+"""Train and eval mode, switched through the modules' own methods, restored one by one, and safe between threads."""
 
 import os
 import threading
@@ -9,20 +9,23 @@ import torch
 from clusterguard.errors import ConfigurationError
 from torch import nn
 
-# Several threads may read one module. The first puts it into eval mode, and the last one out restores it.
+# Several threads may read one module. The first one puts it into eval mode, and the last one to leave restores it.
 _lock = threading.RLock()
 _readers: dict[nn.Module, int] = {}
 _to_restore: dict[nn.Module, None] = {}  # modules that were in train mode before anybody read them
-_own = threading.local()  # what this thread reads, for a fork leaves no other thread in the child
+_this_thread = threading.local()  # the modules that this thread reads; a forked child has no other thread
 
 
 @contextmanager
 def evaluation_mode(*candidates: object) -> Iterator[None]:
-    """Put every `nn.Module` among the candidates into eval mode, and afterwards back as each submodule was.
+    """Put every `nn.Module` among the candidates into eval mode, and restore the mode of each submodule afterwards.
 
-    Calling ``model.train()`` afterwards would wake a BatchNorm that its owner had frozen; this does not. A module that
-    overrides `train` or `eval`, for instance to swap its graph, is switched by these methods. Where several threads use
-    a module in this way, it stays in eval mode until the last of them has left.
+    Restoring with ``model.train()`` would also unfreeze a BatchNorm that its owner had frozen, so each submodule gets
+    back its own mode. A module that overrides `train` or `eval`, for instance to swap its graph, is switched by these
+    methods. If several threads use a module in this way, it stays in eval mode until the last of them has left.
+
+    Args:
+        *candidates: objects of any type. Those that are no modules are ignored.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.Dropout())
@@ -34,10 +37,10 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
     """
     roots = [candidate for candidate in candidates if isinstance(candidate, nn.Module)]
     if torch.compiler.is_compiling() and not any(module.training for root in roots for module in root.modules()):
-        yield  # what is traced can take no lock, and needs none
+        yield  # traced code cannot take a lock, and no mode has to change
         return
     modules = dict.fromkeys(module for root in roots for module in root.modules())
-    read_here: list[dict[nn.Module, None]] = vars(_own).setdefault("read", [])
+    read_here: list[dict[nn.Module, None]] = vars(_this_thread).setdefault("read", [])
     with _lock:
         read_here.append(modules)
         for module in modules:
@@ -58,7 +61,7 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
 
 
 def _restore() -> None:
-    """Put those modules back that nobody reads any more."""
+    """Put modules that no thread reads any more back into train mode."""
     restored = dict.fromkeys(module for module in _to_restore if _may_change(module))
     for module in restored:
         del _to_restore[module]
@@ -66,10 +69,10 @@ def _restore() -> None:
 
 
 def _forget_other_threads() -> None:
-    """In a forked child, where only the thread that forked goes on, and holds the lock."""
+    """Drop the readers of other threads in a forked child, where only the forking thread goes on. It holds the lock."""
     try:
         _readers.clear()
-        for modules in vars(_own).get("read", []):
+        for modules in vars(_this_thread).get("read", []):
             for module in modules:
                 _readers[module] = _readers.get(module, 0) + 1
         _restore()
@@ -83,14 +86,14 @@ if hasattr(os, "register_at_fork"):  # a fork waits until no thread is in the mi
 
 @contextmanager
 def training_mode(module: nn.Module, *, frozen: Collection[str] = ()) -> Iterator[None]:
-    """Put a module into train mode, except for its frozen parts, and afterwards all of it into eval mode.
+    """Put a module into train mode, except for its frozen parts, and put all of it into eval mode afterwards.
 
     Args:
-        module: whose parts are switched.
+        module: module whose parts are switched.
         frozen: names of submodules that stay in eval mode, as `names_in_eval_mode` gives them.
 
     Raises:
-        ConfigurationError: a name that no submodule has.
+        ConfigurationError: no submodule has one of the names.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
@@ -104,8 +107,8 @@ def training_mode(module: nn.Module, *, frozen: Collection[str] = ()) -> Iterato
     unknown = sorted(set(frozen) - set(parts))
     if unknown:
         raise ConfigurationError(
-            f"expected the frozen modules among those of {type(module).__name__}, got {unknown[0]!r}, which it does "
-            "not have; set detector.frozen to the names that named_modules() gives, or to set() to freeze none"
+            f"expected frozen to hold names of submodules of {type(module).__name__}, got {unknown[0]!r}, which is not "
+            "one; set detector.frozen to names that named_modules() gives, or to set() to freeze none"
         )
     module.train()
     _set_mode({parts[name] for name in frozen}, training=False)
@@ -116,7 +119,7 @@ def training_mode(module: nn.Module, *, frozen: Collection[str] = ()) -> Iterato
 
 
 def to_eval_mode(module: nn.Module) -> None:
-    """Put a module and all its submodules into eval mode, for good."""
+    """Put a module and all its submodules into eval mode permanently."""
     _set_mode(dict.fromkeys(module.modules()), training=False)
 
 
@@ -126,25 +129,25 @@ def names_in_eval_mode(module: nn.Module) -> frozenset[str]:
 
 
 def _set_mode(modules: Collection[nn.Module], *, training: bool) -> None:
-    """Switch these modules through their own methods, parents first; submodules that are not among them stay."""
+    """Switch the given modules through their own methods, parents first. Other submodules keep their mode."""
     for module in modules:
         if module.training == training:
             continue
-        if _has_its_own_way(module):
+        if _overrides_mode_methods(module):
             before = {part: part.training for part in module.modules() if part not in modules}
             module.train() if training else module.eval()
             _set_mode({part for part, mode in before.items() if part.training != mode}, training=not training)
-        module.training = training  # also where its own way leaves the flag as it was
+        module.training = training  # the module's own method may have left the flag as it was
 
 
-def _has_its_own_way(module: nn.Module) -> bool:
-    """Whether a module does more than set flags when its mode changes."""
+def _overrides_mode_methods(module: nn.Module) -> bool:
+    """Whether a module overrides `train` or `eval`, which may then do more than set flags."""
     methods = (module.train, nn.Module.train), (module.eval, nn.Module.eval)
     return any(getattr(method, "__func__", None) is not usual for method, usual in methods)
 
 
 def _may_change(module: nn.Module) -> bool:
-    """Whether no reader is in a module, nor in one through which its own way of changing passes."""
+    """Whether no thread reads a module, nor a submodule that the module's own `train` or `eval` would switch too."""
     if module in _readers:
         return False
-    return not _has_its_own_way(module) or not any(part in _readers for part in module.modules())
+    return not _overrides_mode_methods(module) or not any(part in _readers for part in module.modules())

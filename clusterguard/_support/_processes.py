@@ -1,4 +1,4 @@
-"""Work shared by several processes: each does every n-th item, and all of them get all results, in order."""
+"""Work shared by n processes. Each takes every n-th item, and all of them get all results in order."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,11 +16,11 @@ Result = TypeVar("Result")
 
 
 def share(items: Iterable[Item], accelerator: "Accelerator | None") -> Iterator[tuple[int, Item]]:
-    """The items of this process with their positions among all; without an accelerator, all of them.
+    """The items that this process works on, each with its position among all items.
 
     Args:
-        items: the same, in the same order, in every process.
-        accelerator: says how many processes there are, and which of them this is.
+        items: all items, which must come in the same order in every process.
+        accelerator: accelerator that knows the number of processes and the index of this one; None takes all items.
 
     Example:
         >>> list(share("abc", None))
@@ -32,32 +32,32 @@ def share(items: Iterable[Item], accelerator: "Accelerator | None") -> Iterator[
     return islice(numbered, accelerator.process_index, None, accelerator.num_processes)
 
 
-def collect(own: Mapping[int, Result], accelerator: "Accelerator | None") -> list[Result]:
-    """All processes' results, in the order of their positions; every process must call it.
+def collect(results: Mapping[int, Result], accelerator: "Accelerator | None") -> list[Result]:
+    """The results of all processes, in the order of their positions. Every process must call this.
 
     Args:
-        own: this process's results by position; tensors in them on the CPU.
-        accelerator: as for `share`.
+        results: this process's results by position, with tensors on the CPU.
+        accelerator: accelerator as in `share`.
 
     Example:
         >>> collect({1: "b", 0: "a"}, None)
         ['a', 'b']
     """
-    parts = [own]
+    parts = [results]
     if accelerator is not None and accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
         parts = gather_object(parts)
-    found = {position: result for part in parts for position, result in part.items()}
-    return [found[position] for position in sorted(found)]
+    result_at = {position: result for part in parts for position, result in part.items()}
+    return [result_at[position] for position in sorted(result_at)]
 
 
 class OneProcess:
-    """What a trainer needs of an `accelerate.Accelerator`, for one process in the weights' own precision.
+    """The part of an `accelerate.Accelerator` that a trainer uses, for one process without mixed precision.
 
     accelerate keeps precision and accumulation in one state for the whole Python process. A training without an
-    accelerator of its own must not depend on what a script, a notebook or another trainer has put there, and must not
-    leave anything there either. So it runs with this object, which has no state at all.
+    accelerator must not depend on what a script, a notebook or another trainer has put there, and must not change it
+    either. So it uses this object, which has no state at all.
 
     Example:
         >>> OneProcess().num_processes, OneProcess().mixed_precision
@@ -75,31 +75,31 @@ class OneProcess:
     trackers: tuple[Any, ...] = ()
 
     def prepare_model(self, module: nn.Module) -> nn.Module:
-        """The module as it is."""
+        """Return the module unchanged."""
         return module
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """The optimizer as it is."""
+        """Return the optimizer unchanged."""
         return optimizer
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
-        """A context without effect: there is nobody to exchange gradients with."""
+        """Return a context without effect, because there is no other process to exchange gradients with."""
         return nullcontext()
 
     def reduce(self, values: Any, reduction: str) -> Any:
-        """The values as they are, for they are the sum and the mean over one process."""
+        """Return the values unchanged, because they are both the sum and the mean over one process."""
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """The values as they are."""
+        """Return the values unchanged."""
         return values
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> None:
-        """Scale the gradients down to a norm of `max_norm` in l2, if it is larger."""
+        """Scale the gradients down to an l2 norm of `max_norm` if their norm is larger."""
         nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def wait_for_everyone(self) -> None:
         """Return at once."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Drop the values, for there are no trackers."""
+        """Discard the values, because there are no trackers."""
