@@ -1,4 +1,4 @@
-"""The decision, once: from evidence to verdicts, thresholds for it, and rates of verdicts."""
+"""The rule that turns evidence into verdicts, thresholds for it, and rates of verdicts."""
 
 from clusterguard.detection._calibration import (
     Calibration,

@@ -1,4 +1,4 @@
-"""Per-class thresholds from benign images: pure functions, and `Calibrator` that feeds them from a loader."""
+"""Per-class thresholds from benign images: pure functions, and a `Calibrator` that feeds them from a loader."""
 
 import math
 import warnings
@@ -28,23 +28,25 @@ if TYPE_CHECKING:
 Method = Literal["conformal", "quantile"]
 Scarce = Literal["error", "pool"]
 _SLACK = 2.0**-17
-"""Slack as a share of the threshold: 64 units in the last place of float32. Distances of small
-networks on a CPU moved by up to 20 units in the last place of a threshold at 1 % from one batch size to another."""
+"""Slack as a share of the threshold: 64 units in the last place of float32. When the batch size changed, distances of
+small networks on a CPU moved by up to 20 units in the last place of a threshold at 1 %."""
 _LARGEST = 1e38
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How thresholds were fitted, kept beside them.
+    """Record of how thresholds were fitted, kept together with them.
 
     Attributes:
         thresholds: K floats, one per class.
-        counts: K ints, correctly classified calibration images per class: those the thresholds rest on.
-        images: how many calibration images there were in all.
-        realised_rates: K floats, the share of `counts` above the threshold (0.0 where there are none).
-        false_positive_rate: the rate asked for.
+        counts: K ints, the number of correctly classified calibration images per class. The thresholds rest on these
+            images.
+        images: number of all calibration images.
+        realised_rates: K floats, the share of the counted images of each class above its threshold; 0.0 for a class
+            without images.
+        false_positive_rate: rate that was asked for, a fraction.
         method: "conformal" or "quantile".
-        pooled: the classes that took the pooled threshold for want of examples.
+        pooled: classes that share the pooled threshold because they have too few examples.
     """
 
     thresholds: tuple[float, ...]
@@ -62,19 +64,19 @@ class Calibration:
         return refused / max(1, sum(self.counts))
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the thresholds as plain values for JSON; the thresholds are the detector's, exact in its own file."""
+        """The record as plain values for JSON, without the thresholds, which the detector stores exactly."""
         return {name: value for name, value in asdict(self).items() if name != "thresholds"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], thresholds: Tensor) -> "Calibration":
-        """The record that `to_dict` wrote, beside these thresholds.
+        """The record that `to_dict` wrote, together with its thresholds.
 
         Args:
-            values: what `to_dict` returned, also by way of JSON.
-            thresholds: (K,).
+            values: dict that `to_dict` returned, possibly saved as JSON since then.
+            thresholds: (K,) thresholds of the detector.
 
         Raises:
-            InputError: it is no such record, or one of other classes.
+            InputError: the values are not such a record, or belong to another number of classes.
         """
         classes, kinds = len(thresholds), {"counts": int, "realised_rates": float, "pooled": int}
         try:
@@ -83,7 +85,7 @@ class Calibration:
             _check_options(record.false_positive_rate, record.method)
             fits = (
                 type(record.images) is int
-                and all(type(own) is kind for key, kind in kinds.items() for own in plain[key])
+                and all(type(value) is kind for key, kind in kinds.items() for value in plain[key])
                 and len(record.counts) == len(record.realised_rates) == classes
                 and all(0 <= count <= record.images for count in record.counts)
                 and all(0 <= rate <= 1 for rate in record.realised_rates)
@@ -103,7 +105,7 @@ class Calibration:
 
 
 def minimum_examples(false_positive_rate: float) -> int:
-    """The smallest number of examples for which a threshold with a `false_positive_rate` of α exists: ⌈1/α⌉ − 1.
+    """The smallest number of examples from which a threshold for a `false_positive_rate` of α exists: ⌈1/α⌉ − 1.
 
     Example:
         >>> minimum_examples(0.01)
@@ -114,11 +116,11 @@ def minimum_examples(false_positive_rate: float) -> int:
 
 
 def allowed_refusals(count: int, false_positive_rate: float) -> int:
-    """How many of n examples and a new one may be refused: ⌊(n + 1)α⌋, in exact arithmetic.
+    """How many may be refused among n examples and one new image: ⌊(n + 1)α⌋, in exact arithmetic.
 
     Args:
-        count: n, at least 0.
-        false_positive_rate: α, in (0, 1), taken for the decimal number that it prints as.
+        count: number n of examples, at least 0.
+        false_positive_rate: rate α in (0, 1), read as the decimal number that it prints as.
 
     Example:
         >>> allowed_refusals(99, 0.07), int((99 + 1) * 0.07), allowed_refusals(99, 0.29), int((99 + 1) * 0.29)
@@ -128,22 +130,22 @@ def allowed_refusals(count: int, false_positive_rate: float) -> int:
 
 
 def fit_threshold(suspicion: Tensor, false_positive_rate: float, *, method: Method = "conformal") -> float:
-    """The threshold that a new benign example exceeds with probability at most the rate.
+    """The threshold that a new benign example exceeds with a probability of at most `false_positive_rate`.
 
     Args:
-        suspicion: (n,) suspicion of benign examples, n at least `minimum_examples(false_positive_rate)`.
-        false_positive_rate: α, in (0, 1).
-        method: "conformal" takes the ⌈(n+1)(1−α)⌉-th smallest, for which the bound holds at every n if the
-            examples and the new one are exchangeable; "quantile" takes the plain (1−α)-quantile of the
-            sample, as the paper does, which is a little too low on small samples.
+        suspicion: (n,) suspicion of benign examples, where n is at least `minimum_examples(false_positive_rate)`.
+        false_positive_rate: rate α in (0, 1).
+        method: name of the rule. "conformal" takes the ⌈(n+1)(1−α)⌉-th smallest suspicion. Its bound holds at every n
+            if the examples and the new one are exchangeable. "quantile" takes the plain (1−α)-quantile of the sample,
+            as the paper does, which is a little too low on small samples.
 
     Returns:
-        The threshold, in units of the suspicion, without the slack for rounding that `fit_thresholds` adds.
+        The threshold in units of the suspicion, without the slack for rounding that `fit_thresholds` adds.
 
     Raises:
-        TooFewCalibrationExamplesError: n too small.
-        InputError: so many suspicions are not finite that the threshold would not be either.
-        ConfigurationError: a rate outside (0, 1), or an unknown method.
+        TooFewCalibrationExamplesError: n is too small.
+        InputError: so many suspicions are not finite that the threshold would not be finite either.
+        ConfigurationError: the rate is outside (0, 1), or the method is unknown.
 
     Reference:
         arXiv 2012.03483, section 3.2; Vovk, Gammerman & Shafer, "Algorithmic Learning in a Random World" (2005).
@@ -175,40 +177,46 @@ def fit_thresholds(
     scarce: Scarce = "error",
     rounding: float = 0.0,
 ) -> Calibration:
-    """A threshold per class, from the benign examples of each class that are classified correctly.
+    """A threshold per class, fitted to the benign examples of each class that are classified correctly.
 
-    With ``scarce="pool"`` and the conformal method two bounds hold, whatever the classes look like. A class with enough
-    examples keeps its own bound: a new, correctly classified image of it is refused with probability at most α. Over
-    all classes together, in the mix that the calibration images were drawn from, that probability is at most α too. Of
-    a single scarce class nothing is promised: in the worst case all of its images are refused.
+    A class is scarce if it has fewer than `minimum_examples` correctly classified examples. With ``scarce="pool"`` and
+    the conformal method, two bounds hold for any distribution of the classes:
+
+    - A class with enough examples keeps its own bound. A new, correctly classified image of this class is refused with
+      probability at most α.
+    - Over all classes together, in the mix that the calibration images were drawn from, this probability is at most α
+      too. There is no bound for a single scarce class. In the worst case all of its images are refused.
 
     Scarce classes share one threshold. It is fitted to the examples of all classes that have `minimum_examples` or
-    fewer, if these are enough together. If they are not, it is their largest suspicion, or the threshold that all
-    classes' examples have together, whichever is larger. Of n examples and a new one at most one is then refused for
-    being the most suspicious of the scarce classes. Where the average has no room for it, the class with most examples
-    gives up one refusal: its threshold is the next larger one of its suspicions. If that class has only one to give, it
-    shares the refusal: both thresholds are at least the largest suspicion of that class and the scarce ones.
+    fewer, if these examples are enough together. If they are not, the shared threshold is the largest suspicion among
+    them, or the threshold that fits the examples of all classes together, whichever is larger. Then at most one of n
+    examples and a new one is refused because it is the most suspicious of the scarce classes. If the bound over all
+    classes has no room for this refusal, the class with most examples gives up one of its own, and its threshold moves
+    up to its next larger suspicion. If this class has only one refusal, it shares it with the scarce classes. Both
+    thresholds are then at least the largest suspicion in this class and the scarce ones.
 
     Args:
         suspicion: (n,) suspicion of the predicted label.
         predicted: (n,) predicted labels.
         labels: (n,) true labels.
-        num_classes: K.
-        false_positive_rate: α, in (0, 1), within every class.
-        method: see `fit_threshold`; "quantile" makes no promise, for pooled classes either.
-        scarce: what a class with fewer than `minimum_examples` correct examples gets: "error", or "pool", a threshold
-            that it shares with other scarce classes.
-        rounding: by how much arithmetic alone may change an image's suspicion, at least 0, in units of the suspicion.
+        num_classes: number K of classes.
+        false_positive_rate: rate α in (0, 1), which holds within every class.
+        method: rule as in `fit_threshold`. "quantile" guarantees nothing, for pooled classes either.
+        scarce: treatment of scarce classes. "error" raises an error, and "pool" gives them a threshold that they share.
+        rounding: largest change of an image's suspicion that arithmetic alone may cause, at least 0, in units of the
+            suspicion.
 
     Returns:
-        The thresholds and how they came about. Each is a little larger than the suspicion that it rests on, by
-        `rounding` or by 64 units in the last place of float32 (a share of 8e-6), whichever is more. An image that is
-        judged in another batch gets a suspicion that differs in its last places, which must not decide on the image.
+        The thresholds and how they were fitted. Each threshold is a little larger than the suspicion that it rests on,
+        by `rounding` or by 64 units in the last place of float32 (a share of 8e-6), whichever is more. The reason is
+        that the suspicion of an image may differ in its last places between batches. Such a difference must not decide
+        whether the image is refused.
 
     Raises:
-        TooFewCalibrationExamplesError: naming the classes and their counts.
-        InputError: tensors of a wrong shape, dtype or device, labels out of range, or too many that are not finite.
-        ConfigurationError: a rate outside (0, 1), an unknown method or way with scarce classes, or negative rounding.
+        TooFewCalibrationExamplesError: too few examples. The message names the classes and their counts.
+        InputError: tensors have a wrong shape, dtype or device, labels are out of range, or too many suspicions are not
+            finite.
+        ConfigurationError: the rate is outside (0, 1), `method` or `scarce` is unknown, or `rounding` is negative.
 
     Example:
         >>> suspicion, labels = torch.arange(200.0), torch.arange(200) % 2
@@ -252,23 +260,24 @@ def fit_thresholds(
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrator:
-    """Fits a detector's per-class thresholds on benign images it was not trained on.
+    """Fits a detector's per-class thresholds on benign images that it was not trained on.
 
-    With ``method="conformal"`` the chance that a new, correctly classified benign image of class i is refused is
-    at most `false_positive_rate`, at any number of examples, if it is exchangeable with the calibration images
-    of that class. Images that were trained on, or that later drift, void that. With ``scarce="pool"`` it holds for
-    classes with enough examples, and for all classes together.
+    With ``method="conformal"``, a new, correctly classified benign image of class i is refused with a probability of at
+    most `false_positive_rate`. This holds for any number of examples, if the new image is exchangeable with the
+    calibration images of its class. The guarantee is lost if the detector was trained on the calibration images, or if
+    the images in service drift. With ``scarce="pool"`` it holds for classes with enough examples, and for all classes
+    together.
 
-    Thresholds get a slack for rounding: four times the largest change of a suspicion that is seen when the first 16
-    images are judged together and one by one, and 64 units in the last place of float32 at least.
+    Each threshold gets a slack for rounding. The first 16 images are judged together and one by one, and the slack is
+    four times the largest change of a suspicion between the two, but at least 64 units in the last place of float32.
 
     Args:
-        false_positive_rate: α, in (0, 1), within every class.
-        method: "conformal" or "quantile", see `fit_threshold`.
-        scarce: "error" or "pool", see `fit_thresholds`.
+        false_positive_rate: rate α in (0, 1), which holds within every class.
+        method: rule "conformal" or "quantile", see `fit_threshold`.
+        scarce: treatment of classes with too few examples, "error" or "pool", see `fit_thresholds`.
 
     Raises:
-        ConfigurationError: a rate outside (0, 1), or an unknown method or way with scarce classes.
+        ConfigurationError: the rate is outside (0, 1), or `method` or `scarce` is unknown.
 
     Example:
         >>> from clusterguard.detectors import ConfidenceDetector
@@ -289,15 +298,15 @@ class Calibrator:
         _check_options(self.false_positive_rate, self.method, self.scarce)
 
     def check_counts(self, loader: Loader, num_classes: int, *, unpack: Unpack | None = None) -> None:
-        """Make sure that a set is large enough if every image in it is classified correctly.
+        """Check that a set is large enough if the detector classifies every image in it correctly.
 
         Args:
-            loader: batches of images and labels (B,); only labels are read.
-            num_classes: K.
-            unpack: finds images and labels in batches of another form.
+            loader: batches of images and labels (B,); only the labels are used.
+            num_classes: number K of classes.
+            unpack: function that finds images and labels in batches of another form.
 
         Raises:
-            TooFewCalibrationExamplesError: with the counts per class.
+            TooFewCalibrationExamplesError: too few examples. The message holds the counts per class.
         """
         counts = torch.zeros(num_classes, dtype=torch.long)
         for images, labels in Pairs(loader, unpack):
@@ -307,7 +316,7 @@ class Calibrator:
         if int(counts.sum() if self.scarce == "pool" else counts.min()) < needed:
             wanted = f"at least {needed} calibration examples of every class, for a rate of {self.false_positive_rate}"
             raise TooFewCalibrationExamplesError(
-                f"expected {wanted}, got {counts.tolist()}; add some, or raise the rate"
+                f"expected {wanted}, got {counts.tolist()}; add examples, or raise the rate"
             )
 
     def fit(
@@ -319,25 +328,26 @@ class Calibrator:
         unpack: Unpack | None = None,
         progress: bool = False,
     ) -> Calibration:
-        """Fit and set the detector's thresholds; they are left as they were if anything fails.
+        """Fit and set the detector's thresholds. If anything fails, the old thresholds stay.
 
-        A `DetectorModule` whose `image_shape` is not decided takes images of this shape alone from then on.
+        If a `DetectorModule` has no `image_shape` yet, it learns the shape of these images and takes no other shape
+        from then on.
 
         Args:
-            detector: anything that yields evidence; a `DetectorModule` also keeps the returned record.
+            detector: any detector that yields evidence; a `DetectorModule` also keeps the returned record.
             loader: batches of images (B, C, H, W) in [0, 1] and labels (B,). Only suspicion and labels are kept,
-                so memory does not grow with the images' size.
-            accelerator: whose processes share the work, a batch each in turn; all get the same thresholds.
-            unpack: finds images and labels in batches of another form.
-            progress: show a progress bar.
+                so memory does not grow with the size of the images.
+            accelerator: accelerator whose processes take the batches in turn; all of them get the same thresholds.
+            unpack: function that finds images and labels in batches of another form.
+            progress: whether to show a progress bar.
 
         Returns:
-            The thresholds, the counts they rest on, and the rate they realise on these images.
+            The thresholds, the counts that they rest on, and the rate that they realise on these images.
 
         Raises:
-            InputError: images or labels of a wrong shape, dtype or range, or an empty loader.
-            TooFewCalibrationExamplesError: naming classes and counts.
-            ConfigurationError: the detector gives the same images different evidence each time.
+            InputError: images or labels have a wrong shape, dtype or range, or the loader is empty.
+            TooFewCalibrationExamplesError: too few examples. The message names the classes and their counts.
+            ConfigurationError: the detector gives different evidence for the same images from call to call.
         """
         batches = CalibrationBatches(loader, detector, unpack)
         with image_shape_kept_on_failure(detector):
@@ -361,7 +371,7 @@ class Calibrator:
                 "share the pooled threshold; the false-positive rate of each alone is not guaranteed",
                 stacklevel=2,
             )
-        with torch.inference_mode(False):  # a threshold made in it could take no part in training or attacks later
+        with torch.inference_mode(False):  # autograd could not use an inference tensor later
             detector.thresholds = detector.thresholds.new_tensor(calibration.thresholds)
         if isinstance(detector, KeepsCalibration):
             detector.calibration = calibration
@@ -369,7 +379,7 @@ class Calibrator:
 
 
 def _exact(rate: float) -> Fraction:
-    """The rate as the decimal number that was written: 1/0.01 must be exactly 100."""
+    """The rate as the decimal number that the user wrote, because 1/0.01 must be exactly 100."""
     return Fraction(str(rate))
 
 
@@ -383,12 +393,12 @@ def _check_options(false_positive_rate: object, method: str = "conformal", scarc
 
 
 def _refused_last(suspicion: Tensor) -> Tensor:
-    """Suspicion (n,) in float64, +inf where it is not finite: those are refused at every threshold."""
+    """Suspicion (n,) in float64, +inf where it is not finite, because such images are refused at every threshold."""
     return suspicion.double().masked_fill(~suspicion.isfinite(), math.inf)
 
 
 def _positions(counts: Tensor, false_positive_rate: float, method: str) -> tuple[Tensor, Tensor]:
-    """Where thresholds lie among so many ordered examples (K,): after how many, and how far from there to the next."""
+    """Where each class's threshold (K,) lies among its sorted examples: an index, and a fraction towards the next."""
     alpha = _exact(false_positive_rate)
     sizes, index = counts.unique(return_inverse=True)
     exact = [
@@ -397,13 +407,13 @@ def _positions(counts: Tensor, false_positive_rate: float, method: str) -> tuple
         else (size - 1) * (1 - alpha)
         for size in sizes.tolist()
     ]
-    whole = torch.tensor([math.floor(own) for own in exact], device=counts.device)
-    fractions = torch.tensor([float(own % 1) for own in exact], dtype=torch.float64, device=counts.device)
+    whole = torch.tensor([math.floor(position) for position in exact], device=counts.device)
+    fractions = torch.tensor([float(position % 1) for position in exact], dtype=torch.float64, device=counts.device)
     return whole[index], fractions[index]
 
 
 def _read(ordered: Tensor, positions: Tensor, fractions: Tensor) -> Tensor:
-    """The values at these positions, or between them and the next."""
+    """The values at these positions, interpolated towards the next ones by the fractions."""
     between = fractions > 0
     return torch.where(
         between, torch.lerp(ordered[positions], ordered[positions + between], fractions), ordered[positions]
@@ -418,16 +428,17 @@ def _threshold_of(ordered: Tensor, false_positive_rate: float, method: str) -> T
 def _class_thresholds(
     ordered: Tensor, classes: Tensor, counts: Tensor, false_positive_rate: float, method: str, scarce: str
 ) -> Tensor:
-    """Thresholds (K,) from suspicion (n,), one class after the other, and its classes; see `fit_thresholds`.
+    """Thresholds (K,) from suspicion (n,), sorted within each class, and its classes; see `fit_thresholds`.
 
-    The bounds rest on a count: calibration images and the new one are treated alike. So a class with enough examples is
-    looked at as if the new image were of it, and a scarce class as if the new image were of that one.
+    The bounds come from counting refusals among the calibration images and the new one, which are treated alike. So the
+    threshold of each class is chosen as if the new image belonged to that class.
     """
     needed, is_scarce = minimum_examples(false_positive_rate), counts < minimum_examples(false_positive_rate)
     positions, fractions = _positions(counts, false_positive_rate, method)
     last = counts.cumsum(0) - 1
     first = last + 1 - counts
-    in_pool = (counts <= needed) & (scarce == "pool")  # what is scarce, besides the class that is looked at
+    # These classes would be scarce without one of their images, and any image may be the new one.
+    in_pool = (counts <= needed) & (scarce == "pool")
     pool, thresholds = ordered[in_pool[classes]].sort().values, ordered.new_empty(len(counts))
     pays = joins = lends = torch.zeros_like(in_pool)
     if method == "conformal" and in_pool.any():
@@ -449,7 +460,7 @@ def _class_thresholds(
 
 
 def _listing(counts: Tensor, chosen: Tensor) -> str:
-    """Classes and their counts, the first ten."""
+    """The first ten classes and their counts, as text."""
     indices = chosen.nonzero().flatten().tolist()
     listing = ", ".join(f"class {index}: {int(counts[index])}" for index in indices[:10])
     return listing + (f" and {len(indices) - 10} more classes" if len(indices) > 10 else "")
@@ -463,12 +474,12 @@ def _check_finite(thresholds: Tensor) -> None:
     if not bool((thresholds.abs() <= _LARGEST).all()):
         raise InputError(
             f"expected suspicion of benign examples to be finite and at most {_LARGEST:.0e}, got infinite, NaN or "
-            "larger values where a threshold would lie; look at the images that have them"
+            "larger values where a threshold would lie; inspect the images with such values"
         )
 
 
 def _round_up_to_float32(values: Tensor) -> Tensor:
-    """Thresholds are compared in float32: rounding one down would push its own example over it."""
+    """Round up, because thresholds are compared in float32 and must not fall below the example that they rest on."""
     rounded = values.float()
     up = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
     return torch.where(rounded.double() < values, up, rounded).double()

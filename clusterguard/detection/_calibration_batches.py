@@ -1,4 +1,4 @@
-"""What calibration finds out beside the verdicts: the images' shape, and how far arithmetic moves suspicion."""
+"""What calibration measures besides the verdicts: the shape of the images, and how far rounding moves suspicion."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,36 +15,36 @@ from torch import Tensor
 
 @runtime_checkable
 class KeepsCalibration(Protocol):
-    """A detector that keeps the record of its calibration, and takes images of the shape that it has learned."""
+    """A detector that keeps the record of its calibration and learns the shape of its images."""
 
     calibration: Any
     image_shape: Any
 
     def learn_image_shape(self, images: Tensor) -> None:
-        """Take only images of this shape from now on, unless the shape is decided already."""
+        """Take only images of this shape from now on, unless the shape is set already."""
 
 
 class CalibrationBatches:
-    """A loader's batches; once the detector has judged the first of them, they teach it their shape.
+    """A loader's batches, which also teach a detector the shape of its images.
 
-    The same images must then get the same evidence again. The first 16 images are kept, as far as they have the size
-    of the first.
+    After the detector has judged the first batch, it learns the shape of these images. It must then give the same
+    images the same evidence again. The first 16 images that have the shape of the first one are kept in `images`.
 
     Args:
-        loader: as for `judge`.
-        detector: that judges the batches.
-        unpack: as for `judge`.
+        loader: batches as for `judge`.
+        detector: detector that judges the batches.
+        unpack: function as for `judge`.
     """
 
     def __init__(self, loader: Loader, detector: Detector, unpack: Unpack | None = None) -> None:
         self.loader, self.detector, self.unpack, self.images = loader, detector, unpack, torch.empty(0)
 
     def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]  # the same TypeError as of a loader without a length
+        return len(self.loader)  # type: ignore[arg-type]  # a loader without a length raises its TypeError here too
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in Pairs(self.loader, self.unpack):
-            yield images, labels  # first, for whoever takes them checks them
+            yield images, labels  # before they are used below, because the caller checks them
             kept = images[: 16 - len(self.images)].detach().cpu()
             if not len(self.images):
                 self.images = kept
@@ -57,7 +57,7 @@ class CalibrationBatches:
 
 @contextmanager
 def image_shape_kept_on_failure(detector: Detector) -> Iterator[None]:
-    """Undo what a detector has learned of its images' shape if the block fails."""
+    """Restore the detector's `image_shape` if the block fails."""
     if not isinstance(detector, KeepsCalibration):
         yield
         return
@@ -71,12 +71,13 @@ def image_shape_kept_on_failure(detector: Detector) -> Iterator[None]:
 
 @torch.no_grad()
 def measure_rounding(detector: Detector, images: Tensor) -> float:
-    """By how much arithmetic alone moves suspicion: four times the most that it moved when images were judged alone.
+    """The slack for rounding: four times the largest change of suspicion when images are judged alone, not as a batch.
 
-    This depends on the network and its precision, which thresholds do not tell. Where clusters are much tighter than
-    their centres are apart, it is many units in the last place of a threshold. The suspicion of every class counts, for
-    that of the label may round to the same number in each batch. More than 1 % of an image's largest suspicion is no
-    rounding, but images of a batch that influence each other; it would open the guard and is cut off.
+    The change depends on the network and its precision, so it cannot be derived from the thresholds. If clusters are
+    much tighter than the distance between their centres, it is many units in the last place of a threshold. The
+    suspicion of every class counts, because the suspicion of the label may happen to round to the same number in both
+    cases. The slack is limited to 1 % of an image's largest suspicion. A larger change is not rounding: it means that
+    the images of a batch influence each other, and such a slack would make the guard accept too much.
     """
     if not len(images):
         return 0.0

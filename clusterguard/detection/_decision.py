@@ -1,6 +1,6 @@
-"""The decision, once: what a detector reports, when it accepts, and how far an attack is from success.
+"""The only place for the decision: what a detector reports, when it accepts, and how far an attack is from success.
 
-Everything else (the guard, the baselines, relabelling in training, attacks, metrics) calls these functions.
+The guard, the baselines, relabelling in training, attacks and metrics all call these functions.
 """
 
 from typing import NamedTuple, Protocol
@@ -12,12 +12,13 @@ from torch import Tensor
 
 
 class Evidence(NamedTuple):
-    """What a detector sees in a batch, before any threshold.
+    """What a detector computes for a batch, before any threshold.
 
     Attributes:
-        class_scores: (B, K); the larger, the more like class k. The largest is the label.
-        suspicion: (B, K); the larger, the more adversarial the image if it is labelled k. For a `ClusterGuard`
-            the Euclidean distance to the centre of class k.
+        class_scores: (B, K) scores. A larger score means that the image is more like class k, and the class with the
+            largest score is the label.
+        suspicion: (B, K) suspicion of each label. A larger value means that the image is more likely to be adversarial
+            if its label is k. For a `ClusterGuard` it is the Euclidean distance to the centre of class k.
     """
 
     class_scores: Tensor
@@ -28,9 +29,9 @@ class Detection(NamedTuple):
     """The verdict on a batch.
 
     Attributes:
-        labels: (B,) int64, the class with the largest score.
-        distances: (B,) suspicion of that label; for a `ClusterGuard` the distance to the label's centre.
-        is_adversarial: (B,) bool; True means: refuse this image.
+        labels: (B,) int64 classes with the largest score.
+        distances: (B,) suspicion of these labels; for a `ClusterGuard` the distance to the centre of the label.
+        is_adversarial: (B,) bool, True for an image that is refused.
     """
 
     labels: Tensor
@@ -39,14 +40,14 @@ class Detection(NamedTuple):
 
 
 class Detector(Protocol):
-    """All that attacks, metrics and evaluation ask of a detector.
+    """Everything that attacks, metrics and evaluation need of a detector.
 
     Attributes:
-        thresholds: (K,) largest suspicion that is accepted, per label. NaN means not calibrated (and accepts
-            nothing); +inf accepts every finite suspicion.
+        thresholds: (K,) largest suspicion that is accepted, per label. NaN means that the label is not calibrated, and
+            accepts nothing; +inf accepts every finite suspicion.
 
     Example:
-        >>> class Brighter:  # of two pixels, and suspicious if they are nearly the same
+        >>> class Brighter:  # labels the brighter of two pixels, and suspects images whose pixels are nearly equal
         ...     thresholds = torch.tensor([-0.1, -0.1])
         ...
         ...     def evidence(self, images):
@@ -66,19 +67,19 @@ class Detector(Protocol):
 def decide(evidence: Evidence, thresholds: Tensor) -> Detection:
     """Label each image and say whether it is refused.
 
-    The label is the class with the largest score, the first one on ties. The image is accepted iff the label's
-    suspicion is at most the label's threshold and everything in its row of evidence is finite: in doubt the
-    guard refuses.
+    The label is the class with the largest score, or the first such class on a tie. The image is accepted if and only
+    if the suspicion of the label is at most the threshold of the label, and all of the image's evidence is finite. So
+    the guard refuses whatever it cannot judge.
 
     Args:
-        evidence: of B images, K classes.
-        thresholds: (K,).
+        evidence: evidence on B images for K classes.
+        thresholds: (K,) thresholds, one per label.
 
     Returns:
-        Labels, the labels' suspicion, and the verdict, each (B,).
+        Labels, their suspicion, and whether the image is refused, each (B,).
 
     Raises:
-        InputError: tensors of a wrong shape, dtype or device.
+        InputError: tensors have a wrong shape, dtype or device.
 
     Reference:
         arXiv 2012.03483, equation 16 and section 3.2.
@@ -96,21 +97,22 @@ def decide(evidence: Evidence, thresholds: Tensor) -> Detection:
 
 
 def class_margins(evidence: Evidence, thresholds: Tensor) -> Tensor:
-    """How far each image is from being accepted as each class: at most 0 iff `decide` accepts it as that class.
+    """How far each image is from being accepted as each class.
 
-    ``m_j = max(suspicion_j - threshold_j, max_{i != j}(score_i - score_j))``, +inf where evidence is not finite
-    or the threshold is NaN. On a tie of scores the class that `decide` does not choose gets the smallest
-    positive number instead of 0, so margins and decisions agree exactly.
+    The margin of class j is ``m_j = max(suspicion_j - threshold_j, max_{i != j}(score_i - score_j))``, or +inf if the
+    evidence is not finite or the threshold is NaN. It is at most 0 if and only if `decide` accepts the image as class
+    j. If scores tie, a class that `decide` does not choose gets the smallest positive number instead of 0, so margins
+    and decisions agree exactly.
 
     Args:
-        evidence: of B images, K >= 2 classes.
-        thresholds: (K,).
+        evidence: evidence on B images for K >= 2 classes.
+        thresholds: (K,) thresholds, one per label.
 
     Returns:
-        (B, K), in the units of the evidence; differentiable.
+        Margins (B, K) in the units of the evidence; they are differentiable.
 
     Raises:
-        InputError: tensors of a wrong shape, dtype or device, or a single class.
+        InputError: tensors have a wrong shape, dtype or device, or there is a single class.
 
     Example:
         >>> evidence = Evidence(torch.tensor([[-1.0, -9.0]]), torch.tensor([[1.0, 9.0]]))
@@ -130,19 +132,22 @@ def class_margins(evidence: Evidence, thresholds: Tensor) -> Tensor:
 
 
 def success_margin(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
-    """How far an attack on each image is from success: at most 0 iff the image is accepted under a wrong label.
+    """How far an attack on each image is from success.
+
+    The value is at most 0 if and only if the image is accepted under the target, or under any wrong label if there is
+    no target.
 
     Args:
-        evidence: of B images, K >= 2 classes.
-        thresholds: (K,).
+        evidence: evidence on B images for K >= 2 classes.
+        thresholds: (K,) thresholds, one per label.
         labels: (B,) true labels.
-        targets: (B,) wrong labels the attack aims at; None means that any wrong label will do.
+        targets: (B,) wrong labels that the attack aims at; None means that any wrong label is a success.
 
     Returns:
-        (B,) the margin of the target, or the smallest margin of a wrong class.
+        The margin of the target, or the smallest margin of a wrong class, (B,).
 
     Raises:
-        InputError: tensors of a wrong shape, dtype or device, or labels out of range.
+        InputError: tensors have a wrong shape, dtype or device, or labels are out of range.
 
     Example:
         >>> evidence = Evidence(torch.tensor([[-1.0, -9.0]]), torch.tensor([[1.0, 9.0]]))
@@ -158,17 +163,23 @@ def success_margin(evidence: Evidence, thresholds: Tensor, labels: Tensor, targe
 
 
 def check_goal(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> None:
-    """Evidence is of B images and K >= 2 classes, and all the rest fits it: what an objective needs.
+    """Check the inputs of an objective: evidence on B images for K >= 2 classes, and the tensors that go with it.
+
+    Args:
+        evidence: evidence with class scores and suspicion (B, K).
+        thresholds: (K,) thresholds, one per label.
+        labels: (B,) true labels.
+        targets: (B,) wrong labels that an attack aims at, or None.
 
     Raises:
-        InputError: otherwise.
+        InputError: if the check fails.
     """
     _check_evidence(evidence, thresholds, classes=2)
     scores = evidence.class_scores
-    for name, own in {"labels": labels, "targets": labels if targets is None else targets}.items():
-        check_tensor(own, name, len(scores), kind="integer", like=scores)
-        if own.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking waits for the device
-            check_range(own, scores.shape[1], name=name)
+    for name, values in {"labels": labels, "targets": labels if targets is None else targets}.items():
+        check_tensor(values, name, len(scores), kind="integer", like=scores)
+        if values.device.type == "cpu" and not torch.compiler.is_compiling():  # other devices would synchronise
+            check_range(values, scores.shape[1], name=name)
 
 
 def _check_evidence(evidence: Evidence, thresholds: Tensor, *, classes: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Running a detector over a whole loader."""
+"""Runs a detector over a whole loader."""
 
 from typing import TYPE_CHECKING
 
@@ -24,20 +24,23 @@ def judge(
     unpack: Unpack | None = None,
     progress: str = "",
 ) -> tuple[Detection, Tensor]:
-    """Run a detector in eval mode over a whole loader; only verdicts are kept, so memory does not grow with images.
+    """Run a detector in eval mode over a whole loader.
+
+    Only the verdicts are kept, so memory does not grow with the size of the images.
 
     Args:
-        detector: whatever yields evidence; without thresholds everything is refused, labels and suspicion still count.
+        detector: any detector that yields evidence. If it is not calibrated, everything is refused, but labels and
+            suspicion are valid.
         loader: batches of images (B, C, H, W) in [0, 1] and labels (B,).
-        accelerator: whose processes take a batch each, in turn; all of them get all verdicts.
-        unpack: finds images and labels in batches of another form.
-        progress: the progress bar's title; empty shows none.
+        accelerator: accelerator whose processes take the batches in turn; all of them get all verdicts.
+        unpack: function that finds images and labels in batches of another form.
+        progress: title of the progress bar; an empty title shows no bar.
 
     Returns:
-        Verdicts on all n images, and their labels (n,), on the CPU.
+        Verdicts on all n images, and the true labels (n,), on the CPU.
 
     Raises:
-        InputError: images or labels of a wrong shape, dtype or range, or an empty loader.
+        InputError: images or labels have a wrong shape, dtype or range, or the loader is empty.
     """
     check_detector(detector)
     verdicts: dict[int, list[Tensor]] = {}
@@ -50,22 +53,24 @@ def judge(
             images = images.to(detector.thresholds.device)
             verdict = decide(detector.evidence(images), detector.thresholds)
             verdicts[position] = [part.cpu() for part in (*verdict, labels)]
-    found = collect(verdicts, accelerator)
-    if not found:
+    rows = collect(verdicts, accelerator)
+    if not rows:
         raise InputError("expected a loader with at least one batch, got an empty one")
-    *judged, all_labels = map(torch.cat, zip(*found, strict=True))
+    *judged, all_labels = map(torch.cat, zip(*rows, strict=True))
     return Detection(*judged), all_labels
 
 
 def check_repeated(detector: Detector, images: Tensor) -> None:
-    """Four answers to the same images are the same, but for the rounding of a device that adds in any order.
+    """Check that a detector gives the same evidence for the same images in four calls.
+
+    Small differences are tolerated, because a device may add numbers in any order.
 
     Args:
-        detector: in eval mode.
-        images: (B, C, H, W) in [0, 1]; eight of them are judged.
+        detector: detector in eval mode.
+        images: (B, C, H, W) images in [0, 1], of which the first eight are judged.
 
     Raises:
-        ConfigurationError: otherwise.
+        ConfigurationError: if the check fails.
     """
     first, *others = (detector.evidence(images[:8]) for _ in range(4))
     for other in others:
@@ -76,5 +81,5 @@ def check_repeated(detector: Detector, images: Tensor) -> None:
                 raise ConfigurationError(
                     f"expected a detector that gives the same images the same {name.replace('_', ' ')} at every call, "
                     f"got differences of up to {float((one - again).abs().max()):.3g}: a layer draws random numbers or "
-                    "changes at every call, in eval mode too; make it do so only while self.training is True"
+                    "changes at every call, in eval mode too; let it do this only while self.training is True"
                 )

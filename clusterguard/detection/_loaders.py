@@ -1,4 +1,4 @@
-"""What loaders give: batches of images and labels in the forms that people have, their number, and their source."""
+"""Batches from loaders: images and labels in the usual forms, how many there are, and where they come from."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,10 +25,10 @@ from torch.utils.data import (
 )
 
 Loader = Iterable[Any]
-"""Batches of images (B, C, H, W) and labels (B,): a DataLoader, or a list; `unpack_batch` knows their forms."""
+"""Batches of images (B, C, H, W) and labels (B,), in a form that `unpack_batch` knows: a DataLoader or a list."""
 
 Unpack = Callable[[Any], tuple[Tensor, Tensor]]
-"""A batch as the loader gives it -> its images (B, C, H, W) and labels (B,)."""
+"""A function from a batch of the loader to its images (B, C, H, W) and labels (B,)."""
 
 IMAGE_KEYS = ("image", "images", "img", "pixel_values")
 LABEL_KEYS = ("label", "labels", "target", "targets")
@@ -36,18 +36,18 @@ _HINT = "pass unpack=, a function from a batch to its images and labels"
 
 
 def unpack_batch(batch: Any, unpack: Unpack | None = None) -> tuple[Tensor, Tensor]:
-    """The images and labels of a batch; a batch that can be read in two ways is refused.
+    """The images and labels of a batch. A batch that can be read in two ways is refused.
 
     Args:
-        batch: a pair of images and labels; a longer tuple that begins with them, if nothing else in it could be the
-            labels; or a mapping with one of `IMAGE_KEYS` and one of `LABEL_KEYS`.
-        unpack: finds them in batches of any other form; None takes the rules above.
+        batch: pair of images and labels, or a longer tuple that begins with them and holds nothing else that could be
+            the labels, or a mapping with one of `IMAGE_KEYS` and one of `LABEL_KEYS`.
+        unpack: function that finds images and labels in batches of any other form; None takes the rules above.
 
     Returns:
         Images (B, C, H, W) and labels (B,), not checked yet.
 
     Raises:
-        InputError: images and labels cannot be told, or `unpack` does not return a pair.
+        InputError: it is not clear which parts are images and labels, or `unpack` does not return a pair.
 
     Example:
         >>> import torch
@@ -67,8 +67,8 @@ def unpack_batch(batch: Any, unpack: Unpack | None = None) -> tuple[Tensor, Tens
     images, labels, *more = batch
     if more and (not _is_images(images) or not _is_labels(labels) or any(map(_is_labels, more))):
         raise InputError(
-            f"expected batches of images and labels, got {len(batch)} parts, of which images and labels cannot be "
-            f"told; {_HINT}, such as lambda batch: (batch[0], batch[1])"
+            f"expected batches of images and labels, got {len(batch)} parts, and it is unclear which of them are "
+            f"images and labels; {_HINT}, such as lambda batch: (batch[0], batch[1])"
         )
     return images, labels
 
@@ -92,11 +92,11 @@ def _is_labels(value: Any) -> bool:
 
 
 class Pairs:
-    """A loader's batches as pairs of images and labels, from the start again each time they are asked for.
+    """A loader's batches as pairs of images and labels. Each iteration starts from the beginning.
 
     Args:
-        loader: of batches in any form that `unpack_batch` knows.
-        unpack: as there.
+        loader: loader of batches in any form that `unpack_batch` knows.
+        unpack: function as in `unpack_batch`.
 
     Example:
         >>> import torch
@@ -113,10 +113,14 @@ class Pairs:
 
 
 def check_loader(loader: object, name: str) -> None:
-    """A loader gives batches, and gives them anew each time.
+    """Check that a loader gives batches, and gives them again in every pass.
+
+    Args:
+        loader: object to check.
+        name: name of the loader in the error message.
 
     Raises:
-        ConfigurationError: it is a data set, an iterator, which is empty after one pass, or nothing to iterate over.
+        ConfigurationError: the loader is a data set, an iterator that is empty after one pass, or not iterable at all.
     """
     if isinstance(loader, Dataset):
         raise ConfigurationError(
@@ -133,16 +137,17 @@ def check_loader(loader: object, name: str) -> None:
 
 
 def check_passes(loader: object, name: str) -> None:
-    """Neither a loader nor the stream that it reads gives the same iterator again, which ends for good.
+    """Check that neither a loader nor the stream that it reads returns the same iterator twice.
 
-    Workers get copies of a stream for each pass, so any will do for them.
+    Such an iterator is empty after one pass. The check skips loaders with workers, because each pass gives the workers
+    fresh copies of the stream.
 
     Args:
-        loader: that `check_loader` takes; asked for an iterator twice, as may change what it carries.
-        name: of the loader, for the message.
+        loader: loader that has passed `check_loader`. Two iterators are taken from it, which may change its state.
+        name: name of the loader in the error message.
 
     Raises:
-        ConfigurationError: otherwise.
+        ConfigurationError: if the check fails.
     """
     sources: list[Any] = [loader]
     if isinstance(loader, DataLoader):
@@ -160,21 +165,21 @@ def check_passes(loader: object, name: str) -> None:
 
 def _refuse_one_pass(name: str, source: object) -> NoReturn:
     raise ConfigurationError(
-        f"expected a {name} that can be passed through repeatedly, got {type(source).__name__}, of which there is one "
+        f"expected a {name} that can be passed through repeatedly, got {type(source).__name__}, which allows one "
         "pass only; pass a DataLoader of a data set, a list of the batches, or a class whose __iter__ makes a new "
         "iterator each time"
     )
 
 
 def is_running(value: object) -> bool:
-    """Whether it is an iterator of Python's own, which goes from where it is to its end and never back."""
+    """Whether a value is one of Python's built-in iterators, which run to their end once and never start again."""
     return isinstance(value, Iterator) and (
         isinstance(value, GeneratorType) or type(value).__module__ in ("builtins", "itertools")
     )
 
 
 def number_of_batches(loader: object) -> int | None:
-    """How many batches a pass through a loader has; None where it does not tell, as with an `IterableDataset`.
+    """The number of batches in a pass through a loader; None if it is not known, as for an `IterableDataset`.
 
     Example:
         >>> number_of_batches([1, 2]), number_of_batches(iter([1, 2]))
@@ -182,17 +187,17 @@ def number_of_batches(loader: object) -> int | None:
     """
     if isinstance(loader, Pairs):
         return number_of_batches(loader.loader)
-    with suppress(TypeError, NotImplementedError):  # a DataLoader over a stream has __len__, and it fails
+    with suppress(TypeError, NotImplementedError):  # a DataLoader over a stream has a __len__ that fails
         return len(loader)  # type: ignore[arg-type]
     return None
 
 
 def set_epoch(loader: object, epoch: int) -> None:
-    """Tell the parts of a loader that shuffle by the number of the epoch, such as `DistributedSampler`, which it is.
+    """Tell the number of the epoch to every part of a loader that shuffles by it, such as a `DistributedSampler`.
 
     Args:
-        loader: any; most have no such part.
-        epoch: counted from 0.
+        loader: loader of any kind. Most have no such part.
+        epoch: number of the epoch, counted from 0.
     """
     if isinstance(loader, Pairs):
         loader = loader.loader
@@ -205,14 +210,16 @@ def set_epoch(loader: object, epoch: int) -> None:
 
 
 def give_the_same_images(first: object, second: object) -> bool:
-    """Whether two loaders certainly share images: batches, items of a data set, or memory in which images lie.
+    """Whether two loaders certainly share images.
+
+    They do if they share batches, items of a data set, or memory that holds images.
 
     Args:
-        first: a loader.
-        second: another, or the same.
+        first: one loader.
+        second: another loader, or the same one.
 
     Returns:
-        False also where it cannot be told.
+        True if they certainly share images; False if they do not, or if it cannot be found out.
 
     Example:
         >>> import torch
@@ -223,12 +230,12 @@ def give_the_same_images(first: object, second: object) -> bool:
     """
     if first is second:
         return True
-    some, more = _places(first), _places(second)
-    return any(not some[source].isdisjoint(more[source]) for source in some.keys() & more.keys())
+    places, others = _places(first), _places(second)
+    return any(not places[source].isdisjoint(others[source]) for source in places.keys() & others.keys())
 
 
 def _places(loader: object) -> dict[object, set[int]]:
-    """Where a loader's items lie: their positions, by the data set or the memory that holds them; none if unknown."""
+    """The positions of a loader's items in the data set or memory that holds them; empty if they are unknown."""
     places: dict[object, set[int]] = {}
     if isinstance(loader, list | tuple):
         places["batches"] = {id(batch) for batch in loader}
@@ -255,8 +262,8 @@ def _add_items(places: dict[object, set[int]], data: Dataset[Any], indices: Iter
         for index in indices:
             part = bisect_right(data.cumulative_sizes, index)
             parts.setdefault(part, []).append(index - ([0, *data.cumulative_sizes])[part])
-        for part, own in parts.items():
-            _add_items(places, data.datasets[part], own)
+        for part, positions in parts.items():
+            _add_items(places, data.datasets[part], positions)
     elif isinstance(data, TensorDataset):
         _add_rows(places, data.tensors[0], indices)
     else:
@@ -264,7 +271,7 @@ def _add_items(places: dict[object, set[int]], data: Dataset[Any], indices: Iter
 
 
 def _add_rows(places: dict[object, set[int]], images: object, indices: Iterable[int] | None) -> None:
-    """Rows of a tensor by where they begin in memory, so that those of its slices are the same; None takes all."""
+    """Add rows of a tensor by their address in memory, so that rows of its slices count as the same; None adds all."""
     if isinstance(images, Tensor) and images.ndim and images.layout == torch.strided and not images.is_meta:
         start, step = int(images.storage_offset()), int(images.stride(0))
         rows = range(len(images)) if indices is None else indices

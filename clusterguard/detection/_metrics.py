@@ -1,4 +1,4 @@
-"""The paper's metrics and their uncertainty: pure functions of decisions and suspicion."""
+"""The paper's metrics and their uncertainty, as pure functions of decisions and suspicion."""
 
 import math
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rate:
-    """A share with what it was counted from.
+    """A share, with the counts that it was computed from.
 
     Attributes:
-        count: how many did.
-        total: of how many.
+        count: number of cases that are counted, at most `total`.
+        total: number of all cases.
 
     Example:
         >>> str(Rate(1, 4))
@@ -28,7 +28,7 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """Count / total, NaN if there was nothing to count."""
+        """The share ``count / total``; NaN if the total is 0."""
         return self.count / self.total if self.total else math.nan
 
     @property
@@ -42,18 +42,18 @@ class Rate:
 
 
 def wilson_interval(count: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a share; unlike the normal one it is sound near 0 and 1.
+    """Wilson's score interval for a share. Unlike the normal interval, it is sound near 0 and 1.
 
     Args:
-        count: successes.
-        total: trials; with 0 of them the interval is (0, 1).
-        confidence: its coverage, in (0, 1).
+        count: number of successes, from 0 to `total`.
+        total: number of trials; without any, the interval is (0, 1).
+        confidence: coverage of the interval, in (0, 1).
 
     Returns:
         Lower and upper end, in [0, 1].
 
     Raises:
-        InputError: a count that is not from 0 to the total, or a confidence outside (0, 1).
+        InputError: the count is not from 0 to the total, or the confidence is outside (0, 1).
 
     Reference:
         Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
@@ -77,10 +77,10 @@ def wilson_interval(count: int, total: int, *, confidence: float = 0.95) -> tupl
 
 
 def accuracy(detection: Detection, labels: Tensor) -> Rate:
-    """The share of images that are labelled correctly, refused or not.
+    """The share of images that are labelled correctly, whether they are refused or not.
 
     Args:
-        detection: of n clean images.
+        detection: verdicts on n clean images.
         labels: (n,) true labels.
     """
     check_verdicts(labels, detection)
@@ -91,7 +91,7 @@ def accuracy_after_rejection(detection: Detection, labels: Tensor) -> Rate:
     """The share of accepted images that are labelled correctly.
 
     Args:
-        detection: of n clean images.
+        detection: verdicts on n clean images.
         labels: (n,) true labels.
     """
     check_verdicts(labels, detection)
@@ -100,10 +100,10 @@ def accuracy_after_rejection(detection: Detection, labels: Tensor) -> Rate:
 
 
 def false_positive_rate(detection: Detection, labels: Tensor) -> Rate:
-    """The share of correctly labelled clean images that are refused: what the thresholds were calibrated for.
+    """The share of correctly labelled clean images that are refused. Calibration limits this rate.
 
     Args:
-        detection: of n clean images.
+        detection: verdicts on n clean images.
         labels: (n,) true labels.
     """
     check_verdicts(labels, detection)
@@ -111,9 +111,10 @@ def false_positive_rate(detection: Detection, labels: Tensor) -> Rate:
 
 
 def attack_success_rate(clean: Detection, adversarial: Detection, labels: Tensor) -> Rate:
-    """The ASR: of the images labelled correctly and accepted before the attack, the share accepted wrongly after it.
+    """The attack success rate (ASR): the share of eligible images that the attack breaks.
 
-    With thresholds at p % false positives this is the paper's ASR-p.
+    An image is eligible if it is accepted under its true label before the attack. It is broken if it is accepted under
+    a wrong label after the attack. With thresholds for p % false positives, this is the paper's ASR-p.
 
     Args:
         clean: verdicts on n clean images.
@@ -135,29 +136,30 @@ def attack_success_rate(clean: Detection, adversarial: Detection, labels: Tensor
 
 
 def is_eligible(clean: Detection, labels: Tensor) -> Tensor:
-    """(n,) True where a clean image is accepted under its true label, of labels (n,): there is something to break."""
+    """(n,) True where a clean image is accepted under its true label, so that an attack on it counts; labels (n,)."""
     check_verdicts(labels, clean)
     return (clean.labels == labels) & ~clean.is_adversarial
 
 
 def is_broken(adversarial: Detection, labels: Tensor) -> Tensor:
-    """(n,) True where an adversarial image is accepted under another label than its own, of labels (n,)."""
+    """(n,) True where an adversarial image is accepted under a label other than its true one; labels (n,)."""
     check_verdicts(labels, adversarial)
     return (adversarial.labels != labels) & ~adversarial.is_adversarial
 
 
 def roc_auc(benign: Tensor, adversarial: Tensor) -> float:
-    """The chance that an adversarial example is more suspicious than a benign one, ties counted half.
+    """The probability that an adversarial example is more suspicious than a benign one. A tie counts as one half.
 
     Args:
-        benign: (n,) suspicion; what is not finite is refused at every threshold, so it counts as +inf.
-        adversarial: (k,) suspicion, likewise.
+        benign: (n,) suspicion of benign examples. A value that is not finite counts as +inf, because such an example is
+            refused at every threshold.
+        adversarial: (k,) suspicion of adversarial examples, treated in the same way.
 
     Returns:
-        The area under the ROC curve, in [0, 1]; NaN if either is empty.
+        The area under the ROC curve, in [0, 1]; NaN if either tensor is empty.
 
     Raises:
-        InputError: tensors of a wrong shape, dtype or device.
+        InputError: tensors have a wrong shape, dtype or device.
 
     Example:
         >>> roc_auc(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0]))
@@ -168,7 +170,7 @@ def roc_auc(benign: Tensor, adversarial: Tensor) -> float:
     if not len(benign) or not len(adversarial):
         return math.nan
     wide = torch.promote_types(benign.dtype, adversarial.dtype)
-    benign, adversarial = (own.to(wide).masked_fill(~own.isfinite(), torch.inf) for own in (benign, adversarial))
+    benign, adversarial = (side.to(wide).masked_fill(~side.isfinite(), torch.inf) for side in (benign, adversarial))
     ordered = benign.sort().values
     below = torch.searchsorted(ordered, adversarial, side="left")
     not_above = torch.searchsorted(ordered, adversarial, side="right")
@@ -178,20 +180,20 @@ def roc_auc(benign: Tensor, adversarial: Tensor) -> float:
 def expected_roc_auc(
     benign: Detection, benign_labels: Tensor, adversarial: Detection, labels: Tensor, num_classes: int
 ) -> float:
-    """EROC: the ROC AUC of each class's detection metric, weighted by how many attacked images got that label.
+    """The EROC: the ROC AUC of each class, weighted by the number of attacked images that get its label.
 
-    Benign are the correctly labelled ones of the class. An attacked image that is still labelled correctly counts
-    as perfectly detected. A class with attacked images but no benign ones to compare with is left out.
+    The benign images of a class are those of its images that are labelled correctly. An attacked image that is still
+    labelled correctly counts as perfectly detected. A class without benign images to compare with is left out.
 
     Args:
-        benign: verdicts on k benign images, best those that the thresholds were calibrated on.
+        benign: verdicts on k benign images, preferably those that the thresholds were calibrated on.
         benign_labels: (k,) their true labels.
         adversarial: verdicts on n attacked images.
         labels: (n,) their true labels.
-        num_classes: K.
+        num_classes: number K of classes.
 
     Returns:
-        In [0, 1], larger is better; NaN if there is nothing to compare.
+        A number in [0, 1], where larger is better; NaN if there is nothing to compare.
 
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".

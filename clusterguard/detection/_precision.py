@@ -1,4 +1,4 @@
-"""The arithmetic that a guard runs in: how far it rounds, and how to keep the hardware from rounding further."""
+"""The arithmetic of a guard: how far it rounds, and how to keep the hardware from rounding further."""
 
 import os
 import sys
@@ -12,8 +12,8 @@ import torch
 from clusterguard.errors import ConfigurationError
 
 _BOUNDS_UNIT = 2.0**-41  # room for the rounding of the bounds themselves, which are computed in float64
-# Backends and operations for which torch has a precision. Where none is set, that of the backend's "all" holds, and
-# where there is none either, the generic one; each stands behind those that it may follow.
+# Backends and operations for which torch has a precision setting. An operation without a setting follows the "all" of
+# its backend, and an "all" without a setting follows the generic one. Each name stands after those it may follow.
 _NAMES = (
     *(("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn")),
     *(("mkldnn", "all"), ("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn")),
@@ -24,10 +24,10 @@ class Arithmetic(NamedTuple):
     """How far floating-point numbers of a data type round, and where their range ends.
 
     Attributes:
-        dtype: float32 or float64.
+        dtype: data type, float32 or float64.
         unit: largest relative error of one operation, with room for bounds that are themselves computed in float64.
-        largest: magnitude from which an operation is taken to overflow, with room for its intermediate results.
-        smallest: more than what is lost when results below the range of numbers are replaced by 0.
+        largest: magnitude from which an operation is assumed to overflow, with room for its intermediate results.
+        smallest: upper bound of the error that arises when a result below the range of numbers is replaced by 0.
 
     Reference:
         Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition (2002), sections 2.2 and 3.1.
@@ -48,7 +48,7 @@ class Arithmetic(NamedTuple):
         """The arithmetic of float32 or float64.
 
         Raises:
-            ConfigurationError: another dtype.
+            ConfigurationError: it is another dtype.
         """
         if dtype not in (torch.float32, torch.float64):
             raise ConfigurationError(f"expected arithmetic in float32 or float64, got {dtype}")
@@ -56,7 +56,7 @@ class Arithmetic(NamedTuple):
         return cls(dtype, limits.eps / 2 + _BOUNDS_UNIT, limits.max / 64, 2.0**-96)
 
     def gamma(self, count: int) -> float:
-        """The largest relative error of `count` operations in a row, so of a sum of `count` products in any order."""
+        """The largest relative error of `count` operations in a row, and of a sum of `count` products in any order."""
         share = count * self.unit
         return share / (1 - share) if share < 1 else torch.inf
 
@@ -72,11 +72,13 @@ if hasattr(os, "register_at_fork"):  # a fork waits until no thread switches set
 def full_precision() -> Iterator[None]:
     """Compute float32 in IEEE float32: no TF32, no autocast, no bfloat16 inside products, no Winograd convolution.
 
-    PyTorch rounds the factors of convolutions on CUDA to 10 bits unless it is told otherwise, and those of matrix
-    products where ``torch.set_float32_matmul_precision`` allows it. Neither a threshold nor a proof survives that. The
-    settings are PyTorch's own and hold for the whole process: the first block that is entered switches them, in
-    whatever thread, and the last one that is left puts them back. Inside, torch refuses to read the older
-    ``torch.backends.cudnn.allow_tf32``, which has no word for it. Code that torch.compile traces is left alone.
+    By default PyTorch rounds the factors of convolutions on CUDA to 10 bits, and also those of matrix products if
+    ``torch.set_float32_matmul_precision`` allows it. Such rounding invalidates thresholds and proofs.
+
+    The settings belong to PyTorch and hold for the whole process. The first block that any thread enters switches
+    them, and the last block that is left restores them. Inside, reading the older ``torch.backends.cudnn.allow_tf32``
+    raises an error of torch, because this flag cannot express the new setting. Code that torch.compile traces is not
+    affected.
 
     Returns:
         A context manager, also a decorator.
@@ -124,7 +126,7 @@ _disable = cache(torch.compiler.disable)
 
 
 def _call_untraced(function: Callable[[], None]) -> None:
-    """Call it out of sight of torch.compile, which traces what a function calls after it gave up on the function."""
+    """Call a function untraced. If torch.compile gives up on a function, it still traces the functions called in it."""
     (_disable(function) if "torch._dynamo" in sys.modules else function)()
 
 
@@ -145,7 +147,7 @@ def _leave() -> None:
 
 
 def _switch_to_ieee() -> ExitStack:
-    """Switch every setting; closing what comes back restores them all, in the opposite order."""
+    """Switch every setting. Closing the returned stack restores them all in the opposite order."""
     restore = ExitStack()
     try:
         _change(restore, torch._C._get_nnpack_enabled(), torch._C._set_nnpack_enabled, False)
@@ -166,18 +168,18 @@ def _change(restore: ExitStack, before: object, write: Callable[..., object], va
 
 
 def _switch_by_name(restore: ExitStack) -> None:
-    """Write no more than it takes: what only follows another setting, as most do, has to go on following it."""
+    """Write as few settings as possible. Most settings only follow another one, and must follow it afterwards too."""
     for name in _NAMES:
-        if _get(name) != "ieee":  # so it is set itself, for all that it could follow is "ieee" by now
+        if _get(name) != "ieee":  # so it has a value of its own, because all that it could follow is "ieee" by now
             _change(restore, _get(name), partial(_set, name), "ieee")
-    if torch.get_float32_matmul_precision() != "highest":  # it writes two of the others, and must not contradict them
+    if torch.get_float32_matmul_precision() != "highest":  # it writes the two settings below, which must agree
         for name in (("cuda", "matmul"), ("mkldnn", "matmul")):
             restore.callback(_set, name, _get_alone(name))
         _change(restore, torch.get_float32_matmul_precision(), torch.set_float32_matmul_precision, "highest")
 
 
 def _get_alone(name: tuple[str, str]) -> str:
-    """What is set under the name itself, "none" where it follows the same backend's "all", or that the generic one."""
+    """The value that is set under the name itself; "none" if it follows its backend's "all" or the generic setting."""
     backend = (name[0], "all")
     _set(_NAMES[0], "none")
     for_backend = _get(backend)
