@@ -1,4 +1,4 @@
-"""Proofs: no image within a radius is accepted under a wrong label."""
+"""Proofs that no image within a radius is accepted under a wrong label."""
 
 from clusterguard.certification._certificates import (
     Bounds,

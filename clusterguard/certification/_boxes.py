@@ -1,4 +1,4 @@
-"""Boxes: lower and upper bounds of a network's numbers, with what its arithmetic may be off."""
+"""Boxes: lower and upper bounds of a network's numbers, with a bound on its rounding errors."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Box:
-    """All tensors between two others, elementwise, and how far computed numbers may lie off them; it never changes.
+    """All tensors between a lower and an upper one, elementwise, with a bound on rounding errors; immutable.
 
     Args:
         lower: smallest values, (B, …).
         upper: largest values, (B, …).
-        error: how far a computed number may lie off all of them, (B, …); None without an arithmetic.
-        arithmetic: what the network computes in, while bounds are float64; None takes its numbers to be exact.
-        error_above: the same for all numbers above 0, exact or computed ones; None where it is no smaller.
-        source: the linear layer that it comes out of.
+        error: largest distance from a computed number to the numbers in the box, (B, …); None without an arithmetic.
+        arithmetic: arithmetic in which the network computes, while the bounds are float64; None means exact numbers.
+        error_above: the same distance where the number, exact or computed, is above 0; None if it is no smaller.
+        source: linear layer whose output the box is; None if it is not the output of one.
     """
 
     lower: Tensor
@@ -29,28 +29,28 @@ class Box:
 
     @property
     def center(self) -> Tensor:
-        """The middle."""
+        """The midpoint of lower and upper bound."""
         return (self.lower + self.upper) / 2
 
     @property
     def radius(self) -> Tensor:
-        """Half the width."""
+        """Half the distance between lower and upper bound."""
         return (self.upper - self.lower) / 2
 
     @property
     def magnitude(self) -> Tensor:
-        """The largest absolute values, of computed numbers too."""
+        """The largest absolute values, rounding errors included."""
         exact = torch.maximum(self.lower.abs(), self.upper.abs())
         return exact if self.error is None else exact + self.error
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in."""
+        """The data type in which the network computes."""
         return self.arithmetic.dtype if self.arithmetic else self.lower.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the bounds are."""
+        """The device of the bounds."""
         return self.lower.device
 
     def lowest(self, directions: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Box:
         return lowest if self.source.bias is None else lowest + directions @ self.source.bias
 
     def slack(self, directions: Tensor) -> Tensor:
-        """How far ⟨direction, z⟩ of a computed z (B, m) may lie below the lowest exact value: (B, S)."""
+        """How far rounding may take ⟨direction, z⟩ below `lowest` for a computed z (B, m): (B, S)."""
         if self.error is None:
             return torch.zeros_like(directions[..., 0])
         if self.source is None or self.source.rounding is None:
@@ -73,13 +73,15 @@ class Box:
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """A linear layer, with what it was applied to: differences of its outputs have tighter bounds than its outputs.
+    """A linear layer with the box of its inputs.
+
+    It is kept because a difference of two outputs has a tighter bound than the two outputs taken separately.
 
     Args:
-        inside: what it was applied to.
+        inside: box of the layer's inputs.
         weight: (m, D).
         bias: (m,), or None.
-        rounding: how far the layer's own arithmetic may be off, (B, m); None without an arithmetic.
+        rounding: largest error from the layer's own rounding, (B, m); None without an arithmetic.
     """
 
     inside: Box
@@ -89,14 +91,18 @@ class Linear:
 
 
 def hull(one: Box, other: Box) -> Box:
-    """The smallest box that holds both."""
+    """The smallest box that contains both boxes."""
     lower, upper = torch.minimum(one.lower, other.lower), torch.maximum(one.upper, other.upper)
     error = None if one.error is None or other.error is None else torch.maximum(one.error, other.error)
     return Box(lower, upper, error, one.arithmetic)
 
 
 def move(box: Box, start: Tensor, end: Tensor) -> Box:
-    """The numbers of a box, which lie at positions `start` of a memory, in the order and shape of positions `end`."""
+    """The numbers of a box, rearranged from one view of a memory into another.
+
+    `start` holds the memory position of each number of the box. `end` holds the positions to read, in the order and
+    shape of the result.
+    """
     order = start.flatten().argsort()
     lower, upper, error = (
         part if part is None else part.flatten()[order][end] for part in (box.lower, box.upper, box.error)

@@ -1,4 +1,4 @@
-"""The rules of interval bounds: what one operation makes of every tensor in a box, and of the rounding on the way."""
+"""The rules of interval bounds: each maps a box through one operation and adds the operation's rounding errors."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -25,12 +25,12 @@ def _result(
     peak: Tensor | None = None,
     source: Linear | None = None,
 ) -> Box:
-    """What a rule makes of a box; where a number may overflow, nothing is known of how far it is off.
+    """The box that a rule returns, with an infinite error wherever a number may overflow.
 
     `peak` holds the largest magnitudes of intermediate results, if they exceed those of the result.
     """
     if not (isinstance(lower, Tensor) and lower.is_floating_point()):
-        raise ConfigurationError("no bounds are known for what is no floating-point tensor")
+        raise ConfigurationError("no bounds are known for a tensor that is not floating-point")
     if box.arithmetic is None or error is None:
         return Box(lower, upper, source=source)
     if torch.is_autocast_enabled(lower.device.type):
@@ -42,7 +42,7 @@ def _result(
 
 
 def _operand(box: Box, other: Any) -> Box:
-    """A constant as an interval without width, with the error of its conversion to what the network computes in."""
+    """A constant as a box of width 0, with the error of its conversion to the network's data type."""
     if not isinstance(other, Tensor | int | float) or (isinstance(other, Tensor) and other.is_complex()):
         raise TypeError(f"{type(other).__name__} is neither a real tensor nor a number")
     is_wide = isinstance(other, Tensor) and other.is_floating_point() and box.arithmetic is None
@@ -59,7 +59,7 @@ def _operand(box: Box, other: Any) -> Box:
 
 
 def _ordered(*ends: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest, elementwise."""
+    """The elementwise minimum and maximum of several tensors."""
     if len(ends) == 2:
         return torch.minimum(*ends), torch.maximum(*ends)
     stacked = torch.stack(torch.broadcast_tensors(*ends))
@@ -67,19 +67,19 @@ def _ordered(*ends: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pair(first: Any, second: Any) -> tuple[Box, Box]:
-    """Two operands, one of which is a box."""
+    """Both operands as boxes; at least one of them is a box already."""
     if isinstance(first, Box):
         return first, second if isinstance(second, Box) else _operand(first, second)
     return _operand(second, first), second
 
 
 def negate(box: Box) -> Box:
-    """The box on the other side of 0."""
+    """The box of all numbers with their signs reversed."""
     return _result(box, -box.upper, -box.lower, box.error)
 
 
 def add(first: Any, second: Any) -> Box:
-    """The sum of two boxes, or of one and a number or a tensor."""
+    """The sum of two boxes, or of a box and a number or tensor."""
     one, other = _pair(first, second)
     lower, upper = one.lower + other.lower, one.upper + other.upper
     if one.error is None or other.error is None or one.arithmetic is None:
@@ -89,13 +89,13 @@ def add(first: Any, second: Any) -> Box:
 
 
 def subtract(first: Any, second: Any) -> Box:
-    """The difference of two boxes, or of one and a number or a tensor."""
+    """The difference of two boxes, or of a box and a number or tensor."""
     one, other = _pair(first, second)
     return add(one, negate(other))
 
 
 def multiply(first: Any, second: Any) -> Box:
-    """The product of two boxes, or of one and a number or a tensor."""
+    """The product of two boxes, or of a box and a number or tensor."""
     one, other = _pair(first, second)
     ends = [end * factor for end in (one.lower, one.upper) for factor in (other.lower, other.upper)]
     if not (isinstance(first, Box) and isinstance(second, Box)):
@@ -119,12 +119,15 @@ def divide(box: Box, divisor: Any) -> Box:
     lower, upper = _ordered(box.lower / other.lower, box.upper / other.lower)
     if box.error is None or other.error is None or box.arithmetic is None:
         return _result(box, lower, upper, None)
-    error = box.error + box.arithmetic.gamma(4) * box.magnitude  # of the divisor, of its inverse, of the product
+    error = box.error + box.arithmetic.gamma(4) * box.magnitude  # divisor, its inverse and the product round
     return _result(box, lower, upper, error / other.lower.abs() + box.arithmetic.smallest)
 
 
 def _affine(function: Callable[..., Tensor], box: Any, weight: Any, bias: Any = None, *args: Any, **kw: Any) -> Box:
-    """A product with weights, plus a bias: the centre goes through it, the radius through absolute weights."""
+    """A product with weights, plus a bias.
+
+    The centre of the box goes through the layer itself, its radius through the layer with absolute weights.
+    """
     if not isinstance(box, Box) or isinstance(weight, Box) or isinstance(bias, Box):
         raise ConfigurationError("no bounds are known for weights that depend on the image")
     _check_options(args, kw)
@@ -146,11 +149,12 @@ def _affine(function: Callable[..., Tensor], box: Any, weight: Any, bias: Any = 
 def _affine_error(
     layer: Callable[..., Tensor], box: Box, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How far computed outputs may be off, how far those above 0, by rounding alone, and the largest partial sums.
+    """Bounds on the error of a layer's outputs, on that of outputs above 0, on rounding alone, and on partial sums.
 
-    A sum in any order rounds once a term that is not 0, and a term is 0 wherever a ReLU is. All its partial sums lie
-    between the sum of its negative terms and that of its positive ones; where it ends up above 0, those are the larger.
-    Nothing is negative in what is computed here, so the network's own arithmetic does; that it rounds is made up for.
+    A sum, in any order, rounds once for each term that is not 0, and a term is 0 wherever a ReLU returned 0. All
+    partial sums lie between the sum of the negative terms and the sum of the positive ones. Where the whole sum is
+    above 0, the positive terms are the larger part. The sums below have no negative terms, so it is enough to compute
+    them in the network's own arithmetic; the factor `room` makes up for their rounding.
     """
     error, dtype = torch.zeros_like(box.lower) if box.error is None else box.error, arithmetic.dtype
     up, down = (box.upper + error).clamp_min(0).to(dtype), (error - box.lower).clamp_min(0).to(dtype)
@@ -160,7 +164,7 @@ def _affine_error(
     def largest(sign: int) -> Tensor:
         shift = None if bias is None else (sign * bias).clamp_min(0).to(dtype)
         size = layer(up, (sign * weight).clamp_min(0).to(dtype), shift).double()
-        if bool((box.lower >= 0).all()):  # then only errors take terms to the other side of 0
+        if bool((box.lower >= 0).all()):  # then only an error can change the sign of a term
             return size + carried
         return size + layer(down, (-sign * weight).clamp_min(0).to(dtype), None).double()
 
@@ -194,7 +198,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Box:
-    """One factor a channel, of either sign, from running statistics."""
+    """Batch normalisation by running statistics, which multiplies each channel by a factor of either sign."""
     if any(isinstance(part, Box) for part in (running_mean, running_var, weight, bias)):
         raise ConfigurationError("no bounds are known for weights that depend on the image")
     if running_mean is None or running_var is None or training:
@@ -205,7 +209,7 @@ def _batch_norm(
     ends = [functional.batch_norm(end, mean, var, scale, shift, False, momentum, eps) for end in (box.lower, box.upper)]
     if box.error is None or box.arithmetic is None:
         return _result(box, *_ordered(*ends), None)
-    # Whether it computes (x − mean) · factor + bias or x · factor + (bias − mean · factor) is the backend's choice.
+    # A backend may compute (x − mean) · factor + bias or x · factor + (bias − mean · factor); this bound covers both.
     factor = (var + eps).rsqrt() if scale is None else scale.abs() * (var + eps).rsqrt()
     along = (-1, *[1] * (box.lower.ndim - 2))
     factor, mean = factor.view(along), mean.abs().view(along)
@@ -215,15 +219,15 @@ def _batch_norm(
 
 
 def _check_options(args: Iterable[Any], options: dict[str, Any]) -> None:
-    """Options are numbers, or lists of them: no tensor to write into, no data type, nothing that is an interval."""
+    """Refuse options such as an output tensor, a dtype or an interval; numbers, strings and lists of them are fine."""
     for option in (*args, *options.values()):
         for value in option if isinstance(option, list | tuple) else [option]:
             if not isinstance(value, (int, float, str, torch.memory_format, type(None))):
-                raise TypeError(f"{type(value).__name__} is no number")
+                raise TypeError(f"{type(value).__name__} is not a number")
 
 
 def _view(name: str, box: Box, *args: Any, **options: Any) -> Box:
-    """The same numbers in another shape, which may lie in the same memory."""
+    """The same numbers in another shape; as with tensors, both may share their memory."""
     _check_options(args, options)
     ends = (None if end is None else getattr(end, name)(*args, **options) for end in (box.lower, box.upper, box.error))
     lower, upper, error = ends
@@ -235,7 +239,7 @@ def _clone(box: Box) -> Box:
 
 
 def _to(box: Box, *args: Any, **options: Any) -> Box:
-    """On another device, or in a wider data type; the network's arithmetic does not change."""
+    """The box on another device or in a wider data type; the network's arithmetic does not change."""
     like = torch.empty(0, dtype=box.dtype, device=box.device).to(*args, **options)
     is_wider = like.dtype.is_floating_point and torch.promote_types(like.dtype, box.dtype) == like.dtype
     if like.dtype != box.dtype and (box.arithmetic or not is_wider):
@@ -247,7 +251,7 @@ def _to(box: Box, *args: Any, **options: Any) -> Box:
 
 
 def _largest(function: Callable[..., Any], box: Box, *args: Any, **options: Any) -> Box:
-    """The largest of each window; computed numbers are off by no more than the worst of the window."""
+    """The maximum of each window, whose error is at most the largest error in the window."""
     _check_options(args, options)
     error = None if box.error is None else function(box.error, *args, **options)
     return _result(box, function(box.lower, *args, **options), function(box.upper, *args, **options), error)
@@ -256,8 +260,11 @@ def _largest(function: Callable[..., Any], box: Box, *args: Any, **options: Any)
 def _average(
     function: Callable[..., Tensor], axes: int, box: Box, *args: Any, divisor_override: int | None = None, **kw: Any
 ) -> Box:
-    """A mean over windows of the last `axes` axes; 0 where the result tells over how many numbers each mean is."""
-    if len(args) == 6:  # torch takes it by its position, too
+    """A mean over windows of the last `axes` axes.
+
+    With `axes` 0, the shape of the result tells how many numbers each mean is over.
+    """
+    if len(args) == 6:  # torch also takes divisor_override as a positional argument
         divisor_override, args = args[-1], args[:-1]
     _check_options((*args, divisor_override), kw)
     if divisor_override is not None:
@@ -278,7 +285,7 @@ def _mean(box: Box, dim: int | Sequence[int] | None = None, keepdim: bool = Fals
 
 
 def _join(function: Callable[..., Tensor], parts: Sequence[Any], dim: int = 0) -> Box:
-    """Boxes and tensors beside each other."""
+    """Boxes and tensors concatenated or stacked."""
     first = next(part for part in parts if isinstance(part, Box))
     boxes = [part if isinstance(part, Box) else _operand(first, part) for part in parts]
     lower, upper = (function([getattr(box, end) for box in boxes], dim) for end in ("lower", "upper"))
@@ -287,11 +294,11 @@ def _join(function: Callable[..., Tensor], parts: Sequence[Any], dim: int = 0) -
 
 
 def _pad(box: Box, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Box:
-    """The box with a number around it, which is rounded to what the network computes in."""
+    """The box padded with a constant, which is rounded to the network's data type."""
     _check_options([*pad, value], {})
     number = _operand(box, value or 0.0)
     if mode != "constant" or not math.isfinite(float(number.lower)):
-        raise TypeError(f"a border is made by {mode!r} of {value}")
+        raise TypeError(f"mode is {mode!r} and value is {value}")
     ends = ((box.lower, number.lower), (box.upper, number.upper))
     lower, upper = (functional.pad(inside, pad, value=float(border)) for inside, border in ends)
     if box.error is None or number.error is None:
@@ -303,10 +310,10 @@ def _pad(box: Box, pad: Sequence[int], mode: str = "constant", value: float | No
 def _dropout(box: Box, p: float = 0.5, training: bool = True) -> Box:
     if training and p:
         raise ConfigurationError("no bounds are known for dropout in training; put the network into eval mode")
-    return box  # the same one, as torch does
+    return box  # the same object, as torch returns the same tensor
 
 
-_ULPS = 64  # units of rounding by which exponentials, error functions and what is made of them may be off
+_ULPS = 64  # error, in units of rounding, allowed for exponentials, error functions and functions built from them
 
 
 def _rising(
@@ -319,10 +326,11 @@ def _rising(
     leap: float = 0.0,
     bottom: float | None = None,
 ) -> Box:
-    """A function that is not decreasing, or that falls to its one minimum, at `bottom`, and rises from there.
+    """A function that never decreases, or that decreases down to a single minimum at `bottom` and increases after it.
 
-    Errors grow by its largest slope, `steepest`. What is computed may be off by `scaled` units of rounding of the
-    argument and `fixed` units more. `leap` is by how much the function falls back where its formula changes.
+    Errors grow at most by the largest slope, `steepest`. The computed function itself may be off by `scaled` units of
+    rounding times the argument's magnitude, plus `fixed` units of rounding. `leap` is the height by which the function
+    drops where its formula changes.
     """
     lower, upper = function(box.lower), function(box.upper)
     if bottom is not None:
@@ -331,17 +339,17 @@ def _rising(
     error = None
     if box.error is not None and box.arithmetic is not None:
         error = steepest * box.error
-        if bottom is None:  # where it is flat, nothing is left of an error
+        if bottom is None:  # where the function is flat, the error vanishes
             flat = torch.minimum(error, function(box.upper + box.error) - function(box.lower - box.error))
-            error = torch.where(error.isfinite(), flat, error)  # what overflows may be NaN, which no function caps
+            error = torch.where(error.isfinite(), flat, error)  # after an overflow the computed number may be NaN
         if scaled or fixed:
             error = error + box.arithmetic.unit * (scaled * box.magnitude + fixed) + 2 * leap + box.arithmetic.smallest
     return _result(box, lower - leap, upper + leap, error) if leap else _result(box, lower, upper, error)
 
 
 def _check_factor(name: str, value: float, smallest: float) -> None:
-    if not smallest <= value < 1e30:  # float32 has to hold it
-        raise ConfigurationError(f"no bounds are known for {name} below {smallest:g}, or from 1e30 on, got {value}")
+    if not smallest <= value < 1e30:  # float32 has to represent the factor
+        raise ConfigurationError(f"no bounds are known for {name} below {smallest:g} or of at least 1e30, got {value}")
 
 
 def _clamp(box: Box, min: float | None = None, max: float | None = None) -> Box:
@@ -359,7 +367,7 @@ def _hardtanh(box: Box, min_val: float = -1.0, max_val: float = 1.0) -> Box:
 
 
 def _softplus(box: Box, beta: float = 1.0, threshold: float = 20.0) -> Box:
-    """Above the threshold it is its argument, a little less than the logarithm that it is below."""
+    """Softplus; at the threshold it changes from a logarithm to its argument, which is slightly smaller."""
     _check_factor("softplus with a threshold", threshold, 20.0)
     _check_factor("softplus with beta", beta, 1e-6)
     function = partial(functional.softplus, beta=beta, threshold=threshold)
@@ -385,7 +393,10 @@ def _celu(box: Box, alpha: float = 1.0) -> Box:
 
 
 def _prelu(box: Any, weight: Any) -> Box:
-    """Two straight lines that meet at 0, with a slope below it of either sign: it is largest and least at ends or 0."""
+    """Two straight lines that meet at 0, so that the extremes lie at 0 or at an end of the box.
+
+    The slope below 0 may have either sign.
+    """
     if not isinstance(box, Box) or isinstance(weight, Box):
         raise ConfigurationError("no bounds are known for weights that depend on the image")
     if weight.dtype != box.dtype:
@@ -425,7 +436,7 @@ _hardsigmoid = partial(_rising, functional.hardsigmoid, steepest=0.17, fixed=_UL
 
 
 IN_PLACE = {"relu_"}
-"""Names of functions that change what they are applied to."""
+"""Names of functions that change their argument in place."""
 _VIEWS = (
     *("flatten", "unflatten", "reshape", "view", "squeeze", "unsqueeze"),
     *("contiguous", "permute", "transpose", "detach"),
@@ -437,9 +448,9 @@ METHODS: dict[str, Rule] = {
     **{name: partial(_to, dtype=dtype) for name, dtype in (("float", torch.float32), ("double", torch.float64))},
 }
 CASTS = {"to", "float", "double"}
-"""Names of functions that change the data type or the device, or nothing."""
+"""Names of functions that can only change the data type or the device."""
 VIEWS = {*_VIEWS, *CASTS}
-"""Names of functions whose result lies in the memory of what they are applied to, or may."""
+"""Names of functions whose result may share the memory of their argument."""
 _POOLS = {
     1: (torch.avg_pool1d, functional.adaptive_avg_pool1d),
     2: (functional.avg_pool2d, functional.adaptive_avg_pool2d),

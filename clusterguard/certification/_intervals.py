@@ -1,4 +1,4 @@
-"""Interval bounds: what a network can make of every image in a box, through the network as it is written."""
+"""Interval bounds: an interval runs through a network in place of a tensor and collects bounds on its outputs."""
 
 import threading
 import weakref
@@ -28,7 +28,7 @@ from torch import Tensor
 
 
 class _Refusals(threading.local):
-    """The first refusal since somebody began to look, for a network may catch it and go on without bounds."""
+    """The first refusal within a `final_refusals` block; a network may catch the error and go on without bounds."""
 
     first: ConfigurationError | None = None
 
@@ -44,10 +44,10 @@ def _refuse(message: str) -> ConfigurationError:
 
 @contextmanager
 def final_refusals() -> Iterator[None]:
-    """Raise at the end what an interval has refused within the block, also where it was caught there.
+    """Raise the block's first refusal again at its end, in case the network caught it.
 
     Raises:
-        ConfigurationError: an interval has refused something.
+        ConfigurationError: an interval refused an operation within the block.
     """
     before, _refusals.first = _refusals.first, None
     try:
@@ -59,27 +59,28 @@ def final_refusals() -> Iterator[None]:
 
 
 class Interval:
-    """All tensors between two others, elementwise; torch's functions and modules take one and give one.
+    """All tensors between a lower and an upper one, elementwise; torch's functions and modules accept and return it.
 
-    Bounds of an affine layer, of a monotone function and of a pooling are the tightest there are for their input's
-    box; through several layers they loosen, because a box forgets how coordinates hang together.
+    For an affine layer, a monotone function or a pooling, the bounds are the tightest possible for the box of its
+    inputs. Through several layers the bounds loosen, because a box does not record how its coordinates depend on each
+    other.
 
-    Whatever Python or torch may do to a tensor is refused unless `interval_rules` has a rule for it. A change in place
-    reaches the interval under all its names. Whether tensors such as ``x.flatten(1)`` and ``x`` share their memory
-    depends on strides that an interval does not have; so after a change of one the other holds what it may be with
-    the change and without.
+    An interval refuses every operation of Python or torch for which it has no rule. An operation in place changes the
+    interval itself, and so every variable that refers to it. Two tensors such as ``x`` and ``x.flatten(1)`` may or may
+    not share their memory, which depends on strides that an interval does not have. So after an operation in place on
+    one of two such intervals, the other covers both possibilities, that it changed as well and that it did not.
 
-    With an arithmetic, an interval also follows how far a network that computes in it gets from exact numbers: each
-    value that it computes lies within `error` of a value in the interval.
+    With an arithmetic, an interval also bounds the rounding errors of a network that computes in this arithmetic. Each
+    value that the network computes lies within `error` of a value in the interval.
 
     Args:
         lower: smallest values, (B, …).
         upper: largest values, (B, …), not below `lower`.
-        error: how far computed values may lie off the interval, (B, …), at least 0; needed with an arithmetic.
-        arithmetic: what the network computes in, while bounds are float64; None takes its numbers to be exact.
+        error: largest distance from a computed value to the interval, (B, …), at least 0; needed with an arithmetic.
+        arithmetic: arithmetic in which the network computes, while the bounds are float64; None means exact numbers.
 
     Raises:
-        ConfigurationError: something without known bounds is done to it; the message names it.
+        ConfigurationError: an operation without known bounds is applied to the interval; the message names it.
 
     Reference:
         Gowal et al., "On the effectiveness of interval bound propagation for training verifiably robust models" (2018).
@@ -113,7 +114,7 @@ class Interval:
 
     @classmethod
     def around(cls, images: Tensor, eps: float | Tensor) -> "Interval":
-        """All images in [0, 1] within eps of images (B, C, H, W) in l∞; eps is a number or (B,)."""
+        """The interval of images in [0, 1] within l∞ distance eps of images (B, C, H, W); eps is a number or (B,)."""
         radius = eps.to(images).view(-1, 1, 1, 1) if isinstance(eps, Tensor) else eps
         return cls((images - radius).clamp(0, 1), (images + radius).clamp(0, 1))
 
@@ -129,42 +130,42 @@ class Interval:
 
     @property
     def error(self) -> Tensor | None:
-        """How far computed values may lie off the interval; None without an arithmetic."""
+        """The largest distance from a computed value to the interval; None without an arithmetic."""
         return self._box.error
 
     @property
     def arithmetic(self) -> Arithmetic | None:
-        """What the network computes in; None takes its numbers to be exact."""
+        """The arithmetic in which the network computes; None means exact numbers."""
         return self._box.arithmetic
 
     @property
     def center(self) -> Tensor:
-        """The middle."""
+        """The midpoint of lower and upper bound."""
         return self._box.center
 
     @property
     def radius(self) -> Tensor:
-        """Half the width."""
+        """Half the distance between lower and upper bound."""
         return self._box.radius
 
     @property
     def shape(self) -> torch.Size:
-        """Of either bound."""
+        """The shape of either bound."""
         return self.lower.shape
 
     @property
     def ndim(self) -> int:
-        """Of either bound."""
+        """The number of dimensions of either bound."""
         return self.lower.ndim
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in."""
+        """The data type in which the network computes."""
         return self._box.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of either bound."""
+        """The device of either bound."""
         return self.lower.device
 
     def dim(self) -> int:
@@ -182,13 +183,14 @@ class Interval:
     def lowest(self, directions: Tensor) -> Tensor:
         """The smallest value of ⟨direction, z⟩ over z in the interval (B, m), for directions (B, S, m): (B, S).
 
-        Where the interval comes out of a linear layer, that layer and the directions are taken together, which is
-        tighter than the interval is. It is exact; what a network computes can be lower by `slack`.
+        If the interval is the output of a linear layer, the layer and the directions are combined, which gives a
+        tighter bound than the interval alone. The bound holds in exact numbers. A network's computed value can be lower
+        by `slack`.
         """
         return self._box.lowest(directions)
 
     def slack(self, directions: Tensor) -> Tensor:
-        """How far below `lowest` rounding may take ⟨direction, z⟩, for directions (B, S, m): (B, S)."""
+        """How far rounding may take ⟨direction, z⟩ below `lowest`, for directions (B, S, m): (B, S)."""
         return self._box.slack(directions)
 
     @classmethod
@@ -209,7 +211,7 @@ class Interval:
         if name in METHODS:
             return partial(_call, name, METHODS[name], self)
         message = f"an interval has no {name!r}; no bounds are known for it"
-        if name.startswith("__"):  # Python asks for names of its own
+        if name.startswith("__"):  # Python looks up special methods and expects an AttributeError without one
             raise AttributeError(message)
         raise _refuse(message)
 
@@ -252,7 +254,7 @@ class Interval:
     __radd__, __rmul__ = __add__, __mul__
 
     def _become(self, other: "Interval") -> "Interval":
-        """In place, so that whatever else a network calls this interval changes too, as a tensor would."""
+        """Replace the interval's bounds in place, and widen those of all intervals that may share its memory."""
         if other.shape != self.shape or other.dtype != self.dtype:
             raise _refuse(
                 f"no bounds are known for a change in place from {self.dtype} of shape {(*self.shape,)} to "
@@ -264,7 +266,7 @@ class Interval:
         return self
 
     def _positions(self) -> Tensor:
-        """Where each element lies in the memory that the family may share."""
+        """The position of each element in the memory that the family may share."""
         first = torch.arange(self._family.shape.numel(), device=self.device).view(self._family.shape)
         box = Box(first, first)
         for step in self._steps:
@@ -282,10 +284,10 @@ class Interval:
 
 
 class _Family:
-    """An interval with its views, the views of those, and so on, as long as they are in use.
+    """An interval, its views, the views of these views and so on, as long as they are in use.
 
     Args:
-        shape: of the first.
+        shape: shape of the first interval.
     """
 
     def __init__(self, shape: torch.Size) -> None:
@@ -293,7 +295,7 @@ class _Family:
         self.members: list[weakref.ref[Interval]] = []
 
     def others(self, member: Interval) -> list[Interval]:
-        """All of them but one."""
+        """All members except this one."""
         alive = (reference() for reference in self.members)
         return [other for other in alive if other is not None and other is not member]
 
@@ -301,8 +303,8 @@ class _Family:
 def _refusal(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise _refuse(
-            f"no bounds are known for a network that applies {name} to what it makes of an image; certificates need "
-            "networks of sums, products and layers that do the same to every image"
+            f"no bounds are known for a network that applies {name} to numbers that depend on the image; certificates "
+            "need networks of sums, products and layers that do the same to every image"
         )
 
     return refuse
@@ -319,12 +321,12 @@ _REFUSED = {
     *(prefix + name for prefix in ("", "r", "i") for name in _BINARY),
 }
 for _name in sorted(f"__{name}__" for name in _REFUSED):
-    if _name not in vars(Interval):  # Python has answers of its own to some of these, which are no bounds
+    if _name not in vars(Interval):  # Python's defaults for some of these methods would give wrong bounds
         setattr(Interval, _name, _refusal(_name))
 
 
 def _call(name: str, rule: Rule, *args: Any, inplace: bool = False, **options: Any) -> Interval:
-    """Apply a rule; an argument that it does not take is one without known bounds."""
+    """Apply a rule to intervals, and refuse arguments that the rule does not take."""
     base = next((value for value in (*args, *options.values()) if isinstance(value, Interval)), None)
     try:
         box = rule(*map(_unpack, args), **{key: _unpack(value) for key, value in options.items()})
@@ -350,7 +352,7 @@ def _call(name: str, rule: Rule, *args: Any, inplace: bool = False, **options: A
 
 
 def _unpack(value: Any) -> Any:
-    """The box of an interval, also inside a list; everything else as it is."""
+    """The box of an interval, also inside a list or tuple; anything else unchanged."""
     if isinstance(value, list | tuple):
         return type(value)(map(_unpack, value)) if type(value) in (list, tuple) else value
     return value._box if isinstance(value, Interval) else value

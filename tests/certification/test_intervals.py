@@ -128,9 +128,9 @@ def test_a_direction_is_bounded_through_the_last_layer_and_never_worse_than_by_t
         (nn.ELU(-1.0), "elu with alpha below 0"),
         (nn.LeakyReLU(-0.5), "leaky_relu with negative_slope below 0"),
         (nn.CELU(-1.0), "celu with alpha below 1e-06"),
-        (nn.ELU(1e39), "elu with alpha below 0, or from 1e30 on"),
-        (nn.ReflectionPad2d(1), "pad with such arguments: a border is made by 'reflect'"),
-        (nn.ConstantPad2d(1, -math.inf), "pad with such arguments: a border is made by 'constant' of -inf"),
+        (nn.ELU(1e39), "elu with alpha below 0 or of at least 1e30"),
+        (nn.ReflectionPad2d(1), "pad with such arguments: mode is 'reflect'"),
+        (nn.ConstantPad2d(1, -math.inf), "pad with such arguments: mode is 'constant' and value is -inf"),
     ],
 )
 def test_a_layer_without_bounds_is_named(layer, named):
