@@ -1,4 +1,4 @@
-"""What an attacker achieves against a detector, in figures, pages and plots."""
+"""Evaluation: how often attacks get past a detector, as figures, pages and plots."""
 
 from clusterguard.evaluation._evaluate import evaluate
 from clusterguard.evaluation._html import to_html

@@ -1,4 +1,4 @@
-"""An attack on many batches, in one process or shared by several."""
+"""Attacks on many batches, in one process or distributed over several."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,13 +19,13 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 class Attacked(NamedTuple):
-    """What an attack did to batches.
+    """The images that an attack returned for a list of batches, and its cost.
 
     Attributes:
-        images: (B, C, H, W) each, in the batches they came in.
-        stages: of a suite.
-        cost: of all batches together, in all runs that a suite went on from.
-        runs: how many runs that were.
+        images: attacked images, one (B, C, H, W) for each batch.
+        stages: records of a suite's stages; empty for other attacks.
+        cost: cost of all batches together, in all runs of a suite that was resumed.
+        runs: number of those runs.
     """
 
     images: list[Tensor]
@@ -46,18 +46,19 @@ def attack_batches(
 ) -> Attacked:
     """Attack images batch by batch.
 
-    A suite gets all images at once, for they are also what it starts towards. With an accelerator each batch has
-    randomness of its own, and a suite runs batch by batch, so that what is found does not depend on how many
-    processes there are.
+    Without an accelerator, a suite gets all images at once, because its attacks also start from other images of the
+    set. With an accelerator, each batch has its own random generator and a suite runs batch by batch. So the result
+    does not depend on the number of processes.
 
     Args:
-        attack: or suite.
-        detector: calibrated.
+        attack: attack or suite.
+        detector: calibrated detector.
         batches: checked images and labels, on the detector's device, the same in all processes.
         generator: randomness, on the detector's device, equally seeded in all processes.
-        checkpoint: a file for suites; with an accelerator each batch has one of its own beside it.
-        accelerator: whose processes take a batch each, in turn.
-        progress: the progress bar's title; empty shows none.
+        checkpoint: file in which a suite keeps its progress; with an accelerator, each batch has its own file next to
+            it.
+        accelerator: accelerator whose processes take the batches in turn.
+        progress: title of the progress bar; none is shown if it is empty.
     """
     metered = Metered(detector)
     if accelerator is None and isinstance(attack, WorstCaseSuite):
@@ -75,13 +76,13 @@ def attack_batches(
     if isinstance(attack, WorstCaseSuite) and attack.references is None:
         attack = replace(attack, references=_join(batches))
     seed = None if generator is None else _draw_seed(generator)
-    own: dict[int, Attacked] = {}
+    by_position: dict[int, Attacked] = {}
     for position, batch in share(bar, accelerator):
         seeded = None if seed is None else Generator(batch[0].device).manual_seed(seed + position)
         file = None if checkpoint is None else checkpoint.with_stem(f"{checkpoint.stem}-{position}")
         done = attack_batches(attack, detector, [batch], generator=seeded, checkpoint=file)
-        own[position] = done._replace(images=[done.images[0].cpu()])
-    parts = collect(own, accelerator)
+        by_position[position] = done._replace(images=[done.images[0].cpu()])
+    parts = collect(by_position, accelerator)
     return Attacked(
         [part.images[0].to(batches[0][0].device) for part in parts],
         _add_up([record for part in parts for record in part.stages]),
@@ -100,15 +101,15 @@ def _join(batches: Batches) -> tuple[Tensor, Tensor]:
 
 
 def _add_up(records: Sequence[StageRecord]) -> tuple[StageRecord, ...]:
-    """One record a stage, in the order in which stages first occur."""
-    found: dict[str, StageRecord] = {}
+    """One record for each stage, in the order in which the stages first occur."""
+    sums: dict[str, StageRecord] = {}
     for record in records:
-        before = found.get(record.name, StageRecord(record.name, 0, 0, 0, 0))
-        found[record.name] = StageRecord(
+        before = sums.get(record.name, StageRecord(record.name, 0, 0, 0, 0))
+        sums[record.name] = StageRecord(
             record.name,
             before.attacked + record.attacked,
             before.broken + record.broken,
             before.forward + record.forward,
             before.backward + record.backward,
         )
-    return tuple(found.values())
+    return tuple(sums.values())

@@ -1,4 +1,4 @@
-"""Evaluate a detector: run attacks, believe none of them, count what really gets through."""
+"""Evaluate a detector: run attacks, check every image that they return, and count those that get through."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -48,33 +48,34 @@ def evaluate(
     unpack: Unpack | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Attack a calibrated detector and count what gets through.
+    """Attack a calibrated detector and count the attacked images that get through.
 
-    An attack's word is not taken: each returned image is judged afresh, as it is stored, and does not count if it
-    left [0, 1] or the budget that the attack states in its `norm` and `eps`.
+    The evaluation does not rely on an attack's own claim of success. The detector judges each returned image again, as
+    it is stored. An image does not count as broken if it lies outside [0, 1] or outside the budget that the attack
+    states in its `norm` and `eps`.
 
     Args:
-        detector: calibrated; on the device where the work shall be done.
+        detector: calibrated detector, on the device where the computation shall run.
         attacks: one attack or suite, or several by name.
         loader: batches of clean test images (B, C, H, W) in [0, 1] and labels (B,).
-        calibration_loader: the benign images that EROC compares with; None compares with those of `loader`.
-        generator: the attacks' randomness, on the detector's device.
-        sanity_images: how many images the sanity report examines, see `Sanity`; 0 switches it off.
-        checkpoint: a folder in which suites keep what they have done, so that an interrupted run can go on.
-        accelerator: whose processes take a batch each, in turn; all get the same result, whatever their number, if
-            the batches are the same in all of them and the generator has the same seed. A suite then runs batch by
-            batch.
-        unpack: finds images and labels in batches of another form, in both loaders.
-        progress: show a progress bar.
+        calibration_loader: batches of the benign images that EROC compares with; None takes those of `loader`.
+        generator: randomness of the attacks, on the detector's device.
+        sanity_images: number of images that the sanity probe examines, see `Sanity`; 0 switches it off.
+        checkpoint: folder in which suites keep their progress, so that an interrupted run can continue.
+        accelerator: accelerator whose processes take the batches in turn; a suite then runs batch by batch. All
+            processes get the same result, whatever their number, if they have the same batches and the same seed of
+            the generator.
+        unpack: function that takes images and labels from batches of another form, for both loaders.
+        progress: whether to show a progress bar.
 
     Returns:
         The figures, with counts and intervals.
 
     Raises:
         NotCalibratedError: the detector has no thresholds.
-        InputError: images or labels of a wrong shape, dtype or range, or an empty loader.
-        ConfigurationError: no attacks, an attack with a radius that covers all images, or a negative number of sanity
-            images.
+        InputError: images or labels have a wrong shape, dtype or range, or the loader is empty.
+        ConfigurationError: there are no attacks, an attack has a radius that covers all images, or `sanity_images` is
+            negative.
 
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".
@@ -154,7 +155,7 @@ def _attack(
     benign: tuple[Detection, Tensor],
     **options: Any,
 ) -> tuple[AttackResult, Tensor]:
-    """Run one attack, with the options of `attack_batches`: what it achieves, and its images (B, C, H, W)."""
+    """The result of one attack, and its attacked images (B, C, H, W); `options` are those of `attack_batches`."""
     started = time.perf_counter()
     done = attack_batches(attack, detector, batches, **options)
     attacked = done.images
@@ -179,7 +180,7 @@ def _attack(
 
 
 def _read_batches(detector: Detector, attacks: Iterable[Attack], pairs: Pairs) -> Batches:
-    """All batches, on the detector's device; everything is checked before the first attack starts."""
+    """All batches, on the detector's device, checked for every attack before the first one starts."""
     device = detector.thresholds.device
     batches = [(_moved(images, device), _moved(labels, device)) for images, labels in pairs]
     if not batches:
@@ -192,13 +193,13 @@ def _read_batches(detector: Detector, attacks: Iterable[Attack], pairs: Pairs) -
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, if it is a tensor with values; if not, the checks say so."""
+    """The tensor on the device; anything but a tensor with values stays as it is, for later checks to refuse."""
     return tensor.to(device) if isinstance(tensor, Tensor) and not tensor.is_meta else tensor
 
 
 @torch.no_grad()
 def _judge_attacked(detector: Detector, batches: list[Tensor], valid: Tensor) -> Detection:
-    """Verdicts on attacked images as they are stored; those that are not valid (B,) count as refused."""
+    """Verdicts on attacked images as they are stored; images that are not `valid` (B,) count as refused."""
     with evaluation_mode(detector):
         verdicts = [decide(detector.evidence(images), detector.thresholds) for images in batches]
     verdict = Detection(*(torch.cat(parts).cpu() for parts in zip(*verdicts, strict=True)))
@@ -211,7 +212,7 @@ def _false_positives_by_class(clean: Detection, labels: Tensor, num_classes: int
 
 
 def _is_valid(attack: Attack, images: Tensor, attacked: Tensor) -> Tensor:
-    """(B,) whether attacked images are images, and within the budget that the attack states."""
+    """(B,) whether attacked images lie in [0, 1] and within the budget that the attack states."""
     check_tensor(attacked, "what the attack returns", *images.shape, like=images)
     in_box = ((attacked >= 0) & (attacked <= 1)).flatten(1).all(dim=1)
     norm, eps = getattr(attack, "norm", None), getattr(attack, "eps", None)
@@ -228,7 +229,7 @@ def _head(batches: Batches, count: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def _worst_broken(best: Gallery | None, fresh: Gallery, hits: Tensor, count: int = 12) -> Gallery:
-    """Broken images at the smallest suspicion over threshold, of those so far and of a further attack."""
+    """The broken images with the smallest suspicion over threshold, among the best so far and those of a new attack."""
     broken = Gallery(*(part.cpu()[hits] for part in fresh))
     merged = broken if best is None else Gallery(*(torch.cat(parts) for parts in zip(best, broken, strict=True)))
     order = merged.ratios.argsort()[:count]

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page that needs nothing else."""
+"""An evaluation as one self-contained HTML page."""
 
 import base64
 import html
@@ -21,11 +21,11 @@ figcaption{color:#555}.warning{background:#fff3cd;border-left:4px solid #e0a800;
 
 
 def to_html(evaluation: Evaluation, path: str | Path) -> Path:
-    """Write an evaluation as one page that needs nothing else: tables, curves, the worst-broken images, the JSON.
+    """Write an evaluation as one self-contained HTML page with tables, curves, the worst-broken images and the JSON.
 
     Args:
-        evaluation: what `evaluate` returned.
-        path: of the file; its folder is created.
+        evaluation: result of `evaluate`.
+        path: path of the file; its folder is created.
 
     Returns:
         The path.
@@ -55,8 +55,9 @@ def to_html(evaluation: Evaluation, path: str | Path) -> Path:
             + [["worst case, any attack", *_rate_cells(evaluation.worst_case), show_number(evaluation.eroc)]]
             + [[name, *_rate_cells(rate)] for name, rate in evaluation.proved],
         ),
-        "<p>ASR: of the images labelled correctly and accepted before the attack, the share accepted under a wrong "
-        "label after it. EROC: ROC AUC of each label's suspicion, weighted by how many attacked images got it.</p>",
+        "<p>ASR: the share of images accepted under a wrong label after the attack, among those labelled correctly and "
+        "accepted before it. EROC: the ROC AUC of each label's suspicion, averaged over labels with the number of "
+        "attacked images under each label as its weight.</p>",
         *(f"<p>{html.escape(text)}</p>" for text in evaluation.resumed_lines()),
         "<h2>Sanity</h2>",
         *_html_sanity(evaluation),

@@ -1,4 +1,4 @@
-"""Pictures of what a detector sees; needs matplotlib (`pip install "clusterguard[plots]"`)."""
+"""Plots of a detector's representations and suspicion; they need matplotlib (`pip install "clusterguard[plots]"`)."""
 
 import io
 import math
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class Panel(NamedTuple):
-    """One detector's view of n benign images and of their attacked versions.
+    """One detector's verdicts on n benign images and their attacked versions, with points to plot.
 
     Attributes:
         labels: (n,) true labels.
         benign: verdicts on the benign images.
         attacked: verdicts on the attacked images.
-        benign_points: (n, 2), see `star_coordinates`.
-        attacked_points: (n, 2).
-        thresholds: (K,).
+        benign_points: (n, 2) plane coordinates of the benign images, see `star_coordinates`.
+        attacked_points: (n, 2) plane coordinates of the attacked images.
+        thresholds: (K,) thresholds of the detector.
     """
 
     labels: Tensor
@@ -40,15 +40,16 @@ class Panel(NamedTuple):
 
 
 def star_coordinates(block_means: Tensor) -> Tensor:
-    """A linear view of K axes in the plane: axis k points to angle 2πk/K, the origin stays the origin.
+    """The coordinates of points with K axes in the plane, by a linear map that sends axis k to the angle 2πk/K.
 
-    In units of the centre scale a guard's class centres fall on the unit circle and its adversarial centre at 0.
+    The origin stays the origin. With block means in units of the centre scale, a guard's class centres lie on the unit
+    circle and its adversarial centre lies at 0.
 
     Args:
         block_means: (n, K) mean of each class's block of the representation, divided by the centre scale.
 
     Returns:
-        (n, 2).
+        Points in the plane (n, 2).
 
     Example:
         >>> star_coordinates(torch.eye(4)).round().abs().tolist()
@@ -62,11 +63,11 @@ def star_coordinates(block_means: Tensor) -> Tensor:
 
 
 def plot_representations(panels: Mapping[str, Panel], path: str | Path) -> Path:
-    """Benign and attacked representations side by side, one panel a detector, coloured by predicted label.
+    """Plot benign and attacked representations, one panel for each detector, coloured by predicted label.
 
     Args:
-        panels: by title.
-        path: of the PNG.
+        panels: panels by title, drawn side by side.
+        path: path of the PNG.
 
     Returns:
         The path.
@@ -106,11 +107,11 @@ def plot_representations(panels: Mapping[str, Panel], path: str | Path) -> Path:
 
 
 def plot_distances(panels: Mapping[str, Panel], path: str | Path) -> Path:
-    """Histograms of suspicion divided by the label's threshold: above 1 an image is refused.
+    """Plot histograms of suspicion divided by the label's threshold; an image is refused above 1.
 
     Args:
-        panels: by title.
-        path: of the PNG.
+        panels: panels by title, drawn side by side.
+        path: path of the PNG.
 
     Returns:
         The path.
@@ -127,7 +128,10 @@ def plot_distances(panels: Mapping[str, Panel], path: str | Path) -> Path:
 
 
 def evaluation_figures(evaluation: Evaluation) -> dict[str, tuple[bytes, str]]:
-    """The pictures of an evaluation's HTML page: title -> (PNG, caption).
+    """The plots of an evaluation's HTML page: title -> (PNG, caption).
+
+    Args:
+        evaluation: result of `evaluate`.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -149,8 +153,9 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, tuple[bytes, str]]:
     pictures = {
         "ROC curves and suspicion": (
             _png(figure),
-            "Left: all thresholds scaled together, dotted: those in use; an attacked image that is still labelled "
-            "correctly counts as caught. Right: suspicion over the predicted label's threshold; right of 1 is refused.",
+            "Left: ROC curves with all thresholds scaled together; the dotted line marks the thresholds in use. An "
+            "attacked image that is still labelled correctly counts as caught. Right: suspicion divided by the "
+            "predicted label's threshold; an image is refused above 1.",
         )
     }
     if evaluation.sanity is not None:
@@ -164,7 +169,7 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, tuple[bytes, str]]:
         radius.set(xlabel=f"eps ({sanity.norm}); the last point is the whole box", ylabel="ASR", ylim=(-0.02, 1.02))
         steps.plot([rate.value for rate in sanity.by_step], color="tab:red")
         steps.set(xlabel=f"step of PGD at {sanity.norm} {sanity.eps:g}", ylabel="ASR so far", ylim=(-0.02, 1.02))
-        caption = f"From the sanity probe, {sanity.images} images; bars: 95 % intervals."
+        caption = f"Results of the sanity probe on {sanity.images} images; bars are 95 % intervals."
         pictures["ASR against eps and steps"] = (_png(figure), caption)
     gallery = evaluation.gallery
     if gallery is not None and len(gallery.labels):
@@ -178,7 +183,10 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, tuple[bytes, str]]:
             axis.set_title(f"{row[index % count]}", fontsize=9)
         axes[0].set_ylabel("clean")
         axes[count].set_ylabel("attacked")
-        caption = "Above the true label, below the one under which the attacked image is accepted, most trusted first."
+        caption = (
+            "Clean images are titled with the true label, attacked ones with the label under which they are accepted. "
+            "The image with the smallest suspicion over threshold comes first."
+        )
         pictures["Worst-broken images"] = (_png(figure), caption)
     return pictures
 
@@ -188,7 +196,7 @@ def _ratio(verdict: Detection, thresholds: Tensor) -> Tensor:
 
 
 def _histogram(axis: "Axes", ratios: Mapping[str, Tensor]) -> None:
-    """Suspicion over threshold, log scale, several sets over each other."""
+    """Draw suspicion over threshold on a log scale, with the histograms of all sets in one plot."""
     logs = {name: ratio.clamp(1e-4, 1e4).log10().numpy() for name, ratio in ratios.items()}
     low, high = min(values.min() for values in logs.values()), max(0.1, *(values.max() for values in logs.values()))
     bins = [low + (high - low) * step / 50 for step in range(51)]

@@ -1,4 +1,4 @@
-"""What an evaluation found: figures with their counts, and the verdicts behind them; as JSON and as Markdown."""
+"""The result of an evaluation: figures with their counts, and verdicts; it can be written as JSON or Markdown."""
 
 import json
 import math
@@ -17,11 +17,11 @@ from torch import Tensor
 
 
 class Gallery(NamedTuple):
-    """Up to 12 images that were broken at the smallest suspicion over threshold, on the CPU.
+    """The up to 12 broken images with the smallest suspicion over threshold, on the CPU.
 
     Attributes:
-        clean: (n, C, H, W).
-        attacked: (n, C, H, W).
+        clean: (n, C, H, W) clean images.
+        attacked: (n, C, H, W) attacked images.
         labels: (n,) true labels.
         predicted: (n,) labels under which the attacked images were accepted.
         ratios: (n,) suspicion over threshold.
@@ -35,11 +35,11 @@ class Gallery(NamedTuple):
 
 
 class CertifiedBound(NamedTuple):
-    """What no attack can exceed on the images of an evaluation.
+    """A proved upper bound on the success rate of every attack on an evaluation's images.
 
     Attributes:
         eps: radius in l∞.
-        success: as `certified_success_rate` counts it.
+        success: upper bound, as `certified_success_rate` counts it.
     """
 
     eps: float
@@ -48,21 +48,21 @@ class CertifiedBound(NamedTuple):
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What one attack achieved.
+    """The result of one attack.
 
     Attributes:
-        name: under which it was handed in.
-        attack: how it prints, with its options.
-        norm: that it states, or None.
-        eps: that it states, or None.
-        success: ASR, over the images labelled correctly and accepted before the attack.
+        name: name under which `evaluate` got the attack.
+        attack: the attack's `repr`, with its options.
+        norm: norm that the attack states, or None.
+        eps: radius that the attack states, or None.
+        success: ASR, among the images labelled correctly and accepted before the attack.
         expected_roc_auc: EROC.
-        invalid: attacked images that left the box or the attack's own budget and so did not count.
-        cost: images judged and gradients taken, all images together and in all runs.
+        invalid: number of attacked images outside [0, 1] or outside the attack's budget, which do not count as broken.
+        cost: images judged and gradients taken, for all images together and in all runs.
         seconds: wall time of the last run.
-        runs: how many runs there were; more than one if a suite went on from an interrupted one.
-        stages: of a suite, what each stage broke and cost.
-        verdict: on the n attacked images; not part of the JSON.
+        runs: number of runs; more than one if a suite was resumed.
+        stages: number of images that each stage of a suite attacked and broke, with its cost; empty for other attacks.
+        verdict: verdicts on the n attacked images; not part of the JSON.
     """
 
     name: str
@@ -81,25 +81,25 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A detector's figures on clean and attacked images; print it for a table.
+    """The figures of a detector on clean and attacked images; printed, they are a table.
 
     Attributes:
-        images: n, how many images were evaluated.
-        accuracy: labelled correctly, refused or not.
-        accuracy_after_rejection: labelled correctly among the accepted.
-        false_positives: refused among the correctly labelled, all classes together.
-        false_positives_by_class: the same for each of the K true classes.
-        results: one per attack.
-        worst_by_norm: an image counts if any attack of that norm broke it.
-        worst_case: an image counts if any attack at all broke it: the union over norms.
-        benign_reference: what EROC compared with, "calibration" or "evaluated" images.
+        images: number n of evaluated images.
+        accuracy: share of images labelled correctly, whether refused or not.
+        accuracy_after_rejection: share of accepted images that are labelled correctly.
+        false_positives: share of correctly labelled images that are refused, for all classes together.
+        false_positives_by_class: the same share for each of the K true classes.
+        results: one result for each attack.
+        worst_by_norm: for each norm, share of images that any attack of the norm broke.
+        worst_case: share of images that any attack broke, whatever its norm.
+        benign_reference: images that EROC compared with, "calibration" or "evaluated".
         thresholds: K floats.
-        seed: of the generator handed in, or None.
-        sanity: signs that attacks failed rather than the detector held; None if it was switched off.
+        seed: seed of the generator, or None without one.
+        sanity: signs that the attacks failed, rather than that the detector is robust; None without a probe.
         clean: verdicts on the n clean images; not part of the JSON.
         labels: (n,) true labels; not part of the JSON.
-        gallery: the worst-broken images; None without attacks; not part of the JSON.
-        certified: a bound that reports show; `evaluate` proves nothing, ``dataclasses.replace`` puts it in.
+        gallery: worst-broken images; None without attacks; not part of the JSON.
+        certified: proved bound for reports to show; `evaluate` leaves it None, and ``dataclasses.replace`` adds one.
     """
 
     images: int
@@ -121,12 +121,12 @@ class Evaluation:
 
     @property
     def asr(self) -> float:
-        """Worst case per example: the share of images that some attack broke."""
+        """The share of images that at least one attack broke."""
         return self.worst_case.value
 
     @property
     def largest_mean_asr(self) -> float:
-        """The paper's worst case: the largest ASR of any single attack."""
+        """The largest ASR of any single attack, which is the paper's worst case."""
         return max((result.success.value for result in self.results), default=math.nan)
 
     @property
@@ -146,12 +146,19 @@ class Evaluation:
         return {**plain(self), "versions": versions | {"torch": torch.__version__}, "machine": platform.machine()}
 
     def to_json(self, path: str | Path) -> Path:
-        """The path of the JSON file to which `to_dict` is written, whole or not at all."""
+        """Write `to_dict` to a JSON file, completely or not at all.
+
+        Args:
+            path: path of the file.
+
+        Returns:
+            The path.
+        """
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         return write_atomically(path, lambda file: file.write_text(text))
 
     def to_markdown(self) -> str:
-        """The figures as Markdown, n and 95 % intervals with them; the sanity report comes last."""
+        """The figures as Markdown, with n and 95 % intervals; the sanity report comes last."""
         lines = [
             f"n = {self.images}; accuracy {self.accuracy}; after rejection "
             f"{self.accuracy_after_rejection}; false positives {self.false_positives}",
@@ -180,15 +187,15 @@ class Evaluation:
         return "\n".join(lines + self.sanity_lines())
 
     def resumed_lines(self) -> list[str]:
-        """A sentence for each suite that went on from an interrupted run."""
+        """A sentence for each suite that was resumed."""
         return [
-            f"{result.name} took {result.runs} runs, each going on from the one before; its effort is of all of them."
+            f"{result.name} took {result.runs} runs, because it was resumed; its cost is that of all runs."
             for result in self.results
             if result.runs > 1
         ]
 
     def sanity_lines(self) -> list[str]:
-        """What the sanity probe measured, and its warnings, as lines of text; empty without a probe."""
+        """The measurements and warnings of the sanity probe as lines of text; empty without a probe."""
         sanity = self.sanity
         if sanity is None:
             return []
@@ -207,17 +214,17 @@ class Evaluation:
 
 
 def show_number(value: float) -> str:
-    """Three decimals, or a dash where there is no number."""
+    """The number with three decimals, or a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def plain(value: Any) -> Any:
-    """Only what JSON has: rates spelled out, and null where there is no number."""
+    """The value as JSON's types, with rates written out as dictionaries and None for numbers that are not finite."""
     if isinstance(value, Rate):
         return plain({"count": value.count, "total": value.total, "value": value.value, "interval": value.interval})
     if is_dataclass(value):
-        shown = (own for own in fields(value) if own.metadata.get("json", True))
-        return {own.name: plain(getattr(value, own.name)) for own in shown}
+        shown = (entry for entry in fields(value) if entry.metadata.get("json", True))
+        return {entry.name: plain(getattr(value, entry.name)) for entry in shown}
     if hasattr(value, "_asdict"):
         return plain(value._asdict())
     if isinstance(value, dict):

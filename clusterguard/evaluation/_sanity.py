@@ -1,4 +1,4 @@
-"""Signs that attacks failed, rather than that the detector held: printed with every evaluation."""
+"""The sanity probe, which looks for signs that the attacks of an evaluation failed although the detector is weak."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,22 +30,22 @@ _STEPS = 40
 
 @dataclass(frozen=True)
 class Sanity:
-    """What a quick probe with our own attacks says about the evaluation beside it.
+    """The report of a quick probe with clusterguard's own attacks, which shows whether an evaluation can be trusted.
 
     Attributes:
-        images: how many images were probed; only those labelled correctly and accepted before any attack.
-        norm: of the probe, that of the first attack that states one.
-        eps: of the probe.
-        by_eps: (eps, ASR) pairs at parts of eps, at eps, and with the ball around the whole box.
+        images: number of probed images, all labelled correctly and accepted before any attack.
+        norm: norm of the probe, which is that of the first evaluated attack that states one.
+        eps: radius of the probe.
+        by_eps: (eps, ASR) pairs at fractions of eps, at eps, and at a radius that allows the whole box [0, 1].
         by_step: ASR after each step of PGD at eps.
-        white_box: ASR of gradient attacks at eps, image starts and several targets included.
+        white_box: ASR of several gradient attacks at eps, with starts from other images and with several targets.
         black_box: ASR of a gradient-free attack at eps.
         zero_gradients: share of gradients that were exactly 0.
         non_finite_gradients: share of gradients that were not finite.
-        still_falling: share of unbroken images whose best margin made more than 2 % of its way in the last tenth of
-            the steps.
-        lost_again: share of images that an earlier iterate broke and the last one did not.
-        warnings: what is wrong, in words; empty if nothing is.
+        still_falling: share of unbroken images whose best margin made more than 2 % of its total decrease in the last
+            tenth of the steps.
+        lost_again: share of images that an earlier iterate broke but the last one did not.
+        warnings: problems in words; empty if there are none.
     """
 
     images: int
@@ -63,23 +63,23 @@ class Sanity:
 
 
 class Result(Protocol):
-    """What the probe is told of each evaluated attack."""
+    """The part of an evaluated attack's result that the probe needs."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The name of the attack."""
 
     @property
     def norm(self) -> str | None:
-        """The norm it states."""
+        """The norm that the attack states."""
 
     @property
     def eps(self) -> float | None:
-        """The radius it states."""
+        """The radius that the attack states."""
 
     @property
     def verdict(self) -> Detection:
-        """Verdicts on its images."""
+        """The verdicts on the attacked images."""
 
 
 def examine(
@@ -89,17 +89,17 @@ def examine(
     results: Sequence[Result],
     generator: Generator | None = None,
 ) -> Sanity | None:
-    """Probe a detector on some images.
+    """Probe a detector with quick attacks.
 
     Args:
-        detector: calibrated.
-        images: (B, C, H, W) clean images in [0, 1], the first B that were evaluated.
-        labels: (B,) their labels.
-        results: of the evaluated attacks.
+        detector: calibrated detector.
+        images: (B, C, H, W) clean images in [0, 1], the first B of the evaluated ones.
+        labels: (B,) labels of the images.
+        results: results of the evaluated attacks.
         generator: randomness, on the images' device.
 
     Returns:
-        The report; None if no attack states its norm and eps, or no image is labelled correctly and accepted.
+        The report; None if no attack states its norm and eps, or if no image is labelled correctly and accepted.
     """
     check_attack_input(detector, images, labels)
     stated = [result for result in results if result.norm is not None and result.eps]
@@ -149,38 +149,44 @@ def examine(
         by_step=tuple(_rate(row <= 0) for row in best),
         white_box=_rate(white),
         black_box=_rate(black),
-        zero_gradients=trace.zero / trace.seen,
-        non_finite_gradients=trace.non_finite / trace.seen,
+        zero_gradients=trace.zero / trace.total,
+        non_finite_gradients=trace.non_finite / trace.total,
         still_falling=_share((late > 0.02 * (best[0] - best[-1]))[~ever]),
         lost_again=_share(ever & (margins[-1] > 0)),
         warnings=(),
     )
     alike = [result.verdict for result in results if result.norm == norm and result.eps == eps]
-    missed = white.cpu() & _left_by(alike, usable.cpu(), truth.cpu())
-    found = [text for wrong, text in _judgements(report, int((black & ~white).sum()), int(missed.sum())) if wrong]
-    return Sanity(**{**report.__dict__, "warnings": tuple(found)})
+    missed = white.cpu() & _unbroken(alike, usable.cpu(), truth.cpu())
+    judgements = _judgements(report, int((black & ~white).sum()), int(missed.sum()))
+    return Sanity(**{**report.__dict__, "warnings": tuple(text for is_wrong, text in judgements if is_wrong)})
 
 
-def _left_by(verdicts: Sequence[Detection], usable: Tensor, truth: Tensor) -> Tensor:
-    """(b,) whether each usable image, of all (B,), is broken in none of the verdicts; truth (b,) are the labels."""
-    left = torch.ones_like(truth, dtype=torch.bool)
+def _unbroken(verdicts: Sequence[Detection], usable: Tensor, truth: Tensor) -> Tensor:
+    """(b,) whether each usable image is broken in none of the verdicts.
+
+    Args:
+        verdicts: verdicts on the attacked images, of which the first B are those of the probe.
+        usable: (B,) whether each image was probed.
+        truth: (b,) labels of the b probed images.
+    """
+    unbroken = torch.ones_like(truth, dtype=torch.bool)
     for verdict in verdicts:
-        left &= ~is_broken(Detection(*(part[: len(usable)][usable] for part in verdict)), truth)
-    return left
+        unbroken &= ~is_broken(Detection(*(part[: len(usable)][usable] for part in verdict)), truth)
+    return unbroken
 
 
 class _Trace:
-    """Backpropagation that remembers margins and counts gradients that say nothing."""
+    """Backpropagation that keeps all margins and counts gradients that are 0 or not finite."""
 
     def __init__(self) -> None:
         self.margins: list[Tensor] = []
-        self.seen = self.zero = self.non_finite = 0
+        self.total = self.zero = self.non_finite = 0
 
     def gradient(self, problem: Problem, iterates: Tensor) -> ObjectiveValues:
         evaluation = backpropagate(problem, iterates)
         flat = evaluation.gradient.flatten(1)
         self.margins.append(evaluation.margin)
-        self.seen += len(flat)
+        self.total += len(flat)
         self.zero += int((flat == 0).all(dim=1).sum())
         self.non_finite += int((~flat.isfinite()).any(dim=1).sum())
         return evaluation
@@ -189,14 +195,19 @@ class _Trace:
 def _judgements(report: Sanity, only_black: int, missed: int) -> list[tuple[bool, str]]:
     whole = report.by_eps[-1][1]
     return [
-        (whole.value < 0.99, f"with the whole box allowed only {whole} are broken: the attacks fail, not the attacker"),
+        (
+            whole.value < 0.99,
+            f"attacks that may choose any image break only {whole}, so they fail for a reason other than a robust "
+            "detector",
+        ),
         (
             only_black > 0,
             f"a gradient-free attack breaks {only_black} images that gradient attacks do not: gradients are masked",
         ),
         (
             missed > 0,
-            f"a quick probe breaks {missed} of {report.images} images that the evaluated attacks, too weak, do not",
+            f"a quick probe breaks {missed} of {report.images} images that the evaluated attacks do not break, so they "
+            "are too weak",
         ),
         (report.zero_gradients > 0.01, f"{report.zero_gradients:.1%} of gradients are exactly 0: the loss saturates"),
         (report.non_finite_gradients > 0, f"{report.non_finite_gradients:.1%} of gradients are not finite"),
