@@ -171,8 +171,9 @@ def _folder(out: Path | None, profile: Profile) -> Path:
 
 def _cells(names: Iterable[str], profile: Profile, only: str) -> list[Cell]:
     """Matching cells, each once, those of one training together."""
-    groups = {group: [name for name in list_experiments() if name.endswith(group)] for group in ("mnist", "cifar10")}
-    groups["all"] = list_experiments()
+    about = {name: load_experiment(name).dataset for name in list_experiments()}
+    groups = {dataset: [name for name in about if about[name] == dataset] for dataset in ("mnist", "cifar10")}
+    groups["all"] = [*about]
     names = [name for given in names for name in groups.get(given, [given])]
     cells = {cell.key: cell for name in names for cell in load_experiment(name, profile).cells}
     matching = [cell for cell in cells.values() if fnmatch(cell.title, only)]

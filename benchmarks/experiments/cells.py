@@ -26,6 +26,13 @@ Profile = Literal["quick", "cpu", "short", "full"]
 """quick: wiring, not numbers; cpu: a small network that a CPU can bear; short: the full one's network, trained and
 attacked for as long as half an hour of a GPU allows; full: the paper's setting."""
 Split = Literal["test", "validation"]
+Section = Literal["paper", "suite", "seeds", "certificates", "ablations", "recipes", "figures"]
+"""The part of a page that an experiment stands in; the parts follow each other in this order."""
+Form = Literal["comparison", "attacks", "unions", "areas", "points", "step sizes", "iterations"]
+"""How an experiment is shown. As tables: comparison: beside the paper's; attacks: a column an attack; unions: the same,
+and what any attack breaks within a radius; areas: the same, and EROC. As figures: points: representations in the plane;
+step sizes, iterations: success against these."""
+FIGURES: tuple[Form, ...] = ("points", "step sizes", "iterations")
 Options = dict[str, Any]
 
 
@@ -145,7 +152,7 @@ class Cell:
         return f"{self.detector}{' ' + self.variant if self.variant else ''}, {self.attack}, seed {self.seed}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """What a table or figure rests on.
 
@@ -153,6 +160,12 @@ class Experiment:
         name: of its file.
         title: one line for people.
         profile: see `Profile`.
+        dataset: what it is about, and the page it stands on; the quick profile may put other images in its place.
+        section: see `Section`.
+        form: see `Form`.
+        paper: name of the table in benchmarks/reporting/paper.toml that it is compared with; "" if it is not.
+        suite: name of the experiment that runs the worst-case suite on the same detectors, for rows in the comparison;
+            "" if there is none.
         detectors: columns, in order.
         attacks: rows, in order.
         variants: of an ablation, in order; [""] if it is none.
@@ -162,10 +175,20 @@ class Experiment:
     name: str
     title: str
     profile: Profile
+    dataset: str
+    section: Section
+    form: Form
+    paper: str
+    suite: str
     detectors: tuple[str, ...]
     attacks: tuple[str, ...]
     variants: tuple[str, ...]
     cells: tuple[Cell, ...]
+
+    @property
+    def is_figure(self) -> bool:
+        """Whether it is drawn rather than written as tables."""
+        return self.form in FIGURES
 
 
 def list_experiments() -> list[str]:
@@ -189,16 +212,24 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
     profiles = {other: table.pop(other, {}) for other in get_args(Profile)}
     own = profiles.get(profile, {})
     limits = own.pop("attack", {})
-    table = merge(table, own)
     try:
-        return _expand(name, profile, table, limits)
+        return _expand(name, profile, table["dataset"], merge(table, own), limits)
     except (KeyError, TypeError) as error:
         raise ConfigurationError(f"{name}.toml: {type(error).__name__} {error}") from error
 
 
-def _expand(name: str, profile: Profile, table: Options, limits: Options) -> Experiment:
+def _expand(name: str, profile: Profile, dataset: str, table: Options, limits: Options) -> Experiment:
     table = dict(table)
     title, detectors = table.pop("title"), table.pop("detectors")
+    section, form = (_choose(name, key, kinds, table) for key, kinds in (("section", Section), ("form", Form)))
+    paper, suite = table.pop("paper", ""), table.pop("suite", "")
+    if bool(paper) != (form == "comparison") or (suite and not paper):
+        raise ConfigurationError(
+            f"{name}.toml: expected a comparison with a table of the paper, and a suite in no other form, "
+            f"got form {form!r}, paper {paper!r} and suite {suite!r}"
+        )
+    if suite and suite not in list_experiments():
+        raise ConfigurationError(f"{name}.toml: expected the name of an experiment as suite, got {suite!r}")
     attacks: list[Options] = table.pop("attacks")
     variants: list[Options] = table.pop("variants", [{}])
     cells = []
@@ -212,7 +243,28 @@ def _expand(name: str, profile: Profile, table: Options, limits: Options) -> Exp
         raise ConfigurationError(f"{name}.toml: expected detectors among {', '.join(RECIPES)}, got {unknown}")
     names = tuple(variant.get("name", "") for variant in variants)
     rows = tuple(dict.fromkeys(attack["name"] for attack in attacks))
-    return Experiment(name, title, profile, tuple(detectors), rows, names, tuple(cells))
+    return Experiment(
+        name=name,
+        title=title,
+        profile=profile,
+        dataset=dataset,
+        section=section,
+        form=form,
+        paper=paper,
+        suite=suite,
+        detectors=tuple(detectors),
+        attacks=rows,
+        variants=names,
+        cells=tuple(cells),
+    )
+
+
+def _choose(name: str, key: str, choices: Any, table: Options) -> Any:
+    """Take a key out of a table; its value must be one of a Literal's."""
+    value = table.pop(key)
+    if value not in get_args(choices):
+        raise ConfigurationError(f"{name}.toml: expected {key} among {', '.join(get_args(choices))}, got {value!r}")
+    return value
 
 
 def _cell(table: Options, detector: str, attack: Options, limits: Options, seed: int, variant: str) -> Cell:

@@ -13,8 +13,8 @@ from clusterguard.errors import MissingDependencyError
 
 from benchmarks.detectors import RECIPES
 from benchmarks.experiments.cells import Cell
-from benchmarks.reporting.estimates import ONE_PERCENT, Estimate, Result, Results, area, estimate, success
-from benchmarks.reporting.tables import NOT_RUN, label
+from benchmarks.reporting.estimates import ONE_PERCENT, Estimate, Result, Results, area, estimate, success, threat
+from benchmarks.reporting.tables import NOT_RUN, label, threat_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ class Point(NamedTuple):
 
 
 def draw(results: Results, path: Path, remark: str = "") -> list[Path]:
-    """The figure that an experiment is named after.
+    """The figure that an experiment is shown as.
 
     Args:
         results: ours.
@@ -62,9 +62,9 @@ def draw(results: Results, path: Path, remark: str = "") -> list[Path]:
     """
     own = results.experiment
     title = f"{own.title}\n{remark}".strip()
-    if own.name.startswith("figure6"):
+    if own.form == "step sizes":
         return draw_lines(step_sizes(results), path, xlabel="step size", title=title)
-    if own.name.startswith("figure7"):
+    if own.form == "iterations":
         return draw_lines(iterations(results), path, xlabel="steps", title=title)
     panels = {_panel_title(cell): result for cell, result in results.cells if cell.seed == results.cells[0][0].seed}
     return draw_points(panels, path, title=title)
@@ -90,13 +90,14 @@ def step_sizes(results: Results) -> dict[str, list[Point]]:
 
 
 def iterations(results: Results) -> dict[str, list[Point]]:
-    """Figure 7: by attack, a point a number of steps, which the attacks' names end in."""
+    """Figure 7: by attack, a point a number of steps."""
     lines: dict[str, list[Point]] = {}
     for attack in results.experiment.attacks:
-        name, _, steps = attack.rpartition(", ")
-        slot = results.slot(_cell(results, attack).detector, attack)
-        point = Point(int(steps.split()[0]), estimate(slot, success(ONE_PERCENT)), estimate(slot, area()))
-        lines.setdefault(label(name), []).append(point)
+        cell = _cell(results, attack)
+        slot = results.slot(cell.detector, attack)
+        point = Point(cell.options["steps"], estimate(slot, success(ONE_PERCENT)), estimate(slot, area()))
+        goal = "T" if cell.options.get("targeted") else "U"
+        lines.setdefault(f"{cell.kind.upper()} {threat_label(*threat(cell))} {goal}", []).append(point)
     return lines
 
 

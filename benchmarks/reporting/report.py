@@ -1,17 +1,26 @@
 """Pages from results alone: tables and figures beside the paper's; a cell that has not been run is shown as not run."""
 
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from clusterguard._support import write_atomically
+from clusterguard.errors import ConfigurationError
 
 from benchmarks.data.datasets import CALIBRATION
 from benchmarks.detectors import RECIPES
-from benchmarks.experiments.cells import Cell, Experiment, Profile, Training, list_experiments, load_experiment
+from benchmarks.experiments.cells import (
+    Cell,
+    Experiment,
+    Profile,
+    Section,
+    Training,
+    list_experiments,
+    load_experiment,
+)
 from benchmarks.reporting.estimates import ONE_PERCENT, Result, Results
 from benchmarks.reporting.figures import draw
 from benchmarks.reporting.tables import (
@@ -31,7 +40,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # the same, before it came with Python
 
-PAPER: Result = tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
+PAPER: dict[str, Result] = tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
 PAPER_MODELS = {"mnist": "small-cnn", "cifar10": "wrn-34-10"}  # section 5
 PAPER_SETTINGS = {
     "mnist": "The paper trains `small-cnn` for 50 epochs of Adam at 0.001 against PGD ℓ∞ 0.3, step 0.01, 40 steps.",
@@ -46,7 +55,6 @@ REMARKS: dict[Profile, str] = {
 }
 REDUCED = ("cpu", "short")  # with pages and figures of their own beside the full ones
 WARNING = "A tiny network, few images, short attacks: nothing here says how good a detector is."
-KINDS = ("table", "wrn", "strict", "seeds", "certified", "ablation", "recipe", "figure")  # sections in this order
 
 LEGEND = """
 **Bold** is measured here; below it its 95 % interval; in parentheses what the paper prints. ASR-p: of the images that
@@ -83,7 +91,7 @@ def write_report(store: Store, profile: Profile, pages: Path) -> list[Path]:
         text = render(every)
         written.append(write_atomically(pages / name, partial(Path.write_text, data=text, encoding="utf-8")))
         for results in every:
-            if results.experiment.name.startswith("figure") and results.found:
+            if results.experiment.is_figure and results.found:
                 written += draw(results, pages / _figure(results), REMARKS[profile])
     return written
 
@@ -92,12 +100,13 @@ def read_results(store: Store, profile: Profile) -> dict[str, list[Results]]:
     """By name of the page, the experiments on it."""
     read = store.read_cells().get
     pages: dict[str, list[Results]] = {}
+    every = [load_experiment(name, profile) for name in list_experiments()]
     for dataset in TITLES:
-        found = [load_experiment(name, profile) for name in list_experiments() if name.endswith(f"-{dataset}")]
+        found = [own for own in every if own.dataset == dataset]
         if profile in REDUCED:  # where it is not defined, it is the full one
             found = [own for own in found if own.cells != load_experiment(own.name, "full").cells]
         if found:
-            found.sort(key=lambda own: [not own.name.startswith(kind) for kind in KINDS])
+            found.sort(key=lambda own: get_args(Section).index(own.section))
             pages[f"{dataset}{_suffix(profile)}.md"] = [Results(own, read) for own in found]
     return pages
 
@@ -132,18 +141,18 @@ def _section(results: Results, every: Sequence[Results]) -> Iterator[str]:
         return
     if len(results.found) < len(results.cells):
         yield f"{len(results.found)} of {len(results.cells)} cells are run, {command} runs the rest."
-    if printed := _printed(own.name):
-        yield from _compared(results, PAPER[printed], _suite(own.name, printed, every))
-    elif own.name.startswith("figure"):
+    if own.form == "comparison":
+        yield from _compared(results, _printed(own), _suite(own, every))
+    elif own.is_figure:
         figure = _figure(results)
         yield f"[![{own.title}]({figure}.png)]({figure}.svg)"
         yield _caption(results, _figure_text(own))
     else:
         yield _caption(results, f"{_asr(ONE_PERCENT)}.")
         yield attack_table(results)
-        if own.name.startswith("strict"):
+        if own.form == "unions":
             yield from _strict(results, every)
-        elif own.name.startswith("ablation"):
+        elif own.form == "areas":
             yield _caption(results, "EROC.")
             yield area_table(results)
         elif any(cell.kind == "certificate" for cell in own.cells):
@@ -153,15 +162,18 @@ def _section(results: Results, every: Sequence[Results]) -> Iterator[str]:
         yield f"**{invalid} attacked images left their budget or [0, 1] and were not counted.**"
 
 
-def _printed(name: str) -> str | None:
-    """The paper's table that an experiment repeats, alike or with other networks or seeds; None if it has none."""
-    return next((printed for printed in PAPER if name.endswith(printed)), None)
+def _printed(own: Experiment) -> Result:
+    """The paper's table that an experiment repeats, alike or with other networks or seeds."""
+    if own.paper not in PAPER:
+        raise ConfigurationError(
+            f"{own.name}: expected a table of the paper among {', '.join(PAPER)}, got {own.paper!r}"
+        )
+    return PAPER[own.paper]
 
 
-def _suite(name: str, printed: str, every: Sequence[Results]) -> Results | None:
-    """The worst-case suite on the detectors of a table, if an experiment asks for it."""
-    wanted = name.removesuffix(printed) + re.sub(r"table\d", "strict", printed)
-    return next((other for other in every if other.experiment.name == wanted), None)
+def _suite(own: Experiment, every: Sequence[Results]) -> Results | None:
+    """The worst-case suite on the detectors of a table, where an experiment on this page runs it."""
+    return next((other for other in every if other.experiment.name == own.suite), None)
 
 
 def _compared(results: Results, paper: Result, suite: Results | None) -> Iterator[str]:
@@ -200,12 +212,12 @@ def _asr(rate: float) -> str:
 
 
 def _figure_text(own: Experiment) -> str:
-    if own.name.startswith(("figure1", "figure2")):
+    if own.form == "points":
         return (
             f"t-SNE of the representations of benign images and of their attacked versions ({label(own.attacks[0])}); "
             "of class scores where there is no representation. Digits name predicted classes."
         )
-    against = "step size" if own.name.startswith("figure6") else "number of steps"
+    against = "step size" if own.form == "step sizes" else "number of steps"
     titles = " and ".join(RECIPES[detector].title for detector in own.detectors)
     return f"{titles}: ASR-1, with 95 % intervals as bands, and EROC against the {against}."
 
@@ -297,7 +309,7 @@ def _figure(results: Results) -> str:
 
 
 def _dataset(results: Results) -> str:
-    return results.experiment.name.rpartition("-")[2]
+    return results.experiment.dataset
 
 
 def _suffix(profile: Profile) -> str:

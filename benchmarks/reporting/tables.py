@@ -64,6 +64,17 @@ def label(text: str) -> str:
     return re.sub(r"\b(linf|l[012])\b", lambda found: NORMS[found[0]], text)
 
 
+def threat_label(norm: str, eps: float) -> str:
+    """A norm and a radius for people; in ℓ1 and ℓ0 radii are whole numbers.
+
+    Example:
+        >>> threat_label("l2", 2), threat_label("linf", 0.03), threat_label("l1", 15.0)
+        ('ℓ2 2.0', 'ℓ∞ 0.03', 'ℓ1 15')
+    """
+    is_whole = norm in ("l1", "l0")
+    return f"{NORMS[norm]} {eps:g}" if is_whole else f"{NORMS[norm]} {float(eps)}"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown, the first column to the left, the others centred."""
     lines = [head, ["---"] + [":---:"] * (len(head) - 1), *rows]
@@ -135,9 +146,8 @@ def attack_table(results: Results) -> str:
     """ASR-1, for experiments that the paper does not have: a row a detector or variant, a column an attack."""
     own = results.experiment
     rows, learned = [], {}
-    # Experiments named "strict" have a table of their own for that.
-    suites = all(name.startswith("suite ") for name in own.attacks) and not own.name.startswith("strict")
-    union = ["any of these"] if suites else []
+    is_of_suites = all(cell.kind == "suite" for cell in own.cells)
+    union = ["any of these"] if is_of_suites and own.form != "unions" else []  # which has a table of its own for that
     for name, slots in _lines(results, own.attacks):
         clean = _any(slots)
         learned[name] = estimate(clean, accuracy)
@@ -150,7 +160,7 @@ def attack_table(results: Results) -> str:
 
 def area_table(results: Results) -> str:
     """EROC of the attacks that go on after success; of those that stop it says little."""
-    attacks = [attack for attack in results.experiment.attacks if not attack.startswith("suite ")]
+    attacks = list(dict.fromkeys(cell.attack for cell in results.experiment.cells if cell.kind != "suite"))
     rows = [[name, *(show(estimate(slot, area())) for slot in slots)] for name, slots in _lines(results, attacks)]
     return table(["", *map(label, attacks)], rows)
 
@@ -170,7 +180,7 @@ def union_table(suite: Results, every: Sequence[Results]) -> str:
         found = [worst_within(group, every) for group in [*groups, cells]]
         shown = [f"{show(share)}<br>+{left}" if left else show(share) for share, left in found]
         rows.append([RECIPES[detector].title, *shown])
-    return table(["", *(label(attack.removeprefix("suite ")) for attack in own.attacks), "any of these"], rows)
+    return table(["", *(threat_label(*suite.threat(attack)) for attack in own.attacks), "any of these"], rows)
 
 
 def stages_table(suite: Results, detector: str) -> str:
@@ -191,7 +201,7 @@ def stages_table(suite: Results, detector: str) -> str:
                 names.insert(place, name)
             place = names.index(name) + 1
     rows = [[name, *(str(counts.get(name, "")) if counts else NOT_RUN for counts in columns)] for name in names]
-    return table(["", *(label(attack.removeprefix("suite ")) for attack in own.attacks)], rows)
+    return table(["", *(threat_label(*suite.threat(attack)) for attack in own.attacks)], rows)
 
 
 def _lines(results: Results, attacks: Sequence[str]) -> Iterator[tuple[str, list[Slot]]]:

@@ -9,6 +9,8 @@ from benchmarks.running.store import Store
 
 SMALL = """
 title = "Everything once"
+section = "paper"
+form = "attacks"
 dataset = "digits"
 model = "tiny-cnn"
 images = 12

@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +88,8 @@ def test_weights_that_ship_are_those_of_tables_and_figures():
 
 def test_quick_mnist_needs_no_download():
     for name in list_experiments():
-        if name.endswith("mnist"):
+        if load_experiment(name).dataset == "mnist":
+            assert load_experiment(name, "quick").dataset == "mnist"  # it stands on the page of MNIST all the same
             assert {cell.training.dataset for cell in load_experiment(name, "quick").cells} == {"digits"}
 
 
@@ -132,11 +134,14 @@ def test_a_surrogate_is_trained_from_another_seed():
 
 
 def write(folder, text):
-    (folder / "mine.toml").write_text('title = "t"\ndataset = "digits"\nmodel = "tiny-cnn"\nimages = 5\nchunk = 5\n'
-                                      'rates = [0.1]\nseeds = [0, 1]\n' + text)  # fmt: skip
+    said = {"title": "t", "section": "paper", "form": "attacks", "dataset": "digits", "model": "tiny-cnn"}
+    said |= {"images": 5, "chunk": 5, "rates": [0.1], "seeds": [0, 1]}
+    lines = [f"{key} = {json.dumps(value)}\n" for key, value in said.items() if f"\n{key} = " not in f"\n{text}"]
+    (folder / "mine.toml").write_text("".join(lines) + text)
 
 
 TRAINING = "[training]\nepochs = 1\nattack = { eps = 0.1, step_size = 0.1, steps = 1 }\n"
+COMPARISON = 'detectors = ["ours"]\nform = "comparison"\npaper = "table2-mnist"\n'
 ATTACK = 'attacks = [{ name = "a", kind = "fgsm", norm = "linf", eps = 0.1 }]\n'
 
 
@@ -149,6 +154,12 @@ ATTACK = 'attacks = [{ name = "a", kind = "fgsm", norm = "linf", eps = 0.1 }]\n'
         ('detectors = ["ours"]\n' + ATTACK + TRAINING + "epoch = 3\n", "epoch"),
         ('detectors = ["ours"]\n' + TRAINING, "attacks"),
         ('detectors = ["ours"]\nconsistency = { radios = 0.1 }\n' + ATTACK + TRAINING, "radios"),
+        ('detectors = ["ours"]\nsection = "papers"\n' + ATTACK + TRAINING, "section .* seeds, .* 'papers'"),
+        ('detectors = ["ours"]\nform = "tables"\n' + ATTACK + TRAINING, "form .* unions, .* 'tables'"),
+        ('detectors = ["ours"]\nform = "comparison"\n' + ATTACK + TRAINING, "comparison with a table of the paper"),
+        ('detectors = ["ours"]\npaper = "table2-mnist"\n' + ATTACK + TRAINING, "comparison with a table of the paper"),
+        ('detectors = ["ours"]\nsuite = "mine"\n' + ATTACK + TRAINING, "no other form, .* 'mine'"),
+        (COMPARISON + 'suite = "yours"\n' + ATTACK + TRAINING, "experiment as suite, .* 'yours'"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path, monkeypatch, text, message):

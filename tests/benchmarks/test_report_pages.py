@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,11 @@ pytest.importorskip("matplotlib")
 
 from clusterguard.cli import digit_network
 from clusterguard.cli._demo import HONESTY
+from clusterguard.errors import ConfigurationError
 from made_up_results import find, made_up, points, rows
 
 from benchmarks.detectors.networks import build
+from benchmarks.experiments import cells
 from benchmarks.experiments.cells import load_experiment, tomllib
 from benchmarks.reporting import figures
 from benchmarks.reporting.estimates import Results, estimate, success
@@ -17,6 +20,7 @@ from benchmarks.reporting.report import read_results, render, write_report
 from benchmarks.running.store import RESULTS, Store
 
 ROOT = Path(__file__).parents[2]
+EXPERIMENTS = ROOT / "benchmarks" / "experiments"
 PAPER = tomllib.loads((ROOT / "benchmarks" / "reporting" / "paper.toml").read_text())
 
 
@@ -94,6 +98,37 @@ def test_quick_pages_say_quick_everywhere(store, tmp_path, monkeypatch):
     assert len(titles) == 4
     assert all(title.endswith("\nquick: wiring, not numbers") for title in titles)
     assert "not run" not in text.lower()
+
+
+def test_a_page_is_the_same_whatever_files_and_attacks_are_called(store, tmp_path, monkeypatch):
+    chosen = {"strict-mnist": "aardvark", "ablation-mnist": "table2-cifar10", "figure7-mnist": "wrn-zebra"}
+    runs = [cell for name in chosen for cell in load_experiment(name).cells]
+    for cell in runs:
+        store.write_cell(cell, made_up({"": "11000000"}))
+
+    def read(changes):
+        """The page of these experiments alone, with other words."""
+        folder = tmp_path / str(len(changes))
+        folder.mkdir()
+        for name in ("_mnist", *chosen):
+            text = (EXPERIMENTS / f"{name}.toml").read_text()
+            for old, new in changes.items():
+                text = text.replace(old, new)
+            (folder / f"{changes.get(name, name)}.toml").write_text(text)
+        monkeypatch.setattr(cells, "FOLDER", folder)
+        return render(read_results(store, "full")["mnist.md"])
+
+    other = read(chosen | {'"suite l': '"worst l', '"PGD l': '"descent l', ' steps", kind': ' times", kind'})
+    for old, new in [*chosen.items(), ("suite ℓ", "worst ℓ"), ("PGD ℓ", "descent ℓ")]:
+        other = other.replace(new, old)
+    assert other == read({})
+
+
+def test_a_table_that_the_paper_does_not_have_is_named(store):
+    experiment = replace(load_experiment("table2-mnist"), paper="table9-mnist")
+    results = Results(experiment, lambda key: made_up({"": "1" * 8}))
+    with pytest.raises(ConfigurationError, match=r"table2-mnist, .* 'table9-mnist'"):
+        render([results])
 
 
 def test_pages_end_in_a_newline_and_have_no_trailing_blanks(store, tmp_path):
