@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from clusterguard import Detector, DetectorModule, Evaluation, decide, evaluate
 from clusterguard.attacks import find_representation, has_representation
-from clusterguard.detection import Loader, fit_thresholds, is_broken, is_eligible, judge
+from clusterguard.detection import Loader, Verdicts, fit_thresholds, is_broken, is_eligible, judge
 from clusterguard.detectors import WithThresholds
 from torch import Generator, Tensor
 
@@ -89,7 +89,7 @@ def judge_attacked(
             calibration_loader=calibration if first is None else None,  # areas do not depend on thresholds
             sanity_images=0,
         )
-        eligible = is_eligible(report.clean, report.labels)
+        eligible = is_eligible(Verdicts(report.clean, report.labels))
         for result in report.results:
             area = result.expected_roc_auc
             if first is None:
@@ -99,7 +99,7 @@ def judge_attacked(
                 "false_positives": [report.false_positives.count, report.false_positives.total],
                 "invalid": result.invalid,
                 "eligible": to_hex(eligible),
-                "broken": to_hex(is_broken(result.verdict, report.labels) & eligible),
+                "broken": to_hex(is_broken(Verdicts(result.verdict, report.labels)) & eligible),
             }
         first = report if first is None else first
     assert first is not None  # there is at least one rate

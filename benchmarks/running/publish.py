@@ -43,10 +43,10 @@ def publish(cell: Cell, runner: Runner, folder: Path, *, images: int | None = No
         progress=runner.progress,
     )
     judged = Batches(test.head(images).to(runner.device), JUDGED_AT_ONCE)
-    detection, labels = judge(guard, judged)
+    verdicts = judge(guard, judged)
     figures = {
-        "accuracy": accuracy(detection, labels),
-        "false positives": false_positive_rate(detection, labels),
+        "accuracy": accuracy(verdicts),
+        "false positives": false_positive_rate(verdicts),
         **{
             f"any attack of linf {share * eps:g} breaks at most": certified_success_rate(guard, judged, eps=share * eps)
             for share in (0.75, 1)

@@ -23,10 +23,8 @@ import typer
 from clusterguard import PGD, ClusterGuard, WorstCaseSuite, evaluate
 from clusterguard._support import write_atomically
 from clusterguard.attacks import Attack, Towards, from_art, from_autoattack, from_foolbox, from_torchattacks, get_norm
-from clusterguard.cli import digit_network
-from clusterguard.detection import Rate, is_broken
+from clusterguard.detection import Rate, Verdicts, is_broken
 from clusterguard.samples import load_digits
-from safetensors.torch import load_model
 from tqdm import tqdm
 
 OUTPUT = Path(__file__).parents[1] / "results" / "peers.json"
@@ -161,23 +159,23 @@ def summarise(norms: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def main(
-    guard: Annotated[Path, typer.Option(help="What `make demo` has trained.")] = Path("runs/demo/guard.safetensors"),
+    guard: Annotated[Path, typer.Option(help="Folder of the guard that `make demo` has trained.")] = Path(
+        "runs/demo/guard"
+    ),
     images: Annotated[int, typer.Option(help="How many accepted test images to attack.", min=1)] = 100,
     only: Annotated[str, typer.Option(help="Norms to run, such as 'l0'.")] = "*",
     output: Annotated[Path, typer.Option(help="The JSON file.")] = OUTPUT,
 ) -> None:
     """Run every peer and our suite on the demo's guard, norm by norm."""
     torch.set_num_threads(1)
-    detector = ClusterGuard(digit_network(), num_classes=10, example=torch.zeros(1, 1, 28, 28))
-    load_model(detector, str(guard))
-    detector.eval()
+    detector = ClusterGuard.from_pretrained(guard)
     pictures, labels = load_digits("test").tensors
     verdict = detector.detect(pictures)
     accepted = ((verdict.labels == labels) & ~verdict.is_adversarial).nonzero().squeeze(1)
     attacked, rest = accepted[:images], accepted[images:]
     references = Towards.accepted(detector, pictures[rest], labels[rest])
     setting = {
-        "guard": hashlib.sha256(guard.read_bytes()).hexdigest(),
+        "guard": hashlib.sha256((guard / "model.safetensors").read_bytes()).hexdigest(),
         "images": images,
         "references": len(references.labels),
         "seed": 0,
@@ -206,7 +204,7 @@ def main(
                 "attack": result.attack,
                 "eps": RADII[norm],
                 "images": len(attacked),
-                "broken": attacked[is_broken(result.verdict, labels[attacked])].tolist(),
+                "broken": attacked[is_broken(Verdicts(result.verdict, labels[attacked]))].tolist(),
                 "invalid": result.invalid,
                 "seconds": round(time.perf_counter() - started, 1),
             }

@@ -24,7 +24,6 @@ from clusterguard.evaluation import (
 )
 from clusterguard.samples import load_digits
 from clusterguard.training import AdversarialClusterTrainer
-from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -70,7 +69,7 @@ def run_demo(
     """Train a plain classifier and a guard on the shipped digits and compare them under attack.
 
     Args:
-        output: folder for `guard.safetensors`, `report.json`, `representations.png` and `distances.png`.
+        output: folder for the folder `guard`, `report.json`, `representations.png` and `distances.png`.
         epochs: of either training; the first two of the guard are warm-up.
         epsilons: radii of the evaluation's attacks, at least one.
         seed: of everything random.
@@ -129,7 +128,11 @@ def run_demo(
         **{name: evaluation.to_dict() for name, evaluation in evaluations.items()},
         "worst_case": {name: evaluation.to_dict() for name, evaluation in worst.items()},
     }
-    write_atomically(output / "guard.safetensors", lambda file: save_model(guard, str(file)))
+    guard.save_pretrained(
+        output / "guard",
+        training={"attack": repr(attack), "epochs": epochs, "seed": seed, "last_epoch": plain(history[-1])},
+        evaluation=worst["guarded"],
+    )
     images, labels = (part[: min(400, limit or 400)].to(device) for part in test.tensors)
     try:
         _draw(output, undefended, guard, images, labels, epsilons[-1])

@@ -32,6 +32,7 @@ from clusterguard.detection._loaders import (
 )
 from clusterguard.detection._metrics import (
     Rate,
+    Verdicts,
     accuracy,
     accuracy_after_rejection,
     attack_success_rate,
@@ -55,6 +56,7 @@ __all__ = [
     "Pairs",
     "Rate",
     "Unpack",
+    "Verdicts",
     "accuracy",
     "accuracy_after_rejection",
     "allowed_refusals",

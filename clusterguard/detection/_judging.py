@@ -6,6 +6,7 @@ import torch
 from clusterguard._support import check_detector, check_images, check_labels, collect, evaluation_mode, share
 from clusterguard.detection._decision import Detection, Detector, Evidence, decide
 from clusterguard.detection._loaders import Loader, Pairs, Unpack, number_of_batches
+from clusterguard.detection._metrics import Verdicts
 from clusterguard.detection._precision import full_precision
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
@@ -23,7 +24,7 @@ def judge(
     accelerator: "Accelerator | None" = None,
     unpack: Unpack | None = None,
     progress: str = "",
-) -> tuple[Detection, Tensor]:
+) -> Verdicts:
     """Run a detector in eval mode over a whole loader.
 
     Only the verdicts are kept, so memory does not grow with the size of the images.
@@ -57,7 +58,7 @@ def judge(
     if not rows:
         raise InputError("expected a loader with at least one batch, got an empty one")
     *judged, all_labels = map(torch.cat, zip(*rows, strict=True))
-    return Detection(*judged), all_labels
+    return Verdicts(Detection(*judged), all_labels)
 
 
 def check_repeated(detector: Detector, images: Tensor) -> None:

@@ -1,7 +1,9 @@
 """The paper's metrics and their uncertainty, as pure functions of decisions and suspicion."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from clusterguard._support import check_tensor, check_verdicts
@@ -76,41 +78,75 @@ def wilson_interval(count: int, total: int, *, confidence: float = 0.95) -> tupl
     return max(0.0, center - half) if count else 0.0, min(1.0, center + half) if count < total else 1.0
 
 
-def accuracy(detection: Detection, labels: Tensor) -> Rate:
+@dataclass(frozen=True)
+class Verdicts:
+    """A detector's verdicts on n images, and the images' true labels.
+
+    It is checked when it is made, so that metrics need not check it again. It unpacks into its two parts.
+
+    Args:
+        detection: verdicts on the images.
+        labels: (n,) true labels.
+
+    Raises:
+        InputError: parts of a wrong shape, dtype or device.
+
+    Example:
+        >>> detection = Detection(torch.tensor([0, 1]), torch.zeros(2), torch.tensor([False, True]))
+        >>> str(accuracy(Verdicts(detection, torch.tensor([0, 0]))))
+        '0.500 [0.095, 0.905] (1/2)'
+    """
+
+    detection: Detection
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        check_verdicts(self.labels, self.detection)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.detection, self.labels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor) -> "Verdicts":
+        """The verdicts on some of the images; rows are (k,) integers or (n,) bools."""
+        return Verdicts(Detection(*(part[rows] for part in self.detection)), self.labels[rows])
+
+    @property
+    def is_correct(self) -> Tensor:
+        """(n,) whether each image got its true label, refused or not."""
+        return self.detection.labels == self.labels
+
+
+def accuracy(clean: Verdicts) -> Rate:
     """The share of images that are labelled correctly, whether they are refused or not.
 
     Args:
-        detection: verdicts on n clean images.
-        labels: (n,) true labels.
+        clean: verdicts on clean images.
     """
-    check_verdicts(labels, detection)
-    return _rate(detection.labels == labels)
+    return _rate(clean.is_correct)
 
 
-def accuracy_after_rejection(detection: Detection, labels: Tensor) -> Rate:
+def accuracy_after_rejection(clean: Verdicts) -> Rate:
     """The share of accepted images that are labelled correctly.
 
     Args:
-        detection: verdicts on n clean images.
-        labels: (n,) true labels.
+        clean: verdicts on clean images.
     """
-    check_verdicts(labels, detection)
-    accepted = ~detection.is_adversarial
-    return _rate((detection.labels == labels)[accepted])
+    return _rate(clean.is_correct[~clean.detection.is_adversarial])
 
 
-def false_positive_rate(detection: Detection, labels: Tensor) -> Rate:
+def false_positive_rate(clean: Verdicts) -> Rate:
     """The share of correctly labelled clean images that are refused. Calibration limits this rate.
 
     Args:
-        detection: verdicts on n clean images.
-        labels: (n,) true labels.
+        clean: verdicts on clean images.
     """
-    check_verdicts(labels, detection)
-    return _rate(detection.is_adversarial[detection.labels == labels])
+    return _rate(clean.detection.is_adversarial[clean.is_correct])
 
 
-def attack_success_rate(clean: Detection, adversarial: Detection, labels: Tensor) -> Rate:
+def attack_success_rate(clean: Verdicts, attacked: Verdicts) -> Rate:
     """The attack success rate (ASR): the share of eligible images that the attack breaks.
 
     An image is eligible if it is accepted under its true label before the attack. It is broken if it is accepted under
@@ -118,33 +154,30 @@ def attack_success_rate(clean: Detection, adversarial: Detection, labels: Tensor
 
     Args:
         clean: verdicts on n clean images.
-        adversarial: verdicts on the n attacked images.
-        labels: (n,) true labels.
+        attacked: verdicts on the same images after the attack.
 
     Reference:
         arXiv 2012.03483, equation 8.
 
     Example:
-        >>> def verdict(labels, refused):
-        ...     return Detection(torch.tensor(labels), torch.zeros(3), torch.tensor(refused))
-        >>> clean = verdict([0, 1, 2], [False, False, True])
-        >>> attacked = verdict([1, 0, 0], [False, True, False])
-        >>> attack_success_rate(clean, attacked, labels=torch.tensor([0, 1, 2])).value
+        >>> def verdicts(labels, refused):
+        ...     detection = Detection(torch.tensor(labels), torch.zeros(3), torch.tensor(refused))
+        ...     return Verdicts(detection, torch.tensor([0, 1, 2]))
+        >>> clean = verdicts([0, 1, 2], [False, False, True])
+        >>> attack_success_rate(clean, verdicts([1, 0, 0], [False, True, False])).value
         0.5
     """
-    return _rate(is_broken(adversarial, labels)[is_eligible(clean, labels)])
+    return _rate(is_broken(attacked)[is_eligible(clean)])
 
 
-def is_eligible(clean: Detection, labels: Tensor) -> Tensor:
-    """(n,) True where a clean image is accepted under its true label, so that an attack on it counts; labels (n,)."""
-    check_verdicts(labels, clean)
-    return (clean.labels == labels) & ~clean.is_adversarial
+def is_eligible(clean: Verdicts) -> Tensor:
+    """(n,) True where a clean image is accepted under its true label, so that an attack can break it."""
+    return clean.is_correct & ~clean.detection.is_adversarial
 
 
-def is_broken(adversarial: Detection, labels: Tensor) -> Tensor:
-    """(n,) True where an adversarial image is accepted under a label other than its true one; labels (n,)."""
-    check_verdicts(labels, adversarial)
-    return (adversarial.labels != labels) & ~adversarial.is_adversarial
+def is_broken(attacked: Verdicts) -> Tensor:
+    """(n,) True where an attacked image is accepted under a wrong label."""
+    return ~attacked.is_correct & ~attacked.detection.is_adversarial
 
 
 def roc_auc(benign: Tensor, adversarial: Tensor) -> float:
@@ -177,19 +210,15 @@ def roc_auc(benign: Tensor, adversarial: Tensor) -> float:
     return float((below + not_above).double().mean() / (2 * len(benign)))
 
 
-def expected_roc_auc(
-    benign: Detection, benign_labels: Tensor, adversarial: Detection, labels: Tensor, num_classes: int
-) -> float:
+def expected_roc_auc(benign: Verdicts, attacked: Verdicts, num_classes: int) -> float:
     """The EROC: the ROC AUC of each class, weighted by the number of attacked images that get its label.
 
     The benign images of a class are those of its images that are labelled correctly. An attacked image that is still
     labelled correctly counts as perfectly detected. A class without benign images to compare with is left out.
 
     Args:
-        benign: verdicts on k benign images, preferably those that the thresholds were calibrated on.
-        benign_labels: (k,) their true labels.
-        adversarial: verdicts on n attacked images.
-        labels: (n,) their true labels.
+        benign: verdicts on benign images, preferably those that the thresholds were calibrated on.
+        attacked: verdicts on attacked images.
         num_classes: number K of classes.
 
     Returns:
@@ -198,17 +227,15 @@ def expected_roc_auc(
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".
     """
-    check_verdicts(benign_labels, benign)
-    check_verdicts(labels, adversarial)
-    correct = benign.labels == benign_labels
-    suspicion = adversarial.distances.masked_fill(adversarial.labels == labels, torch.inf)
+    distances, labels = benign.detection.distances, attacked.detection.labels
+    suspicion = attacked.detection.distances.masked_fill(attacked.is_correct, torch.inf)
     total, weighted = 0, 0.0
     for index in range(num_classes):
-        attacked = adversarial.labels == index
-        area = roc_auc(benign.distances[correct & (benign.labels == index)], suspicion[attacked])
+        got_label = labels == index
+        area = roc_auc(distances[benign.is_correct & (benign.detection.labels == index)], suspicion[got_label])
         if not math.isnan(area):
-            total += int(attacked.sum())
-            weighted += int(attacked.sum()) * area
+            total += int(got_label.sum())
+            weighted += int(got_label.sum()) * area
     return weighted / total if total else math.nan
 
 

@@ -170,7 +170,13 @@ def choose_normalization(
     )
 
 
-def make_encoder(backbone: nn.Module, out_features: int, *, example: Tensor | None = None) -> nn.Module:
+def make_encoder(
+    backbone: nn.Module,
+    out_features: int,
+    *,
+    example: Tensor | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> nn.Module:
     """Copy a backbone into a module that maps images to representations, through a fresh last layer.
 
     Args:
@@ -180,6 +186,7 @@ def make_encoder(backbone: nn.Module, out_features: int, *, example: Tensor | No
         out_features: m, the width of the representation.
         example: (B, C, H, W) images that the backbone takes, to see what it returns for them. Needed only for
             a module whose D depends on the image size, or that cannot run on torch's meta device.
+        image_shape: (C, H, W) of the images, where there is no example; a blank image of this shape takes its place.
 
     Returns:
         A module that maps (B, C, H, W) to (B, m), in train mode too. Its last layer has the device, dtype and
@@ -213,7 +220,7 @@ def make_encoder(backbone: nn.Module, out_features: int, *, example: Tensor | No
         _replace_torchvision_head(encoder, *head, out_features)
     else:
         _warn_of_classifier(backbone, encoder)
-        return _append_layer(encoder, out_features, example)
+        return _append_layer(encoder, out_features, _blank(image_shape) if example is None else example)
     if example is not None:
         _run(encoder, example)
     return encoder
@@ -402,6 +409,10 @@ def _has_width(encoder: nn.Module, out_features: int) -> bool:
         return _find_output(encoder, encoder, None).shape[1] == out_features
     except UnsupportedBackboneError:
         return False
+
+
+def _blank(image_shape: tuple[int, int, int] | None) -> Tensor | None:
+    return None if image_shape is None else torch.zeros(1, *image_shape)
 
 
 def _append_layer(module: nn.Module, out_features: int, example: Tensor | None) -> nn.Module:

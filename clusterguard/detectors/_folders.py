@@ -17,6 +17,7 @@ import torch
 from clusterguard.detection import Calibration
 from clusterguard.detectors._backbones import make_encoder
 from clusterguard.detectors._base import DetectorModule
+from clusterguard.detectors._layers import build_layers, describe_layers
 from clusterguard.detectors._model_card import MARK, Measured, model_card
 from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError, in_one_line
 from safetensors.torch import load, save
@@ -164,16 +165,19 @@ def _may_be_on_the_hub(name: str | Path) -> bool:
     return not is_path and text.count("/") <= 1
 
 
-def describe_backbone(encoder: nn.Module, representation_dim: int) -> dict[str, Any]:
+def describe_backbone(
+    encoder: nn.Module, representation_dim: int, image_shape: tuple[int, int, int] | None = None
+) -> dict[str, Any]:
     """The recipe for the backbone of an encoder, tried out on the meta device.
 
     Args:
         encoder: what `make_encoder` made of the backbone.
         representation_dim: m, its outputs.
+        image_shape: (C, H, W) of the images that it takes; None if that is not known.
 
     Returns:
-        "source" is "timm" or "torchvision", with the "name" and "arguments" that rebuild the encoder, equal in every
-        module, attribute and shape; or it is "module", if no recipe does.
+        "source" is "timm", "torchvision" or "layers", with the "name" and "arguments" that rebuild the encoder, equal
+        in every module, attribute and shape; or it is "module", if no recipe does.
     """
     model, structure = _inner(encoder), _structure(encoder)
     near_misses = []
@@ -181,7 +185,7 @@ def describe_backbone(encoder: nn.Module, representation_dim: int) -> dict[str, 
         for _ in range(2):
             try:
                 with torch.device("meta"):
-                    rebuilt = make_encoder(build_backbone(recipe), representation_dim)
+                    rebuilt = make_encoder(build_backbone(recipe), representation_dim, image_shape=image_shape)
             except Exception as error:  # whatever a library raises at arguments that it does not take
                 near_misses.append((0, f"{recipe['name']}: {error}"))
                 break
@@ -197,7 +201,7 @@ def describe_backbone(encoder: nn.Module, representation_dim: int) -> dict[str, 
             if not changed:
                 break
             recipe = _recipe(recipe["source"], recipe["name"], {**recipe["arguments"], **changed})
-    if near_misses:
+    if near_misses and recipe["source"] != "layers":  # of a module of one's own nothing was promised
         warnings.warn(
             f"no recipe rebuilds this backbone ({max(near_misses)[1]}); from_pretrained will need backbone=, the "
             "module that the guard was made with",
@@ -215,6 +219,8 @@ def build_backbone(recipe: Mapping[str, Any]) -> nn.Module:
             from torchvision.models import get_model_builder
 
             return get_model_builder(name)(weights=None, **arguments)  # type: ignore[no-any-return]
+        if recipe["source"] == "layers":
+            return build_layers(arguments)
         import timm
 
         if ":" in name:
@@ -236,6 +242,8 @@ def _recipes(model: nn.Module) -> Iterator[dict[str, Any]]:
         for name in models.list_models(module=models):
             if inspect.signature(models.get_model_builder(name)).return_annotation is type(model):
                 yield _recipe("torchvision", name, {})
+    elif (layers := describe_layers(model)) is not None:
+        yield {"source": "layers", "name": type(model).__name__, "arguments": json.loads(json.dumps(layers))}
 
 
 def _recipe(source: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

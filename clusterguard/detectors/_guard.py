@@ -97,7 +97,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         self.normalize = Normalize(*choose_normalization(backbone, mean, std))
         scale = 10.0 if center_scale is None else center_scale
         self.head = copy_module(head) if head else GaussianClusters(classes, representation_dim, center_scale=scale)
-        self.encoder = make_encoder(backbone, self.head.representation_dim, example=example)
+        shape = self.image_shape if isinstance(self.image_shape, tuple) else None
+        self.encoder = make_encoder(backbone, self.head.representation_dim, example=example, image_shape=shape)
         self._encode: Call = call
         if example is not None:
             self.learn_image_shape(example)
@@ -173,7 +174,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             ConfigurationError: training that JSON has no words for, or an evaluation at other thresholds.
 
         Warns:
-            UserWarning: no call of timm or torchvision rebuilds the backbone, so loading will need the module.
+            UserWarning: nothing rebuilds the backbone, so loading will need the module. Models of timm and torchvision
+                can be rebuilt, and so can an `nn.Sequential` of torch's own layers.
 
         Example:
             >>> import tempfile, torch
@@ -181,7 +183,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             >>> guard, images = ClusterGuard(backbone, num_classes=10), torch.rand(4, 1, 28, 28)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     guard.save_pretrained(folder, training={"epochs": 30})
-            ...     again = ClusterGuard.from_pretrained(folder, backbone=backbone)
+            ...     again = ClusterGuard.from_pretrained(folder)
             >>> torch.equal(again.distances(images), guard.distances(images))
             True
         """
@@ -193,7 +195,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             "mean": self.normalize.mean.flatten().tolist(),
             "std": self.normalize.std.flatten().tolist(),
         }
-        recipe = describe_backbone(self.encoder, self.head.representation_dim)
+        shape = self.image_shape if isinstance(self.image_shape, tuple) else None
+        recipe = describe_backbone(self.encoder, self.head.representation_dim, shape)
         records.update(model_card_kwargs or {})
         save_guard(self, Path(save_directory), backbone=recipe, options=options, **records)
 

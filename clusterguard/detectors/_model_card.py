@@ -71,8 +71,9 @@ def model_card(
     """
     backbone, guard = config["backbone"], config["guard"]
     own = backbone["source"] == "module"
+    is_listed = backbone["source"] == "layers"
     name = f"`{backbone['type']}`" if own else f"`{backbone['name']}` of {backbone['source']}"
-    arguments = "" if own or not backbone["arguments"] else f" with `{json.dumps(backbone['arguments'])}`"
+    arguments = "" if own or is_listed or not backbone["arguments"] else f" with `{json.dumps(backbone['arguments'])}`"
     code = (
         "from clusterguard import ClusterGuard\n\n"
         f'guard = ClusterGuard.from_pretrained("this folder or id"{", backbone=your_module" if own else ""})\n'

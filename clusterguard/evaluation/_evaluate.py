@@ -15,6 +15,7 @@ from clusterguard.detection import (
     Pairs,
     Rate,
     Unpack,
+    Verdicts,
     accuracy,
     accuracy_after_rejection,
     attack_success_rate,
@@ -98,9 +99,8 @@ def evaluate(
         raise ConfigurationError(f"expected sanity_images of at least 0, got {sanity_images}")
     num_classes = len(detector.thresholds)
     batches = _read_batches(detector, named.values(), Pairs(loader, unpack))
-    clean, labels = judge(detector, batches, accelerator=accelerator)
-    eligible = is_eligible(clean, labels)
-    benign = clean, labels
+    clean = judge(detector, batches, accelerator=accelerator)
+    benign, labels, eligible = clean, clean.labels, is_eligible(clean)
     if calibration_loader is not None:
         benign = judge(detector, calibration_loader, accelerator=accelerator, unpack=unpack)
     results: list[AttackResult] = []
@@ -112,7 +112,7 @@ def evaluate(
             attack,
             detector,
             batches,
-            (clean, labels),
+            clean,
             benign,
             generator=generator,
             checkpoint=None if checkpoint is None else Path(checkpoint) / f"{name}.pt",
@@ -120,7 +120,7 @@ def evaluate(
             progress=name if progress else "",
         )
         results.append(result)
-        hits = is_broken(result.verdict, labels) & eligible
+        hits = is_broken(Verdicts(result.verdict, labels)) & eligible
         budget = result.norm or "attacks without a stated norm"
         broken[budget] = broken.get(budget, torch.zeros_like(hits)) | hits
         ratios = result.verdict.distances / detector.thresholds.cpu()[result.verdict.labels]
@@ -129,10 +129,10 @@ def evaluate(
     total = int(eligible.sum())
     return Evaluation(
         images=len(labels),
-        accuracy=accuracy(clean, labels),
-        accuracy_after_rejection=accuracy_after_rejection(clean, labels),
-        false_positives=false_positive_rate(clean, labels),
-        false_positives_by_class=_false_positives_by_class(clean, labels, num_classes),
+        accuracy=accuracy(clean),
+        accuracy_after_rejection=accuracy_after_rejection(clean),
+        false_positives=false_positive_rate(clean),
+        false_positives_by_class=_false_positives_by_class(clean, num_classes),
         results=tuple(results),
         worst_by_norm={norm: Rate(int(hits.sum()), total) for norm, hits in broken.items()},
         worst_case=Rate(int(torch.stack(list(broken.values())).any(dim=0).sum()), total),
@@ -140,7 +140,7 @@ def evaluate(
         thresholds=tuple(detector.thresholds.tolist()),
         seed=None if generator is None else generator.initial_seed(),
         sanity=examine(detector, *_head(batches, sanity_images), results, generator) if sanity_images else None,
-        clean=clean,
+        clean=clean.detection,
         labels=labels,
         gallery=gallery,
     )
@@ -151,8 +151,8 @@ def _attack(
     attack: Attack,
     detector: Detector,
     batches: Batches,
-    clean: tuple[Detection, Tensor],
-    benign: tuple[Detection, Tensor],
+    clean: Verdicts,
+    benign: Verdicts,
     **options: Any,
 ) -> tuple[AttackResult, Tensor]:
     """The result of one attack, and its attacked images (B, C, H, W); `options` are those of `attack_batches`."""
@@ -161,14 +161,15 @@ def _attack(
     attacked = done.images
     seconds = time.perf_counter() - started
     valid = torch.cat([_is_valid(attack, old, new) for (old, _), new in zip(batches, attacked, strict=True)])
-    verdict, labels = _judge_attacked(detector, attacked, valid), clean[1]
+    verdict = _judge_attacked(detector, attacked, valid)
+    verdicts = Verdicts(verdict, clean.labels)
     result = AttackResult(
         name=name,
         attack=repr(attack),
         norm=getattr(attack, "norm", None),
         eps=getattr(attack, "eps", None),
-        success=attack_success_rate(clean[0], verdict, labels),
-        expected_roc_auc=expected_roc_auc(*benign, verdict, labels, len(detector.thresholds)),
+        success=attack_success_rate(clean, verdicts),
+        expected_roc_auc=expected_roc_auc(benign, verdicts, len(detector.thresholds)),
         invalid=int((~valid).sum()),
         cost=done.cost,
         seconds=seconds,
@@ -206,9 +207,8 @@ def _judge_attacked(detector: Detector, batches: list[Tensor], valid: Tensor) ->
     return verdict._replace(is_adversarial=verdict.is_adversarial | ~valid)
 
 
-def _false_positives_by_class(clean: Detection, labels: Tensor, num_classes: int) -> tuple[Rate, ...]:
-    members = [labels == index for index in range(num_classes)]
-    return tuple(false_positive_rate(Detection(*(part[of] for part in clean)), labels[of]) for of in members)
+def _false_positives_by_class(clean: Verdicts, num_classes: int) -> tuple[Rate, ...]:
+    return tuple(false_positive_rate(clean[clean.labels == index]) for index in range(num_classes))
 
 
 def _is_valid(attack: Attack, images: Tensor, attacked: Tensor) -> Tensor:

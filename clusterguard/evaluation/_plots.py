@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from clusterguard._support import check_tensor, write_atomically
-from clusterguard.detection import Detection, is_broken
+from clusterguard.detection import Detection, Verdicts, is_broken
 from clusterguard.errors import InputError, MissingDependencyError
 from clusterguard.evaluation._results import Evaluation
 from torch import Tensor
@@ -82,7 +82,7 @@ def plot_representations(panels: Mapping[str, Panel], path: str | Path) -> Path:
     for axis, (title, panel) in zip(axes, panels.items(), strict=True):
         labels, predicted = panel.labels.cpu(), panel.attacked.labels.cpu()
         points, benign, classes = panel.attacked_points.cpu(), panel.benign_points.cpu(), len(panel.thresholds)
-        refused, broken = panel.attacked.is_adversarial.cpu(), is_broken(panel.attacked, panel.labels).cpu()
+        refused, broken = panel.attacked.is_adversarial.cpu(), is_broken(Verdicts(panel.attacked, panel.labels)).cpu()
         unchanged = ~refused & ~broken
         reach = 1.15 * float(torch.cat([benign, points]).norm(dim=1).quantile(0.98))
         colours: dict[str, Any] = {"cmap": "tab10", "vmin": -0.5, "vmax": max(classes, 10) - 0.5}

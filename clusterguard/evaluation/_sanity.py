@@ -22,7 +22,7 @@ from clusterguard.attacks import (
     get_objective,
     random_search,
 )
-from clusterguard.detection import Detection, Detector, Rate, decide, is_broken, is_eligible
+from clusterguard.detection import Detection, Detector, Rate, Verdicts, decide, is_broken, is_eligible
 from torch import Generator, Tensor
 
 _STEPS = 40
@@ -104,7 +104,7 @@ def examine(
     check_attack_input(detector, images, labels)
     stated = [result for result in results if result.norm is not None and result.eps]
     with torch.no_grad(), evaluation_mode(detector):
-        usable = is_eligible(decide(detector.evidence(images), detector.thresholds), labels)
+        usable = is_eligible(Verdicts(decide(detector.evidence(images), detector.thresholds), labels))
     if not stated or not usable.any():
         return None
     norm, eps = str(stated[0].norm), float(stated[0].eps or 0)
@@ -114,7 +114,7 @@ def examine(
     def broken(attack: Attack) -> Tensor:
         attacked = attack(detector, probed, truth, generator=generator)
         with torch.no_grad(), evaluation_mode(detector):
-            return is_broken(decide(detector.evidence(attacked), detector.thresholds), truth)
+            return is_broken(Verdicts(decide(detector.evidence(attacked), detector.thresholds), truth))
 
     def pgd(radius: float, start: Start | str) -> PGD:
         step = get_norm(norm).step_size(radius, images.shape[1:], share=0.1)
@@ -171,7 +171,7 @@ def _unbroken(verdicts: Sequence[Detection], usable: Tensor, truth: Tensor) -> T
     """
     unbroken = torch.ones_like(truth, dtype=torch.bool)
     for verdict in verdicts:
-        unbroken &= ~is_broken(Detection(*(part[: len(usable)][usable] for part in verdict)), truth)
+        unbroken &= ~is_broken(Verdicts(Detection(*(part[: len(usable)][usable] for part in verdict)), truth))
     return unbroken
 
 

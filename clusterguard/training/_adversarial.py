@@ -8,7 +8,16 @@ from typing import final
 import torch
 from clusterguard._support import check_numbers, evaluation_mode
 from clusterguard.attacks import Attack, check_radius, ramp, scale
-from clusterguard.detection import Calibrator, Loader, decide, false_positive_rate, fit_thresholds, is_broken, judge
+from clusterguard.detection import (
+    Calibrator,
+    Loader,
+    Verdicts,
+    decide,
+    false_positive_rate,
+    fit_thresholds,
+    is_broken,
+    judge,
+)
 from clusterguard.detectors import ClusterGuard, WithThresholds
 from clusterguard.errors import ConfigurationError, TooFewCalibrationExamplesError
 from clusterguard.training._engine import TrainingStep
@@ -128,7 +137,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
             attacked = self._present_attack(detector, images, labels, generator=generator)
             with torch.no_grad(), evaluation_mode(detector):
                 detection = decide(detector.evidence(attacked), self.thresholds)
-            got_through = is_broken(detection, labels)
+            got_through = is_broken(Verdicts(detection, labels))
             successes = got_through.sum()
             shares = self.relabel.shares(self.attack, images, attacked, got_through)
             attacked_batch = Relabelled(attacked, labels, detection.labels, shares)
@@ -159,8 +168,9 @@ class AdversarialClusterTrainer(DetectorTrainer):
 
     def _refresh_thresholds(self, batches: Loader) -> None:
         detector = WithThresholds(self.guard, self.thresholds)
-        detection, labels = judge(detector, batches, accelerator=self.engine.shared)
-        self.note({"false_positive_rate": false_positive_rate(detection, labels).value})
+        verdicts = judge(detector, batches, accelerator=self.engine.shared)
+        self.note({"false_positive_rate": false_positive_rate(verdicts).value})
+        detection, labels = verdicts
         finite = detection.distances.isfinite()
         try:
             fitted = fit_thresholds(

@@ -14,7 +14,7 @@ from clusterguard import (
     success_margin,
 )
 from clusterguard.attacks import L1, OBJECTIVES, Problem, Towards, get_norm
-from clusterguard.detection import is_broken, is_eligible
+from clusterguard.detection import Verdicts, is_broken, is_eligible
 from clusterguard.errors import ConfigurationError
 from clusterguard.samples import load_digits
 from torch import nn
@@ -59,7 +59,7 @@ def digit_guard():
 @pytest.fixture(scope="session")
 def eligible_digits(digit_guard):
     images, labels = (part[:110] for part in load_digits("test").tensors)
-    eligible = is_eligible(digit_guard.detect(images), labels)
+    eligible = is_eligible(Verdicts(digit_guard.detect(images), labels))
     return images[eligible], labels[eligible]
 
 
@@ -117,7 +117,7 @@ def test_stopping_early_breaks_the_same_images(small_guard, norm):
     labels = small_guard(images).argmax(1)
     attack = APGD(norm=norm, eps=0.7 * NORMS[norm], steps=40)
     verdicts = [
-        is_broken(decide(small_guard.evidence(found), small_guard.thresholds), labels)
+        is_broken(Verdicts(decide(small_guard.evidence(found), small_guard.thresholds), labels))
         for found in (run(small_guard, images, labels) for run in (attack, replace(attack, stop_early=True)))
     ]
     assert torch.equal(*verdicts)

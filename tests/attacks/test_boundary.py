@@ -2,7 +2,7 @@ import pytest
 import torch
 from clusterguard import Detection, decide
 from clusterguard.attacks import Boundary, Towards, get_norm
-from clusterguard.detection import is_broken
+from clusterguard.detection import Verdicts, is_broken
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from torch import nn
 
@@ -27,7 +27,9 @@ def seeded(seed=0):
 
 def broken(detector, attacked, labels, targets=None):
     verdict = decide(detector.evidence(attacked), detector.thresholds)
-    return is_broken(verdict, labels) & (verdict.labels != labels if targets is None else verdict.labels == targets)
+    return is_broken(Verdicts(verdict, labels)) & (
+        verdict.labels != labels if targets is None else verdict.labels == targets
+    )
 
 
 @pytest.fixture

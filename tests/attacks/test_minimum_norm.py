@@ -4,7 +4,7 @@ import pytest
 import torch
 from clusterguard import decide, success_margin
 from clusterguard.attacks import FastMinimumNorm, MultiTarget, get_norm
-from clusterguard.detection import is_broken
+from clusterguard.detection import Verdicts, is_broken
 from clusterguard.errors import ConfigurationError
 
 NORMS = {"linf": 0.1, "l2": 0.6, "l1": 3.0, "l0": 12.0}
@@ -17,7 +17,7 @@ def cases(small_guard):
 
 
 def broken(guard, attacked, labels):
-    return is_broken(decide(guard.evidence(attacked), guard.thresholds), labels)
+    return is_broken(Verdicts(decide(guard.evidence(attacked), guard.thresholds), labels))
 
 
 @pytest.mark.parametrize("norm", NORMS)

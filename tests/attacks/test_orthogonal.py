@@ -2,7 +2,7 @@ import pytest
 import torch
 from clusterguard import PGD, Evidence, decide, success_margin
 from clusterguard.attacks import MultiTarget, OrthogonalPGD, get_norm
-from clusterguard.detection import is_broken
+from clusterguard.detection import Verdicts, is_broken
 from clusterguard.errors import ConfigurationError
 from torch import nn
 
@@ -161,7 +161,7 @@ def test_stopping_early_and_trying_every_target_work_as_for_any_attack(small_gua
     labels = small_guard(images).argmax(1)
     options = {"eps": 0.06, "step_size": 0.01, "steps": 20}
     whole, early = (
-        is_broken(decide(small_guard.evidence(x), small_guard.thresholds), labels)
+        is_broken(Verdicts(decide(small_guard.evidence(x), small_guard.thresholds), labels))
         for x in (
             OrthogonalPGD(stop_early=stop_early, **options)(small_guard, images, labels) for stop_early in (False, True)
         )

@@ -2,14 +2,14 @@ import pytest
 import torch
 from clusterguard import FGSM, PGD, Evidence
 from clusterguard.attacks import MIM, MultiTarget, Towards
-from clusterguard.detection import is_broken
+from clusterguard.detection import Verdicts, is_broken
 from clusterguard.errors import ConfigurationError
 from peer_makers import LARGE, art, autoattack, check_valid, foolbox, seeded, torchattacks
 from torch import nn
 
 
 def broken(guard, attacked, labels):
-    return is_broken(guard.detect(attacked), labels)
+    return is_broken(Verdicts(guard.detect(attacked), labels))
 
 
 SLOW = pytest.mark.slow

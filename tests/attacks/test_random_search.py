@@ -5,7 +5,7 @@ import pytest
 import torch
 from clusterguard import Evidence, decide, success_margin
 from clusterguard.attacks import SparseRS, Square, get_norm
-from clusterguard.detection import is_broken
+from clusterguard.detection import Verdicts, is_broken
 from clusterguard.errors import ConfigurationError
 
 ATTACKS = {
@@ -35,7 +35,7 @@ def cases(small_guard):
 
 
 def broken(guard, attacked, labels):
-    return is_broken(decide(guard.evidence(attacked), guard.thresholds), labels)
+    return is_broken(Verdicts(decide(guard.evidence(attacked), guard.thresholds), labels))
 
 
 @pytest.mark.parametrize("norm", ATTACKS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from clusterguard import PGD, WorstCaseSuite, decide, evaluate
 from clusterguard.attacks import Cost, Metered, Towards, get_norm
-from clusterguard.detection import is_broken
+from clusterguard.detection import Verdicts, is_broken
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 
@@ -18,7 +18,7 @@ def cases(small_guard):
 
 
 def broken(guard, attacked, labels):
-    return is_broken(decide(guard.evidence(attacked), guard.thresholds), labels)
+    return is_broken(Verdicts(decide(guard.evidence(attacked), guard.thresholds), labels))
 
 
 @pytest.mark.parametrize("norm", EPS)
@@ -113,7 +113,7 @@ def test_targets_are_aimed_at(small_guard, cases):
     targets = (labels + 1) % 3
     attacked = WorstCaseSuite("linf", eps=0.3, budget="quick")(small_guard, images, labels, targets=targets)
     detection = decide(small_guard.evidence(attacked), small_guard.thresholds)
-    hit = is_broken(detection, labels)
+    hit = is_broken(Verdicts(detection, labels))
     assert hit.sum() > 30
     assert torch.equal(detection.labels[hit], targets[hit])
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from clusterguard import PGD, decide, success_margin
 from clusterguard.attacks import BIM, MIM, NES, OBJECTIVES, MultiTarget, Problem, Towards, get_norm, output_diversified
-from clusterguard.detection import is_broken
+from clusterguard.detection import Verdicts, is_broken
 from clusterguard.errors import ConfigurationError
 
 NORMS = {"linf": 0.1, "l2": 0.6, "l1": 3.0, "l0": 12}
 
 
 def broken(detector, attacked, labels):
-    return is_broken(decide(detector.evidence(attacked), detector.thresholds), labels)
+    return is_broken(Verdicts(decide(detector.evidence(attacked), detector.thresholds), labels))
 
 
 @pytest.mark.parametrize("norm", NORMS)

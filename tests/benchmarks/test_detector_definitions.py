@@ -189,7 +189,7 @@ def test_ccat_is_less_sure_of_attacked_digits_and_others_are_not():
         detector = WithThresholds(trained(name), INFINITE)
         attack = dataclasses.replace(ATTACK, objective="suspicion", keep="last")
         attacked, _ = judge(detector, [(attack(detector, IMAGES[:200], LABELS[:200]), LABELS[:200])])
-        areas[name] = roc_auc(judge(detector, [(IMAGES, LABELS)])[0].distances, attacked.distances)
+        areas[name] = roc_auc(judge(detector, [(IMAGES, LABELS)]).detection.distances, attacked.distances)
     assert areas["ccat"] > max(areas["vanilla"], areas["madry"]) + 0.05
 
 

@@ -17,7 +17,7 @@ from clusterguard.attacks import (
     get_objective,
     has_representation,
 )
-from clusterguard.detection import accuracy, attack_success_rate, false_positive_rate, judge, roc_auc
+from clusterguard.detection import Verdicts, accuracy, attack_success_rate, false_positive_rate, judge, roc_auc
 from clusterguard.detectors import WithThresholds
 from clusterguard.training import ClusterLoss, Graded
 from torch.utils.data import DataLoader
@@ -95,8 +95,8 @@ def objective(case, images, labels):
 
 
 def test_it_learns_the_digits_and_refuses_few_of_them(case):
-    assert accuracy(case.benign, LABELS).value > {"trades": 0.75}.get(case.name, 0.85)
-    assert 0.01 < false_positive_rate(case.benign, LABELS).value < 0.09
+    assert accuracy(Verdicts(case.benign, LABELS)).value > {"trades": 0.75}.get(case.name, 0.85)
+    assert 0.01 < false_positive_rate(Verdicts(case.benign, LABELS)).value < 0.09
 
 
 def test_its_evidence_has_the_right_shape_and_refuses_what_is_not_finite(case):
@@ -143,7 +143,7 @@ def test_adaptive_pgd_breaks_what_was_not_trained_against_attacks(case):
     attack = PGD(eps=0.3, step_size=0.03, steps=20, objective=case.recipe.objective)
     attacked, _ = judge(case.detector, [(attack(case.detector, images, labels), labels)])
     clean, _ = judge(case.detector, [(images, labels)])
-    assert attack_success_rate(clean, attacked, labels).value > 0.85
+    assert attack_success_rate(Verdicts(clean, labels), Verdicts(attacked, labels)).value > 0.85
 
 
 # Radius, and a floor well below what was measured.
@@ -240,4 +240,4 @@ def test_attacks_on_representations_find_the_representation(case):
     attack = RepresentationMatching(references=references, eps=0.3, step_size=0.03, steps=20)
     attacked, _ = judge(case.detector, [(attack(case.detector, IMAGES[:50], LABELS[:50]), LABELS[:50])])
     clean, _ = judge(case.detector, [(IMAGES[:50], LABELS[:50])])
-    assert attack_success_rate(clean, attacked, LABELS[:50]).value > 0.2
+    assert attack_success_rate(Verdicts(clean, LABELS[:50]), Verdicts(attacked, LABELS[:50])).value > 0.2

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from clusterguard import PGD, ClusterGuard, certified_success_rate, certify
-from clusterguard.detection import accuracy, false_positive_rate, is_broken
+from clusterguard.detection import Verdicts, accuracy, false_positive_rate, is_broken
 from clusterguard.errors import ConfigurationError
 from clusterguard.samples import load_digits
 
@@ -36,8 +36,8 @@ def test_a_guard_that_ships_does_what_its_card_says(shipped):
     guard, training = shipped
     images, labels = load_digits("test").tensors  # of MNIST's test set, which its training never saw
     verdict = guard.detect(images)
-    assert accuracy(verdict, labels).value > 0.92
-    assert false_positive_rate(verdict, labels).value < 0.03
+    assert accuracy(Verdicts(verdict, labels)).value > 0.92
+    assert false_positive_rate(Verdicts(verdict, labels)).value < 0.03
     said = training["on the test set"]
     for radius in (0.3, 0.4):
         found = certified_success_rate(guard, [(images[:300], labels[:300])], eps=radius)
@@ -53,7 +53,7 @@ def test_in_bfloat16_an_attack_finds_about_as_much(shipped, eps):
     found = attack(guard, images, labels)
     with torch.autocast("cpu", torch.bfloat16):
         halved = attack(guard, images, labels)
-    broken, also = (int(is_broken(guard.detect(x), labels).sum()) for x in (found, halved))
+    broken, also = (int(is_broken(Verdicts(guard.detect(x), labels)).sum()) for x in (found, halved))
     assert broken > 0
     assert also >= 0.8 * broken
     assert ((halved - images).abs() <= eps + 1e-6).all()

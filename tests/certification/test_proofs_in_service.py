@@ -220,7 +220,7 @@ class Darker(Normalize):
         return super().forward(values) / 2
 
 
-@pytest.mark.parametrize(("part", "other"), [("clusters", Farther(2)), ("normalize", Darker([0.0], [1.0]))])
+@pytest.mark.parametrize(("part", "other"), [("head", Farther(2)), ("normalize", Darker([0.0], [1.0]))])
 def test_a_guard_with_another_part_is_refused(part, other):
     guard = around(nn.Flatten())
     setattr(guard, part, other)

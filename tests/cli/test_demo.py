@@ -1,9 +1,10 @@
 import json
 
 import pytest
-from clusterguard import FGSM
+from clusterguard import FGSM, ClusterGuard, WorstCaseSuite, certify, load_onnx
 from clusterguard.attacks import EFFORTS
 from clusterguard.cli import app
+from clusterguard.samples import load_digits
 from effort import FEW_STEPS
 from typer.testing import CliRunner
 
@@ -23,8 +24,22 @@ def test_the_demo_writes_what_it_promises(dry_run):
     folder, result = dry_run
     assert result.exit_code == 0
     names = {path.name for path in folder.iterdir()}
-    assert names == {"guard.safetensors", "report.json", "representations.png", "distances.png"}
+    assert names == {"guard", "report.json", "representations.png", "distances.png"}
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith("png"))
+
+
+def test_its_guard_loads_without_code_and_goes_every_way_from_there(dry_run, tmp_path):
+    folder, _ = dry_run
+    guard = ClusterGuard.from_pretrained(folder / "guard")
+    images, labels = (part[:8] for part in load_digits("test").tensors)
+    assert guard.is_calibrated
+    assert "| suite  linf 0.3 |" in (folder / "guard" / "README.md").read_text()
+    assert WorstCaseSuite("linf", eps=0.01, budget="quick").run(guard, images, guard.detect(images).labels).stages
+    assert certify(guard, images, labels, eps=0.001).is_secure.shape == (8,)
+    for command in (["inspect"], ["export", "--output", str(tmp_path / "guard.onnx")]):
+        result = CliRunner().invoke(app, [command[0], str(folder / "guard"), *command[1:]], catch_exceptions=False)
+        assert result.exit_code == 0
+    assert load_onnx(tmp_path / "guard.onnx").detect(images).labels.equal(guard.detect(images).labels)
 
 
 def test_its_table_says_what_it_measured_and_its_text_how_little_that_is(dry_run):
@@ -43,7 +58,7 @@ def test_without_matplotlib_the_demo_says_so_and_does_the_rest(tmp_path, monkeyp
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for name in ("evaluation_attack", "WorstCaseSuite"):  # how strong they are is another matter
-        monkeypatch.setattr(f"clusterguard.demo.{name}", lambda *_, eps=0.3, **__: FGSM(eps=eps))
+        monkeypatch.setattr(f"clusterguard.cli._demo.{name}", lambda *_, eps=0.3, **__: FGSM(eps=eps))
     with pytest.warns(UserWarning, match="pooled threshold"):
         result = CliRunner().invoke(
             app,

@@ -76,13 +76,14 @@ def objective(draw):
 
 def metric(draw):
     count = draw(counts)
-    clean, attacked, labels = draw_detection(draw, count), draw_detection(draw, count), draw_labels(draw, count)
+    labels = draw_labels(draw, count)
+    clean, attacked = (metrics.Verdicts(draw_detection(draw, count), labels) for _ in range(2))
     for rate in (metrics.accuracy, metrics.accuracy_after_rejection, metrics.false_positive_rate):
-        assert rate(clean, labels).total <= count
-    asr = metrics.attack_success_rate(clean, attacked, labels)
+        assert rate(clean).total <= count
+    asr = metrics.attack_success_rate(clean, attacked)
     assert asr.count <= asr.total <= count
-    assert metrics.is_eligible(clean, labels).shape == metrics.is_broken(attacked, labels).shape == (count,)
-    area = metrics.expected_roc_auc(clean, labels, attacked, labels, CLASSES)
+    assert metrics.is_eligible(clean).shape == metrics.is_broken(attacked).shape == (count,)
+    area = metrics.expected_roc_auc(clean, attacked, CLASSES)
     assert math.isnan(area) or 0 <= area <= 1
 
 

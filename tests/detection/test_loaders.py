@@ -84,7 +84,7 @@ def test_every_function_of_a_loader_takes_unpack_and_gives_the_same(small_guard)
     small_guard.thresholds = torch.full((3,), 50.0)
     attack = FGSM(eps=0.1)
     for function in (
-        lambda loader, **own: judge(small_guard, loader, **own)[0].distances.tolist(),
+        lambda loader, **own: judge(small_guard, loader, **own).detection.distances.tolist(),
         lambda loader, **own: (
             evaluate(small_guard, attack, loader, calibration_loader=loader, sanity_images=0, **own).accuracy
         ),

@@ -5,6 +5,7 @@ import torch
 from clusterguard import Detection
 from clusterguard.detection import (
     Rate,
+    Verdicts,
     accuracy,
     accuracy_after_rejection,
     attack_success_rate,
@@ -26,11 +27,11 @@ def test_rates_by_hand():
     labels = torch.tensor([0, 0, 1, 1, 1])
     clean = verdicts([0, 0, 1, 1, 0], [1.0, 9.0, 1.0, 1.0, 1.0], [False, True, False, False, False])
     attacked = verdicts([1, 1, 0, 1, 0], [1.0, 1.0, 9.0, 1.0, 1.0], [False, False, True, False, False])
-    assert accuracy(clean, labels) == Rate(4, 5)
-    assert accuracy_after_rejection(clean, labels) == Rate(3, 4)
-    assert false_positive_rate(clean, labels) == Rate(1, 4)
+    assert accuracy(Verdicts(clean, labels)) == Rate(4, 5)
+    assert accuracy_after_rejection(Verdicts(clean, labels)) == Rate(3, 4)
+    assert false_positive_rate(Verdicts(clean, labels)) == Rate(1, 4)
     # Eligible: images 0, 2, 3. Image 0 gets through, 2 is refused, 3 is still right; 1 and 4 do not count.
-    assert attack_success_rate(clean, attacked, labels) == Rate(1, 3)
+    assert attack_success_rate(Verdicts(clean, labels), Verdicts(attacked, labels)) == Rate(1, 3)
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.lists(st.integers(0, 6), min_size=1, max_size=30))
@@ -51,14 +52,14 @@ def test_expected_roc_auc_by_hand():
     attacked = verdicts([0, 0, 1], [1.5, 0.1, 4.0], [False] * 3)
     labels = torch.tensor([1, 0, 0])
     expected = (2 * (0.5 + 1) / 2 + 1 * 0.0) / 3
-    assert expected_roc_auc(benign, benign_labels, attacked, labels, 3) == pytest.approx(expected)
+    assert expected_roc_auc(Verdicts(benign, benign_labels), Verdicts(attacked, labels), 3) == pytest.approx(expected)
 
 
 def test_expected_roc_auc_is_one_if_every_attacked_image_is_still_right():
     benign = verdicts([0, 1], [1.0, 1.0], [False] * 2)
     attacked = verdicts([0, 1], [0.0, 0.0], [False] * 2)
     labels = torch.tensor([0, 1])
-    assert expected_roc_auc(benign, labels, attacked, labels, 2) == 1.0
+    assert expected_roc_auc(Verdicts(benign, labels), Verdicts(attacked, labels), 2) == 1.0
 
 
 @pytest.mark.parametrize(

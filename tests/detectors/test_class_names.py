@@ -37,7 +37,7 @@ def named_guard(names=NAMES):
 )
 def test_names_are_k_different_strings(names):
     guard = named_guard()
-    with pytest.raises(ConfigurationError, match="expected names of 3 classes"):
+    with pytest.raises(ConfigurationError, match="expected 3 class names"):
         guard.class_names = names
     assert guard.class_names == NAMES
     guard.class_names = ["x", "y", "z"]
@@ -62,7 +62,7 @@ def test_a_folder_of_an_older_version_has_none_and_an_edited_one_is_refused(tmp_
     assert ClusterGuard.from_pretrained(tmp_path, backbone=network()).class_names is None
     config["guard"]["class_names"] = ["cat"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PersistenceError, match="expected names of 3 classes"):
+    with pytest.raises(PersistenceError, match="expected 3 class names"):
         ClusterGuard.from_pretrained(tmp_path, backbone=network())
 
 

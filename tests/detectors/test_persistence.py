@@ -14,7 +14,7 @@ from clusterguard import Calibration, ClusterGuard
 from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saving import assert_equal, bits, make_guard, network
+from saving import OwnNetwork, assert_equal, bits, make_guard, network
 from torch import nn
 from torchvision import models
 
@@ -85,11 +85,14 @@ def test_parts_in_other_dtypes_and_tied_weights_come_back(tmp_path):
 
 
 def test_a_module_of_your_own_must_be_handed_in(saved, tmp_path):
-    with pytest.raises(PersistenceError, match=r"Sequential; build that module .* pass backbone=module"):
+    with pytest.raises(PersistenceError, match=r"OwnNetwork; build that module .* pass backbone=module"):
         ClusterGuard.from_pretrained(saved)
     images = torch.rand(2, 1, 6, 6)
-    backbone = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())
+    backbone = OwnNetwork(nn.Conv2d(1, 2, 3), nn.Flatten())
     guard = ClusterGuard(backbone, 2, example=images)
+    guard.save_pretrained(tmp_path / "convolution")
+    assert bits(ClusterGuard.from_pretrained(tmp_path / "convolution", backbone=backbone)) == bits(guard)
+    guard.image_shape = "any"
     guard.save_pretrained(tmp_path / "convolution")
     with pytest.raises(UnsupportedBackboneError, match="pass example=images"):
         ClusterGuard.from_pretrained(tmp_path / "convolution", backbone=backbone)

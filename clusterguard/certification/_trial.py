@@ -1,0 +1,167 @@
+"""A safety net for certificates: bounds are tried on the guard's own outputs before they are used."""
+
+import itertools
+
+import torch
+from clusterguard.certification._bounds import (
+    Bounds,
+    Proofs,
+    arithmetic_of,
+    as_in_service,
+    bound_in_service,
+    clusters_of,
+)
+from clusterguard.certification._intervals import Interval
+from clusterguard.detectors import ClusterGuard
+from clusterguard.errors import ConfigurationError
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+_SAMPLED_IMAGES = 4  # bounds are checked on up to this many proved images, and on as many of all images
+_SAMPLED_POINTS = 8  # inner points of the ball around each image, and as many of its corners
+_ATTACK_STEPS = 2  # gradient steps from corner to corner, towards the point where a proof would fail first
+
+
+def check_bounds(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float) -> None:
+    """Check that bounds are known for the guard, and that they hold on a few of these images.
+
+    Args:
+        guard: guard in train or eval mode.
+        images: (B, C, H, W) in [0, 1].
+        labels: class labels (B,).
+        eps: radius in l∞ of the ball in which the bounds are checked.
+
+    Raises:
+        ConfigurationError: no bounds are known for the guard, as in `certify`.
+    """
+    with torch.no_grad(), as_in_service(guard):
+        try_out(guard, images, labels, torch.as_tensor(eps, dtype=torch.float64), torch.zeros_like(labels).bool())
+
+
+def try_out(
+    guard: ClusterGuard,
+    images: Tensor,
+    labels: Tensor,
+    radii: Tensor,
+    is_proved: Tensor,
+    proofs: Proofs | None = None,
+) -> None:
+    """Check on a few images that the bounds of the ball, and of a ball of radius 0, contain the guard's outputs.
+
+    A network may treat an interval differently from a tensor without any rule noticing.
+    """
+    chosen = _choose(is_proved)
+    if not len(chosen):
+        return
+    images, labels, radii = images[chosen], labels[chosen], radii.expand(len(images))[chosen]
+    points, dtype = _sample(images.double(), radii), arithmetic_of(guard).dtype
+    points = torch.cat([points, _attack(guard, points, labels, radii, dtype)], dim=1).to(dtype)
+    wide = bound_in_service(guard, images, labels, radii) if proofs is None else _take(proofs, chosen)
+    narrow = bound_in_service(guard, images, labels, torch.zeros_like(radii))
+    outputs = _run(guard, points)
+    _check_outputs(guard, narrow, labels, *(part[:, :1] for part in outputs))
+    _check_outputs(guard, wide, labels, *outputs)
+    first = _take(narrow, chosen.new_zeros(1, dtype=torch.long))
+    for count in (1, 2, 3):  # a network may treat small batches differently
+        outputs = _run(guard, points[:1, :1].expand(1, count, *points.shape[2:]), alone=True)
+        _check_outputs(guard, first, labels[:1], *outputs)
+
+
+def _take(proofs: Proofs, rows: Tensor) -> Proofs:
+    """Proofs of the images at these positions."""
+    box = proofs.representations
+    lower, upper, error = (None if end is None else end[rows] for end in (box.lower, box.upper, box.error))
+    return proofs._replace(
+        representations=Interval(lower, upper, error=error, arithmetic=box.arithmetic),  # type: ignore[arg-type]
+        bounds=Bounds(*(part[rows] for part in proofs.bounds)),
+    )
+
+
+def _run(guard: ClusterGuard, points: Tensor, *, alone: bool = False) -> tuple[Tensor, Tensor]:
+    """Representations and distances of points (B, P, C, H, W), each (B, P, …).
+
+    Unless `alone`, the batch gets a blank image too. Then a network that mixes the images of a batch returns outputs
+    for another batch than the bounds are for.
+    """
+    flat = points.flatten(0, 1)
+    batch = flat if alone else torch.cat([flat, torch.ones_like(flat[:1])])
+    outputs = guard.represent(batch), guard.evidence(batch).suspicion
+    representations, distances = (output[: len(flat)].double().unflatten(0, points.shape[:2]) for output in outputs)
+    return representations, distances
+
+
+def _choose(is_proved: Tensor) -> Tensor:
+    """Evenly spaced positions of a few images among those that are proved, and of a few among all."""
+    chosen = [
+        candidates[torch.linspace(0, len(candidates) - 1, min(len(candidates), _SAMPLED_IMAGES)).long()]
+        for candidates in (is_proved.nonzero().squeeze(1).cpu(), torch.arange(len(is_proved)))
+    ]
+    positions: Tensor = torch.cat(chosen).unique()
+    return positions.to(is_proved.device)
+
+
+def _sample(images: Tensor, radii: Tensor) -> Tensor:
+    """Each image with inner points and corners of its ball: (B, C, H, W) -> (B, 1 + points, C, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(images), 2 * _SAMPLED_POINTS, *images.shape[1:])
+    noise = 2 * torch.rand(shape, generator=generator, dtype=images.dtype).to(images.device) - 1
+    noise[:, _SAMPLED_POINTS:] = noise[:, _SAMPLED_POINTS:].sign()
+    noise[:, -1], noise[:, -2] = 1, -1  # the two corners with all pixels brighter and all darker
+    moved = (images[:, None] + radii.view(-1, 1, 1, 1, 1) * noise).clamp(0, 1)
+    return torch.cat([images[:, None].clamp(0, 1), moved], dim=1)
+
+
+def _attack(guard: ClusterGuard, points: Tensor, labels: Tensor, radii: Tensor, dtype: torch.dtype) -> Tensor:
+    """Corners of each ball along the signs of gradients at the first of points (B, P, C, H, W): (B, 8, C, H, W).
+
+    The gradients lead to the smallest and largest lead of the label, and to its smallest and largest distance. A
+    network without gradients gets no corners. The encoder runs uncompiled, because compiling its gradients would take
+    minutes.
+    """
+    label_column, reach = labels.long()[:, None], radii.view(-1, 1, 1, 1)
+    corners = points[:, :0]
+    for sign, is_of_lead in itertools.product((1, -1), (True, False)):
+        point = points[:, 0]
+        for _ in range(_ATTACK_STEPS):
+            with torch.inference_mode(False), torch.enable_grad():
+                start = point.to(dtype, copy=True).requires_grad_()
+                try:
+                    squared = clusters_of(guard).squared_distances(guard.encoder(guard.normalize(start)))
+                    distances = squared.gather(1, label_column).squeeze(1)
+                    others = squared.scatter(1, label_column, torch.inf)
+                    goal = others.amin(dim=1) - distances if is_of_lead else distances
+                    slope = torch.autograd.grad(goal.sum(), start)[0].double().nan_to_num()
+                except Exception as error:  # a network without gradients may raise anything
+                    if isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError):
+                        raise  # an error of memory or of the device says nothing about the network
+                    return corners
+            point = (points[:, 0] - sign * reach * slope.sign()).clamp(0, 1)
+            corners = torch.cat([corners, point[:, None]], dim=1)
+    return corners
+
+
+def _check_outputs(
+    guard: ClusterGuard, proofs: Proofs, labels: Tensor, representations: Tensor, distances: Tensor
+) -> None:
+    """Check representations (B, P, m) and distances (B, P, K), at P points of each of B balls, against the bounds."""
+    box, bounds = proofs.representations, proofs.bounds
+    error = torch.zeros_like(box.lower) if box.error is None else box.error
+    lower, upper = (box.lower - error)[:, None], (box.upper + error)[:, None]
+    centers = clusters_of(guard).centers.to(representations)
+    along = torch.einsum("bkm,bpm->bpk", centers[labels.long()][:, None] - centers, representations)
+    label_distances = distances.gather(2, labels.long().view(-1, 1, 1).expand(-1, distances.shape[1], 1))
+    is_label = one_hot(labels.long(), guard.num_classes).bool()
+    is_outside = (
+        ((representations < lower) | (representations > upper)).any()
+        | (representations.isnan() & lower.isfinite()).any()
+        | ((2 * along < bounds.leads[:, None]) & ~is_label[:, None]).any()
+        | (distances < bounds.nearest[:, None]).any()
+        | (label_distances > bounds.farthest[:, None, None]).any()
+        | ((distances <= label_distances) & (bounds.leads > 0)[:, None] & ~is_label[:, None]).any()
+    )
+    if is_outside:
+        raise ConfigurationError(
+            "no bounds are known for this network: its outputs on some images lie outside the bounds computed for "
+            "them. It treats intervals differently from tensors (for example, asks for their type), mixes the images "
+            "of a batch, or is random in eval mode"
+        )

@@ -1,0 +1,108 @@
+"""Networks of torch's own layers as plain values, so that a folder can hold how to build one without holding code."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from clusterguard.errors import ConfigurationError
+from torch import Tensor, nn
+
+_LAYERS = {
+    layer.__name__: layer
+    for layer in (
+        nn.AdaptiveAvgPool2d,
+        nn.AdaptiveMaxPool2d,
+        nn.AvgPool2d,
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.Conv2d,
+        nn.Dropout,
+        nn.Dropout2d,
+        nn.ELU,
+        nn.Flatten,
+        nn.GELU,
+        nn.GroupNorm,
+        nn.Hardswish,
+        nn.Identity,
+        nn.LayerNorm,
+        nn.LeakyReLU,
+        nn.Linear,
+        nn.MaxPool2d,
+        nn.ReLU,
+        nn.ReLU6,
+        nn.Sequential,
+        nn.SiLU,
+        nn.Sigmoid,
+        nn.Softplus,
+        nn.Tanh,
+        nn.Unflatten,
+        nn.ZeroPad2d,
+    )
+}
+_NOT_KEPT = {"self", "device", "dtype", "args", "kwargs"}
+_DEPTH = 20
+
+
+def describe_layers(module: nn.Module) -> dict[str, Any] | None:
+    """What `build_layers` makes such a module of, weights aside.
+
+    Args:
+        module: `nn.Sequential` of layers that this module knows, nested or not, or one such layer.
+
+    Returns:
+        The layer's name and its options; None if another layer is in it.
+
+    Example:
+        >>> describe_layers(nn.Flatten())
+        {'layer': 'Flatten', 'options': {'start_dim': 1, 'end_dim': -1}}
+        >>> describe_layers(nn.Transformer(8, 2)) is None
+        True
+    """
+    name = type(module).__name__
+    if _LAYERS.get(name) is not type(module):
+        return None
+    if isinstance(module, nn.Sequential):
+        parts = [(key, describe_layers(part)) for key, part in module.named_children()]
+        return None if any(part is None for _, part in parts) else {"layer": name, "parts": [list(p) for p in parts]}
+    return {"layer": name, "options": dict(_options(module))}
+
+
+def _options(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name in inspect.signature(type(module)).parameters:
+        if name not in _NOT_KEPT:
+            value = getattr(module, name)
+            yield name, value is not None if name == "bias" and not isinstance(value, bool) else value
+
+
+def build_layers(description: Mapping[str, Any], *, depth: int = 0) -> nn.Module:
+    """The module that was described, with fresh weights.
+
+    Args:
+        description: as `describe_layers` gives it, or as JSON gives that back.
+        depth: how deep in another module this one is.
+
+    Raises:
+        ConfigurationError: a layer that is not known, or options that it does not take.
+
+    Example:
+        >>> build_layers({"layer": "Linear", "options": {"in_features": 3, "out_features": 2, "bias": False}})
+        Linear(in_features=3, out_features=2, bias=False)
+    """
+    try:
+        layer = _LAYERS[description["layer"]]
+        if layer is nn.Sequential and depth < _DEPTH:
+            built = nn.Sequential()
+            for name, part in description["parts"]:
+                built.add_module(name, build_layers(part, depth=depth + 1))
+            return built
+        return layer(**{name: _plain(value) for name, value in description["options"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        shown = str(description)[:80]
+        raise ConfigurationError(f"expected layers as describe_layers gives them, got {shown}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Lists are tuples, which is what layers take and JSON has no word for."""
+    if isinstance(value, Mapping | Tensor):
+        raise TypeError("expected numbers, strings, None, and lists of them")
+    return tuple(map(_plain, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
