@@ -1,4 +1,4 @@
-"""`python -m clusterguard.cli` is `clusterguard`."""
+"""Makes `python -m clusterguard.cli` the same as `clusterguard`."""
 
 from clusterguard.cli._app import app
 

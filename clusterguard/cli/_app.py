@@ -1,6 +1,6 @@
-"""The command line: `clusterguard --help`. Results go to stdout, everything else to stderr.
+"""The command line, `clusterguard --help`. Results go to stdout, and everything else goes to stderr.
 
-Exit codes: 0 done, 1 an error that says what to do, 2 wrong usage, 130 interrupted.
+Exit codes: 0 for success, 1 for an error that says what to do, 2 for wrong usage, 130 for an interruption.
 """
 
 import math
@@ -51,17 +51,17 @@ def demo(
     ),
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 12,
     seed: Seed = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Dry run on that many images only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of training and test images, for a dry run.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a classifier and a guard on real digits, attack both, print one table. Offline, minutes on a CPU.
+    """Train a classifier and a guard on real digits, attack both, and print a table. Takes minutes on a CPU, offline.
 
     Example: clusterguard demo --output runs/demo
     """
     import torch
     from clusterguard.cli._demo import run_demo
 
-    torch.set_num_threads(1)  # a network this small waits longer for a second core than it gains from it
+    torch.set_num_threads(1)  # for such a small network, synchronising a second core costs more than it gains
     report = run_demo(output, epochs=epochs, seed=seed, limit=limit, progress=is_watched())
     if "pictures" in report:
         say(f"No pictures: {report['pictures']}")
@@ -73,31 +73,35 @@ def _check_schedule(learning_rate: float, warmup_epochs: int, epochs: int) -> No
     if not 0 < learning_rate < math.inf:
         raise typer.BadParameter(f"expected a positive learning rate, got {learning_rate}")
     if warmup_epochs >= epochs:
-        raise typer.BadParameter(f"expected fewer warmup epochs than epochs, {epochs}, or nothing would ever attack")
+        raise typer.BadParameter(f"expected fewer warmup epochs than epochs, {epochs}, or no epoch would attack")
 
 
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="Folder for the guard and its checkpoint.")],
     data: Data = "digits",
-    backbone: Annotated[str, typer.Option(help="timm:NAME or torchvision:NAME.")] = "timm:resnet18",
+    backbone: Annotated[str, typer.Option(help="Model, timm:NAME or torchvision:NAME.")] = "timm:resnet18",
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from downloaded weights.")] = False,
     image_size: ImageSize = None,
     channels: Channels = None,
     skip_unreadable: SkipUnreadable = False,
     norm: Norm = "linf",
     eps: Eps = 0.1,
-    step_size: Annotated[float | None, typer.Option(min=0, help="Of the attack; else 2.5 eps / steps.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of the attack.")] = 10,
-    epochs: Annotated[int, typer.Option(min=1, help="In all, those before --resume included.")] = 12,
-    warmup_epochs: Annotated[int, typer.Option(min=0, help="Of these, the first ones without attack.")] = 0,
-    ramp_epochs: Annotated[float, typer.Option(min=0, help="After those, over which the attack's radius grows.")] = 0,
+    step_size: Annotated[
+        float | None, typer.Option(min=0, help="Step size of the attack; by default 2.5 eps / steps.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the attack.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs in all, including those before --resume.")] = 12,
+    warmup_epochs: Annotated[int, typer.Option(min=0, help="Number of first epochs without an attack.")] = 0,
+    ramp_epochs: Annotated[
+        float, typer.Option(min=0, help="Epochs after the warm-up in which the attack's radius grows.")
+    ] = 0,
     batch_size: BatchSize = 100,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     false_positive_rate: Rate = 0.01,
     scarce: Scarce = "error",
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -181,7 +185,7 @@ def calibrate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Fit a guard's thresholds on the calibration part of the data, and save them. Figures measured before are dropped.
+    """Fit a guard's thresholds on the calibration part of the data, and save them. Earlier figures are dropped.
 
     Example: clusterguard calibrate runs/guard --data photos --false-positive-rate 0.01
     """
@@ -213,15 +217,20 @@ def evaluate(
     data: Data = "digits",
     norm: Norm = "linf",
     eps: Eps = 0.1,
-    budget: Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="Of the suite.")] = "standard",
-    images: Annotated[int, typer.Option(min=1, help="How many, drawn from the test part by --seed.")] = 200,
+    budget: Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="Budget of the suite.")] = "standard",
+    images: Annotated[int, typer.Option(min=1, help="Number of images, drawn from the test part by --seed.")] = 200,
     output: Annotated[
-        list[Path] | None, typer.Option(help="A report, .json, .md or .html; may be given several times.")
+        list[Path] | None, typer.Option(help="Report to write, .json, .md or .html; may be given several times.")
     ] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the figures in the guard's folder.")] = False,
-    certified: Annotated[bool, typer.Option("--certify", help="Say what no attack can exceed, too; linf.")] = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="Folder in which to keep what is done, and go on.")] = None,
-    sanity_images: Annotated[int, typer.Option(min=0, help="Images of the sanity report.")] = 100,
+    certified: Annotated[
+        bool, typer.Option("--certify", help="Also prove a rate that no attack can exceed; linf only.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder for intermediate results, from which an interrupted evaluation continues."),
+    ] = None,
+    sanity_images: Annotated[int, typer.Option(min=0, help="Number of images for the sanity report.")] = 100,
     image_size: ImageSize = None,
     channels: Channels = None,
     skip_unreadable: SkipUnreadable = False,
@@ -230,7 +239,7 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Attack a guard on the test part of the data with everything there is, and count what gets through.
+    """Attack a guard on the test part of the data with the whole attack suite, and count the successes.
 
     Example: clusterguard evaluate runs/guard --data photos --norm linf --eps 0.03 --budget quick --output report.html
     """
@@ -246,7 +255,7 @@ def evaluate(
 
     check_suffixes(output or [], ".json", ".md", ".html")
     if certified and norm != "linf":
-        raise ConfigurationError(f"expected --norm linf where --certify is on, got {norm}")
+        raise ConfigurationError(f"expected --norm linf together with --certify, got {norm}")
     suite = WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)
     detector, training, pictures = open_guard(
         guard,
@@ -306,8 +315,8 @@ def export(
 
     check_suffixes(output, ".onnx", ".pt2")
     detector, training = load_named_guard(guard)
-    own = recorded_images(training)
-    size, depth = image_size or own.get("image_size"), channels or own.get("channels", 3)
+    recorded = recorded_images(training)
+    size, depth = image_size or recorded.get("image_size"), channels or recorded.get("channels", 3)
     example = torch.zeros(2, depth, size, size) if size else None
     with Console(stderr=True).status("exporting"):
         card = (guard / CARD).read_text(errors="replace") if (guard / CARD).is_file() else None
@@ -322,7 +331,7 @@ def export(
 
 @app.command()
 def inspect(guard: Guard, as_json: Json = False) -> None:
-    """Say what is in a guard's folder: backbone, classes, thresholds, training, figures, versions.
+    """Show what a guard's folder holds: backbone, classes, thresholds, training, figures and versions.
 
     Example: clusterguard inspect runs/guard
     """

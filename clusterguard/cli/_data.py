@@ -1,4 +1,4 @@
-"""What the command line finds by name: images, backbones, guards, and trainings to go on with."""
+"""Finds what the command line names: images, backbones, guards, and trainings to continue."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -30,13 +30,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Images with their classes' names, each brought to one size and number of channels when it is asked for.
+    """Images with labels and class names. Each image is brought to one size and number of channels when it is read.
 
     Args:
-        items: pairs of a picture and a label.
-        classes: K names, in the order of the labels.
-        transform: picture -> image (C, H, W) in [0, 1].
-        folder: that they are from, if they are from one.
+        items: sequence of pairs of a picture and a label.
+        classes: K names in the order of the labels.
+        transform: function from a picture to an image (C, H, W) in [0, 1].
+        folder: folder that the images are from; None if they are not from a folder.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 class ImageFiles(Sequence[tuple[Image.Image, int]]):
-    """Images that are read when they are asked for.
+    """Images that are read from their files when they are accessed.
 
     Args:
-        samples: their paths and labels.
+        samples: paths and labels of the images.
     """
 
     def __init__(self, samples: list[tuple[str, int]]) -> None:
@@ -80,25 +80,27 @@ class ImageFiles(Sequence[tuple[Image.Image, int]]):
 def load_part(
     data: str, part: Part, *, image_size: int, channels: int, seed: int, skip_unreadable: bool = False
 ) -> Pictures:
-    """A part of a data set for `clusterguard train`, `calibrate` or `evaluate`.
+    """Load a part of a data set for `clusterguard train`, `calibrate` or `evaluate`.
+
+    A folder holds either the parts or the classes. The parts are `train`, `calibration` and `test`, or folders with
+    other usual names such as `Training` and `val`, each with one subfolder per class. If the folder holds the classes
+    directly, a hash of the seed and the content of an image decides to which part the image belongs. So adding images
+    does not move others from one part to another, and copies of an image stay together.
 
     Args:
-        data: "digits", or a folder that holds `train`, `calibration` and `test`, or folders of other usual names for
-            these such as `Training` and `val`, with one subfolder a class each; or one with the classes directly, of
-            which each image belongs to one part for good: a hash of the seed and its content decides, so adding images
-            moves none from one part to another, and copies stay together.
-        part: "train", "calibration" or "test".
-        image_size: side in pixels; the shorter side is scaled to it and the middle cut out.
-        channels: 1 or 3.
-        seed: of the split.
-        skip_unreadable: read every image of the folder first, and leave out those that cannot be read.
+        data: "digits", or the path of a folder.
+        part: name of the part, "train", "calibration" or "test".
+        image_size: side in pixels; the shorter side is scaled to it, and the middle is cut out.
+        channels: number of channels, 1 or 3.
+        seed: seed of the split.
+        skip_unreadable: whether to read every image of the folder first, and leave out those that cannot be read.
 
     Returns:
-        The images, as people see them; hidden files and those that are no images do not count.
+        The images, as people see them. Hidden files and files that are no images are ignored.
 
     Raises:
-        InputError: no such folder, or no image in it, or a class without one, or folders whose meaning is not clear;
-            later, an image that cannot be read.
+        InputError: there is no such folder, it holds no image, a class has no image, or the meaning of its folders is
+            not clear. Accessing an image raises it later if the image cannot be read.
 
     Example:
         >>> image, label = load_part("digits", "test", image_size=28, channels=1, seed=0)[0]
@@ -120,15 +122,15 @@ def load_part(
 
 
 def load_pair(data: str, **options: Any) -> tuple[Pictures, Pictures]:
-    """The training and calibration images of the same classes.
+    """Load training and calibration images, and check that they have the same classes.
 
     Args:
-        data: as for `load_part`.
-        **options: of `load_part`.
+        data: name or path as for `load_part`.
+        **options: options of `load_part`.
 
     Raises:
         InputError: as in `load_part`, or there is only one class.
-        ConfigurationError: their classes differ.
+        ConfigurationError: the classes of the two parts differ.
     """
     train, calibration = load_part(data, "train", **options), load_part(data, "calibration", **options)
     check_classes(calibration, train.classes)
@@ -136,33 +138,33 @@ def load_pair(data: str, **options: Any) -> tuple[Pictures, Pictures]:
 
 
 def sample(pictures: Pictures, count: int, seed: int) -> Subset[tuple[Tensor, int]]:
-    """At most `count` images drawn without order, for folders are sorted by class."""
+    """Draw at most `count` images at random, because folders are sorted by class."""
     chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[:count]
     return Subset(pictures, chosen.sort().values.tolist())
 
 
 def shuffled(pictures: Pictures, batch_size: int, seed: int) -> DataLoader[tuple[Tensor, int]]:
-    """Batches to train on, in another order each epoch."""
+    """A loader of training batches, in another order each epoch."""
     return DataLoader(
         pictures,
         batch_size,
         shuffle=True,
-        drop_last=len(pictures) % batch_size == 1,  # one image has no batch statistics; another one each epoch
+        drop_last=len(pictures) % batch_size == 1,  # one image alone has no batch statistics
         generator=torch.Generator().manual_seed(seed),
     )
 
 
 def make_backbone(name: str, *, num_classes: int, channels: int, pretrained: bool) -> nn.Module:
-    """A classifier of timm or torchvision.
+    """Make a classifier of timm or torchvision.
 
     Args:
-        name: such as "timm:resnet18" or "torchvision:resnet50".
-        num_classes: K.
-        channels: of its images; torchvision's models take 3.
-        pretrained: download weights, or take random ones.
+        name: name such as "timm:resnet18" or "torchvision:resnet50".
+        num_classes: number K of classes.
+        channels: number of channels of the images; torchvision's models take 3.
+        pretrained: whether to download weights instead of drawing random ones.
 
     Raises:
-        ConfigurationError: a name that the library does not know, or channels it cannot have.
+        ConfigurationError: the library does not know the name, or the model cannot have this number of channels.
 
     Example:
         >>> type(make_backbone("timm:test_resnet", num_classes=10, channels=1, pretrained=False)).__name__
@@ -183,7 +185,7 @@ def make_backbone(name: str, *, num_classes: int, channels: int, pretrained: boo
         raise ConfigurationError(f"expected a classifier of torchvision, got {model!r}; torchvision.models lists them")
     if channels != 3:
         raise ConfigurationError(f"torchvision's models take 3 channels, got {channels}; pass --channels 3")
-    if pretrained:  # its weights come with a classifier of other classes
+    if pretrained:  # the downloaded classifier has other classes
         return make_encoder(models.get_model(model, weights="DEFAULT"), num_classes)
     return models.get_model(model, weights=None, num_classes=num_classes)  # type: ignore[no-any-return]
 
@@ -198,21 +200,22 @@ def open_guard(
     device: torch.device,
     skip_unreadable: bool = False,
 ) -> tuple[ClusterGuard, dict[str, Any] | None, Pictures]:
-    """A saved guard, the record of its training, and images as it was trained on.
+    """Load a saved guard, the record of its training, and images in the form that it was trained on.
 
     Args:
-        folder: of the guard.
-        data: as for `load_part`; the split's seed is that of the training.
-        part: as for `load_part`.
-        image_size: None takes what the guard was trained with, if `clusterguard train` recorded it.
-        channels: likewise.
-        device: of the guard.
-        skip_unreadable: as for `load_part`.
+        folder: folder of the guard.
+        data: name or path as for `load_part`; the seed of the split is that of the training.
+        part: name of the part, as for `load_part`.
+        image_size: side in pixels; None takes that of the training, if `clusterguard train` recorded it.
+        channels: number of channels; None takes that of the training, if `clusterguard train` recorded it.
+        device: device to put the guard on.
+        skip_unreadable: whether to leave out images that cannot be read, as for `load_part`.
 
     Raises:
-        PersistenceError: no guard, or a damaged one.
-        InputError: no images.
-        ConfigurationError: the images' classes are not the guard's, or an older version divided its folder otherwise.
+        PersistenceError: there is no guard, or it is damaged.
+        InputError: there are no images.
+        ConfigurationError: the classes of the images are not those of the guard, or an older version of clusterguard
+            split the folder by other rules.
     """
     guard, training = load_named_guard(folder)
     recorded = recorded_images(training)
@@ -223,8 +226,8 @@ def open_guard(
     if "seed" in recorded and "divided_by" not in recorded and divided_by(pictures) == "content":
         raise ConfigurationError(
             f"expected folders of parts in {data}: an older version of clusterguard divided it for the training of "
-            f"{folder}, by other rules, so {part} images might be ones that were trained on; sort them into train, "
-            "calibration and test, or train again"
+            f"{folder} by other rules, so it may have been trained on some of the {part} images; sort the images into "
+            "train, calibration and test, or train again"
         )
     if len(pictures.classes) != guard.num_classes:
         raise ConfigurationError(f"expected {guard.num_classes} classes, as the guard has, got {pictures.classes}")
@@ -232,7 +235,7 @@ def open_guard(
 
 
 def load_named_guard(folder: Path) -> tuple[ClusterGuard, Any]:
-    """A saved guard and the record of its training, from which one of an older version has its classes' names."""
+    """Load a guard and the record of its training. A guard of an older version gets its class names from the record."""
     training = read_config(folder / CONFIG)["training"]
     guard = ClusterGuard.from_pretrained(folder)
     if guard.class_names is None:
@@ -241,41 +244,43 @@ def load_named_guard(folder: Path) -> tuple[ClusterGuard, Any]:
 
 
 def describe_images(pictures: Pictures) -> dict[str, Any]:
-    """What a training records of its images besides their size."""
+    """What a training records about its images besides their size."""
     return {"classes": list(pictures.classes), "divided_by": divided_by(pictures)}
 
 
 def describe_unreadable(pictures: Pictures) -> list[str]:
-    """A warning of the images that were left out because they cannot be read; none if there are none."""
+    """A list with a warning about images that were left out because they cannot be read; empty if there are none."""
     paths = () if pictures.folder is None else pictures.folder.unreadable
     return [f"{len(paths)} images that cannot be read are left out: {listed_paths(paths)}"] if paths else []
 
 
 def divided_by(pictures: Pictures) -> str:
-    """What decides which part an image belongs to; version 0.1 recorded nothing, and went by names of files."""
+    """What decides to which part an image belongs. Version 0.1 used names of files, and recorded nothing."""
     if pictures.folder is None:
         return "package"
     return "folders" if pictures.folder.is_divided else "content"
 
 
 def recorded_images(training: Any) -> dict[str, Any]:
-    """How the images of a training were read, if `clusterguard train` recorded it."""
-    found = training.get("data") if isinstance(training, dict) else None
-    return found if isinstance(found, dict) else {}
+    """The record of how the images of a training were read; empty if there is none."""
+    images = training.get("data") if isinstance(training, dict) else None
+    return images if isinstance(images, dict) else {}
 
 
 def image_options(data: str, image_size: int | None, channels: int | None) -> dict[str, int]:
-    """Size and channels of images, where they are not given those usual for the data."""
+    """The size and channels of images, with the usual values of the data where an option is None."""
     usual = (28, 1) if data == "digits" else (224, 3)
     return {"image_size": image_size or usual[0], "channels": channels or usual[1]}
 
 
 def check_classes(pictures: Pictures, classes: tuple[str, ...]) -> None:
-    """Classes are numbered by name, so another set of names would give other numbers to the same class.
+    """Check that images have the classes that were trained.
+
+    Classes are numbered by name, so with another set of names the same class could have another number.
 
     Raises:
-        ConfigurationError: they are not the ones that were trained.
-        InputError: there is only one.
+        ConfigurationError: the classes are not those that were trained.
+        InputError: there is only one class.
     """
     if len(pictures.classes) < 2:
         raise InputError(f"expected images of at least two classes, one subfolder each, got {pictures.classes[0]} only")
@@ -286,16 +291,16 @@ def check_classes(pictures: Pictures, classes: tuple[str, ...]) -> None:
 
 
 def describe_guard(folder: Path) -> tuple[dict[str, Any], str]:
-    """What is in a guard's folder, without building its backbone.
+    """Describe what a guard's folder holds, without building the backbone.
 
     Args:
-        folder: that `save_pretrained` wrote.
+        folder: folder that `save_pretrained` wrote.
 
     Returns:
-        Its configuration with the thresholds, None where there are none; and the same as text.
+        The configuration together with the thresholds, and the same as text.
 
     Raises:
-        PersistenceError: no guard, or a damaged one.
+        PersistenceError: there is no guard, or it is damaged.
     """
     config = read_config(folder / CONFIG)
     state = read_weights(folder / WEIGHTS, config)
@@ -326,40 +331,41 @@ def _describe(folder: Path, config: dict[str, Any], thresholds: Tensor) -> tuple
         lines += ["  and so on; --json shows all"] if len(thresholds) > 20 else []
     training = config["training"]
     if isinstance(training, dict):
-        training = ", ".join(f"{key} {own}" for key, own in training.items() if key != "data")
+        training = ", ".join(f"{key} {value}" for key, value in training.items() if key != "data")
     lines.append(f"training    {training or 'not recorded'}")
     if measured:
         rates = {name: measured[name] for name in ("accuracy", "false_positives")}
-        rates |= {own["name"]: own["success"] for own in measured["results"]}
-        figures = "; ".join(f"{name} {Rate(own['count'], own['total'])}" for name, own in rates.items())
+        rates |= {result["name"]: result["success"] for result in measured["results"]}
+        figures = "; ".join(f"{name} {Rate(rate['count'], rate['total'])}" for name, rate in rates.items())
         lines.append(f"measured    on {measured['images']} images: {figures}")
     else:
         lines.append("measured    nothing recorded; run: clusterguard evaluate --record")
-    lines.append(f"versions    {', '.join(f'{name} {own}' for name, own in config['versions'].items())}")
+    lines.append(f"versions    {', '.join(f'{name} {number}' for name, number in config['versions'].items())}")
     return {**config, "is_calibrated": calibrated, "thresholds": thresholds.tolist()}, "\n".join(lines)
 
 
 def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:
-    """Make sure that a training neither overwrites nor mixes with another one.
+    """Check that a training neither overwrites another one nor continues one that had other options.
 
     Args:
-        folder: of the guard and its checkpoint.
-        options: all that decides what is trained; written to `training.json`, and compared when resuming.
-        resume: go on from the checkpoint, if there is one.
+        folder: folder of the guard and its checkpoint.
+        options: all options that decide what is trained. They are written to `training.json`, and compared with it when
+            a training is resumed.
+        resume: whether to continue from the checkpoint, if there is one.
 
     Returns:
-        The checkpoint's path.
+        The path of the checkpoint.
 
     Raises:
-        ConfigurationError: there is an earlier run and `resume` is off, or its options were others.
-        PersistenceError: the folder holds another program's files, which the guard would overwrite at the end.
+        ConfigurationError: there is an earlier training and `resume` is off, or its options were different.
+        PersistenceError: the folder holds files of another program, which the guard would overwrite at the end.
     """
     refuse_foreign(folder)
     checkpoint, record = folder / "checkpoint.pt", folder / "training.json"
     guard = folder / "config.json"
     if checkpoint.exists() and not resume:
         raise ConfigurationError(
-            f"{checkpoint} is of an earlier training; go on with --resume, or choose another folder"
+            f"{checkpoint} belongs to an earlier training; go on with --resume, or choose another folder"
         )
     if guard.exists() and not checkpoint.exists():
         raise ConfigurationError(
@@ -371,14 +377,14 @@ def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:
             changed = [name for name in options if before.get(name) != options[name]]
         except (OSError, ValueError, RecursionError, AttributeError) as error:
             raise ConfigurationError(
-                f"{record}, which says what {checkpoint} is of, is damaged or cannot be read ({in_one_line(error)}); "
+                f"{record}, the record of {checkpoint}, is damaged or cannot be read ({in_one_line(error)}); "
                 "choose another folder, or delete both to start anew"
             ) from error
         if changed:
-            told = ", ".join(f"{name} {before.get(name)} (got {options[name]})" for name in changed)
+            differences = ", ".join(f"{name} {before.get(name)} (got {options[name]})" for name in changed)
             raise ConfigurationError(
-                f"expected the options that {checkpoint} was trained with, by {record.name}: {told}; use these, or "
-                "choose another folder"
+                f"expected the options that {checkpoint} was trained with, by {record.name}: {differences}; use these, "
+                "or choose another folder"
             )
     write_atomically(record, lambda file: file.write_text(json.dumps(options, indent=2) + "\n"))
     return checkpoint

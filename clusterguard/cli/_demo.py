@@ -1,4 +1,4 @@
-"""The main job on real digits, offline: train, calibrate, attack, report. `clusterguard demo` runs it."""
+"""The demo that `clusterguard demo` runs offline on real digits: it trains, calibrates, attacks and reports."""
 
 import json
 import platform
@@ -32,14 +32,14 @@ from tqdm.auto import tqdm
 HONESTY = (
     "A small network on 6,000 digits, trained for a minute or two. PGD-40 is the paper's adaptive attack; the "
     "worst-case suite of the last rows, at its quick budget on 200 images, breaks far more of the guard. Read "
-    "the figures as a demonstration, not as robustness you can rely on. For reference, the same network trained on "
-    "all of MNIST (benchmarks, CPU profile, 300 test images, three seeds): of ours PGD-100 breaks 0.36 at linf 0.3 "
-    "and the suite 0.62."
+    "the figures as a demonstration, not as robustness you can rely on. For comparison, a guard with the same network "
+    "was trained on all of MNIST (benchmarks, CPU profile, 300 test images, three seeds). Of its images PGD-100 breaks "
+    "0.36 at linf 0.3 and the suite 0.62."
 )
 
 
 def digit_network() -> nn.Module:
-    """A network of two strided convolutions and a linear layer: 28 × 28 digits to 100 features, 1 MFLOP an image."""
+    """A network from 28 × 28 digits to 100 features: two strided convolutions, a linear layer, 1 MFLOP per image."""
     return nn.Sequential(
         nn.Conv2d(1, 16, kernel_size=4, stride=2, padding=1),
         nn.ReLU(),
@@ -52,7 +52,7 @@ def digit_network() -> nn.Module:
 
 
 def evaluation_attack(eps: float) -> PGD:
-    """The demo's attack: adaptive PGD, linf up to eps, 40 steps, best iterate."""
+    """The attack of the demo: adaptive PGD, 40 steps in the linf ball of radius eps, the best iterate."""
     return PGD(norm="linf", eps=eps, step_size=eps / 10, steps=40)
 
 
@@ -70,15 +70,15 @@ def run_demo(
 
     Args:
         output: folder for the folder `guard`, `report.json`, `representations.png` and `distances.png`.
-        epochs: of either training; the first two of the guard are warm-up.
-        epsilons: radii of the evaluation's attacks, at least one.
-        seed: of everything random.
-        device: None takes a GPU if there is one.
-        limit: use only that many training and test images, for a dry run.
-        progress: show progress bars.
+        epochs: number of epochs of both trainings; the first two epochs of the guard are warm-up.
+        epsilons: radii of the attacks in the evaluation, at least one.
+        seed: seed of everything random.
+        device: device to run on; None takes a GPU if there is one.
+        limit: number of training and of test images, for a dry run; None takes all.
+        progress: whether to show progress bars.
 
     Returns:
-        What `report.json` holds.
+        The content of `report.json`.
     """
     started = time.perf_counter()
     torch.manual_seed(seed)
@@ -128,11 +128,8 @@ def run_demo(
         **{name: evaluation.to_dict() for name, evaluation in evaluations.items()},
         "worst_case": {name: evaluation.to_dict() for name, evaluation in worst.items()},
     }
-    guard.save_pretrained(
-        output / "guard",
-        training={"attack": repr(attack), "epochs": epochs, "seed": seed, "last_epoch": plain(history[-1])},
-        evaluation=worst["guarded"],
-    )
+    record = {"attack": repr(attack), "epochs": epochs, "seed": seed, "last_epoch": plain(history[-1])}
+    guard.save_pretrained(output / "guard", training=record, evaluation=worst["guarded"])
     images, labels = (part[: min(400, limit or 400)].to(device) for part in test.tensors)
     try:
         _draw(output, undefended, guard, images, labels, epsilons[-1])
@@ -145,7 +142,7 @@ def run_demo(
 
 
 def _train_undefended(loader: DataLoader[Any], epochs: int, device: torch.device, progress: bool) -> ConfidenceDetector:
-    """The yardstick: the same network and epochs, plain cross-entropy."""
+    """Train the baseline, with the same network and number of epochs but plain cross-entropy."""
     classifier = nn.Sequential(digit_network(), nn.Linear(100, 10)).to(device)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3)
     for _ in tqdm(range(epochs), desc="undefended classifier", disable=not progress, leave=False):
@@ -190,7 +187,7 @@ def _draw(
 
 
 def _table(evaluations: dict[str, Evaluation], worst: dict[str, Evaluation]) -> str:
-    """One row a figure, one column a detector."""
+    """A text table with one row per figure and one column per detector."""
     rows = {
         "accuracy": [str(e.accuracy) for e in evaluations.values()],
         "false positives at 1 %": [str(e.false_positives) for e in evaluations.values()],

@@ -1,4 +1,4 @@
-"""Folders of images with one subfolder a class: their parts, what is passed over, copies, and a summary."""
+"""Folders of images with one subfolder per class: their parts, ignored files, copies, and a summary."""
 
 import hashlib
 import os
@@ -32,24 +32,24 @@ Classes = dict[str, list[str]]
 
 
 class _Tree(NamedTuple):
-    """The visible images of a folder, and its visible subfolders, both sorted by name."""
+    """The visible images and subfolders of a folder, both sorted by name."""
 
     images: list[str]
     folders: dict[str, "_Tree"]
 
     def below(self) -> list[str]:
-        return self.images + [path for own in self.folders.values() for path in own.below()]
+        return self.images + [path for subtree in self.folders.values() for path in subtree.below()]
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The images of a data set, by part and class; make it with `open_folder`.
+    """The images of a data set by part and class. `open_folder` makes it.
 
     Attributes:
-        root: its folder.
-        is_divided: whether the parts are folders of it; else `open_folder` divided it.
-        parts: of each part that is there the classes, and of these the paths.
-        passed_over: how many files do not count, by reason.
+        root: folder of the data set.
+        is_divided: whether the folder holds one folder per part. Otherwise `open_folder` has divided the images.
+        parts: paths of the images, by part and class.
+        passed_over: number of files that are ignored, by reason.
         unreadable: paths of images that were left out because they cannot be read.
     """
 
@@ -60,46 +60,47 @@ class ImageFolder:
     unreadable: tuple[str, ...] = ()
 
     def samples(self, part: Part) -> list[tuple[str, int]]:
-        """Paths and labels of a part; labels follow the sorted names of its classes.
+        """The paths and labels of a part. Labels follow the sorted names of its classes.
 
         Raises:
             InputError: there is no such part, or one of its classes has no image.
         """
         if part not in self.parts:
             raise InputError(
-                f"expected one subfolder of images a class in {self.root / part}, or in a folder of another usual "
+                f"expected one subfolder of images per class in {self.root / part}, or in a folder with another usual "
                 f"name ({_NAMES[part].replace(' ', ', ')}), got none"
             )
         empty = [name for name, paths in self.parts[part].items() if not paths]
         if empty or not self.parts[part]:
             where = "" if self.is_divided else f" for {part}, which is {SHARES[part]:.0%} of the files"
             raise InputError(
-                f"expected one subfolder of images a class in {self.root}{where}, got no image of "
+                f"expected one subfolder of images per class in {self.root}{where}, got no image of "
                 f"{', '.join(empty) or 'any class'}; add images, or remove the folder"
             )
         return [(path, label) for label, paths in enumerate(self.parts[part].values()) for path in paths]
 
 
 def open_folder(root: Path, seed: int, *, skip_unreadable: bool = False) -> ImageFolder:
-    """Find the parts and classes in a folder, without opening images unless it has to know which can be read.
+    """Find the parts and classes in a folder. Images are decoded only with `skip_unreadable`.
 
-    Folders `train`, `calibration` and `test`, under these or other usual names in any case, are parts if they hold
-    folders of images; with images directly inside they are classes of that name. Without parts, each image belongs to
-    one for good: a hash of the seed and its content decides, so copies stay together. A class of a few copied images
-    that this would leave empty somewhere is divided by file names.
+    Folders named `train`, `calibration` and `test`, or by another usual name, are parts if they hold folders of images.
+    Upper and lower case do not matter. If such a folder holds images directly, it is a class of that name. If there are
+    no parts, a hash of the seed and the content of an image decides to which part the image belongs. So copies of an
+    image stay together. If a class has copies and this would leave it without images in some part, names of files
+    decide instead of contents.
 
     Args:
-        root: the folder.
-        seed: of the division.
-        skip_unreadable: read every image, and leave out those that `read_image` refuses. The others belong to the same
-            parts as with them.
+        root: path of the folder.
+        seed: seed of the division.
+        skip_unreadable: whether to read every image and leave out those that `read_image` refuses. The parts of all
+            other images stay the same.
 
     Returns:
-        Its images; hidden and foreign files are counted, nothing more.
+        The images of the folder. Hidden files and other files are only counted.
 
     Raises:
-        InputError: two folders for one part, parts beside classes, all of them one folder deeper, or names that are
-            not Unicode.
+        InputError: there are two folders for one part, or parts beside classes, or everything lies one folder deeper,
+            or the name of a class cannot be encoded as UTF-8.
     """
     passed_over: Counter[str] = Counter()
     tree = _scan(root, passed_over, ())
@@ -125,7 +126,7 @@ def open_folder(root: Path, seed: int, *, skip_unreadable: bool = False) -> Imag
 def _scan(folder: str | Path, passed_over: Counter[str], above: tuple[str, ...]) -> _Tree:
     images, folders = [], {}
     above += (os.path.realpath(folder),)
-    for entry in sorted(os.scandir(folder), key=lambda own: own.name):
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name, suffix = entry.name.lower(), Path(entry.name).suffix.lower()
         if Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir():
             if name.startswith(".") or name in _SYSTEM_FOLDERS:
@@ -136,34 +137,38 @@ def _scan(folder: str | Path, passed_over: Counter[str], above: tuple[str, ...])
                 folders[entry.name] = _scan(entry.path, passed_over, above)
         elif name.startswith(".") or name in _SYSTEM_FILES:
             passed_over["hidden"] += 1
-        elif suffix in SUFFIXES and (entry.is_symlink() or entry.is_file()):  # a broken link shall be told
-            images.append(entry.path)
+        elif suffix in SUFFIXES and (entry.is_symlink() or entry.is_file()):
+            images.append(entry.path)  # a broken link too, so that reading it raises an error
         else:
             passed_over[suffix or "without a suffix"] += 1
     return _Tree(images, folders)
 
 
 def _find_parts(root: Path, tree: _Tree, passed_over: Counter[str]) -> dict[Part, str]:
-    """The folders that are parts, by structure: those of a usual name that hold folders of images."""
-    filled = {name: own for name, own in tree.folders.items() if own.below()}
+    """The folders that are parts, which have a usual name and hold folders of images."""
+    filled = {name: subtree for name, subtree in tree.folders.items() if subtree.below()}
     named = {name: PARTS[name.casefold()] for name in filled if name.casefold() in PARTS}
-    nested = {name for name in named if any(own.below() for own in filled[name].folders.values())}
+    nested = {name for name in named if any(subtree.below() for subtree in filled[name].folders.values())}
     if not nested:
-        for name, own in filled.items():
-            if len(filled) == 1 and not own.images and sum(bool(inner.below()) for inner in own.folders.values()) > 1:
+        for name, subtree in filled.items():
+            if (
+                len(filled) == 1
+                and not subtree.images
+                and sum(bool(sub.below()) for sub in subtree.folders.values()) > 1
+            ):
                 raise InputError(f"expected several classes in {root}, got {name} alone; pass {root / name} instead")
         return {}
     for name in nested:
         if filled[name].images:
             raise InputError(
-                f"expected {root / name} to hold images, as a class, or one subfolder a class, as a part; got both: "
+                f"expected {root / name} to hold images, as a class, or one subfolder per class, as a part; got both: "
                 f"move {filled[name].images[0]} into a class"
             )
     foreign = [name for name in filled if name not in named]
     if foreign:
         raise InputError(
             f"expected folders of parts or folders of classes in {root}, got both: {', '.join(sorted(nested))} hold "
-            f"folders of images, as parts do, beside {', '.join(foreign)}; move one sort elsewhere"
+            f"folders of images, as parts do, beside {', '.join(foreign)}; move one kind elsewhere"
         )
     parts: dict[Part, str] = {}
     for name in sorted(nested):
@@ -173,19 +178,19 @@ def _find_parts(root: Path, tree: _Tree, passed_over: Counter[str]) -> dict[Part
                 "elsewhere"
             )
         parts[named[name]] = name
-    for name in set(named) - nested:  # such as test images without labels
+    for name in set(named) - nested:  # for instance test images without labels
         passed_over["in no class"] += len(filled[name].images)
     return {part: parts[part] for part in SHARES if part in parts}
 
 
 def _classes(tree: _Tree) -> Classes:
-    return {name: own.below() for name, own in tree.folders.items()}
+    return {name: subtree.below() for name, subtree in tree.folders.items()}
 
 
 def _readable_classes(unreadable: list[str], tree: _Tree) -> Classes:
-    """The classes without images that cannot be read; these are added to a list."""
+    """The classes without images that cannot be read. The paths of such images are added to `unreadable`."""
     classes = _classes(tree)
-    bad = {path for path, seen in _look_at_all(_paths(classes)).items() if isinstance(seen, InputError)}
+    bad = {path for path, result in _examine_all(_paths(classes)).items() if isinstance(result, InputError)}
     unreadable += sorted(bad)
     return {name: [path for path in paths if path not in bad] for name, paths in classes.items()}
 
@@ -232,15 +237,15 @@ def _digest_of_content(path: str, size: int, changed: int) -> bytes:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summarise` saw.
+    """What `summarise` found out about a folder of images.
 
     Attributes:
-        counts: images by part and class.
-        sizes: smallest and largest, as (width, height).
-        modes: images by the way their pixels are stored, in Pillow's names.
-        doubts: images by what other programs may show differently.
-        passed_over: files that do not count, by reason.
-        warnings: sentences on copies and on pixels that are suspiciously dark.
+        counts: number of images by part and class.
+        sizes: smallest and largest width and height, as two pairs (width, height).
+        modes: number of images by Pillow's name for the way in which pixels are stored.
+        doubts: number of images by the property that other programs may show differently.
+        passed_over: number of files that are ignored, by reason.
+        warnings: sentences about copies and about images that are suspiciously dark.
     """
 
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -256,15 +261,15 @@ class Summary:
             return ", ".join([*shown, "…"] if len(counts) > 20 else shown)
 
         small, large = (f"{width}×{height}" for width, height in self.sizes)
-        lines = [f"{part:12}{sum(own.values())} images: {listed(own)}" for part, own in self.counts.items()]
+        lines = [f"{part:12}{sum(classes.values())} images: {listed(classes)}" for part, classes in self.counts.items()]
         lines.append(f"{'sizes':12}{small if small == large else f'{small} to {large}'} pixels")
         lines.append(f"{'modes':12}{listed(self.modes)}")
         lines += [f"{'note':12}{count} with {doubt}" for doubt, count in self.doubts.items()]
         lines += [f"{'passed over':12}{listed(self.passed_over)}"] if self.passed_over else []
-        return "\n".join([*lines, *(f"warning: {own}" for own in self.warnings)])
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-class _Seen(NamedTuple):
+class _ImageFacts(NamedTuple):
     size: tuple[int, int]
     mode: str
     doubts: tuple[str, ...]
@@ -272,50 +277,50 @@ class _Seen(NamedTuple):
     digest: bytes
 
 
-def _look(path: str) -> _Seen | InputError:
+def _examine(path: str) -> _ImageFacts | InputError:
     try:
         status = Path(path).stat()
     except OSError:
-        return _look_at_version(path, -1, -1)  # reading it will say what is wrong
-    return _look_at_version(path, status.st_size, status.st_mtime_ns)
+        return _examine_version(path, -1, -1)  # reading the file will raise an error that says what is wrong
+    return _examine_version(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=2**20)
-def _look_at_version(path: str, size: int, changed: int) -> _Seen | InputError:
+def _examine_version(path: str, size: int, changed: int) -> _ImageFacts | InputError:
     try:
         image, mode, doubts = read_image(path)
     except InputError as error:
-        return InputError(str(error))  # without a traceback, which would keep the file's content
+        return InputError(str(error))  # the old error's traceback would keep the file's content in memory
     brightest = image.convert("L").getextrema()[1]
     pixels = image.convert("RGB")
     digest = hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()
-    return _Seen(image.size, mode, doubts, int(brightest), digest)  # type: ignore[arg-type]
+    return _ImageFacts(image.size, mode, doubts, int(brightest), digest)  # type: ignore[arg-type]
 
 
-def _look_at_all(paths: list[str]) -> dict[str, _Seen | InputError]:
-    """What is seen of each image, with a bar if somebody watches."""
+def _examine_all(paths: list[str]) -> dict[str, _ImageFacts | InputError]:
+    """The facts about each image, or the error that reading it raised. A terminal shows a progress bar."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(_look, paths), total=len(paths), desc="reading", disable=None, leave=False)
+        bar = tqdm(pool.map(_examine, paths), total=len(paths), desc="reading", disable=None, leave=False)
         return dict(zip(paths, bar, strict=True))
 
 
 def summarise(folder: ImageFolder, *, say: Callable[[str], None]) -> Summary:
-    """Read every image once, before a training, which meets damaged ones too late and copies never.
+    """Read every image once before a training, which would find damaged images late and copies never.
 
     Args:
-        folder: whose parts are looked at.
-        say: is told the summary as text.
+        folder: folder whose parts are examined.
+        say: function that prints the summary.
 
     Returns:
         The summary.
 
     Raises:
-        InputError: images that cannot be read; the first ones are named.
+        InputError: images cannot be read. The message names the first ones.
     """
-    paths = [path for own in folder.parts.values() for path in _paths(own)]
-    seen = _look_at_all(paths)
-    good = {path: own for path, own in seen.items() if isinstance(own, _Seen)}
-    bad = {path: own for path, own in seen.items() if isinstance(own, InputError)}
+    paths = [path for classes in folder.parts.values() for path in _paths(classes)]
+    results = _examine_all(paths)
+    good = {path: facts for path, facts in results.items() if isinstance(facts, _ImageFacts)}
+    bad = {path: error for path, error in results.items() if isinstance(error, InputError)}
     if bad:
         others = f", the others: {listed_paths([*bad][1:], 9)}" if len(bad) > 1 else ""
         raise InputError(
@@ -323,18 +328,18 @@ def summarise(folder: ImageFolder, *, say: Callable[[str], None]) -> Summary:
             "leaves them out"
         )
     warnings = _describe_copies(folder.parts, lambda path: good[path].digest)
-    deep = [own.brightest for own in good.values() if own.mode.startswith("I")]
+    deep = [facts.brightest for facts in good.values() if facts.mode.startswith("I")]
     if deep and max(deep) < 32:
         warnings.append(
             f"none of the {len(deep)} images of 16 bits uses more than an eighth of their range, so they are read as "
             "almost black; cameras of 12 bits write such files: multiply the pixels if white is a smaller number"
         )
-    widths, heights = zip(*(own.size for own in good.values()), strict=True)
+    widths, heights = zip(*(facts.size for facts in good.values()), strict=True)
     summary = Summary(
-        {part: {name: len(paths) for name, paths in own.items()} for part, own in folder.parts.items()},
+        {part: {name: len(paths) for name, paths in classes.items()} for part, classes in folder.parts.items()},
         ((min(widths), min(heights)), (max(widths), max(heights))),
-        dict(Counter(own.mode for own in good.values()).most_common()),
-        dict(Counter(doubt for own in good.values() for doubt in own.doubts).most_common()),
+        dict(Counter(facts.mode for facts in good.values()).most_common()),
+        dict(Counter(doubt for facts in good.values() for doubt in facts.doubts).most_common()),
         dict(folder.passed_over),
         tuple(warnings),
     )
@@ -343,30 +348,30 @@ def summarise(folder: ImageFolder, *, say: Callable[[str], None]) -> Summary:
 
 
 def listed_paths(paths: Sequence[str], count: int = 10) -> str:
-    """The first of some paths, for a message."""
+    """The first `count` paths as text, for a message."""
     return ", ".join([*paths[:count], *(["…"] if len(paths) > count else [])])
 
 
 def find_copies(folder: ImageFolder | None, part: Part) -> list[str]:
-    """Warnings of files of a part that are byte by byte files of the training part, too.
+    """Warn of files in a part that are exact copies of files in the training part.
 
-    Only files of equal sizes are read, so this is cheap enough for every command.
+    Only files whose size occurs in both parts are read, so this is cheap enough for every command.
 
     Args:
-        folder: None stands for data without files, which have no copies.
-        part: "calibration" or "test".
+        folder: folder of images; None stands for data without files, which has no copies.
+        part: name of the part, "calibration" or "test".
 
     Returns:
-        Sentences, none if there are no copies.
+        Warnings as sentences; an empty list if there are no copies.
     """
     if folder is None or not {part, "train"} <= set(folder.parts):
         return []
-    samples: dict[Part, Classes] = {own: folder.parts[own] for own in ("train", part)}
-    sizes = {name: {path: _file_size(path) for path in _paths(own)} for name, own in samples.items()}
-    shared = set.intersection(*(set(own.values()) for own in sizes.values()))
+    samples: dict[Part, Classes] = {name: folder.parts[name] for name in ("train", part)}
+    sizes = {name: {path: _file_size(path) for path in _paths(classes)} for name, classes in samples.items()}
+    shared = set.intersection(*(set(by_path.values()) for by_path in sizes.values()))
     alike = {
-        part: {name: [path for path in paths if sizes[part][path] in shared] for name, paths in own.items()}
-        for part, own in samples.items()
+        part: {name: [path for path in paths if sizes[part][path] in shared] for name, paths in classes.items()}
+        for part, classes in samples.items()
     }
     return _describe_copies(alike, _file_digest)
 
@@ -379,21 +384,21 @@ def _describe_copies(parts: Mapping[Part, Classes], digest: Callable[[str], byte
     first: dict[bytes, tuple[str, str, Part]] = {}
     copies: dict[tuple[Part, Part], list[tuple[str, str]]] = {}
     contradictions: list[tuple[str, str]] = []
-    every = [(part, name, path) for part, own in parts.items() for name, paths in own.items() for path in paths]
+    every = [(part, name, path) for part, classes in parts.items() for name, paths in classes.items() for path in paths]
     for part, name, path in every:
         original, original_name, original_part = first.setdefault(digest(path), (path, name, part))
         if original_part != part:
             copies.setdefault((part, original_part), []).append((path, original))
         if original_name != name:
             contradictions.append((path, original))
-    told = [
+    sentences = [
         f"{len(pairs)} copies of {other} images among those for {part}, such as {pairs[0][0]} of {pairs[0][1]}; what "
-        "is measured on copies holds for no other image: remove them from one of the two"
+        "is measured on copies does not hold for other images: remove them from one of the two"
         for (part, other), pairs in copies.items()
     ]
     if contradictions:
         path, original = contradictions[0]
-        told.append(
+        sentences.append(
             f"{len(contradictions)} copies of images in another class, such as {path} of {original}; keep each in one"
         )
-    return told
+    return sentences

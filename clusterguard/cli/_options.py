@@ -1,4 +1,4 @@
-"""What the commands share: options, errors as one line, results on stdout and everything else on stderr."""
+"""Shared by the commands: options, errors as one line, results on stdout, and everything else on stderr."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Commands(TyperGroup):
-    """Errors that are raised on purpose, and those of files, become one line of text."""
+    """Prints errors that are raised on purpose, and errors of files, as one line of text."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -28,7 +28,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # whoever read the result has seen enough
+            raise  # the reader of the result closed the pipe, which is no error
         except (ClusterGuardError, OSError) as error:
             say(f"error: {' '.join(str(error).split())}")
             raise typer.Exit(1) from error
@@ -43,44 +43,50 @@ Guard = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folde
 Data = Annotated[
     str,
     typer.Option(
-        help="'digits', which are built in; or a folder: PATH/train, PATH/calibration and PATH/test with one subfolder "
-        "a class, or the classes in PATH itself, which is then split 60:20:20, by --seed of the training."
+        help="The built-in 'digits', or a folder PATH with PATH/train, PATH/calibration and PATH/test, each with one "
+        "subfolder per class. If PATH holds the classes directly, --seed of the training splits it 60:20:20."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; a GPU if there is one.")]
+Device = Annotated[str | None, typer.Option(help="Device such as cpu or cuda:1; by default a GPU if there is one.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 ImageSize = Annotated[
-    int | None, typer.Option(min=1, help="Side in pixels; as trained, else 28 for digits and 224 for folders.")
+    int | None,
+    typer.Option(min=1, help="Side in pixels; by default as trained, else 28 for digits and 224 for folders."),
 ]
 Channels = Annotated[
-    int | None, typer.Option(min=1, max=3, help="1 or 3; as trained, else 1 for digits, 3 for folders.")
+    int | None,
+    typer.Option(min=1, max=3, help="Channels, 1 or 3; by default as trained, else 1 for digits and 3 for folders."),
 ]
 SkipUnreadable = Annotated[
     bool,
-    typer.Option("--skip-unreadable", help="Leave out images that cannot be read, and say how many; else an error."),
+    typer.Option(
+        "--skip-unreadable", help="Leave out images that cannot be read, and say how many, instead of failing."
+    ),
 ]
-Norm = Annotated[Literal["linf", "l2", "l1", "l0"], typer.Option(help="In which the attack is bounded.")]
-Eps = Annotated[float, typer.Option(min=0, help="Radius of the attack, pixels in [0, 1].")]
-Rate = Annotated[float, typer.Option(help="Share of benign images that may be refused, per class, such as 0.01.")]
+Norm = Annotated[Literal["linf", "l2", "l1", "l0"], typer.Option(help="Norm that bounds the attack.")]
+Eps = Annotated[float, typer.Option(min=0, help="Radius of the attack, for pixels in [0, 1].")]
+Rate = Annotated[float, typer.Option(help="Share of benign images that may be refused in each class, such as 0.01.")]
 Method = Annotated[
     Literal["conformal", "quantile"],
-    typer.Option(help="conformal holds the rate at every number of images; quantile is the paper's."),
+    typer.Option(help="conformal keeps the rate for any number of images; quantile is the paper's."),
 ]
 Scarce = Annotated[
     Literal["error", "pool"],
-    typer.Option(help="Classes with too few images: an error, or a shared threshold, bounded on average."),
+    typer.Option(
+        help="For classes with too few images: an error, or a shared threshold; the rate then holds on average."
+    ),
 ]
 
 
 def say(text: str) -> None:
-    """Messages go to stderr, so that stdout holds the result and nothing else."""
+    """Print a message to stderr, so that stdout holds only the result."""
     typer.echo(printable(text), err=True)
 
 
 def say_epoch(record: "EpochRecord", *, epochs: int) -> None:
-    """One line on an epoch of a training."""
+    """Print one line about an epoch of a training."""
     say(
         f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}, accuracy {record.accuracy:.3f}, "
         f"attack success {record.attack_success_rate:.3f}, {record.seconds:.0f} s"
@@ -88,21 +94,23 @@ def say_epoch(record: "EpochRecord", *, epochs: int) -> None:
 
 
 def printable(text: str) -> str:
-    """A text whose names of files and classes can neither steer a terminal nor fail to be encoded."""
+    """Escape characters with which a name of a file or class could control the terminal, or that cannot be encoded."""
     usual = "\n\t\N{NO-BREAK SPACE}"
-    return "".join(own if own.isprintable() or own in usual else own.encode("unicode_escape").decode() for own in text)
+    return "".join(one if one.isprintable() or one in usual else one.encode("unicode_escape").decode() for one in text)
 
 
 @contextmanager
 def stopped_by_signals(checkpoint: Path, done: Callable[[], str]) -> Iterator[Callable[[], bool]]:
-    """Training that Ctrl-C or SIGTERM ends after its present step, with nothing lost; a second one ends it at once.
+    """Context in which Ctrl-C or SIGTERM stops a training after its present step, so that nothing is lost.
+
+    A second signal stops it at once.
 
     Args:
-        checkpoint: of the training.
-        done: says how far it is.
+        checkpoint: path of the training's checkpoint.
+        done: function that says how far the training is.
 
     Yields:
-        What to give to `fit` as ``stop_when``.
+        The function to pass to `fit` as ``stop_when``.
     """
     received: list[int] = []
 
@@ -126,30 +134,30 @@ def stopped_by_signals(checkpoint: Path, done: Callable[[], str]) -> Iterator[Ca
 
 
 def is_watched() -> bool:
-    """Whether progress bars have anybody to look at them; in a log they are noise."""
+    """Whether stderr is a terminal, so that somebody can see progress bars. In a log they are noise."""
     return sys.stderr.isatty()
 
 
 def show(as_json: bool, result: Any, text: str) -> None:
-    """The result, for a machine or for a person."""
+    """Print the result as JSON for a machine, or as text for a person."""
     from clusterguard.evaluation import plain
 
     typer.echo(json.dumps(plain(result), indent=2, allow_nan=False) if as_json else printable(text))
 
 
 def find_device(name: str | None) -> "torch.device":
-    """The device of that name, if it is there."""
+    """The device with this name. The default is a GPU if there is one."""
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # no such name; torch was built without it; no such GPU
+    except (RuntimeError, AssertionError) as error:  # unknown name, torch built without it, or no such GPU
         raise typer.BadParameter(f"expected a device such as cpu or cuda, got {name!r}, which is not there") from error
 
 
 def check_suffixes(paths: list[Path], *expected: str) -> None:
-    """Before hours of work: files whose kind is known by their ending."""
+    """Refuse files with an unknown suffix, before hours of work."""
     for path in paths:
         if path.suffix not in expected:
             raise typer.BadParameter(f"expected a file that ends in {' or '.join(expected)}, got {path}")

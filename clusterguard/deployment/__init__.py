@@ -1,4 +1,4 @@
-"""What a guard needs in service: one exported graph, images as people see them, an alarm for drift."""
+"""What a guard needs in service: an exported graph, images as people see them, and an alarm for drift."""
 
 from clusterguard.deployment._export import OnnxDetector, export_onnx, export_program, load_onnx
 from clusterguard.deployment._images import FORMATS, ImageFile, fit_image, read_image

@@ -1,4 +1,4 @@
-"""A detector as one graph, images -> labels, distances, is_adversarial: for `torch.export` and for ONNX."""
+"""Exports a detector as one graph, images -> labels, distances, is_adversarial, by `torch.export` or as ONNX."""
 
 import copy
 import glob
@@ -31,35 +31,35 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.functional import one_hot
 
 _LARGEST_GRAPH = 2**31 - 2**24
-"""Bytes of weights that fit into one file, protobuf's 2 GiB, with room for the rest; more go into a file beside it."""
-_SMALLEST_TENSOR = 1024  # bytes; what is smaller stays in the graph, as ONNX's own tools do it
+"""Bytes of weights that fit into protobuf's 2 GiB with room for the rest. More go into a file beside the graph."""
+_SMALLEST_TENSOR = 1024  # bytes; smaller tensors stay in the graph, as with ONNX's own tools
 _CHUNK = 2**24  # bytes of weights that are read at a time
 _RECORD = ("num_classes", "class_names", "false_positive_rate", "method", "calibration")
-"""Metadata that belong to the thresholds."""
+"""Keys of the metadata that belong to the thresholds."""
 _DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 
 def export_program(detector: DetectorModule, example: Tensor | None = None) -> ExportedProgram:
     """Export a detector with its thresholds by `torch.export`.
 
-    The graph holds copies: training or calibrating the detector later does not change it.
+    The graph holds copies of all tensors, so training or calibrating the detector later does not change it.
 
     Args:
-        detector: calibrated.
-        example: (B, C, H, W) images in [0, 1]. C, H and W become part of the graph, B stays free. None takes the
-            detector's `image_shape` or, where that is not decided, the size that a timm backbone was configured for.
+        detector: calibrated detector.
+        example: (B, C, H, W) images in [0, 1]. C, H and W become part of the graph, and B stays free. None takes the
+            detector's `image_shape` or, if that is not set, the size that a timm backbone was configured for.
 
     Returns:
         A program that maps images to labels, distances and is_adversarial, each (B,), as `detect` does in eval mode.
 
     Raises:
         NotCalibratedError: the detector has no thresholds.
-        InputError: an example of a wrong shape, dtype or range.
-        ConfigurationError: no example, and no detector or timm backbone that tells its size; or a detector that gives
-            the same images different evidence each time.
+        InputError: the example has a wrong shape, dtype or range.
+        ConfigurationError: there is no example, and neither the detector nor a timm backbone tells the size of the
+            images; or the detector gives different evidence for the same images from call to call.
 
     Warns:
-        UserWarning: the detector's `image_shape` is "any", which a graph does not keep.
+        UserWarning: the detector's `image_shape` is "any", but a graph has one fixed shape.
 
     Example:
         >>> from clusterguard import ClusterGuard
@@ -81,23 +81,24 @@ def export_onnx(
     """Export a detector with its thresholds as an ONNX file.
 
     Args:
-        detector: calibrated, in float32 or float16.
-        path: of the file; what was there stays there if anything fails. Weights of more than 2 GiB do not fit into
-            it and go into a second file beside it, named like it with a part of their hash and ``.data``. Both belong
-            together: move and copy them together.
-        example: as in `export_program`.
-        card: text about the detector for those who use the graph, such as the model card of a saved guard.
+        detector: calibrated detector in float32 or float16.
+        path: path of the file. If anything fails, an older file there is kept. Weights of more than 2 GiB do not fit
+            into it. They go into a second file beside it, with the same name followed by a part of their hash and
+            ``.data``. Always move and copy both files together.
+        example: (B, C, H, W) images as in `export_program`.
+        card: text about the detector for users of the graph, such as the model card of a saved guard.
 
     Returns:
-        The path. The graph maps "images" to "labels", "distances" and "is_adversarial"; its initializer "thresholds" is
-        the only part that calibration sets. Its metadata say how they were fitted, and hold the classes' names, the
-        card, and a digest of weights and thresholds that `load_onnx` checks.
+        The path. The graph maps "images" to "labels", "distances" and "is_adversarial". Its initializer "thresholds" is
+        the only part that depends on calibration. Its metadata hold the record of the calibration, the names of the
+        classes, the card, and a digest of weights and thresholds that `load_onnx` checks.
 
     Raises:
         MissingDependencyError: onnx or onnxscript is not installed.
         NotCalibratedError: the detector has no thresholds.
-        InputError: an example of a wrong shape, dtype or range.
-        ConfigurationError: as in `export_program`, or another precision, a path of a folder, or a card that is no text.
+        InputError: the example has a wrong shape, dtype or range.
+        ConfigurationError: as in `export_program`; or the detector has another precision, the path is that of a folder,
+            or the card is no text.
 
     Warns:
         UserWarning: as in `export_program`.
@@ -114,12 +115,12 @@ def export_onnx(
     _import("onnx", "onnxscript")
     _check_path(path)
     if card is not None and not (isinstance(card, str) and is_unicode(card)):
-        raise ConfigurationError(f"expected a card that is a text UTF-8 can write, got {type(card).__name__}")
+        raise ConfigurationError(f"expected a card that is a text which UTF-8 can encode, got {type(card).__name__}")
     decision, images = _prepare(detector, example)
     if images.dtype not in _DTYPES.values():
         raise ConfigurationError(
             f"expected a detector in float32 or float16, got {images.dtype}; export "
-            "copy.deepcopy(detector).float() and calibrate the graph, for its distances will differ"
+            "copy.deepcopy(detector).float() and calibrate the graph, because its distances will differ"
         )
     thresholds, shapes = detector.thresholds.cpu(), ({0: Dim("batch")}, None)
     with _quiet():
@@ -130,7 +131,7 @@ def export_onnx(
         exported: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     model = exported.model_proto
     for node in model.graph.node:
-        del node.metadata_props[:]  # stack traces, with paths of this machine
+        del node.metadata_props[:]  # they hold stack traces with paths of this machine
     del model.graph.value_info[:]
     for value in [model.graph.input[0], *model.graph.output]:
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
@@ -138,19 +139,19 @@ def export_onnx(
 
 
 class OnnxDetector(DetectorModule):
-    """A detector that `export_onnx` wrote, run by onnxruntime; make it with `load_onnx`.
+    """A detector that `export_onnx` wrote and onnxruntime runs. `load_onnx` makes it.
 
-    It detects and can be calibrated like any detector. The graph tells one suspicion an image, that of its label, so
-    evidence for other classes is a place holder, and there are no gradients: attack the detector that was exported.
-    Its `image_shape` is the (C, H, W) of the images that it takes, its `card` the text that was exported with it. A
-    graph that is saved with other thresholds leaves the card out, for it describes the old ones.
+    It detects and can be calibrated like any other detector. The graph returns only the suspicion of an image's label,
+    so the evidence for other classes is a placeholder, and it has no gradients. Run attacks on the detector that was
+    exported instead. `image_shape` is the (C, H, W) of the images that the graph takes, and `card` is the text that was
+    exported with it. Saving the graph with other thresholds leaves out the card, because it describes the old ones.
 
     Args:
-        model: the graph, its thresholds an input.
-        session: that runs it.
-        thresholds: (K,).
-        card: about the detector; None if there is none.
-        folder: of weights that are not in the graph but in a file beside it.
+        model: ONNX graph that takes the thresholds as an input.
+        session: onnxruntime session that runs the graph.
+        thresholds: (K,) thresholds, one per label.
+        card: text about the detector; None if there is none.
+        folder: folder of a file with weights that are not in the graph.
 
     Example:
         See `load_onnx`.
@@ -167,31 +168,37 @@ class OnnxDetector(DetectorModule):
         self._shape, self._dtype = images.shape[1:], _DTYPES[images.type]
 
     def check_image_shape(self, images: Tensor) -> None:
-        """Make sure that images have the shape that the graph was exported for, which nothing can change.
+        """Check that images have the shape that the graph was exported for. This shape cannot be changed.
 
         Args:
-            images: (B, C, H, W).
+            images: (B, C, H, W) images.
 
         Raises:
-            InputError: they have another one.
+            InputError: they have another shape.
         """
         check_tensor(images, "images, as the graph was exported for,", "B", *self._shape)
 
     def evidence(self, images: Tensor) -> Evidence:
-        """Images (B, C, H, W) -> class scores and suspicion (B, K) on which `decide` says what the graph says."""
-        # At these thresholds the graph refuses what is not finite and nothing else.
+        """The class scores and suspicion (B, K) of images (B, C, H, W), for which `decide` agrees with the graph."""
+        # With infinite thresholds, the graph refuses only images whose evidence is not finite.
         labels, distances, not_finite = self._run(images, torch.full_like(self.thresholds, torch.inf))
         is_label = one_hot(labels, self.num_classes).bool()
         best = torch.where(not_finite, torch.inf, 1.0)
         return Evidence(torch.where(is_label, best[:, None], 0.0), distances[:, None].expand_as(is_label))
 
     def save(self, path: str | Path) -> Path:
-        """The path to which the graph is written, with the thresholds it has now.
+        """Write the graph with its present thresholds.
+
+        Args:
+            path: path of the file to write.
+
+        Returns:
+            The path.
 
         Raises:
-            NotCalibratedError: it has none.
+            NotCalibratedError: the detector has no thresholds.
             ConfigurationError: the path is that of a folder.
-            PersistenceError: the file of its weights, beside the graph that was loaded, is gone or damaged.
+            PersistenceError: the file with the weights of the loaded graph is missing or damaged.
         """
         check_calibrated(self.thresholds)
         _check_path(path)
@@ -199,7 +206,7 @@ class OnnxDetector(DetectorModule):
         (helper,) = _import("onnx.external_data_helper")
         try:
             helper.load_external_data_for_model(model, str(self._folder))
-        except Exception as error:  # ONNX's errors, and those of the file system, have no base class in common
+        except Exception as error:  # errors of ONNX and of the file system have no common base class
             raise PersistenceError(
                 f"{self._folder} no longer holds the weights of the graph that was loaded ({in_one_line(error)}); put "
                 "their file back, or export the detector again"
@@ -210,27 +217,27 @@ class OnnxDetector(DetectorModule):
     def _run(self, images: Tensor, thresholds: Tensor) -> Detection:
         check_tensor(thresholds, "thresholds", self.num_classes)
         feeds = {"images": images.detach().to("cpu", self._dtype).contiguous(), "thresholds": thresholds.cpu()}
-        outputs = self._session.run(Detection._fields, {name: own.numpy() for name, own in feeds.items()})
-        return Detection(*(torch.from_numpy(own).to(images.device) for own in outputs))
+        outputs = self._session.run(Detection._fields, {name: array.numpy() for name, array in feeds.items()})
+        return Detection(*(torch.from_numpy(array).to(images.device) for array in outputs))
 
 
 def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProvider",)) -> OnnxDetector:
-    """A graph that `export_onnx` wrote, also after quantisation, as a detector that can be calibrated again.
+    """Load a graph that `export_onnx` wrote, also after quantisation, as a detector that can be calibrated again.
 
-    Weights and thresholds must be those that were written, bit by bit, by the digest in the metadata. Graphs of older
-    versions, which wrote none, are taken as they are, and so are the weights of a graph that another tool has turned
-    into other operations or data types; its thresholds are still checked.
+    A digest in the metadata verifies that weights and thresholds are the ones that were written, bit by bit. Two cases
+    are exceptions. Graphs of older versions have no digest and are loaded without this check. If another tool has
+    changed the operations or data types of a graph, its thresholds are checked, but its weights are not.
 
     Args:
-        path: of the file.
-        providers: onnxruntime's execution providers, the preferred first.
+        path: path of the file.
+        providers: execution providers of onnxruntime, the preferred one first.
 
     Returns:
-        The detector, with the file's thresholds and the record of their calibration.
+        The detector with the thresholds of the file and the record of their calibration.
 
     Raises:
         MissingDependencyError: onnx or onnxruntime is not installed.
-        PersistenceError: the file, or the one of its weights, is missing, damaged, or not from `export_onnx`.
+        PersistenceError: the file, or the file with its weights, is missing, damaged, or not from `export_onnx`.
 
     Example:
         >>> import tempfile
@@ -248,7 +255,7 @@ def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProv
     try:
         model, folder = onnx.load(path, load_external_data=False), Path(path).absolute().parent
         _check_external(model, folder)
-        properties = {own.key: own.value for own in model.metadata_props}
+        properties = {entry.key: entry.value for entry in model.metadata_props}
         if "clusterguard" not in properties:
             raise ValueError("its metadata do not name clusterguard")
         _check_digests(model, properties, folder)
@@ -260,7 +267,7 @@ def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProv
         detector.class_names = json.loads(properties.get("class_names", "null"))
         if "calibration" in properties:
             detector.calibration = Calibration.from_dict(json.loads(properties["calibration"]), thresholds)
-    except Exception as error:  # protobuf's and onnxruntime's errors have no base class in common
+    except Exception as error:  # errors of protobuf and onnxruntime have no common base class
         raise PersistenceError(
             f"{path} is missing, damaged, or not written by export_onnx; export the detector again. What went wrong: "
             f"{in_one_line(error)}"
@@ -269,7 +276,7 @@ def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProv
 
 
 class _Decision(nn.Module):
-    """What is exported: a detector and the rule, `decide`."""
+    """The module that is exported: a detector followed by `decide`."""
 
     def __init__(self, detector: DetectorModule) -> None:
         super().__init__()
@@ -277,7 +284,7 @@ class _Decision(nn.Module):
 
     def forward(self, images: Tensor, thresholds: Tensor | None = None) -> tuple[Tensor, ...]:
         scores, suspicion = self.detector.evidence(images)
-        # Torch takes a NaN for the largest score, other runtimes do not; infinity is refused as well.
+        # Torch treats a NaN as the largest score, but other runtimes do not. Infinity is refused as well.
         scores = scores.masked_fill(scores.isnan(), torch.inf)
         return tuple(
             decide(Evidence(scores, suspicion), self.detector.thresholds if thresholds is None else thresholds)
@@ -285,10 +292,10 @@ class _Decision(nn.Module):
 
 
 def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decision, Tensor]:
-    """A frozen copy in eval mode, and two blank images for it; with one, export would take B for a constant."""
+    """A frozen copy in eval mode and two blank images for it. With one image, export would fix B to 1."""
     if not isinstance(detector, DetectorModule):
         raise ConfigurationError(
-            f"expected a DetectorModule, got {type(detector).__name__}; set the thresholds of the detector in it"
+            f"expected a DetectorModule, got {type(detector).__name__}; set the thresholds of the detector inside it"
         )
     check_calibrated(detector.thresholds)
     if example is not None:
@@ -297,16 +304,16 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
         decision = _Decision(copy.deepcopy(detector)).requires_grad_(False)
     to_eval_mode(decision)
     settle_weights(decision)
-    like = next((own for own in decision.parameters() if own.is_floating_point()), detector.thresholds)
+    like = next((weight for weight in decision.parameters() if weight.is_floating_point()), detector.thresholds)
     images = like.new_zeros(2, *(_configured_shape(detector) if example is None else example.shape[1:]))
     noise = torch.rand(8, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
     with _quiet(), torch.no_grad():
-        decision(images)  # what a detector does at its first batch alone is no part of the graph
+        decision(images)  # work that a detector does only at its first batch must not become part of the graph
         check_repeated(decision.detector, noise)
     if detector.image_shape == "any":
         warnings.warn(
             f"this detector takes images of every shape, but the graph will take those of shape {(*images.shape[1:],)} "
-            "alone; bring images to that shape, or export one graph for each",
+            "alone; bring images to that shape, or export one graph for each shape",
             stacklevel=3,
         )
     return decision, images
@@ -331,13 +338,13 @@ def _configured_shape(detector: DetectorModule) -> tuple[int, ...]:
 
 
 def _clamp_min(values: Tensor, smallest: float) -> Tensor:
-    # ONNX leaves open what Clip makes of NaN, and onnxruntime makes a finite number of +inf; both must stay what they
-    # are, or what is not finite would be accepted.
+    # ONNX does not define Clip for NaN, and onnxruntime turns +inf into a finite number. Both must stay as they are,
+    # because otherwise images with such evidence would be accepted.
     return torch.where(values < smallest, smallest, values)
 
 
 def _write(model: Any, detector: DetectorModule, path: str | Path, card: str | None = None) -> Path:
-    """Turn the input "thresholds" into an initializer, say how it was fitted, and write the graph."""
+    """Turn the input "thresholds" into an initializer, add the record of its calibration, and write the graph."""
     (onnx,) = _import("onnx")
     record = detector.calibration
     properties = {"clusterguard": version("clusterguard"), "num_classes": str(detector.num_classes)}
@@ -352,7 +359,7 @@ def _write(model: Any, detector: DetectorModule, path: str | Path, card: str | N
             "calibration": json.dumps(record.to_dict()),
         }
     weights = _move_weights_out(model, Path(path).name)
-    model.graph.input.remove(next(own for own in model.graph.input if own.name == "thresholds"))
+    model.graph.input.remove(next(value for value in model.graph.input if value.name == "thresholds"))
     model.graph.initializer.append(onnx.numpy_helper.from_array(detector.thresholds.cpu().numpy(), "thresholds"))
     properties["digest"] = json.dumps(_digests(model, properties, Path()))
     onnx.helper.set_model_props(model, properties)
@@ -360,7 +367,7 @@ def _write(model: Any, detector: DetectorModule, path: str | Path, card: str | N
     def write(file: Path) -> None:
         onnx.save(model, file)
         onnx.checker.check_model(str(file))
-        if weights is not None:  # under a name of its own, so that until the graph is there, too, the old ones match
+        if weights is not None:  # its name holds its hash, so the old pair stays complete until the graph is replaced
             file.with_name(weights).replace(Path(path).with_name(weights))
 
     written = write_atomically(path, write)
@@ -371,28 +378,29 @@ def _write(model: Any, detector: DetectorModule, path: str | Path, card: str | N
 
 
 def _move_weights_out(model: Any, name: str) -> str | None:
-    """Where a graph grows too large for one file: mark its weights to be written to another, whose name is returned."""
-    large = [own for own in model.graph.initializer if len(own.raw_data) >= _SMALLEST_TENSOR]
-    if sum(len(own.raw_data) for own in large) <= _LARGEST_GRAPH:
+    """If a graph is too large for one file, mark its weights to be saved in a second one, and return its name."""
+    large = [tensor for tensor in model.graph.initializer if len(tensor.raw_data) >= _SMALLEST_TENSOR]
+    if sum(len(tensor.raw_data) for tensor in large) <= _LARGEST_GRAPH:
         return None
     digest = hashlib.sha256()
-    for own in large:
-        digest.update(own.raw_data)
+    for tensor in large:
+        digest.update(tensor.raw_data)
     location = f"{name}.{digest.hexdigest()[:16]}.data"
     (helper,) = _import("onnx.external_data_helper")
-    for own in large:
-        helper.set_external_data(own, location)
+    for tensor in large:
+        helper.set_external_data(tensor, location)
     return location
 
 
 def _digests(model: Any, properties: dict[str, str], folder: Path) -> dict[str, str]:
-    """SHA-256 of a graph's form, of all its numbers, and of its thresholds with what is said of them."""
+    """SHA-256 of a graph's form, of its weights and operations, and of its thresholds with their metadata."""
     weights, thresholds = hashlib.sha256(), hashlib.sha256()
     parts = (*model.graph.node, *model.functions, *model.graph.input, *model.graph.output)
-    for own in parts:
-        weights.update(own.SerializeToString(deterministic=True))
-    form = hashlib.sha256(str(len(parts)).encode())  # no names of operations: one bit turns Relu into Selu
-    for tensor in sorted(model.graph.initializer, key=lambda own: str(own.name)):
+    for message in parts:
+        weights.update(message.SerializeToString(deterministic=True))
+    # The form leaves out the names of operations, because one damaged bit can turn Relu into Selu.
+    form = hashlib.sha256(str(len(parts)).encode())
+    for tensor in sorted(model.graph.initializer, key=lambda initializer: str(initializer.name)):
         form.update(f"\n{tensor.name} {tensor.data_type} {[*tensor.dims]}".encode())
         for part in _content(tensor, folder):
             (thresholds if tensor.name == "thresholds" else weights).update(part)
@@ -401,7 +409,7 @@ def _digests(model: Any, properties: dict[str, str], folder: Path) -> dict[str, 
 
 
 def _content(tensor: Any, folder: Path) -> Iterator[bytes]:
-    """The bytes of a tensor, from wherever it lies."""
+    """The bytes of a tensor, from the graph or from the file beside it."""
     (helper,) = _import("onnx.external_data_helper")
     if tensor.raw_data or not helper.uses_external_data(tensor):
         yield tensor.raw_data or tensor.SerializeToString(deterministic=True)
@@ -416,18 +424,18 @@ def _content(tensor: Any, folder: Path) -> Iterator[bytes]:
 
 
 def _check_digests(model: Any, properties: dict[str, str], folder: Path) -> None:
-    """A graph holds what was written, if that was noted; other tools may change its form, and with it the weights."""
+    """Check a graph against its digest, if it has one. If another tool changed its form, its weights may differ."""
     if "digest" not in properties:
         return
-    noted, found = json.loads(properties["digest"]), _digests(model, properties, folder)
-    if noted["thresholds"] != found["thresholds"]:
+    noted, actual = json.loads(properties["digest"]), _digests(model, properties, folder)
+    if noted["thresholds"] != actual["thresholds"]:
         raise ValueError("its thresholds, or the record of their calibration, are not those that were exported")
-    if noted["form"] == found["form"] and noted["weights"] != found["weights"]:
+    if noted["form"] == actual["form"] and noted["weights"] != actual["weights"]:
         raise ValueError("its weights or operations are not those that were exported")
 
 
 def _check_external(model: Any, folder: Path) -> None:
-    """Weights outside of a graph are in plain files beside it, and nowhere else."""
+    """Check that weights outside of a graph are in plain files beside it, and nowhere else."""
     (helper,) = _import("onnx.external_data_helper")
     for tensor in helper._get_all_tensors(model):
         if not helper.uses_external_data(tensor):
@@ -437,13 +445,13 @@ def _check_external(model: Any, folder: Path) -> None:
         if Path(name).name != name or "\\" in name or file.is_symlink():
             raise ValueError(f"its weights are said to be in {name!r}, which is no plain file beside it")
         if not file.is_file():
-            raise ValueError(f"its weights are in {name!r}, which is not beside it; put that file there, too")
+            raise ValueError(f"its weights are in {name!r}, which is not beside it; put that file there too")
 
 
 def _open(model: Any) -> Tensor:
-    """Turn the initializer "thresholds" into an input, and return it."""
+    """Turn the initializer "thresholds" into an input, and return its values."""
     (onnx,) = _import("onnx")
-    initializer = next(own for own in model.graph.initializer if own.name == "thresholds")
+    initializer = next(tensor for tensor in model.graph.initializer if tensor.name == "thresholds")
     values = onnx.numpy_helper.to_array(initializer)
     model.graph.initializer.remove(initializer)
     model.graph.input.append(onnx.helper.make_tensor_value_info("thresholds", initializer.data_type, values.shape))
@@ -461,7 +469,7 @@ def _import(*names: str) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings, for exporters warn of their own deprecations; no autocast, for the graph would keep its casts."""
+    """Disable warnings, which exporters give about their own code, and autocast, whose casts the graph would keep."""
     with warnings.catch_warnings(), without_autocast():
         warnings.simplefilter("ignore")
         yield

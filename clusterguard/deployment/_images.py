@@ -1,4 +1,4 @@
-"""Image files as people see them: `read_image` decodes them for training and for a service alike."""
+"""Reads image files as people see them. `read_image` decodes them in the same way for training and for a service."""
 
 import io
 import re
@@ -15,12 +15,12 @@ from torch import Tensor
 
 Image.init()
 FORMATS = tuple({"PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF"} & set(Image.OPEN))
-MAX_RATIO = 20  # of the sides; a thin line would grow without bound when its shorter side is scaled
+MAX_RATIO = 20  # longer side to shorter side; scaling up the shorter side of a thin line would need too much memory
 _OPAQUE = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "RGBX": "RGB", "YCbCr": "RGB", "CMYK": "CMYK"}
 _TRANSPARENT = {"LA": "L", "La": "L", "RGBA": "RGB", "RGBa": "RGB", "PA": "RGB"}
 _PNG_SINGLE = {b"IHDR", b"PLTE", b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf", b"acTL"}
-_PNG_FIRST = _PNG_SINGLE - {b"eXIf"}  # what comes before the pixels, or some programs do not see it
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # others are part of the compressed data
+_PNG_FIRST = _PNG_SINGLE - {b"eXIf"}  # these must come before the pixels, or some programs ignore them
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # other bytes after 0xFF belong to the compressed data
 _SRGB_GAMMA = 45455
 _SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
 
@@ -29,9 +29,9 @@ class ImageFile(NamedTuple):
     """An image file, read as people see it.
 
     Attributes:
-        image: upright and opaque, of 8 bits, in mode "L" or, in the colours of sRGB, "RGB".
-        mode: Pillow's name for the way the file stores pixels, such as "RGB", "P" or "I;16".
-        doubts: what other programs may read differently, each as the end of "it has …".
+        image: upright, opaque image of 8 bits, in mode "L" or in mode "RGB" with the colours of sRGB.
+        mode: Pillow's name for the way in which the file stores pixels, such as "RGB", "P" or "I;16".
+        doubts: properties that other programs may read differently, each worded as the end of "it has …".
     """
 
     image: Image.Image
@@ -40,7 +40,7 @@ class ImageFile(NamedTuple):
 
 
 class _RefusedError(Exception):
-    """Why a file is not read, in words that follow its name."""
+    """The reason why a file is refused, worded to follow its name."""
 
 
 def read_image(
@@ -50,23 +50,24 @@ def read_image(
     formats: tuple[str, ...] = FORMATS,
     max_pixels: int | None = None,
 ) -> ImageFile:
-    """Read a file as viewers show it: turned by its orientation tag, its colour profile applied.
+    """Read a file as viewers show it, turned by its orientation tag and with its colour profile applied.
 
-    Greys of 16 bits and fractions in [0, 1] keep their brightness and are rounded to 8 bits. What programs show
-    differently is refused: pixels that are not opaque, animations, pages, 32-bit numbers without a stated range.
+    Grey images of 16 bits and fractions in [0, 1] keep their brightness and are rounded to 8 bits. Files that programs
+    show differently are refused: images that are not opaque, animations, files with several pages, and 32-bit numbers
+    without a stated range.
 
     Args:
-        file: a path, or the content of a file.
-        name: of the file in error messages; None takes the path.
-        formats: Pillow's names of the formats that are tried.
-        max_pixels: width times height that is not exceeded; None leaves it to Pillow, which stops at 179 million.
+        file: path of the file, or its content as bytes.
+        name: name of the file in error messages; None takes the path.
+        formats: Pillow's names of the formats to try.
+        max_pixels: largest width times height that is allowed; None takes Pillow's limit of 179 million.
 
     Returns:
-        The image, the way it was stored, and doubts, which a caller may take as reasons to refuse it.
+        The image, the mode in which it was stored, and doubts. A caller may treat doubts as reasons to refuse it.
 
     Raises:
-        InputError: the file is damaged, or shows no picture that is the same everywhere. Its cause is Pillow's
-            `DecompressionBombError` if it has too many pixels.
+        InputError: the file is damaged, or programs show it differently. The cause is Pillow's `DecompressionBombError`
+            if it has too many pixels.
 
     Example:
         >>> content = io.BytesIO()
@@ -86,22 +87,22 @@ def read_image(
         ) from error
     except _RefusedError as error:
         raise InputError(f"expected a still, opaque image, got {name}: {error}") from error
-    except Exception as error:  # decoders raise all sorts of things at files that are damaged
+    except Exception as error:  # decoders raise many kinds of errors for damaged files
         raise InputError(
             f"expected a still, opaque image, got {name}, which cannot be read: {error}; mend the file or remove it"
         ) from error
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], channels: int) -> Tensor:
-    """An image as a tensor: the shorter side is scaled, and the middle cut out.
+    """Turn an image into a tensor. The shorter side is scaled, and the middle is cut out.
 
     Args:
-        image: in mode "L" or "RGB".
-        size: (H, W).
-        channels: C, 1 or 3.
+        image: image in mode "L" or "RGB".
+        size: height and width (H, W) of the result.
+        channels: number C of channels, 1 or 3.
 
     Returns:
-        (C, H, W) float32 in [0, 1].
+        The image, (C, H, W) float32 in [0, 1].
 
     Example:
         >>> fit_image(Image.new("L", (40, 30)), (16, 16), 3).shape
@@ -116,7 +117,7 @@ def fit_image(image: Image.Image, size: tuple[int, int], channels: int) -> Tenso
 
 def _read(picture: Image.Image, content: bytes, max_pixels: int | None) -> ImageFile:
     width, height = picture.size
-    if max_pixels is not None and width * height > max_pixels:  # known before any of them is decoded
+    if max_pixels is not None and width * height > max_pixels:  # checked before any pixel is decoded
         raise Image.DecompressionBombError(f"it has {width} × {height} pixels, more than {max_pixels}")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise _RefusedError(f"its sides, {width} × {height} pixels, exceed {MAX_RATIO} : 1; cut it to size")
@@ -130,7 +131,7 @@ def _read(picture: Image.Image, content: bytes, max_pixels: int | None) -> Image
     try:
         doubts += _doubt_metadata(picture)
         upright = ImageOps.exif_transpose(picture)
-    except Exception:  # Pillow's parser of EXIF data raises all sorts of things at what is none
+    except Exception:  # Pillow's parser raises many kinds of errors for broken EXIF data
         doubts.append("EXIF data that cannot be read, so that its orientation is not known")
     image = _to_8_bits(picture, upright)
     if "icc_profile" in picture.info:
@@ -141,7 +142,7 @@ def _read(picture: Image.Image, content: bytes, max_pixels: int | None) -> Image
 
 
 def _doubt_metadata(picture: Image.Image) -> list[str]:
-    """What only some viewers heed; TIFF's own orientation is applied by Pillow when it loads."""
+    """Doubts about metadata that only some viewers follow. Pillow applies a TIFF's own orientation when it loads it."""
     every, plain = picture.getexif(), Image.Exif()
     plain.load(picture.info.get("exif", b""))
     tag = ExifTags.Base.Orientation
@@ -156,9 +157,9 @@ def _doubt_metadata(picture: Image.Image) -> list[str]:
 
 
 def _to_8_bits(picture: Image.Image, image: Image.Image) -> Image.Image:
-    """Opaque, in mode L, RGB or CMYK."""
+    """Convert an image to an opaque one of 8 bits, in mode L, RGB or CMYK."""
     mode = picture.mode
-    # Pillow reads 16-bit files of these two formats as "I", in the range of 16 bits; of others the range is unknown.
+    # Pillow reads 16-bit files of these two formats as "I", in the range of 16 bits. For others, the range is unknown.
     if mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM")):
         if image.has_transparency_data:
             raise _RefusedError("it has 16 bits and a transparent colour; save it opaque")
@@ -172,7 +173,7 @@ def _to_8_bits(picture: Image.Image, image: Image.Image) -> Image.Image:
         image.info.pop("transparency", None)
     if mode not in _OPAQUE and mode not in _TRANSPARENT:
         raise _RefusedError(
-            f"its pixels, stored as {mode}, do not tell which is white; save it in 8 or 16 bits, grey or RGB"
+            f"its pixels, stored as {mode}, do not tell which value is white; save it in 8 or 16 bits, grey or RGB"
         )
     wanted = {**_OPAQUE, **_TRANSPARENT}[mode]
     return image if image.mode == wanted else image.convert(wanted)
@@ -194,7 +195,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip(), "")
-        # A grey image may have a profile for RGB; no other mixture has a meaning.
+        # A grey image may have a profile for RGB. No other combination has a meaning.
         if mode != image.mode and (mode, image.mode) != ("RGB", "L"):
             raise _RefusedError(f"its colour profile is for {source.profile.xcolor_space.strip()}; save it as sRGB")
         target = ImageCms.createProfile("sRGB")
@@ -229,11 +230,11 @@ def _examine_png(_: Image.Image, content: bytes) -> list[str]:
         raise _RefusedError("its parts are repeated or out of order, so programs read it differently; save it again")
     _check_png_colours(parts)
     doubts = [("16 bits a channel", parts[b"IHDR"][8] == 16), ("a transparent colour", b"tRNS" in parts)]
-    return [own for own, is_so in [*doubts, ("data after its end", position < len(content))] if is_so]
+    return [doubt for doubt, is_so in [*doubts, ("data after its end", position < len(content))] if is_so]
 
 
 def _check_png_colours(parts: dict[bytes, bytes]) -> None:
-    """Colours are those of sRGB, or of a profile, which goes before what else the file states."""
+    """Check that colours are those of sRGB or of a profile. A profile overrides everything else that a file states."""
     if parts.get(b"cICP", b"\x01\x0d\x00\x01") != b"\x01\x0d\x00\x01":
         raise _RefusedError("it states colours other than sRGB (cICP), which few programs show; save it as sRGB")
     if b"iCCP" in parts:
@@ -245,7 +246,7 @@ def _check_png_colours(parts: dict[bytes, bytes]) -> None:
             "as sRGB"
         )
     primaries = struct.unpack(">8I", parts[b"cHRM"]) if b"cHRM" in parts else _SRGB_PRIMARIES
-    if max(abs(own - usual) for own, usual in zip(primaries, _SRGB_PRIMARIES, strict=True)) > 200:
+    if max(abs(value - usual) for value, usual in zip(primaries, _SRGB_PRIMARIES, strict=True)) > 200:
         raise _RefusedError(
             "it states colours other than sRGB (cHRM), which some programs follow and others do not; save it as sRGB"
         )
@@ -258,21 +259,21 @@ def _examine_jpeg(picture: Any, content: bytes) -> list[str]:
         if match is None:
             raise _RefusedError("it is cut off before its end; save it again")
         marker, position = match[1], match.end()
-        if marker not in (b"\xd9", b"\x01"):  # these alone have no length
+        if marker not in (b"\xd9", b"\x01"):  # only these have no length
             position += struct.unpack_from(">H", content, position)[0]
     doubts = []
-    if picture.format == "MPO" or "mp" in picture.info or any(b"hdrgm:" in own for _, own in picture.applist):
+    if picture.format == "MPO" or "mp" in picture.info or any(b"hdrgm:" in segment for _, segment in picture.applist):
         doubts.append("several pictures in it; save the first one alone")
     elif position < len(content):
         doubts.append("data after its end")
-    if sum(own.startswith(b"Exif\0\0") for _, own in picture.applist) > 1:
+    if sum(segment.startswith(b"Exif\0\0") for _, segment in picture.applist) > 1:
         doubts.append("several blocks of EXIF data")
     return doubts
 
 
 def _examine_tiff(picture: Any, _: bytes) -> list[str]:
     bits, photometric = picture.tag_v2.get(258), picture.tag_v2.get(262)
-    # Pillow takes these as they are: 12 bits for 16, and white for black.
+    # Pillow does not convert these. It would read 12 bits as 16, and white as black.
     if picture.mode.startswith("I;16") and bits != (16,):
         raise _RefusedError(f"it has {bits[0]} bits a pixel; save it in 8 or 16 bits")
     if picture.mode[0] in "IF" and photometric != 1:
@@ -280,7 +281,7 @@ def _examine_tiff(picture: Any, _: bytes) -> list[str]:
     has_profile = picture.info.get("icc_profile")
     primaries = [*picture.tag_v2.get(318, ()), *picture.tag_v2.get(319, ())]
     usual = [*_SRGB_PRIMARIES[: 2 * (318 in picture.tag_v2)], *_SRGB_PRIMARIES[2 if 319 in picture.tag_v2 else 8 :]]
-    is_other = any(abs(float(own) * 100000 - want) > 200 for own, want in zip(primaries, usual, strict=False))
+    is_other = any(abs(float(value) * 100000 - want) > 200 for value, want in zip(primaries, usual, strict=False))
     if not has_profile and (301 in picture.tag_v2 or is_other):
         raise _RefusedError("it states colours other than sRGB, which few programs follow; save it as sRGB")
     return []

@@ -1,4 +1,4 @@
-"""Watch a guard in service: an alarm when it refuses more than it was calibrated to, with a stated false-alarm rate."""
+"""Watches a guard in service and raises an alarm, at a stated rate of false alarms, when it refuses too many images."""
 
 import math
 from collections import Counter
@@ -14,7 +14,7 @@ from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
 
 FACTORS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)
-"""By how much the rate may have risen: the test bets on all of these at once."""
+"""Factors by which the rate may have risen. The test covers all of them at once."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,13 @@ class MonitorReport:
     """What a monitor has seen.
 
     Attributes:
-        alarm: whether the evidence has reached the level for which a false alarm is as rare as was asked for.
-        evidence: of a rate above the limit; under the limit it grows like the number of images at most.
-        level: of an alarm.
-        seen: images that counted.
-        refused: of those.
-        limit: the refusal rate that must not be exceeded, a fraction.
+        alarm: whether the evidence has reached `level`, so that the alarm is raised.
+        evidence: evidence that the rate is above the limit. While the rate is below the limit, its mean grows at most
+            like the number of images.
+        level: evidence at which the alarm is raised.
+        seen: number of images that counted.
+        refused: number of these images that were refused.
+        limit: refusal rate that must not be exceeded, a fraction.
     """
 
     alarm: bool
@@ -47,23 +48,23 @@ class MonitorReport:
 
 @final
 class FalsePositiveMonitor:
-    """Tells when a detector refuses more often than its calibration allows, after a drift or under attack.
+    """Detects when a detector refuses more often than its calibration allows, after a drift or under attack.
 
-    A sequential test that may be looked at after every image: for each possible rise of the rate it keeps a
-    Shiryaev-Roberts statistic of likelihood ratios, and sounds the alarm when their mean reaches `run_length`. While
-    the chance of a refusal, given all that came before, stays at or below `limit`, the mean number of images until a
-    false alarm is at least `run_length`. A rise to r is noticed after about ``log(run_length) / KL(r ‖ limit)`` images.
-    Memory does not grow.
+    This is a sequential test, so its result is valid after every image. For each factor by which the rate may have
+    risen, it keeps a Shiryaev-Roberts statistic of likelihood ratios. It raises the alarm when the mean of these
+    statistics reaches `run_length`. As long as the probability of a refusal, given all images before, is at most
+    `limit`, the mean number of images until a false alarm is at least `run_length`. A rise of the rate to r is detected
+    after about ``log(run_length) / KL(r ‖ limit)`` images. Memory does not grow.
 
-    Without true labels a flood of adversarial images raises the alarm too, as it should; with them only benign images
-    that are labelled correctly count, to which the calibration's promise applies.
+    Without true labels, many adversarial images raise the alarm too, which is intended. With true labels, only benign
+    images that are labelled correctly count. The guarantee of the calibration holds for these images.
 
     Args:
-        limit: refusal rate that must not be exceeded, in (0, 1); `plausible_rate` gives that of a calibration.
-        run_length: images until a false alarm, on average, at least 2.
+        limit: refusal rate that must not be exceeded, in (0, 1). `plausible_rate` computes it for a calibration.
+        run_length: mean number of images until a false alarm, at least 2.
 
     Raises:
-        ConfigurationError: a limit or run length out of its range.
+        ConfigurationError: limit or run_length is out of its range.
 
     Reference:
         Shin, Ramdas & Rinaldo, "E-detectors: a nonparametric framework for sequential change detection" (2024).
@@ -86,7 +87,7 @@ class FalsePositiveMonitor:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, as after a recalibration."""
+        """Forget all images, for instance after a recalibration."""
         rates = [min(factor * self.limit, (1 + self.limit) / 2) for factor in FACTORS]
         self._refused_ratios = [rate / self.limit for rate in rates]
         self._accepted_ratios = [(1 - rate) / (1 - self.limit) for rate in rates]
@@ -95,18 +96,18 @@ class FalsePositiveMonitor:
         self._alarm = False
 
     def update(self, refused: Detection | Tensor | Iterable[bool], labels: Tensor | None = None) -> MonitorReport:
-        """Look at further images, in the order they came.
+        """Add further images in the order in which they came.
 
         Args:
-            refused: a detector's verdict on B images, or (B,) bools, True where refused.
-            labels: (B,) true labels where known, negative where not known or not benign; then only images whose
-                predicted label is right count, and `refused` must be a `Detection`.
+            refused: verdict of a detector on B images, or (B,) booleans that are True for refused images.
+            labels: (B,) true labels, negative for images that are not benign or whose label is not known. With labels,
+                only images whose predicted label is correct count, and `refused` must be a `Detection`.
 
         Returns:
-            What has been seen so far; an alarm stays until `reset`.
+            A report on all images so far. An alarm stays until `reset`.
 
         Raises:
-            InputError: flags that are not bools, or labels that do not fit.
+            InputError: the flags are not booleans, or the labels do not fit.
         """
         for flag in _flags(refused, labels):
             ratios = self._refused_ratios if flag else self._accepted_ratios
@@ -119,7 +120,7 @@ class FalsePositiveMonitor:
 
     @property
     def report(self) -> MonitorReport:
-        """What has been seen so far."""
+        """The report on all images so far."""
         return MonitorReport(self._alarm, self._evidence, self.run_length, self._seen, self._refused, self.limit)
 
     @property
@@ -127,7 +128,7 @@ class FalsePositiveMonitor:
         return sum(self._statistics) / len(self._statistics)
 
     def state_dict(self) -> dict[str, float | int | bool | list[float]]:
-        """All that it remembers, in JSON's types, for a service that restarts."""
+        """The whole state in types that JSON has, for a service that restarts."""
         return {
             "limit": self.limit,
             "run_length": self.run_length,
@@ -139,10 +140,13 @@ class FalsePositiveMonitor:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, float | int | bool | list[float]]) -> "FalsePositiveMonitor":
-        """A monitor that goes on where another one's `state_dict` was taken.
+        """A monitor that continues from the `state_dict` of another one.
+
+        Args:
+            state: dict that `state_dict` returned.
 
         Raises:
-            InputError: it is not such a state.
+            InputError: the dict is not such a state.
         """
         try:
             monitor = cls(float(state["limit"]), run_length=float(state["run_length"]))  # type: ignore[arg-type]
@@ -160,26 +164,26 @@ class FalsePositiveMonitor:
 
 
 def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mix: bool = False) -> float:
-    """The largest refusal rate of benign, correctly labelled images that a calibration makes plausible.
+    """The largest refusal rate of benign, correctly labelled images that is plausible after a calibration.
 
-    The conformal bound holds on average over calibration sets. With the set at hand, the rate of class i is distributed
-    as Beta(l, n + 1 − l), n examples and l = ⌊(n + 1)α⌋ (at most so, where suspicions tie). Classes that share a
-    threshold count as one, with l at least one more than the number of their examples that it refuses. The rate of a
-    mix of classes is their weighted mean, for which Chernoff's bound gives this limit.
+    The conformal bound holds on average over calibration sets, so the rate for one calibration set may be larger. For
+    one set, the rate of class i has the distribution Beta(l, n + 1 − l), where n is the number of examples and
+    l = ⌊(n + 1)α⌋. If suspicions tie, the rate is at most that. Classes that share a threshold count as one class, in
+    which l is at least one more than the number of their examples that the threshold refuses. The rate of a mix of
+    classes is the weighted mean of their rates, and Chernoff's bound for it gives this limit.
 
     Args:
-        calibration: what `Calibrator.fit` returned; a "quantile" one is read as if it were conformal.
-        confidence: that the true rate is at most what is returned, over calibration sets, in (0, 1).
-        any_mix: hold for whatever mix of classes comes, instead of the calibration set's. Not possible where classes
-            share a threshold, for nothing is promised of one of these alone.
+        calibration: record that `Calibrator.fit` returned. A "quantile" calibration is treated as conformal.
+        confidence: probability, over calibration sets, that the true rate is at most the returned one, in (0, 1).
+        any_mix: whether the limit must hold for every mix of classes, not only for that of the calibration set. This is
+            not possible if classes share a threshold, because there is no bound for each of them alone.
 
     Returns:
-        A fraction, larger than the rate asked for.
+        A fraction that is larger than the rate the calibration was fitted for.
 
     Raises:
-        ConfigurationError: a confidence outside (0, 1).
-        InputError: a calibration that rests on too few examples to make anything plausible, or `any_mix` where classes
-            share a threshold.
+        ConfigurationError: the confidence is outside (0, 1).
+        InputError: the calibration has too few examples for a bound, or `any_mix` is set and classes share a threshold.
 
     Reference:
         Vovk, "Conditional validity of inductive conformal predictors" (2012).
@@ -197,7 +201,7 @@ def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mi
     if any_mix and calibration.pooled:
         raise InputError(
             f"expected a threshold for each class with any_mix=True, got {len(calibration.pooled)} classes that share "
-            "one, of which nothing is promised one by one; add calibration examples, or leave any_mix out"
+            "one, so that there is no bound for each of them; add calibration examples, or leave any_mix out"
         )
     parts: Counter[tuple[int, int, float]] = Counter()
     alone = set(range(len(calibration.counts))).difference(calibration.pooled)
@@ -212,7 +216,7 @@ def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mi
         return max(_mean_bound(Counter([(a, b, 1.0)]), miss) for a, b, _ in parts)
     if calibration.pooled:
         shared = [(calibration.counts[index], calibration.realised_rates[index]) for index in calibration.pooled]
-        count, above = sum(own for own, _ in shared), round(sum(own * share for own, share in shared))
+        count, above = sum(size for size, _ in shared), round(sum(size * share for size, share in shared))
         refused = max(1 + above, allowed_refusals(count, rate))
         parts[refused, count + 1 - refused, count / total] += 1
     return _mean_bound(parts, 1 - confidence)
@@ -226,24 +230,25 @@ def _flags(refused: Detection | Tensor | Iterable[bool], labels: Tensor | None) 
     check_tensor(flags, "flags", "B", kind="bool")
     if labels is not None:
         if not isinstance(refused, Detection):
-            raise InputError("expected a Detection where labels are given, got flags without predicted labels")
+            raise InputError("expected a Detection together with labels, got flags without predicted labels")
         check_verdicts(labels, refused)
         flags = flags[(labels == refused.labels) & (labels >= 0)]
-    found: list[bool] = flags.tolist()
-    return found
+    counted: list[bool] = flags.tolist()
+    return counted
 
 
 def _bools(flags: object) -> list[bool]:
-    found = list(flags) if isinstance(flags, Iterable) else [flags]
-    if not all(isinstance(flag, bool | np.bool_) for flag in found):
-        raise InputError(f"expected bools, True where refused, got {flags!r}")
-    return [bool(flag) for flag in found]
+    values = list(flags) if isinstance(flags, Iterable) else [flags]
+    if not all(isinstance(flag, bool | np.bool_) for flag in values):
+        raise InputError(f"expected bools that are True for refused images, got {flags!r}")
+    return [bool(flag) for flag in values]
 
 
 def _mean_bound(parts: Counter[tuple[int, int, float]], miss: float) -> float:
-    """What Σ share · Beta(a, b) exceeds with a chance of at most `miss`, by Chernoff: parts (a, b, share), how often.
+    """A number that S = Σ share · Beta(a, b) exceeds with probability at most `miss`, by Chernoff's bound.
 
-    For each t > 0, P(S ≥ r) ≤ E exp(t S) / exp(t r); the smallest r over a fixed grid of t is a bound, too.
+    `parts` holds how often each (a, b, share) occurs in the sum. For each t > 0, P(S ≥ r) ≤ E exp(t S) / exp(t r), so
+    the smallest r over a fixed grid of t is a bound too.
     """
     bounds = []
     for step in range(120):
@@ -254,7 +259,7 @@ def _mean_bound(parts: Counter[tuple[int, int, float]], miss: float) -> float:
 
 
 def _log_moment(t: float, a: int, b: int) -> float:
-    """Log E exp(t X) of X ~ Beta(a, b), by Kummer's series; t, its largest value, where that would overflow."""
+    """Log E exp(t X) for X ~ Beta(a, b), by Kummer's series. If that would overflow, the upper bound t is returned."""
     if t > 600:
         return t
     total = term = 1.0

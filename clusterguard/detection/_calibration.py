@@ -201,7 +201,7 @@ def fit_thresholds(
         labels: (n,) true labels.
         num_classes: number K of classes.
         false_positive_rate: rate α in (0, 1), which holds within every class.
-        method: rule as in `fit_threshold`. "quantile" guarantees nothing, for pooled classes either.
+        method: rule as in `fit_threshold`. "quantile" gives no guarantee, with or without pooled classes.
         scarce: treatment of scarce classes. "error" raises an error, and "pool" gives them a threshold that they share.
         rounding: largest change of an image's suspicion that arithmetic alone may cause, at least 0, in units of the
             suspicion.

@@ -178,7 +178,8 @@ def check_goal(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: 
     scores = evidence.class_scores
     for name, values in {"labels": labels, "targets": labels if targets is None else targets}.items():
         check_tensor(values, name, len(scores), kind="integer", like=scores)
-        if values.device.type == "cpu" and not torch.compiler.is_compiling():  # other devices would synchronise
+        # Values are read on the CPU only, because reading them from another device would have to wait for it.
+        if values.device.type == "cpu" and not torch.compiler.is_compiling():
             check_range(values, scores.shape[1], name=name)
 
 

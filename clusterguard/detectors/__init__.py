@@ -1,4 +1,4 @@
-"""Detectors that are modules: the guard, its clusters and backbones, and two that it is compared with."""
+"""Detectors that are modules: the guard, its heads and backbones, and two detectors that it is compared with."""
 
 from clusterguard.detectors._backbones import find_normalization, find_num_classes, make_encoder
 from clusterguard.detectors._base import DetectorModule, Normalize, WithThresholds

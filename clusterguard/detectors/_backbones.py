@@ -1,8 +1,8 @@
-"""Turns an image classifier into an encoder: images (B, C, H, W) -> (B, out_features), its weights kept.
+"""Turns an image classifier into an encoder, images (B, C, H, W) -> (B, out_features), and keeps its weights.
 
-Models of timm and torchvision lose their classifier; any other module that returns (B, D) gets a linear layer
-on top. Neither library is imported here: the modules in which a model's classes are defined tell where it
-comes from, so a user's subclass is recognised too. `wrappers` takes off what stands around a model.
+The classifier of timm and torchvision models is replaced. Any other module that returns (B, D) gets a linear layer on
+top. Neither library is imported here. A model is recognised by the modules in which its class and their bases are
+defined, so a user's subclass is recognised too. `_wrappers` removes wrappers around a model.
 """
 
 import copy
@@ -30,14 +30,15 @@ _PASS_EXAMPLE = "pass example=images, a batch as the backbone will get it"
 
 
 def find_num_classes(backbone: nn.Module) -> int | None:
-    """Read off how many classes the backbone tells apart now.
+    """Find how many classes a backbone distinguishes now.
 
     Args:
-        backbone: a timm model, a torchvision classification model, such a model in wrappers that compute the same, or
-            any other module.
+        backbone: timm model, torchvision classification model, such a model in wrappers that compute the same, or any
+            other module.
 
     Returns:
-        K, the width of its classifier; None where it has none, and for any other module.
+        The number K of classes, which is the width of the classifier; None for a model without a classifier and for any
+        other module.
 
     Example:
         >>> from torchvision.models import resnet18
@@ -51,26 +52,28 @@ def find_num_classes(backbone: nn.Module) -> int | None:
     num_classes = int(getattr(backbone, "num_classes", 0))
     classifier = getattr(backbone, "get_classifier", nn.Identity)()
     layers = _dense_layers(nn.ModuleList(classifier if isinstance(classifier, tuple) else [classifier]))
-    # The layer has the last word, for its owner may have replaced it; without classes it does not classify.
+    # The layer counts more than the attribute, because a user may have replaced it. If the attribute is 0, the layer is
+    # not a classifier.
     return _width(layers[-1]) if layers and num_classes else num_classes or None
 
 
 def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, consequence: str) -> int:
-    """The number of classes that was asked for, or else the backbone's own.
+    """The number of classes that the user asked for, or else the number that the backbone has.
 
     Args:
-        backbone: as in `find_num_classes`.
-        num_classes: K; None takes the backbone's own.
-        consequence: for the warning: what happens if the two differ.
+        backbone: module as in `find_num_classes`.
+        num_classes: number K of classes; None takes the number that the backbone has.
+        consequence: part of the warning that says what happens if the two numbers differ.
 
     Returns:
-        K.
+        The number K of classes.
 
     Raises:
-        ConfigurationError: num_classes is neither given nor found.
+        ConfigurationError: num_classes is None, and the backbone does not tell it either.
+        UnsupportedBackboneError: the backbone is not a module.
 
     Warns:
-        UserWarning: num_classes differs from the backbone's own.
+        UserWarning: num_classes differs from the number that the backbone has.
 
     Example:
         >>> choose_num_classes(nn.Flatten(), 10, consequence="")
@@ -79,7 +82,7 @@ def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, conseque
     if not isinstance(backbone, nn.Module):
         raise UnsupportedBackboneError(
             f"expected a torch.nn.Module that maps images to (B, D), got {type(backbone).__name__}; pass the module "
-            "in it"
+            "inside it"
         )
     built_in = find_num_classes(backbone)
     if num_classes is None and built_in is None:
@@ -95,19 +98,21 @@ def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, conseque
 
 
 def find_normalization(backbone: nn.Module) -> Normalization:
-    """Find the mean and standard deviation by which the backbone expects pixels in [0, 1] to be normalised.
+    """Find the mean and standard deviation with which a backbone expects pixels in [0, 1] to be normalised.
 
     Args:
-        backbone: a timm model, a torchvision classification model, such a model in wrappers that compute the same, or
-            any other module.
+        backbone: timm model, torchvision classification model, such a model in wrappers that compute the same, or any
+            other module.
 
     Returns:
-        Mean and standard deviation, one value a channel; for a model rebuilt for one channel, the averages of
-        its recipe's three. For an `nn.Sequential` of a normalisation and a model, those of that normalisation, which
-        `make_encoder` leaves out. Any other module is taken to want its pixels as they are: zero and one.
+        Mean and standard deviation, one value per channel. A model rebuilt for one channel gets the averages of the
+        three values it was trained with. An `nn.Sequential` of a normalisation and a model gives the values of this
+        normalisation, which `make_encoder` leaves out. Any other module is assumed to take pixels as they are, with
+        mean 0 and standard deviation 1.
 
     Warns:
-        UserWarning: a model inside expects a normalisation, but what stands around it does not compute the same.
+        UserWarning: a model inside the backbone expects a normalisation, but the module around this model may do more
+            than call it.
 
     Example:
         >>> find_normalization(nn.Flatten())
@@ -133,23 +138,23 @@ def find_normalization(backbone: nn.Module) -> Normalization:
 def choose_normalization(
     backbone: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, *, keep: bool = False
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """The normalisation that was asked for, or else the backbone's own.
+    """The normalisation that the user asked for, or else the one that the backbone expects.
 
     Args:
-        backbone: as in `find_normalization`.
-        mean: one value, or one a channel; None takes the backbone's own.
-        std: as mean.
-        keep: whether the backbone is used as it is, with any normalisation in it, and not what `make_encoder` makes.
+        backbone: module as in `find_normalization`.
+        mean: mean, one value or one per channel; None takes what the backbone expects.
+        std: standard deviation, one value or one per channel; None takes what the backbone expects.
+        keep: whether the backbone is used unchanged, including a normalisation inside it. False means that
+            `make_encoder` will remove that normalisation.
 
     Returns:
         Mean and standard deviation.
 
     Raises:
-        ConfigurationError: mean or std differs from the normalisation that stands in front of the model in an
-            `nn.Sequential`.
+        ConfigurationError: mean or std differs from the normalisation in front of the model in an `nn.Sequential`.
 
     Warns:
-        UserWarning: as `find_normalization`, unless both are given.
+        UserWarning: as in `find_normalization`, unless both mean and std are passed.
 
     Example:
         >>> choose_normalization(nn.Flatten(), [0.5], None)
@@ -161,7 +166,7 @@ def choose_normalization(
         usual = _AS_THEY_ARE if is_settled else find_normalization(backbone)
         return usual[0] if mean is None else mean, usual[1] if std is None else std
     for usual in (built_in, _AS_THEY_ARE):
-        if all(given is None or _are_close(given, values) for given, values in zip((mean, std), usual, strict=True)):
+        if all(asked is None or _are_close(asked, values) for asked, values in zip((mean, std), usual, strict=True)):
             return built_in
     raise ConfigurationError(
         f"expected no mean and std for a {type(backbone).__name__} that normalises its images itself (mean "
@@ -177,28 +182,29 @@ def make_encoder(
     example: Tensor | None = None,
     image_shape: tuple[int, int, int] | None = None,
 ) -> nn.Module:
-    """Copy a backbone into a module that maps images to representations, through a fresh last layer.
+    """Copy a backbone into a module that maps images to representations through a new last layer.
 
     Args:
-        backbone: a timm model, a torchvision classification model, such a model in wrappers that compute the same, or
-            any module that maps images to (B, D). It stays as it is; the copy keeps every weight but the classifier's,
-            and neither those wrappers nor the normalisation that `find_normalization` reads off them.
-        out_features: m, the width of the representation.
-        example: (B, C, H, W) images that the backbone takes, to see what it returns for them. Needed only for
-            a module whose D depends on the image size, or that cannot run on torch's meta device.
-        image_shape: (C, H, W) of the images, where there is no example; a blank image of this shape takes its place.
+        backbone: timm model, torchvision classification model, such a model in wrappers that compute the same, or any
+            module that maps images to (B, D). It is not changed. The copy keeps every weight except those of the
+            classifier. It leaves out the wrappers, and the normalisation that `find_normalization` finds in them.
+        out_features: width m of the representation.
+        example: (B, C, H, W) images that the backbone takes, to find out what it returns for them. They are needed only
+            for a module whose D depends on the image size, or that cannot run on torch's meta device.
+        image_shape: (C, H, W) of the images if there is no example. A blank image of this shape is used instead.
 
     Returns:
-        A module that maps (B, C, H, W) to (B, m), in train mode too. Its last layer has the device, dtype and
-        mode of the layer it replaces, and a plain weight even where that layer's was reparametrised.
+        A module that maps (B, C, H, W) to (B, m), in train mode too. Its last layer has the device, dtype and mode of
+        the layer that it replaces. Its weight is a plain parameter, even if the replaced weight was reparametrised.
 
     Raises:
         ConfigurationError: out_features is not positive.
-        UnsupportedBackboneError: the backbone returns no (B, D) tensor, D takes an example to find, or its weights are
-            quantised, spread over processes, or not there yet.
+        UnsupportedBackboneError: the backbone returns no (B, D) tensor, D cannot be found without an example, or the
+            weights are quantised, spread over processes, or not initialised.
 
     Warns:
-        UserWarning: a model inside has a classifier, but what stands around it does not compute the same.
+        UserWarning: a model inside the backbone has a classifier, but the module around this model may do more than
+            call it.
 
     Example:
         >>> encoder = make_encoder(nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU()), 10)
@@ -227,11 +233,11 @@ def make_encoder(
 
 
 def _is_model(module: nn.Module) -> bool:
-    """Whether it is a whole model of timm or torchvision, not one of the blocks that their models are made of."""
+    """Whether a module is a whole model of timm or torchvision, not one of the blocks that their models are made of."""
     if _is_timm(module):
         return hasattr(module, "reset_classifier") or isinstance(getattr(module, "pretrained_cfg", None), dict)
     has_head = any(hasattr(module, name) for name in _TORCHVISION_HEADS)
-    return _is_torchvision(module) and (has_head or isinstance(module, GraphModule))  # which extracts features
+    return _is_torchvision(module) and (has_head or isinstance(module, GraphModule))  # a feature extractor
 
 
 def _is_timm(module: nn.Module) -> bool:
@@ -251,19 +257,19 @@ def _read_recipe(backbone: nn.Module) -> Normalization | None:
     if isinstance(recipe, dict) and recipe.get("mean") and recipe.get("std"):
         mean, std = tuple(map(float, recipe["mean"])), tuple(map(float, recipe["std"]))
     elif _is_torchvision(backbone):
-        # A model does not tell its weights, but they share ImageNet's values, except for efficientnet_v2_l.
+        # A model does not tell which weights it has, but all use ImageNet's values, except for efficientnet_v2_l.
         ends = [tuple(layer.weight.shape[:2]) for layer in convolutions[:1] + convolutions[-1:]]
         mean, std = ((0.5,) * 3,) * 2 if ends == [(32, 3), (1280, 640)] else _IMAGENET
     else:
         return None
-    # timm's attribute knows of linear patch embeddings, the layer of a stem that the model's owner replaced.
+    # timm's attribute covers linear patch embeddings, and the layer covers a stem that a user replaced.
     if 1 in (getattr(backbone, "in_chans", None), *(layer.in_channels for layer in convolutions[:1])):
         return (sum(mean) / len(mean),), (sum(std) / len(std),)
     return mean, std
 
 
 def _are_close(values: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether they are the same normalisation, where one value stands for all channels."""
+    """Whether two sequences are the same normalisation. A single value stands for all channels."""
     length = max(len(values), len(others))
     if {len(values), len(others)} - {1, length}:
         return False
@@ -283,13 +289,13 @@ def _warn_of_classifier(backbone: nn.Module, core: nn.Module) -> None:
             backbone,
             lost[0],
             f"its classifier of {lost[1]} classes stays inside, and a new layer follows it. Pass the "
-            f"{type(lost[0]).__name__} itself, or take that classifier out",
+            f"{type(lost[0]).__name__} itself, or remove that classifier",
         )
     elif isinstance(core, torch.jit.ScriptModule):
         warnings.warn(
             "normalisation and classifier not found inside a TorchScript module, which does not tell them: its images "
-            "are normalised by mean= and std= alone, and a new layer follows its output. Pass the module that was "
-            "scripted, if there is one",
+            "are normalised by mean= and std= alone, and a new layer follows its output. Pass the original module "
+            "instead, if you have it",
             stacklevel=4,
         )
 
@@ -297,14 +303,14 @@ def _warn_of_classifier(backbone: nn.Module, core: nn.Module) -> None:
 def _warn_of_loss(lost: str, backbone: nn.Module, model: nn.Module, consequence: str) -> None:
     kinds = type(backbone).__name__, type(model).__name__
     warnings.warn(
-        f"{lost} not found inside {kinds[0]}: it does more than pass its images to the {kinds[1]} in it and return "
-        f"what that gives, or cannot be shown to do only that, so it stays as it is and {consequence}",
+        f"{lost} not found inside {kinds[0]}: it may do more than pass its images to the {kinds[1]} inside and return "
+        f"the output of that, so it stays as it is and {consequence}",
         stacklevel=5,
     )
 
 
 def _initialize(encoder: nn.Module, example: Tensor | None) -> None:
-    """Lazy layers get their weights, and are no longer lazy."""
+    """Run the encoder once, so that lazy layers get their weights."""
     if example is None:
         paths = [name for name, weight in encoder.named_parameters() if is_lazy(weight)]
         raise UnsupportedBackboneError(
@@ -315,7 +321,7 @@ def _initialize(encoder: nn.Module, example: Tensor | None) -> None:
 
 
 def _width(layer: _Dense) -> int:
-    # The weight knows better than the attribute, which its owner may have forgotten.
+    # A user may have replaced the weight and forgotten the attribute, so the weight decides.
     if is_lazy(layer.weight):
         return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     return len(layer.weight)
@@ -325,17 +331,17 @@ def _dense_layers(module: nn.Module) -> list[_Dense]:
     return [
         layer
         for path, layer in module.named_modules()
-        if isinstance(layer, _Dense) and "parametrizations" not in path.split(".")  # which compute another's weight
+        if isinstance(layer, _Dense) and "parametrizations" not in path.split(".")  # layers there compute a weight
     ]
 
 
 def _last_parameter(module: nn.Module) -> Tensor | None:
-    # The last, for in a model spread over devices it lies where the output does.
+    # In a model spread over devices, the last parameter is on the device of the output.
     return next((p for p in reversed(list(module.parameters())) if p.is_floating_point()), None)
 
 
 def _find_torchvision_head(backbone: nn.Module) -> tuple[nn.Module, _Dense] | None:
-    """The head and its last layer; None in a model of another library or task, or without a classifier."""
+    """The head and its last layer; None for a model of another library or task, or without a classifier."""
     for name in _TORCHVISION_HEADS if _is_torchvision(backbone) else ():
         head = getattr(backbone, name, nn.Identity())
         if layers := _dense_layers(head):
@@ -344,7 +350,7 @@ def _find_torchvision_head(backbone: nn.Module) -> tuple[nn.Module, _Dense] | No
 
 
 def _keep_main_output(encoder: Any) -> None:
-    """Auxiliary and distilled heads make models return several outputs in train mode; leave one."""
+    """Keep one output of models that return several in train mode because of auxiliary or distilled heads."""
     for module in encoder.modules():
         if getattr(module, "distilled_training", False):
             module.distilled_training = False
@@ -356,7 +362,7 @@ def _keep_main_output(encoder: Any) -> None:
 def _reset_timm_head(encoder: Any, out_features: int) -> None:
     like = _last_parameter(encoder)
     pools = [getattr(owner, "global_pool", None) for owner in (getattr(encoder, "head", None), encoder)]
-    # A model made to return its feature map would otherwise get the layer at every position of that map.
+    # Without pooling, a model that returns its feature map would apply the layer at every position of the map.
     unpooled = "" in [getattr(pool, "pool_type", pool) for pool in pools]
     before = set(encoder.modules())
     encoder.reset_classifier(out_features, *(["avg"] if unpooled else []))
@@ -367,14 +373,14 @@ def _reset_timm_head(encoder: Any, out_features: int) -> None:
 def _replace_torchvision_head(encoder: nn.Module, head: nn.Module, layer: _Dense, out_features: int) -> None:
     fresh, first = _make_layer_like(layer, out_features), _dense_layers(head)[0]
     for path, module in dropwhile(lambda item: item[1] is not layer, list(head.named_modules())):
-        # SqueezeNet's ReLU after its classifier, say. Representations scatter around centres most of whose
-        # coordinates are zero, so they must be able to go negative.
+        # Remove activations after the classifier, such as SqueezeNet's ReLU. Representations scatter around centres
+        # whose coordinates are mostly zero, so they must be able to become negative.
         if type(module).__module__ == "torch.nn.modules.activation":
             head.set_submodule(path, nn.Identity().train(module.training))
     _put(encoder, layer, fresh)
     if all(type(part).__module__.split(".")[0] in ("torch", "torchvision") for part in head.modules()):
         return
-    # In a head of its owner's making, such as an adapter beside its base, what comes last need not be what counts.
+    # In a user's head, such as an adapter beside its base, the last layer need not be the one that makes the output.
     if not _has_width(encoder, out_features):
         _put(encoder, head, _make_layer_like(first, out_features))
         if not _has_width(encoder, out_features):
@@ -385,7 +391,7 @@ def _replace_torchvision_head(encoder: nn.Module, head: nn.Module, layer: _Dense
 
 
 def _make_layer_like(layer: _Dense, out_features: int) -> _Dense:
-    like = next(layer.parameters())  # a weight that is computed before each call may still be elsewhere
+    like = next(layer.parameters())  # a weight computed before each call may be on another device
     options: dict[str, Any] = {"bias": layer.bias is not None, "device": like.device, "dtype": like.dtype}
     fresh: _Dense
     if isinstance(layer, nn.Linear):
@@ -398,7 +404,7 @@ def _make_layer_like(layer: _Dense, out_features: int) -> _Dense:
 
 
 def _put(encoder: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """A module in the place, or the places, of another."""
+    """Replace a module by another one in all places where it occurs."""
     for path, module in list(encoder.named_modules(remove_duplicate=False)):
         if module is old:
             encoder.set_submodule(path, new)
@@ -428,29 +434,29 @@ def _append_layer(module: nn.Module, out_features: int, example: Tensor | None) 
 
 
 def _find_output(features: nn.Module, module: nn.Module, example: Tensor | None) -> Tensor:
-    """What features, a module and perhaps a pooling, make of an example, or of images that the module may take."""
-    # Two images, for a module that confuses the batch with another axis may get away with one.
+    """The output of a module and its optional pooling, `features`, for an example or for blank images that fit."""
+    # Two images, because a module that confuses the batch with another axis may work with one.
     dtype = getattr(_last_parameter(module), "dtype", None)
     blanks = (torch.empty(2, *shape, device="meta", dtype=dtype) for shape in _plausible_shapes(module))
     return _probe(features, blanks if example is None else [example])
 
 
 def _plausible_shapes(module: nn.Module) -> Iterable[tuple[int, ...]]:
-    """Shapes (C, H, W) in which the module may take its images, likeliest first."""
+    """Shapes (C, H, W) of images that the module may take, the likeliest first."""
     recipe: dict[str, Any] = getattr(module, "pretrained_cfg", {})
-    if "input_size" in recipe:  # timm's
+    if "input_size" in recipe:  # timm's configuration
         yield getattr(module, "in_chans", 3), *recipe["input_size"][1:]
     first = next(iter(_dense_layers(module)), None)
     if isinstance(first, nn.Linear):
         yield 1, 1, first.in_features  # whatever the image's sides are, if nn.Flatten comes before it
         if first.in_features > 1:
-            yield 1, first.in_features, 1  # fits then, too, which spares it the rest
+            yield 1, first.in_features, 1  # fits too, so that no further shape has to be tried
     channels = (first.in_channels,) if isinstance(first, nn.Conv2d) else (3, 1)
     yield from ((channel, size, size) for size in _COMMON_SIZES for channel in channels)
 
 
 def _probe(module: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """The output for the first batch that fits; a second one that fits must give the same width."""
+    """The output for the first batch that fits. A second batch that fits must give the same width."""
     outputs: list[Tensor] = []
     failures: list[UnsupportedBackboneError] = []
     for images in batches:
@@ -460,7 +466,7 @@ def _probe(module: nn.Module, batches: Iterable[Tensor]) -> Tensor:
             failures.append(error)
         if len(outputs) == 2:
             break
-    if not outputs:  # an output of another kind tells more than an image size that does not fit
+    if not outputs:  # an output of a wrong kind is a better message than an image size that does not fit
         raise next((failure for failure in failures if failure.__cause__ is None), failures[0])
     widths = [output.shape[1] for output in outputs]
     if widths[0] != widths[-1]:
@@ -469,9 +475,9 @@ def _probe(module: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 
 def _run(module: nn.Module, images: Tensor) -> Tensor:
-    """The module's (B, D) output in eval mode; modes, buffers and everything else stay as they are."""
+    """The module's output (B, D) in eval mode. The module itself, its modes and its buffers do not change."""
     expected = f"expected floating-point features ({len(images)}, D) for images {tuple(images.shape)}"
-    # The copy shares the parameters; on the meta device it needs neither their memory nor any arithmetic.
+    # The copy shares the parameters. On the meta device it gets empty ones, which need no memory and no arithmetic.
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     try:
         if images.is_meta:

@@ -1,4 +1,4 @@
-"""What every detector that is a module shares: thresholds, the checked `detect`, calibration's record."""
+"""The base class of detectors that are modules, with thresholds, a checked `detect` and the record of calibration."""
 
 import copy
 import math
@@ -26,42 +26,44 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ImageShape: TypeAlias = tuple[int, int, int] | Literal["any"]
-"""The (C, H, W) of all images that a detector takes, or "any" where it takes images of several shapes."""
+"""The shape (C, H, W) of all images that a detector takes, or "any" if it takes images of several shapes."""
 
 
 class DetectorModule(nn.Module, ABC):
-    """Base of detectors that are modules: write `evidence`, get `detect`, `thresholds` and their persistence.
+    """Base class of detectors that are modules.
 
-    The `evidence` that you write sees pixels in [0, 1] alone. Pixels that rounding moved out of it, by 1e-4 at most,
-    are moved back. An image with any other pixel, or one that is not finite, is refused: your `evidence` sees a blank
-    image in its place, and its suspicion is +inf whatever that says.
+    A subclass implements `evidence`. It inherits `detect`, and `thresholds` that are saved in its state dict.
+
+    The `evidence` of a subclass receives only pixels in [0, 1]. Pixels that rounding has moved out of this range, by at
+    most 1e-4, are moved back. An image with a pixel further outside, or with one that is not finite, is always refused:
+    `evidence` receives a blank image in its place, and the suspicion of this image becomes +inf.
 
     Args:
-        num_classes: K, at least 2.
-        image_shape: (C, H, W) of the images that it takes; None takes the shape of those that it is trained or
-            calibrated on first, "any" leaves it free.
+        num_classes: number K of classes, at least 2.
+        image_shape: shape (C, H, W) of the images that the detector takes. None takes the shape of the first images
+            that it is trained or calibrated on, and "any" allows all shapes.
 
     Raises:
-        ConfigurationError: fewer than two classes, or an image shape that is none.
+        ConfigurationError: there are fewer than two classes, or the image shape is not valid.
 
     Attributes:
         thresholds: (K,) float32 buffer, NaN until calibrated. It stays float32 under ``.half()``, because
             rounding a threshold would void its calibration.
-        calibration: how the thresholds were fitted; None if they were not, or not by a `Calibrator`.
-        frozen: names of submodules that stay in eval mode while the detector is trained, such as those of a BatchNorm
-            whose statistics must not move.
-        class_names: K different names in the order of the labels; None if they are not known. They travel with a saved
-            guard and an exported graph.
+        calibration: record of how the thresholds were fitted; None if they were not fitted by a `Calibrator`.
+        frozen: names of submodules that stay in eval mode while the detector is trained, such as a BatchNorm whose
+            statistics must not change.
+        class_names: K different names in the order of the labels; None if they are not known. They are stored with a
+            saved guard and in an exported graph.
 
     Example:
-        >>> class Brighter(DetectorModule):  # of K pixels
+        >>> class Brighter(DetectorModule):  # labels the brightest of K pixels
         ...     def evidence(self, images):
         ...         return Evidence(images.flatten(1), 1 - images.flatten(1))
         >>> detector = Brighter(num_classes=2)
         >>> detector.thresholds = torch.tensor([0.5, 0.5])
         >>> detector.detect(torch.tensor([[[[0.2, 0.9]]], [[[0.1, 0.3]]]])).is_adversarial
         tensor([False,  True])
-        >>> detector.detect(torch.tensor([[[[0.2, 1.1]]]]), check=False).is_adversarial  # no image has such a pixel
+        >>> detector.detect(torch.tensor([[[[0.2, 1.1]]]]), check=False).is_adversarial  # a pixel above 1
         tensor([True])
     """
 
@@ -81,15 +83,15 @@ class DetectorModule(nn.Module, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if not hasattr(cls.evidence, "refuses_invalid_images"):  # an inherited one does already
+        if not hasattr(cls.evidence, "refuses_invalid_images"):  # an inherited method is wrapped already
             cls.evidence = _refusing_invalid_images(cls.evidence)  # type: ignore[method-assign, assignment]
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """The classes' names, in the order of the labels; None if they are not known.
+        """The names of the classes in the order of the labels; None if they are not known.
 
         Raises:
-            ConfigurationError: when they are set, unless they are K different strings that UTF-8 can write.
+            ConfigurationError: the names being set are not K different strings that can be encoded as UTF-8.
         """
         return self._class_names
 
@@ -103,10 +105,10 @@ class DetectorModule(nn.Module, ABC):
 
     @property
     def image_shape(self) -> ImageShape | None:
-        """(C, H, W) of the images that it takes; any other shape is an error.
+        """(C, H, W) of the images that the detector takes; images of any other shape are an error.
 
-        None means that nothing is known yet: the first images that it is trained or calibrated on decide. Set it to
-        None before you train or calibrate at another size, and to "any" to leave the shape free.
+        None means that the shape is not known yet, and will be that of the first images that the detector is trained or
+        calibrated on. Set it to None before you train or calibrate at another size, and to "any" to allow all shapes.
         """
         return self._image_shape
 
@@ -122,30 +124,30 @@ class DetectorModule(nn.Module, ABC):
         self._image_shape = shape
 
     def check_image_shape(self, images: Tensor) -> None:
-        """Make sure that images have the shape that this detector takes.
+        """Check that images have the shape that this detector takes.
 
         Args:
-            images: (B, C, H, W).
+            images: (B, C, H, W) images.
 
         Raises:
-            InputError: they have another one.
+            InputError: they have another shape.
         """
         shape = self._image_shape
         if shape is not None and shape != "any" and tuple(images.shape[1:]) != shape:
             raise InputError(
                 f"expected images of shape {shape}, as this detector was made for, got {tuple(images.shape[1:])}; "
-                "resize or convert them, or set detector.image_shape, to None before you train or calibrate it at "
-                'another size, or to "any" if it shall take all sizes'
+                "resize or convert them, or set detector.image_shape to None before you train or calibrate it at "
+                'another size, or to "any" if it may take all sizes'
             )
 
     def learn_image_shape(self, images: Tensor) -> None:
-        """Take only images of this shape (C, H, W) from now on, unless the shape is decided already.
+        """Take only images of this shape (C, H, W) from now on, unless the shape is set already.
 
         Args:
-            images: (B, C, H, W), of those that the detector is trained or calibrated on.
+            images: (B, C, H, W) images that the detector is trained or calibrated on.
 
         Raises:
-            InputError: they have another shape than is decided, or are no batch of images.
+            InputError: they are no batch of images, or do not have the shape that is set.
         """
         check_tensor(images, "images", "B", "C", "H", "W")
         if self._image_shape is None:
@@ -160,20 +162,20 @@ class DetectorModule(nn.Module, ABC):
 
     @torch.no_grad()
     def detect(self, images: Tensor, *, check: bool = True) -> Detection:
-        """Label images and say which to refuse, in eval mode whatever mode the module is in.
+        """Label images and decide which to refuse. This always runs in eval mode and restores the mode afterwards.
 
         Args:
-            images: (B, C, H, W), floating point, in [0, 1].
-            check: whether to check images and thresholds first. It costs a wait for the device; without it what
-                cannot be judged is refused all the same: an image with a pixel that is not finite or not in [0, 1], and
-                any image while thresholds are missing.
+            images: (B, C, H, W) floating-point images in [0, 1].
+            check: whether to check images and thresholds first, which has to wait for the device. Without the check, an
+                image that cannot be judged is refused instead: one with a pixel that is not finite or not in [0, 1],
+                and every image while thresholds are missing.
 
         Returns:
-            Labels, their suspicion, and the verdict, each (B,).
+            Labels, their suspicion, and whether the image is refused, each (B,).
 
         Raises:
-            InputError: images of a wrong shape, dtype or range; of the range only with `check`.
-            NotCalibratedError: no thresholds have been fitted; only with `check`.
+            InputError: images have a wrong shape, dtype or range. The range is checked only with `check`.
+            NotCalibratedError: no thresholds have been fitted. This is raised only with `check`.
         """
         if check:
             check_images(images)
@@ -182,14 +184,14 @@ class DetectorModule(nn.Module, ABC):
             return decide(self.evidence(images), self.thresholds)
 
     def reset_calibration(self) -> None:
-        """Forget the thresholds, so that everything is refused until the next calibration."""
+        """Forget the thresholds, so that every image is refused until the next calibration."""
         self.thresholds = torch.full_like(self.thresholds, torch.nan)
         self.calibration = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Self":
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        with CopiedValues():  # a weight that was computed for the last batch is no reason to fail
+        with CopiedValues():  # deepcopy alone fails on a weight that was computed for the last batch
             copied.__setstate__(copy.deepcopy(self.__reduce_ex__(4)[2], memo))  # type: ignore[no-untyped-call]
         return copied
 
@@ -202,14 +204,16 @@ class DetectorModule(nn.Module, ABC):
 
 
 class Normalize(nn.Module):
-    """(images - mean) / std per channel, with both in the state dict, since a detection depends on them.
+    """Normalises images to ``(images - mean) / std`` in each channel.
+
+    Mean and standard deviation are in the state dict, because detections depend on them.
 
     Args:
-        mean: one number, or one per channel.
-        std: one positive number, or one per channel.
+        mean: mean of the pixels, one number or one per channel.
+        std: positive standard deviation of the pixels, one number or one per channel.
 
     Raises:
-        ConfigurationError: lengths that do not fit, or a std that is not positive.
+        ConfigurationError: the lengths do not fit, a number is not finite, or a std is not positive.
 
     Example:
         >>> Normalize([0.5], [0.25])(torch.ones(1, 1, 1, 1)).item()
@@ -230,26 +234,26 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(tuple(map(float, std))).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> the same shape, normalised, in the images' dtype."""
+        """Normalise images: (B, C, H, W) in [0, 1] -> the same shape and dtype."""
         check_tensor(images, "images", "B", "C", "H", "W", like=self.mean)
         channels = max(len(self.mean), len(self.std))
         if channels not in (1, images.shape[1]):
             raise InputError(
                 f"expected images with {channels} channels, got {images.shape[1]}; "
-                "pass mean and std for the backbone's channels if it takes these images"
+                "if the backbone takes these images, pass mean and std for their channels"
             )
         return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
 
 
 class WithThresholds(nn.Module):
-    """The same detector at other thresholds, for other false-positive rates or while training.
+    """A detector with other thresholds, for another false-positive rate or during training.
 
     Args:
-        detector: whatever yields evidence; it is shared, not copied.
-        thresholds: (K,).
+        detector: detector that yields evidence; it is shared, not copied.
+        thresholds: (K,) thresholds, one per label.
 
     Raises:
-        InputError: it yields no evidence, or thresholds are not (K,).
+        InputError: the detector yields no evidence, or the thresholds are not (K,).
 
     Example:
         >>> from clusterguard.detectors import ConfidenceDetector
@@ -275,7 +279,7 @@ class WithThresholds(nn.Module):
 
 
 def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """What a network makes of images (B, C, H, W); where it cannot run on them, that is an error of theirs.
+    """The output of a network for images (B, C, H, W).
 
     Raises:
         InputError: the network fails on images of this size, dtype or device.
@@ -286,7 +290,7 @@ def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         return network(images)
     except (RuntimeError, AssertionError) as error:
         if type(error) not in (RuntimeError, NotImplementedError, AssertionError):
-            raise  # of memory or the device, which other images do not help
+            raise  # an error of memory or the device, for which the images are not to blame
         raise InputError(
             f"expected images that the network can take, got {images.dtype} of shape {tuple(images.shape)} on "
             f"{images.device}; it failed with: {error}"
@@ -294,18 +298,19 @@ def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def valid_images(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Tell images that can be judged from those that must be refused, whatever the network makes of them.
+    """Separate images that can be judged from images that must always be refused.
+
+    An image must be refused if it has a pixel that is not finite, or that is outside [0, 1] by more than 1e-4.
 
     Args:
-        images: (B, C, H, W), floating point.
+        images: (B, C, H, W) floating-point images.
 
     Returns:
-        The images (B, C, H, W) with every pixel in [0, 1]: what rounding moved out of it is moved back, and an image to
-        be refused is blank. And (B, 1), False for images to be refused: they have a pixel that is not finite, or out of
-        [0, 1] by more than 1e-4.
+        The images (B, C, H, W) with every pixel in [0, 1], and a mask (B, 1) that is False for images to be refused.
+        Pixels that rounding has moved out of [0, 1] are moved back. An image to be refused is replaced by a blank one.
 
     Raises:
-        InputError: images of a wrong shape or dtype.
+        InputError: images have a wrong shape or dtype.
 
     Example:
         >>> images, is_valid = valid_images(torch.tensor([0.5, 1.00001, 1.1, torch.nan]).view(4, 1, 1, 1))
@@ -314,12 +319,12 @@ def valid_images(images: Tensor) -> tuple[Tensor, Tensor]:
     """
     check_tensor(images, "images", "B", "C", "H", "W")
     is_valid = in_range(images).flatten(1).all(dim=1, keepdim=True)
-    # A NaN must not reach the network: runtimes differ in what they make of it, and some layers see a whole batch.
+    # A NaN must not reach the network: runtimes treat it differently, and some layers would spread it over the batch.
     return images.masked_fill(~is_valid[..., None, None], 0).clamp(0, 1), is_valid
 
 
 def _refusing_invalid_images(evidence: Callable[[Any, Tensor], Evidence]) -> Callable[[Any, Tensor], Evidence]:
-    """The method `evidence` of a detector that sees valid images only, and whose answer to others is overruled."""
+    """Wrap the `evidence` of a detector, so that it receives valid images only and all other images are refused."""
 
     @wraps(evidence)
     def refusing(self: DetectorModule, images: Tensor) -> Evidence:

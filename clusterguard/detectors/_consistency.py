@@ -1,4 +1,4 @@
-"""Refuse what changes its mind nearby: a detector that looks at an image's worst neighbour too."""
+"""A detector that also evaluates the most suspicious neighbour it finds around an image."""
 
 import math
 
@@ -11,32 +11,33 @@ from torch import Tensor
 
 
 class ConsistentDetector(DetectorModule):
-    """Any detector, suspicious of an image if it is suspicious of a close neighbour under the same label.
+    """Wraps a detector, and is also suspicious of an image if a close neighbour is suspicious under the same label.
 
-    The neighbour lies in the ℓ∞ ball of `radius` around the image; a few deterministic steps up the suspicion of the
-    image's own label find it. Class scores, and so labels, are the detector's. The suspicion of every label is the
-    larger of the image's and the neighbour's: never less than the detector's own, and not finite where either is not.
-    Thresholds are this detector's own; calibrate it as any other.
+    The neighbour lies in the ℓ∞ ball of `radius` around the image. A few deterministic gradient steps find it. They
+    increase the suspicion of the label that the image has. Class scores, and so labels, are those of the wrapped
+    detector for the image. The suspicion of every label is the larger one of the image and the neighbour. So it is
+    never less than in the wrapped detector, and it is not finite if either of the two is not. The thresholds do not
+    come from the wrapped detector; calibrate this detector like any other.
 
-    One look at an image costs `steps` + 2 forward and `steps` backward passes of the detector, so it can be neither
-    exported nor run without autograd. `attacks.metering.Metered` around the inner detector counts these, around this
-    one it counts looks, as `evaluate` does.
+    Judging an image costs `steps` + 2 forward and `steps` backward passes of the wrapped detector. So this detector
+    needs autograd and cannot be exported. `attacks.metering.Metered` around the wrapped detector counts these passes.
+    Around this detector it counts judged images, as `evaluate` does.
 
-    Attackers get a gradient straight through: that of both evaluations, the neighbour's offset held constant, though it
-    depends on the image too. Attacks without gradients see the whole. Where the label changes, the search goes another
-    way and the suspicion of the new label jumps up; an attack has to go on from there. Where the search finds no way
-    up, a gradient of exactly 0, the neighbour is the image and nothing is gained: a detector that hides its gradients
-    is not helped by this.
+    A gradient of this detector is the gradient of both evaluations, in which the offset of the neighbour is held
+    constant although it depends on the image. Attacks without gradients see the full dependence. When the label of an
+    image changes, the search climbs the suspicion of the new label, which may jump up, and an attack has to continue
+    from there. If the gradient in the search is exactly 0, the neighbour is the image itself. So this wrapper does not
+    help a detector that hides its gradients.
 
     Args:
-        detector: whatever yields evidence; it is shared, not copied.
-        radius: of the ball, positive, in units of pixels in [0, 1].
-        steps: at least 1.
-        step_size: length of a step, positive; None takes min(1, 2 / steps) times the radius.
+        detector: detector that yields evidence; it is shared, not copied.
+        radius: positive radius of the ball, in units of pixels in [0, 1].
+        steps: number of gradient steps, at least 1.
+        step_size: positive length of a step; None takes min(1, 2 / steps) times the radius.
 
     Raises:
-        InputError: it yields no evidence.
-        ConfigurationError: an option out of its range.
+        InputError: the detector yields no evidence.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         After Chen et al., "Stratified adversarial robustness with rejection" (2023), who reject where the label itself
@@ -66,18 +67,19 @@ class ConsistentDetector(DetectorModule):
         self.training = getattr(detector, "training", False)
 
     def extra_repr(self) -> str:
-        """What is shown when the module is printed: the search."""
+        """The options of the search, which are shown when the module is printed."""
         return f"radius={self.radius:g}, steps={self.steps}, step_size={self.step_size:g}"
 
     def evidence(self, images: Tensor) -> Evidence:
-        """The detector's class scores, and the larger suspicion of image and neighbour, of images (B, C, H, W).
+        """The class scores of images (B, C, H, W), and the larger suspicion of each image and its neighbour.
 
         Raises:
-            ConfigurationError: while a graph of it is made, which cannot hold the search's gradients.
+            ConfigurationError: the detector is being exported or compiled. A graph cannot hold the search's gradients.
         """
         if torch.compiler.is_compiling():
             raise ConfigurationError(
-                "a ConsistentDetector takes gradients when it looks, which no exported graph can; export what it wraps"
+                "a ConsistentDetector needs gradients to judge images, and no exported graph has them; "
+                "export what it wraps"
             )
         here = self.detector.evidence(images)
         offset = self._offset(images, here.class_scores.detach().argmax(dim=1))
@@ -85,9 +87,9 @@ class ConsistentDetector(DetectorModule):
         return Evidence(here.class_scores, torch.maximum(here.suspicion, nearby.suspicion))
 
     def _offset(self, images: Tensor, labels: Tensor) -> Tensor:
-        """(B, C, H, W) from each image to its neighbour, without gradient."""
+        """The offset (B, C, H, W) from each image to its neighbour, without a gradient."""
         with torch.inference_mode(False), torch.enable_grad():
-            images, labels = images.detach().clone(), labels.clone()  # inference tensors take no part in autograd
+            images, labels = images.detach().clone(), labels.clone()  # autograd cannot use inference tensors
             low, high = (images - self.radius).clamp_min(0), (images + self.radius).clamp_max(1)
             neighbours = images
             for _ in range(self.steps):
@@ -95,8 +97,8 @@ class ConsistentDetector(DetectorModule):
                 suspicion = self.detector.evidence(leaf).suspicion.gather(1, labels[:, None])
                 if not suspicion.requires_grad:
                     raise ConfigurationError(
-                        "expected evidence that is differentiable in the images, to search along; "
-                        f"{type(self.detector).__name__} yields none"
+                        "expected evidence that is differentiable in the images, which the search needs; that of "
+                        f"{type(self.detector).__name__} has no gradient"
                     )
                 (gradient,) = torch.autograd.grad(suspicion.sum(), leaf)
                 neighbours = (leaf.detach() + self.step_size * gradient.sign()).clamp(low, high)

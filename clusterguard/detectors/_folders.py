@@ -1,6 +1,7 @@
-"""A guard as a folder of safetensors, JSON and a model card: nothing is pickled, nothing is loaded by halves.
+"""Saves a guard as a folder of safetensors, JSON and a model card, and loads it.
 
-`ClusterGuard.save_pretrained` and `from_pretrained` are the way in.
+Nothing is pickled, and a folder that is incomplete is refused. Users call `ClusterGuard.save_pretrained` and
+`from_pretrained`.
 """
 
 import hashlib
@@ -43,24 +44,26 @@ def save_guard(
     """Write a guard; see `ClusterGuard.save_pretrained`.
 
     Args:
-        guard: its state dict is saved.
-        folder: where to.
-        backbone: the recipe of `describe_backbone`.
-        options: what else makes such a guard, as plain values; `load_guard` hands them to its `build`.
-        training: recorded as it is.
-        evaluation: at the guard's thresholds.
+        guard: guard whose state dict is saved.
+        folder: folder to write to.
+        backbone: recipe that `describe_backbone` returned.
+        options: further options of the guard, as plain values. `load_guard` passes them to its `build`.
+        training: record of the training, saved unchanged.
+        evaluation: evaluation at the guard's thresholds.
     """
     refuse_foreign(folder)
     thresholds = guard.thresholds.tolist()
-    if evaluation is not None and str(list(evaluation.thresholds)) != str(thresholds):  # as text, for NaN
+    if evaluation is not None and str(list(evaluation.thresholds)) != str(thresholds):  # as text, as NaN != NaN
         raise ConfigurationError("expected an evaluation at this guard's thresholds, got another's; evaluate it again")
     try:
         json.dumps(training, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
-            f"expected training to hold what JSON has, got {error}; write None for NaN, repr(...) for objects"
+            f"expected training to hold what JSON has, got {error}; write None for NaN and repr(...) for objects"
         ) from error
-    weights = save({name: own.detach().to("cpu", copy=True).contiguous() for name, own in guard.state_dict().items()})
+    weights = save(
+        {name: value.detach().to("cpu", copy=True).contiguous() for name, value in guard.state_dict().items()}
+    )
     record = guard.calibration if guard.calibration and guard.calibration.describes(guard.thresholds) else None
     config = {
         "format": _FORMAT,
@@ -87,7 +90,7 @@ def save_guard(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as staging:
         for name, content in files.items():
             (Path(staging) / name).write_bytes(content)
-        for name in files:  # the config last: it tells the weights it belongs to, so halves never load
+        for name in files:  # the config last: it holds the hash of its weights, so a mixture is refused
             (Path(staging) / name).replace(folder / name)
 
 
@@ -97,9 +100,10 @@ def load_guard(
     """Read a guard; see `ClusterGuard.from_pretrained`.
 
     Args:
-        build: makes the guard of its backbone and of the options that `save_guard` wrote, `image_shape` among them.
-        folder: that was written.
-        backbone: None rebuilds it from its recipe.
+        build: function that makes the guard from its backbone and from the options that `save_guard` wrote, such as
+            `image_shape`.
+        folder: folder that `save_guard` wrote.
+        backbone: module that the guard was made with; None rebuilds it from its recipe.
     """
     config = read_config(folder / CONFIG)
     state = read_weights(folder / WEIGHTS, config)
@@ -110,8 +114,8 @@ def load_guard(
                 f"{folder / CONFIG} has no recipe for its backbone, a {recipe['type']}; build that module as it was "
                 "when the guard was made (its weights do not matter) and pass backbone=module"
             )
-        # The random weights are overwritten, so they shall not cost randomness; and what there is to warn of was said
-        # when the guard was made.
+        # The random weights are overwritten, so drawing them must not change the user's random state. Warnings were
+        # already given when the guard was made.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             guard = build(build_backbone(recipe) if backbone is None else backbone, options)
@@ -125,7 +129,7 @@ def load_guard(
             guard.calibration = Calibration.from_dict(config["calibration"], guard.thresholds)
     except PersistenceError:
         raise
-    except Exception as error:  # whatever a config that was edited, or another version of timm, leads to
+    except Exception as error:  # an edited config or another version of timm may raise anything
         if isinstance(error, UnsupportedBackboneError) and backbone is not None:
             raise
         hint = f"backbone={type(backbone).__name__}" if backbone is not None else f"what {CONFIG} describes"
@@ -137,7 +141,7 @@ def load_guard(
 
 
 def find_folder(name: str | Path, **hub_options: Any) -> Path:
-    """A folder as it is, or the copy of a guard on the Hugging Face Hub."""
+    """The local folder of a guard, downloaded from the Hugging Face Hub if the name is an id there."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists():
@@ -145,13 +149,13 @@ def find_folder(name: str | Path, **hub_options: Any) -> Path:
     if not _may_be_on_the_hub(name):
         raise PersistenceError(
             f"expected a folder that save_pretrained wrote, got {name}, which does not exist; mend the path, which is "
-            f"taken from {Path.cwd()} unless it is absolute"
+            f"relative to {Path.cwd()} unless it is absolute"
         )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG], **hub_options))
-    except Exception as error:  # the Hub's errors have no base class of their own
+    except Exception as error:  # the Hub's errors have no common base class
         raise PersistenceError(
             f"expected a folder, or a guard's id on the Hugging Face Hub, got {str(name)!r}: there is no such folder, "
             f"and the Hub says: {in_one_line(error)}"
@@ -159,7 +163,7 @@ def find_folder(name: str | Path, **hub_options: Any) -> Path:
 
 
 def _may_be_on_the_hub(name: str | Path) -> bool:
-    """Whether it can be an id such as "owner/guard" at all, or is a path."""
+    """Whether a name can be an id such as "owner/guard", and is not clearly a path."""
     text = str(name)
     is_path = isinstance(name, Path) or text.startswith((".", "~", "/")) or text.endswith("/") or "\\" in text
     return not is_path and text.count("/") <= 1
@@ -168,16 +172,16 @@ def _may_be_on_the_hub(name: str | Path) -> bool:
 def describe_backbone(
     encoder: nn.Module, representation_dim: int, image_shape: tuple[int, int, int] | None = None
 ) -> dict[str, Any]:
-    """The recipe for the backbone of an encoder, tried out on the meta device.
+    """Find a recipe that rebuilds the backbone of an encoder. It is tried out on the meta device.
 
     Args:
-        encoder: what `make_encoder` made of the backbone.
-        representation_dim: m, its outputs.
-        image_shape: (C, H, W) of the images that it takes; None if that is not known.
+        encoder: encoder that `make_encoder` made from the backbone.
+        representation_dim: number m of its outputs.
+        image_shape: (C, H, W) of the images that it takes; None if it is not known.
 
     Returns:
-        "source" is "timm", "torchvision" or "layers", with the "name" and "arguments" that rebuild the encoder, equal
-        in every module, attribute and shape; or it is "module", if no recipe does.
+        A dict. If a recipe rebuilds the encoder with the same modules, attributes and shapes, "source" is "timm",
+        "torchvision" or "layers", and "name" and "arguments" are those of the model. Otherwise "source" is "module".
     """
     model, structure = _inner(encoder), _structure(encoder)
     near_misses = []
@@ -186,7 +190,7 @@ def describe_backbone(
             try:
                 with torch.device("meta"):
                     rebuilt = make_encoder(build_backbone(recipe), representation_dim, image_shape=image_shape)
-            except Exception as error:  # whatever a library raises at arguments that it does not take
+            except Exception as error:  # libraries raise many errors for arguments that they do not take
                 near_misses.append((0, f"{recipe['name']}: {error}"))
                 break
             twin = _structure(rebuilt)
@@ -195,7 +199,7 @@ def describe_backbone(
                 return recipe
             place = different[0] or type(model).__name__
             near_misses.append((len(structure) - len(different), f"{recipe['name']} differs at {place}"))
-            # Constructors keep some arguments under their own names; those are worth a second try.
+            # Constructors keep some arguments as attributes of the same name, so try again with these.
             usual, changeable = _attributes(_inner(rebuilt)), inspect.signature(type(model)).parameters
             changed = {k: v for k, v in _attributes(model).items() if k in changeable and v != usual.get(k, v)}
             if not changed:
@@ -211,10 +215,10 @@ def describe_backbone(
 
 
 def build_backbone(recipe: Mapping[str, Any]) -> nn.Module:
-    """The backbone of a recipe, with random weights; nothing is downloaded and no checkpoint is read."""
+    """Build the backbone of a recipe with random weights. Nothing is downloaded and no checkpoint is read."""
     name, arguments = recipe["name"], recipe["arguments"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about initial weights and old names
+        warnings.simplefilter("ignore")  # warnings about initial weights and old names
         if recipe["source"] == "torchvision":
             from torchvision.models import get_model_builder
 
@@ -225,17 +229,17 @@ def build_backbone(recipe: Mapping[str, Any]) -> nn.Module:
 
         if ":" in name:
             raise ValueError(f"{name!r} is no name of a timm model")
-        # What fetches or unpickles files is stated here, so that a foreign config.json cannot state it too.
+        # All arguments that could fetch or unpickle a file are set here, so that a foreign config.json cannot set them.
         off: dict[str, Any] = {"pretrained": False, "checkpoint_path": "", "pretrained_cfg": None}
         return timm.create_model(name, **off, pretrained_cfg_overlay=None, **arguments)
 
 
 def _recipes(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """What may have built a model."""
+    """Recipes that may have built a model."""
     settings = getattr(model, "pretrained_cfg", None)
     if isinstance(settings, dict) and settings.get("architecture"):
         name = ".".join(filter(None, (settings["architecture"], settings.get("tag"))))
-        yield _recipe("timm", name, getattr(model, "_model_args", {}))  # newer versions of timm keep them
+        yield _recipe("timm", name, getattr(model, "_model_args", {}))  # newer versions of timm keep the arguments
     elif type(model).__module__.startswith("torchvision.models."):
         from torchvision import models
 
@@ -248,24 +252,24 @@ def _recipes(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 def _recipe(source: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in arguments.items() if _is_plain(value)}
-    return {"source": source, "name": name, "arguments": json.loads(json.dumps(plain))}  # as it will be read
+    return {"source": source, "name": name, "arguments": json.loads(json.dumps(plain))}  # as read from JSON
 
 
 def _inner(encoder: nn.Module) -> nn.Module:
-    """The model that got a layer on top, or the encoder itself."""
+    """The model without the layer that `make_encoder` put on top, or the encoder itself."""
     return encoder[0] if type(encoder) is nn.Sequential else encoder
 
 
 def _structure(module: nn.Module) -> dict[str, object]:
-    """All that decides what a module computes, but for the values of its tensors."""
+    """Everything that decides what a module computes, except for the values of its tensors."""
     return {
         **{name: (type(part), _attributes(part)) for name, part in module.named_modules()},
-        **{name: own.shape for name, own in [*module.named_parameters(), *module.named_buffers()]},
+        **{name: tensor.shape for name, tensor in [*module.named_parameters(), *module.named_buffers()]},
     }
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Its settings; of functions and other objects their names."""
+    """The settings of a module. Functions and other objects are replaced by their names."""
     return {
         key: value if _is_plain(value) else getattr(value, "__qualname__", type(value).__name__)
         for key, value in vars(module).items()
@@ -280,7 +284,7 @@ def _is_plain(value: object) -> bool:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Nothing that clusterguard did not write is overwritten."""
+    """Refuse a folder in which files that clusterguard did not write would be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise PersistenceError(f"expected a folder, got the file {folder}; choose another name")
     for name, mark in ((CARD, MARK), (CONFIG, f'"format": "{_FORMAT}"')):
@@ -290,7 +294,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What `config.json` holds, if it is a guard's and of a format that is known."""
+    """Read the `config.json` of a guard, and refuse one of another program or of an unknown format."""
     try:
         config = json.loads(file.read_bytes())
     except FileNotFoundError as error:
@@ -311,7 +315,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_weights(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of `model.safetensors`, if it is the file that this config was saved with."""
+    """Read the tensors of `model.safetensors`, and refuse a file that the config was not saved with."""
     again = "download it or save the guard again"
     try:
         content = file.read_bytes()
@@ -321,10 +325,10 @@ def read_weights(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         raise PersistenceError(f"{file} cannot be read ({in_one_line(error)}); {again}") from error
     if hashlib.sha256(content).hexdigest() != config.get("weights_sha256"):
         raise PersistenceError(
-            f"{file} is not the file that {CONFIG} was saved with: damaged, cut off, replaced, or from an interrupted "
-            f"save; {again}"
+            f"{file} is not the file that {CONFIG} was saved with: it is damaged, cut off, replaced, or from an "
+            f"interrupted save; {again}"
         )
     try:
         return load(content)
-    except Exception as error:  # safetensors has an error of its own, and passes on Python's
+    except Exception as error:  # safetensors raises its own errors and Python's
         raise PersistenceError(f"{file} is no safetensors file ({in_one_line(error)}); {again}") from error

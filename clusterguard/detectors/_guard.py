@@ -1,4 +1,4 @@
-"""ClusterGuard: a backbone and the Gaussian mixture behind it, the module that users hold."""
+"""ClusterGuard, the module that users work with: a backbone followed by a head such as a Gaussian mixture."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,46 +22,49 @@ if TYPE_CHECKING:
 
 
 class ClusterGuard(DetectorModule, ModelHubMixin):
-    """An image classifier that notices adversarial examples: a drop-in for the classifier it wraps.
+    """An image classifier that notices adversarial examples. It can replace the classifier that it wraps.
 
-    The backbone's classifier is replaced by one with m outputs, the representation. An image is labelled by the
-    closest of K Gaussian clusters and refused if it lies further from that cluster's centre than the threshold.
-    Untrained it knows nothing: fine-tune it with `AdversarialClusterTrainer`, then fit thresholds with
-    `Calibrator`.
+    The classifier of the backbone is replaced by a layer with m outputs, the representation. An image gets the label of
+    the closest of K Gaussian clusters. It is refused if its distance to the centre of this cluster is larger than the
+    threshold. A new guard must be trained before use: fine-tune it with `AdversarialClusterTrainer`, then fit
+    thresholds with `Calibrator`.
 
-    A new guard is in eval mode, and training leaves it in eval mode. Modules that are in eval mode within a backbone in
-    train mode, such as a frozen BatchNorm, stay in eval mode while the guard is trained; they are named in `frozen`.
+    A new guard is in eval mode, and training leaves it in eval mode. If the backbone is in train mode but some of its
+    modules are in eval mode, such as a frozen BatchNorm, these stay in eval mode while the guard is trained. Their
+    names are in `frozen`.
 
     Args:
-        backbone: any timm model, any torchvision classification model, or any module that maps images to (B, D).
-            It is copied, with its weights; the original stays as it is. Wrappers that compute the same as the model in
-            them are left out: `nn.DataParallel`, a compiled or averaged model, an `nn.Sequential` that only normalises
-            first, a module that only calls the model.
-        num_classes: K; None takes the backbone's own number of classes.
-        representation_dim: m, a multiple of K; None means K.
-        center_scale: M, how far the class centres lie from the origin, along each of their m/K coordinates; None
-            means 10.
-        mean: per channel, subtracted from images in [0, 1]; None takes what the backbone was trained with
-            (timm: its configuration; torchvision: ImageNet's; other modules: nothing).
-        std: per channel, the divisor after that.
-        head: what compares representations with classes; it is copied. None takes `GaussianClusters`, the paper's, of
-            the two options above, which go with that alone.
+        backbone: timm model, torchvision classification model, or any module that maps images to (B, D). It is copied
+            with its weights, and the original is not changed. Wrappers that compute the same as the model inside them
+            are left out: `nn.DataParallel`, a compiled or averaged model, an `nn.Sequential` that only normalises
+            images before the model, and a module that only calls the model.
+        num_classes: number K of classes; None takes the number that the backbone has.
+        representation_dim: width m of the representation, a multiple of K; None means K.
+        center_scale: scale M of the class centres, which lie at M on each of their m/K coordinates and at 0 on all
+            others; None means 10.
+        mean: mean per channel, subtracted from images in [0, 1]. None takes what the backbone was trained with: timm's
+            configuration of the model, ImageNet's mean for torchvision, and 0 for other modules.
+        std: standard deviation per channel, by which images are divided after that. None is as for `mean`, with 1 for
+            other modules.
+        head: module that compares representations with classes; it is copied. None takes the `GaussianClusters` of the
+            paper, made with `representation_dim` and `center_scale`. Another head does not allow these two options.
         example: (B, C, H, W) images for a module whose output width cannot be found without running it. Their shape
-            becomes the `image_shape`, unless one is given.
-        image_shape: (C, H, W) of the images that the guard takes; images of another shape are an error. None takes
-            that of the example or else of the first images that it is trained or calibrated on, "any" leaves it free.
-        class_names: K different names in the order of the labels, which go where the guard goes; None if they are not
-            known.
+            becomes the `image_shape`, unless one is passed.
+        image_shape: shape (C, H, W) of the images that the guard takes; images of another shape are an error. None
+            takes the shape of the example, or else that of the first images that the guard is trained or calibrated on.
+            "any" allows all shapes.
+        class_names: K different names in the order of the labels, which are saved and exported with the guard; None if
+            they are not known.
 
     Raises:
-        ConfigurationError: an option that cannot work, or num_classes neither given nor found.
-        InputError: an example of another shape than image_shape.
-        UnsupportedBackboneError: the backbone has no classifier to replace and no (B, D) output, or weights that
-            cannot be trained here.
+        ConfigurationError: an option cannot work, or num_classes is None and the backbone does not tell it either.
+        InputError: the example has another shape than image_shape.
+        UnsupportedBackboneError: the backbone has no classifier to replace and no (B, D) output, or its weights cannot
+            be trained here.
 
     Warns:
-        UserWarning: num_classes differs from the backbone's own, or a model's normalisation or classifier is lost
-            because what stands around it does not compute the same.
+        UserWarning: num_classes differs from the number that the backbone has, or the normalisation or classifier of a
+            model inside it is not found because the module around this model may do more than call it.
 
     Reference:
         arXiv 2012.03483, section 3.2 and figure 4.
@@ -69,7 +72,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     Example:
         >>> import torch
         >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU()), num_classes=10)
-        >>> guard(torch.rand(4, 1, 28, 28)).shape  # logits, as any classifier
+        >>> guard(torch.rand(4, 1, 28, 28)).shape  # logits, like any classifier
         torch.Size([4, 10])
         >>> guard.distances(torch.rand(4, 1, 28, 28)).shape
         torch.Size([4, 10])
@@ -89,7 +92,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         image_shape: ImageShape | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        replaced = "the guard replaces that classifier anyway, and tells as many classes apart as it was told to"
+        replaced = "the guard replaces that classifier anyway, and has as many classes as you asked for"
         wanted = _num_classes_of(head, num_classes, representation_dim, center_scale)
         classes = choose_num_classes(backbone, wanted, consequence=replaced)
         super().__init__(classes, image_shape=image_shape)
@@ -102,7 +105,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         self._encode: Call = call
         if example is not None:
             self.learn_image_shape(example)
-        if self.encoder.training:  # so what is in eval mode within it was put there on purpose
+        if self.encoder.training:  # then a module in eval mode was frozen on purpose
             self.frozen = names_in_eval_mode(self)
         to_eval_mode(self)
 
@@ -117,28 +120,29 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         return self.head.logits(self.represent(images))
 
     def distances(self, images: Tensor) -> Tensor:
-        """Distance to every class centre: images (B, C, H, W) in [0, 1] -> (B, K), +inf for images to be refused."""
+        """The distance to every class: images (B, C, H, W) in [0, 1] -> (B, K); +inf for images that are not valid."""
         visible, is_valid = valid_images(images)
         return self.head.distances(self.represent(visible)).masked_fill(~is_valid, torch.inf)
 
     def evidence(self, images: Tensor) -> Evidence:
-        """The class scores −d and suspicion d of images (B, C, H, W) in [0, 1], d (B, K) the distances."""
+        """The class scores −d and the suspicion d of images (B, C, H, W), where d (B, K) are the distances."""
         distances = self.distances(images)
         return Evidence(-distances, distances)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Run the encoder through `torch.compile`, in place: detection, attacks and training all gain.
+        """Compile the encoder in place with `torch.compile`, which speeds up detection, attacks and training.
 
-        Saving and exporting work as before; copies are not compiled. Call it on the device where the guard shall stay.
-        The first time a gradient is taken it is compared with the eager one: torch.compile gives some networks wrong
-        gradients without a word, and then attacks fail and the guard looks robust.
+        Saving and exporting work as before, and copies of the guard are not compiled. Move the guard to its device
+        first. The first gradient is compared with the eager one, because torch.compile silently gives some networks
+        wrong gradients. Attacks then fail, and the guard looks robust.
 
         Args:
-            *args: of `torch.compile`.
-            **kwargs: of `torch.compile`; ``mode="reduce-overhead"`` takes CUDA graphs, for small batches on a GPU.
+            *args: positional arguments of `torch.compile`.
+            **kwargs: keyword arguments of `torch.compile`; ``mode="reduce-overhead"`` uses CUDA graphs, which help
+                small batches on a GPU.
 
         Raises:
-            ConfigurationError: not here, but at the first gradient, if it is wrong.
+            ConfigurationError: a gradient is wrong. It is raised when the first gradient is taken, not here.
 
         Example:
             >>> import torch
@@ -147,9 +151,9 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             >>> guard.distances(torch.rand(5, 1, 2, 2)).shape
             torch.Size([5, 2])
         """
-        self._encode = CompiledCall(*args, **kwargs)  # module.compile() skips nn.Sequential silently
+        self._encode = CompiledCall(*args, **kwargs)  # module.compile() silently skips an nn.Sequential
 
-    def save_pretrained(  # type: ignore[override]  # the Hub's version takes options of its own and returns an address
+    def save_pretrained(  # type: ignore[override]  # the Hub's version has other options and returns an address
         self,
         save_directory: str | Path,
         *,
@@ -160,18 +164,19 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     ) -> None:
         """Write the guard as a folder: `model.safetensors`, `config.json`, and a model card in `README.md`.
 
-        An interrupted save leaves the old guard, or a folder that `from_pretrained` refuses, never a mixture.
+        If saving is interrupted, the folder holds the old guard, or `from_pretrained` refuses it. It never loads a
+        mixture of two guards.
 
         Args:
-            save_directory: the folder; an older guard in it is replaced, other files stay.
-            training: how it was trained, anything that JSON has; recorded as it is.
-            evaluation: what `evaluate` found about this guard at these thresholds; its figures go into the card.
-            config: the name under which `push_to_hub` hands over `training`.
-            model_card_kwargs: in which `push_to_hub` hands over ``{"evaluation": ...}``.
+            save_directory: path of the folder. An older guard in it is replaced, and other files stay.
+            training: record of the training, in types that JSON has; it is saved unchanged.
+            evaluation: result of `evaluate` for this guard with its present thresholds. Its figures go into the card.
+            config: record of the training under the name that `push_to_hub` uses; it stands for `training`.
+            model_card_kwargs: dict ``{"evaluation": ...}``, by which `push_to_hub` passes the evaluation.
 
         Raises:
             PersistenceError: the folder holds another model's files.
-            ConfigurationError: training that JSON has no words for, or an evaluation at other thresholds.
+            ConfigurationError: JSON cannot represent the training, or the evaluation has other thresholds.
 
         Warns:
             UserWarning: nothing rebuilds the backbone, so loading will need the module. Models of timm and torchvision
@@ -201,7 +206,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         save_guard(self, Path(save_directory), backbone=recipe, options=options, **records)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the Hub's version takes any option
+    def from_pretrained(  # type: ignore[override]  # the Hub's version accepts any option
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -214,24 +219,27 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> "Self":
-        """The guard that `save_pretrained` or `push_to_hub` wrote, on the CPU, in eval mode, calibration restored.
+        """Load a guard that `save_pretrained` or `push_to_hub` wrote.
 
         Args:
-            pretrained_model_name_or_path: a folder, or an id on the Hugging Face Hub.
-            backbone: the module the guard was made with, weights aside; None rebuilds it from `config.json`.
-            head: the head it was made with, unless that is the paper's; its tensors are replaced by the saved ones.
-            example: as in `ClusterGuard`, if that module needed one.
-            revision: on the Hub: a branch, tag or commit.
-            token: for the Hub; None takes the one that is logged in.
-            cache_dir: where downloads are kept.
-            force_download: fetch it even if it is there.
-            local_files_only: do not ask the Hub.
+            pretrained_model_name_or_path: path of a folder, or an id on the Hugging Face Hub.
+            backbone: module that the guard was made with; its weights do not matter. None rebuilds it from
+                `config.json`.
+            head: head that the guard was made with, needed unless it is the paper's. Its tensors are replaced by the
+                saved ones.
+            example: (B, C, H, W) images as in `ClusterGuard`, if the backbone needs them.
+            revision: branch, tag or commit on the Hub.
+            token: token for the Hub; None takes that of the user who is logged in.
+            cache_dir: folder in which downloads are kept.
+            force_download: whether to download the guard even if a copy is in the cache.
+            local_files_only: whether to use the cache only, and never connect to the Hub.
 
         Returns:
-            The guard; its tensors are the saved ones, bit by bit.
+            The guard, on the CPU and in eval mode. Its tensors equal the saved ones bit by bit, and the record of its
+            calibration is restored.
 
         Raises:
-            PersistenceError: it is missing, damaged, foreign, too new, or does not fit the backbone.
+            PersistenceError: the guard is missing, damaged, foreign, too new, or does not fit the backbone.
 
         Example:
             See `save_pretrained`.
@@ -252,28 +260,28 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
                 mean=options["mean"],
                 std=options["std"],
                 example=example,
-                image_shape=options.get("image_shape"),  # guards of version 0.1 do not tell it
+                image_shape=options.get("image_shape"),  # guards of version 0.1 have no image_shape
             ),
             folder,
             backbone=backbone,
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        old, new = f"{prefix}clusters.", f"{prefix}head."  # guards of version 0.1 had no other head
+        old, new = f"{prefix}clusters.", f"{prefix}head."  # the name of the head in guards of version 0.1
         for name in [name for name in state_dict if name.startswith(old)]:
             state_dict[new + name.removeprefix(old)] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
-def _num_classes_of(head: Head | None, num_classes: int | None, *own: object) -> int | None:
-    """K as it was asked for; options of the paper's head beside another one are refused."""
+def _num_classes_of(head: Head | None, num_classes: int | None, *options: object) -> int | None:
+    """The number of classes that was asked for. Options of the paper's head are refused beside another head."""
     if head is None:
         return num_classes
     if not isinstance(head, Head):
         raise ConfigurationError(f"expected a head that is a clusterguard.detectors.Head, got {type(head).__name__}")
-    if any(option is not None for option in own):
+    if any(option is not None for option in options):
         raise ConfigurationError(
-            "expected representation_dim and center_scale, or a head, got both; give the head its own"
+            "expected representation_dim and center_scale, or a head, got both; pass such options to the head instead"
         )
     if num_classes not in (None, head.num_classes):
         raise ConfigurationError(f"expected num_classes as the head has, {head.num_classes}, got {num_classes}")
@@ -281,10 +289,12 @@ def _num_classes_of(head: Head | None, num_classes: int | None, *own: object) ->
 
 
 def _head_options(options: Mapping[str, Any], head: Head | None) -> dict[str, Any]:
-    """What makes the head of a saved guard again."""
+    """Options of `ClusterGuard` that rebuild the head of a saved guard."""
     name = options.get("head", {}).get("type", GaussianClusters.__qualname__)
     if head is not None and type(head).__qualname__ == name:
         return {"head": head}
     if head is not None or name != GaussianClusters.__qualname__:
-        raise ConfigurationError(f"this guard was saved with the head {name}; pass one as it was made with as head=")
+        raise ConfigurationError(
+            f"this guard was saved with the head {name}; pass a head that was made like it as head="
+        )
     return {"representation_dim": options["representation_dim"], "center_scale": options["center_scale"]}

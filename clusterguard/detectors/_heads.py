@@ -1,4 +1,4 @@
-"""Heads: what compares representations with classes. The paper's is a mixture of Gaussians with fixed centres."""
+"""Heads compare representations with classes. The paper's head is a mixture of Gaussians with fixed centres."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,20 +12,22 @@ from torch import Tensor, nn
 
 
 class Head(nn.Module, ABC):
-    """What a guard does with representations: a region for every class, and one for adversarial images.
+    """Base class of heads. A head gives every class, and adversarial images, a region of the representation space.
 
-    A subclass is all that another head takes: `ClusterGuard(backbone, head=...)` trains, calibrates, attacks, saves and
-    exports it. Parameters are learned with the backbone's; what a detection depends on must be in the state dict.
+    To use another head, write a subclass and pass it to `ClusterGuard(backbone, head=...)`. Training, calibration,
+    attacks, saving and export all work with it. Its parameters are trained together with those of the backbone. Every
+    tensor that a detection depends on must be in the state dict.
 
     Args:
-        num_classes: K, at least 2.
-        representation_dim: m, positive.
+        num_classes: number K of classes, at least 2.
+        representation_dim: width m of the representation, positive.
 
     Raises:
-        ConfigurationError: too few classes or dimensions.
+        ConfigurationError: there are too few classes or dimensions.
 
     Example:
-        >>> class Medians(Head):  # class i around i on every coordinate, by absolute differences
+        >>> from clusterguard import ClusterGuard
+        >>> class Medians(Head):  # the centre of class i has i on every coordinate; distances are l1
         ...     def distances(self, representations):
         ...         centers = torch.arange(self.num_classes)[:, None].expand(-1, self.representation_dim)
         ...         return torch.cdist(representations, centers.to(representations), p=1)
@@ -52,30 +54,31 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def distances(self, representations: Tensor) -> Tensor:
-        """How far representations are from every class: (B, m) -> (B, K), at least 0, differentiable.
+        """The distance of representations to every class: (B, m) -> (B, K), at least 0, differentiable.
 
-        An image gets the label of the smallest one, and is accepted if that is within the label's threshold.
+        An image gets the label of the class with the smallest distance. It is accepted if this distance is at most the
+        threshold of the label.
         """
 
     @abstractmethod
     def energies(self, representations: Tensor) -> Tensor:
-        """How unlikely representations are under every class: (B, m) -> (B, K), −2 log-likelihoods up to a constant."""
+        """The energy under every class: (B, m) -> (B, K), −2 times the log-likelihood up to a constant."""
 
     @abstractmethod
     def adversarial_energy(self, representations: Tensor) -> Tensor:
-        """How unlikely representations are as adversarial ones: (B, m) -> (B,), −2 log-likelihoods up to a constant."""
+        """The energy as an adversarial image: (B, m) -> (B,), −2 times the log-likelihood up to a constant."""
 
     @property
     @abstractmethod
     def half_way(self) -> Tensor:
-        """Half the distance between two classes, () or (K,): further from a class, another one may be closer."""
+        """Half the distance between two classes, () or (K,). Within this distance of a class, no other is closer."""
 
     def logits(self, representations: Tensor) -> Tensor:
-        """Log-likelihoods up to a constant per row: (B, m) -> (B, K). Their softmax is the posterior."""
+        """The log-likelihoods up to a constant per row: (B, m) -> (B, K). Their softmax is the posterior."""
         return -0.5 * self.energies(representations)
 
     def options(self) -> dict[str, Any]:
-        """What makes such a head again, beside K, as values that JSON has; a saved guard keeps them."""
+        """The options that rebuild this head, except for K, as values that JSON has. A saved guard keeps them."""
         return {"representation_dim": self.representation_dim}
 
     def describe(self) -> str:
@@ -86,18 +89,18 @@ class Head(nn.Module, ABC):
 class GaussianClusters(Head):
     """A Gaussian with unit covariance per class in a representation space of m = K·l dimensions.
 
-    The centre of class i is `center_scale` on the i-th block of l coordinates and 0 elsewhere; adversarial
-    representations belong to the origin. Nothing is learned. Since centres are that sparse, the distances to
-    all K of them cost O(m) an image, and memory O(K), instead of O(K·m). Everything is computed in float32 at
-    least, under autocast too.
+    The centre of class i is `center_scale` on the i-th block of l coordinates and 0 elsewhere. The centre of
+    adversarial representations is the origin. Nothing is learned. Because the centres are so sparse, the distances to
+    all K of them cost O(m) operations and O(K) memory per image, instead of O(K·m). Everything is computed at least in
+    float32, under autocast too.
 
     Args:
-        num_classes: K, at least 2.
-        representation_dim: m, a multiple of K; None means K (l = 1).
-        center_scale: M, positive; centres are M·√(2l) apart and M·√l from the adversarial centre.
+        num_classes: number K of classes, at least 2.
+        representation_dim: width m of the representation, a multiple of K; None means K (l = 1).
+        center_scale: positive scale M of the centres, which are M·√(2l) apart and M·√l from the adversarial centre.
 
     Raises:
-        ConfigurationError: if m is no positive multiple of K, K < 2, or M is not positive and finite.
+        ConfigurationError: m is no positive multiple of K, K < 2, or M is not positive and finite.
 
     Reference:
         arXiv 2012.03483, equations 11 to 16.
@@ -123,29 +126,29 @@ class GaussianClusters(Head):
         self.register_buffer("center_scale", torch.tensor(float(center_scale)))
 
     def extra_repr(self) -> str:
-        """What is shown when the module is printed: K, m and M."""
+        """The values of K, m and M, which are shown when the module is printed."""
         return f"num_classes={self.num_classes}, representation_dim={self.representation_dim}, M={self.center_scale:g}"
 
     @property
     def centers(self) -> Tensor:
-        """(K, m) the class centres u(i) of equation 13."""
+        """The class centres u(i) of equation 13, (K, m)."""
         block = self.representation_dim // self.num_classes
         identity = torch.eye(self.num_classes, device=self.center_scale.device) * self.center_scale
         return repeat(identity, "k j -> k (j l)", l=block)
 
     def squared_distances(self, representations: Tensor) -> Tensor:
-        """Squared Euclidean distance to every class centre: (B, m) -> (B, K).
+        """The squared Euclidean distance to every class centre: (B, m) -> (B, K).
 
-        The own block's distance is added to the energy of the other blocks, which loses less precision close to
-        a centre than expanding the square would.
+        It is the squared distance in the block of the class, plus the squared norm of all other blocks. Near a centre
+        this loses less precision than expanding the square.
         """
         blocks = self._blocks(representations)
         energy = reduce(blocks.square(), "b k l -> b k", "sum")
-        own = reduce((blocks - self.center_scale).square(), "b k l -> b k", "sum")
-        return (energy.sum(dim=1, keepdim=True) - energy).clamp_min(0) + own
+        within = reduce((blocks - self.center_scale).square(), "b k l -> b k", "sum")
+        return (energy.sum(dim=1, keepdim=True) - energy).clamp_min(0) + within
 
     def distances(self, representations: Tensor) -> Tensor:
-        """Euclidean distance to every class centre: (B, m) -> (B, K). Its gradient is finite at the centre too."""
+        """The Euclidean distance to every class centre: (B, m) -> (B, K). Its gradient is finite at the centre too."""
         squared = self.squared_distances(representations)
         return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
 
@@ -154,36 +157,36 @@ class GaussianClusters(Head):
         return self.squared_distances(representations)
 
     def adversarial_energy(self, representations: Tensor) -> Tensor:
-        """Squared Euclidean distance to the adversarial centre, the origin: (B, m) -> (B,)."""
+        """The squared Euclidean distance to the adversarial centre, the origin: (B, m) -> (B,)."""
         return reduce(self._blocks(representations).square(), "b k l -> b", "sum")
 
     @property
     def half_way(self) -> Tensor:
-        """Half the distance between two class centres, (): further from a centre, another one may be closer."""
+        """Half the distance between two class centres, (). Within this distance of a centre, no other is closer."""
         return self.center_scale * math.sqrt(0.5 * self.representation_dim / self.num_classes)
 
     def logits(self, representations: Tensor) -> Tensor:
-        """M times the block sums: (B, m) -> (B, K), the log-likelihoods up to a constant per row.
+        """The log-likelihoods up to a constant per row, M times the sum of each block: (B, m) -> (B, K).
 
-        Their softmax is the mixture's posterior, so any tool that expects a classifier's logits works on them.
+        Their softmax is the posterior of the mixture, so any tool that expects the logits of a classifier can use them.
         """
         return self.center_scale * reduce(self._blocks(representations), "b k l -> b k", "sum")
 
     def options(self) -> dict[str, Any]:
-        """M and M."""
+        """The width m and the scale M."""
         return {"representation_dim": self.representation_dim, "center_scale": float(self.center_scale)}
 
     def describe(self) -> str:
-        """M and M, in words."""
+        """The width m and the scale M in words."""
         return f"representation of {self.representation_dim} dimensions, center scale {float(self.center_scale):g}"
 
     def log_likelihood(self, representations: Tensor) -> Tensor:
-        """Log N(z; u(i), I) for every class i: (B, m) -> (B, K)."""
+        """The log-likelihood log N(z; u(i), I) of every class i: (B, m) -> (B, K)."""
         constant = 0.5 * self.representation_dim * math.log(2 * math.pi)
         return -0.5 * self.squared_distances(representations) - constant
 
     def posterior(self, representations: Tensor) -> Tensor:
-        """p(class | z) with equal priors: (B, m) -> (B, K), rows sum to 1."""
+        """The posterior p(class | z) for equal priors: (B, m) -> (B, K). Each row sums to 1."""
         return self.logits(representations).softmax(dim=1)
 
     def _blocks(self, representations: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The model card beside a saved guard: what is known of it, and nothing else."""
+"""The model card of a saved guard, which states only what is known about it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,17 @@ from clusterguard.detection import Calibration, Rate
 
 
 class Measured(Protocol):
-    """What a card and a folder ask of an evaluation."""
+    """The part of an evaluation that a model card and a saved guard use."""
 
     @property
     def thresholds(self) -> Sequence[float]:
         """The thresholds of the detector that was evaluated, one per class."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in it as plain values."""
+        """The whole evaluation as plain values."""
 
     def to_markdown(self) -> str:
-        """Everything in it for people to read."""
+        """The whole evaluation as text for people."""
 
 
 MARK = "library_name: clusterguard"
@@ -51,16 +51,16 @@ def model_card(
     calibration: Calibration | None = None,
     evaluation: Measured | None = None,
 ) -> str:
-    """Markdown with a Hugging Face header.
+    """Write a model card in Markdown, with a Hugging Face header.
 
     Args:
-        config: what `config.json` holds.
+        config: content of `config.json`.
         calibrated: whether the guard has thresholds.
-        calibration: how they were fitted; None if that is not known.
-        evaluation: of this guard; None leaves figures out.
+        calibration: record of how the thresholds were fitted; None if it is not known.
+        evaluation: evaluation of this guard; None leaves out the figures.
 
     Returns:
-        The text. The licence is left to whoever publishes the guard.
+        The text. It states no licence, which is left to whoever publishes the guard.
 
     Example:
         >>> backbone = {"source": "timm", "name": "resnet18", "arguments": {}}
@@ -70,17 +70,19 @@ def model_card(
         True
     """
     backbone, guard = config["backbone"], config["guard"]
-    own = backbone["source"] == "module"
+    is_module = backbone["source"] == "module"
     is_listed = backbone["source"] == "layers"
-    name = f"`{backbone['type']}`" if own else f"`{backbone['name']}` of {backbone['source']}"
-    arguments = "" if own or is_listed or not backbone["arguments"] else f" with `{json.dumps(backbone['arguments'])}`"
+    name = f"`{backbone['type']}`" if is_module else f"`{backbone['name']}` of {backbone['source']}"
+    arguments = (
+        "" if is_module or is_listed or not backbone["arguments"] else f" with `{json.dumps(backbone['arguments'])}`"
+    )
     code = (
         "from clusterguard import ClusterGuard\n\n"
-        f'guard = ClusterGuard.from_pretrained("this folder or id"{", backbone=your_module" if own else ""})\n'
+        f'guard = ClusterGuard.from_pretrained("this folder or id"{", backbone=your_module" if is_module else ""})\n'
         "labels, distances, is_adversarial = guard.detect(images)  # images (B, C, H, W), float, in [0, 1]"
     )
     versions = ", ".join(f"{package} {number}" for package, number in config["versions"].items())
-    # As JSON on one line, no name can end the block that it stands in.
+    # JSON on one line, so that no class name can end the block of code that holds it.
     names = guard.get("class_names") and json.dumps(guard["class_names"], ensure_ascii=False)
     lines = [
         _HEADER,
@@ -108,7 +110,7 @@ def model_card(
 
 
 def describe_image_shape(shape: list[int] | tuple[int, ...] | str | None) -> str:
-    """What a guard's `image_shape` says of the images that it takes, in a sentence."""
+    """One sentence on the images that a guard with this `image_shape` takes."""
     if shape is None:
         return "No shape of images was recorded: mind that they are as large as those it was trained on."
     if isinstance(shape, str):
@@ -117,7 +119,7 @@ def describe_image_shape(shape: list[int] | tuple[int, ...] | str | None) -> str
 
 
 def describe_thresholds(calibrated: bool, calibration: Calibration | None) -> str:
-    """What is known of a guard's thresholds, in a sentence or two."""
+    """One or two sentences on what is known about a guard's thresholds."""
     if not calibrated:
         return "None: fit them with `Calibrator` before use; until then everything is refused."
     if calibration is None:

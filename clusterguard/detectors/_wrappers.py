@@ -1,10 +1,10 @@
-"""Finds the model inside wrappers that compute the same as it does, and the normalisation in front of it.
+"""Finds the model inside wrappers that compute the same as the model does, and the normalisation in front of it.
 
-That a wrapper computes the same is known (`nn.DataParallel`, averaged and compiled models) or shown: the model inside
-is replaced by a stand-in, and the wrapper must hand the very tensor that it gets to the stand-in, if need be in another
-memory format, and return the very tensor that the stand-in gives. It may call the model by the two halves of which timm
-makes a model's `forward`, if that does nothing else. So the model never runs, and neither its size nor its device
-matters.
+Some wrappers are known to compute the same: `nn.DataParallel`, averaged models and compiled models. Others are tested.
+A stand-in takes the place of the model. The wrapper must pass the very tensor that it gets to the stand-in, possibly in
+another memory format, and must return the very tensor that the stand-in returns. It may also call the two methods
+`forward_features` and `forward_head`, if the `forward` of the model does nothing but call them. The model never runs in
+this test, so its size and device do not matter.
 """
 
 import inspect
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Normalization: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation, one value a channel."""
+"""Mean and standard deviation, one value per channel."""
 IsModel: TypeAlias = Callable[[nn.Module], bool]
 
-# By name, for timm and torch._dynamo take long to import. The attribute holds the module that is called.
+# Wrapper classes, and the attribute that holds the wrapped module. The classes are given by name because timm and
+# torch._dynamo take long to import.
 _TRANSPARENT = {
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
@@ -35,28 +36,29 @@ _TRANSPARENT = {
     "timm.utils.model_ema.ModelEmaV2": "module",
     "timm.utils.model_ema.ModelEmaV3": "module",
 }
-_HALVES = ("forward_features", "forward_head")  # as timm's models have them
-# Sides of images, and the shape of what a model may make of one: some holders treat a few sizes or ranks otherwise.
+_HALVES = ("forward_features", "forward_head")  # methods that make up the forward of timm's models
+# Sides of images and shapes of a model's output to test with, because some holders treat a few sizes or ranks
+# differently.
 _SHAPES = (((32, 32), (7,)), ((28, 28), (5, 3, 3)), ((224, 224), (7,)), ((33, 47), (5, 3, 3)))
 
 
 class Core(NamedTuple):
-    """What is inside the wrappers, and the normalisation that they apply to its images, if any."""
+    """The module inside the wrappers, and the normalisation that they apply to its images, if any."""
 
     module: nn.Module
     normalization: Normalization | None = None
 
 
 def unwrap(module: nn.Module, is_model: IsModel) -> Core:
-    """Take the wrappers off a model, as far as they compute the same.
+    """Remove the wrappers around a model that compute the same as the model.
 
     Args:
-        module: a model, perhaps in wrappers. It stays as it is, and so do modes and random states.
-        is_model: whether a module is a model that is worth finding.
+        module: model, possibly in wrappers. It is not changed, and neither are modes and random states.
+        is_model: function that says whether a module is a model to search for.
 
     Returns:
-        The model, and the normalisation that stands in front of it in an `nn.Sequential`. Where no such model can be
-        reached: the module, without wrappers that are known to compute the same.
+        The model, and the normalisation in front of it in an `nn.Sequential`. If no model can be reached, the result is
+        the module without those wrappers that are known to compute the same.
 
     Example:
         >>> network = nn.Sequential(nn.DataParallel(nn.Linear(3, 2)))
@@ -93,28 +95,28 @@ def _take_off_known(module: nn.Module) -> nn.Module:
 
 
 def _is_altered(module: nn.Module) -> bool:
-    """Whether hooks, or a forward of the object's own, make it compute something else than its class does."""
+    """Whether a module has hooks or a replaced `forward`, so that it may compute something else than its class does."""
     has_forward = "forward" in vars(module) and type(module).__name__ != "OptimizedModule"  # which always has one
     return bool(has_forward or module._forward_hooks or module._forward_pre_hooks)
 
 
 def count_channels(model: nn.Module) -> int:
-    """How many channels the model's images have: its first convolution's, or three."""
+    """The number of channels of a model's images: that of its first convolution, or three."""
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
     channels = getattr(model, "in_chans", None) if first is None else first.in_channels
     return channels if isinstance(channels, int) else 3
 
 
 def read_normalization(module: nn.Module, channels: int) -> Normalization | None:
-    """Read off how a module normalises images, if that is all it does.
+    """Find how a module normalises images, if it does nothing else.
 
     Args:
-        module: stays as it is; a copy is run, in double precision on the CPU.
-        channels: C of the images (B, C, H, W) that it takes.
+        module: module to examine. It is not changed; a copy runs in double precision on the CPU.
+        channels: number C of channels of the images (B, C, H, W) that it takes.
 
     Returns:
-        Mean and standard deviation, if the module computes ``(images - mean) / std`` in train and in eval mode and
-        learns nothing; else None.
+        Mean and standard deviation if the module computes ``(images - mean) / std`` in train and in eval mode and has
+        no trainable parameters; else None.
 
     Example:
         >>> from torchvision.transforms import Normalize
@@ -139,25 +141,26 @@ def read_normalization(module: nn.Module, channels: int) -> Normalization | None
             return None
         if not all(torch.allclose(output.double(), expected, atol=1e-5) for output in outputs):
             return None
-    except Exception:  # whatever a module raises at images that it does not take
+    except Exception:  # a module may raise anything for images that it does not take
         return None
-    # In the shortest words for a float32, which leave out the rounding errors of this computation.
+    # The shortest decimal numbers that give these float32 values, which drops rounding errors of this computation.
     sides = (side.flatten().float().numpy() for side in (-shift * std, std))
     mean, deviation = (tuple(float(str(value)) for value in side) for side in sides)
     return mean, deviation
 
 
 def _repeats_channels(module: nn.Module, images: Tensor) -> bool:
-    """Whether it leaves images as they are, but for making colour images of grey ones."""
+    """Whether a module only turns grey images into colour images, and leaves colour images unchanged."""
     try:
         return torch.equal(module(images.clone()), images) and module(images[:, :1].clone()).shape[1] != 1
-    except Exception:  # whatever it raises at grey images, if it does not take them
+    except Exception:  # a module may raise anything for grey images that it does not take
         return False
 
 
 def _find_core_of_holder(holder: nn.Module, is_model: IsModel) -> Core | None:
-    """The core of the part to which a module only hands its images on; None if it does anything else."""
-    # The outermost parts, for they may normalise; else the models themselves, for a holder may reach into its parts.
+    """The core of the part to which a module only passes its images; None if the module does anything else."""
+    # The outermost parts come first, because they may normalise. Then come the models, because a holder may call one
+    # inside a part directly.
     for parts in (list(_find_parts(holder, is_model)), list(_find_models(holder, is_model))):
         called = _find_only_called(holder, parts) if parts else None
         if called is not None:
@@ -166,7 +169,7 @@ def _find_core_of_holder(holder: nn.Module, is_model: IsModel) -> Core | None:
 
 
 def _find_parts(module: nn.Module, is_model: IsModel) -> Iterator[tuple[nn.Module, Core]]:
-    """The outermost parts that are models, or compute the same as one."""
+    """The outermost parts that are models, or that compute the same as a model."""
     for part in module.children():
         core = _find_core(part, is_model)
         if core is None:
@@ -184,7 +187,7 @@ def _find_models(module: nn.Module, is_model: IsModel) -> Iterator[tuple[nn.Modu
 
 
 def _find_only_called(holder: nn.Module, parts: list[tuple[nn.Module, Core]]) -> int | None:
-    """The id of the part to which a module only hands its images on, whatever their size and mode."""
+    """The id of the part to which a holder only passes its images, for all tested sizes and both modes."""
     like = next((weight for weight in holder.parameters() if weight.is_floating_point()), torch.empty(0))
     device, dtype = torch.device("cpu") if like.is_meta else like.device, like.dtype
     generator = torch.Generator().manual_seed(0)
@@ -196,7 +199,7 @@ def _find_only_called(holder: nn.Module, parts: list[tuple[nn.Module, Core]]) ->
             output = torch.randn((2, *features), generator=generator).to(device, dtype)
             try:
                 called.add(_find_called(holder, parts, images, output, training=training))
-            except Exception:  # whatever it raises when images or a stand-in are not what it expects
+            except Exception:  # a holder may raise anything for images or a stand-in that it does not expect
                 if channels == usual:
                     return None
             if len(called) > 1 or None in called:
@@ -207,7 +210,7 @@ def _find_only_called(holder: nn.Module, parts: list[tuple[nn.Module, Core]]) ->
 def _find_called(
     holder: nn.Module, parts: list[tuple[nn.Module, Core]], images: Tensor, output: Tensor, *, training: bool
 ) -> int | None:
-    """The id of the one part that gets the images and gives the holder's output; None if there is no such part."""
+    """The id of the one part that gets the images and makes the holder's output; None if there is none."""
     stand_ins = {id(part): _StandIn(core.module, images, output, training=training) for part, core in parts}
     before = output.clone()
     shadow = copy_module(holder, dict(stand_ins))
@@ -222,14 +225,14 @@ def _find_called(
 
 
 class _MemoryFormats(TorchFunctionMode):
-    """Notes the tensors that are a tensor in another memory format."""
+    """Collects the copies of a tensor that are made to change its memory format."""
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
         self.tensors = [tensor]
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called by torch in place of one of its functions."""
+        """Call a function of torch, and keep its result if it is the tensor in another memory format."""
         options = kwargs or {}
         result = function(*args, **options)
         is_one = len(args) == 1 and options.keys() <= {"memory_format"} and _is_among(args[0], self.tensors)
@@ -243,11 +246,11 @@ def _is_among(value: Any, tensors: list[Tensor]) -> bool:
 
 
 class _StandIn(nn.Module):
-    """Notes for each call whether a model would have got the images as they are, in the same mode and arithmetic."""
+    """Takes the place of a model, and records for each call whether images, mode and autocast are as expected."""
 
     def __init__(self, model: nn.Module, images: Tensor, output: Tensor, *, training: bool) -> None:
         super().__init__()
-        self.anchor = nn.Parameter(images.new_zeros(()))  # some holders ask a parameter for its device or dtype
+        self.anchor = nn.Parameter(images.new_zeros(()))  # some holders read the device or dtype of a parameter
         self.calls: list[bool] = []
         self.same = [images]
         self._signature = inspect.signature(model.forward)
@@ -255,16 +258,16 @@ class _StandIn(nn.Module):
         self._expected = (images, images.clone(), training, _autocast(images))
         self._output = output
         self._has_halves = _has_halves(model)
-        self._features = [output.clone(), output.clone()]  # as they are handed out, and what they have to be
+        self._features = [output.clone(), output.clone()]  # the tensor that is returned, and a copy to compare it with
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         self.calls.append(self._is_expected(self._signature.bind(*args, **kwargs)))
         return self._output
 
-    def _is_expected(self, given: inspect.BoundArguments) -> bool:
+    def _is_expected(self, call: inspect.BoundArguments) -> bool:
         images, values, _, _ = self._expected
-        is_alone = len(given.args) == 1 and not given.kwargs and _is_among(given.args[0], self.same)
-        is_unchanged = is_alone and torch.equal(given.args[0], values) and torch.equal(images, values)
+        is_alone = len(call.args) == 1 and not call.kwargs and _is_among(call.args[0], self.same)
+        is_unchanged = is_alone and torch.equal(call.args[0], values) and torch.equal(images, values)
         return is_unchanged and self._is_as_usual()
 
     def _is_as_usual(self) -> bool:
@@ -272,33 +275,33 @@ class _StandIn(nn.Module):
         return (self.training, _autocast(images)) == (training, autocast)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What a holder calls that passes a model's hooks by."""
+        """The call of a holder that bypasses the hooks of a model."""
         if self._has_hooks:
             raise NotImplementedError
         return self(*args, **kwargs)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The first half of what some models do; only with the second half it makes a call."""
+        """The first half of the forward of some models. Both halves together count as one call."""
         if not (self._has_halves and self._is_expected(self._signature.bind(images))):
             raise NotImplementedError
         return self._features[0]
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """The second half."""
-        given, values = self._features
-        self.calls.append(features is given and torch.equal(given, values) and self._is_as_usual())
+        """The second half of the forward of some models."""
+        features_given, values = self._features
+        self.calls.append(features is features_given and torch.equal(features_given, values) and self._is_as_usual())
         return self._output
 
 
 def _has_halves(model: nn.Module) -> bool:
-    """Whether a model's forward is forward_head(forward_features(images)) and nothing else, as seen on an object."""
+    """Whether a model's forward computes forward_head(forward_features(images)) and nothing else."""
     steps = [torch.zeros(2, 3, 1, 1) for _ in range(3)]
 
     def hand_on(step: int, name: str) -> Callable[..., Tensor]:
         usual = inspect.signature(getattr(model, name)).parameters
 
-        def half(given: Tensor, **options: Any) -> Tensor:
-            if given is not steps[step] or any(usual[own].default is not value for own, value in options.items()):
+        def half(value: Tensor, **options: Any) -> Tensor:
+            if value is not steps[step] or any(usual[key].default is not option for key, option in options.items()):
                 raise NotImplementedError
             return steps[step + 1]
 
@@ -307,7 +310,7 @@ def _has_halves(model: nn.Module) -> bool:
     try:
         bare = SimpleNamespace(**{name: hand_on(step, name) for step, name in enumerate(_HALVES)})
         return not _is_altered(model) and type(model).forward(bare, steps[0]) is steps[2]
-    except Exception:  # whatever it raises where it has no halves, or asks for more than these two
+    except Exception:  # a forward may raise anything if it needs other attributes than these two methods
         return False
 
 
@@ -317,13 +320,13 @@ def _autocast(images: Tensor) -> bool:
 
 @contextmanager
 def _undisturbed(device: torch.device | str) -> Iterator[None]:
-    """Runs a module without a gradient and without a trace in random states or on the screen."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # a module may draw from it
+    """Context without gradients and warnings that restores random states."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  # a module may draw from it
     devices = [device] if torch.device(device).type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002

@@ -200,7 +200,7 @@ def test_evaluate_proves_what_no_attack_exceeds(guard, photos, tmp_path):
     assert found["total"] == proved["total"]
     assert found["count"] <= proved["count"]
     assert "| proved upper bound, linf 0.01 |" in result.stdout
-    fails("expected --norm linf where --certify is on, got l2", "evaluate", guard, *options, "--norm", "l2")
+    fails("expected --norm linf together with --certify, got l2", "evaluate", guard, *options, "--norm", "l2")
 
 
 def test_an_exported_program_says_what_the_guard_says(guard, photos, tmp_path):
@@ -220,7 +220,7 @@ def test_errors_are_one_line_and_say_what_to_do(guard, photos, tmp_path):
     fails("checkpoint.pt is of an earlier training; go on with --resume", "train", "--output", guard)
     fails("expected the options .* attack .*eps=0.05", "train", "--data", photos, "--output", guard, "--resume")
     fails("'digits' or a folder of images, got 'nowhere'", *train, "--data", "nowhere")
-    fails("expected one subfolder of images a class", *train, "--data", tmp_path)
+    fails("expected one subfolder of images per class", *train, "--data", tmp_path)
     fails("such as timm:resnet18 or torchvision:resnet50, got 'resnet18'", *train, "--backbone", "resnet18")
     fails("expected a model of timm, got 'resnet'", *train, "--backbone", "timm:resnet")
     fails("take 3 channels, got 1", *train, "--backbone", "torchvision:resnet18")

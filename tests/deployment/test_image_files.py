@@ -122,7 +122,7 @@ def test_sixteen_bits_of_colour_in_a_png_are_read_and_doubted():
 @pytest.mark.parametrize(
     ("picture", "kind", "message"),
     [
-        (Image.fromarray((RAMP * 65535).astype(np.int32)), "TIFF", "do not tell which is white"),
+        (Image.fromarray((RAMP * 65535).astype(np.int32)), "TIFF", "do not tell which value is white"),
         (Image.fromarray((RAMP * 255).astype(np.float32)), "TIFF", "between 0 and 255; scale them"),
         (Image.fromarray((RAMP - 0.1).astype(np.float32)), "TIFF", "between -0.1"),
         (Image.fromarray(np.full((4, 4), np.nan, dtype=np.float32)), "TIFF", "between nan"),

@@ -76,7 +76,7 @@ def test_another_head_is_saved_with_its_card_and_loaded(trained, blobs, tmp_path
     again = ClusterGuard.from_pretrained(tmp_path, backbone=network(), head=DiagonalGaussians(3, 5))
     assert torch.equal(again.distances(images), trained.distances(images))
     assert again.calibration == trained.calibration
-    with pytest.raises(PersistenceError, match="DiagonalGaussians; pass one"):
+    with pytest.raises(PersistenceError, match="DiagonalGaussians; pass a head"):
         ClusterGuard.from_pretrained(tmp_path, backbone=network())
 
 
