@@ -1,4 +1,4 @@
-"""Training of detectors: the loop, the objectives of the paper and of certified training, recipes."""
+"""Training of detectors: the training loop, adversarial and certified training, and recipes."""
 
 from clusterguard.training import _recipes as recipes
 from clusterguard.training._adversarial import AdversarialClusterTrainer

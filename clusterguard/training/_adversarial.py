@@ -1,4 +1,4 @@
-"""The paper's training algorithm: attack the guard as it is, relabel what got through, fit the clusters."""
+"""The paper's training algorithm: attack the current guard, relabel the successful attacks, fit the clusters."""
 
 import math
 from collections.abc import Iterator
@@ -31,32 +31,32 @@ from torch import Generator, Tensor
 
 @final
 class AdversarialClusterTrainer(DetectorTrainer):
-    """Teaches a guard to keep benign classes and adversarial images in clusters of their own.
+    """Trains a guard to put benign classes and adversarial images into separate clusters.
 
-    Each step attacks a batch with the guard as it is (in eval mode), relabels each attacked image by whether it
-    got through (accepted under a wrong label: adversarial cluster; otherwise: its original class), and takes one
-    optimizer step on benign and attacked images together.
+    Each step attacks a batch with the current guard in eval mode and relabels the attacked images. An attacked image
+    gets through if the guard accepts it under a wrong label; it then belongs to the adversarial cluster, and otherwise
+    to its original class. The step ends with one optimizer step on benign and attacked images together.
 
     Args:
-        guard: trained in place, on its own device.
-        attack: the training attack, such as ``PGD(norm="linf", eps=0.3, step_size=0.01, steps=40, keep="last")``.
-        optimizer: a function that makes one of the guard's parameters, such as
-            ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``, or an optimizer of ``guard.parameters()``; None
-            takes Adam with learning rate 1e-3.
-        scheduler: a function that makes one of the optimizer, or a scheduler of it; see `DetectorTrainer`.
-        warmup_epochs: epochs on benign images alone first (equations 9 and 10).
-        loss: what is minimised, see `ClusterLoss`; None takes the paper's.
-        relabel: which cluster attacked images belong to: `Separate()`, the paper's method, `Graded()`, or `Original()`,
-            its ablation L-Ben; None takes the paper's.
-        ramp_epochs: epochs after the warm-up over which the attack's radius and steps grow to their full length.
-        refresh_every: steps between refreshes of the thresholds that decide what got through. Before the first
-            they are +inf, so that "got through" means "misclassified".
-        refresh_batches: calibration batches a refresh looks at, taken in turn.
-        calibrator: fits the final thresholds; its rate is also that of the refreshes.
-        options: how steps are taken: clipping, averaging, devices and processes; None takes `TrainingOptions()`.
+        guard: guard to train, in place and on its own device.
+        attack: training attack, such as ``PGD(norm="linf", eps=0.3, step_size=0.01, steps=40, keep="last")``.
+        optimizer: optimizer of ``guard.parameters()``, or a function that makes one from the guard's parameters, such
+            as ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``; None takes Adam with learning rate 1e-3.
+        scheduler: scheduler of the optimizer, or a function that makes one from it; see `DetectorTrainer`.
+        warmup_epochs: number of first epochs on benign images alone (equations 9 and 10).
+        loss: loss to minimise, see `ClusterLoss`; None takes the paper's.
+        relabel: rule that says which cluster attacked images belong to: `Separate()`, the paper's method, `Graded()`,
+            or `Original()`, the paper's ablation L-Ben; None takes the paper's method.
+        ramp_epochs: number of epochs after the warm-up over which the attack's radius and steps grow to full length.
+        refresh_every: number of steps between refreshes of the thresholds that decide which attacked images get
+            through. They are +inf before the first refresh, so every misclassified image then gets through.
+        refresh_batches: number of calibration batches that each refresh uses, taken in turn.
+        calibrator: calibrator that fits the final thresholds; its false-positive rate also holds for the refreshes.
+        options: options of the training steps, such as clipping, averaging, devices and processes; None takes
+            `TrainingOptions()`.
 
     Raises:
-        ConfigurationError: an option out of its range, or an attack that lacks what one of them needs.
+        ConfigurationError: an option is out of its range, or the attack lacks what an option needs, such as a radius.
 
     Reference:
         arXiv 2012.03483, section 3.3 and algorithm 1.
@@ -101,7 +101,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         if not 0 <= ramp_epochs < math.inf:
             raise ConfigurationError(f"expected ramp_epochs of at least 0, got {ramp_epochs}")
         if ramp_epochs:
-            scale(attack, 1.0)  # one that cannot be scaled is refused now
+            scale(attack, 1.0)  # refuses an attack that cannot be scaled now, rather than after the warm-up
         if warmup_epochs < 0 or refresh_every < 1 or refresh_batches < 1:
             raise ConfigurationError(
                 "expected warmup_epochs of at least 0, refresh_every and refresh_batches of at least 1, got "
@@ -122,16 +122,16 @@ class AdversarialClusterTrainer(DetectorTrainer):
         return len(self.history) < self.warmup_epochs
 
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
-        """Both phases of algorithm 1: attack a batch and relabel it, then the loss on all of it.
+        """The loss of a batch after both phases of algorithm 1, which attack and relabel it.
 
         Args:
             images: (B, C, H, W) in [0, 1], on the guard's device.
-            labels: (B,).
-            generator: the attack's randomness; None takes torch's global one.
+            labels: class labels (B,).
+            generator: randomness of the attack; None takes torch's global one.
         """
         batch = Relabelled(images, labels, labels, torch.zeros(len(labels), device=labels.device))
         successes = None
-        check_radius(self.attack, images)  # also in the warm-up, or training would end in an error after it
+        check_radius(self.attack, images)  # in the warm-up too, so that a wrong radius fails at once
         if not self._is_warming_up:
             detector = WithThresholds(self.guard, self.thresholds)
             attacked = self._present_attack(detector, images, labels, generator=generator)
@@ -147,9 +147,9 @@ class AdversarialClusterTrainer(DetectorTrainer):
         return TrainingStep(loss, correct, successes, terms, again=lambda: self._loss(batch)[0])
 
     def _loss(self, batch: Relabelled) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss of a relabelled batch, what it is made of, and the logits (B, K)."""
+        """The loss of a relabelled batch, its terms, and the logits (B, K)."""
         head, representations = self.guard.head, self.guard.represent(batch.images)
-        # With several processes the means are over all their images, as if one process had seen them.
+        # Means are over the images of all processes, so that the loss does not depend on how batches are distributed.
         counts = self.engine.accelerator.reduce(counts_of(batch.is_separate), "mean")
         loss, terms = self.loss(head, representations, batch, self.thresholds, counts)
         measured = {f"loss/{name}": term.detach() for name, term in terms.items()}
@@ -157,11 +157,11 @@ class AdversarialClusterTrainer(DetectorTrainer):
 
     @property
     def _present_attack(self) -> Attack:
-        """The attack, smaller while the ramp lasts."""
+        """The attack, scaled down during the ramp."""
         return ramp(self.attack, self.epochs_done - self.warmup_epochs, self.ramp_epochs)
 
     def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """Refresh the thresholds every now and then."""
+        """Refresh the thresholds after every `refresh_every` steps."""
         if not self._is_warming_up and self.engine.steps % self.refresh_every == 0:
             count = self.refresh_batches * self.engine.accelerator.num_processes
             self._refresh_thresholds(islice(calibration_batches, count))
@@ -183,5 +183,5 @@ class AdversarialClusterTrainer(DetectorTrainer):
                 scarce="pool",
             )
         except TooFewCalibrationExamplesError:
-            return  # hardly anything is classified correctly yet: the old thresholds stand
+            return  # early in training too few images are classified correctly, so the old thresholds stay
         self.thresholds = self.thresholds.new_tensor(fitted.thresholds)

@@ -1,4 +1,4 @@
-"""Training for a proof: the guard is fitted to the worst that a box of images can do, without any attack."""
+"""Certified training: the guard is trained on proved bounds over a ball of images, without any attack."""
 
 import math
 from typing import final
@@ -18,13 +18,13 @@ from torch.nn.functional import cross_entropy
 
 
 def initialise(module: nn.Module, *, generator: Generator | None = None) -> None:
-    """Draw all weights of linear layers and convolutions anew, so that intervals keep their width from layer to layer.
+    """Redraw all weights of linear layers and convolutions, so that intervals keep their width from layer to layer.
 
-    From torch's own initial weights intervals grow with depth, and a training for certificates has to undo that first.
-    Biases become 0; other layers stay as they are.
+    With torch's default initial weights, intervals grow with depth, and certified training has to undo this growth
+    first. Biases become 0; other layers stay as they are.
 
     Args:
-        module: whose layers, such as a guard or its encoder; changed in place.
+        module: module to change in place, such as a guard or its encoder.
         generator: randomness, on the weights' device; None takes torch's global one.
 
     Reference:
@@ -46,31 +46,31 @@ def initialise(module: nn.Module, *, generator: Generator | None = None) -> None
 
 @final
 class CertifiedTrainer(DetectorTrainer):
-    """Teaches a guard decisions that `certify` can prove, for every image within a radius in l∞.
+    """Trains a guard to make decisions that `certify` can prove for every image within a radius in l∞.
 
-    A step costs about three plain ones, however strong an attack would have to be: instead of attacking, it bounds what
-    the whole ball can become. The loss is ``(1 − κ) · (cross-entropy + center_weight · mean ½d²) + κ · cross-entropy of
-    the bounds``, where κ and the radius grow together; cross-entropies are of the mixture's posterior at a temperature.
-    A guard that is trained from scratch gains by `initialise` first.
+    A step attacks nothing. It computes bounds over the whole ball, so it costs about three plain steps, however
+    expensive a strong attack would be. The loss is ``(1 − κ) · (cross-entropy + center_weight · mean ½d²) + κ ·
+    cross-entropy of the bounds``, where κ and the radius grow together. Both cross-entropies are those of the mixture's
+    posterior at a temperature. Before training from scratch, call `initialise` on the guard for a better result.
 
     Args:
-        guard: trained in place, on its own device; its network as in `certify`.
-        eps: radius in l∞, in (0, 1]. Somewhat more than what is to be proved proves more.
-        optimizer: a function that makes one of the guard's parameters, such as
-            ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``, or an optimizer of ``guard.parameters()``; None
-            takes Adam with learning rate 1e-3.
-        scheduler: a function that makes one of the optimizer, or a scheduler of it; see `DetectorTrainer`.
-        warmup_epochs: epochs on benign images alone first.
-        ramp_epochs: epochs after that over which the radius grows to its full length; short ones end at chance.
-        bound_weight: κ at its largest, in (0, 1].
-        center_weight: of the distance of benign images to their centres, at least 0. It makes for tight clusters, so
-            for detection outside the ball, and costs certificates.
-        temperature: by which the mixture's logits are divided, positive.
-        calibrator: fits the final thresholds.
-        options: how steps are taken.
+        guard: guard to train, in place and on its own device; its network is as in `certify`.
+        eps: radius in l∞, in (0, 1]. A radius somewhat larger than the one to prove gives more proofs.
+        optimizer: optimizer of ``guard.parameters()``, or a function that makes one from the guard's parameters, such
+            as ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``; None takes Adam with learning rate 1e-3.
+        scheduler: scheduler of the optimizer, or a function that makes one from it; see `DetectorTrainer`.
+        warmup_epochs: number of first epochs on benign images alone.
+        ramp_epochs: number of epochs after the warm-up over which the radius grows to full length. With too
+            short a ramp, training ends at chance accuracy.
+        bound_weight: largest value of κ, in (0, 1].
+        center_weight: factor of the distance of benign images to their centres, at least 0. A larger one gives tighter
+            clusters, and so better detection outside the ball, but fewer certificates.
+        temperature: divisor of the mixture's logits, positive.
+        calibrator: calibrator that fits the final thresholds; None takes `Calibrator()`.
+        options: options of the training steps; None takes `TrainingOptions()`.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Gowal et al., "On the effectiveness of interval bound propagation for training verifiably robust models" (2018).
@@ -82,7 +82,7 @@ class CertifiedTrainer(DetectorTrainer):
         >>> trainer = CertifiedTrainer(guard, eps=0.2, ramp_epochs=20, optimizer=optimizer)
         >>> loader = [(images, torch.tensor([0, 1]))]
         >>> history = trainer.fit(loader, loader, epochs=40, calibrate=False, progress=False)
-        >>> history[-1].attack_success_rate  # what is not proved of the last batches
+        >>> history[-1].attack_success_rate  # share of images without a proof in the last epoch
         0.0
     """
 
@@ -132,21 +132,21 @@ class CertifiedTrainer(DetectorTrainer):
         self.temperature = temperature
 
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
-        """The loss of a batch, of images (B, C, H, W) in [0, 1] and labels (B,); nothing in it is random."""
+        """The loss of a batch of images (B, C, H, W) in [0, 1] and labels (B,); the generator is not used."""
         representations, head = self.guard.represent(images), self.guard.head
         logits = head.logits(representations)
         spread = 0.5 * head.energies(representations).gather(1, labels[:, None].long()).mean()
         loss = cross_entropy(logits / self.temperature, labels) + self.center_weight * spread
         right = (logits.argmax(dim=1) == labels).sum()
         share = self._grown
-        if not self.engine.steps:  # a network without bounds is refused now, not when the warm-up is over
+        if not self.engine.steps:  # refuses a network without known bounds now, rather than after the warm-up
             with torch.autocast(images.device.type, enabled=False):
                 check_bounds(self.guard, images[:4], labels[:4], eps=self.eps)
         if not share:
             return TrainingStep(loss, right, terms={"loss/benign": loss.detach()})
-        with evaluation_mode(self.guard):  # bounds need running statistics, and no dropout
+        with evaluation_mode(self.guard):  # bounds are known for running statistics only, and not for dropout
             leads = bound(self.guard, images, labels, eps=share * self.eps).leads
-        worst = (-leads / (2 * self.temperature)).logsumexp(dim=1).mean()  # the label's own lead is 0
+        worst = (-leads / (2 * self.temperature)).logsumexp(dim=1).mean()  # includes the label, whose lead is 0
         weight = share * self.bound_weight
         return TrainingStep(
             (1 - weight) * loss + weight * worst,
@@ -157,6 +157,6 @@ class CertifiedTrainer(DetectorTrainer):
 
     @property
     def _grown(self) -> float:
-        """The share of its radius that the ball has by now."""
+        """The present radius as a share of the full one."""
         grown = self.epochs_done - self.warmup_epochs
         return 0.0 if grown < 0 else min(1.0, grown / self.ramp_epochs) if self.ramp_epochs else 1.0

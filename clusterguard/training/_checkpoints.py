@@ -1,4 +1,4 @@
-"""What a training run leaves behind: a record of each epoch, and a file that it can go on from."""
+"""The record of each training epoch, and checkpoint files from which a training can continue."""
 
 import copy
 import math
@@ -17,15 +17,15 @@ _KIND = "training"
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch did.
+    """The figures of one training epoch.
 
     Attributes:
-        epoch: counted from 1.
-        loss: mean over steps; for `AdversarialClusterTrainer` equation 31 as a negative log-likelihood, without its
-            constant.
-        accuracy: share of benign training images that were labelled rightly, while training.
+        epoch: number of the epoch, counted from 1.
+        loss: mean loss over steps; for `AdversarialClusterTrainer`, equation 31 as a negative log-likelihood without
+            its constant.
+        accuracy: share of benign training images that were labelled correctly in the training steps.
         attack_success_rate: share of the training attack's images accepted under a wrong label; NaN in warm-up.
-        mean_threshold: mean over classes of the thresholds in use at the end; +inf before the first refresh.
+        mean_threshold: mean over classes of the thresholds at the end of the epoch; +inf before the first refresh.
         seconds: wall time.
     """
 
@@ -39,15 +39,15 @@ class EpochRecord:
 
 @dataclass
 class EpochTotals:
-    """Sums over the steps of an epoch so far.
+    """Sums over the steps of an unfinished epoch.
 
     Attributes:
-        steps: batches, that is.
-        loss: summed over steps.
-        images: seen.
-        correct: of them, labelled rightly.
-        attacked: images attacked.
-        successes: of them, those that got through.
+        steps: number of batches.
+        loss: sum of the batches' losses.
+        images: number of images.
+        correct: number of images labelled correctly.
+        attacked: number of attacked images.
+        successes: number of attacked images that got through.
         seconds: wall time.
     """
 
@@ -60,7 +60,7 @@ class EpochTotals:
     seconds: float = 0.0
 
     def add(self, loss: Tensor, images: int, correct: Tensor, successes: Tensor | None) -> None:
-        """Count a step."""
+        """Add the figures of one step."""
         self.steps += 1
         self.loss += loss.item()
         self.images += images
@@ -70,7 +70,7 @@ class EpochTotals:
             self.successes += int(successes)
 
     def record(self, epoch: int, mean_threshold: float) -> EpochRecord:
-        """The epoch's record."""
+        """The record of the epoch."""
         return EpochRecord(
             epoch=epoch,
             loss=self.loss / max(1, self.steps),
@@ -82,27 +82,29 @@ class EpochTotals:
 
 
 class Stateful(Protocol):
-    """Modules, optimisers, schedulers."""
+    """Anything with a state to save, such as a module, an optimizer or a scheduler."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """The state, which `load_state_dict` can restore."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Take over a state."""
+        """Restore a state."""
         ...
 
 
 def save_checkpoint(path: str | Path, *, parts: Mapping[str, Stateful | None], values: Mapping[str, Any]) -> None:
-    """Write states, whole or not at all; no code is pickled. What was at the path stays beside it, as ``.previous``.
+    """Write states to a file, completely or not at all, without pickling code.
+
+    A file that was at the path before stays next to it under the suffix ``.previous``.
 
     Args:
-        path: of the file.
-        parts: by name; None where a run has no such part.
+        path: path of the file.
+        parts: modules, optimizers and the like by name; None for a part that the run does not have.
         values: tensors, numbers, strings, lists and dicts of them.
 
     Raises:
-        PersistenceError: it cannot be written, because the disk is full, say.
+        PersistenceError: the file cannot be written, for example because the disk is full.
     """
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     save_progress(path, _KIND, {"parts": states, "values": dict(values)})
@@ -110,12 +112,12 @@ def save_checkpoint(path: str | Path, *, parts: Mapping[str, Stateful | None], v
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save_checkpoint` wrote, read but not restored.
+    """A checkpoint that was read from a file but not restored yet.
 
     Attributes:
-        file: where it was.
-        states: of the parts, by name.
-        values: tensors on the CPU.
+        file: path of the file.
+        states: states of the parts, by name.
+        values: values as `save_checkpoint` took them, with tensors on the CPU.
     """
 
     file: Path
@@ -124,13 +126,13 @@ class Checkpoint:
 
     @contextmanager
     def restored(self, parts: Mapping[str, Stateful | None]) -> Iterator[None]:
-        """Set parts to the states under their names; if one does not fit, or the block fails, none of them changes.
+        """Restore the states of parts; if one does not fit, or the block fails, no part changes.
 
         Args:
-            parts: as when saved.
+            parts: the same parts as when saving, by name.
 
         Raises:
-            PersistenceError: the checkpoint is another run's.
+            PersistenceError: the checkpoint belongs to another run.
         """
         wanted = {name: part for name, part in parts.items() if part is not None}
         if set(wanted) != set(self.states):
@@ -143,7 +145,7 @@ class Checkpoint:
             try:
                 for name, part in wanted.items():
                     part.load_state_dict(self.states[name])
-            except Exception as error:  # parts are anyone's, and so is how they refuse
+            except Exception as error:  # parts can be user classes, which may raise anything
                 raise PersistenceError(
                     f"{self.file} does not fit, so it is another run's ({in_one_line(error)}); choose another file, or "
                     "delete it to start anew"
@@ -156,16 +158,16 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint | None:
-    """What `save_checkpoint` wrote last or, if that file is damaged, before.
+    """Read the last checkpoint or, if its file is damaged, the one before it.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
-        None if there is no checkpoint.
+        The checkpoint; None if there is none.
 
     Raises:
-        PersistenceError: there are files, but none of them is whole.
+        PersistenceError: files exist, but all of them are damaged.
 
     Warns:
         UserWarning: the last file is damaged, and the one before it is used.

@@ -1,4 +1,4 @@
-"""Steps of the optimizer: on one device or many, clipped, averaged, and undone when the loss explodes."""
+"""Optimizer steps on one or many devices, with gradient clipping, weight averaging and a way back from divergence."""
 
 import math
 import warnings
@@ -23,20 +23,20 @@ from torch.utils.data import DataLoader
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_REMEMBER_EVERY = 10  # steps between copies of good weights
+_REMEMBER_EVERY = 10  # steps between two copies of weights whose loss is finite
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names; they compare equal to strings
 
 
 class TrainingStep(NamedTuple):
-    """What one batch gave.
+    """The loss of one batch, with counts for the epoch's record.
 
     Attributes:
-        loss: a scalar, to be minimised.
-        correct: how many images of the batch were labelled rightly, (); benign ones where they are looked at.
-        successes: how many training attacks got through, (); None if there was no attack.
-        terms: what the loss is made of, scalars by name, for trackers.
-        again: makes the loss once more at the detector's weights of that moment, of the same images, attacked ones as
-            they are; None takes the whole step again, attack included. For weight perturbation.
+        loss: scalar to minimise.
+        correct: scalar, number of images labelled correctly; benign images if the step evaluates them.
+        successes: scalar, number of training attacks that got through; None if there was no attack.
+        terms: terms of the loss, scalars by name, for trackers.
+        again: function that recomputes the loss of this batch with the current weights, without a new attack. It is
+            used by weight perturbation; None repeats the whole step there, attack included.
     """
 
     loss: Tensor
@@ -47,9 +47,10 @@ class TrainingStep(NamedTuple):
 
 
 class _WholeStep(nn.Module):
-    """What is prepared for devices and processes: a forward pass that is a whole training step.
+    """A module whose forward pass is a whole training step; accelerate wraps it for devices and processes.
 
-    So the attack in it runs on the bare detector, and gradients are exchanged once, for the step's loss.
+    The attack within the step so runs on the unwrapped detector, and processes exchange gradients only once, for the
+    loss of the step.
     """
 
     def __init__(self, detector: DetectorModule, training_step: Callable[..., TrainingStep]) -> None:
@@ -60,25 +61,25 @@ class _WholeStep(nn.Module):
     def forward(
         self, images: Tensor, labels: Tensor, generator: Generator | None, again: Callable[[], Tensor] | None = None
     ) -> Any:
-        """The step of a batch; or the loss of one that was taken before, again."""
+        """The training step of a batch, or the result of `again` if it is not None."""
         return self.training_step(images, labels, generator) if again is None else again()
 
 
 class TrainingEngine:
-    """Takes steps for a trainer; everything about devices, processes and precision is accelerate's.
+    """Takes the optimizer steps of a trainer; accelerate handles devices, processes and precision.
 
     Args:
-        detector: whose parameters the optimizer has; moved where the accelerator says.
-        training_step: images (B, C, H, W), labels (B,), generator -> `TrainingStep`.
-        optimizer: of the detector's parameters.
-        scheduler: or None.
-        options: how steps are taken.
+        detector: detector to train; it moves to the accelerator's device.
+        training_step: function from images (B, C, H, W), labels (B,) and a generator to a `TrainingStep`.
+        optimizer: optimizer of the detector's parameters.
+        scheduler: scheduler of the optimizer, or None.
+        options: options of the steps.
 
     Attributes:
-        steps: of the optimizer, so far.
+        steps: number of optimizer steps so far.
 
     Raises:
-        ConfigurationError: an accelerator that shards the detector.
+        ConfigurationError: the accelerator shards the detector.
     """
 
     def __init__(
@@ -96,14 +97,14 @@ class TrainingEngine:
             raise ConfigurationError(
                 "expected an accelerator whose processes each hold the whole detector, as with DDP, got "
                 f"{self.accelerator.distributed_type.value}: attacks and thresholds need all weights. "
-                "Launch without it, and accelerate takes DDP"
+                "Launch without it; accelerate then uses DDP"
             )
         self.steps = 0
         self._module: nn.Module = self.accelerator.prepare_model(_WholeStep(detector, training_step))
-        self._given_optimizer = optimizer
+        self._bare_optimizer = optimizer
         self._optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self._gathered = 0  # batches whose gradients wait for the next step
-        self._has_warned = False  # of a batch of one image
+        self._gathered = 0  # number of batches whose gradients wait for the next step
+        self._has_warned = False  # whether the warning of a batch of one image was shown
         decay = options.average_decay
         average = None if decay is None else get_ema_multi_avg_fn(decay)
         self._average = None if decay is None else AveragedModel(detector, multi_avg_fn=average, use_buffers=True)
@@ -117,12 +118,12 @@ class TrainingEngine:
 
     @property
     def device(self) -> torch.device:
-        """The detector's."""
+        """The device of the detector."""
         return self.detector.thresholds.device
 
     @property
     def parts(self) -> dict[str, Stateful | None]:
-        """What a checkpoint holds of it."""
+        """The parts whose states a checkpoint holds, by name."""
         return {
             "guard": self.detector,
             "optimizer": self._optimizer,
@@ -132,35 +133,36 @@ class TrainingEngine:
         }
 
     def check(self, batches: int | None, epochs: int, *, resumable: bool) -> None:
-        """The optimizer and the scheduler can do what a training asks of them.
+        """Check that the optimizer and the scheduler suit a training.
 
         Args:
-            batches: of an epoch, in this process; None if that is not known.
-            epochs: in all.
+            batches: number of batches of an epoch in this process; None if it is unknown.
+            epochs: total number of epochs.
             resumable: whether there will be checkpoints.
 
         Raises:
-            ConfigurationError: they cannot, or the detector was made in inference mode.
+            ConfigurationError: the optimizer or the scheduler does not suit, or the detector was made in inference
+                mode.
 
         Warns:
-            UserWarning: the optimizer holds some of the detector's trainable parameters only.
+            UserWarning: the optimizer holds only some of the detector's trainable parameters.
         """
-        for name, own in _everything(self.detector):
-            if own.is_inference() and own is not self.detector.thresholds:
+        for name, tensor in _named_tensors(self.detector):
+            if tensor.is_inference() and tensor is not self.detector.thresholds:
                 raise ConfigurationError(
                     f"expected a detector that can be trained, got one made inside torch.inference_mode() ({name}); "
                     "make it outside"
                 )
-        optimizers.check_optimizer(self._given_optimizer, self.detector)
+        optimizers.check_optimizer(self._bare_optimizer, self.detector)
         every, group = self.options.schedule_every, self.options.batches_per_step
         in_an_epoch = 1 if every == "epoch" else None if batches is None else -(-batches // group)
         steps = None if in_an_epoch is None else epochs * in_an_epoch
-        optimizers.check_scheduler(self.scheduler, self._given_optimizer, every=every, steps=steps, resumable=resumable)
+        optimizers.check_scheduler(self.scheduler, self._bare_optimizer, every=every, steps=steps, resumable=resumable)
         if resumable:
-            optimizers.check_keepable(self._given_optimizer, self.scheduler)
+            optimizers.check_keepable(self._bare_optimizer, self.scheduler)
 
     def begin(self) -> None:
-        """Make ready for a training: no gradients are left over, and averaged weights give way to those that train."""
+        """Prepare for a training: clear gradients, and put trained weights back in place of averaged ones."""
         with self._in_sync():
             self._optimizer.zero_grad()
         self._gathered, self._has_warned = 0, False
@@ -168,14 +170,15 @@ class TrainingEngine:
         if before is None or self._average is None:
             return
         pairs = zip(self.detector.parameters(), self._average.module.parameters(), strict=True)
-        if all(torch.equal(own, average) for own, average in pairs):  # nobody has changed them meanwhile
+        if all(torch.equal(weight, average) for weight, average in pairs):  # nobody has changed the averages since
             self.detector.load_state_dict(before)
 
     def share(self, loader: Loader) -> Loader:
         """The part of the training batches that this process takes.
 
         Raises:
-            ConfigurationError: several processes, and a loader of which accelerate knows no parts.
+            ConfigurationError: there are several processes, and the loader is not a DataLoader, which accelerate can
+                split.
         """
         if isinstance(self.accelerator, OneProcess) or self.accelerator.num_processes == 1:
             return loader
@@ -185,20 +188,20 @@ class TrainingEngine:
         return shared
 
     def take_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> tuple[TrainingStep, bool]:
-        """Descend the loss of a batch.
+        """Add the gradients of a batch, and take a step of the optimizer when enough batches are accumulated.
 
-        A batch of one image has no statistics of its own where feature maps have one pixel, so batch normalisation
-        takes it with its running ones there.
+        A batch of one image has no variance where feature maps have one pixel. Batch normalisation uses its running
+        statistics there.
 
         Returns:
-            What the batch gave; and whether the optimizer has taken a step, or gradients accumulate still.
+            The training step of the batch, and whether the optimizer took a step.
 
         Raises:
             TrainingDivergedError: the loss is NaN or infinite, in this process or another.
-            ConfigurationError: the batch has one image, of which batch normalisation has no statistics of any kind.
+            ConfigurationError: the batch has one image, and batch normalisation has no running statistics to use.
 
         Warns:
-            UserWarning: batch normalisation takes its running statistics, for the first time since `begin`.
+            UserWarning: batch normalisation used its running statistics, for the first time since `begin`.
         """
         completes = self._gathered + 1 >= self.options.batches_per_step
         batch = _usable(images).to(self.device), _usable(labels).to(self.device).long(), generator
@@ -214,10 +217,10 @@ class TrainingEngine:
         return step, completes and self.apply_gradients()
 
     def apply_gradients(self) -> bool:
-        """Take a step along the gradients of the batches since the last one, be they fewer than a step should have.
+        """Take a step along the accumulated gradients, even if they are of fewer batches than a step should have.
 
         Returns:
-            Whether there were any.
+            Whether there were any gradients.
         """
         if not self._gathered:
             return False
@@ -239,8 +242,8 @@ class TrainingEngine:
         def warn() -> None:
             if not self._has_warned:
                 warnings.warn(
-                    "a batch has one image only, of which batch normalisation can take no statistics, so it took the "
-                    "running ones; drop_last=True of the DataLoader leaves such a batch out",
+                    "a batch has one image only, too few for the statistics of batch normalisation, which used its "
+                    "running statistics; pass drop_last=True to the DataLoader to leave such a batch out",
                     stacklevel=2,
                 )
             self._has_warned = True
@@ -248,21 +251,25 @@ class TrainingEngine:
         return _single_image(self.detector, synchronised=self.accelerator.num_processes > 1, warn=warn)
 
     def _add_gradients(self, loss: Tensor) -> None:
-        # Not accelerate's backward, which divides by the number of batches that its newest accelerator was given.
+        # accelerate's backward would divide by the number of batches of the newest accelerator, not of this one.
         scaled, scaler = loss / self.options.batches_per_step, self.accelerator.scaler
         (scaled if scaler is None else scaler.scale(scaled)).backward()
 
     def _complete_group(self) -> None:
-        """Make of the gradients of a few batches their mean, over all processes, which have not exchanged them yet."""
+        """Average the gradients of an incomplete group, over its batches and over all processes.
+
+        The processes have not exchanged these gradients yet, because they do so in the last batch of a full group.
+        """
         factor = self.options.batches_per_step / self._gathered
-        held = [own for group in self._optimizer.param_groups for own in group["params"] if own.grad is not None]
-        means = self.accelerator.reduce([own.grad for own in held], "mean")
-        for own, mean in zip(held, means, strict=True):
-            own.grad.copy_(mean * factor)
+        parameters = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        with_gradients = [weight for weight in parameters if weight.grad is not None]
+        means = self.accelerator.reduce([weight.grad for weight in with_gradients], "mean")
+        for weight, mean in zip(with_gradients, means, strict=True):
+            weight.grad.copy_(mean * factor)
 
     @contextmanager
     def _in_sync(self) -> Iterator[None]:
-        """Let accelerate's optimizer act, whatever the script has last told accelerate about accumulation."""
+        """Make accelerate's optimizer take its step, whatever state of accumulation the script left in accelerate."""
         before, self.accelerator.sync_gradients = self.accelerator.sync_gradients, True
         try:
             yield
@@ -270,14 +277,17 @@ class TrainingEngine:
             self.accelerator.sync_gradients = before
 
     def _descend_from_above(self, batch: tuple[Tensor, Tensor, Generator | None], perturbation: float) -> TrainingStep:
-        """A step whose gradient is taken where the loss is higher; it reports the loss where the weights are."""
+        """A training step with weight perturbation.
+
+        The gradient is that at perturbed weights with a higher loss. The reported loss is that at the actual weights.
+        """
         accelerator = self.accelerator
         with accelerator.no_sync(self._module):
             step: TrainingStep = self._module(*batch)
         self._check_loss(step.loss.detach())
-        moving = [own for own in self.detector.parameters() if own.requires_grad and own.ndim > 1]
+        moving = [weight for weight in self.detector.parameters() if weight.requires_grad and weight.ndim > 1]
         gradients = torch.autograd.grad(step.loss, moving, allow_unused=True, materialize_grads=True) if moving else ()
-        # Processes that moved apart would take the gradients of different networks for one.
+        # All processes must move the same way, or their averaged gradients would be those of different networks.
         directions = accelerator.reduce(list(gradients), "mean")
         with _moved(self.detector, moving, directions, perturbation):
             again = self._module(*batch, step.again)
@@ -290,11 +300,14 @@ class TrainingEngine:
         return step._replace(loss=step.loss.detach(), again=None)
 
     def end_epoch(self, totals: EpochTotals, epochs: int) -> EpochTotals:
-        """All processes' totals; the scheduler steps if epochs are what it counts.
+        """Step a scheduler that counts epochs, and add up the totals of all processes.
 
         Args:
-            totals: of this process.
-            epochs: that are over, this one included.
+            totals: totals of this process.
+            epochs: number of finished epochs, this one included.
+
+        Returns:
+            The totals of all processes.
         """
         totals = self._sum(totals)
         loss = totals.loss / max(1, totals.steps)
@@ -304,20 +317,20 @@ class TrainingEngine:
     def _sum(self, totals: EpochTotals) -> EpochTotals:
         if self.accelerator.num_processes == 1:
             return totals
-        own = [totals.steps, totals.loss, totals.images, totals.correct, totals.attacked, totals.successes]
+        counts = [totals.steps, totals.loss, totals.images, totals.correct, totals.attacked, totals.successes]
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        summed = self.accelerator.reduce(torch.tensor(own, dtype=dtype, device=self.device), "sum").tolist()
+        summed = self.accelerator.reduce(torch.tensor(counts, dtype=dtype, device=self.device), "sum").tolist()
         steps, loss, images, correct, attacked, successes = summed
         return EpochTotals(steps, loss, images, correct, attacked, successes, totals.seconds)
 
     def finish(self) -> None:
-        """Give the detector the average of its weights, if one is kept; a further training goes on from its own."""
+        """Put the averaged weights, if any, into the detector; a further training continues from the trained ones."""
         if self._average is not None and self._average.n_averaged:
-            self._before_average = {name: own.clone() for name, own in self.detector.state_dict().items()}
+            self._before_average = {name: tensor.clone() for name, tensor in self.detector.state_dict().items()}
             self.detector.load_state_dict(self._average.module.state_dict())
 
     def report(self, values: Mapping[str, float]) -> None:
-        """Hand numbers to the accelerator's trackers."""
+        """Send numbers to the accelerator's trackers."""
         self.accelerator.log({"learning_rate": self._optimizer.param_groups[0]["lr"], **values}, step=self.steps)
 
     @property
@@ -326,7 +339,10 @@ class TrainingEngine:
         return bool(self.accelerator.trackers) and self.steps % self.options.log_every == 0
 
     def _check_loss(self, loss: Tensor) -> None:
-        """A finite loss vouches for the weights that made it: remember them now and then; else go back to them."""
+        """Give up if the loss is not finite; else keep a copy of the weights every few steps.
+
+        The copies are good weights, because their loss was finite.
+        """
         if not self._is_finite(loss):
             self._give_up(loss)
         if self.steps % _REMEMBER_EVERY == 0 or not self._last_good[1]:
@@ -334,7 +350,7 @@ class TrainingEngine:
             self._last_good = self.steps, {name: value.clone() for name, value in state.items()}
 
     def _is_finite(self, loss: Tensor) -> bool:
-        """Whether it is in every process."""
+        """Whether the loss is finite in every process."""
         return bool(self.accelerator.gather(loss.isfinite()).all())
 
     def _give_up(self, loss: Tensor) -> None:
@@ -350,42 +366,45 @@ class TrainingEngine:
 def _moved(
     detector: nn.Module, parameters: Sequence[Tensor], directions: Sequence[Tensor], share: float
 ) -> Iterator[None]:
-    """Each parameter moved in its direction by a share of its norm; afterwards all is as it was, bit by bit.
+    """Move each parameter in its direction by a share of its norm, and afterwards restore all tensors bit by bit.
 
-    Buffers too: what BatchNorm sees of a network that nobody will keep is not to be remembered.
+    Buffers are restored too, because BatchNorm's statistics of the moved network must not last.
     """
-    kept = {name: own.detach().clone() for name, own in _everything(detector)}
+    kept = {name: tensor.detach().clone() for name, tensor in _named_tensors(detector)}
     try:
         with torch.no_grad():
-            for own, direction in zip(parameters, directions, strict=True):
-                length = direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)  # no gradient: no move
-                own.add_(direction / length * (share * own.norm()))
+            for parameter, direction in zip(parameters, directions, strict=True):
+                length = direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)  # a gradient of 0 moves nothing
+                parameter.add_(direction / length * (share * parameter.norm()))
         yield
     finally:
         with torch.no_grad():
-            for name, own in _everything(detector):
-                own.copy_(kept[name])
+            for name, tensor in _named_tensors(detector):
+                tensor.copy_(kept[name])
 
 
-def _everything(detector: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, also those that a state dict leaves out."""
+def _named_tensors(detector: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, also those that a state dict leaves out."""
     yield from detector.named_parameters()
     yield from detector.named_buffers()
 
 
 def _usable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one made in inference mode, which autograd would refuse."""
+    """The tensor, or a copy of it if it was made in inference mode, because autograd refuses such tensors."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 @contextmanager
 def _single_image(detector: nn.Module, *, synchronised: bool, warn: Callable[[], None]) -> Iterator[None]:
-    """Batch normalisation of one image: by its own statistics where maps have several pixels, else by the running ones.
+    """Let batch normalisation take a batch of one image.
+
+    Layers use the image's own statistics where feature maps have several pixels, and their running statistics
+    elsewhere.
 
     Args:
-        detector: whose layers in train mode take part.
-        synchronised: whether `SyncBatchNorm` sees images of other processes, too.
-        warn: called when running statistics are taken.
+        detector: detector whose batch normalisation in train mode is changed within the block.
+        synchronised: whether `SyncBatchNorm` also gets the images of other processes.
+        warn: function to call when a layer uses its running statistics.
     """
     layers = {
         name: layer
@@ -397,13 +416,15 @@ def _single_image(detector: nn.Module, *, synchronised: bool, warn: Callable[[],
 
     def before(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         values: Tensor = [*inputs, *named.values()][0]
-        if math.prod(values.shape[2:]) > 1 or len(values) > 2:  # 2: the image and the attacked one
+        if (
+            math.prod(values.shape[2:]) > 1 or len(values) > 2
+        ):  # 2: an image may share the batch with its attacked version
             return
         if layer.running_mean is None:
             raise ConfigurationError(
-                f"expected batches of at least two images, for {names[layer]} with track_running_stats=False has no "
-                "statistics to take in place of those of a single image, got a batch of one; pass drop_last=True to "
-                "the DataLoader"
+                f"expected batches of at least two images, because {names[layer]} with track_running_stats=False has "
+                "no running statistics to use in place of those of a single image, got a batch of one; pass "
+                "drop_last=True to the DataLoader"
             )
         if layer.training:
             layer.training = False

@@ -1,4 +1,4 @@
-"""What a loader carries from one pass to the next: random generators and counters in its sampler or data set."""
+"""The state that a loader keeps from one pass to the next, such as random generators and counters in its sampler."""
 
 import copy
 import dis
@@ -22,26 +22,27 @@ from clusterguard.errors import PersistenceError
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-_DEPTH, _WIDTH, _MOST = 12, 256, 50_000  # of the search: it must end, also in a data set of a million file names
+_DEPTH, _WIDTH, _MOST = 12, 256, 50_000  # limits of the search, which must end even in a data set of a million files
 _GENERATORS = (Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
-_LARGEST = 10_000  # elements of a value that is kept, of what is no sampler: data are not to be copied
+_LARGEST = 10_000  # largest number of elements of a value outside samplers, so that images are not copied
 _LIBRARIES = ("builtins", "torch", "numpy", "random", "torchvision", "accelerate")
-_KINDS = "iufbc"  # of NumPy's types
-_CLASS = "class "  # before the name of a class, in paths
+_KINDS = "iufbc"  # kinds of NumPy types that are numbers
+_CLASS = "class "  # prefix of a class name in paths
 _NOTHING = object()
 _SCALARS = (bool, int, float, str, type(None))
 _LEAVES = (*_SCALARS, bytes, complex, type, ModuleType, BuiltinFunctionType, PurePath, np.generic)
 
 
 class LoaderState:
-    """Finds what a loader carries from pass to pass, keeps it, and puts it back.
+    """Finds the state that a loader keeps from pass to pass, copies it, and restores it.
 
-    It looks through the attributes of the loader, its sampler, data set, their classes, functions and so on, each time
-    anew, and knows torch's, NumPy's and Python's generators, and numbers, strings, tensors, arrays and containers of
-    them that have changed since it first looked; outside of samplers those of up to 10,000 elements.
+    Each call searches the attributes of the loader, its sampler, its data set, their classes, functions and so on. The
+    state consists of the generators of torch, NumPy and Python, and of values that changed since the first search. A
+    value is a number, a string, a tensor, an array or a container of these; outside samplers it has at most 10,000
+    elements.
 
     Args:
-        loader: any.
+        loader: loader of any kind.
 
     Example:
         >>> from torch.utils.data import RandomSampler
@@ -55,32 +56,35 @@ class LoaderState:
 
     def __init__(self, loader: object) -> None:
         self._loader = loader
-        self._found = _Found(loader)  # at the last look
-        self._first, self._generators_at_first = self._found.values(), set(self._found.generators)
+        self._search = _Search(loader)  # the latest one
+        self._first, self._generators_at_first = self._search.values(), set(self._search.generators)
 
     @property
     def obstacles(self) -> list[str]:
-        """What keeps the loader from being brought back to where it was, in words; empty if nothing is known."""
+        """Known reasons why the loader's state cannot be restored, in words; empty if there are none."""
         return [reason for path, value in _reachable(self._loader) for reason in _obstacles(path, value)]
 
     def get(self) -> dict[str, Any]:
-        """The present state, of numbers, strings, tensors, and lists and dicts of them."""
-        found = self._found = _Found(self._loader)
+        """The present state, as numbers, strings, tensors, and lists and dicts of them."""
+        search = self._search = _Search(self._loader)
+        generators = search.generators
         return {
-            "generators": {path: _get(own) for path, own in found.generators.items()},
+            "generators": {path: _get(generator) for path, generator in generators.items()},
             "made": {
-                path: _kind(own) for path, own in found.generators.items() if path not in self._generators_at_first
+                path: _kind(generator)
+                for path, generator in generators.items()
+                if path not in self._generators_at_first
             },
-            "values": found.values(),
-            "names": {path: list(_attributes(owner)) for path, owner in found.owners.items()},
+            "values": search.values(),
+            "names": {path: list(_attributes(owner)) for path, owner in search.owners.items()},
         }
 
     def changed(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """A state that `get` returned, less the values that have never changed, as a checkpoint keeps it.
+        """A state that `get` returned without the values that never changed, for a checkpoint.
 
-        What the loader was made with, such as a folder's name, may then be another when the training goes on.
+        A setting of the loader that never changes, such as a folder's name, may then differ when a training resumes.
         """
-        now = self._found.values()
+        now = self._search.values()
         values = {
             path: value
             for path, value in state["values"].items()
@@ -89,34 +93,34 @@ class LoaderState:
         return {"generators": state["generators"], "made": state["made"], "values": values}
 
     def set(self, state: Mapping[str, Any]) -> None:
-        """Go back to a state that `get` or `changed` returned.
+        """Restore a state that `get` or `changed` returned.
 
         Raises:
-            PersistenceError: it is another loader's.
+            PersistenceError: the state belongs to another loader.
 
         Warns:
-            UserWarning: a generator that the loader makes while it is passed through cannot be put back.
+            UserWarning: a generator that the loader makes during a pass cannot be restored.
         """
-        found, made = _Found(self._loader), state.get("made", {})
-        missing = set(state["generators"]) - set(found.generators)
-        if missing - set(made) or (found.generators.keys() & self._generators_at_first) - state["generators"].keys():
+        search, made = _Search(self._loader), state.get("made", {})
+        missing = set(state["generators"]) - set(search.generators)
+        if missing - set(made) or (search.generators.keys() & self._generators_at_first) - state["generators"].keys():
             raise PersistenceError(
                 f"expected a loader with the generators that it had when it was interrupted "
-                f"({_listed(state['generators'])}), got one with {_listed(found.generators)}"
+                f"({_listed(state['generators'])}), got one with {_listed(search.generators)}"
             )
         for path, names in state.get("names", {}).items():
-            found.forget(path, names)
-        for path, value in sorted(state["values"].items(), key=lambda own: _CLASS not in own[0]):  # classes first
-            found.put(path, value)
+            search.forget(path, names)
+        for path, value in sorted(state["values"].items(), key=lambda item: _CLASS not in item[0]):  # classes first
+            search.put(path, value)
         for path in sorted(missing):
-            found.make(path, made[path])
-        for path, own in state["generators"].items():
-            if path in found.generators:
-                _set(found.generators[path], own)
+            search.make(path, made[path])
+        for path, generator_state in state["generators"].items():
+            if path in search.generators:
+                _set(search.generators[path], generator_state)
 
 
-class _Found:
-    """What a loader holds at this moment: generators, and objects with attributes, by the path to them."""
+class _Search:
+    """The generators, and the objects with attributes, that a loader holds at this moment, by their paths."""
 
     def __init__(self, loader: object) -> None:
         self.generators: dict[str, Any] = {}
@@ -128,12 +132,12 @@ class _Found:
                     self.generators[path] = value
             elif not isinstance(value, FunctionType | nn.Module) and _has_attributes(value) and not _is_shared(value):
                 self.owners[path] = value
-                own = {kind for kind in _own_kinds(value) if _is_own(kind.__module__)} - classes
-                self.owners |= {f"{path}.{_CLASS}{kind.__name__}": kind for kind in own}
-                classes |= own
+                new = {kind for kind in _custom_classes(value) if _is_user_module(kind.__module__)} - classes
+                self.owners |= {f"{path}.{_CLASS}{kind.__name__}": kind for kind in new}
+                classes |= new
 
     def values(self) -> dict[str, Any]:
-        """Copies of what may change, by path."""
+        """Copies of all values that may change, by path."""
         return {
             f"{path}.{name}": _kept(value)
             for path, owner in self.owners.items()
@@ -142,7 +146,7 @@ class _Found:
         }
 
     def put(self, path: str, value: Any) -> None:
-        """Set an attribute back, a container in place, for others may hold it too."""
+        """Restore an attribute; a container changes in place, because other objects may hold it too."""
         where, _, name = path.rpartition(".")
         if where not in self.owners:
             return
@@ -150,13 +154,13 @@ class _Found:
         present = getattr(owner, name, _NOTHING)
         if isinstance(present, _GENERATORS):
             if value is None:
-                setattr(owner, name, None)  # it will be made anew
+                setattr(owner, name, None)  # the loader will make a new one
                 self.generators.pop(path, None)
         elif present is _NOTHING or (_is_state(present, limit=None) and not _is_same(_kept(present), value)):
             _replace(owner, name, present, _restored(value))
 
     def forget(self, path: str, names: Collection[str]) -> None:
-        """Take away the attributes that an object had not yet, if they are what may change."""
+        """Delete the attributes that an object did not have yet, if they are generators or values."""
         owner = self.owners.get(path)
         for name, value in list(_attributes(owner).items()) if owner is not None else []:
             if name not in names and (isinstance(value, _GENERATORS) or _is_state(value, limit=_LARGEST)):
@@ -164,21 +168,21 @@ class _Found:
                 self.generators.pop(f"{path}.{name}", None)
 
     def make(self, path: str, kind: str) -> None:
-        """Make a generator that the loader would make itself, in its first pass."""
+        """Make a generator that the loader would itself make in its first pass."""
         where, _, name = path.rpartition(".")
         if where in self.owners and not name.endswith("]"):
-            self.generators[path] = _made(kind)
+            self.generators[path] = _make_generator(kind)
             setattr(self.owners[where], name, self.generators[path])
         else:
             warnings.warn(
                 f"the training will not be the same as without the interruption, because the generator {path} cannot "
-                "be put back; make it in __init__, as an attribute of the data set",
+                "be restored; make it in __init__, as an attribute of the data set",
                 stacklevel=2,
             )
 
 
 def restarting_workers(loader: Any) -> Any:
-    """The same loader with fresh workers in every pass: persistent ones hold random states that nobody can save.
+    """The same loader without persistent workers, because their random states cannot be saved.
 
     Example:
         >>> restarting_workers(DataLoader(range(3), num_workers=1, persistent_workers=True)).persistent_workers
@@ -187,14 +191,14 @@ def restarting_workers(loader: Any) -> Any:
     if not isinstance(loader, DataLoader) or not loader.persistent_workers:
         return loader
     same = copy.copy(loader)
-    same.__dict__["persistent_workers"] = False  # the attribute itself is guarded, for workers might be running
+    same.__dict__["persistent_workers"] = False  # DataLoader forbids setting the attribute itself
     return same
 
 
 def _reachable(root: object) -> Iterator[tuple[str, Any]]:
-    """Objects that a loader holds, breadth first, each once, by the path of attributes to it; large containers last."""
-    queue, seen = deque([("loader", root, 0)]), {id(root): root}
-    rest: deque[tuple[str, Iterator[tuple[str, Any]], int]] = deque()  # of large containers
+    """All objects that a loader holds, each once, with their paths; breadth first, with large containers last."""
+    queue, visited = deque([("loader", root, 0)]), {id(root): root}
+    rest: deque[tuple[str, Iterator[tuple[str, Any]], int]] = deque()  # remaining elements of large containers
     while queue or rest:
         if queue:
             path, value, depth = queue.popleft()
@@ -209,9 +213,9 @@ def _reachable(root: object) -> Iterator[tuple[str, Any]]:
             path, remaining, depth = rest.popleft()
             children = list(itertools.islice(remaining, _MOST))
         for name, child in children:
-            if _is_leaf(child) or id(child) in seen or len(seen) == _MOST:
+            if _is_leaf(child) or id(child) in visited or len(visited) == _MOST:
                 continue
-            seen[id(child)] = child  # kept, or its id might be given to another object
+            visited[id(child)] = child  # the reference keeps another object from getting the same id
             queue.append((f"{path}.{name}", child, depth + 1))
 
 
@@ -235,7 +239,7 @@ def _is_leaf(value: object) -> bool:
 
 
 def _is_plain(value: object, *, depth: int = 2) -> bool:
-    """Whether it is a leaf, or a few of them, such as a file's name and its boxes."""
+    """Whether a value is a leaf, or a small container of leaves, such as a file name with its bounding boxes."""
     if not depth or not isinstance(value, list | tuple | dict):
         return _is_leaf(value)
     items = value.values() if isinstance(value, dict) else value
@@ -243,32 +247,34 @@ def _is_plain(value: object, *, depth: int = 2) -> bool:
 
 
 def _held_by_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """What it closes over, its defaults, and what it uses of its module's generators and functions."""
+    """The closure of a function, its defaults, and the generators and user objects of its module that it uses."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # a name that is not bound yet
+        with suppress(ValueError):  # raised for a name that is not bound yet
             yield name, cell.cell_contents
     yield "defaults", (function.__defaults__, function.__kwdefaults__)
     attributes, names = _names(function.__code__)
     for name in names & function.__globals__.keys():
         value = function.__globals__[name]
-        if isinstance(value, ModuleType) and _is_own(value.__name__):
+        if isinstance(value, ModuleType) and _is_user_module(value.__name__):
             held = {f"{name}.{attribute}": vars(value)[attribute] for attribute in attributes & vars(value).keys()}
         else:
             held = {name: value}
-        yield from ((path, own) for path, own in held.items() if isinstance(own, _GENERATORS) or _is_peoples(own))
+        yield from (
+            (path, item) for path, item in held.items() if isinstance(item, _GENERATORS) or _is_user_object(item)
+        )
 
 
-def _is_peoples(value: object) -> bool:
-    """Whether it is a function or an object of a class that is no library's, or a few generators."""
+def _is_user_object(value: object) -> bool:
+    """Whether a value is a function or object from user code, or a container with generators among its first items."""
     if isinstance(value, list | tuple | dict):
         items = value.values() if isinstance(value, dict) else value
         return any(isinstance(item, _GENERATORS) for item in itertools.islice(items, _WIDTH))
-    return _is_own(value.__module__ if isinstance(value, FunctionType) else type(value).__module__)
+    return _is_user_module(value.__module__ if isinstance(value, FunctionType) else type(value).__module__)
 
 
 @functools.cache
-def _is_own(name: str | None) -> bool:
-    """Whether a module is neither Python's nor installed, so somebody's script, notebook or package in the making."""
+def _is_user_module(name: str | None) -> bool:
+    """Whether a module is neither Python's nor installed, such as a script, a notebook or a package in development."""
     top = str(name).partition(".")[0]
     if top in sys.stdlib_module_names or top in _LIBRARIES:
         return False
@@ -278,41 +284,41 @@ def _is_own(name: str | None) -> bool:
 
 @functools.cache
 def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The names that a function uses, attributes included, and the global ones; those of functions inside it, too."""
-    names = frozenset(own.argval for own in dis.get_instructions(code) if own.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    """All names that a function and its inner functions use, attributes included, and the global names among them."""
+    loads = (step for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    used = frozenset(code.co_names).union(*(own[0] for own in inner))
-    return used, names.union(*(own[1] for own in inner))
+    used = frozenset(code.co_names).union(*(names for names, _ in inner))
+    return used, frozenset(step.argval for step in loads).union(*(names for _, names in inner))
 
 
 def _held_by_object(value: Any) -> Iterator[tuple[str, Any]]:
-    """Its attributes; of its classes the generators and the methods."""
+    """The attributes of an object, and the generators and methods of its classes."""
     for name, child in _attributes(value).items():
-        if not (isinstance(value, DataLoader) and name == "_iterator"):  # the pass that is running
+        if not (isinstance(value, DataLoader) and name == "_iterator"):  # belongs to the running pass alone
             yield name, child
-    for kind in _own_kinds(value):
+    for kind in _custom_classes(value):
         for name, member in vars(kind).items():
-            function = getattr(member, "__func__", getattr(member, "fget", member))  # static methods, properties
+            function = getattr(member, "__func__", getattr(member, "fget", member))  # for static methods and properties
             if isinstance(function, (*_GENERATORS, FunctionType)):
                 yield name, function
 
 
-def _own_kinds(value: object) -> list[type]:
+def _custom_classes(value: object) -> list[type]:
     """The classes of an object that are not torch's, NumPy's or Python's."""
     return [kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] not in _LIBRARIES]
 
 
 def _has_attributes(value: object) -> bool:
-    return hasattr(value, "__dict__") or any(hasattr(kind, "__slots__") for kind in _own_kinds(value))
+    return hasattr(value, "__dict__") or any(hasattr(kind, "__slots__") for kind in _custom_classes(value))
 
 
 def _attributes(owner: Any) -> dict[str, Any]:
-    """What may be set of an object or a class, by name."""
+    """The attributes of an object or a class that can be set, by name."""
     if isinstance(owner, type):
         return {name: value for name, value in vars(owner).items() if not name.startswith("__")}
-    slots = [vars(kind).get("__slots__", ()) for kind in _own_kinds(owner)]
-    names = [name for own in slots for name in ((own,) if isinstance(own, str) else own) if hasattr(owner, name)]
-    return {name: getattr(owner, name) for name in names} | getattr(owner, "__dict__", {})
+    slots = [vars(kind).get("__slots__", ()) for kind in _custom_classes(owner)]
+    names = [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
+    return {name: getattr(owner, name) for name in names if hasattr(owner, name)} | getattr(owner, "__dict__", {})
 
 
 def _obstacles(path: str, value: Any) -> Iterator[str]:
@@ -321,11 +327,11 @@ def _obstacles(path: str, value: Any) -> Iterator[str]:
     if is_running(value):
         yield f"{path} is an iterator, whose position cannot be kept"
     if isinstance(value, DataLoader) and value.num_workers and not getattr(value, "in_order", True):
-        yield f"{path} gives batches in the order in which its workers end them (in_order=False)"
+        yield f"{path} gives batches in the order in which its workers finish them (in_order=False)"
 
 
 def _is_shared(value: object) -> bool:
-    """Whether it is accelerate's state of the process, which is not the loader's."""
+    """Whether a value is accelerate's state of the process, which does not belong to the loader."""
     return type(value).__module__ == "accelerate.state"
 
 
@@ -363,7 +369,7 @@ def _bits(generator: Any) -> Any:
 
 
 def _plain(state: Any) -> Any:
-    """NumPy's state, arrays in it as their type and numbers, for a checkpoint takes no arrays."""
+    """The state of a NumPy generator, with arrays as type and list of numbers, because a checkpoint takes no arrays."""
     if isinstance(state, dict):
         return {name: _plain(value) for name, value in state.items()}
     if isinstance(state, np.ndarray):
@@ -379,7 +385,7 @@ def _arrays(state: Any) -> Any:
 
 
 def _replace(owner: Any, name: str, present: Any, value: Any) -> None:
-    """Set an attribute; what can change in place does, for others may hold it, too."""
+    """Set an attribute, in place where possible, because other objects may hold its value too."""
     if type(present) is type(value) and isinstance(present, list | deque):
         present.clear()
         present.extend(value)
@@ -393,7 +399,7 @@ def _replace(owner: Any, name: str, present: Any, value: Any) -> None:
 
 
 def _kind(generator: Any) -> str:
-    """What `_made` makes one like it of."""
+    """A description of a generator, from which `_make_generator` makes one of the same kind."""
     if isinstance(generator, Generator):
         return f"torch {generator.device}"
     if isinstance(generator, random.Random):
@@ -403,23 +409,23 @@ def _kind(generator: Any) -> str:
     return f"{'new' if isinstance(generator, np.random.Generator) else 'bits'} {type(_bits(generator)).__name__}"
 
 
-def _made(kind: str) -> Any:
+def _make_generator(kind: str) -> Any:
     family, _, detail = kind.partition(" ")
     if family == "torch":
         return Generator(detail)
     if family == "python":
         return random.Random()
     bits = getattr(np.random, detail)()
-    return {"old": np.random.RandomState, "new": np.random.Generator}.get(family, lambda own: own)(bits)
+    return {"old": np.random.RandomState, "new": np.random.Generator}.get(family, lambda bits: bits)(bits)
 
 
 def _is_state(value: Any, *, limit: int | None) -> bool:
-    """Whether it is a number, a string, a tensor or an array, or a container of them, of so many elements at most."""
+    """Whether a value is a number, string, tensor or array, or a container of them, of at most `limit` elements."""
     return _size(value, math.inf if limit is None else limit) >= 0
 
 
 def _size(value: Any, limit: float) -> int:
-    """The number of elements; -1 if there are too many or others."""
+    """The number of elements of a value; -1 if there are more than `limit`, or elements of other types."""
     if isinstance(value, _SCALARS) or (isinstance(value, np.generic) and value.dtype.kind in _KINDS):
         return 1
     if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in _KINDS):
@@ -437,13 +443,13 @@ def _size(value: Any, limit: float) -> int:
 
 
 def _kept(value: Any) -> Any:
-    """A copy of what `_is_state`, of what a checkpoint takes: other types than its own are named."""
+    """A copy of a value for which `_is_state` is true, with types that a checkpoint does not take as named dicts."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray | np.generic):
         return {"array": torch.from_numpy(np.array(value)), "type": str(value.dtype)}
     if isinstance(value, dict):
-        return {"dict": [[_kept(name), _kept(own)] for name, own in value.items()]}
+        return {"dict": [[_kept(name), _kept(item)] for name, item in value.items()]}
     if isinstance(value, list | tuple | deque | set):
         items = [_kept(item) for item in value]
         return (
@@ -465,20 +471,20 @@ def _restored(value: Any) -> Any:
     if "array" in value:
         return value["array"].numpy().astype(value["type"])[()]
     if "dict" in value:
-        return {_restored(name): _restored(own) for name, own in value["dict"]}
+        return {_restored(name): _restored(item) for name, item in value["dict"]}
     if "deque" in value:
         return deque(_restored(value["deque"]), value["maxlen"])
     return tuple(_restored(value["tuple"])) if "tuple" in value else set(_restored(value["set"]))
 
 
 def _is_same(value: Any, other: Any) -> bool:
-    """Whether two of what `_kept` returns are equal."""
+    """Whether two results of `_kept` are equal."""
     if type(value) is not type(other):
         return False
     if isinstance(value, Tensor):
         return value.dtype == other.dtype and value.shape == other.shape and torch.equal(value, other)
     if isinstance(value, dict):
-        return value.keys() == other.keys() and all(_is_same(own, other[name]) for name, own in value.items())
+        return value.keys() == other.keys() and all(_is_same(item, other[name]) for name, item in value.items())
     if isinstance(value, list):
         return len(value) == len(other) and all(map(_is_same, value, other))
     return bool(value == other)

@@ -1,4 +1,4 @@
-"""What training minimises: the negative log-likelihood of equation 31, and terms that go beyond the paper."""
+"""Training losses: the negative log-likelihood of equation 31, and terms that go beyond the paper."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,30 +14,30 @@ from torch.nn import functional
 
 
 class Target(ABC):
-    """Where training sends attacked images that got through."""
+    """A place in representation space to which training moves attacked images that got through."""
 
     @abstractmethod
     def energy(
         self, head: Head, representations: Tensor, labels: Tensor, accepted_as: Tensor, thresholds: Tensor
     ) -> Tensor:
-        """How far attacked images are from there, squared: 0 where they have arrived.
+        """The squared distance of attacked images to the target; 0 at the target.
 
         Args:
-            head: says how far representations are from each class.
-            representations: (B, m).
-            labels: (B,) their original classes y.
-            accepted_as: (B,) the labels ŷ that the guard gave them.
-            thresholds: (K,) τ; one that is not finite does not bound anything yet.
+            head: head that computes distances from representations to the classes.
+            representations: (B, m) representations of the attacked images.
+            labels: (B,) original classes y of the images.
+            accepted_as: (B,) labels ŷ that the guard gave to the images.
+            thresholds: (K,) thresholds τ; a threshold that is not finite is not fitted yet.
 
         Returns:
-            (B,).
+            Squared distances (B,).
         """
 
 
 @final
 @dataclass(frozen=True)
 class Origin(Target):
-    """The paper's adversarial centre, one for all: ‖z‖².
+    """The paper's adversarial centre at the origin, the same for all classes, with the energy ‖z‖².
 
     Example:
         >>> from clusterguard.detectors import GaussianClusters
@@ -56,9 +56,9 @@ class Origin(Target):
 @final
 @dataclass(frozen=True)
 class Opposite(Target):
-    """A centre for every class, across the origin from its own: ‖z + u(y)‖².
+    """An adversarial centre for each class, opposite to the class's centre u(y), with the energy ‖z + u(y)‖².
 
-    So attacks on different classes need not look alike.
+    With separate centres, attacks on different classes need not have similar representations.
 
     Example:
         >>> from clusterguard.detectors import GaussianClusters
@@ -77,15 +77,15 @@ class Opposite(Target):
 @final
 @dataclass(frozen=True)
 class Outside(Target):
-    """No centre, just out of the region that is accepted as ŷ: max(0, (1 + margin) τ_ŷ − d_ŷ)².
+    """All points outside the region that is accepted as ŷ, with the energy max(0, (1 + margin) τ_ŷ − d_ŷ)².
 
-    Half the distance between centres takes the place of a τ that is not finite.
+    A threshold τ that is not finite is replaced by half the distance between centres.
 
     Args:
-        margin: how far beyond the threshold, as a share of it; at least 0.
+        margin: required distance beyond the threshold, as a fraction of the threshold; at least 0.
 
     Raises:
-        ConfigurationError: a negative margin.
+        ConfigurationError: the margin is negative.
 
     Example:
         >>> from clusterguard.detectors import GaussianClusters
@@ -112,13 +112,13 @@ class Outside(Target):
 
 
 class Relabelled(NamedTuple):
-    """A batch when it has been attacked.
+    """A batch of benign and attacked images after relabelling.
 
     Attributes:
-        images: (B, C, H, W) benign ones, then attacked ones.
-        labels: (B,) their original classes.
-        accepted_as: (B,) the labels that the guard gave to attacked ones; of benign ones their classes.
-        is_separate: (B,) the share of each, in [0, 1], that does not belong to its class.
+        images: (B, C, H, W) benign images, followed by attacked ones.
+        labels: (B,) original classes of the images.
+        accepted_as: (B,) labels that the guard gave to attacked images, and the classes of benign images.
+        is_separate: (B,) share of each image, in [0, 1], that belongs to the adversarial cluster.
     """
 
     images: Tensor
@@ -130,24 +130,27 @@ class Relabelled(NamedTuple):
 @final
 @dataclass(frozen=True, kw_only=True)
 class ClusterLoss:
-    """What the paper's training minimises, and what may stand beside it.
+    """The loss of the paper's training, with optional further terms.
 
-    ``mean over the images of their classes of ½d² + weight · mean over the adversarial ones of ½·energy``: equation 31
-    as a negative log-likelihood. The likelihood itself underflows in float32 at the distances of an untrained network.
+    The loss is ``mean of ½d² over the images that belong to their classes + weight · mean of ½·energy over the
+    adversarial images``. This is equation 31 as a negative log-likelihood. The likelihood itself underflows in float32
+    at the distances of an untrained network.
 
     Args:
-        target: where attacked images that got through are sent: `Origin()`, the paper's, `Opposite()` or `Outside()`.
-        weight: factor of their term, at least 0.
-        floor: share of the attacked images, in [0, 1]: the mean over successes is taken over at least so many. With the
-            paper's 0 a single success weighs as much as all other images together.
-        cross_entropy_weight: factor of a further term, at least 0: the cross-entropy of softmax(−½d² / T), averaged
-            over the images that belong to their classes. The likelihood pulls an image to its own centre however far
-            the others are; cross-entropy only cares which is closest.
-        temperature: T, positive. It is fixed: the optimizer is yours, and would not know of a learned one. At 1 the
-            cross-entropy is that of the guard's own posterior, which is all but 0 a little off the boundary.
+        target: place to which attacked images that got through are moved: `Origin()`, the paper's choice, `Opposite()`
+            or `Outside()`.
+        weight: factor of the adversarial term, at least 0.
+        floor: smallest number of images that the adversarial mean divides by, as a share of all attacked images in
+            [0, 1]. With the paper's 0, a single successful attack weighs as much as all other images together.
+        cross_entropy_weight: factor of a further term, at least 0, which is the cross-entropy of softmax(−½d² / T),
+            averaged over the images that belong to their classes. The likelihood pulls an image to the centre of its
+            class however far the other centres are, whereas cross-entropy only compares the distances.
+        temperature: temperature T of the cross-entropy, positive. It is not learned, because the user's optimizer does
+            not hold it. At 1 the cross-entropy is that of the guard's posterior, which is almost 0 except close to the
+            decision boundary.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         arXiv 2012.03483, equation 31.
@@ -179,24 +182,24 @@ class ClusterLoss:
     def __call__(
         self, head: Head, representations: Tensor, batch: Relabelled, thresholds: Tensor, counts: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and what it is made of.
+        """The loss of a batch and its terms.
 
         Args:
-            head: says how far representations are from each class.
-            representations: (B, m) of the batch's images.
-            batch: what is known of them.
-            thresholds: (K,).
-            counts: (2,) as `counts_of` has them; with several processes, of all their images.
+            head: head that computes distances from representations to the classes.
+            representations: (B, m) representations of the batch's images.
+            batch: relabelled batch.
+            thresholds: (K,) present thresholds.
+            counts: (2,) numbers of images as in `counts_of`; with several processes, their mean over all processes.
 
         Returns:
-            A scalar with its gradient, and its terms by name.
+            The differentiable loss, a scalar, and its terms by name.
         """
         if self.floor:
             attacked = counts.sum() / 2
             counts = torch.stack([counts[0], counts[1].clamp_min(self.floor * attacked)])
         energy = self.target.energy(head, representations, batch.labels, batch.accepted_as, thresholds)
-        own, adversarial = cluster_terms(head, representations, batch.labels, batch.is_separate, counts, energy)
-        loss, terms = own + self.weight * adversarial, {"own": own, "adversarial": adversarial}
+        by_class, adversarial = cluster_terms(head, representations, batch.labels, batch.is_separate, counts, energy)
+        loss, terms = by_class + self.weight * adversarial, {"own": by_class, "adversarial": adversarial}
         if self.cross_entropy_weight:
             terms["cross_entropy"] = class_cross_entropy(
                 head, representations, batch.labels, batch.is_separate, counts, temperature=self.temperature
@@ -215,22 +218,21 @@ def cluster_loss(
 ) -> Tensor:
     """Equation 31 as a negative log-likelihood, without its constant.
 
-    ``adversarial_weight · mean over D_S of ½d²(adversarial centre) + mean over the rest of ½d²(own centre)``; an
-    empty set counts 0.
+    The loss is ``adversarial_weight · mean over D_S of ½d²(adversarial centre) + mean over the rest of ½d²(centre of
+    the class)``. D_S are the images that belong to the adversarial cluster. The mean over an empty set is 0.
 
     Args:
-        head: says how far representations are from each class.
-        representations: (B, m).
-        labels: (B,) the class each belongs to, where it belongs to one.
-        is_separate: (B,) True for D_S, the images that belong to the adversarial cluster; or the share of each, in
-            [0, 1], that does.
-        adversarial_weight: factor of the first mean.
+        head: head that computes distances from representations to the classes.
+        representations: (B, m) representations of the images.
+        labels: (B,) class of each image; it is not used for images in D_S.
+        is_separate: (B,) whether each image belongs to D_S, or the share of it, in [0, 1], that does.
+        adversarial_weight: factor of the mean over D_S.
 
     Returns:
-        A scalar.
+        The loss, a scalar.
 
     Raises:
-        InputError: tensors of a wrong shape, dtype or device, or labels out of range.
+        InputError: a tensor has a wrong shape, dtype or device, or labels are out of range.
 
     Reference:
         arXiv 2012.03483, equation 31.
@@ -244,8 +246,8 @@ def cluster_loss(
         tensor(0.)
     """
     _check_shares(is_separate, len(representations), like=representations)
-    own, adversarial = cluster_terms(head, representations, labels, is_separate, counts_of(is_separate))
-    return own + adversarial_weight * adversarial
+    by_class, adversarial = cluster_terms(head, representations, labels, is_separate, counts_of(is_separate))
+    return by_class + adversarial_weight * adversarial
 
 
 def _check_shares(is_separate: Tensor, count: int, *, like: Tensor) -> None:
@@ -254,7 +256,7 @@ def _check_shares(is_separate: Tensor, count: int, *, like: Tensor) -> None:
 
 
 def counts_of(is_separate: Tensor) -> Tensor:
-    """How many images belong to their classes and how many to the adversarial cluster, (2,), shares added up.
+    """The numbers (2,) of images that belong to their classes and to the adversarial cluster, as sums of shares.
 
     Args:
         is_separate: (B,) bools, or shares in [0, 1].
@@ -271,34 +273,34 @@ def cluster_terms(
     counts: Tensor,
     adversarial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The two means of `cluster_loss`: over images of their classes, and over those of the adversarial cluster.
+    """The two means of `cluster_loss`, over images of their classes and over images of the adversarial cluster.
 
     Args:
-        head: says how far representations are from each class.
-        representations: (B, m).
-        labels: (B,).
+        head: head that computes distances from representations to the classes.
+        representations: (B, m) representations of the images.
+        labels: class labels (B,).
         is_separate: (B,) bools, or shares in [0, 1].
-        counts: (2,) what the two sums are divided by, unless it is less than 1; see `counts_of`.
-        adversarial: (B,) twice what the second mean is of, see `Target.energy`; None takes the head's.
+        counts: (2,) divisors of the two sums, raised to 1 if smaller; see `counts_of`.
+        adversarial: (B,) energies of the second mean, see `Target.energy`; None takes the head's adversarial energy.
 
     Returns:
-        Two scalars.
+        The two means, each a scalar.
     """
     energies = head.energies(representations)
     check_tensor(labels, "labels", len(energies), kind="integer", like=representations)
     _check_shares(is_separate, len(energies), like=representations)
-    if labels.device.type == "cpu":  # elsewhere looking waits for the device
+    if labels.device.type == "cpu":  # on another device the check would wait for its queue
         check_range(labels, head.num_classes)
     separate = is_separate.to(counts.dtype)
-    own = energies.gather(1, labels[:, None].long()).squeeze(1)
+    by_class = energies.gather(1, labels[:, None].long()).squeeze(1)
     if adversarial is None:
         adversarial = head.adversarial_energy(representations)
     sums = [
         torch.where(share > 0, share * energy, 0).sum()
-        for share, energy in ((1 - separate, own), (separate, adversarial))
+        for share, energy in ((1 - separate, by_class), (separate, adversarial))
     ]
-    own_mean, adversarial_mean = 0.5 * torch.stack(sums) / counts.clamp_min(1)
-    return own_mean, adversarial_mean
+    class_mean, adversarial_mean = 0.5 * torch.stack(sums) / counts.clamp_min(1)
+    return class_mean, adversarial_mean
 
 
 def class_cross_entropy(
@@ -310,18 +312,18 @@ def class_cross_entropy(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Mean cross-entropy of softmax(−½d² / temperature) over the images that belong to their classes.
+    """The mean cross-entropy of softmax(−½d² / temperature) over the images that belong to their classes.
 
     Args:
-        head: says how far representations are from each class.
-        representations: (B, m).
-        labels: (B,).
-        is_separate: (B,) bools, or shares in [0, 1] that do not count.
-        counts: (2,) the first is what the sum is divided by, unless it is less than 1; see `counts_of`.
-        temperature: positive.
+        head: head that computes distances from representations to the classes.
+        representations: (B, m) representations of the images.
+        labels: class labels (B,).
+        is_separate: (B,) bools, or shares in [0, 1], that are left out of the mean.
+        counts: (2,) numbers of images as in `counts_of`; the first, raised to 1 if smaller, divides the sum.
+        temperature: temperature of the softmax, positive.
 
     Returns:
-        A scalar.
+        The mean, a scalar.
     """
     logits = head.logits(representations) / temperature  # −½d² up to a constant per row
     losses = functional.cross_entropy(logits, labels.long(), reduction="none")

@@ -1,4 +1,4 @@
-"""The optimizers and schedulers that people bring: made by factories, checked before the first step, and stepped."""
+"""Optimizers and schedulers of the user: making them from factories, checking them, and stepping schedulers."""
 
 import inspect
 import io
@@ -14,68 +14,68 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 MakeOptimizer: TypeAlias = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
-"""An optimizer, or a function that makes one of the detector's parameters."""
+"""An optimizer, or a function that makes one from the detector's parameters."""
 
 MakeScheduler: TypeAlias = LRScheduler | Callable[[Optimizer], Any]
-"""A scheduler, torch's or timm's, or a function that makes one of the optimizer."""
+"""A scheduler of torch or timm, or a function that makes one from the optimizer."""
 
 _FACTORY = "optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
 _SCHEDULER_FACTORY = "scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)"
 
 
-def make_optimizer(given: MakeOptimizer | None, detector: nn.Module) -> Optimizer:
-    """The optimizer that was given, or that the factory makes; Adam with learning rate 1e-3 where there is none.
+def make_optimizer(optimizer: MakeOptimizer | None, detector: nn.Module) -> Optimizer:
+    """The optimizer itself or the one that a factory makes; Adam with learning rate 1e-3 for None.
 
     Args:
-        given: as the user gave it.
-        detector: whose parameters are to be trained.
+        optimizer: optimizer or factory of one, as the user passes it to a trainer.
+        detector: detector to train.
 
     Raises:
-        ConfigurationError: the detector has no parameters, or what was given is no optimizer and makes none.
+        ConfigurationError: the detector has no parameters, or `optimizer` neither is an optimizer nor makes one.
 
     Example:
         >>> import torch
         >>> make_optimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.5), nn.Linear(2, 2)).defaults["lr"]
         0.5
     """
-    if given is not None and not callable(given):
-        if not (hasattr(given, "param_groups") and hasattr(given, "step")):
+    if optimizer is not None and not callable(optimizer):
+        if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
             raise ConfigurationError(
-                f"expected an optimizer or a function from the parameters to one, got {given!r}; pass {_FACTORY}"
+                f"expected an optimizer or a function from the parameters to one, got {optimizer!r}; pass {_FACTORY}"
             )
-        return given
+        return optimizer
     parameters = list(detector.parameters())
     if not parameters:
         raise ConfigurationError("expected a detector with parameters to train, got one that has none")
-    if given is None:
+    if optimizer is None:
         return Adam(parameters, lr=1e-3)
-    _check_takes_one(given, "the parameters", _FACTORY)
-    made = given(parameters)
+    _check_takes_one(optimizer, "the parameters", _FACTORY)
+    made = optimizer(parameters)
     if not hasattr(made, "param_groups"):
         raise ConfigurationError(f"expected a function that returns an optimizer, got {type(made)}; such as {_FACTORY}")
     return made
 
 
-def make_scheduler(given: MakeScheduler | None, optimizer: Optimizer) -> Any:
-    """The scheduler that was given, or that the factory makes; None where there is none.
+def make_scheduler(scheduler: MakeScheduler | None, optimizer: Optimizer) -> Any:
+    """The scheduler itself or the one that a factory makes; None for None.
 
     Args:
-        given: as the user gave it.
-        optimizer: whose learning rate it sets.
+        scheduler: scheduler or factory of one, as the user passes it to a trainer.
+        optimizer: optimizer whose learning rate the scheduler sets.
 
     Raises:
-        ConfigurationError: what was given is no scheduler and makes none.
+        ConfigurationError: `scheduler` neither is a scheduler nor makes one.
 
     Example:
         >>> optimizer = make_optimizer(None, nn.Linear(2, 2))
         >>> type(make_scheduler(ReduceLROnPlateau, optimizer)).__name__
         'ReduceLROnPlateau'
     """
-    if given is None or (hasattr(given, "step") and not isinstance(given, type)):
-        return given
-    if callable(given):
-        _check_takes_one(given, "the optimizer", _SCHEDULER_FACTORY)
-    made = given(optimizer) if callable(given) else given
+    if scheduler is None or (hasattr(scheduler, "step") and not isinstance(scheduler, type)):
+        return scheduler
+    if callable(scheduler):
+        _check_takes_one(scheduler, "the optimizer", _SCHEDULER_FACTORY)
+    made = scheduler(optimizer) if callable(scheduler) else scheduler
     if not hasattr(made, "step"):
         raise ConfigurationError(
             f"expected a scheduler, or a function from the optimizer to one, got {type(made)}; such as "
@@ -85,10 +85,10 @@ def make_scheduler(given: MakeScheduler | None, optimizer: Optimizer) -> Any:
 
 
 def _check_takes_one(factory: Callable[..., Any], argument: str, example: str) -> None:
-    """A factory can be called with one argument; a class such as CosineAnnealingLR wants more."""
+    """Refuse a factory that cannot be called with one argument, such as the class CosineAnnealingLR."""
     try:
         inspect.signature(factory).bind(None)
-    except ValueError:  # some that are written in C do not tell what they take
+    except ValueError:  # functions written in C may have no signature
         return
     except TypeError as error:
         name = getattr(factory, "__name__", repr(factory))
@@ -98,38 +98,38 @@ def _check_takes_one(factory: Callable[..., Any], argument: str, example: str) -
 
 
 def check_optimizer(optimizer: Any, detector: nn.Module) -> None:
-    """An optimizer moves what is to be trained.
+    """Check that an optimizer holds the detector's trainable parameters.
 
     Args:
-        optimizer: that takes the steps.
-        detector: whose parameters are to be trained, those that require gradients.
+        optimizer: optimizer that takes the steps.
+        detector: detector to train; its parameters that require gradients are trainable.
 
     Raises:
-        ConfigurationError: all parameters are frozen, the optimizer holds none of those that are not, or its step needs
-            a closure.
+        ConfigurationError: all parameters are frozen, the optimizer holds no trainable parameter, or its step needs a
+            closure.
 
     Warns:
-        UserWarning: it holds some of them only.
+        UserWarning: the optimizer holds only some of the trainable parameters.
     """
-    trainable = {name: own for name, own in detector.named_parameters() if own.requires_grad}
+    trainable = {name: parameter for name, parameter in detector.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise ConfigurationError(
             "expected a detector with parameters to train, got one with all of them frozen; unfreeze some with "
             "parameter.requires_grad_(True)"
         )
-    held = {id(own) for group in optimizer.param_groups for own in group["params"]}
-    missing = [name for name, own in trainable.items() if id(own) not in held]
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
     if len(missing) == len(trainable):
         raise ConfigurationError(
-            "expected an optimizer of the detector's own parameters, got one that holds none of those that train. A "
+            "expected an optimizer of the detector's own parameters, got one that holds no trainable parameter. A "
             f"guard copies its backbone, so the backbone's parameters are not the guard's; pass {_FACTORY}, or make "
-            "the optimizer of guard.parameters()"
+            "the optimizer from guard.parameters()"
         )
     if missing:
-        some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         warnings.warn(
             f"the optimizer lacks {len(missing)} of the detector's {len(trainable)} trainable parameters, which will "
-            f"stay as they are: {some}; pass {_FACTORY} to train them, or freeze them with requires_grad_(False)",
+            f"stay as they are: {listed}; pass {_FACTORY} to train them, or freeze them with requires_grad_(False)",
             stacklevel=2,
         )
     if "closure" in _needed(optimizer.step):
@@ -141,18 +141,18 @@ def check_optimizer(optimizer: Any, detector: nn.Module) -> None:
 def check_scheduler(
     scheduler: Any, optimizer: Optimizer, *, every: Literal["epoch", "step"], steps: int | None, resumable: bool
 ) -> None:
-    """A scheduler sets this optimizer's learning rate, and can do so to the end.
+    """Check that a scheduler sets this optimizer's learning rate, and can do so until the training ends.
 
     Args:
-        scheduler: or None.
-        optimizer: that takes the steps.
-        every: when it is stepped.
-        steps: how many times in all; None where that is not known.
-        resumable: whether its state has to be kept in a checkpoint.
+        scheduler: scheduler to check, or None.
+        optimizer: optimizer that takes the steps.
+        every: unit after which the scheduler is stepped.
+        steps: total number of times that the scheduler is stepped; None if it is unknown.
+        resumable: whether a checkpoint must keep the scheduler's state.
 
     Raises:
-        ConfigurationError: it is another optimizer's, wants numbers that a training does not have, ends too early, or
-            its state cannot be kept.
+        ConfigurationError: the scheduler belongs to another optimizer, its step needs values that a training does not
+            have, it ends too early, or its state cannot be kept.
     """
     if scheduler is None:
         return
@@ -176,7 +176,7 @@ def check_scheduler(
             )
         if every == "step" or inner.mode != "min":
             raise ConfigurationError(
-                "expected ReduceLROnPlateau with mode='min' and schedule_every='epoch', for it is given the mean loss "
+                "expected ReduceLROnPlateau with mode='min' and schedule_every='epoch', because it gets the mean loss "
                 f"of each epoch, got mode={inner.mode!r} and schedule_every={every!r}"
             )
     if steps is not None:
@@ -188,28 +188,29 @@ def check_scheduler(
 
 
 def _check_length(scheduler: Any, steps: int) -> None:
-    """A scheduler, and those that it is made of, last for so many steps."""
+    """Check that a scheduler, and the schedulers inside it, last for this number of steps."""
     if isinstance(scheduler, OneCycleLR) and steps > scheduler.total_steps:
         raise ConfigurationError(
             f"expected OneCycleLR with total_steps of at least the {steps} steps that this training takes with it, got "
             f"{scheduler.total_steps}"
         )
     if isinstance(scheduler, ChainedScheduler):
-        for own in scheduler._schedulers:
-            _check_length(own, steps)
+        for inner in scheduler._schedulers:
+            _check_length(inner, steps)
     if isinstance(scheduler, SequentialLR):
         starts = [0, *scheduler._milestones]
-        for own, start, end in zip(scheduler._schedulers, starts, [*scheduler._milestones, steps + 1], strict=True):
-            _check_length(own, min(steps, end - 1) - start)  # the step at a milestone is the next one's
+        ends = [*scheduler._milestones, steps + 1]
+        for inner, start, end in zip(scheduler._schedulers, starts, ends, strict=True):
+            _check_length(inner, min(steps, end - 1) - start)  # the next scheduler takes the step at a milestone
 
 
 def check_keepable(optimizer: Any, scheduler: Any) -> None:
-    """A checkpoint can keep what the optimizer and the scheduler are made with: it takes numbers, but no objects.
+    """Check that a checkpoint can keep the settings of the optimizer and the scheduler, which must be plain values.
 
     Raises:
-        ConfigurationError: there is something else among it, such as a number of NumPy's.
+        ConfigurationError: a setting is another object, such as a NumPy number.
     """
-    settings = [{name: own for name, own in group.items() if name != "params"} for group in optimizer.param_groups]
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     file = io.BytesIO()
     try:
         torch.save([settings, None if scheduler is None else scheduler.state_dict()], file)
@@ -218,7 +219,7 @@ def check_keepable(optimizer: Any, scheduler: Any) -> None:
     except (pickle.PickleError, AttributeError, TypeError) as error:
         raise ConfigurationError(
             "expected an optimizer and a scheduler whose states are plain numbers, to train with a checkpoint, got "
-            f"other objects; pass float(...) in place of numbers of NumPy's, and functions in place of objects: {error}"
+            f"other objects; pass float(...) in place of NumPy numbers, and functions in place of objects: {error}"
         ) from None
 
 
@@ -226,9 +227,9 @@ def after_step(scheduler: Any, *, every: Literal["epoch", "step"], steps: int) -
     """Tell a scheduler that the optimizer has taken a step.
 
     Args:
-        scheduler: or None.
-        every: when it is stepped; timm's are told of everything.
-        steps: how many the optimizer has taken.
+        scheduler: scheduler to step, or None.
+        every: unit after which the scheduler is stepped; timm's schedulers are told of both steps and epochs.
+        steps: number of steps that the optimizer has taken.
     """
     if hasattr(scheduler, "step_update"):
         scheduler.step_update(steps)
@@ -240,10 +241,10 @@ def after_epoch(scheduler: Any, *, every: Literal["epoch", "step"], epochs: int,
     """Tell a scheduler that an epoch is over.
 
     Args:
-        scheduler: or None.
-        every: when it is stepped; timm's are told of everything.
-        epochs: how many are over.
-        loss: mean of the epoch's steps.
+        scheduler: scheduler to step, or None.
+        every: unit after which the scheduler is stepped; timm's schedulers are told of both steps and epochs.
+        epochs: number of epochs that are over.
+        loss: mean loss of the epoch's steps.
     """
     if scheduler is not None and (every == "epoch" or hasattr(scheduler, "step_update")):
         _step(scheduler, epochs, loss)
@@ -255,7 +256,7 @@ def _step(scheduler: Any, count: int, loss: float | None) -> None:
 
 
 def _needed(function: Callable[..., Any]) -> set[str]:
-    """The names of the arguments that a call cannot leave out."""
+    """The names of a function's required arguments."""
     return {
         name
         for name, parameter in inspect.signature(function).parameters.items()

@@ -1,4 +1,4 @@
-"""How a training takes its steps, whatever its loss is."""
+"""Options of the training steps that do not depend on the loss."""
 
 import gc
 import math
@@ -14,39 +14,42 @@ from clusterguard.errors import ConfigurationError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_read: "WeakKeyDictionary[Accelerator, int]" = WeakKeyDictionary()  # accelerators, and the number read from each
+_steps_read: "WeakKeyDictionary[Accelerator, int]" = WeakKeyDictionary()  # the number last read from each accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How steps are taken; the defaults are the paper's.
+    """Options of the training steps; the defaults are the paper's.
 
     Args:
-        clip_norm: largest l2 norm of the gradient of all parameters, longer ones are scaled down; None leaves them.
-        average_decay: of an exponential moving average of weights and buffers, in (0, 1), such as 0.999. The
-            detector trains on its own weights and holds the average when training has ended. None keeps none.
-        weight_perturbation: γ of adversarial weight perturbation, positive, such as 0.005: the gradient is taken at
-            weights moved up the loss, each tensor of two or more dimensions by γ times its norm, and applied to those
-            that were there before. It costs a second pass over each batch, on the attacked images of the first. With
-            several processes they all move the same way, along the mean of their gradients; accumulated batches each
-            move their own. Statistics such as BatchNorm's are those of the pass before the move. None moves nothing.
-        schedule_every: whether the scheduler steps after every "epoch" or after every "step" of the optimizer, as
-            one-cycle ones do. timm's schedulers are told of both and choose themselves.
+        clip_norm: largest l2 norm of the gradient of all parameters together; a longer gradient is scaled down to it.
+            None does not clip.
+        average_decay: decay factor of an exponential moving average of weights and buffers, in (0, 1), such as 0.999.
+            Training goes on with the plain weights, and the detector gets the average at the end. None keeps no
+            average.
+        weight_perturbation: factor γ of adversarial weight perturbation, positive, such as 0.005. Each tensor of two
+            or more dimensions is moved by γ times its norm in the direction that raises the loss. The gradient is
+            taken there and applied to the weights before the move. This costs a second pass over each batch, with the
+            attacked images of the first pass. Several processes all move along the mean of their gradients, whereas
+            accumulated batches are moved separately. Buffers such as BatchNorm's statistics are those of the first
+            pass. None moves nothing.
+        schedule_every: unit after which the scheduler steps, "epoch" or "step" of the optimizer; one-cycle schedulers
+            need "step". timm's schedulers are told of both and choose themselves.
         accumulate: number of batches, at least 1, whose gradients are averaged for one step of the optimizer. The last
-            group of an epoch may be smaller; it is averaged over what it has. None takes the
-            `gradient_accumulation_steps` of the accelerator when these options are made. accelerate keeps that number
-            for all accelerators together, so it is the newest one's; where it may be another one's, a warning says so.
-        accelerator: `accelerate.Accelerator`: devices, processes, mixed precision and trackers are its business.
-            Processes hold the whole detector each (DDP); FSDP, DeepSpeed and Megatron-LM are refused. None trains on
-            the detector's device in this process, without accelerate and untouched by any accelerator of the script;
-            a script that ``accelerate launch`` or ``torchrun`` has started follows the variables that they set.
-        log_every: steps between two reports to the accelerator's trackers, such as TensorBoard.
+            group of an epoch may be smaller and is averaged over its actual size. None takes the accelerator's
+            `gradient_accumulation_steps` when these options are made. accelerate shares this number between all
+            accelerators, so it is that of the newest one. A warning is given if it may come from another accelerator.
+        accelerator: `accelerate.Accelerator` that handles devices, processes, mixed precision and trackers. Each
+            process holds the whole detector (DDP); FSDP, DeepSpeed and Megatron-LM are refused. None trains in this
+            process on the detector's device, without accelerate, and ignores any accelerator of the script. In a
+            script that ``accelerate launch`` or ``torchrun`` started, None follows the variables that they set.
+        log_every: number of steps between two reports to the accelerator's trackers, such as TensorBoard.
 
     Raises:
-        ConfigurationError: an option of a wrong type or out of its range.
+        ConfigurationError: an option has a wrong type or is out of its range.
 
     Warns:
-        UserWarning: `accumulate` is None, and a younger accelerator may have changed this accelerator's number.
+        UserWarning: `accumulate` is None, and a newer accelerator may have changed the number of this accelerator.
 
     Reference:
         Wu, Xia & Wang, "Adversarial weight perturbation helps robust generalization" (2020).
@@ -65,11 +68,11 @@ class TrainingOptions:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        chosen = {name: value for name, value in vars(self).items() if value is not None}
         check_numbers(
-            **{name: given[name] for name in ("clip_norm", "average_decay", "weight_perturbation") if name in given}
+            **{name: chosen[name] for name in ("clip_norm", "average_decay", "weight_perturbation") if name in chosen}
         )
-        check_numbers(whole=True, **{name: given[name] for name in ("accumulate", "log_every") if name in given})
+        check_numbers(whole=True, **{name: chosen[name] for name in ("accumulate", "log_every") if name in chosen})
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ConfigurationError(f"expected a positive clip_norm, got {self.clip_norm}")
         if self.average_decay is not None and not 0 < self.average_decay < 1:
@@ -88,14 +91,14 @@ class TrainingOptions:
             raise ConfigurationError(f"expected accumulate of at least 1 batch, got {self.accumulate}")
 
     def make_accelerator(self) -> "Accelerator | OneProcess":
-        """The accelerator; where there is none, one process without accelerate, unless a launcher says otherwise.
+        """The accelerator of the options, or a new one if a launcher started this script, or else a single process.
 
         Raises:
-            ConfigurationError: a launcher has started this script, and it has an accelerator of another precision.
+            ConfigurationError: a launcher started this script, and the script made an accelerator of another precision.
         """
         if self.accelerator is not None:
             return self.accelerator
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # set by accelerate's launchers alone
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # only accelerate's launchers set it
         if launched is None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return OneProcess()
         from accelerate import Accelerator
@@ -110,32 +113,32 @@ class TrainingOptions:
 
     @property
     def batches_per_step(self) -> int:
-        """Number of batches whose gradients make one step."""
-        launched = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))  # by ``accelerate launch``
+        """The number of batches whose gradients make one step."""
+        launched = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))  # ``accelerate launch`` sets it
         return launched if self.accumulate is None else self.accumulate
 
 
 def _steps_of(accelerator: Any) -> int:
-    """How many batches an accelerator accumulates, with a warning where the number may be another accelerator's."""
+    """The number of batches an accelerator accumulates, with a warning if it may be that of another accelerator."""
     steps: int = getattr(accelerator, "gradient_accumulation_steps", 1)
-    if not hasattr(accelerator, "gradient_state"):  # nothing is shared
+    if not hasattr(accelerator, "gradient_state"):  # without this attribute, accelerators do not share the number
         return steps
-    if _may_be_anothers(accelerator, steps):
-        gc.collect()  # of what has ended
-        if _may_be_anothers(accelerator, steps):
+    if _may_be_of_another(accelerator, steps):
+        gc.collect()  # unused accelerators must not count
+        if _may_be_of_another(accelerator, steps):
             warnings.warn(
                 f"there are several accelerators, and accelerate keeps one number of batches per step for all of them, "
-                f"{steps} of the newest; say which is meant with TrainingOptions(accelerator=..., accumulate={steps})",
+                f"{steps} of the newest; choose the number with TrainingOptions(accelerator=..., accumulate={steps})",
                 stacklevel=4,
             )
-    _read[accelerator] = steps
+    _steps_read[accelerator] = steps
     return steps
 
 
-def _may_be_anothers(accelerator: Any, steps: int) -> bool:
-    """Whether the number that accelerate has now may be that of an accelerator younger than this one."""
+def _may_be_of_another(accelerator: Any, steps: int) -> bool:
+    """Whether accelerate's present number may come from an accelerator newer than this one."""
     kind = type(accelerator)
-    others = {own for own in gc.get_referrers(kind) if isinstance(own, kind) and own is not accelerator}
-    # All that were read before this one was first seen are older.
-    known = _read.get(accelerator, steps if others <= set(_read) else None)
+    others = {other for other in gc.get_referrers(kind) if isinstance(other, kind) and other is not accelerator}
+    # If all others were read before, they are older than an accelerator that is read for the first time.
+    known = _steps_read.get(accelerator, steps if others <= set(_steps_read) else None)
     return bool(others) and known != steps

@@ -1,4 +1,4 @@
-"""Trainings that are put together: the paper's, one of what has helped since, and one for proofs."""
+"""Ready-made trainers: the paper's training, one with later improvements, and one for certificates."""
 
 import math
 from typing import TYPE_CHECKING
@@ -26,18 +26,18 @@ def paper(
     steps: int = 40,
     calibrator: Calibrator | None = None,
 ) -> AdversarialClusterTrainer:
-    """The paper's training: PGD from the image itself, Adam at 1e-3, nothing else. Its epochs are 50 on MNIST.
+    """The trainer of the paper, with PGD from the image itself and Adam at 1e-3; the paper takes 50 epochs on MNIST.
 
     Args:
-        guard: trained in place, on its own device.
-        norm: of the training attack.
-        eps: radius of the training attack; the default is the paper's for MNIST, 0.03 its for CIFAR10.
-        step_size: of the training attack; for CIFAR10 0.007.
-        steps: of the training attack; for CIFAR10 20.
-        calibrator: fits the final thresholds; None takes `Calibrator()`.
+        guard: guard to train, in place and on its own device.
+        norm: norm of the training attack.
+        eps: radius of the training attack; the default is the paper's for MNIST, which takes 0.03 for CIFAR10.
+        step_size: step size of the training attack; the paper takes 0.007 for CIFAR10.
+        steps: number of steps of the training attack; the paper takes 20 for CIFAR10.
+        calibrator: calibrator that fits the final thresholds; None takes `Calibrator()`.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         arXiv 2012.03483, section 5.
@@ -64,29 +64,30 @@ def robust(
     calibrator: Calibrator | None = None,
     accelerator: "Accelerator | None" = None,
 ) -> AdversarialClusterTrainer:
-    """What has helped: a random start, a radius that grows, steps that find their length, one cycle of the rate.
+    """A trainer with improvements on the paper: random starts, a growing radius, APGD and a one-cycle schedule.
 
-    The growing radius is what counts most. From a random start at its full radius, the guard learns to hide its
-    gradients instead of separating: the training attack all but stops succeeding, and the worst-case suite breaks
-    nearly all. Where both are trained like this, separating did not beat plain adversarial training of the same head
-    (``relabel=Original()``) under that suite at the radius of training; the results pages have the figures.
+    The growing radius matters most. If training starts at the full radius with random starts, the guard learns to mask
+    its gradients instead of separating adversarial images. The training attack then almost never succeeds, but the
+    worst-case suite breaks nearly all images. With this recipe for both, separating did not beat plain adversarial
+    training of the same head (``relabel=Original()``) against the suite at the training radius. The results pages have
+    the figures.
 
     Args:
-        guard: trained in place, on its own device.
-        train_loader: what `fit` will get; its length sets the schedule.
-        epochs: that `fit` will get.
+        guard: guard to train, in place and on its own device.
+        train_loader: loader to pass to `fit`; its length sets the schedule.
+        epochs: number of epochs to pass to `fit`.
         eps: radius of the training attack.
-        norm: of the training attack.
-        steps: of the training attack, which is APGD at the margin.
-        learning_rate: at its highest, of Adam.
-        calibrator: fits the final thresholds; None takes `Calibrator()`.
-        accelerator: see `TrainingOptions`.
+        norm: norm of the training attack.
+        steps: number of steps of the training attack, which is APGD on the margin.
+        learning_rate: largest learning rate of Adam.
+        calibrator: calibrator that fits the final thresholds; None takes `Calibrator()`.
+        accelerator: accelerator as in `TrainingOptions`.
 
     Returns:
-        The trainer, to be fitted for that many epochs.
+        The trainer, to be fitted with this loader for this number of epochs.
 
     Raises:
-        ConfigurationError: an option out of its range, or a loader that does not tell its length.
+        ConfigurationError: an option is out of its range, or the loader has no known length.
 
     Reference:
         Croce & Hein, "Reliable evaluation of adversarial robustness" (2020), for the attack; Smith & Topin,
@@ -123,28 +124,28 @@ def certified(
     calibrator: Calibrator | None = None,
     accelerator: "Accelerator | None" = None,
 ) -> CertifiedTrainer:
-    """For proofs in l∞: `CertifiedTrainer` with a radius that grows over half of the epochs, and one cycle of the rate.
+    """A trainer for certificates in l∞, whose radius grows over half of the epochs, with a one-cycle schedule.
 
-    An epoch costs about three plain ones, a fraction of one against an attack; take many. On small networks and images
-    of few colours this has been by far the strongest guard against l∞; see the results pages for what it costs in
-    accuracy, and for other norms.
+    An epoch costs about as much as three plain ones, and a fraction of an epoch with an attack, so take many epochs. On
+    small networks and images of few colours this has been by far the strongest guard against l∞ attacks. The results
+    pages show its cost in accuracy, and figures for other norms.
 
     Args:
-        guard: trained in place, on its own device; its network as in `certify`, best a small one, and best with weights
-            by `clusterguard.training.initialise`.
-        train_loader: what `fit` will get; its length sets the schedule.
-        epochs: that `fit` will get, best some tens.
-        eps: radius in l∞; the largest that is asked about.
-        bound_weight: of the bounds in the loss, in (0, 1]; a smaller one gives accuracy and takes proofs.
-        learning_rate: at its highest, of Adam.
-        calibrator: fits the final thresholds; None takes `Calibrator()`.
-        accelerator: see `TrainingOptions`.
+        guard: guard to train, in place and on its own device. Its network is as in `certify`, best a small one with
+            weights by `clusterguard.training.initialise`.
+        train_loader: loader to pass to `fit`; its length sets the schedule.
+        epochs: number of epochs to pass to `fit`; some tens are best.
+        eps: radius in l∞; take the largest radius at which proofs are wanted.
+        bound_weight: weight of the bounds in the loss, in (0, 1]; a smaller one gives more accuracy but fewer proofs.
+        learning_rate: largest learning rate of Adam.
+        calibrator: calibrator that fits the final thresholds; None takes `Calibrator()`.
+        accelerator: accelerator as in `TrainingOptions`.
 
     Returns:
-        The trainer, to be fitted for that many epochs.
+        The trainer, to be fitted with this loader for this number of epochs.
 
     Raises:
-        ConfigurationError: an option out of its range, or a loader that does not tell its length.
+        ConfigurationError: an option is out of its range, or the loader has no known length.
 
     Example:
         >>> import torch
@@ -170,14 +171,14 @@ def certified(
 def _one_cycle(
     guard: ClusterGuard, train_loader: Loader, epochs: int, learning_rate: float, accelerator: "Accelerator | None"
 ) -> tuple[Adam, OneCycleLR, TrainingOptions]:
-    """Adam, one cycle of its learning rate over all steps, and the options that go with it."""
+    """Adam, a one-cycle schedule over all steps, and options that step the schedule after every optimizer step."""
     if epochs < 1:
         raise ConfigurationError(f"expected at least 1 epoch, got {epochs}")
     batches = number_of_batches(train_loader)
     if not batches:
-        raise ConfigurationError("expected a training loader of a known length of at least one batch, for the schedule")
+        raise ConfigurationError("expected a training loader of known length with at least one batch, for the schedule")
     options = TrainingOptions(schedule_every="step", accelerator=accelerator)
-    taken = math.ceil(batches / options.make_accelerator().num_processes)  # batches are dealt out to processes
-    total = epochs * math.ceil(taken / options.batches_per_step)
+    per_process = math.ceil(batches / options.make_accelerator().num_processes)  # processes share the batches
+    total = epochs * math.ceil(per_process / options.batches_per_step)
     optimizer = Adam(guard.parameters(), lr=learning_rate)
     return optimizer, OneCycleLR(optimizer, learning_rate, total_steps=total), options

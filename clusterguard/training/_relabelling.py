@@ -1,4 +1,4 @@
-"""Which cluster an attacked image belongs to."""
+"""Rules that say which cluster an attacked image belongs to."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,13 +13,16 @@ from torch import Tensor
 
 
 class Relabel(ABC):
-    """How much of an attacked image belongs to the adversarial cluster; the rest belongs to its original class."""
+    """A rule for the share of an attacked image that belongs to the adversarial cluster.
 
-    def check(self, attack: Attack) -> None:  # noqa: B027  # most need nothing
-        """Make sure that a training attack tells what is needed of it.
+    The rest of the image belongs to its original class.
+    """
+
+    def check(self, attack: Attack) -> None:  # noqa: B027  # most rules need nothing of the attack
+        """Check that a training attack states what the rule needs.
 
         Raises:
-            ConfigurationError: it does not.
+            ConfigurationError: the attack does not state it.
         """
 
     @abstractmethod
@@ -27,20 +30,20 @@ class Relabel(ABC):
         """The share of each attacked image that belongs to the adversarial cluster.
 
         Args:
-            attack: that was run.
-            images: (B, C, H, W) before it.
-            attacked: (B, C, H, W) after it.
-            got_through: (B,) bools, whether the guard accepted it under a wrong label.
+            attack: attack that was run.
+            images: (B, C, H, W) images before the attack.
+            attacked: (B, C, H, W) images after the attack.
+            got_through: (B,) bools, whether the guard accepted the attacked image under a wrong label.
 
         Returns:
-            (B,) in [0, 1].
+            Shares (B,) in [0, 1].
         """
 
 
 @final
 @dataclass(frozen=True)
 class Separate(Relabel):
-    """The paper's method: what got through belongs to the adversarial cluster."""
+    """The paper's method, by which an attacked image that got through belongs to the adversarial cluster."""
 
     def shares(self, attack: Attack, images: Tensor, attacked: Tensor, got_through: Tensor) -> Tensor:
         """As in `Relabel`."""
@@ -50,7 +53,10 @@ class Separate(Relabel):
 @final
 @dataclass(frozen=True)
 class Original(Relabel):
-    """Every attacked image keeps its class: the paper's ablation L-Ben, adversarial training of the same head."""
+    """The paper's ablation L-Ben, by which every attacked image keeps its class.
+
+    It is plain adversarial training of the same head.
+    """
 
     def shares(self, attack: Attack, images: Tensor, attacked: Tensor, got_through: Tensor) -> Tensor:
         """As in `Relabel`."""
@@ -60,16 +66,16 @@ class Original(Relabel):
 @final
 @dataclass(frozen=True)
 class Graded(Relabel):
-    """What got through belongs to the adversarial cluster the more, the larger its perturbation is.
+    """A rule by which an image that got through belongs to the adversarial cluster by a share that grows with ‖δ‖.
 
-    A share of 1 − (1 − ‖δ‖ / ε)^power belongs there and the rest to its class, as if its centre lay between theirs. The
-    attack must state a norm and a radius.
+    For a perturbation δ within radius ε, the share is 1 − (1 − ‖δ‖ / ε)^power, and the rest belongs to the image's
+    class. The effect is that of a centre between the two clusters' centres. The attack must state a norm and a radius.
 
     Args:
         power: exponent, positive.
 
     Raises:
-        ConfigurationError: a power that is not positive.
+        ConfigurationError: the power is not positive.
 
     Reference:
         Stutz, Hein & Schiele, "Confidence-calibrated adversarial training" (2020).
@@ -89,7 +95,7 @@ class Graded(Relabel):
 
     def shares(self, attack: Attack, images: Tensor, attacked: Tensor, got_through: Tensor) -> Tensor:
         """As in `Relabel`."""
-        stated: Any = attack  # has both, as `check` makes sure
+        stated: Any = attack  # has a norm and a radius, because `check` refuses others
         size: Tensor = get_norm(stated.norm).size(attacked - images)
         shares: Tensor = got_through * (1 - (1 - size.float() / stated.eps).clamp(0, 1) ** self.power)
         return shares

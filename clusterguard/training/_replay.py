@@ -1,4 +1,4 @@
-"""The way back to an exact moment of a run: random states, and loaders that return to the batch where they were."""
+"""Replay of random states and loaders, so that a resumed training continues with exactly the next batch."""
 
 import random
 import warnings
@@ -17,8 +17,8 @@ from clusterguard.training._loader_state import LoaderState
 from torch import Generator, Tensor
 
 UNKNOWN = (
-    "something that it draws from or counts with cannot be found; keep that in attributes of the data set or the "
-    "sampler"
+    "it has a random generator or a counter that cannot be found; keep generators and counters in attributes of the "
+    "data set or the sampler"
 )
 
 
@@ -26,24 +26,24 @@ def random_states(device: torch.device) -> dict[str, Any]:
     """The global random states of torch, NumPy and Python, as tensors and numbers.
 
     Args:
-        device: whose state is taken beside the CPU's.
+        device: device whose state is taken in addition to the CPU's.
     """
     name, keys, *rest = np.random.get_state()  # noqa: NPY002  # transforms draw from it, so a replay needs it
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    of_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
     return {
         "torch": torch.get_rng_state(),
-        "device": own,
+        "device": of_device,
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "python": random.getstate(),
     }
 
 
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Go back to what `random_states` returned.
+    """Restore random states that `random_states` returned.
 
     Args:
-        states: of an earlier moment.
-        device: as then.
+        states: states of an earlier moment.
+        device: same device as in the call of `random_states`.
     """
     name, keys, *rest = states["numpy"]
     torch.set_rng_state(states["torch"])
@@ -54,15 +54,15 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 class Replay:
-    """The batches of a loader, pass after pass; it knows where it is, and finds its way back there.
+    """An iterator over the batches of a loader, pass after pass, whose position can be saved and restored.
 
-    It goes back by drawing the same batches again from the same random states, so whatever shuffles or augments
-    them does so as before, provided that it draws from torch's, NumPy's or Python's global generators, or from those
-    that `LoaderState` finds in the loader.
+    Restoring sets the random states to those at the start of the pass, and draws the same batches again. So shuffling
+    and augmentation repeat exactly, if they draw from the global generators of torch, NumPy or Python, or from
+    generators that `LoaderState` finds in the loader.
 
     Args:
-        loader: whatever can be passed through repeatedly.
-        device: whose random state counts beside the CPU's.
+        loader: loader that can be iterated repeatedly.
+        device: device whose random state is kept in addition to the CPU's.
 
     Example:
         >>> replay = Replay([(torch.zeros(1), torch.tensor([index])) for index in range(3)], torch.device("cpu"))
@@ -78,7 +78,7 @@ class Replay:
 
     def __init__(self, loader: Loader, device: torch.device) -> None:
         self.loader, self._device = loader, device
-        self._carried = LoaderState(loader)
+        self._loader_state = LoaderState(loader)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._taken, self._digest, self._start = 0, 0, self._present_states()
 
@@ -86,7 +86,7 @@ class Replay:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        """The next batch; after the last of a pass, StopIteration once, then the first of another pass."""
+        """The next batch; StopIteration once after the last batch of a pass, then the first batch of a new pass."""
         if self._batches is None:
             self._start = self._present_states()
             self._batches = iter(self.loader)
@@ -95,35 +95,35 @@ class Replay:
         except StopIteration:
             self.rewind()
             raise
-        if not self._taken:  # later ones may hold what others have drawn meanwhile
+        if not self._taken:  # later batches may depend on other draws from the global generators
             self._digest = _digest(batch)
         self._taken += 1
         return batch
 
     def forever(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of this pass and of all that follow.
+        """The batches of this pass and of all further passes.
 
         Raises:
-            InputError: there is none.
+            InputError: a pass has no batches.
         """
         while True:
-            given = self.taken
+            count = self.taken
             for batch in self:
-                given += 1
+                count += 1
                 yield batch
-            if not given:
+            if not count:
                 raise InputError(
                     "expected a calibration loader with at least one batch in every pass, got an empty pass; let its "
                     "__iter__ begin anew each time, or pass a list of the batches"
                 )
 
     def rewind(self) -> None:
-        """Begin a new pass with the next batch."""
+        """Make the next batch the first one of a new pass."""
         self._batches, self._taken, self._digest = None, 0, 0
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """What is drawn from the loader in this context leaves no trace in what anything draws later."""
+        """Restore all random states at the end of the block, so that drawing batches in it changes no later draw."""
         states = self._present_states()
         try:
             yield
@@ -132,11 +132,11 @@ class Replay:
 
     @property
     def obstacles(self) -> list[str]:
-        """Why this loader cannot be brought back to where it was, in words; empty if nothing is known."""
-        return self._carried.obstacles
+        """Known reasons why the position in this loader cannot be restored, in words; empty if there are none."""
+        return self._loader_state.obstacles
 
     def is_repeatable(self) -> bool:
-        """Whether the loader gives the same first batch twice, when it begins twice from where it is."""
+        """Whether two passes from the present random states begin with the same batch."""
         digests = set()
         for _ in range(2):
             with self.undisturbed():
@@ -144,23 +144,26 @@ class Replay:
         return len(digests) == 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the present pass began, or the next will, how many batches it has given, and a digest of the first."""
+        """The states at the start of the pass, the number of batches taken since, and a digest of the first batch.
+
+        If the pass has not taken a batch yet, it starts from the present states.
+        """
         start = self._start if self._taken else self._present_states()
         return {
             "taken": self._taken,
             "digest": self._digest,
-            "start": start | {"loader": self._carried.changed(start["loader"])},
+            "start": start | {"loader": self._loader_state.changed(start["loader"])},
         }
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go there; the global random states are then those after the last of the batches.
+        """Restore the position; the global random states are then those after the last batch that was taken.
 
         Raises:
-            InputError: the loader has fewer batches than when it was interrupted.
-            PersistenceError: it is another loader.
+            InputError: the loader has fewer batches than before the interruption.
+            PersistenceError: the state belongs to another loader.
 
         Warns:
-            UserWarning: the first batch of the pass is another one than then.
+            UserWarning: the first batch of the pass differs from that before the interruption.
         """
         if not isinstance(state["start"]["loader"], dict):
             raise PersistenceError("expected a checkpoint of this version of clusterguard, got an older one's")
@@ -177,31 +180,36 @@ class Replay:
             )
 
     def _present_states(self) -> dict[str, Any]:
-        return {"global": random_states(self._device), "loader": self._carried.get()}
+        return {"global": random_states(self._device), "loader": self._loader_state.get()}
 
     def _set_states(self, states: dict[str, Any]) -> None:
         set_random_states(states["global"], self._device)
-        self._carried.set(states["loader"])
+        self._loader_state.set(states["loader"])
 
     @property
     def taken(self) -> int:
-        """Batches given in this pass."""
+        """The number of batches taken in this pass."""
         return self._taken
 
     @property
     def length(self) -> int | None:
-        """Batches of a whole pass; None if the loader does not tell."""
+        """The number of batches of a whole pass; None if the loader has no known length."""
         return number_of_batches(self.loader)
 
 
 def _digest(batch: Any, before: int = 0) -> int:
-    """A number that tells batches apart, by some of the pixels and all labels."""
+    """A checksum of a batch, over a sample of each tensor's elements, to recognise the batch again.
+
+    Args:
+        batch: tensor, or tuples and lists of tensors.
+        before: checksum so far.
+    """
     if isinstance(batch, Tensor):
         if batch.layout != torch.strided or batch.is_meta:
-            return before  # it will be refused
+            return before  # later checks refuse such a tensor
         flat = batch.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 4096)].cpu().contiguous()
-        return zlib.crc32(some.view(torch.uint8).numpy().tobytes(), before)
+        sample = flat[:: max(1, len(flat) // 4096)].cpu().contiguous()
+        return zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), before)
     for part in batch if isinstance(batch, tuple | list) else ():
         before = _digest(part, before)
     return before
@@ -209,15 +217,15 @@ def _digest(batch: Any, before: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What one call of a trainer's `fit` draws from, where it leaves checkpoints, and when it stops.
+    """The batches, the randomness and the checkpoint settings of one call of a trainer's `fit`.
 
     Attributes:
-        train: where this process is among the training batches.
-        calibration: the same among the calibration batches.
-        generator: the attack's randomness; None takes torch's global one.
-        checkpoint: the file; None writes none.
-        checkpoint_every: steps between two checkpoints; None writes them after epochs only.
-        stop_when: says after a step whether to stop; None never does.
+        train: training batches of this process, with the position among them.
+        calibration: calibration batches of this process, with the position among them.
+        generator: randomness of the attack; None takes torch's global one.
+        checkpoint: path of the checkpoint; None writes none.
+        checkpoint_every: number of steps between two checkpoints; None writes them after epochs only.
+        stop_when: function that says after a step whether to stop; None never stops.
     """
 
     train: Replay
@@ -228,7 +236,7 @@ class Run:
     stop_when: Callable[[], bool] | None
 
     def state_dict(self, device: torch.device) -> dict[str, Any]:
-        """Where this process is."""
+        """The positions and random states of this process."""
         return {
             "train": self.train.state_dict(),
             "calibration": self.calibration.state_dict(),
@@ -237,7 +245,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go there."""
+        """Restore positions and random states."""
         self.train.load_state_dict(state["train"])
         self.calibration.load_state_dict(state["calibration"])
         if self.generator is not None and state["generator"] is not None:

@@ -1,4 +1,4 @@
-"""What every training of a detector shares: epochs, records, checkpoints, calibration at the end."""
+"""The base class of trainers, with epochs, records, checkpoints and the calibration at the end."""
 
 import time
 import warnings
@@ -53,23 +53,23 @@ from tqdm.auto import tqdm
 
 
 class DetectorTrainer(ABC):
-    """Trains a detector, then calibrates it; write `training_step`, the loss of a batch.
+    """Trains a detector and then calibrates it; a subclass defines the loss of a batch in `training_step`.
 
     Args:
-        detector: trained in place, on its own device.
-        optimizer: a function that makes one of the detector's parameters, such as
-            ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``, or an optimizer of ``detector.parameters()``;
-            None takes Adam with learning rate 1e-3.
-        scheduler: a function that makes one of the optimizer, or a scheduler of it, torch's or timm's; stepped after
-            every epoch, or as the options say. `ReduceLROnPlateau` is given the mean loss of each epoch.
-        calibrator: fits the final thresholds; None takes `Calibrator()`.
-        options: how steps are taken: clipping, averaging, devices and processes; None takes `TrainingOptions()`.
+        detector: detector to train, in place and on its own device.
+        optimizer: optimizer of ``detector.parameters()``, or a function that makes one from the detector's parameters,
+            such as ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``; None takes Adam with learning rate 1e-3.
+        scheduler: scheduler of the optimizer, of torch or timm, or a function that makes one from the optimizer. It is
+            stepped after every epoch, or as the options say. `ReduceLROnPlateau` gets the mean loss of each epoch.
+        calibrator: calibrator that fits the final thresholds; None takes `Calibrator()`.
+        options: options of the training steps, such as clipping, averaging, devices and processes; None takes
+            `TrainingOptions()`.
 
     Attributes:
-        optimizer: that takes the steps.
-        scheduler: of its learning rate, or None.
-        thresholds: (K,) those in use while training, +inf at first.
-        history: one record per epoch that is done.
+        optimizer: optimizer that takes the steps.
+        scheduler: scheduler of the learning rate, or None.
+        thresholds: (K,) thresholds in use during training, +inf at first.
+        history: one record for each finished epoch.
 
     Example:
         >>> from clusterguard.detectors import ConfidenceDetector
@@ -111,25 +111,25 @@ class DetectorTrainer(ABC):
 
         Args:
             images: (B, C, H, W) in [0, 1], on the detector's device.
-            labels: (B,).
-            generator: the attack's randomness; None takes torch's global one.
+            labels: class labels (B,).
+            generator: randomness of the attack; None takes torch's global one.
         """
 
-    def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:  # noqa: B027  # may be left out
-        """Called after every step of the optimizer, with an endless supply of calibration batches."""
+    def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:  # noqa: B027  # optional
+        """A hook that is called after every optimizer step, with an endless iterator of calibration batches."""
 
     def note(self, values: Mapping[str, float]) -> None:
-        """Hand values, numbers by name, to the trackers with the next report."""
+        """Send values, numbers by name, to the trackers with the next report."""
         self._noted |= values
 
     @property
     def epochs_done(self) -> float:
-        """Epochs so far; the present one counts in part where the loader tells its length."""
+        """The number of epochs so far, including a fraction of the present one if the loader's length is known."""
         return len(self.history) + (self._totals.steps / self._batches if self._batches else 0)
 
     @cached_property
     def engine(self) -> TrainingEngine:
-        """What takes the steps; made when it is first needed."""
+        """The engine that takes the steps; it is made at its first use."""
         return TrainingEngine(
             self.detector,
             self.training_step,
@@ -153,54 +153,58 @@ class DetectorTrainer(ABC):
         unpack: Unpack | None = None,
         progress: bool = True,
     ) -> list[EpochRecord]:
-        """Train, then calibrate.
+        """Train the detector, then calibrate it.
 
-        The detector counts as uncalibrated until the end, and stays so if training fails. It is in train mode within
-        epochs and in eval mode afterwards, also if training fails. Modules that its attribute `frozen` names stay in
-        eval mode; in a detector that you hand over in train mode, these are the ones you have put into eval mode, such
-        as a frozen BatchNorm. Batch normalisation of which all parameters are frozen, or that lies in a module of which
-        all are, is used in eval mode too, so that its statistics do not move. Equal seeds of torch's global generator,
-        of the loaders and of `generator` give equal weights on the same machine. With several processes, batches of the
-        training loader are dealt out in turn.
+        The detector is uncalibrated during training, and stays so if training fails. It is in train mode within epochs,
+        and in eval mode afterwards, also if training fails. Modules that the detector's attribute `frozen` names stay
+        in eval mode. If the detector is in train mode when `fit` is called, these are its modules that are in eval
+        mode, such as a frozen BatchNorm. Batch normalisation also stays in eval mode if all its parameters are frozen,
+        or all parameters of a module that contains it, so that its statistics do not change. Equal seeds of torch's
+        global generator, of the loaders and of `generator` give equal weights on the same machine. Several processes
+        take the batches of the training loader in turn.
 
         Args:
             train_loader: batches of images (B, C, H, W) in [0, 1] and labels (B,), in any form that
-                `clusterguard.detection.unpack_batch` knows; a loader of a stream will do. Samplers and data sets with a
+                `clusterguard.detection.unpack_batch` knows. The loader may be a stream. Samplers and data sets with a
                 method `set_epoch` are told the number of each epoch.
-            calibration_loader: the same, of images kept out of training and of evaluation.
-            epochs: how many there shall be in all, those of a resumed checkpoint and of earlier calls included.
-            on_epoch_end: called after every epoch with its record, when the checkpoint has been written.
-            checkpoint: a file written after every epoch; if it exists, training goes on from it, to the same weights
-                as without the interruption. The one before it is kept beside it, as ``.previous``. Persistent workers
-                of loaders are started anew for every pass, for their random states cannot be kept; and the first batch
-                of each loader is drawn twice before training, to find out whether it can be brought back.
-            checkpoint_every: steps of the optimizer after which it is written too; None writes it after epochs only.
-            stop_when: asked after every step of the optimizer; once any process says yes, the checkpoint is written and
-                `TrainingStoppedError` ends the call. The same call goes on. For limits of time, and for SIGTERM.
-            generator: the attack's randomness; None takes torch's global one.
-            calibrate: fit thresholds at the end. Where the calibration set turns out too small, a warning says so
-                and the trained detector stays uncalibrated.
-            unpack: finds images and labels in a batch of another form, such as
+            calibration_loader: batches in the same form, of images that are used neither for training nor for
+                evaluation.
+            epochs: total number of epochs, including those of a resumed checkpoint and of earlier calls.
+            on_epoch_end: function to call with the record of each epoch, after the checkpoint is written.
+            checkpoint: file to write after every epoch. If it exists, training resumes from it and ends with the same
+                weights as without the interruption. The checkpoint before it is kept next to it under the suffix
+                ``.previous``. Persistent workers of loaders are restarted for every pass, because their random states
+                cannot be kept. The first batch of each loader is drawn twice before training, to check that it can be
+                repeated.
+            checkpoint_every: number of optimizer steps between two further checkpoints; None writes them after epochs
+                only.
+            stop_when: function to call after every optimizer step. When it returns True in any process, the checkpoint
+                is written and `TrainingStoppedError` ends the call; the same call of `fit` resumes the training. It is
+                meant for time limits and for SIGTERM.
+            generator: randomness of the attack; None takes torch's global one.
+            calibrate: whether to fit thresholds at the end. If the calibration set is then too small, a warning is
+                given and the trained detector stays uncalibrated.
+            unpack: function that takes images and labels from a batch of another form, such as
                 ``lambda batch: (batch["photo"], batch["species"])``.
-            progress: show a progress bar.
+            progress: whether to show a progress bar.
 
         Returns:
-            One record per epoch.
+            One record for each epoch.
 
         Raises:
-            ConfigurationError: fewer than one epoch or step, a loader of which there is one pass only or that processes
-                cannot share, an optimizer or a scheduler that would change nothing, nothing to train, a
-                checkpoint where no file can be written, or `stop_when` without one.
-            PersistenceError: the checkpoint and the one before it are damaged, or another run's, and nothing has
-                changed; or it could not be written any more.
-            InputError: images or labels of a wrong form, shape, dtype or range.
-            TooFewCalibrationExamplesError: before training, if the calibration set can't suffice.
+            ConfigurationError: `epochs` or `checkpoint_every` is below 1; a loader allows one pass only, or cannot be
+                split between processes; the optimizer or the scheduler would change nothing; nothing is trainable; no
+                file can be written at the checkpoint's path; or `stop_when` comes without a checkpoint.
+            PersistenceError: the checkpoint and the one before it are damaged or belong to another run, in which case
+                nothing has changed; or the checkpoint could not be written.
+            InputError: images or labels have a wrong form, shape, dtype or range.
+            TooFewCalibrationExamplesError: the calibration set is certainly too small; this is found before training.
             TrainingDivergedError: the loss became NaN or infinite; the detector holds the last good weights.
-            TrainingStoppedError: `stop_when` said so, and the checkpoint is written.
+            TrainingStoppedError: `stop_when` returned True, and the checkpoint is written.
 
         Warns:
-            UserWarning: calibration images are trained on; the optimizer lacks parameters; a loader holds randomness
-                that no checkpoint can keep; a batch has one image, and the detector batch normalisation.
+            UserWarning: calibration images are also trained on; the optimizer lacks parameters; a loader has
+                randomness that no checkpoint can keep; or a batch of one image meets batch normalisation.
         """
         check_numbers(whole=True, epochs=epochs, checkpoint_every=1 if checkpoint_every is None else checkpoint_every)
         if epochs < 1:
@@ -208,7 +212,9 @@ class DetectorTrainer(ABC):
         if checkpoint_every is not None and checkpoint_every < 1:
             raise ConfigurationError(f"expected checkpoint_every of at least 1 step, got {checkpoint_every}")
         if stop_when is not None and checkpoint is None:
-            raise ConfigurationError("expected a checkpoint with stop_when, or what is stopped would be lost, got none")
+            raise ConfigurationError(
+                "expected a checkpoint with stop_when, because a stopped training would be lost without one, got none"
+            )
         check_loader(train_loader, "training loader")
         check_loader(calibration_loader, "calibration loader")
         with torch.inference_mode(False), torch.enable_grad():
@@ -229,8 +235,8 @@ class DetectorTrainer(ABC):
                 check_passes(calibration_loader, "calibration loader")
             if calibrate and give_the_same_images(train_loader, calibration_loader):
                 warnings.warn(
-                    "the calibration loader gives images that are trained on. Thresholds fitted to them refuse more "
-                    "new images than they should; keep the calibration images out of training",
+                    "the calibration loader gives images that are trained on. Thresholds that are fitted to them "
+                    "refuse too many new images; keep the calibration images out of training",
                     stacklevel=2,
                 )
             self._begin(run, epochs, calibrate)
@@ -247,7 +253,7 @@ class DetectorTrainer(ABC):
         return self.history
 
     def _begin(self, run: Run, epochs: int, calibrate: bool) -> None:
-        """Find what cannot work before the first step, and go on from a checkpoint if there is one."""
+        """Check everything that could fail later, and resume from the checkpoint if there is one."""
         self.engine.check(run.train.length, epochs, resumable=run.checkpoint is not None)
         if run.checkpoint is not None:
             self._warn_of_obstacles(run)
@@ -258,7 +264,7 @@ class DetectorTrainer(ABC):
             check_place(run.checkpoint)
         self.thresholds = self.thresholds.to(self.engine.device, copy=True)
         if not self._resume(run):
-            self._totals = EpochTotals()  # of an epoch that an earlier call did not finish
+            self._totals = EpochTotals()  # an earlier call may have left an unfinished epoch
         self.engine.begin()
         self.detector.reset_calibration()
         if self.detector.training:
@@ -266,9 +272,9 @@ class DetectorTrainer(ABC):
         to_eval_mode(self.detector)
 
     def _warn_of_obstacles(self, run: Run) -> None:
-        """Say before training, once, what in the loaders no checkpoint can keep."""
+        """Warn once before training about state in the loaders that no checkpoint can keep."""
         obstacles = [*run.train.obstacles, *run.calibration.obstacles]
-        if not obstacles and self.engine.shared is None:  # with several processes a pass must be ended by all of them
+        if not obstacles and self.engine.shared is None:  # several processes must all finish a pass that they begin
             loaders = {"training": run.train, "calibration": run.calibration}
             obstacles = [
                 f"the {name} loader, begun again from the same random states, gives another first batch: {UNKNOWN}"
@@ -283,7 +289,7 @@ class DetectorTrainer(ABC):
             )
 
     def _first_judged(self, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches, checked; the detector has a look at the first, or errors would come when training is over."""
+        """The batches, checked; the detector judges the first one, so that it fails before training and not after."""
         for position, (images, labels) in enumerate(batches):
             check_images(images)
             if not position:
@@ -291,7 +297,7 @@ class DetectorTrainer(ABC):
             yield images, labels
 
     def _finish_epoch(self, run: Run, title: str) -> bool:
-        """Go on with the present epoch to its end, and say whether to stop then."""
+        """Train until the present epoch ends, and return whether to stop then."""
         totals, started = self._totals, time.perf_counter() - self._totals.seconds
         calibration_batches = run.calibration.forever()
         self._batches = run.train.length
@@ -332,21 +338,23 @@ class DetectorTrainer(ABC):
         if step is None and not totals.images:
             if self.history:
                 raise InputError(
-                    "expected a training loader that can be passed through repeatedly, got none of its images in epoch "
+                    "expected a training loader that can be iterated repeatedly, got none of its images in epoch "
                     f"{len(self.history) + 1}; let its __iter__ begin anew each time, or pass a list of the batches"
                 )
             raise InputError("expected a training loader with at least one image, got an empty one")
         if not self.engine.apply_gradients() or step is None:
             return False
-        # The step of a last group that is smaller. The loader has ended its pass, so only a checkpoint of the whole
-        # epoch can follow.
+        # This was the step of a smaller last group. The loader has ended its pass, so no checkpoint within the epoch
+        # can follow, only that of the whole epoch.
         self.after_step(calibration_batches)
         self._report(step, count)
         return self._is_stopped(run)
 
     def _stopped(self, run: Run) -> TrainingStoppedError:
         steps = self.engine.steps
-        return TrainingStoppedError(f"stopped, as asked, after {steps} steps; fit with {run.checkpoint} goes on")
+        return TrainingStoppedError(
+            f"stopped by stop_when after {steps} steps; fit with checkpoint {run.checkpoint} goes on from there"
+        )
 
     def _end_epoch(self, run: Run, on_epoch_end: Callable[[EpochRecord], None] | None) -> None:
         epochs = len(self.history) + 1
@@ -361,13 +369,13 @@ class DetectorTrainer(ABC):
     def _calibrate(self, run: Run, progress: bool) -> None:
         loader, accelerator = run.calibration.loader, self.engine.shared
         try:
-            with run.calibration.undisturbed():  # a further call of fit trains as if there had been none
+            with run.calibration.undisturbed():  # a further call of fit must train as without this calibration
                 self.calibrator.fit(self.detector, loader, accelerator=accelerator, progress=progress)
         except TooFewCalibrationExamplesError as error:
             warnings.warn(f"trained, but not calibrated: {error}", stacklevel=3)
 
     def _is_stopped(self, run: Run) -> bool:
-        """Whether any process is asked to stop; all of them then do."""
+        """Whether `stop_when` is true in any process; all processes get the same answer."""
         if run.stop_when is None:
             return False
         return any(collect({self.engine.accelerator.process_index: run.stop_when()}, self.engine.shared))
@@ -388,34 +396,34 @@ class DetectorTrainer(ABC):
         if run.checkpoint is None:
             return
         accelerator = self.engine.accelerator
-        own = {accelerator.process_index: run.state_dict(self.engine.device) | {"totals": asdict(self._totals)}}
+        state = run.state_dict(self.engine.device) | {"totals": asdict(self._totals)}
         values = {
             "thresholds": self.thresholds,
             "history": [asdict(record) for record in self.history],
             "steps": self.engine.steps,
             "image_shape": self.detector.image_shape,
-            "processes": collect(own, self.engine.shared),
+            "processes": collect({accelerator.process_index: state}, self.engine.shared),
         }
         if accelerator.is_main_process:
             save_checkpoint(run.checkpoint, parts=self.engine.parts, values=values)
         accelerator.wait_for_everyone()
 
     def _resume(self, run: Run) -> bool:
-        """Go to where the checkpoint was written, and say whether there was one."""
+        """Restore the checkpoint, and return whether there was one."""
         checkpoint = None if run.checkpoint is None else read_checkpoint(run.checkpoint)
         if checkpoint is None:
             return False
         accelerator, values = self.engine.accelerator, checkpoint.values
         try:
             processes, steps = values["processes"], int(values["steps"])
-            own = processes[accelerator.process_index % len(processes)]
+            state = processes[accelerator.process_index % len(processes)]
             thresholds = values["thresholds"].to(self.engine.device).view_as(self.thresholds)
             history = [EpochRecord(**record) for record in values["history"]]
-            totals = EpochTotals(**own["totals"])
+            totals = EpochTotals(**state["totals"])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise PersistenceError(
-                f"{checkpoint.file} holds something else than the checkpoint of this training ({in_one_line(error)}); "
-                "choose another file, or delete it to start anew"
+                f"{checkpoint.file} is not a checkpoint of this training ({in_one_line(error)}); choose another file, "
+                "or delete it to start anew"
             ) from error
         if len(processes) != accelerator.num_processes:
             raise PersistenceError(
@@ -423,14 +431,14 @@ class DetectorTrainer(ABC):
                 f"not with {accelerator.num_processes}"
             )
         with checkpoint.restored(self.engine.parts):
-            run.load_state_dict(own, self.engine.device)
+            run.load_state_dict(state, self.engine.device)
         self.thresholds, self.history, self.engine.steps, self._totals = thresholds, history, steps, totals
         self.detector.image_shape = self.detector.image_shape or values.get("image_shape")
         return True
 
 
 def _frozen_batch_norms(detector: nn.Module) -> frozenset[str]:
-    """The names of batch normalisation in modules all of whose parameters are frozen, itself among them."""
+    """The names of batch normalisation layers whose parameters, or those of a module around them, are all frozen."""
     frozen: set[nn.Module] = set()
     for module in detector.modules():
         parameters = list(module.parameters())

@@ -393,7 +393,7 @@ def test_a_loader_that_differs_from_itself_is_noticed_before_and_after_an_interr
     replay = anew(make)
     assert not replay.is_repeatable()
     next(replay)
-    with pytest.warns(UserWarning, match="gives other batches than before: its images have changed, or something"):
+    with pytest.warns(UserWarning, match="gives other batches than before: its images have changed, or it has"):
         anew(make).load_state_dict(replay.state_dict())
 
 
