@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, certified_success_rate, evaluate
-from clusterguard._support import write_atomically
 from clusterguard.detection import accuracy, false_positive_rate, judge
+from clusterguard.detectors import CardDetails
 from clusterguard.errors import ConfigurationError
 from torch import Generator
 
@@ -53,25 +53,9 @@ def publish(cell: Cell, runner: Runner, folder: Path, *, images: int | None = No
         },
     }
     training = {**record, "on the test set": {name: str(rate) for name, rate in figures.items()}}
-    guard.save_pretrained(folder, training=training, evaluation=report)
-    card = folder / "README.md"
-    shape = data.calibration.pixels.shape[1:]
-    text = complete(card.read_text(), f'networks.build("{cell.training.model}", {tuple(shape)})')
-    write_atomically(card, lambda file: file.write_text(text))
-
-
-def complete(card: str, backbone: str) -> str:
-    """A model card with what only its publisher knows: how to build the backbone, and a licence."""
-    line = "from clusterguard import ClusterGuard\n"
-    unsaid = {
-        line: f"{line}\nfrom benchmarks.detectors import networks\n",
-        "backbone=your_module": f"backbone={backbone}",
-        "# license: the publisher's choice": "license: mit",
-        "None is stated. Whoever publishes this guard chooses one, adds it to the header as `license:`, and minds "
-        "those of the backbone's weights and of the training data.": "MIT, as the library's.",
-    }
-    for unknown, known in unsaid.items():
-        if unknown not in card:
-            raise ConfigurationError(f"expected a model card that says {unknown!r}")
-        card = card.replace(unknown, known)
-    return card
+    card = CardDetails(
+        licence="mit",
+        imports="from benchmarks.detectors import networks",
+        backbone=f'networks.build("{cell.training.model}", {data.image_shape})',
+    )
+    guard.save_pretrained(folder, training=training, evaluation=report, card=card)

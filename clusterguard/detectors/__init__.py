@@ -7,12 +7,13 @@ from clusterguard.detectors._consistency import ConsistentDetector
 from clusterguard.detectors._folders import CARD, CONFIG, WEIGHTS, read_config, read_weights, refuse_foreign
 from clusterguard.detectors._guard import ClusterGuard
 from clusterguard.detectors._heads import GaussianClusters, Head
-from clusterguard.detectors._model_card import describe_thresholds
+from clusterguard.detectors._model_card import CardDetails, describe_thresholds
 
 __all__ = [
     "CARD",
     "CONFIG",
     "WEIGHTS",
+    "CardDetails",
     "ClusterGuard",
     "ConfidenceDetector",
     "ConsistentDetector",

@@ -19,7 +19,7 @@ from clusterguard.detection import Calibration
 from clusterguard.detectors._backbones import make_encoder
 from clusterguard.detectors._base import DetectorModule
 from clusterguard.detectors._layers import build_layers, describe_layers
-from clusterguard.detectors._model_card import MARK, Measured, model_card
+from clusterguard.detectors._model_card import MARK, CardDetails, Measured, model_card
 from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError, in_one_line
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ def save_guard(
     options: Mapping[str, Any],
     training: Mapping[str, Any] | None = None,
     evaluation: Measured | None = None,
+    card: CardDetails | None = None,
 ) -> None:
     """Write a guard; see `ClusterGuard.save_pretrained`.
 
@@ -50,6 +51,7 @@ def save_guard(
         options: further options of the guard, as plain values. `load_guard` passes them to its `build`.
         training: record of the training, saved unchanged.
         evaluation: evaluation at the guard's thresholds.
+        card: details that the publisher adds to the model card.
     """
     refuse_foreign(folder)
     thresholds = guard.thresholds.tolist()
@@ -81,9 +83,10 @@ def save_guard(
         "evaluation": None if evaluation is None else evaluation.to_dict(),
         "versions": {name: version(name) for name in _PACKAGES},
     }
+    text = model_card(config, calibrated=guard.is_calibrated, calibration=record, evaluation=evaluation, details=card)
     files = {
         WEIGHTS: weights,
-        CARD: model_card(config, calibrated=guard.is_calibrated, calibration=record, evaluation=evaluation).encode(),
+        CARD: text.encode(),
         CONFIG: json.dumps(config, indent=2, allow_nan=False).encode() + b"\n",
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from clusterguard.detectors._backbones import choose_normalization, choose_num_c
 from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network, valid_images
 from clusterguard.detectors._folders import describe_backbone, find_folder, load_guard, save_guard
 from clusterguard.detectors._heads import GaussianClusters, Head
-from clusterguard.detectors._model_card import Measured
+from clusterguard.detectors._model_card import CardDetails, Measured
 from clusterguard.errors import ConfigurationError
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
@@ -159,6 +159,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         *,
         training: Mapping[str, Any] | None = None,
         evaluation: Measured | None = None,
+        card: CardDetails | None = None,
         config: Mapping[str, Any] | None = None,
         model_card_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -171,8 +172,9 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             save_directory: path of the folder. An older guard in it is replaced, and other files stay.
             training: record of the training, in types that JSON has; it is saved unchanged.
             evaluation: result of `evaluate` for this guard with its present thresholds. Its figures go into the card.
+            card: details to add to the model card: a licence, and the code that builds the backbone.
             config: record of the training under the name that `push_to_hub` uses; it stands for `training`.
-            model_card_kwargs: dict ``{"evaluation": ...}``, by which `push_to_hub` passes the evaluation.
+            model_card_kwargs: dict ``{"evaluation": ..., "card": ...}``, by which `push_to_hub` passes the two.
 
         Raises:
             PersistenceError: the folder holds another model's files.
@@ -192,7 +194,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             >>> torch.equal(again.distances(images), guard.distances(images))
             True
         """
-        records: dict[str, Any] = {"training": config if training is None else training, "evaluation": evaluation}
+        records: dict[str, Any] = {"training": config if training is None else training}
+        records |= {"evaluation": evaluation, "card": card}
         options = {
             "num_classes": self.num_classes,
             "head": {"type": type(self.head).__qualname__, "description": self.head.describe()},

@@ -1,10 +1,14 @@
 """The model card of a saved guard, which states only what is known about it."""
 
+import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from clusterguard.detection import Calibration, Rate
+from clusterguard.errors import ConfigurationError
 
 
 class Measured(Protocol):
@@ -21,17 +25,63 @@ class Measured(Protocol):
         """The whole evaluation as text for people."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardDetails:
+    """What the publisher of a guard knows and the guard does not, for its model card.
+
+    Args:
+        licence: identifier of the guard's licence as the Hugging Face Hub spells it, such as "mit"; None states none.
+        backbone: Python expression that builds the backbone, for a guard whose backbone is a module of your own.
+        imports: lines of Python that come before it, such as ``from my_package import MyNetwork``.
+
+    Raises:
+        ConfigurationError: no identifier of a licence, code that is no Python, or imports that nothing uses.
+
+    Example:
+        >>> details = CardDetails(licence="mit", imports="from mine import Net", backbone="Net(width=32)")
+        >>> details.licence
+        'mit'
+    """
+
+    licence: str | None = None
+    backbone: str | None = None
+    imports: str = ""
+
+    def __post_init__(self) -> None:
+        if self.licence is not None and not re.fullmatch(r"[a-z][a-z0-9.+-]*", self.licence):
+            raise ConfigurationError(
+                f"expected a licence as the Hub spells it, such as 'mit' or 'apache-2.0', got {self.licence!r}"
+            )
+        _check_code("imports", self.imports, "exec", "lines of Python")
+        if self.backbone is not None:
+            _check_code("backbone", self.backbone, "eval", "an expression of Python")
+            _check_code("backbone", f"({self.backbone})", "eval", "an expression without a comment")
+        elif self.imports:
+            raise ConfigurationError(f"expected a backbone that needs the imports, got none beside {self.imports!r}")
+
+
+def _check_code(name: str, code: str, mode: Literal["eval", "exec"], expected: str) -> None:
+    """Code on a card is Python, and cannot end the block that it stands in."""
+    try:
+        ast.parse(code, mode=mode)
+    except (SyntaxError, ValueError) as error:
+        raise ConfigurationError(f"expected {name} to be {expected}, got {code!r}: {error}") from error
+    if "```" in code:
+        raise ConfigurationError(f"expected {name} without ```, which ends the block of code on the card, got {code!r}")
+
+
 MARK = "library_name: clusterguard"
-_HEADER = f"""---
-{MARK}
+_HEADER = """---
+{mark}
 pipeline_tag: image-classification
 tags:
 - adversarial-detection
 - adversarial-examples
 - image-classification
 - model_hub_mixin
-# license: the publisher's choice
+{license}
 ---"""
+_NO_LICENCE = "# license: the publisher's choice"
 _LIMITS = """\
 It classifies images of the kind it was trained and calibrated on, and refuses those that look adversarial, for
 applications that can do without an answer: they defer to a human, a fallback, or a second look.
@@ -50,6 +100,7 @@ def model_card(
     calibrated: bool,
     calibration: Calibration | None = None,
     evaluation: Measured | None = None,
+    details: CardDetails | None = None,
 ) -> str:
     """Write a model card in Markdown, with a Hugging Face header.
 
@@ -58,9 +109,10 @@ def model_card(
         calibrated: whether the guard has thresholds.
         calibration: record of how the thresholds were fitted; None if it is not known.
         evaluation: evaluation of this guard; None leaves out the figures.
+        details: details from the publisher; None leaves licence and backbone to whoever publishes the guard.
 
     Returns:
-        The text. It states no licence, which is left to whoever publishes the guard.
+        The text.
 
     Example:
         >>> backbone = {"source": "timm", "name": "resnet18", "arguments": {}}
@@ -69,23 +121,23 @@ def model_card(
         >>> "Not measured" in model_card(config, calibrated=False)
         True
     """
-    backbone, guard = config["backbone"], config["guard"]
+    backbone, guard, details = config["backbone"], config["guard"], details or CardDetails()
     is_module = backbone["source"] == "module"
-    is_listed = backbone["source"] == "layers"
+    is_short = backbone["source"] != "layers" and bool(backbone.get("arguments"))
     name = f"`{backbone['type']}`" if is_module else f"`{backbone['name']}` of {backbone['source']}"
-    arguments = (
-        "" if is_module or is_listed or not backbone["arguments"] else f" with `{json.dumps(backbone['arguments'])}`"
-    )
+    arguments = f" with `{json.dumps(backbone['arguments'])}`" if is_short else ""
+    builds = (details.backbone or ("your_module" if is_module else "")).strip()
+    imports = "\n\n".join(["from clusterguard import ClusterGuard", *filter(None, [details.imports.strip()])])
     code = (
-        "from clusterguard import ClusterGuard\n\n"
-        f'guard = ClusterGuard.from_pretrained("this folder or id"{", backbone=your_module" if is_module else ""})\n'
+        f"{imports}\n\n"
+        f'guard = ClusterGuard.from_pretrained("this folder or id"{f", backbone={builds}" if builds else ""})\n'
         "labels, distances, is_adversarial = guard.detect(images)  # images (B, C, H, W), float, in [0, 1]"
     )
     versions = ", ".join(f"{package} {number}" for package, number in config["versions"].items())
     # JSON on one line, so that no class name can end the block of code that holds it.
     names = guard.get("class_names") and json.dumps(guard["class_names"], ensure_ascii=False)
     lines = [
-        _HEADER,
+        _HEADER.format(mark=MARK, license=f"license: {details.licence}" if details.licence else _NO_LICENCE),
         f"# Guard: {name}, {guard['num_classes']} classes",
         "An image classifier that notices adversarial examples, made with clusterguard after "
         "[arXiv 2012.03483](https://arxiv.org/abs/2012.03483).",
@@ -104,7 +156,9 @@ def model_card(
         f"{_LIMITS}\n- {describe_image_shape(guard.get('image_shape'))}",
         "## Licence",
         "None is stated. Whoever publishes this guard chooses one, adds it to the header as `license:`, and minds "
-        "those of the backbone's weights and of the training data.",
+        "those of the backbone's weights and of the training data."
+        if details.licence is None
+        else f"{details.licence}. Mind those of the backbone's weights and of the training data as well.",
     ]
     return "\n\n".join(lines) + "\n"
 

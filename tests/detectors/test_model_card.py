@@ -1,12 +1,14 @@
 import json
+import re
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, evaluate
+from clusterguard.detectors import CardDetails
 from clusterguard.errors import ConfigurationError
-from saving import make_guard
+from saving import bits, make_guard
 from torch import nn
 
 
@@ -59,6 +61,54 @@ def test_a_card_shows_the_calibration_and_the_evaluation_of_this_guard(small_gua
     assert json.loads((tmp_path / "config.json").read_text())["calibration"] is None
 
 
+def test_a_card_says_what_its_publisher_knows(tmp_path):
+    guard, folder = make_guard(), tmp_path / "guard"
+    details = CardDetails(licence="apache-2.0", imports="from saving import network", backbone="network()")
+    guard.save_pretrained(folder, card=details)
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert "apache-2.0" in section(card.text, "Licence")
+    assert "None is stated" not in card.text
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    names = {"images": torch.rand(2, 3, 2, 2)}
+    exec(code.replace("this folder or id", str(folder)), names)
+    assert bits(names["guard"]) == bits(guard)
+    assert len(names["labels"]) == 2
+    config = (folder / "config.json").read_bytes()
+    guard.save_pretrained(folder)
+    assert (folder / "config.json").read_bytes() == config  # the format knows nothing of it
+
+
+def test_each_detail_of_a_card_may_be_left_out(tmp_path):
+    make_guard().save_pretrained(tmp_path)
+    plain = (tmp_path / "README.md").read_text()
+    make_guard().save_pretrained(tmp_path, card=CardDetails())
+    assert (tmp_path / "README.md").read_text() == plain
+    make_guard().save_pretrained(tmp_path, card=CardDetails(backbone="network()"))
+    assert (tmp_path / "README.md").read_text() == plain.replace("your_module", "network()")
+
+
+@pytest.mark.parametrize(
+    ("details", "message"),
+    [
+        ({"licence": "mit\nlibrary_name: other"}, "licence"),
+        ({"licence": "MIT License"}, "'mit'"),
+        ({"licence": ""}, "licence"),
+        ({"backbone": "network("}, "expression"),
+        ({"backbone": "x = 1"}, "expression"),
+        ({"backbone": "network()), print(1"}, "expression"),
+        ({"backbone": "network()  # my own"}, "comment"),
+        ({"backbone": "len('```')"}, "```"),
+        ({"imports": "import"}, "Python"),
+        ({"imports": "x = '```'", "backbone": "x"}, "```"),
+        ({"imports": "from saving import network"}, "backbone"),
+    ],
+)
+def test_details_that_would_spoil_a_card_are_refused(details, message):
+    with pytest.raises(ConfigurationError, match=message):
+        CardDetails(**details)
+
+
 def test_a_guard_is_pushed_to_the_hub_with_its_card(monkeypatch):
     pushed = {}
 
@@ -76,6 +126,8 @@ def test_a_guard_is_pushed_to_the_hub_with_its_card(monkeypatch):
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
     guard = make_guard()
     assert isinstance(guard, huggingface_hub.ModelHubMixin)
-    assert guard.push_to_hub("someone/guard", config={"epochs": 3}) == "someone/guard"
+    details = {"card": CardDetails(licence="mit")}
+    assert guard.push_to_hub("someone/guard", config={"epochs": 3}, model_card_kwargs=details) == "someone/guard"
     assert set(pushed) == {"model.safetensors", "config.json", "README.md"}
     assert json.loads(pushed["config.json"])["training"] == {"epochs": 3}
+    assert b"\nlicense: mit\n" in pushed["README.md"]
