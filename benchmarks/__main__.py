@@ -15,10 +15,12 @@ from benchmarks.detectors.networks import CompileChoice
 from benchmarks.experiments.cells import Cell, Profile, all_cells, list_experiments, load_experiment
 from benchmarks.reporting.report import write_report
 from benchmarks.running import plan as planning
+from benchmarks.running.attacking import pair_goals
 from benchmarks.running.clock import Clock, OutOfTimeError
 from benchmarks.running.publish import publish as publish_guard
-from benchmarks.running.runner import Runner, pair_goals
+from benchmarks.running.runner import run_cell
 from benchmarks.running.store import RESULTS, Store
+from benchmarks.running.training import Trainings
 
 UNFINISHED = 3  # exit status of a run that stopped in time, with work left
 Names = Annotated[list[str], typer.Argument(help=f"all, mnist, cifar10, or of {', '.join(list_experiments())}.")]
@@ -67,7 +69,7 @@ def run(
         return sum(map(planning.passes, group))
 
     place = torch.device(device)
-    runner = Runner(store, device=place, data=data, clock=clock, progress=progress, compiled=compiled)
+    trainings = Trainings(store, device=place, data=data, clock=clock, progress=progress, compiled=compiled)
     groups, left, pace = pair_goals(cells), list(cells), dict[str, float]()  # seconds a pass takes, by network
     try:
         while groups:
@@ -79,7 +81,7 @@ def run(
             trained = store.has_weights(training.key)
             for index, cell in enumerate(group):
                 started = time.perf_counter()
-                runner.run(cell, *group[index + 1 :])
+                run_cell(cell, trainings, *group[index + 1 :])
                 left.remove(cell)
                 seconds = time.perf_counter() - started
                 print(f"[{len(cells) - len(left)}/{len(cells)}] {cell.title}: {seconds:.1f} s", flush=True)
@@ -160,8 +162,8 @@ def publish(
     cells = _cells([name], profile, only)
     if not cells:
         raise ConfigurationError(f"expected a cell whose title matches {only!r}, got none")
-    runner = Runner(Store(_folder(out, profile), profile), device=torch.device(device), data=data, progress=True)
-    publish_guard(cells[0], runner, to)
+    trainings = Trainings(Store(_folder(out, profile), profile), device=torch.device(device), data=data, progress=True)
+    publish_guard(cells[0], trainings, to)
     print(f"saved in {to}")
 
 

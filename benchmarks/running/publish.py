@@ -10,16 +10,16 @@ from torch import Generator
 
 from benchmarks.data.datasets import Batches
 from benchmarks.experiments.cells import Cell
-from benchmarks.running.runner import REFERENCES, Runner
-from benchmarks.running.training import JUDGED_AT_ONCE
+from benchmarks.running.attacking import REFERENCES
+from benchmarks.running.training import JUDGED_AT_ONCE, Trainings
 
 
-def publish(cell: Cell, runner: Runner, folder: Path, *, images: int | None = None, attacked: int = 300) -> None:
+def publish(cell: Cell, trainings: Trainings, folder: Path, *, images: int | None = None, attacked: int = 300) -> None:
     """Save a cell's detector, trained already or now.
 
     Args:
         cell: any cell of the detector; its attack does not matter.
-        runner: trains and keeps weights.
+        trainings: where the detector comes from.
         folder: where to save, see `ClusterGuard.save_pretrained`.
         images: test images for accuracy and certificates, the first ones; None takes all.
         attacked: test images for the suite, the first ones.
@@ -27,22 +27,22 @@ def publish(cell: Cell, runner: Runner, folder: Path, *, images: int | None = No
     Raises:
         ConfigurationError: the detector is no `ClusterGuard`.
     """
-    guard, record = runner.detector(cell)
+    guard, record = trainings.detector(cell)
     if not isinstance(guard, ClusterGuard):
         raise ConfigurationError(f"expected a guard to publish, got a {type(guard).__name__}")
-    data, eps = runner.dataset(cell.training.dataset), cell.training.attack["eps"]
-    Calibrator().fit(guard, Batches(data.calibration, JUDGED_AT_ONCE), progress=runner.progress)
+    data, eps = trainings.dataset(cell.training.dataset), cell.training.attack["eps"]
+    Calibrator().fit(guard, Batches(data.calibration, JUDGED_AT_ONCE), progress=trainings.progress)
     references = data.calibration.head(REFERENCES).floats()
     test = data.open_test()
     report = evaluate(
         guard,
         {f"suite linf {eps:g}": WorstCaseSuite("linf", eps=eps, references=references)},
-        Batches(test.head(attacked).to(runner.device), attacked),
-        generator=Generator(runner.device).manual_seed(cell.seed),
+        Batches(test.head(attacked).to(trainings.device), attacked),
+        generator=Generator(trainings.device).manual_seed(cell.seed),
         sanity_images=0,
-        progress=runner.progress,
+        progress=trainings.progress,
     )
-    judged = Batches(test.head(images).to(runner.device), JUDGED_AT_ONCE)
+    judged = Batches(test.head(images).to(trainings.device), JUDGED_AT_ONCE)
     verdicts = judge(guard, judged)
     figures = {
         "accuracy": accuracy(verdicts),

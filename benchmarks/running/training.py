@@ -1,8 +1,9 @@
-"""Train a detector of the comparison, or load it; a killed training goes on from its last checkpoint."""
+"""Train detectors of the comparison, or load them; a killed training goes on from its last checkpoint."""
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +13,96 @@ from torch import Generator, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
+from benchmarks.data import datasets
 from benchmarks.data.datasets import Batches, DataSet
-from benchmarks.detectors import networks
+from benchmarks.detectors import make_recipe, networks
 from benchmarks.detectors.recipe import Recipe, Schedule
-from benchmarks.experiments.cells import Training
+from benchmarks.experiments.cells import Cell, Training
 from benchmarks.running.clock import Clock, OutOfTimeError
 from benchmarks.running.store import Store, provenance
 
 JUDGED_AT_ONCE = 500
 STEPS_AT_RISK = 100  # how many a killed training has to take again
+DETECTORS_KEPT = 4  # in memory; cells of one training follow each other
+
+
+class Trainings:
+    """Detectors of cells, each trained once into a store, and the data that they are trained on.
+
+    Args:
+        store: of weights and results.
+        device: where to compute.
+        data: folder of data sets, see `benchmarks.data.fetch.data_root`.
+        clock: the time budget.
+        progress: show progress bars.
+        compiled: run networks through torch.compile, in this mode; results agree to rounding. "auto" measures, once a
+            network, which mode pays on this device, if any does.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        device: torch.device,
+        data: Path | None = None,
+        clock: Clock | None = None,
+        progress: bool = False,
+        compiled: networks.CompileChoice | None = None,
+    ) -> None:
+        self.store = store
+        self.device = device
+        self.data = data
+        self.clock = Clock() if clock is None else clock
+        self.progress = progress
+        self.compiled = compiled
+        self._modes: dict[tuple[str, str], networks.CompileMode | None] = {}
+        self._sets: dict[str, DataSet] = {}
+        self._trained: dict[tuple[str, str], tuple[DetectorModule, dict[str, Any]]] = {}
+
+    def dataset(self, name: str) -> DataSet:
+        """A data set, training and calibration images on the device."""
+        if name not in self._sets:
+            loaded = datasets.load(name, self.data)
+            train, calibration = loaded.train.to(self.device), loaded.calibration.to(self.device)
+            self._sets[name] = replace(loaded, train=train, calibration=calibration)
+        return self._sets[name]
+
+    def detector(self, cell: Cell) -> tuple[DetectorModule, dict[str, Any]]:
+        """A cell's detector, trained and finished but not calibrated, and the record of its training.
+
+        Raises:
+            OutOfTimeError: the budget is used up; the next call goes on where this one stopped.
+        """
+        name = cell.detector, cell.training.key
+        if name not in self._trained:
+            recipe, data = make_recipe(cell.detector, cell.training.options), self.dataset(cell.training.dataset)
+            trained, record = train(
+                cell.training,
+                recipe,
+                data,
+                self.store,
+                device=self.device,
+                clock=self.clock,
+                progress=self.progress,
+                compiled=self.compile_mode(cell.training),
+            )
+            batches = Batches(data.train.head(cell.training.images), JUDGED_AT_ONCE)
+            finished = recipe.finish(trained.eval(), batches).to(self.device).eval().requires_grad_(False)
+            latest = list(self._trained.items())[1 - DETECTORS_KEPT :]
+            self._trained = dict(latest) | {name: (finished, record)}
+        return self._trained[name]
+
+    def compile_mode(self, training: Training) -> networks.CompileMode | None:
+        """How a training's network is compiled, if it is."""
+        if self.compiled != "auto":
+            return self.compiled
+        name = training.dataset, training.model
+        if name not in self._modes:
+            shape = self.dataset(training.dataset).image_shape
+            network = networks.build(training.model, shape).to(self.device).eval()
+            images = torch.rand(training.batch_size, *shape, device=self.device)
+            self._modes[name] = networks.quickest_mode(network, images)
+        return self._modes[name]
 
 
 def train(

@@ -4,8 +4,9 @@ import json
 
 import torch
 
-from benchmarks.running.runner import Runner
+from benchmarks.running.runner import run_cell
 from benchmarks.running.store import Store
+from benchmarks.running.training import Trainings
 
 SMALL = """
 title = "Everything once"
@@ -40,8 +41,8 @@ attack = { norm = "linf", eps = 0.2, step_size = 0.1, steps = 2 }
 
 
 def run_all(experiment, root, clock=None):
-    own = Runner(Store(root), device=torch.device("cpu"), clock=clock)
-    return [own.run(cell) for cell in experiment.cells]
+    own = Trainings(Store(root), device=torch.device("cpu"), clock=clock)
+    return [run_cell(cell, own) for cell in experiment.cells]
 
 
 def comparable(result):

@@ -10,9 +10,9 @@ from torch import nn
 from benchmarks.detectors import RECIPES, networks
 from benchmarks.experiments import cells
 from benchmarks.experiments.cells import load_experiment
-from benchmarks.running.runner import Runner
+from benchmarks.running.runner import run_cell
 from benchmarks.running.store import Store
-from benchmarks.running.training import networks_in
+from benchmarks.running.training import Trainings, networks_in
 
 
 class Compilable(nn.Module):
@@ -58,10 +58,10 @@ def test_whether_compiling_pays_is_measured_once_a_network_and_recorded(tmp_path
     monkeypatch.setattr(networks, "quickest_mode", lambda network, images: seen.append(images.shape) or "default")
     monkeypatch.setattr(networks.Features, "compile", lambda network, mode: compiled.append((network, mode)))
     monkeypatch.setattr(networks.Features, "__setattr__", note_rounding(rounded))
-    own = Runner(Store(tmp_path), device=torch.device("cpu"), compiled="auto")
+    own = Trainings(Store(tmp_path), device=torch.device("cpu"), compiled="auto")
     chosen = [cell for cell in load_experiment("small").cells if cell.attack == "FGSM"]
     chosen = [replace(cell, training=replace(cell.training, epochs=1, mixed_precision=True)) for cell in chosen]
-    results = [own.run(cell) for cell in chosen]
+    results = [run_cell(cell, own) for cell in chosen]
     assert [result["provenance"]["compiled"] for result in results] == ["default", "default"]
     inner = [network for cell in chosen for network in networks_in(own.detector(cell)[0])]
     assert compiled == [(network, "default") for network in inner]

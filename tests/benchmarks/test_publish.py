@@ -14,8 +14,8 @@ from clusterguard.samples import load_digits
 from benchmarks.detectors import networks
 from benchmarks.experiments.cells import load_experiment
 from benchmarks.running.publish import publish
-from benchmarks.running.runner import Runner
 from benchmarks.running.store import RESULTS, Store
+from benchmarks.running.training import Trainings
 
 FOLDERS = sorted((RESULTS / "checkpoints").iterdir())
 
@@ -60,14 +60,14 @@ def test_in_bfloat16_an_attack_finds_about_as_much(shipped, eps):
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory):
-    return Runner(Store(tmp_path_factory.mktemp("results")), device=torch.device("cpu"))
+def trainings(tmp_path_factory):
+    return Trainings(Store(tmp_path_factory.mktemp("results")), device=torch.device("cpu"))
 
 
-def test_publishing_saves_a_calibrated_guard_with_its_figures(runner, tmp_path):
+def test_publishing_saves_a_calibrated_guard_with_its_figures(trainings, tmp_path):
     cell = load_experiment("certified-mnist", "quick").cells[0]
     cell = replace(cell, training=replace(cell.training, epochs=3, warmup_epochs=3))
-    publish(cell, runner, tmp_path / "guard", images=50, attacked=5)
+    publish(cell, trainings, tmp_path / "guard", images=50, attacked=5)
     network = networks.build(cell.training.model, (1, 28, 28))
     guard = ClusterGuard.from_pretrained(tmp_path / "guard", backbone=network)
     assert guard.is_calibrated
@@ -89,8 +89,8 @@ def test_cards_that_ship_say_how_to_load_their_guards(shipped_folder):
     assert names["labels"].shape == (2,)
 
 
-def test_only_guards_can_be_published(runner, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "detector", lambda cell: (torch.nn.Identity(), {}))
+def test_only_guards_can_be_published(trainings, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainings, "detector", lambda cell: (torch.nn.Identity(), {}))
     with pytest.raises(ConfigurationError, match="guard"):
-        publish(load_experiment("certified-mnist", "quick").cells[0], runner, tmp_path)
+        publish(load_experiment("certified-mnist", "quick").cells[0], trainings, tmp_path)
     assert not list(tmp_path.iterdir())

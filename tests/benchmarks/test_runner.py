@@ -19,12 +19,14 @@ from benchmarks.__main__ import app
 from benchmarks.detectors import RECIPES
 from benchmarks.experiments import cells
 from benchmarks.experiments.cells import load_experiment
-from benchmarks.experiments.kinds import KINDS
-from benchmarks.running import plan, runner
+from benchmarks.experiments.kinds import KINDS, Scene
+from benchmarks.running import plan, training
+from benchmarks.running.attacking import pair_goals
 from benchmarks.running.clock import Clock, OutOfTimeError
 from benchmarks.running.judging import from_hex, to_hex
-from benchmarks.running.runner import Runner, pair_goals
+from benchmarks.running.runner import run_cell
 from benchmarks.running.store import Store
+from benchmarks.running.training import Trainings
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +84,7 @@ def test_a_second_look_needs_no_second_training(experiment, tmp_path):
     cell = next(cell for cell in experiment.cells if cell.detector == "ours" and cell.attack == "PGD")
     again = replace(cell, consistency={"radius": 0.05, "steps": 1})
     store = Store(tmp_path)
-    plain, looked = (Runner(store, device=torch.device("cpu")).run(own) for own in (cell, again))
+    plain, looked = (run_cell(own, Trainings(store, device=torch.device("cpu"))) for own in (cell, again))
     assert plain["training"] == looked["training"]
     assert len(list((tmp_path / "models").glob("*.json"))) == 1
     assert looked["definition"]["consistency"] == {"radius": 0.05, "steps": 1}
@@ -123,21 +125,21 @@ def test_goals_of_one_attack_share_batches_and_find_the_same(finished, experimen
 
     def fresh(name):
         shutil.copytree(finished[0] / "models", tmp_path / name / "models", dirs_exist_ok=True)
-        return Runner(Store(tmp_path / name), device=torch.device("cpu"))
+        return Trainings(Store(tmp_path / name), device=torch.device("cpu"))
 
-    alone = [fresh(cell.attack).run(cell)["results"] for cell in (targeted, untargeted)]
+    alone = [run_cell(cell, fresh(cell.attack))["results"] for cell in (targeted, untargeted)]
     changed = {"run": None} if case == "both fit" else {"run_both": out_of_memory}  # neither would be called in vain
     monkeypatch.setitem(KINDS, "pgd", replace(KINDS["pgd"], **changed))
     own, stops = fresh("together"), 0
     while not (tmp_path / "together" / "cells").exists():  # stopped after every chunk
         own.clock = Impatient(looks=1)
         try:
-            own.run(targeted, untargeted)
+            run_cell(targeted, own, untargeted)
         except OutOfTimeError:
             stops += 1
     assert stops == 2  # 12 images, 5 at a time
     own.clock = Clock()
-    assert [own.run(targeted, untargeted)["results"], own.run(untargeted)["results"]] == alone
+    assert [run_cell(targeted, own, untargeted)["results"], run_cell(untargeted, own)["results"]] == alone
     assert alone[0] != alone[1]
     assert not list((tmp_path / "together" / "work").glob("*"))
 
@@ -170,8 +172,10 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_results(finished, expe
 @pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_results(finished, folder, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from benchmarks import cells; cells.FOLDER = Path(sys.argv[1]);"
-        "from clusterguard.attacks.suite import EFFORTS, Effort;"
+        "import sys; from pathlib import Path; from benchmarks.experiments import cells;"
+        "cells.FOLDER = Path(sys.argv[1]);"
+        "import torch; torch.set_num_threads(1);"  # as here: sums round by the number of threads
+        "from clusterguard.attacks import EFFORTS; Effort = type(EFFORTS['quick']);"
         f"EFFORTS['quick'] = {FEW_STEPS};"
         "from benchmarks.__main__ import app; app(['run', 'small', '--device', 'cpu', '--out', sys.argv[2]])"
     )
@@ -188,29 +192,29 @@ def test_a_killed_process_goes_on_to_the_same_results(finished, folder, tmp_path
 
 
 def test_what_is_done_is_not_done_again(finished, experiment, monkeypatch):
-    monkeypatch.setattr(runner, "train_detector", None)
+    monkeypatch.setattr(training, "train", None)
     results = run_all(experiment, finished[0])
     assert [comparable(result) for result in results] == finished[1]
 
 
 def test_training_and_calibration_never_touch_the_test_set(experiment, tmp_path, monkeypatch):
-    own = Runner(Store(tmp_path), device=torch.device("cpu"))
+    own = Trainings(Store(tmp_path), device=torch.device("cpu"))
     opened = []
     data = own.dataset("digits")
     own._sets["digits"] = replace(data, open_test=lambda: opened.append(1) or data.open_test())
     cell = experiment.cells[0]
     own.detector(cell)
     assert not opened
-    own.run(cell)
+    run_cell(cell, own)
     assert len(opened) == 1
 
 
 def test_recipes_are_chosen_without_the_test_set_and_judged_on_images_that_nothing_was_fitted_to(experiment, tmp_path):
-    own = Runner(Store(tmp_path), device=torch.device("cpu"))
+    own = Trainings(Store(tmp_path), device=torch.device("cpu"))
     data = own.dataset("digits")
     own._sets["digits"] = replace(data, open_test=lambda: pytest.fail("opened the test set"))
     cell = replace(experiment.cells[0], split="validation")
-    assert own.run(cell)["images"] == cell.images
+    assert run_cell(cell, own)["images"] == cell.images
     assert cell.key != experiment.cells[0].key
     calibration, validation = data.held_out()
     assert len(calibration.labels) + len(validation.labels) == len(data.calibration.labels)
@@ -220,8 +224,8 @@ def test_recipes_are_chosen_without_the_test_set_and_judged_on_images_that_nothi
 def test_half_precision_weights_are_the_ones_that_get_evaluated(experiment, tmp_path):
     cell = experiment.cells[0]
     cell = replace(cell, training=replace(cell.training, half=True, epochs=1))
-    fresh, _ = Runner(Store(tmp_path), device=torch.device("cpu")).detector(cell)
-    loaded, _ = Runner(Store(tmp_path), device=torch.device("cpu")).detector(cell)
+    fresh, _ = Trainings(Store(tmp_path), device=torch.device("cpu")).detector(cell)
+    loaded, _ = Trainings(Store(tmp_path), device=torch.device("cpu")).detector(cell)
     for name, value in fresh.state_dict().items():
         assert torch.equal(value.nan_to_num(), loaded.state_dict()[name].nan_to_num()), name
     stored, _ = Store(tmp_path).load_weights(cell.training.key)
@@ -234,10 +238,10 @@ def test_half_precision_weights_are_the_ones_that_get_evaluated(experiment, tmp_
 def test_compiled_networks_give_the_same_results(finished, experiment, tmp_path):
     pytest.importorskip("torch._inductor")
     chosen = [cell for cell in experiment.cells if cell.attack in ("PGD", "FGSM")]
-    own = Runner(Store(tmp_path), device=torch.device("cpu"), compiled="default")
+    own = Trainings(Store(tmp_path), device=torch.device("cpu"), compiled="default")
     torch._dynamo.utils.counters.clear()
     for cell in chosen:
-        result, expected = own.run(cell), Store(finished[0]).read_cell(cell.key)
+        result, expected = run_cell(cell, own), Store(finished[0]).read_cell(cell.key)
         assert result["provenance"]["compiled"] == "default"
         assert set(Store(tmp_path).load_weights(cell.training.key)[0]) == set(
             Store(finished[0]).load_weights(cell.training.key)[0]
@@ -251,12 +255,12 @@ def test_compiled_networks_give_the_same_results(finished, experiment, tmp_path)
 
 @pytest.mark.parametrize("attack", [line.split('"')[1] for line in SMALL.splitlines() if "kind" in line])
 def test_no_attack_costs_more_than_planned(experiment, tmp_path_factory, finished, attack, tmp_path):
-    own = Runner(Store(finished[0]), device=torch.device("cpu"))
+    own = Trainings(Store(finished[0]), device=torch.device("cpu"))
     cell = next(cell for cell in experiment.cells if cell.attack == attack)
     detector, _ = own.detector(cell)
     metered = Metered(WithThresholds(detector, torch.full((10,), 12.0)))
     images, labels = own.dataset("digits").calibration.head(6).floats()
-    scene = runner.Scene(
+    scene = Scene(
         detector=metered,
         images=images,
         labels=labels,
