@@ -25,6 +25,7 @@ from clusterguard._support._copying import (
     shorten,
 )
 from clusterguard._support._files import check_place, read_archive, write_atomically
+from clusterguard._support._locks import only_writer
 from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
 from clusterguard._support._processes import OneProcess, collect, share
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
@@ -58,6 +59,7 @@ __all__ = [
     "in_range",
     "is_unicode",
     "names_in_eval_mode",
+    "only_writer",
     "previous",
     "read_archive",
     "read_progress",

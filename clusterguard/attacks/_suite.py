@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
 
 import torch
-from clusterguard._support import evaluation_mode, read_progress, save_progress
+from clusterguard._support import evaluation_mode, only_writer, read_progress, save_progress
 from clusterguard.attacks._auto_pgd import APGD
 from clusterguard.attacks._base import Attack, BuiltInAttack, check_attack_input, check_budget, check_radius
 from clusterguard.attacks._boundary import Boundary
@@ -313,12 +313,12 @@ class WorstCaseSuite(BuiltInAttack):
             InputError: images, labels or targets of a wrong shape, dtype, range or device.
             NotCalibratedError: the detector has no thresholds.
             ConfigurationError: the checkpoint is of another suite or of other images.
-            PersistenceError: the checkpoint is damaged, or no state of a suite.
+            PersistenceError: the checkpoint is damaged, no state of a suite, or being written by another run.
         """
         check_attack_input(detector, images, labels, targets)
         check_radius(self, images)
         metered = Metered(detector)
-        with torch.inference_mode(False), evaluation_mode(detector):
+        with torch.inference_mode(False), evaluation_mode(detector), only_writer(checkpoint):
             images, labels = images.detach().clone(), labels.long().clone()
             targets = None if targets is None else targets.long().clone()
             benign = (images, labels) if self.references is None else self.references

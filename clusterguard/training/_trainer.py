@@ -17,6 +17,7 @@ from clusterguard._support import (
     check_place,
     collect,
     names_in_eval_mode,
+    only_writer,
     to_eval_mode,
     training_mode,
 )
@@ -195,8 +196,8 @@ class DetectorTrainer(ABC):
             ConfigurationError: `epochs` or `checkpoint_every` is below 1; a loader allows one pass only, or cannot be
                 split between processes; the optimizer or the scheduler would change nothing; nothing is trainable; no
                 file can be written at the checkpoint's path; or `stop_when` comes without a checkpoint.
-            PersistenceError: the checkpoint and the one before it are damaged or belong to another run, in which case
-                nothing has changed; or the checkpoint could not be written.
+            PersistenceError: the checkpoint and the one before it are damaged or belong to another run, or
+                another run writes the checkpoint at the moment; in these cases nothing has changed; or the checkpoint could not be written.
             InputError: images or labels have a wrong form, shape, dtype or range.
             TooFewCalibrationExamplesError: the calibration set is certainly too small; this is found before training.
             TrainingDivergedError: the loss became NaN or infinite; the detector holds the last good weights.
@@ -239,21 +240,23 @@ class DetectorTrainer(ABC):
                     "refuse too many new images; keep the calibration images out of training",
                     stacklevel=2,
                 )
-            self._begin(run, epochs, calibrate)
-            while len(self.history) < epochs:
-                frozen = self.detector.frozen | _frozen_batch_norms(self.detector)
-                with training_mode(self.detector, frozen=frozen):
-                    is_stopped = self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" * progress)
-                self._end_epoch(run, on_epoch_end)
-                if is_stopped:
-                    raise self._stopped(run)
-            self.engine.finish()
-            if calibrate:
-                self._calibrate(run, progress)
+            self._check(run, epochs, calibrate)
+            with only_writer(checkpoint, self.engine.shared):
+                self._begin(run)
+                while len(self.history) < epochs:
+                    frozen = self.detector.frozen | _frozen_batch_norms(self.detector)
+                    with training_mode(self.detector, frozen=frozen):
+                        is_stopped = self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" * progress)
+                    self._end_epoch(run, on_epoch_end)
+                    if is_stopped:
+                        raise self._stopped(run)
+                self.engine.finish()
+                if calibrate:
+                    self._calibrate(run, progress)
         return self.history
 
-    def _begin(self, run: Run, epochs: int, calibrate: bool) -> None:
-        """Check everything that could fail later, and resume from the checkpoint if there is one."""
+    def _check(self, run: Run, epochs: int, calibrate: bool) -> None:
+        """Check everything that could fail after the first step."""
         self.engine.check(run.train.length, epochs, resumable=run.checkpoint is not None)
         if run.checkpoint is not None:
             self._warn_of_obstacles(run)
@@ -262,6 +265,9 @@ class DetectorTrainer(ABC):
                 self.calibrator.check_counts(self._first_judged(run.calibration.loader), self.detector.num_classes)
         if run.checkpoint is not None:
             check_place(run.checkpoint)
+
+    def _begin(self, run: Run) -> None:
+        """Resume from the checkpoint if there is one, or begin anew."""
         self.thresholds = self.thresholds.to(self.engine.device, copy=True)
         if not self._resume(run):
             self._totals = EpochTotals()  # an earlier call may have left an unfinished epoch

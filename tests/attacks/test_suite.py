@@ -6,7 +6,7 @@ from clusterguard import PGD, WorstCaseSuite, decide, evaluate
 from clusterguard.attacks import Cost, Metered, Towards, get_norm
 from clusterguard.detection import Verdicts, is_broken
 from clusterguard.detectors import WithThresholds
-from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
+from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError, PersistenceError
 
 EPS = {"linf": 0.05, "l2": 0.25, "l1": 1.2, "l0": 3}
 
@@ -99,6 +99,17 @@ def test_a_checkpoint_of_something_else_is_refused(small_guard, cases, tmp_path,
         WorstCaseSuite("linf", eps=0.02, budget="quick").run(small_guard, images[:4], labels[:4], checkpoint=file)
     with pytest.raises(ConfigurationError, match="other images"):
         WorstCaseSuite("linf", eps=0.01, budget="quick").run(small_guard, images[4:8], labels[4:8], checkpoint=file)
+
+
+def test_a_second_suite_on_the_same_checkpoint_is_told_so(small_guard, cases, tmp_path, light_suites):
+    suite, file = WorstCaseSuite("linf", eps=0.01, budget="quick"), tmp_path / "new" / "suite.pt"
+
+    def begin_another(_):
+        with pytest.raises(PersistenceError, match=r"suite\.pt is being written by another run"):
+            suite.run(small_guard, *cases, checkpoint=file)
+
+    suite.run(small_guard, *cases, checkpoint=file, on_stage=begin_another)
+    assert sorted(own.name for own in file.parent.iterdir()) == ["suite.pt", "suite.pt.previous"]
 
 
 def test_the_whole_box_breaks_everything(small_guard, cases):

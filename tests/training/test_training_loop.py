@@ -4,6 +4,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard, TrainingOptions
+from clusterguard._support import read_progress, save_progress
 from clusterguard.errors import (
     ConfigurationError,
     InputError,
@@ -88,6 +89,18 @@ def test_a_checkpoint_where_no_file_can_be_is_refused_before_training(blobs, tmp
     assert [own.name for own in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_second_training_on_the_file_of_one_that_is_going_on_is_told_so(blobs, tmp_path):
+    def begin_another(record):
+        train(new_guard(), blobs, epochs=1, calibrate=False, checkpoint=tmp_path / "other.pt")
+        with pytest.raises(PersistenceError, match=r"run\.pt is being written by another run; wait until that has"):
+            train(new_guard(), blobs, epochs=1, calibrate=False, checkpoint=tmp_path / "run.pt")
+
+    fit = {"calibrate": False, "checkpoint": tmp_path / "run.pt"}
+    train(new_guard(), blobs, epochs=1, on_epoch_end=begin_another, **fit)
+    assert len(train(new_guard(), blobs, epochs=2, **fit)) == 2
+    assert not list(tmp_path.glob("*.lock"))
+
+
 def test_what_may_be_stopped_needs_a_checkpoint(blobs):
     trainer = AdversarialClusterTrainer(new_guard(), ATTACK)
     with pytest.raises(ConfigurationError, match="would be lost"):
@@ -125,9 +138,9 @@ def test_a_refused_checkpoint_changes_nothing(blobs, tmp_path, theirs, processes
         new_trainer(**theirs).fit(
             Interrupted(some[:2]), some, epochs=1, checkpoint=file, checkpoint_every=2, calibrate=False, progress=False
         )
-    state = torch.load(file)
+    state = read_progress(file, "training", hint="").state
     state["values"]["processes"] *= processes
-    torch.save(state, file)
+    save_progress(file, "training", state)
 
     trainer = new_trainer()
     trainer.fit(some, some, epochs=1, calibrate=False, progress=False)
