@@ -2,9 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 FACTORS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)
 """Factors by which the rate may have risen. The test covers all of them at once."""
+_MAX_RUN_LENGTH = 1e300
+_MAX_STATISTIC = 1e301  # a single one at its cap makes the mean of all exceed every run length
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class FalsePositiveMonitor:
 
     Args:
         limit: refusal rate that must not be exceeded, in (0, 1). `plausible_rate` computes it for a calibration.
-        run_length: mean number of images until a false alarm, at least 2.
+        run_length: mean number of images until a false alarm, from 2 to 1e300.
 
     Raises:
         ConfigurationError: limit or run_length is out of its range.
@@ -80,8 +82,8 @@ class FalsePositiveMonitor:
     def __init__(self, limit: float, *, run_length: float = 1_000_000) -> None:
         if not 0 < limit < 1:
             raise ConfigurationError(f"expected a limit in (0, 1), such as 0.01 for 1 %, got {limit}")
-        if not 2 <= run_length < math.inf:
-            raise ConfigurationError(f"expected a run_length of at least 2 images, got {run_length}")
+        if not 2 <= run_length <= _MAX_RUN_LENGTH:
+            raise ConfigurationError(f"expected a run_length of 2 to {_MAX_RUN_LENGTH:g} images, got {run_length}")
         self.limit = limit
         self.run_length = run_length
         self.reset()
@@ -112,7 +114,7 @@ class FalsePositiveMonitor:
         for flag in _flags(refused, labels):
             ratios = self._refused_ratios if flag else self._accepted_ratios
             self._statistics = [
-                min((value + 1) * ratio, 1e300) for value, ratio in zip(self._statistics, ratios, strict=True)
+                min((value + 1) * ratio, _MAX_STATISTIC) for value, ratio in zip(self._statistics, ratios, strict=True)
             ]
             self._seen, self._refused = self._seen + 1, self._refused + flag
             self._alarm = self._alarm or self._evidence >= self.run_length
@@ -139,28 +141,54 @@ class FalsePositiveMonitor:
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, float | int | bool | list[float]]) -> "FalsePositiveMonitor":
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "FalsePositiveMonitor":
         """A monitor that continues from the `state_dict` of another one.
 
         Args:
             state: dict that `state_dict` returned.
 
         Raises:
-            InputError: the dict is not such a state.
+            InputError: the dict is not such a state, or a value in it has another type, is out of its range, or contradicts
+                another one.
         """
-        try:
-            monitor = cls(float(state["limit"]), run_length=float(state["run_length"]))  # type: ignore[arg-type]
-            statistics = [float(value) for value in state["statistics"]]  # type: ignore[union-attr]
-            monitor._seen, monitor._refused = int(state["seen"]), int(state["refused"])  # type: ignore[arg-type]
-            monitor._alarm = bool(state["alarm"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"expected the state_dict of a FalsePositiveMonitor, got {state!r}") from error
-        if len(statistics) != len(FACTORS) or not all(value >= 0 for value in statistics):
-            raise InputError(f"expected {len(FACTORS)} statistics of at least 0, got {statistics}")
-        if not 0 <= monitor._refused <= monitor._seen:
-            raise InputError(f"expected counts of at least 0, no more refused than seen, got {state!r}")
-        monitor._statistics = statistics
+        for key, (fits, wanted) in _STATE.items():
+            value = state.get(key) if isinstance(state, Mapping) else None
+            if not fits(value):
+                raise InputError(
+                    f"expected the state_dict of a FalsePositiveMonitor, {key} {wanted}, got {repr(value)[:100]}"
+                )
+        monitor = cls(state["limit"], run_length=state["run_length"])
+        monitor._statistics = [float(value) for value in state["statistics"]]
+        monitor._seen, monitor._refused, monitor._alarm = state["seen"], state["refused"], state["alarm"]
+        if monitor._refused > monitor._seen:
+            raise InputError(f"expected no more refused than seen, got {monitor._refused} of {monitor._seen}")
+        if monitor._evidence >= monitor.run_length and not monitor._alarm:
+            raise InputError(f"expected an alarm at evidence {monitor._evidence:g}, got a state without one")
         return monitor
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_statistics(values: Any) -> bool:
+    is_list = isinstance(values, list) and len(values) == len(FACTORS)
+    return is_list and all(_is_number(value, 0, _MAX_STATISTIC) for value in values)
+
+
+_STATE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "limit": (lambda value: _is_number(value, 0, 1) and value not in (0, 1), "a number in (0, 1)"),
+    "run_length": (lambda value: _is_number(value, 2, _MAX_RUN_LENGTH), f"a number from 2 to {_MAX_RUN_LENGTH:g}"),
+    "statistics": (_are_statistics, f"{len(FACTORS)} numbers from 0 to {_MAX_STATISTIC:g}"),
+    "seen": (_is_count, "a whole number of at least 0"),
+    "refused": (_is_count, "a whole number of at least 0"),
+    "alarm": (lambda value: isinstance(value, bool), "true or false"),
+}
+"""Keys of a state, a test of each value, and what is expected of it."""
 
 
 def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mix: bool = False) -> float:

@@ -196,8 +196,9 @@ class DetectorTrainer(ABC):
             ConfigurationError: `epochs` or `checkpoint_every` is below 1; a loader allows one pass only, or cannot be
                 split between processes; the optimizer or the scheduler would change nothing; nothing is trainable; no
                 file can be written at the checkpoint's path; or `stop_when` comes without a checkpoint.
-            PersistenceError: the checkpoint and the one before it are damaged or belong to another run, or
-                another run writes the checkpoint at the moment; in these cases nothing has changed; or the checkpoint could not be written.
+            PersistenceError: the checkpoint and the one before it are damaged or belong to another run, or another run
+                writes the checkpoint at the moment; in these cases nothing has changed. Or the checkpoint could not
+                be written.
             InputError: images or labels have a wrong form, shape, dtype or range.
             TooFewCalibrationExamplesError: the calibration set is certainly too small; this is found before training.
             TrainingDivergedError: the loss became NaN or infinite; the detector holds the last good weights.

@@ -106,19 +106,65 @@ def test_input_that_does_not_fit_is_named(refused, labels, message):
         FalsePositiveMonitor(0.1).update(refused, labels)
 
 
-@pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": 1.0}, {"limit": math.nan}, {"run_length": 1}])
+@pytest.mark.parametrize("run_length", [2, 1e6, 1e300])
+@pytest.mark.parametrize("limit", [1e-320, 0.01, 0.5])
+def test_a_flood_of_refusals_raises_an_alarm_at_every_run_length(limit, run_length):
+    monitor = FalsePositiveMonitor(limit, run_length=run_length)
+    report = monitor.update([True] * 4000)
+    assert report.alarm
+    assert report.evidence >= run_length
+    assert FalsePositiveMonitor.from_state_dict(json.loads(json.dumps(monitor.state_dict()))).report == report
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"limit": 0}, {"limit": 1.0}, {"limit": math.nan}, {"run_length": 1}, {"run_length": 1e301}]
+)
 def test_options_are_checked_at_once(wrong):
     with pytest.raises(ConfigurationError, match="expected"):
         FalsePositiveMonitor(**({"limit": 0.1} | wrong))
 
 
-@pytest.mark.parametrize("state", [{}, {"limit": 0.1}, {"limit": "x", "run_length": 5}])
+@pytest.mark.parametrize("state", [{}, {"limit": 0.1}, {"limit": "x", "run_length": 5}, None, [], "state", 3])
 def test_a_state_of_something_else_is_named(state):
     with pytest.raises(InputError, match="state_dict"):
         FalsePositiveMonitor.from_state_dict(state)
-    good = FalsePositiveMonitor(0.1).state_dict()
-    with pytest.raises(InputError, match="statistics"):
-        FalsePositiveMonitor.from_state_dict(good | {"statistics": [1.0]})
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    {
+        "limit": [0, 1, 2.0, -0.1, math.nan, math.inf, "0.1", True, None, [0.1]],
+        "run_length": [1, 1e301, math.inf, math.nan, -5, 10**400, "1000", True, None],
+        "statistics": [
+            *([value, *[0.0] * 6] for value in (math.inf, math.nan, -1.0, 1e302, 10**400, "1", True, None, [1.0])),
+            [0.0] * 6,
+            [0.0] * 8,
+            "0000000",
+            7,
+            None,
+            dict.fromkeys(range(7), 0.0),
+        ],
+        "seen": [-1, 1, 3.0, "3", True, None, math.inf],  # the good state has refused 2
+        "refused": [-1, 4, 2.0, "2", True, None],
+        "alarm": ["false", "true", 0, 1, None, []],
+    }.items(),
+)
+def test_a_state_with_a_value_of_another_kind_or_range_is_refused(key, values):
+    monitor = FalsePositiveMonitor(0.1)
+    monitor.update([True, True, False])
+    good = monitor.state_dict()
+    assert FalsePositiveMonitor.from_state_dict(good).report == monitor.report
+    for value in values:
+        with pytest.raises(InputError, match=key) as caught:
+            FalsePositiveMonitor.from_state_dict(good | {key: value})
+        assert len(str(caught.value)) < 300
+
+
+def test_a_state_whose_evidence_contradicts_its_missing_alarm_is_refused():
+    monitor = FalsePositiveMonitor(0.01, run_length=100)
+    assert monitor.update([True] * 5).alarm
+    with pytest.raises(InputError, match="alarm"):
+        FalsePositiveMonitor.from_state_dict(monitor.state_dict() | {"alarm": False})
 
 
 @pytest.mark.parametrize("classes", [1, 4])
