@@ -20,6 +20,10 @@ _OPAQUE = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "RGBX": "RGB", "YCbCr":
 _TRANSPARENT = {"LA": "L", "La": "L", "RGBA": "RGB", "RGBa": "RGB", "PA": "RGB"}
 _PNG_SINGLE = {b"IHDR", b"PLTE", b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf", b"acTL"}
 _PNG_FIRST = _PNG_SINGLE - {b"eXIf"}  # these must come before the pixels, or some programs ignore them
+_PNG_CRITICAL = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_PNG_WHOLE = ((0, 0, 1, 1),)  # passes over an image: first column and row, and the steps between these
+_PNG_INTERLACED = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # other bytes after 0xFF belong to the compressed data
 _SRGB_GAMMA = 45455
 _SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
@@ -223,14 +227,33 @@ def _examine_png(_: Image.Image, content: bytes) -> list[str]:
         chunks.append((name, body))
     names = [name for name, _ in chunks]
     parts = {name: body for name, body in chunks if name in _PNG_SINGLE}
+    unknown = [name.decode("ascii", "replace") for name in names if name[:1].isupper() and name not in _PNG_CRITICAL]
+    if unknown:
+        raise _RefusedError(f"it needs a part {unknown[0]!r} that no standard names; save it again")
     if b"acTL" in parts:
         raise _RefusedError("it is an animation; save one of its pictures alone")
     late = names[names.index(b"IDAT") :]
     if any(names.count(name) > 1 for name in _PNG_SINGLE) or not _PNG_FIRST.isdisjoint(late):
         raise _RefusedError("its parts are repeated or out of order, so programs read it differently; save it again")
     _check_png_colours(parts)
+    _check_png_pixels(parts[b"IHDR"], b"".join(body for name, body in chunks if name == b"IDAT"))
+    is_longer = position < len(content) or chunks[-1][1] != b""
     doubts = [("16 bits a channel", parts[b"IHDR"][8] == 16), ("a transparent colour", b"tRNS" in parts)]
-    return [doubt for doubt, is_so in [*doubts, ("data after its end", position < len(content))] if is_so]
+    return [doubt for doubt, is_so in [*doubts, ("data after its end", is_longer)] if is_so]
+
+
+def _check_png_pixels(header: bytes, compressed: bytes) -> None:
+    """Check that all rows are there and nothing follows, since decoders fill missing rows with black without a warning."""
+    width, height, bits, colour, _, _, is_interlaced = struct.unpack(">IIBBBBB", header)
+    expected = 0
+    for left, top, across, down in _PNG_INTERLACED if is_interlaced else _PNG_WHOLE:
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        if columns > 0 and rows > 0:
+            expected += rows * (1 + -(-columns * bits * _PNG_CHANNELS[colour] // 8))  # each begins with its filter
+    stream = zlib.decompressobj()
+    size = len(stream.decompress(compressed, expected + 1))
+    if size != expected or not stream.eof or stream.unused_data:
+        raise _RefusedError("its pixels end before their time or are followed by something else; save it again")
 
 
 def _check_png_colours(parts: dict[bytes, bytes]) -> None:

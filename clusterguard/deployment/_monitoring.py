@@ -148,8 +148,8 @@ class FalsePositiveMonitor:
             state: dict that `state_dict` returned.
 
         Raises:
-            InputError: the dict is not such a state, or a value in it has another type, is out of its range, or contradicts
-                another one.
+            InputError: the dict is not such a state, or a value in it has another type, is out of its range, or
+                contradicts another one.
         """
         for key, (fits, wanted) in _STATE.items():
             value = state.get(key) if isinstance(state, Mapping) else None

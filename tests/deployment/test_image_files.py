@@ -314,3 +314,56 @@ def test_a_png_that_is_cut_off_says_so_in_plain_words():
         with pytest.raises(InputError) as raised:
             read_image(content[:length])
         assert "unpack" not in str(raised.value)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (20, 28), dtype=np.uint8)
+ROWS = b"".join(b"\0" + row.tobytes() for row in NOISE)
+
+
+def png_of(compressed, *, before=b"", end=b"", interlaced=0):
+    """A PNG of 28 × 20 grey pixels around compressed rows; all its checksums are right."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 28, 20, 8, 0, 0, 0, interlaced))
+    return b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", compressed) + chunk(b"IEND", end)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *(png_of(zlib.compress(ROWS)[:-cut]) for cut in range(1, 9)),
+        png_of(zlib.compress(ROWS)[:-1] + b"?"),
+        png_of(zlib.compress(ROWS) + b"PK\x03\x04"),
+        png_of(zlib.compress(ROWS) + zlib.compress(ROWS)),
+        png_of(zlib.compress(ROWS + ROWS[:1])),
+        png_of(zlib.compress(ROWS[:-29])),
+        png_of(zlib.compress(ROWS + bytes(10**7))),
+    ],
+)
+def test_a_png_whose_pixels_are_cut_short_or_followed_by_more_is_damaged(damaged):
+    refuses("pixels end|cannot be read", damaged)
+
+
+def test_a_png_with_a_part_that_programs_must_know_and_do_not_is_refused():
+    refuses("ABCD", png_of(zlib.compress(ROWS), before=chunk(b"ABCD", b"")))
+    assert read_image(png_of(zlib.compress(ROWS), end=b"PK")).doubts == ("data after its end",)
+    for known in (b"tEXt", b"prVt"):  # ancillary parts may be passed over
+        assert read_image(png_of(zlib.compress(ROWS), before=chunk(known, b"a\0b"))).doubts == ()
+
+
+@pytest.mark.parametrize(("bits", "colour", "channels"), [(1, 0, 1), (4, 3, 1), (8, 2, 3), (16, 0, 1)])
+@pytest.mark.parametrize("interlaced", [0, 1])
+@given(width=st.integers(1, 19), height=st.integers(1, 19))
+def test_whole_pngs_of_every_layout_are_read(width, height, bits, colour, channels, interlaced):
+    """Against the definition of Adam7: which pass each pixel belongs to, counted one by one."""
+    passes = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
+    rows = {}
+    for y in range(height):
+        for x in range(width):
+            name = (passes[y % 8][x % 8] if interlaced else "", y)
+            rows[name] = rows.get(name, 0) + bits * channels
+    data = b"".join(bytes(1 + -(-size // 8)) for size in rows.values())
+    palette = chunk(b"PLTE", bytes(48)) if colour == 3 else b""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced))
+    start, end = b"\x89PNG\r\n\x1a\n" + header + palette, chunk(b"IEND", b"")
+    assert read_image(start + chunk(b"IDAT", zlib.compress(data)) + end).image.size == (width, height)
+    for wrong in (data[:-1], data + b"\0"):
+        refuses("pixels end", start + chunk(b"IDAT", zlib.compress(wrong)) + end)
