@@ -243,7 +243,7 @@ def _examine_png(_: Image.Image, content: bytes) -> list[str]:
 
 
 def _check_png_pixels(header: bytes, compressed: bytes) -> None:
-    """Check that all rows are there and nothing follows: decoders would fill missing rows with black, without a warning."""
+    """Check that all rows are there and nothing follows. Decoders fill missing rows with black, without a warning."""
     width, height, bits, colour, _, _, is_interlaced = struct.unpack(">IIBBBBB", header)
     expected = 0
     for left, top, across, down in _PNG_INTERLACED if is_interlaced else _PNG_WHOLE:
