@@ -1,4 +1,4 @@
-"""Attacks on any detector: callables from (detector, images, labels) to attacked images."""
+"""Attacks on detectors; an attack is a callable from (detector, images, labels) to attacked images."""
 
 from clusterguard.attacks._auto_pgd import APGD
 from clusterguard.attacks._base import (

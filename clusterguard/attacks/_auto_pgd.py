@@ -1,4 +1,4 @@
-"""APGD: projected gradient descent that finds each image's step size, and for l1 its sparsity, on its own."""
+"""APGD, which is projected gradient descent that adapts each image's step size and, for l1, its sparsity."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 
 def checkpoints(steps: int) -> tuple[int, ...]:
-    """After how many of that many steps APGD looks whether an image's step size still serves it.
+    """The numbers of steps, out of `steps` in all, after which APGD checks whether to halve an image's step size.
 
     Reference:
         Croce & Hein (2020), section 3.2.
@@ -24,25 +24,25 @@ def checkpoints(steps: int) -> tuple[int, ...]:
         >>> checkpoints(100)
         (22, 41, 57, 70, 80, 87, 93, 99)
     """
-    found, percent, gap = set(), 22, 22
+    positions, percent, gap = set(), 22, 22
     while percent < 100:
-        found.add(-(-percent * steps // 100))
+        positions.add(-(-percent * steps // 100))
         gap = max(gap - 3, 6)
         percent += gap
-    return tuple(sorted(found - {steps}))
+    return tuple(sorted(positions - {steps}))
 
 
 class _FromTheBest(ABC):
-    """What the rules below share: each image has a step size, and goes back to its best iterate by the objective.
+    """Base of rules in which each image has a step size and can return to its iterate with the smallest loss.
 
-    Every tensor in an instance has one row an image.
+    Every tensor in an instance has one row for each image.
 
     Attributes:
         step_size: (B, 1, 1, 1) length of the next step in the problem's norm.
     """
 
     def __init__(self, problem: Problem, start: Tensor, *, first_step: float | Tensor) -> None:
-        """The first step's length is one number or (B,)."""
+        """Set the length of the first step, one number or (B,)."""
         length = torch.as_tensor(first_step, dtype=start.dtype, device=start.device)
         self._first_step_size = self.step_size = length.view(-1, 1, 1, 1).expand(len(start), 1, 1, 1)
         self._best, self._gradient = start, torch.zeros_like(start)
@@ -50,45 +50,45 @@ class _FromTheBest(ABC):
         self._taken = 0
 
     def step(self, problem: Problem, iterates: Tensor, evaluation: ObjectiveValues) -> Tensor:
-        """The next iterates (B, C, H, W)."""
+        """The iterates (B, C, H, W) after the next step."""
         better = evaluation.loss < self._loss
         self._loss = torch.where(better, evaluation.loss, self._loss)
         self._best = torch.where(_wide(better), iterates, self._best)
         self._gradient = torch.where(_wide(better), evaluation.gradient, self._gradient)
-        again = _wide(self._adapt(problem, evaluation.loss))
-        iterates = torch.where(again, self._best, iterates)
-        moved = self._move(problem, iterates, torch.where(again, self._gradient, evaluation.gradient), again)
+        returns = _wide(self._adapt(problem, evaluation.loss))
+        iterates = torch.where(returns, self._best, iterates)
+        moved = self._move(problem, iterates, torch.where(returns, self._gradient, evaluation.gradient), returns)
         self._taken += 1
         return moved
 
     def select(self, index: Tensor) -> None:
-        """Keep what is known about these images."""
+        """Keep the state of the images at these positions only."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[index])
 
     @abstractmethod
     def _adapt(self, problem: Problem, loss: Tensor) -> Tensor:
-        """Change step sizes where that is due, and say which images go back to their best, (B,) bools."""
+        """Adapt step sizes, and return (B,) whether each image goes back to its best iterate."""
 
     @abstractmethod
-    def _move(self, problem: Problem, iterates: Tensor, gradient: Tensor, again: Tensor) -> Tensor:
-        """The step; `again`, (B, 1, 1, 1) bools, marks images that have just been put back to their best."""
+    def _move(self, problem: Problem, iterates: Tensor, gradient: Tensor, returns: Tensor) -> Tensor:
+        """The iterates after one step; `returns` (B, 1, 1, 1) says which images have just gone back to their best."""
 
 
 @final
 class HalvingSteps(_FromTheBest):
-    """The rule of APGD: momentum, and a step that is halved where it does not serve any more.
+    """The rule of APGD, with momentum and with a step size that is halved when progress is slow.
 
-    The first step is 2 eps long; for l0 it is so long that pixels jump to corners of the box, where sparse attacks are
-    found: on digits that breaks a fifth more images than 2 eps. At a checkpoint an image's step is halved, and the
-    image goes back to its best iterate, if fewer than 75 % of the steps since the last checkpoint lowered the loss, or
-    if since then neither the step nor the best loss has changed.
+    The first step is 2 eps long. For l0 it is so long that pixels jump to corners of the box, because sparse attacks
+    succeed there; on digits this breaks a fifth more images than 2 eps. At a checkpoint, an image's step size is halved
+    and the image goes back to its best iterate in two cases. Either fewer than 75 % of the steps since the last
+    checkpoint lowered the loss, or neither the step size nor the best loss has changed since then.
 
     Args:
-        problem: what is attacked.
+        problem: images to attack, with their objective and ball.
         start: (B, C, H, W) first iterates.
-        steps: how many will be taken, at least 1.
+        steps: number of steps that will be taken, at least 1.
 
     Reference:
         Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
@@ -117,9 +117,9 @@ class HalvingSteps(_FromTheBest):
         self._improvements = torch.zeros_like(self._improvements)
         return self._halved
 
-    def _move(self, problem: Problem, iterates: Tensor, gradient: Tensor, again: Tensor) -> Tensor:
+    def _move(self, problem: Problem, iterates: Tensor, gradient: Tensor, returns: Tensor) -> Tensor:
         straight = problem.project(iterates - self.step_size * problem.norm.direction(gradient))
-        previous, self._previous = torch.where(again, iterates, self._previous), iterates
+        previous, self._previous = torch.where(returns, iterates, self._previous), iterates
         if self._taken == 0:
             return straight
         return problem.project(iterates + 0.75 * (straight - iterates) + 0.25 * (iterates - previous))
@@ -127,17 +127,17 @@ class HalvingSteps(_FromTheBest):
 
 @final
 class SparseSteps(_FromTheBest):
-    """The rule of l1-APGD: a step along as many coordinates as the image's best perturbation suggests.
+    """The rule of l1-APGD, whose steps change a number of coordinates that follows the image's best perturbation.
 
-    The first step is eps long, along a fifth of the coordinates. After every tenth of the steps, but at least 4, the
-    number of coordinates becomes that of the best perturbation over 1.5. Where that perturbation has become sparser by
-    more than 5 %, the step is eps long again and the image goes back to its best; elsewhere the step shrinks by 1.5,
-    down to eps / 10.
+    The first step is eps long and changes a fifth of the coordinates. After every tenth of the steps, but at least 4,
+    the number of coordinates is set to that of the best perturbation divided by 1.5. If the best perturbation has
+    become sparser by more than 5 %, the step size goes back to eps and the image to its best iterate. Otherwise the
+    step size is divided by 1.5, down to eps / 10.
 
     Args:
-        problem: what is attacked.
-        start: (B, C, H, W) first iterates; one that is perturbed already sets the first number of coordinates.
-        steps: how many will be taken, at least 1.
+        problem: images to attack, with their objective and ball.
+        start: (B, C, H, W) first iterates; a perturbed one sets the first number of coordinates.
+        steps: number of steps that will be taken, at least 1.
 
     Reference:
         Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers" (2021), algorithm 1.
@@ -145,7 +145,7 @@ class SparseSteps(_FromTheBest):
 
     def __init__(self, problem: Problem, start: Tensor, *, steps: int) -> None:
         super().__init__(problem, start, first_step=problem.eps)
-        # The paper looks every 4 % of 100 steps. In runs and legs of fewer, looking more often broke fewer images.
+        # The paper adapts after every 4 % of 100 steps. With fewer steps, adapting more often broke fewer images.
         self._every = max(4, steps // 10)
         changed = self._changed(problem)
         whole = torch.full_like(changed, start.shape[1:].numel())
@@ -153,7 +153,7 @@ class SparseSteps(_FromTheBest):
         self._changed_before = torch.where(changed > 0, changed, whole)
 
     def _changed(self, problem: Problem) -> Tensor:
-        """(B,) how many coordinates the best perturbation changes."""
+        """(B,) number of coordinates that the best perturbation changes."""
         return (self._best != problem.images).flatten(1).sum(dim=1, dtype=self._best.dtype)
 
     def _adapt(self, problem: Problem, loss: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class SparseSteps(_FromTheBest):
         self._sparsity, self._changed_before = changed / 1.5, changed
         return sparser
 
-    def _move(self, problem: Problem, iterates: Tensor, gradient: Tensor, again: Tensor) -> Tensor:
+    def _move(self, problem: Problem, iterates: Tensor, gradient: Tensor, returns: Tensor) -> Tensor:
         direction = problem.norm.direction(gradient, sparsity=self._sparsity)
         return problem.project(iterates - self.step_size * direction)
 
@@ -174,17 +174,17 @@ class SparseSteps(_FromTheBest):
 @final
 @dataclass(frozen=True, kw_only=True)
 class APGD(IteratedAttack):
-    """Projected gradient descent without a step size to tune: each image finds its own.
+    """Projected gradient descent with a step size that adapts to each image, so that there is none to tune.
 
-    For l0 it takes the steps of PGD0, along the gradient over its l1 norm, on the schedule of linf and l2.
+    For l0 it takes steps as PGD0 does, along the gradient divided by its l1 norm, with the step sizes of linf and l2.
 
     Args:
-        large_radii: for l1, spend 30 % of the steps in the ball of three times the radius and 30 % in that of twice the
-            radius, which finds the coordinates worth changing; `on_step` reports the rest, and fewer than 4 steps
-            all go to the ball itself. The other norms ignore it.
+        large_radii: whether l1 attacks spend 30 % of the steps in the ball of three times the radius and 30 % in that
+            of twice the radius, to find the coordinates worth changing. `on_step` then reports the remaining steps
+            only. With fewer than 4 steps, all are taken in the ball itself. The other norms ignore this option.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Croce & Hein (2020) for linf and l2; Croce & Hein, "Mind the box" (2021) for l1.
@@ -225,7 +225,7 @@ class APGD(IteratedAttack):
             if self.on_step is not None:
                 self.on_step(2 * leg + step, margins)
 
-        # A success in a larger ball is none in this one, so no image may leave early there.
+        # A success in a larger ball does not count in this one, so no image may leave the batch early there.
         outer = replace(self, steps=leg, keep="best", stop_early=False, on_step=None, large_radii=False)
         start = get_start(self.start)
         for factor in (3, 2):
@@ -237,12 +237,12 @@ class APGD(IteratedAttack):
 
 
 def _projected(candidates: Tensor) -> Start:
-    """A start at these points, as near as the ball allows."""
+    """A start at these points, projected onto the ball."""
     return lambda problem: problem.project(candidates)
 
 
 def _better(first: Start, second: Start) -> Start:
-    """For each image the start with the smaller success margin."""
+    """A start that takes, for each image, the one of two starts with the smaller success margin."""
 
     def start(problem: Problem) -> Tensor:
         one, other = first(problem), second(problem)

@@ -1,4 +1,4 @@
-"""What every attack shares: the call, its checks, and what it leaves as it found it."""
+"""The protocol of attacks, the base class of built-in ones, and checks of their input."""
 
 import math
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 class Attack(Protocol):
-    """Any callable with this signature is an attack; a plain function is one.
+    """An attack on a detector; any callable with this signature is one, also a plain function.
 
     Example:
         >>> from clusterguard.detectors import ConfidenceDetector, WithThresholds
@@ -53,32 +53,33 @@ class Attack(Protocol):
         """Attack images.
 
         Args:
-            detector: whatever yields evidence and thresholds.
+            detector: detector to attack, which returns evidence and has thresholds.
             images: (B, C, H, W) in [0, 1].
             labels: (B,) true labels.
             targets: (B,) wrong labels to aim at; None aims at any wrong label.
             generator: randomness; None takes torch's global one.
 
         Returns:
-            (B, C, H, W), attacked.
+            Attacked images (B, C, H, W).
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltInAttack(ABC):
-    """Base of clusterguard's own attacks, all frozen keyword-only dataclasses.
+    """Base of clusterguard's own attacks, which are frozen keyword-only dataclasses.
 
-    A call checks its input before any work, runs the detector in eval mode, leaves every module's mode and every
-    parameter's gradient as it was, works under ``no_grad`` and ``inference_mode``, and returns detached images.
+    A call checks its input first and runs the detector in eval mode. Afterwards every module's mode and every
+    parameter's gradient are as before. A call also works under ``no_grad`` and ``inference_mode``, and returns
+    detached images.
 
     Args:
-        batch_size: how many images to attack at a time, which bounds memory; None takes all that are handed in.
+        batch_size: number of images to attack at a time, which limits memory; None attacks all at once.
     """
 
     batch_size: int | None = None
 
-    _needs_evidence: ClassVar[bool] = True  # or only verdicts
+    _needs_evidence: ClassVar[bool] = True  # False for attacks that need verdicts only
 
     def __call__(
         self,
@@ -92,19 +93,19 @@ class BuiltInAttack(ABC):
         """Attack images.
 
         Args:
-            detector: whatever yields evidence and thresholds.
+            detector: detector to attack, which returns evidence and has thresholds.
             images: (B, C, H, W), finite, in [0, 1], float32 or float64.
             labels: (B,) true labels.
             targets: (B,) wrong labels to aim at; None aims at any wrong label.
             generator: randomness, on the images' device; None takes torch's global one.
 
         Returns:
-            (B, C, H, W), in [0, 1] and within the attack's budget of the images.
+            Attacked images (B, C, H, W), in [0, 1] and within the attack's budget around the images.
 
         Raises:
-            InputError: images, labels or targets of a wrong shape, dtype, range or device.
+            InputError: images, labels or targets have a wrong shape, dtype, range or device.
             NotCalibratedError: the detector has no thresholds.
-            ConfigurationError: a radius with which every image of this size is within reach of every other.
+            ConfigurationError: the radius is so large that the ball around an image contains every other image.
         """
         check_attack_input(detector, images, labels, targets, needs_evidence=self._needs_evidence)
         check_radius(self, images)
@@ -124,15 +125,15 @@ class BuiltInAttack(ABC):
         return torch.cat(parts).detach()
 
     def scaled(self, factor: float) -> "Self":
-        """The same attack with `factor` times the radius and steps as much longer, for schedules.
+        """The same attack with radius and step size multiplied by a factor, for schedules.
 
         Args:
-            factor: positive.
+            factor: factor of radius and step size, positive.
 
         Raises:
-            ConfigurationError: an attack without a radius.
+            ConfigurationError: the attack has no radius.
         """
-        names = {own.name for own in fields(self)} & {"eps", "step_size"}
+        names = {option.name for option in fields(self)} & {"eps", "step_size"}
         if "eps" not in names:
             raise ConfigurationError(f"expected an attack with a radius eps, got {self!r}")
         changed = {name: factor * getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -147,24 +148,24 @@ class BuiltInAttack(ABC):
         targets: Tensor | None,
         generator: Generator | None,
     ) -> Tensor:
-        """The attack itself; its input has been checked."""
+        """The attacked images of one batch, whose input has been checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WrappingAttack(BuiltInAttack):
-    """What attacks around another attack share: its budget is theirs.
+    """Base of attacks that wrap another attack and have the same budget.
 
     Args:
-        attack: the one inside.
+        attack: attack inside.
     """
 
     attack: Attack
 
     def scaled(self, factor: float) -> "Self":
-        """The same around a scaled attack.
+        """The same wrapper around the scaled inner attack.
 
         Args:
-            factor: positive.
+            factor: factor of radius and step size, positive.
 
         Raises:
             ConfigurationError: the inner attack cannot be scaled.
@@ -173,24 +174,24 @@ class WrappingAttack(BuiltInAttack):
 
     @property
     def norm(self) -> str | None:
-        """The inner attack's."""
+        """The norm of the inner attack."""
         return getattr(self.attack, "norm", None)
 
     @property
     def eps(self) -> float | None:
-        """The inner attack's."""
+        """The radius of the inner attack."""
         return getattr(self.attack, "eps", None)
 
 
 def scale(attack: Attack, factor: float) -> Attack:
-    """The attack with `factor` times the radius.
+    """The attack with its radius and step size multiplied by a factor.
 
     Args:
-        attack: one that has a method `scaled`.
-        factor: positive.
+        attack: attack with a method `scaled`.
+        factor: factor of radius and step size, positive.
 
     Raises:
-        ConfigurationError: it has no method `scaled` that makes one.
+        ConfigurationError: the attack has no method `scaled`, or cannot be scaled.
     """
     scaled: Callable[[float], Attack] | None = getattr(attack, "scaled", None)
     if scaled is None:
@@ -201,12 +202,12 @@ def scale(attack: Attack, factor: float) -> Attack:
 
 
 def ramp(attack: Attack, done: float, length: float) -> Attack:
-    """The attack with the share done / length of its radius, at least a thousandth and at most all of it.
+    """The attack scaled by done / length, by at least 0.001 and at most 1.
 
     Args:
-        attack: one that has a method `scaled`; after the ramp, and where its length is 0, any.
-        done: epochs since the ramp began, at least 0.
-        length: of the ramp, at least 0.
+        attack: attack with a method `scaled`, which is not needed after the ramp.
+        done: number of epochs since the ramp began, at least 0.
+        length: number of epochs of the ramp, at least 0; with 0 there is no ramp.
     """
     return attack if done >= length else scale(attack, max(done / length, 1e-3))
 
@@ -219,10 +220,18 @@ def check_attack_input(
     *,
     needs_evidence: bool = True,
 ) -> None:
-    """All that can be wrong with an attack's input, before any work is done.
+    """Check the input of an attack before any work.
+
+    Args:
+        detector: detector to attack.
+        images: (B, C, H, W) in [0, 1], finite, float32 or float64.
+        labels: (B,) true labels.
+        targets: (B,) wrong labels to aim at, or None.
+        needs_evidence: whether the attack needs the detector's evidence, and not only verdicts.
 
     Raises:
-        InputError: images, labels or targets of a wrong shape, dtype, range or device, or a detector without evidence.
+        InputError: images, labels or targets have a wrong shape, dtype, range or device, or the detector has no
+            evidence.
         NotCalibratedError: the detector has no thresholds.
     """
     if needs_evidence:
@@ -236,7 +245,7 @@ def check_attack_input(
     if not images.isfinite().all():
         raise InputError("expected finite images, got NaN or infinite pixels; a guard refuses those without an attack")
     thresholds: Tensor | None = getattr(detector, "thresholds", None)
-    # A black box that gives verdicts only keeps its number of classes to itself.
+    # The number of classes is unknown for a black box that returns verdicts only.
     num_classes = 2**31 if thresholds is None else len(thresholds)
     if thresholds is not None and images.device != thresholds.device:
         raise InputError(
@@ -247,17 +256,17 @@ def check_attack_input(
     if targets is not None:
         check_labels(targets, images, num_classes, name="targets")
         if (targets == labels).any():
-            raise InputError("expected targets that differ from the labels, got some that are equal")
+            raise InputError("expected targets that differ from the labels, got at least one that is equal")
     if thresholds is not None:
         check_calibrated(thresholds)
 
 
 def check_radius(attack: object, images: Tensor) -> None:
-    """An attack's radius, if it states one, leaves some of the box out; a larger one is a mistake in the units.
+    """Refuse an attack whose radius is larger than any change of an image, because its units must be wrong.
 
     Args:
-        attack: any, with or without a norm and eps; an eps of +inf means that it has no budget.
-        images: (B, C, H, W), of which the shape counts.
+        attack: any attack; one without a norm or eps, or with eps +inf, has no budget and passes.
+        images: (B, C, H, W), of which only the shape matters.
 
     Raises:
         ConfigurationError: eps is larger than any change of such an image can be.
@@ -282,26 +291,26 @@ def check_budget(
     batch_size: int | None = None,
     may_be_unbounded: bool = False,
 ) -> None:
-    """Options that many attacks have.
+    """Check options that many attacks have.
 
     Args:
         eps: radius in the norm.
-        norm: its name. In linf an eps above 1 is more than a pixel can change; the other norms' limits depend on the
-            size of the images, see `check_radius`.
-        steps: how many.
-        step_size: of each.
-        batch_size: how many images at a time; None takes all.
+        norm: name of the norm. In linf a pixel cannot change by more than 1; the limits of the other norms depend on
+            the size of the images, see `check_radius`.
+        steps: number of steps.
+        step_size: length of a step.
+        batch_size: number of images to attack at a time; None attacks all at once.
         may_be_unbounded: whether eps may be +inf.
 
     Raises:
-        ConfigurationError: an eps that is negative or, unless it may be, infinite; fewer than one step or image at a
-            time; or a step size that is not positive and finite.
+        ConfigurationError: eps is negative, too large, or infinite although it may not be; `steps` or `batch_size` is
+            below 1; or `step_size` is not positive and finite.
     """
     if not eps >= 0 or not (may_be_unbounded or eps <= _LARGEST):
         raise ConfigurationError(f"expected a finite eps of at least 0, got {eps}")
     if norm == "linf" and 1 < eps < math.inf:
         raise ConfigurationError(
-            f"expected eps in [0, 1] in linf, for pixels are in [0, 1], got {eps:g}; {IN_GREY_LEVELS}"
+            f"expected eps in [0, 1] in linf, because pixels are in [0, 1], got {eps:g}; {IN_GREY_LEVELS}"
         )
     if steps < 1:
         raise ConfigurationError(f"expected at least 1 step, got {steps}")

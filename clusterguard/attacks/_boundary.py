@@ -1,4 +1,4 @@
-"""The boundary attack: from accepted images of other classes, walk towards the clean one by verdicts alone."""
+"""The boundary attack, which walks from accepted images of other classes to the clean image by verdicts alone."""
 
 import itertools
 from dataclasses import dataclass
@@ -17,35 +17,37 @@ from torch import Generator, Tensor
 
 @runtime_checkable
 class Judge(Protocol):
-    """All that a decision-based attack needs; every `DetectorModule` is one."""
+    """A detector as a decision-based attack needs it; every `DetectorModule` is one."""
 
     def detect(self, images: Tensor, /) -> Detection:
-        """The verdict on images (B, C, H, W) in [0, 1]; only labels and `is_adversarial` are looked at."""
+        """The verdict on images (B, C, H, W) in [0, 1], of which only `labels` and `is_adversarial` are used."""
         ...
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Boundary(BuiltInAttack):
-    """Boundary attack: start from accepted images of other classes and walk along the boundary towards the clean one.
+    """The boundary attack, which walks from accepted images of other classes along the boundary to the clean image.
 
-    It learns labels and refusals, nothing else. The closest adversarial image found is returned if its distance is at
-    most eps; otherwise, and where there is no start, the clean image is returned unchanged.
+    It uses labels and refusals and nothing else. It returns the closest adversarial image if its distance is at most
+    eps. Otherwise, and for an image without a start, it returns the clean image.
 
-    A step sideways, at the same distance, changes a random square, small ones and large ones in turn, and for l2 also
-    the paper's Gaussian noise has its turn. On digits squares get a fifth closer than noise with as many queries.
+    Steps sideways keep the distance and change a random square, with small and large squares in turn. For l2, steps
+    with the paper's Gaussian noise take turns with squares. On digits, squares get a fifth closer than noise with as
+    many queries.
 
     Args:
-        norm: of the distance, "l2" or "linf".
-        eps: largest distance that counts, at least 0; infinity returns the closest image whatever its distance.
-        queries: how often to ask about an image at most, at least 1.
-        references: images to start from, under the labels that the detector accepts them with; None takes the accepted
-            images under attack, those of one batch for each other.
-        starts: how many references to try per image, the nearest first, at least 1.
-        stop_early: images leave the batch once they are within eps; the same images get broken with fewer queries.
+        norm: norm of the distance, "l2" or "linf".
+        eps: largest distance that counts as success, at least 0; infinity returns the closest image at any distance.
+        queries: largest number of queries for each image, at least 1.
+        references: images to start from, with the labels under which the detector accepts them; None takes the accepted
+            images of the attacked batch as starts for each other.
+        starts: number of references to try for each image, the nearest first, at least 1.
+        stop_early: whether images leave the batch once they are within eps, which breaks the same images with fewer
+            queries.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Brendel, Rauber & Bethge, "Decision-based adversarial attacks" (2018).
@@ -99,11 +101,11 @@ class Boundary(BuiltInAttack):
 
 
 class _Search:
-    """The closest adversarial image known for each image of a batch, and the queries left.
+    """The closest known adversarial image for each image of a batch, and the number of queries left.
 
     Attributes:
-        closest: (B, C, H, W); the clean image where none is known.
-        distance: (B,) between the two, infinite where none is known.
+        closest: (B, C, H, W) closest adversarial images; the clean image where none is known.
+        distance: (B,) distance between closest and clean image, infinite where none is known.
     """
 
     def __init__(
@@ -123,9 +125,9 @@ class _Search:
         self.distance = torch.full_like(images[:, 0, 0, 0], torch.inf)
 
     def ask(self, candidates: Tensor, rows: Tensor) -> tuple[Detection, Tensor]:
-        """Verdicts on candidates (b, C, H, W) for the images in these rows, and (b,) which are adversarial.
+        """Verdicts on candidates (b, C, H, W) for the images in these rows, and (b,) whether they are adversarial.
 
-        Of those the ones no farther than the closest so far take its place.
+        An adversarial candidate that is no farther than the closest so far replaces it.
         """
         self._left[rows] -= 1
         if isinstance(self._detector, Judge):
@@ -140,14 +142,14 @@ class _Search:
         return verdict, fooled
 
     def approach(self, pool: Tensor, index: Tensor, radius: Tensor) -> None:
-        """Bisect the way from starts to images.
+        """Bisect the path from starts to images.
 
-        The way is the projection of the start onto smaller and smaller balls; for l2 that is the straight line.
+        The path consists of the start's projections onto smaller and smaller balls. For l2 it is a straight line.
 
         Args:
             pool: (R, C, H, W) starts.
-            index: (B,) which of them each image takes.
-            radius: (B,) how far that is from the image; infinite for a start that does not fit.
+            index: (B,) position in the pool of each image's start.
+            radius: (B,) distance of the start from the image; infinite if the start is not usable for the image.
         """
         rows = self._open(radius)
         low, radius = torch.zeros_like(radius), torch.minimum(radius, _MUCH_CLOSER * self.distance)
@@ -157,15 +159,15 @@ class _Search:
             _, fooled = self.ask(self._norm.project(self._images[rows], pool[index[rows]], radius[rows]), rows)
             low[rows[~fooled]] = radius[rows[~fooled]]
             radius = (low + self.distance) / 2
-            rows = rows[(self._left[rows] > 0) & (fooled | (halving > 0))]  # at first those that gain nothing leave
+            rows = rows[(self._left[rows] > 0) & (fooled | (halving > 0))]  # useless starts cost one query
 
     def walk(self, generator: Generator | None) -> None:
-        """Step sideways and inwards until an image is near enough or has no queries left."""
+        """Step sideways and inwards until every image is near enough or has no queries left."""
         linf = isinstance(self._norm, LInf)
         channels, *size = self._images.shape[1:]
         octaves = min(size).bit_length()
         kinds = octaves if linf else octaves + 1
-        # In linf a square goes all the way to the opposite faces of the cube: shorter steps are cut off on one side.
+        # In linf a square goes to the opposite faces of the cube, because shorter steps are cut off on one side.
         shortest, longest = (2.0, 2.0) if linf else (0.01, 1.0)
         sideways = self.distance.new_full((kinds, len(self.distance)), 0.1).clamp(shortest, longest)
         inwards = torch.full_like(self.distance, 0.01)
@@ -190,14 +192,14 @@ class _Search:
                 inwards[rows] = _adapt(inwards[rows], fooled, share=0.1).clamp(0.001, 0.5)
 
     def _open(self, start: Tensor) -> Tensor:
-        """Rows of images with a start at a finite distance (B,) that are not near enough and have queries left."""
+        """Rows of images that have a start at a finite distance (B,), are not near enough, and have queries left."""
         return (start.isfinite() & (self.distance > self._enough) & (self._left > 0)).nonzero().squeeze(1)
 
 
 def _adapt(lengths: Tensor, succeeded: Tensor, *, share: float) -> Tensor:
-    """Lengths of steps, changed so that they settle where this share of the steps succeeds."""
+    """Step lengths changed so that over time they settle where this share of steps succeeds."""
     return lengths * torch.where(succeeded, 1.3 ** (1 - share), 1.3**-share)
 
 
 _HALVINGS = 8
-_MUCH_CLOSER = 0.98  # a start that does not beat the closest by this factor costs one query, no more
+_MUCH_CLOSER = 0.98  # a start must beat the closest image by this factor, or it is left after one query

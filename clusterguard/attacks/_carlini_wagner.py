@@ -1,4 +1,4 @@
-"""Carlini and Wagner's attack: the smallest l2 perturbation that the detector accepts under a wrong label."""
+"""The attack of Carlini and Wagner, for the smallest l2 perturbation that is accepted under a wrong label."""
 
 import math
 from dataclasses import dataclass
@@ -13,30 +13,31 @@ from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
 
-_SHRINK = 0.999  # how close to the ends of the box a start may be: at the ends tanh is flat, and nothing would move
+_SHRINK = 0.999  # keeps starts off the ends of the box, where tanh is flat and nothing would move
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class CarliniWagner(BuiltInAttack):
-    """Find each image's smallest l2 perturbation that is accepted under a wrong label, or as the target.
+    """The attack of Carlini and Wagner, for the smallest l2 perturbation that is accepted under a wrong label.
 
-    It minimises ``‖x' − x‖² + c · objective(x')`` over w with ``x' = (tanh w + 1) / 2``, by Adam; the second term
-    counts only until success. Each image has its own c, multiplied by 10 until it succeeds, then bisected. Where
-    nothing succeeds the clean image comes back. It costs ``searches · steps`` gradients an image.
+    With targets, the perturbed image must be accepted as its target. The attack minimises
+    ``‖x' − x‖² + c · objective(x')`` over w with ``x' = (tanh w + 1) / 2`` by Adam, and the second term counts only
+    until success. Each image has its own c, which is multiplied by 10 until the image succeeds and then bisected. An
+    image without a success comes back clean. The attack costs ``searches · steps`` gradients for each image.
 
     Args:
-        eps: successes farther than this are replaced by the clean image, so that the attack can be scored at a
-            budget; None keeps them all.
-        searches: values of c to try, at least 1.
-        steps: of Adam for each of them, at least 1.
-        learning_rate: of Adam, positive, in units of w.
-        initial_c: the first c, positive.
-        confidence: how far below 0 the success margin must be, at least 0, in units of the evidence.
-        objective: what to minimise until success, a name of `clusterguard.attacks._objectives` or a callable.
+        eps: largest size of a perturbation that counts as success, so that the attack can be scored at a budget; None
+            counts all.
+        searches: number of values of c to try, at least 1.
+        steps: number of steps of Adam for each value of c, at least 1.
+        learning_rate: learning rate of Adam, positive, in units of w.
+        initial_c: first value of c, positive.
+        confidence: distance below 0 that the success margin must reach, at least 0, in units of the evidence.
+        objective: loss to minimise until success, a name of `clusterguard.attacks.OBJECTIVES` or a callable.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Carlini & Wagner, "Towards evaluating the robustness of neural networks" (2017), and with the detector in the
@@ -76,7 +77,7 @@ class CarliniWagner(BuiltInAttack):
 
     @property
     def norm(self) -> str:
-        """What is made small: "l2"."""
+        """The norm of the perturbation, which is always "l2"."""
         return "l2"
 
     @property
@@ -104,7 +105,10 @@ class CarliniWagner(BuiltInAttack):
         return closest.images
 
     def _search(self, problem: Problem, c: Tensor, closest: "_Closest") -> Tensor:
-        """Descend with one c an image (B,), tell `closest` of all successes, and say which images had one, (B,)."""
+        """Descend with one c (B,) for each image, and return (B,) whether each image had a success.
+
+        `closest` gets all successes.
+        """
         w = ((2 * problem.images - 1) * _SHRINK).atanh()
         adam = _Adam(w, self.learning_rate)
         succeeded = torch.zeros_like(c, dtype=torch.bool)
@@ -115,7 +119,7 @@ class CarliniWagner(BuiltInAttack):
             success = evaluation.margin <= -self.confidence
             succeeded |= success
             closest.consider(iterates, success)
-            # Where the evidence is not finite its gradient is not either: there only the pull to the image counts.
+            # Where the evidence is not finite, the gradient of the objective is dropped, and only the distance counts.
             push = evaluation.gradient.nan_to_num(nan=0, posinf=0, neginf=0)
             weight = torch.where(success, 0, c)[:, None, None, None]
             w = w - adam.step((2 * (iterates - problem.images) + weight * push) * (1 - tanh.square()) / 2)
@@ -123,7 +127,7 @@ class CarliniWagner(BuiltInAttack):
 
 
 class _Closest:
-    """The success nearest to each image so far, the image itself where there is none within the radius."""
+    """The nearest success for each image so far, or the clean image if no success is within the radius."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -138,7 +142,7 @@ class _Closest:
 
 
 class _Adam:
-    """Adam with its usual decays; each coordinate has its own state, so no image sees another.
+    """Adam with its usual decay factors; each coordinate has its own state, so images do not affect each other.
 
     Reference:
         Kingma & Ba, "Adam: a method for stochastic optimization" (2015).
@@ -149,7 +153,7 @@ class _Adam:
         self._mean, self._square, self._steps = torch.zeros_like(like), torch.zeros_like(like), 0
 
     def step(self, gradient: Tensor) -> Tensor:
-        """What to subtract."""
+        """The step to subtract."""
         self._steps += 1
         self._mean = 0.9 * self._mean + 0.1 * gradient
         self._square = 0.999 * self._square + 0.001 * gradient.square()

@@ -1,4 +1,4 @@
-"""Iterated attacks in one place: gradients, the best iterate so far, steps, and images that are done."""
+"""The loop of iterated attacks, with gradients, the best iterate so far, and images that leave the batch early."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,21 +14,21 @@ from torch import Generator, Tensor
 
 Keep = Literal["best", "last"]
 OnStep = Callable[[int, Tensor], None]
-"""(step, best success margins so far (B,)): called at every step, for traces and plots."""
+"""A callback for traces and plots, which gets the step and the best success margins so far (B,) at every step."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is attacked: a batch of images, and what may be done to them.
+    """A batch of images to attack, with the detector, the objective and the allowed perturbations.
 
     Attributes:
-        detector: whatever yields evidence and thresholds.
-        images: (B, C, H, W) the clean images.
-        labels: (B,) their true labels.
-        targets: (B,) wrong labels aimed at, or None.
-        norm: of the perturbation.
-        eps: its largest size, one number or (B,).
-        objective: what to minimise.
+        detector: detector to attack, which returns evidence and has thresholds.
+        images: (B, C, H, W) clean images.
+        labels: (B,) true labels.
+        targets: (B,) wrong labels to aim at, or None.
+        norm: norm of the perturbation.
+        eps: largest size of the perturbation, one number or (B,).
+        objective: loss to minimise.
         generator: randomness.
     """
 
@@ -42,7 +42,7 @@ class Problem:
     generator: Generator | None = None
 
     def project(self, candidates: Tensor) -> Tensor:
-        """The candidates (B, C, H, W), projected onto ball ∩ box."""
+        """The candidates (B, C, H, W) projected onto the ball around the images, cut by the box [0, 1]."""
         return self._projection(candidates)
 
     @cached_property
@@ -50,13 +50,13 @@ class Problem:
         return self.norm.projection(self.images, self.eps)
 
     def margin(self, candidates: Tensor) -> Tensor:
-        """(B,) success margins of candidates (B, C, H, W), without gradients."""
+        """The success margins (B,) of candidates (B, C, H, W), without gradients."""
         with torch.no_grad():
             evidence = self.detector.evidence(candidates)
             return success_margin(evidence, self.detector.thresholds, self.labels, self.targets)
 
     def select(self, index: Tensor) -> "Problem":
-        """The problem of some of the images; index is (b,) integers or (B,) bools."""
+        """The problem with a part of the images; the index is (b,) integers or (B,) bools."""
         return replace(
             self,
             images=self.images[index],
@@ -67,12 +67,12 @@ class Problem:
 
 
 class ObjectiveValues(NamedTuple):
-    """One look at a batch of iterates.
+    """The objective and its gradient at a batch of iterates.
 
     Attributes:
-        loss: (B,) the objective.
-        margin: (B,) success margin, at most 0 for a success; +inf where nobody asked.
-        gradient: (B, C, H, W) of the loss, or an estimate of it.
+        loss: (B,) value of the objective.
+        margin: (B,) success margin, at most 0 for a success; +inf if it was not computed.
+        gradient: (B, C, H, W) gradient of the loss, or an estimate of it.
     """
 
     loss: Tensor
@@ -81,18 +81,31 @@ class ObjectiveValues(NamedTuple):
 
 
 Gradient = Callable[[Problem, Tensor], ObjectiveValues]
-"""(problem, iterates) -> evaluation: by backpropagation, or estimated from queries."""
+"""A function (problem, iterates) -> evaluation, by backpropagation or by estimates from queries."""
 
 
 class Rule(Protocol):
-    """How to go on from an iterate; it may remember things per image."""
+    """A rule for the next step from an iterate; it may keep state for each image."""
 
     def step(self, problem: Problem, iterates: Tensor, evaluation: ObjectiveValues) -> Tensor:
-        """The next iterates (B, C, H, W) of a problem after an evaluation of these, inside ball and box."""
+        """The next iterates, inside ball and box.
+
+        Args:
+            problem: images to attack, with their objective and ball.
+            iterates: (B, C, H, W) present iterates.
+            evaluation: evaluation of the present iterates.
+
+        Returns:
+            Iterates (B, C, H, W).
+        """
         ...
 
     def select(self, index: Tensor) -> None:
-        """Forget the images that are not in the index, (b,) positions in the present batch."""
+        """Keep the state of a part of the images and drop that of the others.
+
+        Args:
+            index: (b,) positions, in the present batch, of the images to keep.
+        """
         ...
 
 
@@ -107,22 +120,22 @@ def descend(
     stop_early: bool = False,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Take steps down the objective.
+    """Descend the objective of a problem.
 
     Args:
-        problem: what is attacked.
+        problem: images to attack, with their objective and ball.
         start: (B, C, H, W) first iterates.
-        rule: makes the next iterates.
-        gradient: evaluates iterates.
-        steps: how many to take, at least 1.
-        keep: "best" returns each image's iterate with the smallest success margin, the start among them, and costs
-            one more forward pass than "last".
-        stop_early: images with a success leave the batch; needs ``keep="best"`` and does not change which images
-            succeed, only how far beyond success they get.
-        on_step: see `OnStep`.
+        rule: rule that makes the next iterates.
+        gradient: function that evaluates iterates.
+        steps: number of steps, at least 1.
+        keep: iterate to return for each image, "best" or "last". The best one has the smallest success margin, the
+            start included, and costs one more forward pass.
+        stop_early: whether images with a success leave the batch, which needs ``keep="best"``. It does not change which
+            images succeed, only how far beyond success they get.
+        on_step: callback for every step, see `OnStep`.
 
     Returns:
-        (B, C, H, W).
+        Iterates (B, C, H, W).
     """
     best, iterates = _Best(start), start
     for step in range(steps):
@@ -152,10 +165,10 @@ def descend(
 
 
 class _Best:
-    """Each image's iterate with the smallest margin; it never waits for the device.
+    """The iterate with the smallest margin for each image; no operation waits for the device.
 
     Attributes:
-        margins: (b,) smallest so far, of the images that are still in the batch.
+        margins: (b,) smallest margins so far of the images that are still in the batch.
     """
 
     def __init__(self, start: Tensor) -> None:
@@ -164,34 +177,35 @@ class _Best:
         self._all = start.clone(), self.margins.clone()
 
     def remember(self, iterates: Tensor, margins: Tensor) -> None:
-        """Take what is better: (b, C, H, W) and (b,)."""
+        """Keep the iterates (b, C, H, W) whose margins (b,) are smaller than before."""
         better = margins < self.margins
         self._iterates = torch.where(better[:, None, None, None], iterates, self._iterates)
         self.margins = torch.where(better, margins.to(self.margins.dtype), self.margins)
 
     def of_all(self) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) and (B,), with those that have left the batch."""
+        """Best iterates (B, C, H, W) and margins (B,) of all images, including those that have left the batch."""
         iterates, margins = self._all
         return iterates.index_copy(0, self._rows, self._iterates), margins.index_copy(0, self._rows, self.margins)
 
     def drop_all_but(self, index: Tensor) -> None:
-        """The batch goes on with these (c,) of its images."""
+        """Continue the batch with the images at these positions (c,) only."""
         self._all = self.of_all()
         self._iterates, self.margins, self._rows = self._iterates[index], self.margins[index], self._rows[index]
 
 
-# Looking whether images are done waits for the device, and dropping them copies: neither pays at every step.
+# Checking which images are done waits for the device, and dropping them copies the rest, so both are done rarely.
 _LOOK_EVERY = 5
 _WORTH_IT = 0.9
 
 
 def backpropagate(problem: Problem, iterates: Tensor, *, with_margin: bool = True) -> ObjectiveValues:
-    """The problem's loss, margin and exact gradient at iterates (B, C, H, W); those of parameters stay as they are.
+    """The problem's loss, margin and exact gradient at iterates (B, C, H, W); gradients of parameters do not change.
 
     Args:
-        problem: what is attacked.
-        iterates: (B, C, H, W).
-        with_margin: margins take more operators than a small network; an attack that keeps the last iterate needs none.
+        problem: images to attack, with their objective.
+        iterates: (B, C, H, W) points at which to evaluate the objective.
+        with_margin: whether to compute margins, which take more operators than a small network. An attack that keeps
+            the last iterate does not need them.
     """
     detector = problem.detector
     with torch.enable_grad():
@@ -211,10 +225,10 @@ def backpropagate(problem: Problem, iterates: Tensor, *, with_margin: bool = Tru
 
 @dataclass(frozen=True, kw_only=True)
 class NaturalEvolution:
-    """A gradient estimated from queries along random directions and their opposites, per image.
+    """An estimate of each image's gradient from queries along random directions and their opposites.
 
     Args:
-        samples: queries per image and step, even; half of them are directions.
+        samples: number of queries for each image and step, even; it is twice the number of directions.
         sigma: standard deviation of the directions, positive, in pixel units.
 
     Reference:
@@ -225,7 +239,7 @@ class NaturalEvolution:
     sigma: float = 0.05
 
     def __call__(self, problem: Problem, iterates: Tensor) -> ObjectiveValues:
-        """The problem's loss, margin and estimated gradient at iterates (B, C, H, W): samples + 1 queries per image."""
+        """The problem's loss, margin and estimated gradient at iterates (B, C, H, W), from samples + 1 queries each."""
         with torch.no_grad():
             loss, margin = self._query(problem, iterates)
             gradient = torch.zeros_like(iterates)
@@ -239,6 +253,6 @@ class NaturalEvolution:
     @staticmethod
     def _query(problem: Problem, candidates: Tensor) -> tuple[Tensor, Tensor]:
         thresholds = problem.detector.thresholds
-        evidence = problem.detector.evidence(candidates.clamp(0, 1))  # nobody answers queries about other images
+        evidence = problem.detector.evidence(candidates.clamp(0, 1))  # a service only answers queries within the box
         loss = problem.objective(evidence, thresholds, problem.labels, problem.targets)
         return loss, success_margin(evidence, thresholds, problem.labels, problem.targets)

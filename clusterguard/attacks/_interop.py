@@ -1,4 +1,4 @@
-"""Other libraries' attacks on our detectors, shown to them as classifiers: torchattacks, Foolbox, ART, AutoAttack."""
+"""Attacks of torchattacks, Foolbox, ART and AutoAttack on detectors, which these libraries see as classifiers."""
 
 import importlib.util
 import math
@@ -23,24 +23,33 @@ from torch.autograd.function import once_differentiable
 
 
 class DetectorAsClassifier(nn.Module):
-    """A detector behind glass, whatever a peer does to its model; `to_logits` makes its `num_logits` logits."""
+    """A detector as a classifier for other libraries, which cannot change the detector through it.
+
+    Args:
+        detector: detector to show, which is shared and not copied.
+        to_logits: function from the detector's evidence and thresholds (K,) to logits (B, num_logits).
+        num_logits: number of logits.
+    """
 
     def __init__(self, detector: Detector, to_logits: Callable[[Evidence, Tensor], Tensor], num_logits: int) -> None:
         super().__init__()
         self.num_logits = num_logits
-        self._held = (detector, to_logits)  # a tuple: peers would reach a submodule with train(), zero_grad() and to()
-        # Peers ask a model's first parameter for the device.
+        self._held = (detector, to_logits)  # in a tuple, or train(), zero_grad() and to() would reach the detector
+        # Other libraries look up the device at a model's first parameter.
         self.anchor = nn.Parameter(torch.zeros((), device=detector.thresholds.device), requires_grad=False)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> logits in float32 at least, the smallest of each row 0; in eval mode."""
+        """The logits (B, num_logits) of images (B, C, H, W) in [0, 1], with the detector in eval mode.
+
+        They are in float32 or float64, and the smallest of each row is 0.
+        """
         if not getattr(images, "requires_grad", False) or not torch.is_grad_enabled():
             with torch.no_grad():
                 return self._logits(images)
         leaf = images.detach().requires_grad_()
-        # A tuple hides the graph behind the logits, so a peer's backward() ends at the images and no parameter gets a
-        # gradient. Setting requires_grad of the parameters instead would disturb other threads that use the detector.
+        # Autograd does not see the graph in the tuple, so a call of backward() ends at the images and gives no gradient
+        # to any parameter. Changing requires_grad of the parameters would disturb other threads with this detector.
         logits: Tensor = _ImagesAlone.apply(images, (leaf, self._logits(leaf)))  # type: ignore[no-untyped-call]
         return logits
 
@@ -53,7 +62,7 @@ class DetectorAsClassifier(nn.Module):
 
 
 class _ImagesAlone(torch.autograd.Function):
-    """Logits whose gradient is taken with respect to the images alone."""
+    """Logits whose gradient is computed with respect to the images alone, and not to parameters."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, held: tuple[Tensor, Tensor]) -> Tensor:
@@ -67,21 +76,22 @@ class _ImagesAlone(torch.autograd.Function):
 
 
 def as_classifier(detector: Detector, *, temperature: float = 1.0) -> DetectorAsClassifier:
-    """The detector as a classifier with K logits, which knows nothing of refusal.
+    """The detector as a classifier with K logits, without its refusals.
 
-    Logits are the class scores of its evidence, each row shifted so that the smallest is 0: attacks that mask logits
-    with 0 or -1e4 fail silently on negative ones; cross-entropy, margins and DLR do not change. For a `ClusterGuard`
-    these are negative distances: on its own logits cross-entropy is exactly 0 for most clean images once trained.
+    Logits are the class scores of the evidence, with each row shifted so that its smallest value is 0. Attacks that
+    mask logits with 0 or -1e4 would fail silently on negative ones. The shift does not change cross-entropy, margins
+    and DLR. For a `ClusterGuard` the class scores are negative distances and not its own logits, because on these
+    cross-entropy is exactly 0 for most clean images after training.
 
     Args:
-        detector: whatever yields evidence.
-        temperature: positive; divides the logits. At M = 10, about 0.3 makes attacks by cross-entropy strongest.
+        detector: detector to show, which returns evidence.
+        temperature: divisor of the logits, positive. At M = 10, about 0.3 makes attacks on cross-entropy strongest.
 
     Returns:
         A module from images (B, C, H, W) in [0, 1] to logits (B, K), at least 0.
 
     Raises:
-        ConfigurationError: a temperature that is not positive.
+        ConfigurationError: the temperature is not positive.
 
     Example:
         >>> from clusterguard.detectors import ConfidenceDetector
@@ -91,18 +101,20 @@ def as_classifier(detector: Detector, *, temperature: float = 1.0) -> DetectorAs
     check_detector(detector)
     if not 0 < temperature < math.inf:
         raise ConfigurationError(f"expected a positive temperature, got {temperature}")
-    return DetectorAsClassifier(detector, lambda seen, _: seen.class_scores / temperature, len(detector.thresholds))
+    num_classes = len(detector.thresholds)
+    return DetectorAsClassifier(detector, lambda evidence, _: evidence.class_scores / temperature, num_classes)
 
 
 def as_rejecting_classifier(detector: Detector) -> DetectorAsClassifier:
-    """The detector as a classifier with K + 1 logits, the last one for refusal.
+    """The detector as a classifier with K + 1 logits, of which the last one stands for refusal.
 
-    Logit j is minus the margin of `class_margins`, the last one 0, before each row is shifted to a smallest value of 0.
-    A targeted attack on j < K succeeds iff the detector accepts the image as j, ties (a margin of 0) included; but the
-    shift rounds tiny margins to ties, so let the detector count. Untargeted attacks are content to be refused.
+    Logit j < K is the negative margin of `class_margins`, and the last logit is 0. Then each row is shifted so that its
+    smallest value is 0. A targeted attack on j < K succeeds if and only if the detector accepts the image as j, with
+    ties (a margin of 0) included. The shift rounds tiny margins to ties, so count successes with the detector itself.
+    An untargeted attack is already successful when the image is refused.
 
     Args:
-        detector: calibrated.
+        detector: calibrated detector.
 
     Returns:
         A module from images (B, C, H, W) in [0, 1] to logits (B, K + 1), at least 0 and finite.
@@ -120,7 +132,9 @@ def as_rejecting_classifier(detector: Detector) -> DetectorAsClassifier:
     check_calibrated(detector.thresholds)
 
     def to_logits(evidence: Evidence, thresholds: Tensor) -> Tensor:
-        return nn.functional.pad(-class_margins(evidence, thresholds).nan_to_num(posinf=1e4), (0, 1))  # inf: whole rows
+        return nn.functional.pad(
+            -class_margins(evidence, thresholds).nan_to_num(posinf=1e4), (0, 1)
+        )  # whole rows can be infinite
 
     return DetectorAsClassifier(detector, to_logits, len(detector.thresholds) + 1)
 
@@ -128,21 +142,23 @@ def as_rejecting_classifier(detector: Detector) -> DetectorAsClassifier:
 @final
 @dataclass(frozen=True, kw_only=True)
 class PeerAttack(BuiltInAttack):
-    """Another library's attack as one of ours, made by the ``from_…`` functions.
+    """An attack of another library as a clusterguard attack, made by the ``from_…`` functions.
 
-    Global random streams of torch and NumPy are seeded from the generator for the call and then put back; a peer with
-    a seed of its own ignores that. What rounding took out of box or budget is put back inside, the rest left as it is.
+    For each call, the global random generators of torch and NumPy are seeded from `generator`, and restored afterwards.
+    An attack with its own seed ignores them. Images that rounding moved out of the box or the budget are projected back
+    into it, and all others stay as the other library returns them.
 
     Args:
-        peer: what runs, for print.
-        norm: of the budget, "linf", "l2", "l1" or "l0"; None states no budget.
-        eps: the budget, at least 0; None states no budget.
-        rejecting: show `as_rejecting_classifier` instead of `as_classifier`, and without targets try every wrong class.
-        temperature: of `as_classifier`; `dataclasses.replace` sets it.
-        run: (what is attacked, its targets or else its labels, the classifier to show) -> attacked images.
+        peer: description of the attack, for `repr`.
+        norm: norm of the budget, "linf", "l2", "l1" or "l0"; None states no budget.
+        eps: radius of the budget, at least 0; None states no budget.
+        rejecting: whether to attack `as_rejecting_classifier` instead of `as_classifier`. Without targets, the attack
+            is then aimed at every wrong class.
+        temperature: temperature of `as_classifier`; set it with `dataclasses.replace`.
+        run: function from the problem, the targets (or labels, without targets) and the classifier to attacked images.
 
     Raises:
-        ConfigurationError: an unknown norm, a negative eps, or, when called, targets for a peer that takes none.
+        ConfigurationError: the norm is unknown or eps negative; when called, targets for an attack that takes none.
     """
 
     peer: str
@@ -164,12 +180,12 @@ class PeerAttack(BuiltInAttack):
         plain = as_classifier(detector, temperature=self.temperature)
         model = as_rejecting_classifier(detector) if self.rejecting else plain
         eps = math.inf if self.eps is None or self.norm is None else self.eps
-        images = images.clamp(0, 1)  # peers refuse -3e-8
+        images = images.clamp(0, 1)  # other libraries refuse -3e-8
         problem = Problem(detector, images, labels, targets, get_norm(self.norm or "linf"), eps, margin, generator)
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else None))
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=devices), ExitStack() as later:
-            later.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002  # what peers draw from
+            later.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002  # other libraries draw from it
             torch.manual_seed(seed)
             np.random.seed(seed)  # noqa: NPY002
             attacked = self.run(problem, labels if targets is None else targets, model).detach().to(images)
@@ -181,13 +197,13 @@ class PeerAttack(BuiltInAttack):
 def from_torchattacks(
     factory: Callable[[nn.Module], Any], *, norm: str | None, eps: float | None, rejecting: bool = False
 ) -> PeerAttack:
-    """An attack of torchattacks.
+    """An attack of torchattacks as a clusterguard attack.
 
     Args:
-        factory: model -> attack; a `functools.partial` of the attack's class prints well.
-        norm: see `PeerAttack`.
-        eps: see `PeerAttack`.
-        rejecting: see `PeerAttack`.
+        factory: function from a model to the attack; a `functools.partial` of the attack's class has a readable `repr`.
+        norm: norm of the budget, as in `PeerAttack`.
+        eps: radius of the budget, as in `PeerAttack`.
+        rejecting: whether to attack the detector with its refusals, as in `PeerAttack`.
 
     Example:
         >>> from_torchattacks(lambda model: torchattacks.PGD(model, eps=0.1), norm="linf", eps=0.1).eps
@@ -197,7 +213,7 @@ def from_torchattacks(
     def run(problem: Problem, goal: Tensor, model: DetectorAsClassifier) -> Tensor:
         attack = factory(model)
         if problem.targets is not None:
-            # FAB claims a targeted mode, but leaves alone all images that are not of the target's class already.
+            # FAB claims a targeted mode, but changes only images that are of the target's class already.
             if "targeted" not in attack.supported_mode or attack.attack == "FAB":
                 raise ConfigurationError(f"torchattacks.{attack.attack} takes no targets")
             attack.set_mode_targeted_by_label(quiet=True)
@@ -209,24 +225,26 @@ def from_torchattacks(
 def from_foolbox(
     attack: Any, *, norm: str | None, eps: float | None, rejecting: bool = False, references: Towards | None = None
 ) -> PeerAttack:
-    """An attack of Foolbox; what one that minimises its perturbation finds beyond eps, Foolbox shrinks to eps.
+    """An attack of Foolbox as a clusterguard attack.
+
+    If an attack that minimises its perturbation ends beyond eps, Foolbox shrinks the perturbation to eps.
 
     Args:
-        attack: Foolbox's attack object.
-        norm: the attack's own; see `PeerAttack`.
-        eps: see `PeerAttack`.
-        rejecting: see `PeerAttack`.
-        references: accepted benign images as starting points for Boundary, HopSkipJump and the like; None lets them
-            start from noise, which a distance detector refuses. Images without a fitting one come back unchanged.
+        attack: attack object of Foolbox.
+        norm: norm of the attack object, as in `PeerAttack`, or None.
+        eps: radius of the budget, as in `PeerAttack`.
+        rejecting: whether to attack the detector with its refusals, as in `PeerAttack`.
+        references: accepted benign images as starting points for Boundary, HopSkipJump and similar attacks; an image
+            without a fitting reference comes back unchanged. None starts from noise, which a distance detector refuses.
 
     Raises:
-        ConfigurationError: a norm that is not the attack's; when called, what Foolbox refuses to run.
+        ConfigurationError: the norm is not that of the attack object; when called, Foolbox refuses to run.
         MissingDependencyError: Foolbox is not installed.
     """
     foolbox = _load("foolbox", install="foolbox")
-    own = {math.inf: "linf", 2: "l2", 1: "l1", 0: "l0"}.get(getattr(attack.distance, "p", math.nan), "none")
-    if norm not in (None, own):
-        raise ConfigurationError(f"expected the attack's own norm {own!r}, got {norm!r}")
+    actual = {math.inf: "linf", 2: "l2", 1: "l1", 0: "l0"}.get(getattr(attack.distance, "p", math.nan), "none")
+    if norm not in (None, actual):
+        raise ConfigurationError(f"expected the attack's own norm {actual!r}, got {norm!r}")
 
     def run(problem: Problem, goal: Tensor, model: DetectorAsClassifier) -> Tensor:
         targeted, attacked, options = problem.targets is not None, problem.images.clone(), {}
@@ -243,7 +261,9 @@ def from_foolbox(
         try:
             _, attacked[rows], _ = attack(shown, attacked[rows], criterion(goal[rows]), epsilons=radius, **options)
         except (ValueError, NotImplementedError) as error:
-            raise ConfigurationError(f"Foolbox cannot run {attack} on this detector so: {error}") from error
+            raise ConfigurationError(
+                f"Foolbox cannot run {attack} on this detector with these options: {error}"
+            ) from error
         return attacked
 
     return PeerAttack(peer=repr(attack), norm=norm, eps=eps, rejecting=rejecting, run=run)
@@ -252,16 +272,17 @@ def from_foolbox(
 def from_art(
     factory: Callable[[Any], Any], *, norm: str | None, eps: float | None, rejecting: bool = False
 ) -> PeerAttack:
-    """An evasion attack of the Adversarial Robustness Toolbox.
+    """An evasion attack of the Adversarial Robustness Toolbox (ART) as a clusterguard attack.
 
     Args:
-        factory: ART classifier -> attack; a `functools.partial` of the attack's class prints well.
-        norm: see `PeerAttack`.
-        eps: see `PeerAttack`.
-        rejecting: see `PeerAttack`.
+        factory: function from an ART classifier to the attack; a `functools.partial` of the attack's class has a
+            readable `repr`.
+        norm: norm of the budget, as in `PeerAttack`.
+        eps: radius of the budget, as in `PeerAttack`.
+        rejecting: whether to attack the detector with its refusals, as in `PeerAttack`.
 
     Raises:
-        MissingDependencyError: when called, ART is not installed.
+        MissingDependencyError: ART is not installed; raised when the attack is called.
 
     Example:
         >>> from_art(lambda classifier: SquareAttack(classifier, eps=0.1), norm="linf", eps=0.1).norm
@@ -272,8 +293,8 @@ def from_art(
         art = _load("art.estimators.classification", install="adversarial-robustness-toolbox")
         images, one_hot = problem.images, nn.functional.one_hot(goal, model.num_logits).float()
         options = {"clip_values": (0.0, 1.0), "device_type": "gpu" if images.is_cuda else "cpu"}
-        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(images.dtype),))  # ART knows only float32
-        with torch.cuda.device(images.get_device()):  # ART takes the current one
+        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(images.dtype),))  # ART passes float32 only
+        with torch.cuda.device(images.get_device()):  # ART uses the current device
             loss, shape = nn.CrossEntropyLoss(), tuple(images.shape[1:])
             attack = factory(art.PyTorchClassifier(model, loss, shape, model.num_logits, **options))
             if problem.targets is not None:
@@ -286,15 +307,15 @@ def from_art(
 
 
 def from_autoattack(*, norm: str, eps: float, version: str = "standard") -> PeerAttack:
-    """The AutoAttack of Croce & Hein (2020), from their repository or else PyPI's pyautoattack; it takes no targets.
+    """The AutoAttack of Croce & Hein (2020), from their repository or else from PyPI's pyautoattack, without targets.
 
     Args:
-        norm: "linf", "l2" or "l1".
+        norm: norm of the ball, "linf", "l2" or "l1".
         eps: radius of the ball, at least 0.
-        version: AutoAttack's "standard", "plus" or "rand".
+        version: version of AutoAttack, "standard", "plus" or "rand".
 
     Raises:
-        ConfigurationError: another norm, or a negative eps.
+        ConfigurationError: the norm is another one, or eps is negative.
         MissingDependencyError: neither package is installed.
     """
     names = {"linf": "Linf", "l2": "L2", "l1": "L1"}

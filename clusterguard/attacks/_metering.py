@@ -1,4 +1,4 @@
-"""What an attack costs: images judged, and images differentiated, counted at the detector."""
+"""The cost of an attack, as images judged and gradients taken, counted at the detector."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class Cost(NamedTuple):
-    """How often a detector was asked.
+    """The number of images that a detector has processed.
 
     Attributes:
-        forward: images judged; without gradients these are an attacker's queries.
-        backward: images through which a gradient was taken.
+        forward: number of images judged; for an attack without gradients, these are its queries.
+        backward: number of images for which a gradient was taken.
     """
 
     forward: int = 0
@@ -24,10 +24,10 @@ class Cost(NamedTuple):
 
 
 class Metered(nn.Module):
-    """The same detector, counting; it works for anybody's attack, since all must ask the detector.
+    """A detector that counts its images, which works for any attack because every attack must call the detector.
 
     Args:
-        detector: whatever yields evidence and thresholds; it is shared, not copied.
+        detector: detector to wrap, which is shared and not copied.
 
     Example:
         >>> import torch
@@ -44,13 +44,13 @@ class Metered(nn.Module):
         super().__init__()
         self.detector = detector
         self.cost = Cost()
-        if has_representation(detector):  # attacks on representations do not ask for evidence
+        if has_representation(detector):  # attacks on representations do not call `evidence`
             represent = find_representation(detector)
             self.represent = lambda images: represent(self._count(images))
 
     @property
     def thresholds(self) -> Tensor:
-        """(K,) the detector's."""
+        """(K,) the thresholds of the detector."""
         return self.detector.thresholds
 
     @thresholds.setter
@@ -58,13 +58,13 @@ class Metered(nn.Module):
         self.detector.thresholds = thresholds
 
     def evidence(self, images: Tensor) -> Evidence:
-        """The detector's evidence on images (B, C, H, W), which are counted."""
+        """The detector's evidence on images (B, C, H, W), after counting them."""
         return self.detector.evidence(self._count(images))
 
     def _count(self, images: Tensor) -> Tensor:
         self.cost = self.cost._replace(forward=self.cost.forward + len(images))
         if images.requires_grad:
-            images = images.view_as(images)  # a hook of this call alone, fired once per gradient taken through it
+            images = images.view_as(images)  # the hook then belongs to this call alone
             images.register_hook(self._count_gradient)
         return images
 

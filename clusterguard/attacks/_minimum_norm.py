@@ -1,4 +1,4 @@
-"""Fast minimum norm: walk along the boundary of success, in a ball that shrinks on success and grows on failure."""
+"""The fast minimum-norm attack, which walks along the boundary of success in a ball that shrinks and grows."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,19 +16,20 @@ from torch import Tensor
 @final
 @dataclass(frozen=True, kw_only=True)
 class FastMinimumNorm(IteratedAttack):
-    """Leave the ball of the budget where that helps, and come back to it along the boundary of success.
+    """The fast minimum-norm attack, which may leave the budget's ball and return along the boundary of success.
 
-    Each image has a ball of its own, which shrinks while the image succeeds and grows while it does not. Steps go
-    along the gradient over its l2 norm, whatever the norm of the ball. That finds ways into the accepted region which
-    attacks confined to the budget do not see. Only what lies within the budget counts. A step costs a gradient.
+    Each image has its own ball, which shrinks after a success and grows after a failure. Steps follow the gradient
+    divided by its l2 norm, whatever the norm of the ball. This finds paths into the accepted region that attacks
+    confined to the budget miss. Only perturbations within the budget count as successes. A step costs one gradient.
 
     Args:
-        step_size: of the first step, positive, in l2 units; it falls along a cosine to a hundredth. For l0 try 10:
-            there pixels should jump to corners of the box.
-        adjustment: share by which a ball grows or shrinks at the first step, in (0, 1); it falls likewise.
+        step_size: length of the first step, positive, in l2 units; it falls along a cosine to a hundredth. For l0 try
+            10, because pixels should jump to corners of the box.
+        adjustment: fraction by which a ball grows or shrinks at the first step, in (0, 1); it also falls along a
+            cosine.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Pintor, Roli, Brendel & Biggio, "Fast minimum-norm adversarial attacks through adaptive norm constraints"
@@ -60,13 +61,13 @@ class FastMinimumNorm(IteratedAttack):
 
 @dataclass
 class _Walk:
-    """Gradient and rule in one, for the rule must know of successes that lie outside the budget.
+    """Gradient and rule in one object, because the rule must know of successes outside the budget.
 
     Attributes:
-        attack: whose options count.
+        attack: attack with the options.
         nearest: (B,) size of the smallest successful perturbation so far, +inf where there is none.
-        radii: (B,) of the balls.
-        done: steps so far.
+        radii: (B,) radii of the balls.
+        done: number of steps so far.
     """
 
     attack: FastMinimumNorm
@@ -86,7 +87,7 @@ class _Walk:
         rate = 0.001 + (self.attack.adjustment - 0.001) * self._decay
         one = problem.norm.grain
         grown = torch.maximum(self.radii * (1 + rate), self.radii + one)
-        # Were the margin linear, it would be 0 there; a little beyond, for rounding must not leave it above 0 for ever.
+        # A linear margin would be 0 at this radius. It is slightly larger, or rounding may keep the margin above 0.
         missing = (evaluation.margin.abs() / slope.clamp_min(1e-12)).clamp_max(1e6)
         first = size + torch.maximum(missing * (1 + rate), torch.full_like(missing, one))
         shrunk = torch.minimum(torch.minimum(self.radii * (1 - rate), self.radii - one), self.nearest)
@@ -97,7 +98,7 @@ class _Walk:
         length = self.attack.step_size * (0.01 + 0.99 * self._decay)
         self.done += 1
         ahead = iterates - length * get_norm("l2").direction(evaluation.gradient)
-        budget = problem.eps if self.done == self.attack.steps else math.inf  # what is returned must be inside
+        budget = problem.eps if self.done == self.attack.steps else math.inf  # the last iterate must be inside
         return problem.norm.project(problem.images, ahead, self.radii.clamp_max(budget))
 
     def select(self, index: Tensor) -> None:

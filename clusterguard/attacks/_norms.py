@@ -1,14 +1,14 @@
 """Four norms on batches of images, each with its exact projection, steepest step and random start.
 
-Shapes: B images, C channels, H x W pixels. All of it is batched, keeps the input's device and dtype (float32
-or float64) and never waits for the device. Gradients are not meant to flow through.
+Shapes use B images, C channels and H x W pixels. All functions are batched, keep the input's device and dtype (float32
+or float64), and do not wait for the device. They are not meant to be differentiated.
 
-Projections onto an l2 or l1 ball cut by the box need one multiplier an image: a coordinate moves by y, at most its
-reach r within the box, towards a candidate at the distance d = r + e. On a CPU the multiplier of large images is
-searched for, in some ten looks, which `torch.compile` takes into its graph. To stop a search one looks at values, for
-which one would have to wait on other devices; so there, and for small images, where it is faster, the multipliers at
-which coordinates come to their limits are sorted. Both ways are exact to rounding, and no image sees the others of
-its batch.
+A projection onto an l2 or l1 ball cut by the box needs one multiplier for each image. A coordinate moves by y towards a
+candidate at distance d = r + e, where r is its reach within the box and y is at most r. There are two algorithms for
+the multiplier. For large images on a CPU it is searched for iteratively, in about ten evaluations, and `torch.compile`
+takes the search into its graph. To stop a search, its values must be known, and on other devices this would mean to
+wait for the device. There, and for small images, where it is faster, the multipliers at which coordinates reach their
+limits are sorted. Both algorithms are exact up to rounding, and images of a batch do not affect each other.
 """
 
 import math
@@ -24,12 +24,12 @@ from torch import Generator, Tensor
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn import functional
 
-_SEARCHED_FROM = 256  # coordinates an image
-_MOST_LOOKS = 300  # a hundred for float64 candidates 1e14 away, where coordinates come to their limits one by one
+_SEARCHED_FROM = 256  # number of coordinates from which the search is faster than sorting
+_MOST_LOOKS = 300  # float64 candidates 1e14 away take 100 looks, as coordinates reach their limits one by one
 
 
 class _End(NamedTuple):
-    """Where a search begins: a level (B, 1), and the size (B, 1) of y there."""
+    """One end of the interval in which a search begins, as its level (B, 1) and the size (B, 1) of y there."""
 
     level: Tensor
     size: Tensor
@@ -39,12 +39,13 @@ def l2_lengths(reach: Tensor, beyond: Tensor, radius: Tensor) -> Tensor:
     """Solve y = min(s·d, r) for the s in [0, 1] that gives y the Euclidean length `radius`.
 
     Args:
-        reach: (B, n), r, at least 0.
-        beyond: (B, n), e, at least 0.
-        radius: (B, 1), at least 0.
+        reach: reach r within the box, (B, n), at least 0.
+        beyond: distance e of the candidate beyond the box, (B, n), at least 0.
+        radius: length that y must have, (B, 1), at least 0.
 
     Returns:
-        (B, n), y, longer than the radius by rounding at most. Where r is shorter there is no such y, and this is any.
+        The vector y, (B, n), which can exceed the radius only by rounding. Where r is shorter than the radius, there is
+        no solution, and the result is arbitrary.
 
     Example:
         >>> l2_lengths(torch.tensor([[0.5, 0.1]]), torch.tensor([[3.5, 3.9]]), torch.tensor([[0.5]]))
@@ -54,14 +55,14 @@ def l2_lengths(reach: Tensor, beyond: Tensor, radius: Tensor) -> Tensor:
 
 
 def l1_lengths(reach: Tensor, beyond: Tensor, radius: Tensor) -> Tensor:
-    """Solve y = clamp(d - λ, 0, r) for the λ >= 0 that gives y the sum `radius`; arguments as of `l2_lengths`.
+    """Solve y = clamp(d - λ, 0, r) for the λ >= 0 that gives y the sum `radius`; the arguments are as in `l2_lengths`.
 
     Example:
         >>> l1_lengths(torch.tensor([[0.1, 0.4, 0.1]]), torch.tensor([[0.9, 0.0, 0.0]]), torch.tensor([[0.3]]))
         tensor([[0.1000, 0.2000, 0.0000]])
     """
     beyond = torch.where(reach > 0, beyond, 0)
-    # Far from the image d is coarse. Where λ is near the farthest e, count distances from there instead.
+    # Far from the image, d is rounded coarsely. Where λ is near the largest e, distances are counted from that e.
     top = beyond.amax(dim=1, keepdim=True)
     below_top = (top - 2).clamp_min(0)
     there = _sum(_clamped((beyond - below_top).add_(reach), reach))
@@ -99,38 +100,38 @@ def _search_l1(reach: Tensor, distance: Tensor, radius: Tensor, over: _End, unde
     def grown(level: Tensor) -> Tensor:
         return _clamped(torch.sub(distance, level, out=memory), reach)
 
-    # Towards the farthest coordinates ever fewer grow: the root of the sum is closer to a line in λ than the sum is.
+    # The larger λ, the fewer coordinates grow, so the root of the sum is closer to a line in λ than the sum itself.
     def root(level: Tensor) -> Tensor:
         return _sum(grown(level)).sqrt_()
 
     low, high = _search(root, radius.sqrt(), *(_End(end.level, end.size.sqrt()) for end in (over, under)))
     if not torch.compiler.is_compiling() and torch.equal(low, high):
         return grown(low)
-    # Between neighbouring λ, where they are coarse, the sum is a line.
+    # Neighbouring λ can lie far apart by rounding, and the sum is a line between them.
     excess, lack = ((_sum(grown(level)) - radius).abs() for level in (low, high))
     return grown(low).clone().lerp_(grown(high), _share(excess, lack))
 
 
 def _sum(lengths: Tensor) -> Tensor:
-    """(B, n) -> (B, 1)."""
+    """The sum of each row, (B, n) -> (B, 1)."""
     return lengths.sum(dim=1, keepdim=True)
 
 
 def _clamped(lengths: Tensor, reach: Tensor) -> Tensor:
-    """In place: memory that is new to the process costs more than any operator here."""
+    """Clamp lengths to [0, reach] in place, because allocating memory costs more than any operator here."""
     return lengths.clamp_(lengths.new_zeros(()), reach)
 
 
 def _share(excess: Tensor, lack: Tensor) -> Tensor:
-    """The way from an end with this excess to one with this lack, in [0, 1], after which a line has neither."""
+    """The position, in [0, 1], of a line's zero between an end with this excess and an end with this lack."""
     return excess / (excess + lack).clamp_min(torch.finfo(excess.dtype).tiny)
 
 
 def _search(measure: Callable[[Tensor], Tensor], wanted: Tensor, over: _End, under: _End) -> tuple[Tensor, Tensor]:
-    """Neighbouring levels (B, 1) between which a monotone measure is as wanted; the same level twice where it is met.
+    """Neighbouring levels (B, 1) between which a monotone measure takes the wanted value, or this level twice.
 
-    False position with the Illinois correction: an end that stays counts half. What is met or has neighbouring ends
-    stays as it is while others of the batch go on.
+    The algorithm is false position with the Illinois correction, by which an end that stays counts half. A row stays as
+    it is when it has the wanted value or its ends are neighbouring numbers, while other rows of the batch go on.
     """
     tolerance = 2 * torch.finfo(wanted.dtype).eps * wanted
 
@@ -138,7 +139,7 @@ def _search(measure: Callable[[Tensor], Tensor], wanted: Tensor, over: _End, und
         over, under, excess, lack, was_over, _ = found
         level = over.lerp(under, _share(excess, lack))
         gap = measure(level) - wanted
-        is_over, is_done = gap > 0, ~(gap.abs() > tolerance)  # done, too, where it is NaN
+        is_over, is_done = gap > 0, ~(gap.abs() > tolerance)  # NaN counts as done
         excess = torch.where(is_over, gap, torch.where(was_over, excess, excess / 2))
         lack = torch.where(is_over, torch.where(was_over, lack / 2, lack), -gap)
         over, under = torch.where(is_over | is_done, level, over), torch.where(is_over & ~is_done, under, level)
@@ -152,7 +153,7 @@ def _search(measure: Callable[[Tensor], Tensor], wanted: Tensor, over: _End, und
     nowhere = torch.zeros_like(wanted, dtype=torch.bool)
     found: tuple[Tensor, ...]
     found = torch.zeros((), dtype=torch.int64), over.level, under.level, excess, lack, nowhere, nowhere.clone()
-    if torch.compiler.is_compiling():  # a loop inside the graph; leaving it to ask costs a good part of a look
+    if torch.compiler.is_compiling():  # keeps the loop in the graph; two looks a round, as the check costs much
         found = while_loop(goes_on, lambda *found: look(*look(*found)), found)
     else:
         while goes_on(*found):
@@ -161,7 +162,7 @@ def _search(measure: Callable[[Tensor], Tensor], wanted: Tensor, over: _End, und
 
 
 def _sort_l2(reach: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
-    # Coordinates hit the box in the order of r / d. Between two hits ‖y‖² = Σ_hit r² + s² Σ_free d²: solve that for s.
+    # Coordinates hit the box in the order of r / d. Between two hits, ‖y‖² = Σ_hit r² + s² Σ_free d² is solved for s.
     hits, order = torch.where(reach > 0, reach / distance, 0).sort(dim=1)
     hit = functional.pad(reach.gather(1, order).square().cumsum(dim=1), (1, -1))
     free = distance.gather(1, order).square().flip(1).cumsum(dim=1).flip(1)
@@ -172,12 +173,13 @@ def _sort_l2(reach: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
 
 
 def _sort_l1(reach: Tensor, beyond: Tensor, radius: Tensor) -> Tensor:
-    # As λ falls, y starts to grow at d and stops at e; between two such knots Σy rises by (fall of λ)·(growing y).
+    # As λ falls, a y starts to grow at d and stops at e. Between two of these knots, Σy rises by the fall of λ times
+    # the number of y that grow.
     d = beyond + reach
     knots, order = torch.cat([d, beyond], dim=1).sort(dim=1, descending=True, stable=True)
     growing = torch.where(order < d.shape[1], 1, -1).cumsum(dim=1)
     rise = functional.pad(growing[:, :-1] * -knots.diff(dim=1), (1, 0))
-    rounding = functional.pad(reach - (d - beyond), (d.shape[1], 0)).gather(1, order)  # y grows by r in all
+    rounding = functional.pad(reach - (d - beyond), (d.shape[1], 0)).gather(1, order)  # a y grows by r in total
     total = (rise + rounding).cumsum(dim=1)
     last = (total[:, 1:] <= radius).sum(dim=1, keepdim=True)
     below = (radius - total.gather(1, last)) / growing.gather(1, last).clamp_min(1)
@@ -185,7 +187,7 @@ def _sort_l1(reach: Tensor, beyond: Tensor, radius: Tensor) -> Tensor:
 
 
 class Norm(ABC):
-    """A norm of perturbations; its balls lie around images and are cut by the box [0, 1].
+    """A norm of perturbations, whose balls around images are cut by the box [0, 1].
 
     Whatever attacks do differently from norm to norm, they ask the norm.
 
@@ -248,8 +250,8 @@ class Norm(ABC):
         """The step along which a function of this gradient rises fastest: (B, C, H, W) -> (B, C, H, W).
 
         Args:
-            gradient: (B, C, H, W) of any scale: the step has length 1, or 0 for a gradient of exactly 0.
-            sparsity: how many coordinates an l1 step changes, at least 1, one number or (B,); None means 1.
+            gradient: (B, C, H, W) of any scale. The step has length 1, or 0 for a gradient of exactly 0.
+            sparsity: number of coordinates that an l1 step changes, at least 1, one number or (B,); None means 1.
                 The other norms ignore it.
         """
 
@@ -264,14 +266,14 @@ class Norm(ABC):
         """
 
     def projection(self, images: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
-        """A `project` around images (B, C, H, W), `eps` as there; what no candidate changes is computed once."""
+        """The function `project` for fixed images (B, C, H, W) and `eps`; what depends on these is computed once."""
         return lambda candidates: self.project(images, candidates, eps)
 
     @torch.no_grad()
     def project(self, images: Tensor, candidates: Tensor, eps: float | Tensor) -> Tensor:
         """The point of ball ∩ box nearest to each candidate in Euclidean distance: (B, C, H, W) in [0, 1].
 
-        A candidate inside comes back unchanged. What would round to outside the ball is rounded towards the
+        A candidate inside comes back unchanged. A point that would be rounded out of the ball is rounded towards the
         image, so `size` of the result minus the image is at most eps.
 
         Args:
@@ -280,8 +282,8 @@ class Norm(ABC):
             eps: radius, at least 0, one number or (B,); for l0 the number of pixels.
 
         Raises:
-            InputError: images and candidates of different shapes, or a tensor eps that is not (B,).
-            ConfigurationError: a number eps below 0.
+            InputError: images and candidates have different shapes, or eps is a tensor that is not (B,).
+            ConfigurationError: eps is a number below 0.
         """
         check_tensor(images, "images", "B", "C", "H", "W", kind="float32 or float64")
         check_tensor(candidates, "candidates", *images.shape, like=images)
@@ -300,15 +302,15 @@ class Norm(ABC):
 
     @abstractmethod
     def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
-        """How far each coordinate moves towards a candidate that is outside the ball.
+        """The distance (B, C, H, W) by which each coordinate moves towards a candidate outside the ball.
 
-        The candidate's distance in that coordinate is `reach` inside the box, (B, C, H, W), plus `beyond`.
+        The candidate's distance in a coordinate is `reach`, the part inside the box, plus `beyond`, the part outside.
         """
 
 
 @final
 class LInf(Norm):
-    """The largest change of a coordinate."""
+    """The l∞ norm, which is the largest absolute change of a coordinate."""
 
     name, dual = "linf", "l1"
 
@@ -317,21 +319,21 @@ class LInf(Norm):
         return perturbations.flatten(1).abs().amax(dim=1)
 
     def largest(self, shape: Sequence[int]) -> float:
-        """1: a pixel goes from 0 to 1."""
+        """The size 1 of a change from 0 to 1, or back."""
         return 1.0
 
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
-        """The gradient's signs."""
+        """The signs of the gradient."""
         return gradient.sign()
 
     def projection(self, images: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
-        """A clamp between bounds that are computed once: attacks project at every step."""
+        """A clamp between bounds that are computed only once, because attacks project at every step."""
         radii = _per_image(eps, images)
         low, high = (_end(images, reach).clamp(0, 1) for reach in (-radii, radii))
         return lambda candidates: candidates.clamp(low, high)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
-        """Uniform in ball ∩ box."""
+        """A point from the uniform distribution on ball ∩ box."""
         radii = _per_image(eps, images)
         low, high = (images - radii).clamp_min(0), (images + radii).clamp_max(1)
         share = torch.empty_like(images).uniform_(generator=generator)
@@ -343,11 +345,11 @@ class LInf(Norm):
 
 @final
 class L2(Norm):
-    """The Euclidean length of the change.
+    """The l2 norm, which is the Euclidean length of the change.
 
     Example:
         >>> images = torch.tensor([[[[0.5, 0.9]]]])
-        >>> L2().project(images, images + 4.0, eps=0.5)  # what the box takes from one, the other gets
+        >>> L2().project(images, images + 4.0, eps=0.5)  # the box stops one, so the other goes further
         tensor([[[[0.9899, 1.0000]]]])
     """
 
@@ -358,16 +360,16 @@ class L2(Norm):
         return perturbations.flatten(1).square().sum(dim=1).sqrt()
 
     def largest(self, shape: Sequence[int]) -> float:
-        """√(C·H·W)."""
+        """The size √(C·H·W) of a change of all coordinates by 1."""
         return math.sqrt(math.prod(shape))
 
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
-        """The gradient over its Euclidean length."""
+        """The gradient divided by its Euclidean length."""
         scaled = _scaled(gradient)
         return scaled / scaled.square().sum(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
-        """Uniform in the ball, then projected."""
+        """A point from the uniform distribution on the ball, projected onto the box."""
         noise = torch.empty_like(images).normal_(generator=generator)
         return self.project(images, images + _spread(self.direction(noise), eps, generator), eps)
 
@@ -377,7 +379,7 @@ class L2(Norm):
 
 @final
 class L1(Norm):
-    """The sum of the absolute changes.
+    """The l1 norm, which is the sum of the absolute changes.
 
     Reference:
         Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers" (2021).
@@ -395,17 +397,17 @@ class L1(Norm):
         return perturbations.flatten(1).abs().sum(dim=1)
 
     def largest(self, shape: Sequence[int]) -> float:
-        """C·H·W."""
+        """The size C·H·W of a change of all coordinates by 1."""
         return float(math.prod(shape))
 
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
-        """Signs of the `sparsity` largest coordinates over their number; with 1, the steepest step of all."""
+        """The signs of the `sparsity` largest coordinates, divided by their number; with 1 it is the steepest step."""
         count = _per_image(1 if sparsity is None else sparsity, gradient).flatten(1).clamp_min(1)
         signs = gradient.flatten(1).sign() * _largest(gradient.flatten(1).abs(), count)
         return (signs / signs.abs().sum(dim=1, keepdim=True).clamp_min(1)).reshape(gradient.shape)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
-        """Uniform in the ball, then projected."""
+        """A point from the uniform distribution on the ball, projected onto the box."""
         first, second = (torch.empty_like(images).exponential_(generator=generator) for _ in range(2))
         laplace = dense_l1_direction(first - second)
         return self.project(images, images + _spread(laplace, eps, generator), eps)
@@ -416,7 +418,7 @@ class L1(Norm):
 
 @final
 class L0(Norm):
-    """The number of pixels changed; a pixel counts once, however many of its channels change."""
+    """The number of changed pixels; a pixel counts once, however many of its channels change."""
 
     name, dual = "l0", "linf"
     grain = 1.0
@@ -427,26 +429,26 @@ class L0(Norm):
         return float(math.prod(shape))
 
     def size(self, perturbations: Tensor) -> Tensor:
-        """Pixels with a channel other than 0: (B, C, H, W) -> (B,), in the input's dtype."""
+        """The number of pixels with a channel other than 0: (B, C, H, W) -> (B,), in the input's dtype."""
         return (perturbations != 0).any(dim=1).flatten(1).sum(dim=1, dtype=perturbations.dtype)
 
     def largest(self, shape: Sequence[int]) -> float:
-        """H·W, all pixels."""
+        """The number H·W of all pixels."""
         return float(math.prod(shape[1:]))
 
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
-        """The gradient over its l1 norm, as in PGD0 (Croce & Hein 2019), for l0 has no steepest step."""
+        """The gradient divided by its l1 norm, as in PGD0 (Croce & Hein 2019), because l0 has no steepest step."""
         return dense_l1_direction(gradient)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
-        """Random pixels, eps of them, take random corners of the colour cube: each channel 0 or 1."""
+        """The images with eps random pixels set to random corners of the colour cube, so to channels of 0 or 1."""
         colours = torch.empty_like(images).bernoulli_(generator=generator)
         lots = torch.empty_like(images[:, 0]).uniform_(generator=generator).flatten(1)
         chosen = _largest(lots, _per_image(eps, images).flatten(1)).reshape(images[:, :1].shape)
         return torch.where(chosen, colours, images)
 
     def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
-        # Moving a coordinate takes the squared distance to the candidate from (r + e)² down to e².
+        # Moving a coordinate reduces its squared distance to the candidate from (r + e)² to e².
         gain = (reach * (reach + 2 * beyond)).sum(dim=1)
         return reach * _largest(gain.flatten(1), radii.flatten(1)).reshape(reach[:, :1].shape)
 
@@ -455,10 +457,10 @@ _NORMS: dict[str, Norm] = {norm.name: norm for norm in (LInf(), L2(), L1(), L0()
 
 
 def get_norm(name: str) -> Norm:
-    """The norm of that name: "linf", "l2", "l1" or "l0".
+    """The norm with this name, "linf", "l2", "l1" or "l0".
 
     Raises:
-        ConfigurationError: an unknown name.
+        ConfigurationError: the name is unknown.
     """
     if name not in _NORMS:
         raise ConfigurationError(f"expected a norm among {', '.join(_NORMS)}, got {name!r}")
@@ -466,7 +468,7 @@ def get_norm(name: str) -> Norm:
 
 
 def dense_l1_direction(gradient: Tensor) -> Tensor:
-    """The gradient over its l1 norm, the paper's own l1 step; `L1.direction` rises faster.
+    """The gradient divided by its l1 norm, which is the paper's l1 step; along `L1.direction` a function rises faster.
 
     Example:
         >>> dense_l1_direction(torch.tensor([[[[3.0, -1.0]]]]))
@@ -477,43 +479,43 @@ def dense_l1_direction(gradient: Tensor) -> Tensor:
 
 
 def _scaled(gradient: Tensor) -> Tensor:
-    """The gradient over its largest absolute value: its norms are now at least 1, and nothing underflows."""
+    """The gradient divided by its largest absolute value, so that its norms are at least 1 and nothing underflows."""
     peak = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
     return gradient / torch.where(peak > 0, peak, 1)
 
 
 def _spread(directions: Tensor, eps: float | Tensor, generator: Generator | None) -> Tensor:
-    """Directions on the unit sphere, spread over the ball: volume grows with the C·H·W-th power of length."""
+    """Directions on the unit sphere, spread over the ball; its volume grows with the C·H·W-th power of length."""
     share = torch.empty_like(directions[:, :1, :1, :1]).uniform_(generator=generator)
     return directions * share.pow(1 / directions.shape[1:].numel()) * _per_image(eps, directions)
 
 
 def _end(images: Tensor, reach: Tensor) -> Tensor:
-    """Images moved by `reach`, rounded towards the image where they would be further away than that."""
+    """Images moved by `reach`, and rounded towards the image where rounding would move them further."""
     moved = images + reach
     return torch.where((moved - images).abs() > reach.abs(), torch.nextafter(moved, images), moved)
 
 
 def _largest(scores: Tensor, count: Tensor) -> Tensor:
-    """Mark the `count` (B, 1) largest scores (B, n) of each row, the first ones on ties."""
+    """A mask (B, n) of the `count` (B, 1) largest scores (B, n) of each row, with the first ones on ties."""
     order = scores.sort(dim=1, descending=True, stable=True).indices
     places = torch.arange(1, scores.shape[1] + 1, device=scores.device)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, places <= count)
 
 
 def _just_inside(radii: Tensor) -> Tensor:
-    """Radii less a few units in the last place: room for the rounding of sums over all coordinates."""
+    """Radii reduced by a few units in the last place, as room for the rounding of sums over all coordinates."""
     return radii * (1 - 8 * torch.finfo(radii.dtype).eps)
 
 
 def _per_image(value: float | Tensor, images: Tensor) -> Tensor:
-    """One number, or one an image (B,), as (B, 1, 1, 1) in the images' dtype and on their device."""
+    """One number, or one for each image (B,), as (B, 1, 1, 1) in the images' dtype and on their device."""
     if isinstance(value, Tensor):
         if value.shape != images.shape[:1]:
             raise InputError(f"expected a number or shape ({len(images)},), got shape {tuple(value.shape)}")
-        if value.device.type == "cpu" and (value < 0).any():  # elsewhere looking waits for the device
+        if value.device.type == "cpu" and (value < 0).any():  # elsewhere the check would wait for it
             raise InputError(f"expected numbers of at least 0, got {value.tolist()}")
-        radii = value.to(images)  # NaN bounds nothing: the image must not move
+        radii = value.to(images)  # with a radius of NaN the image must not move
         return rearrange(radii.masked_fill(radii.isnan(), 0), "b -> b 1 1 1")
     if not value >= 0:
         raise ConfigurationError(f"expected a number of at least 0, got {value}")

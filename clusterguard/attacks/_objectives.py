@@ -1,4 +1,4 @@
-"""What an attacker minimises, one number per example: names for options, functions for the curious."""
+"""Objectives of attacks, which give one loss for each image; attacks take them by name or as functions."""
 
 from typing import Protocol
 
@@ -9,27 +9,28 @@ from torch.nn import functional
 
 
 class Objective(Protocol):
-    """What an attack makes smaller: any callable with this signature, such as the functions below."""
+    """A loss that an attack minimises; any callable with this signature is one, such as the functions below."""
 
     def __call__(self, evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None, /) -> Tensor:
-        """The loss of each example; never summed over the batch.
+        """The loss of each image, not summed over the batch.
 
         Args:
-            evidence: of B images, K classes.
-            thresholds: (K,).
+            evidence: evidence on B images with K classes.
+            thresholds: (K,) thresholds of the detector.
             labels: (B,) true labels.
-            targets: (B,) wrong labels aimed at; None means that any wrong label will do.
+            targets: (B,) wrong labels to aim at; None aims at any wrong label.
 
         Returns:
-            (B,), smaller is closer to success.
+            Losses (B,), smaller ones closer to success.
         """
         ...
 
 
 def suspicion(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """Suspicion of the target, or of the wrong class where it is smallest: for a guard the nearest wrong distance.
+    """The suspicion of the target or, without targets, the smallest suspicion of any wrong class.
 
-    The nearest wrong class is chosen anew at every call, as the paper's adaptive attack does.
+    For a guard it is the distance to the nearest wrong centre. The nearest class is chosen again at every call, as in
+    the paper's adaptive attack.
 
     Reference:
         arXiv 2012.03483, equations 17 to 19.
@@ -41,14 +42,15 @@ def suspicion(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: T
 
 
 def margin(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """The success margin itself: at most 0 iff the attack has succeeded."""
+    """The success margin itself, which is at most 0 if and only if the attack succeeds."""
     return success_margin(evidence, thresholds, labels, targets)
 
 
 def logit(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """The best rival's score minus the target's; untargeted, the true class's minus the best wrong one's.
+    """The largest score of another class minus that of the target.
 
-    It does not look at thresholds.
+    Without targets, it is the score of the true class minus the largest score of a wrong class. Thresholds are not
+    used.
 
     Reference:
         Carlini & Wagner, "Towards evaluating the robustness of neural networks" (2017).
@@ -56,14 +58,17 @@ def logit(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tenso
     check_goal(evidence, thresholds, labels, targets)
     scores = evidence.class_scores
     if targets is None:
-        own = scores.gather(1, labels[:, None].long()).squeeze(1)
-        return own - scores.scatter(1, labels[:, None].long(), -float("inf")).amax(dim=1)
+        label_scores = scores.gather(1, labels[:, None].long()).squeeze(1)
+        return label_scores - scores.scatter(1, labels[:, None].long(), -float("inf")).amax(dim=1)
     aimed = scores.gather(1, targets[:, None].long()).squeeze(1)
     return scores.scatter(1, targets[:, None].long(), -float("inf")).amax(dim=1) - aimed
 
 
 def cross_entropy(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """Cross-entropy of the class scores to the target, or minus that to the true label. It does not see thresholds."""
+    """The cross-entropy of the class scores to the target or, without targets, minus that to the true label.
+
+    Thresholds are not used.
+    """
     check_goal(evidence, thresholds, labels, targets)
     if targets is None:
         return -functional.cross_entropy(evidence.class_scores, labels.long(), reduction="none")
@@ -71,7 +76,9 @@ def cross_entropy(evidence: Evidence, thresholds: Tensor, labels: Tensor, target
 
 
 def adaptive(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """Equation 7: a classification loss (`logit`) plus the detection metric of the class that is aimed at.
+    """The loss of equation 7, a classification loss (`logit`) plus the suspicion of the class that is aimed at.
+
+    Without targets, the attack aims at the wrong class with the largest score.
 
     Reference:
         arXiv 2012.03483, equation 7 and Table 1.
@@ -95,10 +102,10 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def get_objective(objective: str | Objective) -> Objective:
-    """The objective of that name, or the callable itself.
+    """The objective with this name, or the callable itself.
 
     Raises:
-        ConfigurationError: an unknown name.
+        ConfigurationError: the name is unknown.
     """
     if not isinstance(objective, str):
         return objective

@@ -1,4 +1,4 @@
-"""Orthogonal PGD: fool the classifier and its detector one at a time, each without undoing the other."""
+"""Orthogonal PGD, which fools the classification and the detection in turn, without one step undoing the other."""
 
 from dataclasses import dataclass
 from typing import Literal, final
@@ -18,19 +18,19 @@ Strategy = Literal["orthogonal", "selective"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class OrthogonalPGD(SteppedAttack):
-    """PGD for detectors whose suspicion is separate from the class scores, where one sum of both losses gets stuck.
+    """PGD for detectors whose suspicion is separate from the class scores, where the sum of both losses gets stuck.
 
-    Each step goes along one gradient: the classification's while the label is not yet wrong (or the target), the
-    suspicion's after that. A step costs one forward and two backward passes.
+    Each step follows one of two gradients. It follows that of the classification loss until the label is wrong (or is
+    the target), and that of the suspicion from then on. A step costs one forward and two backward passes.
 
     Args:
-        strategy: "selective" takes the gradient as it is; "orthogonal" first removes its component along the other
-            one, so that to first order a step for one does not change the other.
-        objective: the classification's, a name of `clusterguard.attacks._objectives` or a callable. The other is the
-            suspicion less the threshold of the target, or of the wrong class with the largest score.
+        strategy: treatment of the gradient. "selective" takes it as it is, and "orthogonal" first removes its component
+            along the other gradient, so that to first order a step on one loss does not change the other loss.
+        objective: classification loss, a name of `clusterguard.attacks.OBJECTIVES` or a callable. The other loss is the
+            suspicion minus the threshold, of the target or of the wrong class with the largest score.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Bryniarski et al., "Evading adversarial example detection defenses with orthogonal projected gradient descent"
@@ -55,7 +55,7 @@ class OrthogonalPGD(SteppedAttack):
 
 @dataclass(frozen=True)
 class _Alternating:
-    """The gradient of the classification's loss or, where that is won, of the suspicion."""
+    """The gradient of the classification loss or, for images with a wrong label already, that of the suspicion."""
 
     strategy: Strategy
 
@@ -81,7 +81,7 @@ class _Alternating:
 
 
 def _without(gradients: Tensor, others: Tensor) -> Tensor:
-    """Gradients less their component along the others; where that leaves only rounding, the gradients themselves."""
+    """Gradients without their component along the others, or the gradients themselves if only rounding is left."""
     l2 = get_norm("l2")
     gradients, others = l2.direction(gradients), l2.direction(others)
     rest = gradients - (gradients * others).sum(dim=(1, 2, 3), keepdim=True) * others

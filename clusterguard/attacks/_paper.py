@@ -1,4 +1,4 @@
-"""The paper's own way to attack: adaptive PGD at several step sizes, targeted and untargeted, the worst of them."""
+"""The paper's attack protocol, which takes the worst of adaptive PGD at several step sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +14,19 @@ from torch import Generator, Tensor
 
 
 def random_targets(labels: Tensor, num_classes: int, generator: Generator | None = None) -> Tensor:
-    """A wrong class for each of labels (B,), all of `num_classes` equally likely; `generator` is the randomness.
+    """A random wrong class for each label, with all wrong classes equally likely.
+
+    Args:
+        labels: (B,) true labels.
+        num_classes: number of classes, at least 2.
+        generator: randomness, on the labels' device; None takes torch's global one.
+
+    Returns:
+        Wrong labels (B,).
 
     Raises:
-        InputError: labels of a wrong shape, dtype or range.
-        ConfigurationError: fewer than two classes.
+        InputError: labels have a wrong shape, dtype or range.
+        ConfigurationError: there are fewer than two classes.
 
     Example:
         >>> bool((random_targets(torch.tensor([0, 1, 2]), num_classes=3) != torch.tensor([0, 1, 2])).all())
@@ -27,7 +35,7 @@ def random_targets(labels: Tensor, num_classes: int, generator: Generator | None
     if num_classes < 2:
         raise ConfigurationError(f"expected num_classes of at least 2, got {num_classes}")
     check_tensor(labels, "labels", "B", kind="integer")
-    if labels.device.type == "cpu":  # elsewhere looking waits for the device
+    if labels.device.type == "cpu":  # on another device the check would wait for its queue
         check_range(labels, num_classes)
     shift = torch.randint(1, num_classes, labels.shape, generator=generator, device=labels.device)
     return (labels.long() + shift) % num_classes
@@ -43,25 +51,25 @@ def at_step_sizes(
     targets: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
-    """One attack at A step sizes, all in one batch: on a GPU that costs little more than one of them.
+    """Run one attack at A step sizes in a single batch, which on a GPU costs little more than one step size.
 
-    An attack without randomness finds what A attacks one after the other find.
+    For an attack without randomness, the result is the same as that of A separate attacks.
 
     Args:
-        attack: such as `PGD`; its own step size is not used.
-        step_sizes: A lengths, positive.
-        detector: calibrated.
+        attack: attack to run, such as `PGD`; its own step size is not used.
+        step_sizes: A step sizes, positive.
+        detector: calibrated detector.
         images: (B, C, H, W), finite, in [0, 1].
         labels: (B,) true labels.
         targets: (B,) wrong labels to aim at; None aims at any wrong label.
         generator: randomness, on the images' device.
 
     Returns:
-        (A, B, C, H, W) attacked images.
+        Attacked images (A, B, C, H, W).
 
     Raises:
-        ConfigurationError: no step size, or one that is not positive.
-        InputError: images, labels or targets of a wrong shape, dtype, range or device.
+        ConfigurationError: there is no step size, or one is not positive.
+        InputError: images, labels or targets have a wrong shape, dtype, range or device.
         NotCalibratedError: the detector has no thresholds.
 
     Example:
@@ -88,10 +96,10 @@ def at_step_sizes(
 @final
 @dataclass(frozen=True, kw_only=True)
 class RandomTarget(WrappingAttack):
-    """Aim an attack at one random wrong class per image.
+    """An attack that is aimed at one random wrong class for each image.
 
     Args:
-        attack: run with these targets.
+        attack: attack to run with these targets.
 
     Example:
         >>> RandomTarget(attack=PGD(eps=0.3, step_size=0.01)).eps
@@ -113,19 +121,19 @@ class RandomTarget(WrappingAttack):
 
 @dataclass(frozen=True, kw_only=True)
 class PaperProtocol:
-    """The attacks behind one row of the paper's Table 2; its figure is the largest ASR among them.
+    """The attacks behind one row of the paper's Table 2, whose figure is the largest ASR among them.
 
-    Hand `attacks()` to `evaluate` and read `largest_mean_asr`. It is weaker than `WorstCaseSuite`.
+    Pass `attacks()` to `evaluate` and read `largest_mean_asr`. The protocol is weaker than `WorstCaseSuite`.
 
     Args:
-        norm: "linf", "l2", "l1" or "l0".
+        norm: norm of the ball, "linf", "l2", "l1" or "l0".
         eps: radius of the ball.
-        step_sizes: the paper tries 3 to 8.
-        targeted: aim at a random wrong class per image ("T") instead of any ("U").
-        steps: k; the paper's figures converge before 1,000.
+        step_sizes: step sizes to try; the paper tries 3 to 8.
+        targeted: whether to aim at a random wrong class for each image ("T") instead of at any wrong class ("U").
+        steps: number of steps k; the paper's figures converge before 1,000.
 
     Raises:
-        ConfigurationError: no step sizes, or an option out of its range.
+        ConfigurationError: there are no step sizes, or an option is out of its range.
 
     Reference:
         arXiv 2012.03483, section 5.1, Table 2, figures 6 and 7.
@@ -147,7 +155,7 @@ class PaperProtocol:
         self.attacks()
 
     def attacks(self) -> dict[str, Attack]:
-        """One attack per step size, by name."""
+        """One attack for each step size, by name."""
         named: dict[str, Attack] = {}
         for step_size in self.step_sizes:
             attack = PGD(

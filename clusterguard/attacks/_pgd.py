@@ -1,4 +1,4 @@
-"""Attacks that descend on one image at a time: PGD, MIM, NES, and FGSM and BIM with fixed schedules."""
+"""Attacks that descend an objective in steps of fixed length: PGD, MIM, NES, and FGSM and BIM with fixed schedules."""
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
@@ -28,17 +28,17 @@ from torch import Generator, Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class IteratedAttack(BuiltInAttack):
-    """What attacks that descend an objective inside a ball share.
+    """Base of attacks that descend an objective inside a ball.
 
     Args:
-        norm: "linf", "l2", "l1" or "l0".
+        norm: norm of the ball, "linf", "l2", "l1" or "l0".
         eps: radius of the ball, at least 0, in units of the norm over pixels in [0, 1]; for l0 a number of pixels.
-        steps: at least 1.
-        start: "image", "random", "output_diversified", "towards_batch", or a callable such as `Towards`.
-        keep: "best" iterate by success margin, or "last".
-        objective: what to minimise, a name of `clusterguard.attacks._objectives` or a callable.
-        stop_early: images that are broken leave the batch; the same images get broken at less cost.
-        on_step: called with the step and the best margins so far (B,), for traces.
+        steps: number of steps, at least 1.
+        start: first iterate, "image", "random", "output_diversified", "towards_batch", or a callable such as `Towards`.
+        keep: iterate to return, "best" by success margin or "last".
+        objective: loss to minimise, a name of `clusterguard.attacks.OBJECTIVES` or a callable.
+        stop_early: whether broken images leave the batch, which breaks the same images at a lower cost.
+        on_step: callback for traces, which gets the step and the best margins so far (B,).
     """
 
     norm: str = "linf"
@@ -62,10 +62,10 @@ class IteratedAttack(BuiltInAttack):
 
     @abstractmethod
     def _rule(self, problem: Problem, start: Tensor) -> Rule:
-        """A fresh rule for a batch."""
+        """A new rule for a batch."""
 
     def _gradient(self, rule: Rule) -> Gradient:
-        """How iterates are evaluated; a rule that must see every evaluation does it itself."""
+        """The function that evaluates iterates; it may be a method of the rule, if the rule needs all evaluations."""
         return partial(backpropagate, with_margin=self.keep == "best" or self.on_step is not None)
 
     def _perturb(
@@ -93,12 +93,13 @@ class IteratedAttack(BuiltInAttack):
 
 
 class SteepestDescent:
-    """The rule of FGSM, BIM and PGD: a step of fixed length along the steepest direction, then project.
+    """The rule of FGSM, BIM and PGD, a step of fixed length along the steepest direction followed by a projection.
 
     Args:
         step_size: length of the step in the problem's norm, one number or (B,).
         sparsity: fraction of coordinates that an l1 step changes; None takes the paper's dense step.
-        momentum: decay of a running sum of l1-normalised gradients that replaces the gradient; None takes none.
+        momentum: decay factor of a running sum of l1-normalised gradients, which replaces the gradient; None uses the
+            gradient itself.
 
     Reference:
         Madry et al. (2018); Dong et al., "Boosting adversarial attacks with momentum" (2018).
@@ -111,7 +112,7 @@ class SteepestDescent:
         self._sum: Tensor | float = 0.0
 
     def step(self, problem: Problem, iterates: Tensor, evaluation: ObjectiveValues) -> Tensor:
-        """The next iterates (B, C, H, W) of a problem, after an evaluation of these."""
+        """The next iterates (B, C, H, W) of a problem, from the present ones and their evaluation."""
         gradient = evaluation.gradient
         if self.momentum is not None:
             gradient = self._sum = self.momentum * self._sum + dense_l1_direction(gradient)
@@ -123,7 +124,7 @@ class SteepestDescent:
         return problem.project(iterates - self.step_size * direction)
 
     def select(self, index: Tensor) -> None:
-        """Keep the sums and step sizes of some images; index is (b,) integers or (B,) bools."""
+        """Keep the sums and step sizes of a part of the images; the index is (b,) integers or (B,) bools."""
         if isinstance(self._sum, Tensor):
             self._sum = self._sum[index]
         if isinstance(self.step_size, Tensor):
@@ -132,10 +133,10 @@ class SteepestDescent:
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedAttack(IteratedAttack):
-    """What iterated attacks with steps of one fixed length share.
+    """Base of iterated attacks with steps of fixed length.
 
     Args:
-        step_size: length of a step in the norm, positive; (B,) gives each image its own, see `at_step_sizes`.
+        step_size: length of a step in the norm, positive, one number or (B,); see `at_step_sizes`.
         sparsity: fraction of coordinates that an l1 step changes, in (0, 1]; None takes the paper's dense step.
     """
 
@@ -157,13 +158,13 @@ class SteppedAttack(IteratedAttack):
 @final
 @dataclass(frozen=True, kw_only=True)
 class PGD(SteppedAttack):
-    """Projected gradient descent, aimed at the detector's own decision.
+    """Projected gradient descent (PGD) on the detector's own decision.
 
-    With the default objective and start and ``keep="last"`` it is the adaptive attack that the paper trains with. For
-    evaluation leave ``keep="best"``: success at any iterate is success.
+    With the default objective and start and with ``keep="last"``, it is the adaptive attack of the paper's training.
+    For evaluation, keep the default ``keep="best"``, because a success at any iterate counts.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         arXiv 2012.03483, equations 17 to 19; Madry et al. (2018).
@@ -183,13 +184,13 @@ class PGD(SteppedAttack):
 @final
 @dataclass(frozen=True, kw_only=True)
 class MIM(SteppedAttack):
-    """PGD with momentum: the step follows the decayed sum of all gradients so far.
+    """PGD with momentum, whose steps follow a decaying sum of all gradients so far.
 
     Args:
-        decay: of the sum, at least 0.
+        decay: decay factor of the sum, at least 0.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Dong et al., "Boosting adversarial attacks with momentum" (2018).
@@ -213,16 +214,16 @@ class MIM(SteppedAttack):
 @final
 @dataclass(frozen=True, kw_only=True)
 class NES(SteppedAttack):
-    """PGD on a gradient estimated from queries: a black-box attack that sees evidence, never a gradient.
+    """PGD with gradients estimated from queries, a black-box attack that uses evidence and never a gradient.
 
-    It asks for evidence ``steps · (samples + 1) + 1`` times per image.
+    It takes ``steps · (samples + 1) + 1`` queries for each image.
 
     Args:
-        samples: queries per image and step, even and at least 2.
+        samples: number of queries for each image and step, even and at least 2.
         sigma: standard deviation of the queries around the iterate, positive, in pixel units.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Ilyas et al., "Black-box adversarial attacks with limited queries and information" (2018).
@@ -248,12 +249,14 @@ class NES(SteppedAttack):
 
 @dataclass(frozen=True, kw_only=True)
 class FixedSchedule(BuiltInAttack):
-    """PGD from the image, last iterate, with equal steps that add up to the radius.
+    """Base of attacks that run PGD from the image with equal steps, which add up to the radius.
+
+    They return the last iterate.
 
     Args:
-        norm: "linf", "l2", "l1" or "l0".
+        norm: norm of the ball, "linf", "l2", "l1" or "l0".
         eps: radius of the ball, at least 0.
-        objective: what to minimise, a name of `clusterguard.attacks._objectives` or a callable.
+        objective: loss to minimise, a name of `clusterguard.attacks.OBJECTIVES` or a callable.
     """
 
     norm: str = "linf"
@@ -265,7 +268,7 @@ class FixedSchedule(BuiltInAttack):
 
     @abstractmethod
     def as_pgd(self) -> PGD:
-        """The same attack, spelled out."""
+        """The same attack as an instance of `PGD`."""
 
     def _spell_out(self, steps: int) -> PGD:
         return PGD(
@@ -292,10 +295,10 @@ class FixedSchedule(BuiltInAttack):
 @final
 @dataclass(frozen=True, kw_only=True)
 class FGSM(FixedSchedule):
-    """The fast gradient sign method: one step of the whole radius.
+    """The fast gradient sign method, one step of the whole radius.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Goodfellow et al., "Explaining and harnessing adversarial examples" (2015).
@@ -306,20 +309,20 @@ class FGSM(FixedSchedule):
     """
 
     def as_pgd(self) -> PGD:
-        """One step of PGD."""
+        """The same attack as PGD with one step."""
         return self._spell_out(1)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class BIM(FixedSchedule):
-    """The basic iterative method.
+    """The basic iterative method, several equal steps that add up to the radius.
 
     Args:
-        steps: at least 1.
+        steps: number of steps, at least 1.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Kurakin, Goodfellow & Bengio, "Adversarial examples in the physical world" (2017).
@@ -332,5 +335,5 @@ class BIM(FixedSchedule):
     steps: int = 10
 
     def as_pgd(self) -> PGD:
-        """The steps of PGD."""
+        """The same attack as PGD with this number of steps."""
         return self._spell_out(self.steps)

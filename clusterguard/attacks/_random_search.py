@@ -1,4 +1,4 @@
-"""Score-based attacks by random search: Square for linf, l2 and l1, Sparse-RS for l0."""
+"""Score-based attacks by random search, which are Square for linf, l2 and l1, and Sparse-RS for l0."""
 
 from abc import abstractmethod
 from bisect import bisect_left
@@ -17,17 +17,18 @@ from torch import Generator, Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSearch(BuiltInAttack):
-    """What attacks share that change a random part of each image and keep the change iff the objective fell.
+    """Base of attacks that change a random part of each image and keep the change if it lowers the objective.
 
-    They ask a detector for evidence, never for a gradient. Returned is, of all images asked about, the clean one among
-    them, the one with the smallest success margin.
+    They use a detector's evidence and never a gradient. An attack returns the image with the smallest success margin
+    among all queried ones, the clean image included.
 
     Args:
         eps: radius of the ball, at least 0, in units of the norm over pixels in [0, 1].
-        queries: how often to ask about an image at most, at least 1.
-        initial_share: of the pixels, or for l0 of the changed pixels, that the first proposals change; in (0, 1].
-        objective: what to lower, a name of `clusterguard.attacks._objectives` or a callable.
-        stop_early: images that are broken leave the batch; the same images get broken with fewer queries.
+        queries: largest number of queries for each image, at least 1.
+        initial_share: fraction of the pixels (for l0, of the changed pixels) that the first proposals change, in
+            (0, 1].
+        objective: loss to minimise, a name of `clusterguard.attacks.OBJECTIVES` or a callable.
+        stop_early: whether broken images leave the batch, which breaks the same images with fewer queries.
     """
 
     eps: float
@@ -36,7 +37,8 @@ class RandomSearch(BuiltInAttack):
     objective: str | Objective = "margin"
     stop_early: bool = True
 
-    # What the initial share is divided by; each divisor until so many of 10,000 queries, or that part of fewer.
+    # The initial share is divided by these, each until the number of queries in `_lasts_until`. The numbers are out of
+    # 10,000 queries, and are scaled down for fewer.
     _divisors: ClassVar[tuple[int, ...]]
     _lasts_until: ClassVar[tuple[int, ...]]
 
@@ -51,18 +53,18 @@ class RandomSearch(BuiltInAttack):
     @property
     @abstractmethod
     def norm(self) -> str:
-        """Of the perturbation."""
+        """The norm of the perturbation."""
 
     @abstractmethod
     def _begin(self, problem: Problem, draws: "Draws") -> Tensor:
-        """First states (B, C, H, W)."""
+        """The first states (B, C, H, W)."""
 
     @abstractmethod
     def _propose(self, problem: Problem, states: Tensor, share: float, draws: "Draws") -> Tensor:
-        """States (B, C, H, W), a random part of each changed."""
+        """The states (B, C, H, W) with a random part of each changed."""
 
     def _show(self, problem: Problem, states: Tensor) -> Tensor:
-        """The images that states stand for: (B, C, H, W) inside ball and box."""
+        """The images (B, C, H, W), inside ball and box, that the states stand for."""
         return states
 
     @torch.no_grad()
@@ -76,7 +78,7 @@ class RandomSearch(BuiltInAttack):
         _, best_margin = _ask(problem, images)
         states, loss = self._begin(problem, draws), torch.full_like(best_margin, torch.inf)
         for query in range(1, self.queries):
-            if self.stop_early:  # looking at every step waits for the device, but costs less than a query too many
+            if self.stop_early:  # the check waits for the device, but costs less than a wasted query
                 unbroken = (best_margin[draws.rows] > 0).nonzero().squeeze(1)
                 if not len(unbroken):
                     break
@@ -86,7 +88,7 @@ class RandomSearch(BuiltInAttack):
             proposals = states if query == 1 else self._propose(problem, states, self._share(query), draws)
             shown = self._show(problem, proposals)
             proposed_loss, margin = _ask(problem, shown)
-            fell = proposed_loss < loss  # which NaN never is
+            fell = proposed_loss < loss  # false for NaN
             states = torch.where(fell[:, None, None, None], proposals, states)
             loss = torch.where(fell, proposed_loss, loss)
             better = margin < best_margin[draws.rows]
@@ -95,23 +97,24 @@ class RandomSearch(BuiltInAttack):
         return best
 
     def _share(self, query: int) -> float:
-        of_ten_thousand = (query - 2) * 10_000 // self.queries  # the queries before were the clean image and the start
+        of_ten_thousand = (query - 2) * 10_000 // self.queries  # the first two were the clean image and the start
         return self.initial_share / self._divisors[bisect_left(self._lasts_until, of_ten_thousand)]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Square(RandomSearch):
-    """Square attack: change a random square of each image; the squares shrink.
+    """The Square attack, which changes a random square of each image; the squares shrink over time.
 
-    For linf a square takes the colours of the image ± eps. For l2 and l1 a bump with two signs is added to it, paid
-    for by what is left of the budget and by erasing a second square; for l1 the whole perturbation pays as well.
+    For linf, a square gets the colours of the image plus or minus eps. For l2 and l1, a bump with two signs is added to
+    it. The bump uses the budget that is left and the budget of a second square, whose perturbation is erased. For l1,
+    the projection also takes budget from the whole perturbation.
 
     Args:
-        norm: "linf", "l2" or "l1".
+        norm: norm of the ball, "linf", "l2" or "l1".
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search"
@@ -142,7 +145,7 @@ class Square(RandomSearch):
         _, channels, height, width = images.shape
         if self.norm == "linf":
             return problem.project(images + self.eps * draws.signs(channels, 1, width))
-        radius = min(self.eps, images[0].numel())  # finite
+        radius = min(self.eps, images[0].numel())  # eps may be too large for float32 arithmetic
         side = max(1, min(height, width) // 5)
         signs = draws.signs(channels, -(-height // side), -(-width // side))
         tiles = torch.kron(signs, _bump(side, images))[..., :height, :width]
@@ -159,33 +162,35 @@ class Square(RandomSearch):
             painted, opposite = (
                 problem.project(torch.where(square, images + sign * self.eps, states)) for sign in (signs, -signs)
             )
-            idle = (painted == states).flatten(1).all(dim=1)  # half of all single grey pixels: a query for nothing
+            idle = (painted == states).flatten(1).all(dim=1)  # half of all single grey pixels would change nothing
             return torch.where(idle[:, None, None, None], opposite, painted)
         change, (erased, _, _) = states - images, draws.square(side)
         bump = _bump(side, images)
         bump = signs * torch.where(draws.signs(1, 1, 1) > 0, bump[row, column], bump[column, row])
         bump = _unit(problem, _unit(problem, bump * square) + _unit(problem, change * square))
-        # Sizes to the power of the norm's p add up over disjoint sets of pixels.
+        # Over disjoint sets of pixels, the p-th powers of sizes add up.
         p, radius = 2 if self.norm == "l2" else 1, min(self.eps, images[0].numel())
         unspent = (radius**p - _size(problem, change) ** p).clamp_min(0)
         budget = (unspent + _size(problem, change * (square | erased)) ** p) ** (1 / p)
-        # Paying l1 several times over makes the projection take the same amount from every pixel: small changes vanish,
-        # and few pixels carry the budget. With 1 this attack breaks less than half as many digits.
-        pay = 1 if self.norm == "l2" else 10
-        return problem.project(images + torch.where(square, pay * budget * bump, change.masked_fill(erased, 0)))
+        # For l1 the bump exceeds the budget, so the projection takes the same amount from every pixel. Small changes
+        # vanish, and few pixels carry the budget. With a factor of 1, this attack breaks less than half as many digits.
+        factor = 1 if self.norm == "l2" else 10
+        return problem.project(images + torch.where(square, factor * budget * bump, change.masked_fill(erased, 0)))
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class SparseRS(RandomSearch):
-    """Sparse random search: eps pixels with channels of 0 or 1; at each step some of them move and take new colours.
+    """Sparse random search (Sparse-RS), which sets eps pixels to channels of 0 or 1.
+
+    Each step moves a part of these pixels to other places and gives them new colours.
 
     Args:
-        eps: how many pixels may change, at least 0.
-        initial_share: of these pixels that the first steps move, in (0, 1].
+        eps: number of pixels that may change, at least 0.
+        initial_share: fraction of these pixels that the first steps move, in (0, 1].
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Croce et al., "Sparse-RS: a versatile framework for query-efficient sparse black-box adversarial attacks"
@@ -209,7 +214,7 @@ class SparseRS(RandomSearch):
 
     @property
     def norm(self) -> str:
-        """Always l0."""
+        """The norm of the perturbation, which is always "l0"."""
         return "l0"
 
     # A state holds the colours of the chosen pixels, and NaN everywhere else.
@@ -237,9 +242,9 @@ class SparseRS(RandomSearch):
 
 
 class Draws:
-    """Random numbers for a whole batch, of which the images still in it get theirs.
+    """Random numbers for the images that are still in a batch, drawn for the whole batch.
 
-    So what happens to an image does not depend on which others have left.
+    So the numbers of an image do not depend on which other images have left.
     """
 
     def __init__(self, images: Tensor, generator: Generator | None) -> None:
@@ -248,15 +253,18 @@ class Draws:
         self._generator = generator
 
     def uniform(self, *shape: int) -> Tensor:
-        """(B, *shape) in [0, 1)."""
+        """Random numbers (B, *shape) in [0, 1)."""
         return self._like.new_empty(len(self._like), *shape).uniform_(generator=self._generator)[self.rows]
 
     def signs(self, *shape: int) -> Tensor:
-        """(B, *shape) of -1 and 1."""
+        """Random signs (B, *shape), -1 or 1."""
         return torch.where(self.uniform(*shape) < 0.5, -1.0, 1.0).to(self._like)
 
     def square(self, side: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mark a random square, (B, 1, H, W); and where in it rows (B, 1, H, 1) and columns (B, 1, 1, W) lie."""
+        """A mask (B, 1, H, W) of a random square, and the positions of rows and columns within it.
+
+        Positions of rows (B, 1, H, 1) and columns (B, 1, 1, W) outside the square are clamped to its border.
+        """
 
         def along(length: int) -> Tensor:
             shape, device = (len(self._like), 1, 1, 1), self._like.device
@@ -268,7 +276,7 @@ class Draws:
         return inside, row.clamp(0, side - 1), column.clamp(0, side - 1)
 
     def choose(self, among: Tensor, count: int) -> Tensor:
-        """Mark `count` random pixels of those marked (B, 1, H, W)."""
+        """A mask of `count` random pixels of those in the mask `among` (B, 1, H, W)."""
         lots = torch.where(among, self.uniform(*among.shape[1:]), -1).flatten(1)
         chosen = torch.zeros_like(lots, dtype=torch.bool).scatter(1, lots.topk(count, dim=1).indices, True)
         return chosen.reshape(among.shape)
@@ -289,7 +297,7 @@ def random_search(norm: str, *, eps: float, queries: int, batch_size: int | None
 
 
 def _ask(problem: Problem, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and success margin of each image, from one query."""
+    """The loss and the success margin of each image, from one query."""
     evidence, thresholds = problem.detector.evidence(images), problem.detector.thresholds
     loss = problem.objective(evidence, thresholds, problem.labels, problem.targets)
     margin = success_margin(evidence, thresholds, problem.labels, problem.targets)
@@ -297,7 +305,7 @@ def _ask(problem: Problem, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bump(side: int, like: Tensor) -> Tensor:
-    """(side, side): two stepped pyramids, one above the other, of opposite signs."""
+    """Two stepped pyramids of opposite signs, one above the other, (side, side)."""
     row, half = torch.arange(side, device=like.device), side // 2
     peak_row = torch.where(row < half, half // 2, half + (side - half) // 2)
     rings = torch.maximum((row - peak_row).abs()[:, None], (row - half).abs())

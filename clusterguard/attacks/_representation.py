@@ -1,4 +1,4 @@
-"""Attacks that see the representation behind the evidence: match another image's, or leave the adversarial centre."""
+"""Attacks on representations, which match that of another image or move it away from the adversarial centre."""
 
 import math
 from collections.abc import Callable
@@ -20,24 +20,25 @@ from torch import Generator, Tensor
 @final
 @dataclass(frozen=True, kw_only=True)
 class RepresentationMatching(BuiltInAttack):
-    """Give each image the representation of an accepted benign image of a wrong class, or of the target.
+    """An attack that gives each image the representation of an accepted benign image of another class.
 
-    It starts at that reference, projected onto the ball, and descends the squared distance of the representations; of
-    all iterates it returns the one with the best success margin. Where no reference fits it returns the clean image.
-    A step costs two forward passes, one with a backward pass.
+    The reference is of any wrong class, or of the target. The attack starts at the reference, projected onto the ball,
+    and descends the squared distance between the two representations. It returns the iterate with the best success
+    margin, and the clean image if there is no reference of a fitting class. A step costs two forward passes, one of
+    them with a backward pass.
 
     Args:
-        references: where to find accepted benign images.
-        norm: "linf", "l2", "l1" or "l0".
+        references: accepted benign images to choose from.
+        norm: norm of the ball, "linf", "l2", "l1" or "l0".
         eps: radius of the ball, at least 0, in units of the norm over pixels in [0, 1]; for l0 a number of pixels.
         step_size: length of a step in the norm, positive.
-        steps: at least 1.
+        steps: number of steps, at least 1.
         sparsity: fraction of coordinates that an l1 step changes, in (0, 1]; None takes the paper's dense step.
-        stop_early: images that are broken leave the batch; the same images get broken at less cost.
-        on_step: called with the step and the best margins so far (B,), for traces.
+        stop_early: whether broken images leave the batch, which breaks the same images at a lower cost.
+        on_step: callback for traces, which gets the step and the best margins so far (B,).
 
     Raises:
-        ConfigurationError: an option out of its range, or, when called, a detector that shows no representations.
+        ConfigurationError: an option is out of its range; when called, the detector has no representations.
 
     Reference:
         Sabour et al., "Adversarial manipulation of deep representations" (2016).
@@ -63,7 +64,7 @@ class RepresentationMatching(BuiltInAttack):
     on_step: OnStep | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        PGD(  # it checks all these
+        PGD(  # checks all these options
             norm=self.norm,
             eps=self.eps,
             step_size=self.step_size,
@@ -100,18 +101,19 @@ class RepresentationMatching(BuiltInAttack):
 @final
 @dataclass(frozen=True, kw_only=True)
 class RepelThenMinimise(SteppedAttack):
-    """Leave the adversarial centre first, then minimise the objective.
+    """An attack that first moves representations away from the adversarial centre, then minimises the objective.
 
-    Around the adversarial centre, the origin of the representations, the objective is a plateau. The first steps
-    maximise the distance from it, wherever that leads; the others go down from there. What has not left its own
-    cluster yet is led back into it: give those images a start such as "random" or `Towards`. A step of the first phase
-    costs two forward passes, one with a backward pass.
+    The objective is a plateau around the adversarial centre, which is the origin of the representations. The first
+    steps maximise the distance from the origin in any direction, and the others descend the objective from there. For
+    an image that is still inside the cluster of its class, the first steps lead further into this cluster. Use a start
+    such as "random" or `Towards` for such images. A step of the first phase costs two forward passes, one of them with
+    a backward pass.
 
     Args:
-        share: of the steps in the first phase, in [0, 1].
+        share: fraction of the steps that belong to the first phase, in [0, 1].
 
     Raises:
-        ConfigurationError: an option out of its range, or, when called, a detector that shows no representations.
+        ConfigurationError: an option is out of its range; when called, the detector has no representations.
 
     Reference:
         arXiv 2012.03483, equations 11 and 31, for the adversarial cluster.
@@ -134,7 +136,7 @@ class RepelThenMinimise(SteppedAttack):
 
 
 def has_representation(detector: object) -> bool:
-    """Whether the detector, or one that it wraps, shows its representations."""
+    """Whether a detector, or one that it wraps, has a method `represent`."""
     try:
         find_representation(detector)
     except ConfigurationError:
@@ -143,10 +145,10 @@ def has_representation(detector: object) -> bool:
 
 
 def find_representation(detector: object) -> Callable[[Tensor], Tensor]:
-    """The `represent` of a detector, or of the one that it wraps as its `detector`.
+    """The method `represent` of a detector, or of the detector that it wraps in its attribute `detector`.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: there is no such method.
 
     Example:
         >>> from clusterguard import ClusterGuard
@@ -169,7 +171,12 @@ def find_representation(detector: object) -> Callable[[Tensor], Tensor]:
 
 @dataclass
 class _Matching:
-    """Gradient and rule in one, since both forget the images that leave: `wanted` has one row an image."""
+    """Gradient and rule in one object, because both must drop images that leave the batch.
+
+    Attributes:
+        wanted: (B, m) representations of the references.
+        descent: rule of the steps.
+    """
 
     wanted: Tensor
     descent: SteepestDescent
@@ -187,7 +194,7 @@ class _Matching:
 
 @dataclass
 class _RepelFirst:
-    """A gradient away from the adversarial centre for so many steps, then the objective's."""
+    """The gradient away from the adversarial centre for `steps_left` steps, and that of the objective afterwards."""
 
     steps_left: int
 
@@ -199,7 +206,7 @@ class _RepelFirst:
 
 
 def _evaluate(problem: Problem, iterates: Tensor, loss_of: Callable[[Tensor], Tensor]) -> ObjectiveValues:
-    """Evaluate a loss of representations (B, m) -> (B,)."""
+    """The loss, its gradient and the margin at iterates, for a loss of representations (B, m) -> (B,)."""
     represent = find_representation(problem.detector)
     with torch.enable_grad():
         leaf = iterates.detach().requires_grad_()
@@ -209,5 +216,5 @@ def _evaluate(problem: Problem, iterates: Tensor, loss_of: Callable[[Tensor], Te
 
 
 def _wide(representations: Tensor) -> Tensor:
-    """In float32 at least, where squares of half precision would overflow."""
+    """The representations in float32 or float64, because squares in half precision may overflow."""
     return representations.to(torch.promote_types(representations.dtype, torch.float32))

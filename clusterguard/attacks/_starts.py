@@ -1,4 +1,4 @@
-"""Where an attack starts; around a plateau this decides between a robust guard and a masked gradient."""
+"""Starts of attacks; around a plateau, only a good start tells a robust guard from one with masked gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,11 +11,11 @@ from clusterguard.errors import ConfigurationError
 from torch import Tensor
 
 Start = Callable[[Problem], Tensor]
-"""problem -> (B, C, H, W) first iterates, inside ball and box."""
+"""A function from a problem to the first iterates (B, C, H, W), inside ball and box."""
 
 
 def at_image(problem: Problem) -> Tensor:
-    """The problem's clean images themselves."""
+    """The clean images of the problem."""
     return problem.images
 
 
@@ -25,7 +25,9 @@ def at_random(problem: Problem) -> Tensor:
 
 
 def output_diversified(problem: Problem) -> Tensor:
-    """Where a few whole steps along a random direction of the class scores lead, from the problem's random start.
+    """The points after three steps of length eps along a random direction of the class scores.
+
+    The steps begin at a random start for each image of the problem.
 
     Reference:
         Tashiro, Song & Ermon, "Diversity can be transferred: output diversification" (2020).
@@ -47,14 +49,14 @@ def output_diversified(problem: Problem) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Towards:
-    """As close as the ball allows to the nearest accepted benign image of a wrong class, or of the target.
+    """A start at the nearest accepted benign image of a wrong class, or of the target, projected onto the ball.
 
-    An adversarial cluster makes a plateau that gradients from the clean image do not leave; these starts are inside
-    the accepted region or at its door.
+    An adversarial cluster makes a plateau that gradients from the clean image do not leave. These starts lie inside the
+    accepted region or close to it.
 
     Args:
         images: (R, C, H, W) benign images that the detector accepts.
-        labels: (R,) the labels it gives them.
+        labels: (R,) labels that the detector gives to the images.
 
     Example:
         >>> import torch
@@ -69,7 +71,17 @@ class Towards:
     @classmethod
     @torch.no_grad()
     def accepted(cls, detector: Detector, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> "Towards":
-        """Those images (R, C, H, W) the detector accepts under their labels (R,), judged `batch_size` at a time."""
+        """A start from those images that the detector accepts under their labels.
+
+        Args:
+            detector: calibrated detector.
+            images: (R, C, H, W) benign images in [0, 1].
+            labels: (R,) true labels.
+            batch_size: number of images to judge at a time, at least 1.
+
+        Returns:
+            The start with the accepted images.
+        """
         check_detector(detector)
         check_images(images)
         check_labels(labels, images, len(detector.thresholds))
@@ -83,7 +95,7 @@ class Towards:
         return cls(images[usable], labels[usable])
 
     def __call__(self, problem: Problem) -> Tensor:
-        """The problem's projected references; the clean image where there is no reference of a fitting class."""
+        """The projected references of a problem's images, or the clean image if no reference has a fitting class."""
         if not len(self.images):
             return problem.images
         distances = torch.cdist(problem.images.flatten(1), self.images.flatten(1).to(problem.images.dtype))
@@ -94,17 +106,18 @@ class Towards:
         distances = distances.masked_fill(unfit, torch.inf)
         nearest = distances.min(dim=1)
         candidates = self.images[nearest.indices].to(problem.images.dtype)
-        found = nearest.values.isfinite()[:, None, None, None]
-        return problem.project(torch.where(found, candidates, problem.images))
+        has_reference = nearest.values.isfinite()[:, None, None, None]
+        return problem.project(torch.where(has_reference, candidates, problem.images))
 
     def __repr__(self) -> str:
         return f"Towards({len(self.images)} images of {len(self.labels.unique())} classes)"
 
 
 def towards_batch(problem: Problem) -> Tensor:
-    """The point of a problem's ball closest to the nearest image of a wrong class, or of the target, in its batch.
+    """The nearest image of a wrong class, or of the target, in a problem's own batch, projected onto the ball.
 
-    For training against an adversarial cluster: gradients from the clean image do not find what lies behind it.
+    This start is meant for training against an adversarial cluster, because gradients from the clean image do not reach
+    the accepted regions behind the cluster.
     """
     return Towards(problem.images, problem.labels)(problem)
 
@@ -118,10 +131,10 @@ STARTS: dict[str, Start] = {
 
 
 def get_start(start: str | Start) -> Start:
-    """The start of that name, or the callable itself.
+    """The start with this name, or the callable itself.
 
     Raises:
-        ConfigurationError: an unknown name.
+        ConfigurationError: the name is unknown.
     """
     if not isinstance(start, str):
         return start

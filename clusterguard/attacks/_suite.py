@@ -1,4 +1,4 @@
-"""The worst case over many attacks, and the state from which an interrupted one goes on."""
+"""The worst case over many attacks, and the state from which an interrupted suite continues."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -31,14 +31,14 @@ _KEYS = {"suite", "clean_margins", "best", "margins", "records", "generator", "c
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What one stage of a suite did.
+    """The result of one stage of a suite.
 
     Attributes:
-        name: of the stage.
-        attacked: how many images had survived until then.
-        broken: how many of those it broke.
-        forward: images judged.
-        backward: gradients taken.
+        name: name of the stage.
+        attacked: number of images that were unbroken before the stage.
+        broken: number of these images that the stage broke.
+        forward: number of images judged.
+        backward: number of gradients taken.
     """
 
     name: str
@@ -49,13 +49,13 @@ class StageRecord:
 
 
 class SuiteResult(NamedTuple):
-    """What a suite found.
+    """The result of a suite.
 
     Attributes:
-        images: (B, C, H, W), each image's attacked version with the smallest success margin.
-        stages: one record per stage, in order.
-        cost: what all of it took, earlier runs that this one went on from included.
-        runs: how many runs that were.
+        images: (B, C, H, W) for each image, the attacked version with the smallest success margin.
+        stages: one record for each stage, in order.
+        cost: cost of all runs of the suite, including earlier runs that this one resumed.
+        runs: number of these runs.
     """
 
     images: Tensor
@@ -66,16 +66,16 @@ class SuiteResult(NamedTuple):
 
 @dataclass
 class SuiteState:
-    """What an interrupted suite goes on from.
+    """The state from which an interrupted suite continues.
 
     Attributes:
-        suite: how it prints.
-        clean_margins: (B,), by which another detector, other images or labels are noticed.
-        best: (B, C, H, W) strongest images so far.
-        margins: (B,) their success margins.
-        records: of the stages that are done.
-        spent: what earlier runs took.
-        runs: how many runs there have been, this one included.
+        suite: `repr` of the suite.
+        clean_margins: (B,) success margins of the clean images, which differ for another detector or other images.
+        best: (B, C, H, W) attacked images with the smallest success margins so far.
+        margins: (B,) success margins of these images.
+        records: records of the finished stages.
+        spent: cost of the earlier runs.
+        runs: number of runs, including this one.
     """
 
     suite: str
@@ -87,7 +87,7 @@ class SuiteState:
     runs: int = 1
 
     def save(self, path: str | Path, generator: Generator | None, cost: Cost) -> None:
-        """Write the state, whole or not at all; `cost` is that of this run so far."""
+        """Write the state to a file, completely or not at all; `cost` is the cost of this run so far."""
         state = {
             "suite": self.suite,
             "clean_margins": self.clean_margins,
@@ -101,11 +101,11 @@ class SuiteState:
         save_progress(path, _KIND, state)
 
     def load(self, path: str | Path, generator: Generator | None) -> None:
-        """Take over a state that `save` wrote for the same suite, detector, images and labels.
+        """Restore a state that `save` wrote for the same suite, detector, images and labels.
 
         Raises:
-            ConfigurationError: it is of something else.
-            PersistenceError: it is damaged, or no state of a suite.
+            ConfigurationError: the state belongs to another suite, another detector or other images.
+            PersistenceError: the file is damaged, or is not the state of a suite.
         """
         again = f"delete {path} to begin the suite anew, or choose another checkpoint"
         progress = read_progress(path, _KIND, hint=again, device=self.best.device)
@@ -134,7 +134,7 @@ class SuiteState:
 
 
 def _is_state(state: dict[str, Any]) -> bool:
-    """Whether an archive holds what `SuiteState.save` writes: its kinds, its shapes, and no margin that is NaN."""
+    """Whether an archive has the types and shapes that `SuiteState.save` writes, no NaN margins and finite pixels."""
     clean, best, margins, generator = (state[name] for name in ("clean_margins", "best", "margins", "generator"))
     if not all(isinstance(own, Tensor) and own.is_floating_point() for own in (clean, best, margins)):
         return False
@@ -159,7 +159,14 @@ Budget = Literal["quick", "standard", "thorough"]
 
 
 class Effort(NamedTuple):
-    """What a budget buys: steps per gradient attack, random starts, targets per image, queries per image."""
+    """The work of a budget.
+
+    Attributes:
+        steps: number of steps of a gradient attack.
+        restarts: number of random starts.
+        targets: number of targets for each image; None takes all wrong classes.
+        queries: number of queries for each image.
+    """
 
     steps: int
     restarts: int
@@ -177,23 +184,26 @@ EFFORTS: dict[str, Effort] = {
 @final
 @dataclass(frozen=True, kw_only=True)
 class WorstCaseSuite(BuiltInAttack):
-    """Everything we know against ourselves, in one norm: an image counts as broken if anything breaks it.
+    """A suite of all strong attacks of this library in one norm; an image counts as broken if any of them breaks it.
 
-    Stages: (1) APGD on the success margin from the image, random, output-diversified, and towards accepted images of
-    other classes; (2) APGD aimed at every wrong class, from the image and from an accepted image of that class;
-    (3) MIM, fast minimum norm aimed at every wrong class, and Carlini & Wagner for l2; (4) escapes from the
-    adversarial plateau: repel first, match representations, orthogonal gradients, transfer; (5) gradient-free: Square,
-    or Sparse-RS for l0, and if thorough in linf and l2 Boundary. Images that are broken leave.
+    The stages are the following, and each one attacks only images that are still unbroken. (1) APGD on the success
+    margin starts from the image, from random and output-diversified points, and towards accepted images of other
+    classes. (2) APGD is aimed at every wrong class, from the image and from an accepted image of this class. (3) MIM,
+    fast minimum norm aimed at every wrong class, and for l2 Carlini & Wagner follow. (4) Attacks that escape from the
+    adversarial plateau repel first, match representations, use orthogonal gradients, or transfer from a surrogate.
+    (5) The attacks without gradients are Square, or Sparse-RS for l0, and with the thorough budget Boundary for linf
+    and l2.
 
     Args:
-        norm: "linf", "l2", "l1" or "l0".
+        norm: norm of the ball, "linf", "l2", "l1" or "l0".
         eps: radius of the ball, at least 0; for l0 a number of pixels.
-        budget: "quick", "standard" or "thorough".
-        references: benign images to start towards; None takes those under attack. Only accepted ones are used.
+        budget: amount of work, "quick", "standard" or "thorough".
+        references: benign images (R, C, H, W) and their labels (R,), as starts for attacks; None takes the attacked
+            images. Only images that the detector accepts are used.
         surrogates: detectors whose adversarial images are tried too.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Croce & Hein (2020) for the idea of a fixed, parameter-free ensemble; Tramer et al., "On adaptive attacks to
@@ -215,19 +225,21 @@ class WorstCaseSuite(BuiltInAttack):
         get_norm(self.norm)
         if self.budget not in EFFORTS:
             raise ConfigurationError(f"expected a budget among {', '.join(EFFORTS)}, got {self.budget!r}")
-        if self.references is not None:  # without them, the size of images is seen at the first call
+        if self.references is not None:  # without references, the size of images is unknown until the first call
             check_radius(self, self.references[0])
 
     def stages(self, detector: Detector, references: Towards) -> dict[str, Attack]:
-        """The attacks by name, in order; those that the detector has no use for are left out.
+        """The attacks by name, in order, without those that do not suit the detector.
 
         Args:
-            detector: under attack.
+            detector: detector to attack.
             references: accepted benign images.
         """
         effort = EFFORTS[self.budget]
         norm, share = get_norm(self.norm), 2 / max(10, effort.steps // 5)
-        step = norm.step_size(self.eps, references.images.shape[1:], share=share) or 1.0  # eps = 0
+        step = (
+            norm.step_size(self.eps, references.images.shape[1:], share=share) or 1.0
+        )  # a step must be positive, also for eps = 0
 
         def apgd(start: str | Start, objective: str = "margin", steps: int = effort.steps) -> APGD:
             return APGD(
@@ -254,7 +266,8 @@ class WorstCaseSuite(BuiltInAttack):
             ),
             "MIM": MIM(objective="margin", **iterated),
             "PGD towards accepted images": PGD(objective="suspicion", start=references, **iterated),
-            # Two lengths of step, for each finds what the other misses; many steps, for it converges slowly.
+            # Each of the two step lengths breaks images that the other misses. The attack converges slowly, so it gets
+            # more steps.
             **{
                 f"multi-target fast minimum norm, step {length:g}": MultiTarget(
                     attack=FastMinimumNorm(step_size=length, steps=3 * effort.steps, stop_early=True, **options),
@@ -294,26 +307,27 @@ class WorstCaseSuite(BuiltInAttack):
         progress: bool = False,
         on_stage: Callable[[StageRecord], None] | None = None,
     ) -> SuiteResult:
-        """Run the stages and say what each did.
+        """Run the stages and return the strongest images with a record of each stage.
 
         Args:
-            detector: whatever yields evidence and thresholds.
+            detector: detector to attack, which returns evidence and has thresholds.
             images: (B, C, H, W), finite, in [0, 1].
             labels: (B,) true labels.
             targets: (B,) wrong labels to aim at; None aims at any wrong label.
             generator: randomness, on the images' device.
-            checkpoint: a file written after every stage; if it exists, the run goes on from it.
-            progress: show a progress bar.
-            on_stage: called after every stage.
+            checkpoint: file to write after every stage; if it exists, the run resumes from it.
+            progress: whether to show a progress bar.
+            on_stage: function to call with the record of each stage.
 
         Returns:
-            The strongest image found for each, and one record per stage.
+            The strongest attacked version of each image, and one record for each stage.
 
         Raises:
-            InputError: images, labels or targets of a wrong shape, dtype, range or device.
+            InputError: images, labels or targets have a wrong shape, dtype, range or device.
             NotCalibratedError: the detector has no thresholds.
-            ConfigurationError: the checkpoint is of another suite or of other images.
-            PersistenceError: the checkpoint is damaged, no state of a suite, or being written by another run.
+            ConfigurationError: the checkpoint belongs to another suite or to other images.
+            PersistenceError: the checkpoint is damaged, is not the state of a suite, or is being written by
+                another run.
         """
         check_attack_input(detector, images, labels, targets)
         check_radius(self, images)
@@ -349,7 +363,7 @@ class WorstCaseSuite(BuiltInAttack):
         targets: Tensor | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
-        """The images of `run`."""
+        """The attacked images of `run`."""
         return self.run(detector, images, labels, targets=targets, generator=generator).images
 
     def _perturb(
@@ -378,7 +392,7 @@ class WorstCaseSuite(BuiltInAttack):
         aims = None if targets is None else targets[rows]
         attacked = attack(metered, images[rows], labels[rows], targets=aims, generator=generator)
         margins = self._margins(detector, attacked, labels[rows], aims)
-        # No stage is trusted: what left ball or box is worth nothing.
+        # A stage may return images outside ball or box, which must not count.
         size = get_norm(self.norm).size(attacked - images[rows])
         inside = (size <= self.eps * (1 + 1e-5) + 1e-6) & ((attacked >= 0) & (attacked <= 1)).flatten(1).all(dim=1)
         margins = margins.masked_fill(~inside, torch.inf)

@@ -1,4 +1,4 @@
-"""Attacks made of other attacks: several targets, a mixture, a surrogate."""
+"""Attacks made of other attacks, with several targets, as a random mixture, or on a surrogate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,16 +15,16 @@ from torch import Generator, Tensor
 @final
 @dataclass(frozen=True, kw_only=True)
 class MultiTarget(WrappingAttack):
-    """Aim an attack at every wrong class in turn and keep what came closest to success.
+    """An attack that aims another attack at every wrong class in turn, and keeps the image closest to success.
 
-    Choosing the nearest wrong class anew at each step gets stuck between classes; this does not.
+    An attack that chooses the nearest wrong class again at each step can get stuck between classes. This one cannot.
 
     Args:
-        attack: run once per target; ``stop_early`` in it saves work.
-        max_targets: how many wrong classes to try per image, the most promising first; None tries all.
+        attack: attack to run once for each target; its option ``stop_early`` saves work.
+        max_targets: number of wrong classes to try for each image, the most promising first; None tries all.
 
     Raises:
-        ConfigurationError: fewer than one target.
+        ConfigurationError: `max_targets` is below 1.
 
     Reference:
         Gowal et al., "An alternative surrogate loss for PGD-based adversarial testing" (2019).
@@ -54,12 +54,12 @@ class MultiTarget(WrappingAttack):
             return self.attack(detector, images, labels, targets=targets, generator=generator)
         with torch.no_grad():
             promise = class_margins(detector.evidence(images), detector.thresholds)
-            # An image that cannot be judged has infinite margins everywhere: its own label must still come last.
+            # An image that cannot be judged has infinite margins for all classes, and its label must still come last.
             promise = promise.clamp_max(torch.finfo(promise.dtype).max).scatter(1, labels[:, None], torch.inf)
             order = promise.argsort(dim=1)[:, : len(detector.thresholds) - 1][:, : self.max_targets]
         best, best_margin = images.clone(), images.new_full((len(images),), torch.inf)
         for column in order.T:
-            rows = (best_margin > 0).nonzero().squeeze(1)  # what is broken stays as it is
+            rows = (best_margin > 0).nonzero().squeeze(1)  # broken images stay as they are
             if not len(rows):
                 break
             attacked = self.attack(detector, images[rows], labels[rows], targets=column[rows], generator=generator)
@@ -77,13 +77,13 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, kw_only=True)
 class MixedAttack(BuiltInAttack):
-    """Run one of several attacks, chosen at random for each batch: training against several norms.
+    """An attack that runs one of several attacks, chosen at random for each batch, to train against several norms.
 
     Args:
-        attacks: at least one, all equally likely.
+        attacks: attacks to choose from, at least one, all equally likely.
 
     Raises:
-        ConfigurationError: no attacks.
+        ConfigurationError: there are no attacks.
 
     Reference:
         Maini, Wong & Kolter, "Adversarial robustness against the union of multiple perturbation models" (2020).
@@ -104,25 +104,25 @@ class MixedAttack(BuiltInAttack):
 
     @property
     def norm(self) -> str | None:
-        """That of all of them; None if they differ."""
+        """The norm of all attacks; None if they differ."""
         norm: str | None = self._common("norm")
         return norm
 
     @property
     def eps(self) -> float | None:
-        """That of all of them; None if they differ."""
+        """The radius of all attacks; None if they differ."""
         eps: float | None = self._common("eps")
         return eps
 
     def _common(self, name: str) -> Any:
-        found = {getattr(attack, name, None) for attack in self.attacks}
-        return found.pop() if len(found) == 1 else None
+        values = {getattr(attack, name, None) for attack in self.attacks}
+        return values.pop() if len(values) == 1 else None
 
     def scaled(self, factor: float) -> "Self":
-        """The same of scaled attacks.
+        """The same mixture of scaled attacks.
 
         Args:
-            factor: positive.
+            factor: factor of radii and step sizes, positive.
         """
         return replace(self, attacks=tuple(scale(attack, factor) for attack in self.attacks))
 
@@ -142,15 +142,15 @@ class MixedAttack(BuiltInAttack):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Transfer(WrappingAttack):
-    """Attack a surrogate, and hope that its mistakes are the victim's too; the victim is never asked for evidence.
+    """An attack on a surrogate, whose attacked images may also fool the victim; the victim is never queried.
 
     Args:
-        surrogate: the detector that is attacked, calibrated, on the images' device, with the victim's classes; it is
-            shared, not copied.
-        attack: run on it.
+        surrogate: calibrated detector to attack, on the images' device and with the victim's classes; it is shared and
+            not copied.
+        attack: attack to run on the surrogate.
 
     Raises:
-        ConfigurationError: an option out of its range.
+        ConfigurationError: an option is out of its range.
 
     Reference:
         Papernot et al., "Transferability in machine learning: from phenomena to black-box attacks using adversarial

@@ -49,7 +49,7 @@ class TrainingStep(NamedTuple):
 class _WholeStep(nn.Module):
     """A module whose forward pass is a whole training step; accelerate wraps it for devices and processes.
 
-    The attack within the step so runs on the unwrapped detector, and processes exchange gradients only once, for the
+    So the attack within the step runs on the unwrapped detector, and processes exchange gradients only once, for the
     loss of the step.
     """
 

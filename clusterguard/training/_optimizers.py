@@ -1,4 +1,4 @@
-"""Optimizers and schedulers of the user: making them from factories, checking them, and stepping schedulers."""
+"""Functions that make optimizers and schedulers from factories, check them, and step schedulers."""
 
 import inspect
 import io
