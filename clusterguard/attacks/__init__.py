@@ -7,6 +7,8 @@ from clusterguard.attacks._base import (
     WrappingAttack,
     check_attack_input,
     check_radius,
+    find_representation,
+    has_representation,
     ramp,
     scale,
 )
@@ -50,12 +52,7 @@ from clusterguard.attacks._pgd import (
     SteppedAttack,
 )
 from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square, random_search
-from clusterguard.attacks._representation import (
-    RepelThenMinimise,
-    RepresentationMatching,
-    find_representation,
-    has_representation,
-)
+from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._starts import (
     STARTS,
     Start,

@@ -8,7 +8,14 @@ from typing import Any, Literal, NamedTuple, final
 import torch
 from clusterguard._support import evaluation_mode, only_writer, read_progress, save_progress
 from clusterguard.attacks._auto_pgd import APGD
-from clusterguard.attacks._base import Attack, BuiltInAttack, check_attack_input, check_budget, check_radius
+from clusterguard.attacks._base import (
+    Attack,
+    BuiltInAttack,
+    check_attack_input,
+    check_budget,
+    check_radius,
+    has_representation,
+)
 from clusterguard.attacks._boundary import Boundary
 from clusterguard.attacks._carlini_wagner import CarliniWagner
 from clusterguard.attacks._metering import Cost, Metered
@@ -17,7 +24,7 @@ from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._pgd import MIM, PGD
 from clusterguard.attacks._random_search import Square, random_search
-from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching, has_representation
+from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._starts import Start, Towards
 from clusterguard.attacks._wrapping import MultiTarget, Transfer
 from clusterguard.detection import Detector, success_margin

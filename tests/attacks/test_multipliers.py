@@ -2,7 +2,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from clusterguard.attacks import _norms as multipliers
+from clusterguard.attacks import _multipliers as multipliers
 from clusterguard.attacks import get_norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
