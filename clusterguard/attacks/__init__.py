@@ -51,6 +51,7 @@ from clusterguard.attacks._pgd import (
     SteepestDescent,
     SteppedAttack,
 )
+from clusterguard.attacks._precision import Precision, choose_precision
 from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square, random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._starts import (
@@ -99,6 +100,7 @@ __all__ = [
     "OrthogonalPGD",
     "PaperProtocol",
     "PeerAttack",
+    "Precision",
     "Problem",
     "RandomSearch",
     "RandomTarget",
@@ -125,6 +127,7 @@ __all__ = [
     "backpropagate",
     "check_attack_input",
     "check_radius",
+    "choose_precision",
     "cross_entropy",
     "dense_l1_direction",
     "descend",

@@ -30,6 +30,7 @@ class Problem:
         eps: largest size of the perturbation, one number or (B,).
         objective: loss to minimise.
         generator: randomness.
+        search: detector in a lower precision that gradients are taken of; None takes the detector's own.
     """
 
     detector: Detector
@@ -40,6 +41,7 @@ class Problem:
     eps: float | Tensor
     objective: Objective
     generator: Generator | None = None
+    search: Detector | None = None
 
     def project(self, candidates: Tensor) -> Tensor:
         """The candidates (B, C, H, W) projected onto the ball around the images, cut by the box [0, 1]."""
@@ -207,7 +209,7 @@ def backpropagate(problem: Problem, iterates: Tensor, *, with_margin: bool = Tru
         with_margin: whether to compute margins, which take more operators than a small network. An attack that keeps
             the last iterate does not need them.
     """
-    detector = problem.detector
+    detector = problem.detector if problem.search is None else problem.search
     with torch.enable_grad():
         leaf = iterates.detach().requires_grad_()
         evidence = detector.evidence(leaf)
@@ -215,12 +217,23 @@ def backpropagate(problem: Problem, iterates: Tensor, *, with_margin: bool = Tru
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     loss = loss.detach()
     if problem.objective is margin_objective:
-        return ObjectiveValues(loss, loss, gradient)
+        return ObjectiveValues(loss, _judged(problem, iterates, loss, evidence.suspicion), gradient)
     if not with_margin:
         return ObjectiveValues(loss, torch.full_like(loss, torch.inf), gradient)
     with torch.no_grad():
         margin = success_margin(evidence, detector.thresholds, problem.labels, problem.targets)
-    return ObjectiveValues(loss, margin, gradient)
+    return ObjectiveValues(loss, _judged(problem, iterates, margin, evidence.suspicion), gradient)
+
+
+def _judged(problem: Problem, iterates: Tensor, margin: Tensor, suspicion: Tensor) -> Tensor:
+    """Margins (B,) of a search in lower precision, but those that may be successes are the detector's own."""
+    if problem.search is None:
+        return margin
+    near = ~(margin > suspicion.detach().abs().amax(dim=1) / 64)  # bfloat16 has 8 bits, and errors add up
+    rows = near.nonzero().squeeze(1)
+    if not len(rows):
+        return margin
+    return margin.index_copy(0, rows, problem.select(rows).margin(iterates[rows]).to(margin.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The worst case over many attacks, and the state from which an interrupted suite continues."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
 
@@ -23,6 +23,7 @@ from clusterguard.attacks._minimum_norm import FastMinimumNorm
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._pgd import MIM, PGD
+from clusterguard.attacks._precision import Precision, check_precision, choose_precision
 from clusterguard.attacks._random_search import Square, random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._starts import Start, Towards
@@ -208,6 +209,7 @@ class WorstCaseSuite(BuiltInAttack):
         references: benign images (R, C, H, W) and their labels (R,), as starts for attacks; None takes the attacked
             images. Only images that the detector accepts are used.
         surrogates: detectors whose adversarial images are tried too.
+        precision: precision in which gradients are searched along, as in `IteratedAttack`; "auto" decides once a run.
 
     Raises:
         ConfigurationError: an option is out of its range.
@@ -218,7 +220,7 @@ class WorstCaseSuite(BuiltInAttack):
 
     Example:
         >>> WorstCaseSuite("linf", eps=0.3, budget="quick")
-        WorstCaseSuite(batch_size=None, norm='linf', eps=0.3, budget='quick')
+        WorstCaseSuite(batch_size=None, norm='linf', eps=0.3, budget='quick', precision='float32')
     """
 
     norm: str = field(kw_only=False)
@@ -226,10 +228,12 @@ class WorstCaseSuite(BuiltInAttack):
     budget: Budget = "standard"
     references: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
     surrogates: tuple[Detector, ...] = field(default=(), repr=False, compare=False)
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_budget(eps=self.eps, norm=self.norm, batch_size=self.batch_size)
         get_norm(self.norm)
+        check_precision(self.precision)
         if self.budget not in EFFORTS:
             raise ConfigurationError(f"expected a budget among {', '.join(EFFORTS)}, got {self.budget!r}")
         if self.references is not None:  # without references, the size of images is unknown until the first call
@@ -243,10 +247,9 @@ class WorstCaseSuite(BuiltInAttack):
             references: accepted benign images.
         """
         effort = EFFORTS[self.budget]
+        searched: dict[str, Any] = {"batch_size": self.batch_size, "precision": self.precision}
         norm, share = get_norm(self.norm), 2 / max(10, effort.steps // 5)
-        step = (
-            norm.step_size(self.eps, references.images.shape[1:], share=share) or 1.0
-        )  # a step must be positive, also for eps = 0
+        step = norm.step_size(self.eps, references.images.shape[1:], share=share) or 1.0  # positive also for eps = 0
 
         def apgd(start: str | Start, objective: str = "margin", steps: int = effort.steps) -> APGD:
             return APGD(
@@ -256,11 +259,12 @@ class WorstCaseSuite(BuiltInAttack):
                 start=start,
                 objective=objective,
                 stop_early=True,
-                batch_size=self.batch_size,
+                **searched,
             )
 
         options: dict[str, Any] = {"norm": self.norm, "eps": self.eps, "batch_size": self.batch_size}
-        iterated: dict[str, Any] = options | {"steps": effort.steps, "step_size": step, "stop_early": True}
+        more = searched | {"norm": self.norm, "eps": self.eps, "stop_early": True}
+        iterated: dict[str, Any] = more | {"steps": effort.steps, "step_size": step}
         stages: dict[str, Attack] = {
             "APGD": apgd("image"),
             "APGD towards accepted images": apgd(references),
@@ -277,7 +281,7 @@ class WorstCaseSuite(BuiltInAttack):
             # more steps.
             **{
                 f"multi-target fast minimum norm, step {length:g}": MultiTarget(
-                    attack=FastMinimumNorm(step_size=length, steps=3 * effort.steps, stop_early=True, **options),
+                    attack=FastMinimumNorm(step_size=length, steps=3 * effort.steps, **more),
                     max_targets=effort.targets,
                 )
                 for length in ((10.0, 1.0) if norm.grain else (1.0, 0.3))
@@ -343,7 +347,9 @@ class WorstCaseSuite(BuiltInAttack):
             images, labels = images.detach().clone(), labels.long().clone()
             targets = None if targets is None else targets.long().clone()
             benign = (images, labels) if self.references is None else self.references
-            stages = self.stages(detector, Towards.accepted(metered, *benign, batch_size=self.batch_size or 500))
+            chosen = choose_precision(detector, images, labels) if self.precision == "auto" else self.precision
+            accepted = Towards.accepted(metered, *benign, batch_size=self.batch_size or 500)
+            stages = replace(self, precision=chosen).stages(detector, accepted)
             state = self._begin(metered, images, labels, targets, checkpoint, generator)
             bar = tqdm(stages.items(), desc=f"{self.norm} {self.eps:g}", disable=not progress, leave=False)
             for name, attack in bar:

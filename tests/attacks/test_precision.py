@@ -1,0 +1,111 @@
+"""Attacks in bfloat16 find what attacks in float32 find, and nothing counts that the detector does not accept."""
+
+import pytest
+import torch
+from clusterguard import APGD, PGD, ClusterGuard, Evidence, WorstCaseSuite, decide
+from clusterguard.attacks import FastMinimumNorm, Metered, OrthogonalPGD, _precision, choose_precision, get_norm
+from clusterguard.attacks._precision import InBfloat16
+from clusterguard.detection import Verdicts, is_broken
+from clusterguard.errors import ConfigurationError
+from torch import nn
+
+EPS = {"linf": 0.1, "l2": 1.0, "l1": 6.0, "l0": 12}
+
+
+def broken(guard, attacked, labels):
+    return is_broken(Verdicts(decide(guard.evidence(attacked), guard.thresholds), labels))
+
+
+@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize("attack", [PGD, APGD, FastMinimumNorm, OrthogonalPGD], ids=lambda attack: attack.__name__)
+def test_as_many_images_are_broken_within_the_same_ball(trained_guard, images, labels, attack, norm):
+    options = {"norm": norm, "eps": EPS[norm], "steps": 20, "stop_early": True}
+    if attack in (PGD, OrthogonalPGD):
+        options["step_size"] = get_norm(norm).step_size(EPS[norm], images.shape[1:], share=0.2)
+    counts = []
+    for precision in ("float32", "bf16"):
+        attacked = attack(precision=precision, **options)(trained_guard, images, labels)
+        assert (get_norm(norm).size(attacked - images) <= EPS[norm] * (1 + 1e-5)).all()
+        counts.append(int(broken(trained_guard, attacked, labels).sum()))
+    assert counts[1] >= counts[0] - 1
+
+
+@pytest.mark.slow
+def test_a_suite_in_bfloat16_breaks_at_least_as_many(trained_guard, images, labels):
+    suites = (WorstCaseSuite("linf", eps=0.1, budget="quick", precision=name) for name in ("float32", "bf16"))
+    counts = [int(broken(trained_guard, suite(trained_guard, images, labels), labels).sum()) for suite in suites]
+    assert counts[1] >= counts[0]
+
+
+class Liar(nn.Module):
+    """Accepts everything under a wrong label, but only in bfloat16."""
+
+    def __init__(self, guard: ClusterGuard) -> None:
+        super().__init__()
+        self.guard, self.thresholds = guard, guard.thresholds
+
+    def evidence(self, images):
+        scores, suspicion = self.guard.evidence(images)
+        if torch.is_autocast_enabled(images.device.type):
+            return Evidence(-scores, 0 * suspicion)
+        return Evidence(scores, suspicion)
+
+
+@pytest.mark.parametrize("objective", ["margin", "suspicion"])
+def test_a_success_in_bfloat16_alone_is_none(trained_guard, images, labels, objective):
+    best = []
+    attack = PGD(
+        eps=1e-6,
+        step_size=1e-6,
+        steps=6,
+        precision="bf16",
+        objective=objective,
+        stop_early=True,
+        on_step=lambda step, margins: best.append(margins),
+    )
+    metered = Metered(Liar(trained_guard))
+    attack(metered, images, labels)
+    assert len(best) == 7  # nothing left early
+    assert all((margins > 0).all() for margins in best)
+    assert metered.cost.forward == 13 * len(images)  # each step asks twice
+
+
+def test_evidence_in_bfloat16_is_near_and_in_float32(trained_guard, images):
+    exact, rough = trained_guard.evidence(images), InBfloat16(trained_guard).evidence(images)
+    for one, other in zip(exact, rough, strict=True):
+        assert other.dtype == torch.float32
+        assert 0 < (one - other).abs().max() < 0.02 * one.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cosine", "expected"),
+    [((1.0, 0.5), 1.0, "bf16"), ((1.0, 0.95), 1.0, "float32"), ((1.0, 0.1), 0.5, "float32")],
+)
+def test_what_is_faster_and_agrees_is_chosen(trained_guard, images, labels, monkeypatch, seconds, cosine, expected):
+    monkeypatch.setattr(_precision, "has_bfloat16", lambda device: True)
+
+    def time(detector, images, labels):
+        is_rough = isinstance(detector, InBfloat16)
+        angle = torch.tensor(cosine).acos() * is_rough
+        gradient = torch.stack([angle.cos(), angle.sin()]).view(1, 1, 1, 2).expand(len(images), -1, -1, -1)
+        return gradient, seconds[is_rough]
+
+    monkeypatch.setattr(_precision, "_time_gradient", time)
+    assert choose_precision(trained_guard, images, labels) == expected
+
+
+def test_on_a_device_without_bfloat16_nothing_is_timed(trained_guard, images, labels, monkeypatch):
+    monkeypatch.setattr(_precision, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(_precision, "_time_gradient", None)
+    assert choose_precision(trained_guard, images, labels) == "float32"
+    attack = PGD(eps=0.1, step_size=0.02, steps=5)
+    exact = attack(trained_guard, images, labels)
+    auto = PGD(eps=0.1, step_size=0.02, steps=5, precision="auto")(trained_guard, images, labels)
+    assert torch.equal(exact, auto)
+
+
+def test_other_precisions_are_refused():
+    with pytest.raises(ConfigurationError, match="'float32', 'bf16' or 'auto', got 'fp16'"):
+        PGD(eps=0.1, step_size=0.1, precision="fp16")
+    with pytest.raises(ConfigurationError, match="precision"):
+        WorstCaseSuite("linf", eps=0.1, precision="half")
