@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from itertools import islice
-from typing import final
+from typing import Any, final
 
 import torch
 from clusterguard._support import check_numbers, evaluation_mode
@@ -116,6 +116,11 @@ class AdversarialClusterTrainer(DetectorTrainer):
         self.ramp_epochs = ramp_epochs
         self.refresh_every = refresh_every
         self.refresh_batches = refresh_batches
+
+    def defining_options(self) -> dict[str, Any]:
+        """All that the trainer was made with, beside the guard."""
+        names = ("attack", "loss", "relabel", "warmup_epochs", "ramp_epochs", "refresh_every", "refresh_batches")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def _is_warming_up(self) -> bool:

@@ -131,6 +131,11 @@ class CertifiedTrainer(DetectorTrainer):
         self.center_weight = center_weight
         self.temperature = temperature
 
+    def defining_options(self) -> dict[str, float]:
+        """All that the trainer was made with, beside the guard."""
+        names = ("eps", "warmup_epochs", "ramp_epochs", "bound_weight", "center_weight", "temperature")
+        return {name: getattr(self, name) for name in names}
+
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
         """The loss of a batch of images (B, C, H, W) in [0, 1] and labels (B,); the generator is not used."""
         representations, head = self.guard.represent(images), self.guard.head

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from clusterguard.detection import Loader, number_of_batches
 from clusterguard.errors import InputError, PersistenceError
+from clusterguard.training._descriptions import describe, describe_data
 from clusterguard.training._loader_state import LoaderState
 from torch import Generator, Tensor
 
@@ -234,6 +235,13 @@ class Run:
     checkpoint: str | Path | None
     checkpoint_every: int | None
     stop_when: Callable[[], bool] | None
+
+    def describe(self) -> dict[str, str]:
+        """The seed of the generator and what the loaders tell of their data, as text."""
+        seed = None if self.generator is None else self.generator.initial_seed()
+        training = describe_data("training", self.train.loader)
+        calibration = describe_data("calibration", self.calibration.loader)
+        return describe({"seed of the generator": seed}) | training | calibration
 
     def state_dict(self, device: torch.device) -> dict[str, Any]:
         """The positions and random states of this process."""

@@ -42,6 +42,7 @@ from clusterguard.errors import (
     in_one_line,
 )
 from clusterguard.training._checkpoints import EpochRecord, EpochTotals, read_checkpoint, save_checkpoint
+from clusterguard.training._descriptions import describe, describe_options, describe_steps, differences, listed
 from clusterguard.training._engine import TrainingEngine, TrainingStep
 from clusterguard.training._loader_state import restarting_workers
 from clusterguard.training._optimizers import MakeOptimizer, MakeScheduler, make_optimizer, make_scheduler
@@ -105,6 +106,8 @@ class DetectorTrainer(ABC):
         self._totals = EpochTotals()
         self._batches: int | None = None
         self._noted: dict[str, float] = {}
+        self._steps_at_first = describe_steps(self.optimizer, self.scheduler)  # before any has been taken
+        self._descriptions: list[dict[str, str]] = []  # of this run, by process
 
     @abstractmethod
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
@@ -118,6 +121,24 @@ class DetectorTrainer(ABC):
 
     def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:  # noqa: B027  # optional
         """A hook that is called after every optimizer step, with an endless iterator of calibration batches."""
+
+    def defining_options(self) -> Mapping[str, Any]:
+        """What a trainer adds to the description of a run: options that change weights; the default adds none.
+
+        `fit` refuses a checkpoint that other options were described in. Override it where `__init__` takes options.
+
+        Returns:
+            Numbers, strings, dataclasses, functions or objects by name. Functions, and objects that do not print
+            themselves, are compared by their names alone.
+
+        Example:
+            >>> from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard
+            >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 2)
+            >>> trainer = AdversarialClusterTrainer(guard, PGD(eps=0.1, step_size=0.05), warmup_epochs=3)
+            >>> trainer.defining_options()["warmup_epochs"]
+            3
+        """
+        return {}
 
     def note(self, values: Mapping[str, float]) -> None:
         """Send values, numbers by name, to the trackers with the next report."""
@@ -173,8 +194,10 @@ class DetectorTrainer(ABC):
             epochs: total number of epochs, including those of a resumed checkpoint and of earlier calls.
             on_epoch_end: function to call with the record of each epoch, after the checkpoint is written.
             checkpoint: file to write after every epoch. If it exists, training resumes from it and ends with the same
-                weights as without the interruption. The checkpoint before it is kept next to it under the suffix
-                ``.previous``. Persistent workers of loaders are restarted for every pass, because their random states
+                weights as without the interruption. The data, the generator's seed and all options that change weights
+                must be the same as before; epochs, devices and callbacks need not be. The checkpoint before it is kept
+                next to it under the suffix ``.previous``, and a file ``.lock`` keeps a second training from writing at
+                the same time. Persistent workers of loaders are restarted for every pass, because their random states
                 cannot be kept. The first batch of each loader is drawn twice before training, to check that it can be
                 repeated.
             checkpoint_every: number of optimizer steps between two further checkpoints; None writes them after epochs
@@ -408,6 +431,7 @@ class DetectorTrainer(ABC):
             "thresholds": self.thresholds,
             "history": [asdict(record) for record in self.history],
             "steps": self.engine.steps,
+            "descriptions": self._descriptions,
             "image_shape": self.detector.image_shape,
             "processes": collect({accelerator.process_index: state}, self.engine.shared),
         }
@@ -417,16 +441,22 @@ class DetectorTrainer(ABC):
 
     def _resume(self, run: Run) -> bool:
         """Restore the checkpoint, and return whether there was one."""
-        checkpoint = None if run.checkpoint is None else read_checkpoint(run.checkpoint)
+        if run.checkpoint is None:
+            return False
+        accelerator = self.engine.accelerator
+        self._descriptions = collect({accelerator.process_index: self._describe(run)}, self.engine.shared)
+        checkpoint = read_checkpoint(run.checkpoint)
         if checkpoint is None:
             return False
-        accelerator, values = self.engine.accelerator, checkpoint.values
+        values = checkpoint.values
         try:
             processes, steps = values["processes"], int(values["steps"])
             state = processes[accelerator.process_index % len(processes)]
             thresholds = values["thresholds"].to(self.engine.device).view_as(self.thresholds)
             history = [EpochRecord(**record) for record in values["history"]]
             totals = EpochTotals(**state["totals"])
+            pairs = zip(values.get("descriptions", ()), self._descriptions, strict=False)
+            changed = [change for before, now in pairs for change in differences(before, now)]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise PersistenceError(
                 f"{checkpoint.file} is not a checkpoint of this training ({in_one_line(error)}); choose another file, "
@@ -437,11 +467,22 @@ class DetectorTrainer(ABC):
                 f"{checkpoint.file} was written by {len(processes)} processes; go on with as many, "
                 f"not with {accelerator.num_processes}"
             )
+        if changed:
+            raise PersistenceError(
+                f"{checkpoint.file} belongs to another run: {listed(changed)}; choose another file, or delete it to "
+                "start anew"
+            )
         with checkpoint.restored(self.engine.parts):
             run.load_state_dict(state, self.engine.device)
         self.thresholds, self.history, self.engine.steps, self._totals = thresholds, history, steps, totals
         self.detector.image_shape = self.detector.image_shape or values.get("image_shape")
         return True
+
+    def _describe(self, run: Run) -> dict[str, str]:
+        """What a run that goes on from this one's checkpoint must have in common with it."""
+        own = {"trainer": type(self), **self.defining_options(), "calibrator": self.calibrator}
+        options = describe_options(self.options, self.engine.accelerator.mixed_precision)
+        return describe(own) | self._steps_at_first | options | run.describe()
 
 
 def _frozen_batch_norms(detector: nn.Module) -> frozenset[str]:

@@ -51,7 +51,7 @@ def train(checkpoint: Path | None, kill_at: int | None = None, *, seed: int = 0)
                 os.kill(os.getpid(), signal.SIGKILL)
 
         trainer.after_step = die
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     loader = DataLoader(Augmented(), batch_size=9, shuffle=True)
     calibration = DataLoader(Augmented(), batch_size=15, shuffle=True)
     trainer.fit(

@@ -1,0 +1,241 @@
+"""A checkpoint belongs to the run that wrote it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from clusterguard import FGSM, PGD, AdversarialClusterTrainer, Calibrator, CertifiedTrainer, TrainingOptions
+from clusterguard._support import read_progress, save_progress
+from clusterguard.attacks import MixedAttack
+from clusterguard.detectors import ConfidenceDetector
+from clusterguard.errors import PersistenceError
+from clusterguard.training import ClusterLoss, DetectorTrainer, Graded, Original, Outside, TrainingStep
+from clusterguard.training._descriptions import describe
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.utils.data import DataLoader, TensorDataset
+from trainings import ATTACK, new_guard
+
+DATA = TensorDataset(torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(3)), torch.arange(12) % 3)
+LOADER = DataLoader(DATA, 6)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def fit(file, *, epochs=1, train=LOADER, calibration=LOADER, generator=None, **options):
+    options = {"attack": ATTACK, "optimizer": partial(Adam, lr=1e-3), **options}
+    trainer = AdversarialClusterTrainer(new_guard(), **options)
+    fit = {"checkpoint": file, "generator": generator, "calibrate": False, "progress": False}
+    return trainer.fit(train, calibration, epochs=epochs, **fit)
+
+
+OTHERS = [
+    ({"attack": PGD(eps=0.2, step_size=0.05, steps=3, keep="last")}, "attack.eps was 0.1, is 0.2"),
+    ({"attack": FGSM(eps=0.1)}, "attack was PGD, is FGSM"),
+    ({"loss": ClusterLoss(weight=0.5)}, "loss.weight was 1, is 0.5"),
+    ({"loss": ClusterLoss(target=Outside())}, "loss.target was Origin, is Outside"),
+    ({"relabel": Original()}, "relabel was Separate, is Original"),
+    ({"warmup_epochs": 1}, "warmup_epochs was 0, is 1"),
+    ({"ramp_epochs": 2.5}, "ramp_epochs was 0, is 2.5"),
+    ({"refresh_every": 5}, "refresh_every was 10, is 5"),
+    ({"refresh_batches": 1}, "refresh_batches was 4, is 1"),
+    ({"calibrator": Calibrator(0.2)}, "calibrator.false_positive_rate was 0.01, is 0.2"),
+    ({"options": TrainingOptions(clip_norm=1.0)}, "options.clip_norm was None, is 1"),
+    ({"options": TrainingOptions(average_decay=0.9)}, "options.average_decay was None, is 0.9"),
+    ({"options": TrainingOptions(weight_perturbation=0.1)}, "options.weight_perturbation was None, is 0.1"),
+    ({"options": TrainingOptions(schedule_every="step")}, "options.schedule_every was 'epoch', is 'step'"),
+    ({"options": TrainingOptions(accumulate=2)}, "options.accumulate was 1, is 2"),
+    ({"optimizer": partial(SGD, lr=1e-3)}, "optimizer was Adam, is SGD"),
+    ({"optimizer": partial(Adam, lr=1e-2)}, "optimizer.lr was 0.001, is 0.01"),
+    ({"optimizer": partial(Adam, betas=(0.8, 0.999))}, r"optimizer.betas was \(0.9, 0.999\), is \(0.8, 0.999\)"),
+    ({"scheduler": partial(StepLR, step_size=1)}, "scheduler was None, is StepLR"),
+    ({"generator": seeded(4)}, "seed of the generator was None, is 4"),
+    ({"train": DataLoader(DATA, 4)}, "training batches was 2, is 3; training batch size was 6, is 4"),
+    ({"train": DataLoader(TensorDataset(*DATA[:11]), 6)}, "training images was 12, is 11"),
+    ({"calibration": [DATA[:6]]}, "calibration batches was 2, is 1"),
+]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    file = tmp_path_factory.mktemp("run") / "run.pt"
+    fit(file)
+    return file
+
+
+@pytest.mark.parametrize(("other", "change"), OTHERS, ids=[change[:30] for _, change in OTHERS])
+def test_a_checkpoint_of_another_run_is_refused_in_one_sentence_that_names_the_difference(written, other, change):
+    before = written.read_bytes()
+    with pytest.raises(
+        PersistenceError,
+        match=rf"run\.pt belongs to another run: .*{change}.*; choose another file, or delete it to start anew",
+    ) as caught:
+        fit(written, **other)
+    assert "\n" not in str(caught.value)
+    assert written.read_bytes() == before
+
+
+def test_a_run_of_the_same_options_goes_on_whatever_may_differ(written, tmp_path):
+    file = tmp_path / "run.pt"
+    file.write_bytes(written.read_bytes())
+    watched = PGD(eps=0.1, step_size=0.05, steps=3, keep="last", on_step=lambda *_: None)
+    torch.manual_seed(99)
+    assert len(fit(file, epochs=3, attack=watched, options=TrainingOptions(log_every=3))) == 3
+    assert len(fit(file, epochs=3)) == 3
+
+
+def test_the_same_trainer_goes_on_after_its_scheduler_has_changed_the_rate(tmp_path):
+    def new_trainer(epochs):
+        return AdversarialClusterTrainer(
+            new_guard(),
+            ATTACK,
+            optimizer=lambda parameters: SGD(parameters, lr=0.1),
+            scheduler=lambda optimizer: LambdaLR(optimizer, lambda epoch: (epoch + 1) / epochs),
+        )
+
+    trainer = new_trainer(2)
+    for epochs in (1, 2):
+        trainer.fit(LOADER, LOADER, epochs=epochs, checkpoint=tmp_path / "run.pt", calibrate=False, progress=False)
+    history = new_trainer(4).fit(
+        LOADER, LOADER, epochs=4, checkpoint=tmp_path / "run.pt", calibrate=False, progress=False
+    )
+    assert len(history) == 4
+
+
+def test_what_an_older_checkpoint_does_not_know_is_no_difference(written, tmp_path):
+    file = tmp_path / "run.pt"
+    state = read_progress(written, "training", hint="").state
+    del state["values"]["descriptions"][0]["refresh_every"]
+    save_progress(file, "training", state)
+    fit(file, refresh_every=5)
+    del state["values"]["descriptions"]
+    save_progress(file, "training", state)
+    fit(file, attack=FGSM(eps=0.1))
+
+
+def test_many_differences_are_counted(written):
+    loss, options = ClusterLoss(target=Outside(), weight=0.5, floor=0.1), TrainingOptions(clip_norm=1.0, accumulate=2)
+    others = {"loss": loss, "options": options, "relabel": Graded(), "warmup_epochs": 1, "ramp_epochs": 1}
+    with pytest.raises(PersistenceError, match=r"another run: ([^;]+; ){10}2 more; choose"):
+        fit(written, **others, refresh_every=3, refresh_batches=2, generator=seeded(3), calibration=[DATA[:6]])
+
+
+def test_certified_training_has_options_of_its_own(tmp_path):
+    options = {"optimizer": partial(SGD, lr=1e-3), "warmup_epochs": 0.0}
+    run = {"epochs": 1, "checkpoint": tmp_path / "run.pt", "calibrate": False, "progress": False}
+    CertifiedTrainer(new_guard(), eps=0.1, **options).fit(LOADER, LOADER, **run)
+    with pytest.raises(PersistenceError, match=r"another run: eps was 0\.1, is 0\.2; ramp_epochs was 10, is 3; choose"):
+        CertifiedTrainer(new_guard(), eps=0.2, ramp_epochs=3, **options).fit(LOADER, LOADER, **run)
+
+
+class Smoothing(DetectorTrainer):
+    """A user's own trainer."""
+
+    def __init__(self, smoothing):
+        detector = ConfidenceDetector(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 3)
+        super().__init__(detector, optimizer=partial(SGD, lr=0.1))
+        self.smoothing = smoothing
+
+    def training_step(self, images, labels, generator):
+        logits = self.detector(images)
+        loss = cross_entropy(logits, labels, label_smoothing=self.smoothing)
+        return TrainingStep(loss, (logits.argmax(1) == labels).sum())
+
+
+class Described(Smoothing):
+    def defining_options(self):
+        return {"smoothing": self.smoothing}
+
+
+def test_a_users_trainer_says_what_defines_its_runs_if_it_wants_to(tmp_path):
+    def run(trainer, name):
+        trainer.fit(LOADER, LOADER, epochs=1, checkpoint=tmp_path / name, calibrate=False, progress=False)
+
+    run(Smoothing(0.1), "plain.pt")
+    run(Smoothing(0.2), "plain.pt")
+    run(Described(0.1), "described.pt")
+    run(Described(0.1), "described.pt")
+    with pytest.raises(PersistenceError, match=r"smoothing was 0\.1, is 0\.2"):
+        run(Described(0.2), "described.pt")
+    with pytest.raises(PersistenceError, match="trainer was Described, is Smoothing"):
+        run(Smoothing(0.1), "described.pt")
+
+
+class Plain:
+    """Prints as Python makes it, with an address."""
+
+    def attack(self, *_):
+        """Bound."""
+
+
+@dataclass
+class Holding:
+    inner: object
+    number: float = 0.1
+
+
+class Printing:
+    def __repr__(self):
+        return f"Printing({object()!r})"
+
+
+def options_without_names():
+    """Options whose Python repr has addresses in it, or an order of its own."""
+    return {
+        "function": lambda images: images,
+        "object": Plain(),
+        "method": Plain().attack,
+        "class": Plain,
+        "in a dataclass": Holding(Plain()),
+        "printing": Printing(),
+        "partial": partial(print, Plain(), end=Plain()),
+        "list": [Plain(), Holding(Plain)],
+        "mapping": {"key": Plain(), 3: Plain()},
+        "set": {"one", "two", "three", "four"},
+        "tensor": torch.arange(3.0),
+        "module": nn.Linear(2, 2),
+        "namespace": SimpleNamespace(a=Plain()),
+        "deep": Holding(Holding(Holding(Holding(Holding(Holding(Holding(Holding(Holding(Plain()))))))))),
+        "mixed": MixedAttack(attacks=(ATTACK, Plain())),
+    }
+
+
+def test_descriptions_are_the_same_in_every_process():
+    code = "import json, test_belonging as t; print(json.dumps(t.describe(t.options_without_names())))"
+    path = os.pathsep.join(path for path in sys.path if path)
+    found = []
+    for seed in "12":
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
+        found.append(json.loads(done.stdout))
+    assert found[0] == found[1]
+    assert not any("0x" in text for text in found[0].values())
+    assert found[0]["in a dataclass"] == "Holding"
+    assert found[0]["in a dataclass.inner"] == "Plain"
+    assert found[0]["mixed.attacks.0.eps"] == "0.1"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(torch.zeros(3), torch.ones(3)), ([1] * 500 + [2], [1] * 500 + [3]), (print, len), ({1, 2}, {1, 3}), (1, None)],
+    ids=str,
+)
+def test_what_differs_is_described_differently(one, other):
+    assert describe({"option": one}) != describe({"option": other})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(1, 1.0), (torch.tensor(0.5), 0.5), ([1, 2], (1, 2.0)), (lambda a: a, lambda b: b)], ids=str
+)
+def test_what_does_the_same_is_described_the_same(one, other):
+    assert describe({"option": one}) == describe({"option": other})
