@@ -3,13 +3,11 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from clusterguard import Detector
-from clusterguard._support import write_atomically
 from clusterguard.attacks import Objective, StageRecord
 from torch import Generator, Tensor
 from tqdm import tqdm
@@ -18,7 +16,7 @@ from benchmarks.detectors import RECIPES
 from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.kinds import KINDS, Outcome, Scene
 from benchmarks.running.clock import Clock
-from benchmarks.running.store import Store
+from benchmarks.running.store import Store, read_chunk, save_chunk
 
 REFERENCES = 2000  # calibration images that attacks may start towards
 
@@ -86,7 +84,7 @@ def attack_cell(
             found = [KINDS[cell.kind].run(scene, **cell.options)] if twin is None else _run_both(scene, cell)
             _write_chunks([folder / file.name for folder in folders], found)
             took = time.perf_counter() - started
-        chunks.append(torch.load(file, weights_only=True, map_location=device))
+        chunks.append(read_chunk(file, device))
     return _join(chunks)
 
 
@@ -105,7 +103,7 @@ def _write_chunks(files: Sequence[Path], found: Sequence[Outcome]) -> None:
     """Write the cell's chunk last: where that is, the twin's is too, unless memory was too small for it."""
     for file, outcome in reversed(list(zip(files, found, strict=False))):
         kept = outcome._asdict() | {"stages": [asdict(stage) for stage in outcome.stages]}
-        write_atomically(file, partial(torch.save, kept))
+        save_chunk(file, kept)
 
 
 def _join(chunks: Sequence[dict[str, Any]]) -> Outcome:

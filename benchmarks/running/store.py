@@ -7,14 +7,16 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from functools import partial
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from clusterguard._support import write_atomically
-from clusterguard.errors import PersistenceError
-from safetensors.torch import load_file, save_file
+from clusterguard._support import read_progress, save_progress, write_atomically
+from clusterguard.errors import PersistenceError, in_one_line
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from benchmarks.experiments.cells import Cell, Profile, digest
@@ -110,9 +112,12 @@ class Store:
                 parts.append({})
                 size = tensor.nbytes
             parts[-1][name] = tensor.detach().cpu().clone()  # safetensors wants memory that nobody shares
+        digests = []
         for index, part in enumerate(parts):
-            write_atomically(self._weights(key, index), partial(save_file, part))
-        text = json.dumps({"parts": len(parts), **record}, indent=1) + "\n"
+            content = save(part)
+            write_atomically(self._weights(key, index), partial(Path.write_bytes, data=content))
+            digests.append(sha256(content).hexdigest())
+        text = json.dumps({"parts": len(parts), "sha256": digests, **record}, indent=1) + "\n"
         write_atomically(self._record(key), lambda file: file.write_text(text))
 
     def has_weights(self, key: str) -> bool:
@@ -120,13 +125,27 @@ class Store:
         return self._record(key).exists()
 
     def load_weights(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Weights and their record, None if they are not complete."""
+        """Weights and their record, None if they are not complete; older records have no digests of the weights.
+
+        Raises:
+            PersistenceError: a file of them is damaged or missing.
+        """
         if not self.has_weights(key):
             return None
-        record: dict[str, Any] = json.loads(self._record(key).read_text())
-        state: dict[str, Tensor] = {}
-        for index in range(record["parts"]):
-            state |= load_file(self._weights(key, index))
+        try:
+            record: dict[str, Any] = json.loads(self._record(key).read_text())
+            digests = record.get("sha256", [None] * record["parts"])
+            state: dict[str, Tensor] = {}
+            for index, digest_then in zip(range(record["parts"]), digests, strict=True):
+                content = self._weights(key, index).read_bytes()
+                if digest_then not in (None, sha256(content).hexdigest()):
+                    raise ValueError(f"{self._weights(key, index).name} has another digest")
+                state |= load(content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise PersistenceError(
+                f"the weights that {self._record(key)} is of are damaged ({in_one_line(error)}); restore the files, or "
+                "delete that one and train again"
+            ) from error
         return state, record
 
     def _record(self, key: str) -> Path:
@@ -134,6 +153,23 @@ class Store:
 
     def _weights(self, key: str, index: int) -> Path:
         return self.root / "models" / f"{key}-{index + 1}.safetensors"
+
+
+def save_chunk(file: Path, outcome: Mapping[str, Any]) -> None:
+    """Keep what was found on some of a cell's images, until the cell is done."""
+    save_progress(file, "chunk of a cell", outcome)
+
+
+def read_chunk(file: Path, device: torch.device) -> dict[str, Any]:
+    """What `save_chunk` kept.
+
+    Raises:
+        PersistenceError: it is missing, damaged, or of an older version.
+    """
+    chunk = read_progress(file, "chunk of a cell", hint="delete it to attack its images again", device=device)
+    if chunk is None:
+        raise PersistenceError(f"{file} is missing; run again")
+    return chunk.state
 
 
 def _sealed(line: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
 import json
 
+import pytest
 import torch
 from clusterguard.errors import PersistenceError
 from made_up_results import find, made_up
 
-from benchmarks.running.store import Store
+from benchmarks.running.store import Store, read_chunk, save_chunk
 
 
 def test_large_weights_come_in_parts(tmp_path):
@@ -18,6 +19,54 @@ def test_large_weights_come_in_parts(tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
     assert record["record"] == {"epochs": 1}
     assert store.load_weights("other") is None
+
+
+def test_no_flipped_bit_changes_weights_silently(tmp_path):
+    store, state = Store(tmp_path), {"weight": torch.arange(6.0), "ids": torch.arange(3)}
+    store.save_weights("key", state, {"record": {}})
+    (file,) = tmp_path.rglob("*.safetensors")
+    whole = file.read_bytes()
+    for position in range(0, 8 * len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        file.write_bytes(damaged)
+        with pytest.raises(PersistenceError, match=r"key\.json is of are damaged .*; restore the files, or delete"):
+            store.load_weights("key")
+    file.unlink()
+    with pytest.raises(PersistenceError, match=r"key-1\.safetensors"):
+        store.load_weights("key")
+
+
+def test_weights_whose_record_has_no_digests_are_still_read(tmp_path):
+    store = Store(tmp_path)
+    store.save_weights("key", {"weight": torch.arange(6.0)}, {"record": {}})
+    (file,) = tmp_path.rglob("*.json")
+    record = json.loads(file.read_text())
+    del record["sha256"]
+    file.write_text(json.dumps(record))
+    assert store.load_weights("key")[0]["weight"].tolist() == [0, 1, 2, 3, 4, 5]
+    file.write_text('{"parts": "one"}')
+    with pytest.raises(PersistenceError, match=r"key\.json"):
+        store.load_weights("key")
+
+
+def test_no_flipped_bit_changes_a_chunk_silently(tmp_path):
+    file, cpu = tmp_path / "0-0.pt", torch.device("cpu")
+    save_chunk(file, {"attacked": {"": torch.arange(6.0)}, "stages": [], "unproved": None})
+    assert read_chunk(file, cpu)["attacked"][""].tolist() == [0, 1, 2, 3, 4, 5]
+    whole, refused = file.read_bytes(), 0
+    for position in range(0, 8 * len(whole), 131):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        file.write_bytes(damaged)
+        try:
+            assert read_chunk(file, cpu)["attacked"][""].tolist() == [0, 1, 2, 3, 4, 5]
+        except PersistenceError as error:
+            refused += "0-0.pt" in str(error)
+    assert refused
+    torch.save({"attacked": {}}, file)
+    with pytest.raises(PersistenceError, match=r"0-0\.pt .*; delete it to attack its images again"):
+        read_chunk(file, cpu)
 
 
 def test_results_lie_in_one_readable_file_a_training(tmp_path):
