@@ -4,9 +4,10 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
-from clusterguard._support import check_detector, check_tensor, evaluation_mode
+from clusterguard._support import check_detector, check_tensor, evaluation_mode, is_unicode
 from clusterguard.attacks import Attack, check_attack_input, check_radius, get_norm
 from clusterguard.detection import (
     Detection,
@@ -75,8 +76,8 @@ def evaluate(
     Raises:
         NotCalibratedError: the detector has no thresholds.
         InputError: images or labels have a wrong shape, dtype or range, or the loader is empty.
-        ConfigurationError: there are no attacks, an attack has a radius that covers all images, or `sanity_images` is
-            negative.
+        ConfigurationError: there are no attacks, an attack has a name that is empty or not UTF-8 or a radius that covers
+            all images, or `sanity_images` is negative.
 
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".
@@ -91,9 +92,7 @@ def evaluate(
         >>> evaluate(detector, {"FGSM": FGSM(eps=0.1)}, loader).images
         8
     """
-    named = dict(attacks) if isinstance(attacks, Mapping) else {type(attacks).__name__: attacks}
-    if not named:
-        raise ConfigurationError("expected at least one attack, got none")
+    named = _by_name(attacks)
     check_detector(detector)
     if sanity_images < 0:
         raise ConfigurationError(f"expected sanity_images of at least 0, got {sanity_images}")
@@ -115,7 +114,7 @@ def evaluate(
             clean,
             benign,
             generator=generator,
-            checkpoint=None if checkpoint is None else Path(checkpoint) / f"{name}.pt",
+            checkpoint=None if checkpoint is None else Path(checkpoint) / _file_name(name),
             accelerator=accelerator,
             progress=name if progress else "",
         )
@@ -144,6 +143,24 @@ def evaluate(
         labels=labels,
         gallery=gallery,
     )
+
+
+def _by_name(attacks: Attack | Mapping[str, Attack]) -> dict[str, Attack]:
+    named = dict(attacks) if isinstance(attacks, Mapping) else {type(attacks).__name__: attacks}
+    if not named:
+        raise ConfigurationError("expected at least one attack, got none")
+    for name in named:
+        if not isinstance(name, str) or not name.strip() or not is_unicode(name):
+            raise ConfigurationError(
+                f"expected a name for each attack, of characters that UTF-8 can write, got {name!r}; rename it"
+            )
+    return named
+
+
+def _file_name(name: str) -> str:
+    """That of an attack's checkpoint; no name leads out of the folder, and no two to one file."""
+    quoted = [own if own.isprintable() and own not in '%/\\:*?"<>|' else quote(own, safe="") for own in name]
+    return f"{''.join(quoted)}.pt"
 
 
 def _attack(

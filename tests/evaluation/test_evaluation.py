@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from clusterguard import FGSM, PGD, evaluate
+from clusterguard import FGSM, PGD, WorstCaseSuite, evaluate
 from clusterguard.detection import Rate
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from torch.utils.data import DataLoader, TensorDataset
@@ -87,6 +87,32 @@ def test_the_report_is_plain_json_and_markdown(small_guard, loader, tmp_path):
     assert data["results"][0]["attack"] == repr(FGSM(eps=0.0))
     assert data["versions"]["torch"] == torch.__version__
     assert "| none | 0.000 [" in report.to_markdown()
+
+
+def test_no_name_of_an_attack_leads_out_of_the_folder_of_checkpoints(small_guard, loader, tmp_path, light_suites):
+    names = ["../../esc", "a/b", "a%2Fb", "..", "C:\\x", "new\nline", "l2, ε = 0.1 (quick)"]
+    attacks = {name: WorstCaseSuite("linf", eps=0.1, budget="quick") for name in names}
+    folder = tmp_path / "one" / "two" / "three"
+    images, labels = next(iter(loader))
+    report = evaluate(small_guard, attacks, [(images[:6], labels[:6])], checkpoint=folder, sanity_images=0)
+    assert [result.name for result in report.results] == names
+    kept = {path.name for path in folder.iterdir() if path.suffix == ".pt"}
+    assert kept == {
+        "..%2F..%2Fesc.pt",
+        "a%2Fb.pt",
+        "a%252Fb.pt",
+        "...pt",
+        "C%3A%5Cx.pt",
+        "new%0Aline.pt",
+        "l2, ε = 0.1 (quick).pt",
+    }
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != folder]
+
+
+@pytest.mark.parametrize("name", ["", " ", "\ud800", 3])
+def test_an_attack_without_a_name_that_can_be_written_is_refused(small_guard, loader, name):
+    with pytest.raises(ConfigurationError, match="expected a name for each attack"):
+        evaluate(small_guard, {name: FGSM(eps=0.1)}, loader)
 
 
 def test_everything_is_checked_before_the_first_attack(small_guard, loader):
