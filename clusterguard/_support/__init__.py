@@ -26,6 +26,7 @@ from clusterguard._support._copying import (
 )
 from clusterguard._support._files import check_place, read_archive, write_atomically
 from clusterguard._support._locks import only_writer
+from clusterguard._support._markdown import code_in_markdown, escape_markdown
 from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
 from clusterguard._support._processes import OneProcess, collect, share
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
@@ -51,10 +52,12 @@ __all__ = [
     "check_range",
     "check_tensor",
     "check_verdicts",
+    "code_in_markdown",
     "collect",
     "copy_backbone",
     "copy_module",
     "digest_of",
+    "escape_markdown",
     "evaluation_mode",
     "in_range",
     "is_unicode",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from clusterguard._support import code_in_markdown, escape_markdown
 from clusterguard.detection import Calibration, Rate
 from clusterguard.errors import ConfigurationError
 
@@ -124,8 +125,11 @@ def model_card(
     backbone, guard, details = config["backbone"], config["guard"], details or CardDetails()
     is_module = backbone["source"] == "module"
     is_short = backbone["source"] != "layers" and bool(backbone.get("arguments"))
-    name = f"`{backbone['type']}`" if is_module else f"`{backbone['name']}` of {backbone['source']}"
-    arguments = f" with `{json.dumps(backbone['arguments'])}`" if is_short else ""
+    name = code_in_markdown(backbone["type" if is_module else "name"]) + (
+        "" if is_module else f" of {backbone['source']}"
+    )
+    arguments = f" with {code_in_markdown(json.dumps(backbone['arguments']))}" if is_short else ""
+    head = escape_markdown(guard["head"]["description"])
     builds = (details.backbone or ("your_module" if is_module else "")).strip()
     imports = "\n\n".join(["from clusterguard import ClusterGuard", *filter(None, [details.imports.strip()])])
     code = (
@@ -143,7 +147,7 @@ def model_card(
         "[arXiv 2012.03483](https://arxiv.org/abs/2012.03483).",
         f"```python\n{code}\n```",
         "## Model",
-        f"Backbone {name}{arguments}; {guard['head']['description']}, {guard['dtype']}. Saved with {versions}. The "
+        f"Backbone {name}{arguments}; {head}, {guard['dtype']}. Saved with {versions}. The "
         "backbone's name tells its architecture, not the weights that training started from.",
         *(["## Classes", f"In the order of their labels:\n\n```json\n{names}\n```"] if names else []),
         "## Thresholds",

@@ -76,8 +76,8 @@ def evaluate(
     Raises:
         NotCalibratedError: the detector has no thresholds.
         InputError: images or labels have a wrong shape, dtype or range, or the loader is empty.
-        ConfigurationError: there are no attacks, an attack has a name that is empty or not UTF-8 or a radius that covers
-            all images, or `sanity_images` is negative.
+        ConfigurationError: there are no attacks, an attack has a name that is empty or not UTF-8, or a radius that
+            covers all images, or `sanity_images` is negative.
 
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".

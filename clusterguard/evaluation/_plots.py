@@ -144,7 +144,7 @@ def evaluation_figures(evaluation: Evaluation) -> dict[str, tuple[bytes, str]]:
         caught = attacked.masked_fill(result.verdict.labels == evaluation.labels, torch.inf)
         cuts = torch.cat([clean, clean.new_tensor([0.0])]).sort().values
         rates = [(float((clean > cut).double().mean()), float((caught > cut).double().mean())) for cut in cuts]
-        roc.plot(*zip(*rates, strict=True), label=result.name, linewidth=1.3)
+        roc.plot(*zip(*rates, strict=True), label=_plain(result.name), linewidth=1.3)
     roc.axvline(max(evaluation.false_positives.value, 1e-4), color="black", linewidth=0.8, linestyle=":")
     roc.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="false-positive rate", ylabel="attacked images caught")
     roc.set_xscale("symlog", linthresh=0.01)
@@ -201,12 +201,17 @@ def _histogram(axis: "Axes", ratios: Mapping[str, Tensor]) -> None:
     low, high = min(values.min() for values in logs.values()), max(0.1, *(values.max() for values in logs.values()))
     bins = [low + (high - low) * step / 50 for step in range(51)]
     for name, values in logs.items():
-        axis.hist(values, bins=bins, alpha=0.6 if name == "benign" else 0.45, label=name)
+        axis.hist(values, bins=bins, alpha=0.6 if name == "benign" else 0.45, label=_plain(name))
     axis.axvline(0, color="black", linewidth=1, label="τ")
     axis.set(xlabel="suspicion ÷ τ of the predicted label (log scale)", ylabel="images")
     ticks = [step for step in (0.0001, 0.001, 0.01, 0.1, 0.3, 1, 3, 10, 100) if low <= math.log10(step) <= high]
     axis.set_xticks([math.log10(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
     axis.legend(frameon=False, fontsize=8)
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it: without formulas, and not hidden from legends for a leading underscore."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _figure(columns: int, *, height: float, width: float = 4.8, rows: int = 1) -> "tuple[Figure, list[Axes]]":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from clusterguard._support import write_atomically
+from clusterguard._support import escape_markdown, write_atomically
 from clusterguard.attacks import Cost, StageRecord
 from clusterguard.detection import Detection, Rate
 from clusterguard.evaluation._sanity import Sanity
@@ -158,7 +158,10 @@ class Evaluation:
         return write_atomically(path, lambda file: file.write_text(text))
 
     def to_markdown(self) -> str:
-        """The figures as Markdown, with n and 95 % intervals; the sanity report comes last."""
+        """The figures as Markdown, with n and 95 % intervals; the sanity report comes last.
+
+        Markup in the names of attacks is escaped.
+        """
         lines = [
             f"n = {self.images}; accuracy {self.accuracy}; after rejection "
             f"{self.accuracy_after_rejection}; false positives {self.false_positives}",
@@ -167,21 +170,29 @@ class Evaluation:
             "|---|---|---|---|---|",
         ]
         lines += [
-            f"| {result.name} | {result.success} | {show_number(result.expected_roc_auc)} "
+            f"| {escape_markdown(result.name)} | {result.success} | {show_number(result.expected_roc_auc)} "
             f"| {result.cost.forward:,} | {result.cost.backward:,} |"
             for result in self.results
         ]
         if len(self.worst_by_norm) > 1:
-            lines += [f"| worst of {norm}, per image | {rate} | | | |" for norm, rate in self.worst_by_norm.items()]
+            lines += [
+                f"| worst of {escape_markdown(norm)}, per image | {rate} | | | |"
+                for norm, rate in self.worst_by_norm.items()
+            ]
         lines.append(f"| worst case per image | {self.worst_case} | {show_number(self.eroc)} | | |")
         lines += [f"| {name} | {rate} | | | |" for name, rate in self.proved]
-        lines += [line for text in self.resumed_lines() for line in ("", text)]
+        lines += [line for text in self.resumed_lines() for line in ("", escape_markdown(text))]
         for result in self.results:
             if result.stages:
-                lines += ["", f"Stages of {result.name}, each on the survivors of those before it:", ""]
+                lines += [
+                    "",
+                    f"Stages of {escape_markdown(result.name)}, each on the survivors of those before it:",
+                    "",
+                ]
                 lines += ["| stage | attacked | broken | forward | gradients |", "|---|---|---|---|---|"]
                 lines += [
-                    f"| {stage.name} | {stage.attacked} | {stage.broken} | {stage.forward:,} | {stage.backward:,} |"
+                    f"| {escape_markdown(stage.name)} | {stage.attacked} | {stage.broken} | {stage.forward:,} "
+                    f"| {stage.backward:,} |"
                     for stage in result.stages
                 ]
         return "\n".join(lines + self.sanity_lines())

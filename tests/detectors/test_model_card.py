@@ -1,3 +1,4 @@
+import html
 import json
 import re
 from pathlib import Path
@@ -7,7 +8,9 @@ import pytest
 import torch
 from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, evaluate
 from clusterguard.detectors import CardDetails
+from clusterguard.detectors._model_card import model_card
 from clusterguard.errors import ConfigurationError
+from markdown_it import MarkdownIt
 from saving import bits, make_guard
 from torch import nn
 
@@ -131,3 +134,19 @@ def test_a_guard_is_pushed_to_the_hub_with_its_card(monkeypatch):
     assert set(pushed) == {"model.safetensors", "config.json", "README.md"}
     assert json.loads(pushed["config.json"])["training"] == {"epochs": 3}
     assert b"\nlicense: mit\n" in pushed["README.md"]
+
+
+def test_no_name_on_a_card_is_markup():
+    name, head = "a`b\n# c <i>", "of *mine* | <b>"
+    config = {
+        "backbone": {"source": "timm", "name": name, "arguments": {"act": "```\n<u>"}},
+        "guard": {"num_classes": 2, "head": {"description": head}, "dtype": "float32", "class_names": ["```", "<s>"]},
+        "training": {"note": "```\n<hr>"},
+        "versions": {},
+    }
+    page = MarkdownIt("commonmark").render(model_card(config, calibrated=False).split("---", 2)[2])
+    assert page.count("<h1>") == 1
+    assert not re.findall("<(?:i|b|u|s|hr|em)>", page)
+    text = html.unescape(page)
+    for piece in ("<code>a`b # c <i></code>", '<code>{"act": "```\\n<u>"}</code>', head, '["```", "<s>"]'):
+        assert piece in text

@@ -1,5 +1,7 @@
+import html
 import json
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ from clusterguard.attacks import EFFORTS
 from clusterguard.detection import Rate
 from clusterguard.evaluation import CertifiedBound, to_html
 from effort import FEW_STEPS
+from markdown_it import MarkdownIt
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -72,6 +75,30 @@ def test_the_page_needs_nothing_else(report, tmp_path):
     assert "PGD &lt;linf&gt;" in page
     assert "PGD <linf>" not in page
     assert "Worst-broken images" in page
+
+
+NAMES = ["a | b", "two\nlines", "`x` $y_{$ <b>bold</b>", "_hidden [a](b) **c** \\", "# 1. heading", "$\\frac{"]
+
+
+def test_names_of_attacks_are_shown_as_they_are_and_mean_nothing(report, tmp_path):
+    results = [report.results[0], report.results[1]] * 3
+    renamed = [replace(result, name=name, runs=2) for result, name in zip(results, NAMES, strict=True)]
+    norms = {f"<{norm}> |": rate for norm, rate in report.worst_by_norm.items()}
+    hostile = replace(report, results=tuple(renamed), worst_by_norm=norms)
+    page = MarkdownIt("commonmark").enable("table").render(hostile.to_markdown())
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)]
+    assert {len(row) for row in rows if row} == {5}
+    worst = [f"worst of {norm}, per image" for norm in norms]
+    shown = [html.unescape(row[0]) for row in rows if row]
+    assert shown[:8] == [*(" ".join(name.split()) for name in NAMES), *worst]
+    for name in NAMES:
+        assert f"<p>{' '.join(name.split())} took 2 runs" in html.unescape(page)
+    assert {*re.findall(r"<([a-z0-9]+)", page)} == {"table", "thead", "tbody", "tr", "th", "td", "p"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = to_html(hostile, tmp_path / "report.html").read_text()
+    assert all(html.escape(name) in written for name in NAMES)
+    assert "<b>" not in written
 
 
 def test_without_matplotlib_the_page_says_what_to_install(report, tmp_path, monkeypatch):
