@@ -82,6 +82,7 @@ class Replay:
         self._loader_state = LoaderState(loader)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
         self._taken, self._digest, self._start = 0, 0, self._present_states()
+        self._past: dict[str, Any] | None = None  # where the last pass began, and the digest of its first batch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self
@@ -120,6 +121,8 @@ class Replay:
 
     def rewind(self) -> None:
         """Make the next batch the first one of a new pass."""
+        if self._taken:
+            self._past = {"digest": self._digest, "start": self._kept(self._start)}
         self._batches, self._taken, self._digest = None, 0, 0
 
     @contextmanager
@@ -150,11 +153,11 @@ class Replay:
         If the pass has not taken a batch yet, it starts from the present states.
         """
         start = self._start if self._taken else self._present_states()
-        return {
-            "taken": self._taken,
-            "digest": self._digest,
-            "start": start | {"loader": self._loader_state.changed(start["loader"])},
-        }
+        past = None if self._taken else self._past
+        return {"taken": self._taken, "digest": self._digest, "start": self._kept(start), "past": past}
+
+    def _kept(self, states: dict[str, Any]) -> dict[str, Any]:
+        return states | {"loader": self._loader_state.changed(states["loader"])}
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Restore the position; the global random states are then those after the last batch that was taken.
@@ -173,12 +176,30 @@ class Replay:
         for _ in range(state["taken"]):
             if next(self, None) is None:
                 raise InputError(f"expected a loader of at least {state['taken']} batches, as when it was interrupted")
+        self._past = state.get("past")
         if self._digest != state.get("digest", self._digest):
-            warnings.warn(
-                "training that goes on from its checkpoint is not the same as without the interruption, because the "
-                f"loader gives other batches than before: its images have changed, or {UNKNOWN}",
-                stacklevel=2,
-            )
+            self._warn_of_others()
+
+    def look_back(self) -> None:
+        """Draw the first batch of the last pass once more, unless a pass is going on, whose first has been compared.
+
+        Warns:
+            UserWarning: it is another one than then.
+        """
+        if self._past is None or self._taken:
+            return
+        with self.undisturbed():
+            self._set_states(self._past["start"])
+            digest = _digest(next(iter(self.loader), None))
+        if digest != self._past["digest"]:
+            self._warn_of_others()
+
+    def _warn_of_others(self) -> None:
+        warnings.warn(
+            "training that goes on from its checkpoint is not the same as without the interruption, because the "
+            f"loader gives other batches than before: its images have changed, or {UNKNOWN}",
+            stacklevel=3,
+        )
 
     def _present_states(self) -> dict[str, Any]:
         return {"global": random_states(self._device), "loader": self._loader_state.get()}

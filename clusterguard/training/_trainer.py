@@ -474,6 +474,9 @@ class DetectorTrainer(ABC):
             )
         with checkpoint.restored(self.engine.parts):
             run.load_state_dict(state, self.engine.device)
+            if self.engine.shared is None:  # or a pass would have to be ended
+                run.train.look_back()
+                run.calibration.look_back()
         self.thresholds, self.history, self.engine.steps, self._totals = thresholds, history, steps, totals
         self.detector.image_shape = self.detector.image_shape or values.get("image_shape")
         return True

@@ -33,7 +33,7 @@ def seeded(seed):
 
 
 def fit(file, *, epochs=1, train=LOADER, calibration=LOADER, generator=None, **options):
-    options = {"attack": ATTACK, "optimizer": partial(Adam, lr=1e-3), **options}
+    options = {"attack": ATTACK, "optimizer": partial(Adam, lr=1e-3), "refresh_every": 2, **options}
     trainer = AdversarialClusterTrainer(new_guard(), **options)
     fit = {"checkpoint": file, "generator": generator, "calibrate": False, "progress": False}
     return trainer.fit(train, calibration, epochs=epochs, **fit)
@@ -47,7 +47,7 @@ OTHERS = [
     ({"relabel": Original()}, "relabel was Separate, is Original"),
     ({"warmup_epochs": 1}, "warmup_epochs was 0, is 1"),
     ({"ramp_epochs": 2.5}, "ramp_epochs was 0, is 2.5"),
-    ({"refresh_every": 5}, "refresh_every was 10, is 5"),
+    ({"refresh_every": 5}, "refresh_every was 2, is 5"),
     ({"refresh_batches": 1}, "refresh_batches was 4, is 1"),
     ({"calibrator": Calibrator(0.2)}, "calibrator.false_positive_rate was 0.01, is 0.2"),
     ({"options": TrainingOptions(clip_norm=1.0)}, "options.clip_norm was None, is 1"),
@@ -92,6 +92,16 @@ def test_a_run_of_the_same_options_goes_on_whatever_may_differ(written, tmp_path
     torch.manual_seed(99)
     assert len(fit(file, epochs=3, attack=watched, options=TrainingOptions(log_every=3))) == 3
     assert len(fit(file, epochs=3)) == 3
+
+
+@pytest.mark.parametrize("part", ["train", "calibration"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_other_images_in_the_same_numbers_are_noticed_also_when_an_epoch_is_over(written, tmp_path, part, epochs):
+    file = tmp_path / "run.pt"
+    file.write_bytes(written.read_bytes())
+    other = DataLoader(TensorDataset(DATA.tensors[0].flip(0), DATA.tensors[1]), 6)
+    with pytest.warns(UserWarning, match="gives other batches than before: its images have changed"):
+        fit(file, epochs=epochs, **{part: other})
 
 
 def test_the_same_trainer_goes_on_after_its_scheduler_has_changed_the_rate(tmp_path):
