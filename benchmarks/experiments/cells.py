@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +27,9 @@ Profile = Literal["quick", "cpu", "short", "full"]
 attacked for as long as half an hour of a GPU allows; full: the paper's setting."""
 Split = Literal["test", "validation"]
 Section = Literal["paper", "suite", "seeds", "certificates", "ablations", "recipes", "figures"]
-"""The part of a page that an experiment stands in; the parts follow each other in this order."""
+"""The part of a page that a table stands in; the parts follow each other in this order."""
 Form = Literal["comparison", "attacks", "unions", "areas", "points", "step sizes", "iterations"]
-"""How an experiment is shown. As tables: comparison: beside the paper's; attacks: a column an attack; unions: the same,
+"""How cells are shown. As tables: comparison: beside the paper's; attacks: a column an attack; unions: the same,
 and what any attack breaks within a radius; areas: the same, and EROC. As figures: points: representations in the plane;
 step sizes, iterations: success against these."""
 FIGURES: tuple[Form, ...] = ("points", "step sizes", "iterations")
@@ -153,25 +153,27 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """What a table or figure rests on.
+class Table:
+    """Cells that a page shows together; a figure is one as well.
 
     Attributes:
-        name: of its file.
+        experiment: name of the experiment it belongs to.
+        name: its own in that experiment; "" where that has no other.
         title: one line for people.
         profile: see `Profile`.
         dataset: what it is about, and the page it stands on; the quick profile may put other images in its place.
         section: see `Section`.
         form: see `Form`.
         paper: name of the table in benchmarks/reporting/paper.toml that it is compared with; "" if it is not.
-        suite: name of the experiment that runs the worst-case suite on the same detectors, for rows in the comparison;
-            "" if there is none.
+        suite: `address` of the table with the worst-case suite on the same detectors, for rows in the comparison; "" if
+            there is none.
         detectors: columns, in order.
         attacks: rows, in order.
         variants: of an ablation, in order; [""] if it is none.
         cells: all of it.
     """
 
+    experiment: str
     name: str
     title: str
     profile: Profile
@@ -186,9 +188,36 @@ class Experiment:
     cells: tuple[Cell, ...]
 
     @property
+    def address(self) -> str:
+        """Experiment and own name, if it has one, such as "seeds-mnist/strict"."""
+        return "/".join(filter(None, (self.experiment, self.name)))
+
+    @property
     def is_figure(self) -> bool:
-        """Whether it is drawn rather than written as tables."""
+        """Whether it is drawn rather than written in rows and columns."""
         return self.form in FIGURES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is run together.
+
+    Attributes:
+        name: of its file.
+        profile: see `Profile`.
+        dataset: see `Table`.
+        tables: what is shown of it, in order.
+    """
+
+    name: str
+    profile: Profile
+    dataset: str
+    tables: tuple[Table, ...]
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Those of all tables, each once."""
+        return tuple({cell.key: cell for table in self.tables for cell in table.cells}.values())
 
 
 def list_experiments() -> list[str]:
@@ -208,19 +237,26 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
     """
     if name not in list_experiments():
         raise ConfigurationError(f"expected an experiment among {', '.join(list_experiments())}, got {name!r}")
-    table = _read(FOLDER / f"{name}.toml")
-    profiles = {other: table.pop(other, {}) for other in get_args(Profile)}
+    shared = _read(FOLDER / f"{name}.toml")
+    profiles = {other: shared.pop(other, {}) for other in get_args(Profile)}
     own = profiles.get(profile, {})
     limits = own.pop("attack", {})
     try:
-        return _expand(name, profile, table["dataset"], merge(table, own), limits)
+        parts: list[Options] = shared.pop("tables", [{"name": ""}])  # each says how it differs from what they share
+        dataset, names = shared["dataset"], [part["name"] for part in parts]
+        if len({*names}) < len(names):
+            raise ConfigurationError(f"{name}.toml: expected each table to have a name of its own, got {names}")
+        parts = [merge(merge(shared, part), own) for part in parts]
+        tables = tuple(_expand(name, names, profile, dataset, part, limits) for part in parts)
     except (KeyError, TypeError) as error:
         raise ConfigurationError(f"{name}.toml: {type(error).__name__} {error}") from error
+    return Experiment(name=name, profile=profile, dataset=dataset, tables=tables)
 
 
-def _expand(name: str, profile: Profile, dataset: str, table: Options, limits: Options) -> Experiment:
+def _expand(name: str, tables: Sequence[str], profile: Profile, dataset: str, table: Options, limits: Options) -> Table:
+    """A table of an experiment of that name; `tables` are the names of all of them."""
     table = dict(table)
-    title, detectors = table.pop("title"), table.pop("detectors")
+    own_name, title, detectors = table.pop("name"), table.pop("title"), table.pop("detectors")
     section, form = (_choose(name, key, kinds, table) for key, kinds in (("section", Section), ("form", Form)))
     paper, suite = table.pop("paper", ""), table.pop("suite", "")
     if bool(paper) != (form == "comparison") or (suite and not paper):
@@ -228,8 +264,8 @@ def _expand(name: str, profile: Profile, dataset: str, table: Options, limits: O
             f"{name}.toml: expected a comparison with a table of the paper, and a suite in no other form, "
             f"got form {form!r}, paper {paper!r} and suite {suite!r}"
         )
-    if suite and suite not in list_experiments():
-        raise ConfigurationError(f"{name}.toml: expected the name of an experiment as suite, got {suite!r}")
+    if suite and suite not in tables and suite not in list_experiments():
+        raise ConfigurationError(f"{name}.toml: expected a table of its own or an experiment as suite, got {suite!r}")
     attacks: list[Options] = table.pop("attacks")
     variants: list[Options] = table.pop("variants", [{}])
     cells = []
@@ -243,15 +279,16 @@ def _expand(name: str, profile: Profile, dataset: str, table: Options, limits: O
         raise ConfigurationError(f"{name}.toml: expected detectors among {', '.join(RECIPES)}, got {unknown}")
     names = tuple(variant.get("name", "") for variant in variants)
     rows = tuple(dict.fromkeys(attack["name"] for attack in attacks))
-    return Experiment(
-        name=name,
+    return Table(
+        experiment=name,
+        name=own_name,
         title=title,
         profile=profile,
         dataset=dataset,
         section=section,
         form=form,
         paper=paper,
-        suite=suite,
+        suite=f"{name}/{suite}" if suite and suite in tables else suite,
         detectors=tuple(detectors),
         attacks=rows,
         variants=names,
@@ -340,9 +377,11 @@ def digest(definition: Options) -> str:
 
 def _read(path: Path) -> Options:
     table = tomllib.loads(path.read_text())
-    base, rows = (table.pop(key, None) for key in ("extends", "attacks_of"))
-    table = merge(_read(path.with_name(f"{base}.toml")), table) if base else table
-    return table | {"attacks": _read(path.with_name(f"{rows}.toml"))["attacks"]} if rows else table
+    for part in (table, *table.get("tables", [])):
+        if rows := part.pop("attacks_of", None):
+            part["attacks"] = _read(path.with_name(f"{rows}.toml"))["attacks"]
+    base = table.pop("extends", None)
+    return merge(_read(path.with_name(f"{base}.toml")), table) if base else table
 
 
 def all_cells(profile: Profile) -> Iterator[tuple[str, Cell]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from clusterguard.detection import Rate
 
-from benchmarks.experiments.cells import Cell, Experiment
+from benchmarks.experiments.cells import Cell, Table
 from benchmarks.running.judging import from_hex
 
 ONE_PERCENT = 0.01  # the false-positive rate of the suite, and of everything that is put beside it
@@ -20,21 +20,21 @@ Measure = Callable[[Result], Rate | float]
 
 
 class Results:
-    """An experiment and what has been run of it.
+    """A table and what has been run of it.
 
     Args:
-        experiment: what is asked for.
+        table: what is asked for.
         read: a cell's key -> its result.
     """
 
-    def __init__(self, experiment: Experiment, read: Callable[[str], Result | None]) -> None:
-        self.experiment = experiment
-        self.cells = [(cell, read(cell.key)) for cell in experiment.cells]
+    def __init__(self, table: Table, read: Callable[[str], Result | None]) -> None:
+        self.table = table
+        self.cells = [(cell, read(cell.key)) for cell in table.cells]
         self.found = [result for _, result in self.cells if result is not None]
 
     def slot(self, detector: str, attack: str, variant: str | None = None) -> Slot:
         """The results of one place in a table; of the first variant, if none is named."""
-        wanted = detector, attack, self.experiment.variants[0] if variant is None else variant
+        wanted = detector, attack, self.table.variants[0] if variant is None else variant
         return [result for cell, result in self.cells if (cell.detector, cell.attack, cell.variant) == wanted]
 
     def threat(self, attack: str) -> tuple[str, float]:
@@ -134,7 +134,7 @@ def worst_within(suite: Sequence[tuple[Cell, Result | None]], every: Iterable[Re
 
     Args:
         suite: cells of the worst-case suite against one detector, of one or several radii and all seeds.
-        every: results of all experiments on the same data.
+        every: results of all tables on the same data.
     """
     known = {cell.key: (cell, result) for results in every for cell, result in results.cells if result is not None}
     seeds = dict.fromkeys(cell.seed for cell, _ in suite)

@@ -47,7 +47,7 @@ class Point(NamedTuple):
 
 
 def draw(results: Results, path: Path, remark: str = "") -> list[Path]:
-    """The figure that an experiment is shown as.
+    """A figure in the form that its table names.
 
     Args:
         results: ours.
@@ -60,7 +60,7 @@ def draw(results: Results, path: Path, remark: str = "") -> list[Path]:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    own = results.experiment
+    own = results.table
     title = f"{own.title}\n{remark}".strip()
     if own.form == "step sizes":
         return draw_lines(step_sizes(results), path, xlabel="step size", title=title)
@@ -78,7 +78,7 @@ def _panel_title(cell: Cell) -> str:
 def step_sizes(results: Results) -> dict[str, list[Point]]:
     """Figure 6: by attack, a point a step size."""
     lines = {}
-    for attack in results.experiment.attacks:
+    for attack in results.table.attacks:
         cell = _cell(results, attack)
         slot = results.slot(cell.detector, attack)
         variants = {size: f"step {size:g}" for size in sorted(cell.options["step_sizes"])}
@@ -92,7 +92,7 @@ def step_sizes(results: Results) -> dict[str, list[Point]]:
 def iterations(results: Results) -> dict[str, list[Point]]:
     """Figure 7: by attack, a point a number of steps."""
     lines: dict[str, list[Point]] = {}
-    for attack in results.experiment.attacks:
+    for attack in results.table.attacks:
         cell = _cell(results, attack)
         slot = results.slot(cell.detector, attack)
         point = Point(cell.options["steps"], estimate(slot, success(ONE_PERCENT)), estimate(slot, area()))

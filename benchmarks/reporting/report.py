@@ -14,9 +14,9 @@ from benchmarks.data.datasets import CALIBRATION
 from benchmarks.detectors import RECIPES
 from benchmarks.experiments.cells import (
     Cell,
-    Experiment,
     Profile,
     Section,
+    Table,
     Training,
     list_experiments,
     load_experiment,
@@ -91,20 +91,21 @@ def write_report(store: Store, profile: Profile, pages: Path) -> list[Path]:
         text = render(every)
         written.append(write_atomically(pages / name, partial(Path.write_text, data=text, encoding="utf-8")))
         for results in every:
-            if results.experiment.is_figure and results.found:
+            if results.table.is_figure and results.found:
                 written += draw(results, pages / _figure(results), REMARKS[profile])
     return written
 
 
 def read_results(store: Store, profile: Profile) -> dict[str, list[Results]]:
-    """By name of the page, the experiments on it."""
+    """By name of the page, the tables on it."""
     read = store.read_cells().get
     pages: dict[str, list[Results]] = {}
-    every = [load_experiment(name, profile) for name in list_experiments()]
+    every = [table for name in list_experiments() for table in load_experiment(name, profile).tables]
+    if profile in REDUCED:  # where it is not defined, it is the full one
+        full = [table for name in list_experiments() for table in load_experiment(name).tables]
+        every = [own for own, other in zip(every, full, strict=True) if own.cells != other.cells]
     for dataset in TITLES:
         found = [own for own in every if own.dataset == dataset]
-        if profile in REDUCED:  # where it is not defined, it is the full one
-            found = [own for own in found if own.cells != load_experiment(own.name, "full").cells]
         if found:
             found.sort(key=lambda own: get_args(Section).index(own.section))
             pages[f"{dataset}{_suffix(profile)}.md"] = [Results(own, read) for own in found]
@@ -113,7 +114,7 @@ def read_results(store: Store, profile: Profile) -> dict[str, list[Results]]:
 
 def render(every: Sequence[Results]) -> str:
     """The page of one data set."""
-    profile = every[0].experiment.profile
+    profile = every[0].table.profile
     remark = REMARKS[profile]
     run = [results for results in every if results.found]
     asked = {cell.key: result is not None for results in every for cell, result in results.cells}
@@ -133,9 +134,9 @@ def render(every: Sequence[Results]) -> str:
 
 
 def _section(results: Results, every: Sequence[Results]) -> Iterator[str]:
-    own = results.experiment
+    own = results.table
     yield f"## {label(own.title)}" + (f" ({own.profile})" if REMARKS[own.profile] else "")
-    command = f"`python -m benchmarks run {own.name}{_option(own.profile)}`"
+    command = f"`python -m benchmarks run {own.experiment}{_option(own.profile)}`"
     if not results.found:
         yield f"Not run yet: {command}."
         return
@@ -162,18 +163,18 @@ def _section(results: Results, every: Sequence[Results]) -> Iterator[str]:
         yield f"**{invalid} attacked images left their budget or [0, 1] and were not counted.**"
 
 
-def _printed(own: Experiment) -> Result:
-    """The paper's table that an experiment repeats, alike or with other networks or seeds."""
+def _printed(own: Table) -> Result:
+    """The paper's table that a table repeats, alike or with other networks or seeds."""
     if own.paper not in PAPER:
         raise ConfigurationError(
-            f"{own.name}: expected a table of the paper among {', '.join(PAPER)}, got {own.paper!r}"
+            f"{own.address}: expected a table of the paper among {', '.join(PAPER)}, got {own.paper!r}"
         )
     return PAPER[own.paper]
 
 
-def _suite(own: Experiment, every: Sequence[Results]) -> Results | None:
-    """The worst-case suite on the detectors of a table, where an experiment on this page runs it."""
-    return next((other for other in every if other.experiment.name == own.suite), None)
+def _suite(own: Table, every: Sequence[Results]) -> Results | None:
+    """The worst-case suite on the detectors of a table, where it is on this page."""
+    return next((other for other in every if other.table.address == own.suite), None)
 
 
 def _compared(results: Results, paper: Result, suite: Results | None) -> Iterator[str]:
@@ -182,7 +183,7 @@ def _compared(results: Results, paper: Result, suite: Results | None) -> Iterato
         text = "EROC, the smallest over step sizes." if rate is None else f"{_asr(rate)}, the largest over step sizes."
         yield _caption(results, text)
         yield compare(results, paper, metric, suite)
-    if ("linf", 1.0) in map(results.threat, results.experiment.attacks):
+    if ("linf", 1.0) in map(results.threat, results.table.attacks):
         yield "With ℓ∞ 1.0 everything is within reach: where fewer than all images are broken, the attack fails."
 
 
@@ -190,7 +191,7 @@ def _strict(results: Results, every: Sequence[Results]) -> Iterator[str]:
     text = "ASR-1 per image: broken by any attack on this page of the same norm and at most this radius; "
     yield _caption(results, text + '"+k": k of these images the suite had left.')
     yield union_table(results, every)
-    detector = results.experiment.detectors[0]
+    detector = results.table.detectors[0]
     text = f"{RECIPES[detector].title}, stage by stage: images that each broke of those left by the stages before it, "
     yield _caption(results, text + "also images refused or labelled wrongly to begin with, which ASR does not count.")
     yield stages_table(results, detector)
@@ -198,7 +199,7 @@ def _strict(results: Results, every: Sequence[Results]) -> Iterator[str]:
 
 def _caption(results: Results, text: str) -> str:
     """What a table shows, and all that must not be overlooked about it."""
-    cells, remark = results.experiment.cells, REMARKS[results.experiment.profile]
+    cells, remark = results.table.cells, REMARKS[results.table.profile]
     network, theirs = _list(f"`{cell.training.model}`" for cell in cells), f"`{PAPER_MODELS[_dataset(results)]}`"
     told = "as in the paper" if network == theirs else f"the paper: {theirs}"
     images = _list(cell.points or cell.images for cell in cells)
@@ -211,7 +212,7 @@ def _asr(rate: float) -> str:
     return f"ASR-{100 * rate:g}: images broken at {100 * rate:g} % false positives"
 
 
-def _figure_text(own: Experiment) -> str:
+def _figure_text(own: Table) -> str:
     if own.form == "points":
         return (
             f"t-SNE of the representations of benign images and of their attacked versions ({label(own.attacks[0])}); "
@@ -265,12 +266,12 @@ def _schedules(every: Sequence[Results]) -> dict[str, list[str]]:
     found: dict[str, dict[str, list[str]]] = {}
     for results in every:
         for detector, schedule in dict.fromkeys((cell.detector, _schedule(cell.training)) for cell, _ in results.cells):
-            found.setdefault(detector, {}).setdefault(schedule, []).append(results.experiment.name)
+            found.setdefault(detector, {}).setdefault(schedule, []).append(results.table.experiment)
     schedules: dict[str, list[str]] = {}
     for detector, own in found.items():
         for schedule, names in own.items():
             usual = len(names) == max(map(len, own.values()))
-            title = RECIPES[detector].title + ("" if usual else f" in {', '.join(names)}")
+            title = RECIPES[detector].title + ("" if usual else f" in {', '.join(dict.fromkeys(names))}")
             schedules.setdefault(schedule, []).append(title)
     return schedules
 
@@ -304,12 +305,12 @@ def _invalid(result: Result) -> int:
 
 
 def _figure(results: Results) -> str:
-    own = results.experiment
-    return f"figures/{own.name}{_suffix(own.profile)}"
+    own = results.table
+    return f"figures/{own.address.replace('/', '-')}{_suffix(own.profile)}"
 
 
 def _dataset(results: Results) -> str:
-    return results.experiment.dataset
+    return results.table.dataset
 
 
 def _suffix(profile: Profile) -> str:

@@ -101,7 +101,7 @@ def compare(results: Results, paper: Result, metric: str, suite: Results | None 
         metric: such as "ASR-1" or "EROC".
         suite: results of the worst-case suite on the same detectors, for rows of the same norm and radius.
     """
-    own, rate = results.experiment, metric_rate(metric)
+    own, rate = results.table, metric_rate(metric)
     measure: Measure = area() if rate is None else success(rate)
     attacks = [attack for attack in own.attacks if metric in paper.get(attack, {})]
     slots = {detector: [results.slot(detector, attack) for attack in attacks] for detector in own.detectors}
@@ -119,7 +119,7 @@ def compare(results: Results, paper: Result, metric: str, suite: Results | None 
     def stronger(wanted: tuple[str, float]) -> Iterator[list[str]]:
         if suite is None or not suite.found:
             return
-        for attack in suite.experiment.attacks:
+        for attack in suite.table.attacks:
             if suite.threat(attack) == wanted:
                 found = {detector: estimate(suite.slot(detector, attack), measure) for detector in own.detectors}
                 yield row(f"*{label(attack)}*", found.__getitem__)
@@ -143,8 +143,8 @@ def compare(results: Results, paper: Result, metric: str, suite: Results | None 
 
 
 def attack_table(results: Results) -> str:
-    """ASR-1, for experiments that the paper does not have: a row a detector or variant, a column an attack."""
-    own = results.experiment
+    """ASR-1, for what the paper does not have: a row a detector or variant, a column an attack."""
+    own = results.table
     rows, learned = [], {}
     is_of_suites = all(cell.kind == "suite" for cell in own.cells)
     union = ["any of these"] if is_of_suites and own.form != "unions" else []  # which has a table of its own for that
@@ -160,7 +160,7 @@ def attack_table(results: Results) -> str:
 
 def area_table(results: Results) -> str:
     """EROC of the attacks that go on after success; of those that stop it says little."""
-    attacks = list(dict.fromkeys(cell.attack for cell in results.experiment.cells if cell.kind != "suite"))
+    attacks = list(dict.fromkeys(cell.attack for cell in results.table.cells if cell.kind != "suite"))
     rows = [[name, *(show(estimate(slot, area())) for slot in slots)] for name, slots in _lines(results, attacks)]
     return table(["", *map(label, attacks)], rows)
 
@@ -170,9 +170,9 @@ def union_table(suite: Results, every: Sequence[Results]) -> str:
 
     Args:
         suite: results of the worst-case suite.
-        every: results of all experiments on the same data.
+        every: results of all tables on the same data.
     """
-    own = suite.experiment
+    own = suite.table
     rows = []
     for detector in own.detectors:
         cells = [(cell, result) for cell, result in suite.cells if cell.detector == detector]
@@ -185,7 +185,7 @@ def union_table(suite: Results, every: Sequence[Results]) -> str:
 
 def stages_table(suite: Results, detector: str) -> str:
     """How many images each stage of the suite broke that the stages before it had left; the first seed there is."""
-    own = suite.experiment
+    own = suite.table
     columns: list[dict[str, int]] = []
     for attack in own.attacks:
         stages = (_either(suite.slot(detector, attack)) or {}).get("stages", [])
@@ -205,10 +205,10 @@ def stages_table(suite: Results, detector: str) -> str:
 
 
 def _lines(results: Results, attacks: Sequence[str]) -> Iterator[tuple[str, list[Slot]]]:
-    for variant in results.experiment.variants:
-        for detector in results.experiment.detectors:
+    for variant in results.table.variants:
+        for detector in results.table.detectors:
             title = RECIPES[detector].title
-            many = len(results.experiment.detectors) > 1
+            many = len(results.table.detectors) > 1
             name = f"{title}: {variant}" if variant and many else variant or title
             yield name, [results.slot(detector, attack, variant) for attack in attacks]
 

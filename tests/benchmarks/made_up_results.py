@@ -43,16 +43,22 @@ def points(*accepted):
     }
 
 
+def load_table(address, profile="full"):
+    """A table by its address, such as "seeds-mnist/strict"."""
+    (found,) = (own for own in load_experiment(address.partition("/")[0], profile).tables if own.address == address)
+    return found
+
+
 def find(name, profile="full", **wanted):
-    cells = load_experiment(name, profile).cells
+    cells = load_table(name, profile).cells
     return [cell for cell in cells if all(getattr(cell, key) == value for key, value in wanted.items())]
 
 
 def read(name, found, profile="full"):
-    """An experiment of which `found` is all that has been run: (detector, attack) -> result."""
-    experiment = load_experiment(name, profile)
-    keys = {cell.key: found.get((cell.detector, cell.attack)) for cell in experiment.cells}
-    return Results(experiment, keys.get)
+    """A table of which `found` is all that has been run: (detector, attack) -> result."""
+    own = load_table(name, profile)
+    keys = {cell.key: found.get((cell.detector, cell.attack)) for cell in own.cells}
+    return Results(own, keys.get)
 
 
 def rows(table):

@@ -40,9 +40,9 @@ attack = { norm = "linf", eps = 0.2, step_size = 0.1, steps = 2 }
 """
 
 
-def run_all(experiment, root, clock=None):
+def run_all(chosen, root, clock=None):
     own = Trainings(Store(root), device=torch.device("cpu"), clock=clock)
-    return [run_cell(cell, own) for cell in experiment.cells]
+    return [run_cell(cell, own) for cell in chosen]
 
 
 def comparable(result):

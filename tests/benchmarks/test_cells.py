@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 from clusterguard.errors import ConfigurationError
+from made_up_results import find, load_table
 
 from benchmarks.detectors import RECIPES, make_recipe
 from benchmarks.detectors.networks import build
@@ -21,11 +22,15 @@ TABLES = [f"table{table}-{dataset}" for table in (2, 3, 4) for dataset in ("mnis
 @pytest.mark.parametrize("profile", get_args(cells.Profile))
 def test_every_experiment_says_what_it_is(name, profile):
     experiment = load_experiment(name, profile)
-    keys = Counter(cell.key for cell in experiment.cells)
-    assert max(keys.values()) == 1
-    seeded = {(cell.variant, cell.seed) for cell in experiment.cells}
-    assert {variant for variant, _ in seeded} == set(experiment.variants)
-    assert len(keys) == len(experiment.detectors) * len(experiment.attacks) * len(seeded)
+    assert {cell.key for cell in experiment.cells} == {cell.key for own in experiment.tables for cell in own.cells}
+    assert len({cell.key for cell in experiment.cells}) == len(experiment.cells)
+    for own in experiment.tables:
+        keys = Counter(cell.key for cell in own.cells)
+        assert max(keys.values()) == 1
+        seeded = {(cell.variant, cell.seed) for cell in own.cells}
+        assert {variant for variant, _ in seeded} == set(own.variants)
+        assert len(keys) == len(own.detectors) * len(own.attacks) * len(seeded)
+        assert own.dataset == experiment.dataset
     for cell in experiment.cells:
         make_recipe(cell.detector, cell.training.options)
         small = cell.training.model in ("tiny-cnn", "wrn-10-1", "wide-cnn")
@@ -33,14 +38,14 @@ def test_every_experiment_says_what_it_is(name, profile):
 
 
 def test_an_attack_may_take_more_images_than_the_others():
-    images = {cell.kind: cell.images for cell in load_experiment("certified-mnist", "cpu").cells}
+    images = {cell.kind: cell.images for cell in find("certified-mnist/certificates", "cpu")}
     assert images == {"certificate": 10000, "suite": 300}
     assert {cell.images for cell in load_experiment("certified-mnist", "quick").cells} == {60}
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_have_the_rows_and_columns_of_the_paper(name):
-    experiment, printed = load_experiment(name), dict(PAPER[name])
+    experiment, printed = load_table(name), dict(PAPER[name])
     assert list(experiment.detectors) == printed.pop("detectors")
     printed.pop("accuracy", None)
     worst = printed.pop("worst case", None)
@@ -65,7 +70,7 @@ def test_the_papers_own_network_and_schedule_are_there():
 
 
 def test_an_experiment_may_take_the_attacks_of_another_and_all_else_from_a_third():
-    cells = load_experiment("recipe-table2-mnist", "cpu").cells
+    cells = find("recipe-tables-mnist/table2", "cpu")
     attacked = [load_experiment(name, "cpu") for name in ("table2-mnist", "recipe-finalists-mnist")]
     assert {(cell.attack, str(cell.options)) for cell in cells} == {
         (cell.attack, str(cell.options)) for cell in attacked[0].cells
@@ -75,7 +80,7 @@ def test_an_experiment_may_take_the_attacks_of_another_and_all_else_from_a_third
 
 def test_weights_that_ship_are_those_of_tables_and_figures():
     store = Store(RESULTS)
-    kinds = "table2", "table3", "table4", "strict", "seeds-table2", "seeds-strict", "figure2"
+    kinds = "table2", "table3", "table4", "strict", "seeds", "figure2"
     names = [f"{kind}-mnist" for kind in kinds]
     wanted = {cell.training.key: cell for name in names for cell in load_experiment(name, "cpu").cells}
     assert {path.stem for path in (RESULTS / "models").glob("*.json")} == set(wanted)
@@ -136,7 +141,8 @@ def test_a_surrogate_is_trained_from_another_seed():
 def write(folder, text):
     said = {"title": "t", "section": "paper", "form": "attacks", "dataset": "digits", "model": "tiny-cnn"}
     said |= {"images": 5, "chunk": 5, "rates": [0.1], "seeds": [0, 1]}
-    lines = [f"{key} = {json.dumps(value)}\n" for key, value in said.items() if f"\n{key} = " not in f"\n{text}"]
+    top = "\n" + text.partition("\n[")[0]
+    lines = [f"{key} = {json.dumps(value)}\n" for key, value in said.items() if f"\n{key} = " not in top]
     (folder / "mine.toml").write_text("".join(lines) + text)
 
 
@@ -160,6 +166,9 @@ ATTACK = 'attacks = [{ name = "a", kind = "fgsm", norm = "linf", eps = 0.1 }]\n'
         ('detectors = ["ours"]\npaper = "table2-mnist"\n' + ATTACK + TRAINING, "comparison with a table of the paper"),
         ('detectors = ["ours"]\nsuite = "mine"\n' + ATTACK + TRAINING, "no other form, .* 'mine'"),
         (COMPARISON + 'suite = "yours"\n' + ATTACK + TRAINING, "experiment as suite, .* 'yours'"),
+        ('detectors = ["ours"]\n' + ATTACK + "[[tables]]\nimages = 3\n" + TRAINING, "name"),
+        ('detectors = ["ours"]\n' + ATTACK + 2 * '[[tables]]\nname = "a"\n' + TRAINING, "a name of its own"),
+        ('detectors = ["ours"]\n' + ATTACK + '[[tables]]\nname = "a"\nimagse = 3\n' + TRAINING, "imagse"),
     ],
 )
 def test_mistakes_in_a_file_are_named(tmp_path, monkeypatch, text, message):
@@ -186,6 +195,37 @@ def test_a_profile_may_have_fewer_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "FOLDER", tmp_path)
     write(tmp_path, 'detectors = ["ours"]\n' + ATTACK + TRAINING + "[quick]\nmost_seeds = 1\n")
     assert [cell.seed for profile in ("full", "quick") for cell in load_experiment("mine", profile).cells] == [0, 1, 0]
+
+
+def test_tables_of_an_experiment_share_what_they_do_not_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "FOLDER", tmp_path)
+    own = (
+        '[[tables]]\nname = "suite"\nimages = 4\n'
+        '[[tables]]\nname = "beside"\nattacks_of = "_more"\n'
+        'form = "comparison"\npaper = "table2-mnist"\nsuite = "suite"\n'
+    )
+    write(tmp_path, 'detectors = ["ours"]\n' + ATTACK + own + TRAINING + "[quick]\nimages = 3\n")
+    (tmp_path / "_more.toml").write_text(ATTACK.replace('"a"', '"b"').replace("0.1", "0.2"))
+    experiment = load_experiment("mine")
+    first, second = experiment.tables
+    assert [first.address, second.address, second.suite] == ["mine/suite", "mine/beside", "mine/suite"]
+    assert [(own.form, own.title, own.attacks) for own in experiment.tables] == [
+        ("attacks", "t", ("a",)),
+        ("comparison", "t", ("b",)),
+    ]
+    assert [(cell.images, cell.seed) for cell in experiment.cells] == [(4, 0), (4, 1), (5, 0), (5, 1)]
+    assert {cell.images for cell in load_experiment("mine", "quick").cells} == {3}
+
+
+def test_a_comparison_names_a_table_of_suites_on_its_detectors():
+    every = {table.address: table for name in list_experiments() for table in load_experiment(name).tables}
+    compared = [table for table in every.values() if table.suite]
+    assert len(compared) > 6
+    for table in compared:
+        suite = every[table.suite]
+        assert {cell.kind for cell in suite.cells} == {"suite"}
+        trained = ({(cell.detector, cell.training.key) for cell in own.cells} for own in (table, suite))
+        assert next(trained) <= next(trained)
 
 
 def test_an_unknown_experiment_is_named():

@@ -60,7 +60,7 @@ def test_every_ingredient_of_a_recipe_reaches_the_trainer():
 
 def test_the_librarys_robust_recipe_is_the_one_that_was_measured():
     loader = DataLoader(TRAINING, batch_size=100)
-    training = load_experiment("recipe-table2-mnist", "cpu").cells[0].training
+    training = load_experiment("recipe-tables-mnist", "cpu").cells[0].training
     recipe = RECIPES["ours"].variant(**training.options)
     measured = recipe.trainer(guard := recipe.build(network()), make_schedule(training, len(loader)))
     trainer = recipes.robust(guard, loader, epochs=training.epochs, eps=training.attack["eps"])

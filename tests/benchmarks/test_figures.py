@@ -4,17 +4,16 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from made_up_results import made_up, points, read
+from made_up_results import load_table, made_up, points, read
 
-from benchmarks.experiments.cells import load_experiment
 from benchmarks.reporting import figures
 
 
 def lines_of(name, run):
     """A figure of lines, of which the attacks that `run` accepts have been run."""
-    experiment = load_experiment(name)
+    own = load_table(name)
     found = {}
-    for cell in experiment.cells:
+    for cell in own.cells:
         variants = dict.fromkeys((f"step {size:g}" for size in cell.options["step_sizes"]), "11100000")
         found[cell.detector, cell.attack] = made_up(variants) if run(cell.attack) else None
     return read(name, found)

@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 from clusterguard.cli import digit_network
 from clusterguard.cli._demo import HONESTY
 from clusterguard.errors import ConfigurationError
-from made_up_results import find, made_up, points, rows
+from made_up_results import find, load_table, made_up, points, rows
 
 from benchmarks.detectors.networks import build
 from benchmarks.experiments import cells
@@ -40,7 +40,7 @@ def test_other_seeds_and_networks_stand_beside_the_papers_numbers_and_under_thei
     assert found["PGD ℓ∞ 0.03 T"]["Ours"][-1] == f"({PAPER['table2-cifar10']['PGD linf 0.03 T']['ASR-1'][0]:.2f})"
     assert "suite" not in own  # that one attacked another network
 
-    seeds = [*find("seeds-table2-mnist", detector="ours"), *find("seeds-strict-mnist", detector="ours")]
+    seeds = [cell for name in ("table2", "strict") for cell in find(f"seeds-mnist/{name}", detector="ours")]
     for cell in seeds:
         store.write_cell(cell, made_up({"": "11110000"}, rates=("0.01", "0.02", "0.05", "0.1")))
     page = render(read_results(store, "full")["mnist.md"])
@@ -78,7 +78,7 @@ def test_the_cpu_profile_has_pages_of_its_own(store):
 def test_quick_pages_say_quick_everywhere(store, tmp_path, monkeypatch):
     rates = ("0.01", "0.02", "0.05", "0.1")
     for results in read_results(store, "quick")["mnist.md"]:
-        for cell in results.experiment.cells:
+        for cell in results.table.cells:
             steps = [f"step {size:g}" for size in cell.options.get("step_sizes", [])]
             broken = dict.fromkeys(steps or [""], "11000000")
             store.write_cell(cell, made_up(broken, rates=rates, **points(True, False)))
@@ -125,8 +125,7 @@ def test_a_page_is_the_same_whatever_files_and_attacks_are_called(store, tmp_pat
 
 
 def test_a_table_that_the_paper_does_not_have_is_named(store):
-    experiment = replace(load_experiment("table2-mnist"), paper="table9-mnist")
-    results = Results(experiment, lambda key: made_up({"": "1" * 8}))
+    results = Results(replace(load_table("table2-mnist"), paper="table9-mnist"), lambda key: made_up({"": "1" * 8}))
     with pytest.raises(ConfigurationError, match=r"table2-mnist, .* 'table9-mnist'"):
         render([results])
 
@@ -170,12 +169,12 @@ def test_the_readme_says_what_the_results_say():
 
 
 def test_the_demos_reference_values_are_those_of_the_results():
-    def mean(experiment, attack):
+    def mean(name, attack):
         read = Store(RESULTS).read_cell
-        return estimate(Results(load_experiment(experiment, "cpu"), read).slot("ours", attack), success(0.01)).mean
+        return estimate(Results(load_table(name, "cpu"), read).slot("ours", attack), success(0.01)).mean
 
-    pgd, suite = mean("seeds-table2-mnist", "PGD linf 0.3 U"), mean("seeds-strict-mnist", "suite linf 0.3")
+    pgd, suite = mean("seeds-mnist/table2", "PGD linf 0.3 U"), mean("seeds-mnist/strict", "suite linf 0.3")
     assert f"PGD-100 breaks {pgd:.2f} at linf 0.3 and the suite {suite:.2f}." in HONESTY
-    (cell,) = find("seeds-table2-mnist", "cpu", detector="ours", attack="PGD linf 0.3 U", seed=0)
+    (cell,) = find("seeds-mnist/table2", "cpu", detector="ours", attack="PGD linf 0.3 U", seed=0)
     assert (cell.images, cell.options["steps"], cell.training.model) == (300, 100, "tiny-cnn")
     assert [str(layer) for layer in digit_network()] == [str(layer) for layer in build("tiny-cnn", (1, 28, 28)).body]

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 from clusterguard.detection import wilson_interval
-from made_up_results import find, made_up, read, rows
+from made_up_results import find, load_table, made_up, read, rows
 
 from benchmarks.detectors import RECIPES
-from benchmarks.experiments.cells import load_experiment, tomllib
+from benchmarks.experiments.cells import tomllib
 from benchmarks.reporting import report
 from benchmarks.reporting.estimates import Results, estimate, success, worst_per_image, worst_row, worst_within
 from benchmarks.reporting.tables import area_table, attack_table, compare, show, stages_table, union_table
@@ -72,7 +72,7 @@ def test_numbers_of_the_paper_as_they_are_printed_there():
 def test_worst_rows_are_those_of_the_paper_and_image_by_image():
     every = {
         ("ours", attack): made_up({"a": "00000000", "b": "00000000"}, eligible="11111110")
-        for attack in load_experiment("table2-mnist").attacks
+        for attack in load_table("table2-mnist").attacks
     }
     every["ours", "PGD l2 2.0 T"] = made_up({"a": "11000000", "b": "00100000"}, eligible="11111110")
     every["ours", "PGD l0 25 U"] = made_up({"a": "10010000", "b": "00000001"}, eligible="11111110")
@@ -103,9 +103,9 @@ def test_several_seeds_are_averaged_and_their_range_is_shown():
     assert found.interval == (wilson_interval(1, 8)[0], wilson_interval(3, 8)[1])
     assert show(found, 0.5) == "**0.25**<br><small>.02–.69</small><br><small>2 of 3 seeds: .12–.38</small><br>(0.50)"
     assert worst_row([found]).bound == "≥ "
-    experiment = load_experiment("table2-mnist")
-    seeds = tuple(replace(cell, seed=seed) for seed in (0, 1) for cell in experiment.cells)
-    both = Results(replace(experiment, cells=seeds), lambda key: None)
+    table2 = load_table("table2-mnist")
+    seeds = tuple(replace(cell, seed=seed) for seed in (0, 1) for cell in table2.cells)
+    both = Results(replace(table2, cells=seeds), lambda key: None)
     assert len(both.slot("ours", "PGD l1 15 T")) == 2
     assert "seeds 0, 1," in report._caption(both, "")
 
@@ -151,7 +151,7 @@ def test_stages_of_the_suite_are_shown_in_the_order_they_ran():
 
 def test_ablations_have_a_row_a_variant():
     cell = find("ablation-mnist", variant="M = 5", attack="suite l2 2.0")[0]
-    results = Results(load_experiment("ablation-mnist"), {cell.key: made_up({"": "11000000"})}.get)
+    results = Results(load_table("ablation-mnist"), {cell.key: made_up({"": "11000000"})}.get)
     found = rows(attack_table(results))
     assert found["M = 5"]["suite ℓ2 2.0"] == ["**0.25**", "<small>.07–.59</small>"]
     assert found["M = 5"]["accuracy"][0] == "**0.88**"
