@@ -245,7 +245,7 @@ def test_what_differs_is_described_differently(one, other):
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [(1, 1.0), (torch.tensor(0.5), 0.5), ([1, 2], (1, 2.0)), (lambda a: a, lambda b: b)], ids=str
+    ("one", "other"), [(1, 1.0), (torch.tensor(0.5), 0.5), ([1, 2], (1, 2.0)), (lambda a: a, lambda b: b)]
 )
 def test_what_does_the_same_is_described_the_same(one, other):
     assert describe({"option": one}) == describe({"option": other})
