@@ -11,6 +11,8 @@ from torch import nn
 
 # Several threads may read one module. The first one puts it into eval mode, and the last one to leave restores it.
 _lock = threading.RLock()
+_is_left = threading.Condition(_lock)  # a thread has left a module
+_trained: dict[nn.Module, int] = {}  # modules in train mode, and the thread that trains them
 _readers: dict[nn.Module, int] = {}
 _to_restore: dict[nn.Module, None] = {}  # modules that were in train mode before anybody read them
 _this_thread = threading.local()  # the modules that this thread reads; a forked child has no other thread
@@ -27,6 +29,9 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
     Args:
         *candidates: objects of any type. Those that are no modules are ignored.
 
+    Raises:
+        ConfigurationError: another thread trains one of the modules; its layers can be in one mode at a time only.
+
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.Dropout())
         >>> with evaluation_mode(model):
@@ -42,6 +47,10 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
     modules = dict.fromkeys(module for root in roots for module in root.modules())
     read_here: list[dict[nn.Module, None]] = vars(_this_thread).setdefault("read", [])
     with _lock:
+        if any(_trained.get(module, threading.get_ident()) != threading.get_ident() for module in modules):
+            raise ConfigurationError(
+                "another thread trains this module, so it cannot be in eval mode; use a copy, made by copy.deepcopy"
+            )
         read_here.append(modules)
         for module in modules:
             _readers[module] = _readers.get(module, 0) + 1
@@ -58,6 +67,7 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
                 if not _readers[module]:
                     del _readers[module]
             _restore()
+            _is_left.notify_all()
 
 
 def _restore() -> None:
@@ -72,6 +82,8 @@ def _forget_other_threads() -> None:
     """Drop the readers of other threads in a forked child, where only the forking thread goes on. It holds the lock."""
     try:
         _readers.clear()
+        for module in [module for module, thread in _trained.items() if thread != threading.get_ident()]:
+            del _trained[module]
         for modules in vars(_this_thread).get("read", []):
             for module in modules:
                 _readers[module] = _readers.get(module, 0) + 1
@@ -88,12 +100,14 @@ if hasattr(os, "register_at_fork"):  # a fork waits until no thread is in the mi
 def training_mode(module: nn.Module, *, frozen: Collection[str] = ()) -> Iterator[None]:
     """Put a module into train mode, except for its frozen parts, and put all of it into eval mode afterwards.
 
+    This waits until no other thread reads the module, and other threads cannot read it in the meantime.
+
     Args:
         module: module whose parts are switched.
         frozen: names of submodules that stay in eval mode, as `names_in_eval_mode` gives them.
 
     Raises:
-        ConfigurationError: no submodule has one of the names.
+        ConfigurationError: no submodule has one of the names, or another thread trains the module.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
@@ -110,12 +124,28 @@ def training_mode(module: nn.Module, *, frozen: Collection[str] = ()) -> Iterato
             f"expected frozen to hold names of submodules of {type(module).__name__}, got {unknown[0]!r}, which is not "
             "one; set detector.frozen to names that named_modules() gives, or to set() to freeze none"
         )
-    module.train()
-    _set_mode({parts[name] for name in frozen}, training=False)
+    with _lock:
+        _claim(parts.values())
+        module.train()
+        _set_mode({parts[name] for name in frozen}, training=False)
     try:
         yield
     finally:
-        to_eval_mode(module)
+        with _lock:
+            for part in parts.values():
+                _trained.pop(part, None)
+            to_eval_mode(module)
+
+
+def _claim(modules: Collection[nn.Module]) -> None:
+    """Mark modules as trained by this thread, and wait until no other thread reads them. The lock is held."""
+    this = threading.get_ident()
+    if any(_trained.get(module, this) != this for module in modules):
+        raise ConfigurationError("another thread trains this module; train a copy, as copy.deepcopy makes one")
+    _trained.update(dict.fromkeys(modules, this))
+    read_here = [module for reads in vars(_this_thread).get("read", []) for module in reads]
+    while any(_readers.get(module, 0) > read_here.count(module) for module in modules):
+        _is_left.wait()
 
 
 def to_eval_mode(module: nn.Module) -> None:

@@ -247,24 +247,17 @@ class WorstCaseSuite(BuiltInAttack):
             references: accepted benign images.
         """
         effort = EFFORTS[self.budget]
-        searched: dict[str, Any] = {"batch_size": self.batch_size, "precision": self.precision}
         norm, share = get_norm(self.norm), 2 / max(10, effort.steps // 5)
         step = norm.step_size(self.eps, references.images.shape[1:], share=share) or 1.0  # positive also for eps = 0
 
-        def apgd(start: str | Start, objective: str = "margin", steps: int = effort.steps) -> APGD:
-            return APGD(
-                norm=self.norm,
-                eps=self.eps,
-                steps=steps,
-                start=start,
-                objective=objective,
-                stop_early=True,
-                **searched,
-            )
-
         options: dict[str, Any] = {"norm": self.norm, "eps": self.eps, "batch_size": self.batch_size}
-        more = searched | {"norm": self.norm, "eps": self.eps, "stop_early": True}
-        iterated: dict[str, Any] = more | {"steps": effort.steps, "step_size": step}
+        searched: dict[str, Any] = options | {"stop_early": True, "precision": self.precision}
+        iterated: dict[str, Any] = searched | {"steps": effort.steps, "step_size": step}
+        matched = {name: value for name, value in iterated.items() if name != "precision"}
+
+        def apgd(start: str | Start, objective: str = "margin") -> APGD:
+            return APGD(start=start, objective=objective, steps=effort.steps, **searched)
+
         stages: dict[str, Attack] = {
             "APGD": apgd("image"),
             "APGD towards accepted images": apgd(references),
@@ -281,7 +274,7 @@ class WorstCaseSuite(BuiltInAttack):
             # more steps.
             **{
                 f"multi-target fast minimum norm, step {length:g}": MultiTarget(
-                    attack=FastMinimumNorm(step_size=length, steps=3 * effort.steps, **more),
+                    attack=FastMinimumNorm(step_size=length, steps=3 * effort.steps, **searched),
                     max_targets=effort.targets,
                 )
                 for length in ((10.0, 1.0) if norm.grain else (1.0, 0.3))
@@ -294,7 +287,7 @@ class WorstCaseSuite(BuiltInAttack):
         if has_representation(detector):
             stages["repel, then minimise"] = RepelThenMinimise(**iterated)
             stages["match representations"] = MultiTarget(
-                attack=RepresentationMatching(references=references, **iterated), max_targets=effort.targets
+                attack=RepresentationMatching(references=references, **matched), max_targets=effort.targets
             )
         else:
             stages["orthogonal PGD"] = OrthogonalPGD(strategy="orthogonal", **iterated)

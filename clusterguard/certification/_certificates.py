@@ -36,9 +36,9 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
     order, fused or not, and for convolutions that are computed as direct products, as oneDNN and cuBLAS do. It does not
     hold for convolutions by Winograd's algorithm or by Fourier transforms, which cuDNN may choose at stride 1.
 
-    Bounds are checked before they are used. The guard's outputs on a few of the images, and at points in the ball
-    around each, must lie within the bounds. Some of the points are random, and others follow the gradient towards the
-    point where a proof would fail first.
+    Bounds are checked before they are used. The guard's outputs on every proved image, and with all its pixels brighter
+    and all darker, must lie within the bounds; so must those at more points around a few of the images. Some of these
+    points are random, and others follow the gradient towards the point where a proof would fail first.
 
     Args:
         guard: calibrated guard with a network as in `bound`.

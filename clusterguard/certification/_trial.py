@@ -19,6 +19,7 @@ from torch.nn.functional import one_hot
 
 _SAMPLED_IMAGES = 4  # bounds are checked on up to this many proved images, and on as many of all images
 _SAMPLED_POINTS = 8  # inner points of the ball around each image, and as many of its corners
+_AT_ONCE = 128  # proved images that are checked in one batch, at three points each
 _ATTACK_STEPS = 2  # gradient steps from corner to corner, towards the point where a proof would fail first
 
 
@@ -46,13 +47,19 @@ def try_out(
     is_proved: Tensor,
     proofs: Proofs | None = None,
 ) -> None:
-    """Check on a few images that the bounds of the ball, and of a ball of radius 0, contain the guard's outputs.
+    """Check that the bounds contain the guard's outputs: on all proved images at three points of their balls each.
 
-    A network may treat an interval differently from a tensor without any rule noticing.
+    A few images are checked at more points, and also in a ball of radius 0. A network may treat an interval differently
+    from a tensor without any rule noticing, for instance if it asks for the type of its input, and do so only for some
+    images.
     """
     chosen = _choose(is_proved)
     if not len(chosen):
         return
+    if proofs is not None:
+        for rows in is_proved.nonzero().squeeze(1).split(_AT_ONCE):
+            ends = _ends(images[rows].double(), radii.expand(len(images))[rows]).to(arithmetic_of(guard).dtype)
+            _check_outputs(guard, _take(proofs, rows), labels[rows], *_run(guard, ends))
     images, labels, radii = images[chosen], labels[chosen], radii.expand(len(images))[chosen]
     points, dtype = _sample(images.double(), radii), arithmetic_of(guard).dtype
     points = torch.cat([points, _attack(guard, points, labels, radii, dtype)], dim=1).to(dtype)
@@ -98,6 +105,12 @@ def _choose(is_proved: Tensor) -> Tensor:
     ]
     positions: Tensor = torch.cat(chosen).unique()
     return positions.to(is_proved.device)
+
+
+def _ends(images: Tensor, radii: Tensor) -> Tensor:
+    """Each image, and its ball's corners with all pixels brighter and all darker: (B, C, H, W) -> (B, 3, C, H, W)."""
+    moves = radii.view(-1, 1, 1, 1, 1) * torch.tensor([0.0, 1.0, -1.0]).to(images).view(1, 3, 1, 1, 1)
+    return (images[:, None] + moves).clamp(0, 1)
 
 
 def _sample(images: Tensor, radii: Tensor) -> Tensor:

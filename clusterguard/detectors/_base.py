@@ -242,6 +242,7 @@ class Normalize(nn.Module):
                 f"expected images with {channels} channels, got {images.shape[1]}; "
                 "if the backbone takes these images, pass mean and std for their channels"
             )
+        images = images.to(torch.promote_types(images.dtype, self.mean.dtype))  # half the bits would move the verdict
         return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
 
 

@@ -417,3 +417,40 @@ def test_what_overflows_to_nan_is_not_proved_to_be_kept(cap):
     images = torch.full((3, 1, 2, 2), 0.9)
     assert guard.detect(images).is_adversarial.all()
     assert not certify(guard, images, torch.zeros(3, dtype=torch.long), eps=0.01).is_kept.any()
+
+
+class InvertsBright(nn.Module):
+    """Does something else with a few images, and only if they are tensors."""
+
+    def forward(self, images):
+        if isinstance(images, torch.Tensor):
+            is_bright = images.flatten(1).mean(dim=1) > 0.9
+            images = torch.where(is_bright[:, None, None, None], 1 - images, images)
+        return images.flatten(1)
+
+
+@pytest.mark.parametrize("rare", [17, 98])
+def test_a_branch_on_the_type_of_the_input_is_found_on_whichever_image_takes_it(rare):
+    guard, batch = around(InvertsBright(), threshold=100.0), 0.8 * torch.rand(100, 1, 2, 2)
+    batch[rare] = torch.tensor([[0.99, 0.95], [0.95, 0.95]])
+    labels = around(nn.Flatten(), threshold=100.0).detect(batch).labels
+    batch[rare + 1], labels[rare + 1] = batch[rare], labels[rare]
+    with pytest.raises(ConfigurationError, match="lie outside the bounds"):
+        certify(guard, batch, labels, eps=0.001)
+
+
+class CastsItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, images):
+        return self.layer(images.flatten(1).to(self.layer.weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_in_half_the_bits_are_judged_as_those_they_stand_for(dtype):
+    guard = ClusterGuard(CastsItself(), 2, example=images(), mean=(0.4,), std=(0.3,))
+    guard.thresholds = torch.full((2,), 100.0)
+    batch = torch.rand(50, 1, 2, 2).to(dtype)
+    assert torch.equal(guard.distances(batch), guard.distances(batch.float()))

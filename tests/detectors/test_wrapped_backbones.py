@@ -251,7 +251,7 @@ def test_what_a_wrapper_costs_that_computes_something_else_is_said(wrap: Wrap) -
         guard = ClusterGuard(wrapper, 3)
     name, (normalisation, classifier) = type(wrapper).__name__, [str(warning.message) for warning in told]
     assert normalisation.startswith(
-        f"normalisation not found inside {name}: it does more than pass its images to the R"
+        f"normalisation not found inside {name}: it may do more than pass its images to the R"
     )
     assert "Pass mean=[0.5, 0.5, 0.5] and std=" in normalisation
     assert classifier.startswith(f"classifier not found inside {name}: ")

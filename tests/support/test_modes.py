@@ -1,5 +1,6 @@
 """Train and eval mode: modules that have their own way of changing it, and several readers at once."""
 
+import contextlib
 import copy
 import gc
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from clusterguard._support import evaluation_mode, names_in_eval_mode, training_mode
 from clusterguard.detection import full_precision
+from clusterguard.errors import ConfigurationError
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -336,3 +338,70 @@ def test_two_threads_that_take_gradients_through_a_classifier_leave_its_paramete
     second.join(30)
     assert torch.equal(gradients["first"], gradients["second"])
     assert all(parameter.requires_grad and parameter.grad is None for parameter in guard.parameters())
+
+
+def test_what_is_trained_in_one_thread_is_refused_in_another_and_stays_in_train_mode():
+    model, refused = nn.Sequential(nn.BatchNorm1d(3)), []
+
+    def read():
+        try:
+            with evaluation_mode(model):
+                pass
+        except ConfigurationError as error:
+            refused.append(str(error))
+
+    with training_mode(model):
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+        assert model[0].training
+        with evaluation_mode(model):  # the thread that trains may look
+            assert not model[0].training
+        assert model[0].training
+    read()
+    assert len(refused) == 1
+    assert "another thread trains" in refused[0]
+
+
+def test_training_waits_for_readers_in_other_threads():
+    model, order = nn.Sequential(nn.BatchNorm1d(3)), []
+    is_reading, may_leave = threading.Event(), threading.Event()
+
+    def read():
+        with evaluation_mode(model):
+            is_reading.set()
+            may_leave.wait()
+            order.append("read")
+
+    def train():
+        with training_mode(model):
+            order.append("trained")
+
+    threads = [threading.Thread(target=read), threading.Thread(target=train)]
+    threads[0].start()
+    is_reading.wait()
+    threads[1].start()
+    threads[1].join(0.1)
+    may_leave.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["read", "trained"]
+    assert not model[0].training
+
+
+def test_a_training_in_one_thread_keeps_its_statistics_whatever_another_does(blobs):
+    guard = cg.ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8)), 3)
+    images, _ = next(iter(blobs))
+    is_over = threading.Event()
+
+    def detect():
+        while not is_over.is_set():
+            with contextlib.suppress(ConfigurationError):  # while it is trained
+                guard.detect(images, check=False)
+
+    thread = threading.Thread(target=detect)
+    thread.start()
+    cg.AdversarialClusterTrainer(guard, cg.FGSM(eps=0.1)).fit(blobs, blobs, epochs=2, calibrate=False, progress=False)
+    is_over.set()
+    thread.join()
+    assert guard.encoder[0][2].num_batches_tracked == 2 * len(blobs)
