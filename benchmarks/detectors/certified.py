@@ -10,7 +10,7 @@ from benchmarks.detectors.ours import OURS
 from benchmarks.detectors.recipe import Recipe, Schedule
 
 
-def certified(
+def make_certified(
     *,
     ramp_epochs: float = 10.0,
     bound_weight: float = 0.5,
@@ -56,8 +56,8 @@ def certified(
         trainer=make_trainer,
         attacked=False,
         passes=3,  # of the image, and of the centre and the radius of its box
-        variant=certified,
+        variant=make_certified,
     )
 
 
-CERTIFIED = certified()
+CERTIFIED = make_certified()

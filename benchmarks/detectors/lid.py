@@ -33,10 +33,10 @@ class LocalDimensionality(FeatureDetector):
 
     def fit(self, batches: Loader) -> None:
         """Take the first images of every class."""
-        each, found, counts = REFERENCES // self.num_classes, [], torch.zeros(self.num_classes)
+        each, seen, counts = REFERENCES // self.num_classes, [], torch.zeros(self.num_classes)
         for batch in self.read_all(batches):
-            found.append(batch)
-            features, labels = map(torch.cat, zip(*found, strict=True))
+            seen.append(batch)
+            features, labels = map(torch.cat, zip(*seen, strict=True))
             counts = labels.bincount(minlength=self.num_classes)
             if counts.min() >= each:
                 break

@@ -30,7 +30,7 @@ def _relabel(name: str, power: float) -> Relabel:
     return {"separate": Separate(), "original": Original(), "graded": Graded(power)}[name]
 
 
-def ours(
+def make_ours(
     *,
     relabel: Literal["separate", "graded", "original"] = "separate",
     center_scale: float = 10.0,
@@ -88,16 +88,16 @@ def ours(
         budgets = {given.norm: given.eps} if radii is None else radii
         share = given.step_size / given.eps  # a step is the same share of the radius in every norm
 
-        def descent(norm: str, eps: float, own: str) -> Attack:
+        def descent(norm: str, eps: float, beginning: str) -> Attack:
             if method == "apgd":
-                return APGD(norm=norm, eps=eps, steps=given.steps, start=own, objective=objective)
+                return APGD(norm=norm, eps=eps, steps=given.steps, start=beginning, objective=objective)
             size = given.step_size if eps == given.eps else share * eps
-            return replace(given, norm=norm, eps=eps, step_size=size, start=own, objective=objective, keep="last")
+            return replace(given, norm=norm, eps=eps, step_size=size, start=beginning, objective=objective, keep="last")
 
         starts = [start] if isinstance(start, str) else start
-        plain = [descent(norm, eps, own) for norm, eps in budgets.items() for own in starts]
+        plain = [descent(norm, eps, beginning) for norm, eps in budgets.items() for beginning in starts]
         attacks: list[Attack] = [
-            own if targets is None else MultiTarget(attack=own, max_targets=targets) for own in plain
+            attack if targets is None else MultiTarget(attack=attack, max_targets=targets) for attack in plain
         ]
         return attacks[0] if len(attacks) == 1 else MixedAttack(attacks=attacks)
 
@@ -135,8 +135,8 @@ def ours(
         build=build,
         trainer=make_trainer,
         objective="suspicion",
-        variant=partial(ours, relabel=relabel),
+        variant=partial(make_ours, relabel=relabel),
     )
 
 
-OURS, L_BEN = ours(), ours(relabel="original")
+OURS, L_BEN = make_ours(), make_ours(relabel="original")

@@ -77,8 +77,8 @@ def loss(
     noise = torch.empty_like(mean).normal_(generator=generator)
     reconstruction = model.reconstruction_error(images, mean + (log_variance / 2).exp() * noise)
     distances = model.clusters.squared_distances(mean)
-    own = distances.gather(1, labels[:, None]).squeeze(1)
-    divergence = own + (log_variance.exp() - log_variance - 1).sum(dim=1)
+    to_class = distances.gather(1, labels[:, None]).squeeze(1)
+    divergence = to_class + (log_variance.exp() - log_variance - 1).sum(dim=1)
     correct = (distances.argmin(dim=1) == labels).sum()
     return TrainingStep((reconstruction + divergence).mean() / 2, correct)
 

@@ -25,7 +25,7 @@ FORMAT = 1  # of what a cell's result holds; raising it makes every result stale
 Profile = Literal["quick", "cpu", "short", "full"]
 """quick: wiring, not numbers; cpu: a small network that a CPU can bear; short: the full one's network, trained and
 attacked for as long as half an hour of a GPU allows; full: the paper's setting."""
-Split = Literal["test", "validation"]
+EvaluatedSplit = Literal["test", "validation"]
 Section = Literal["paper", "suite", "seeds", "certificates", "ablations", "recipes", "figures"]
 """The part of a page that a table stands in; the parts follow each other in this order."""
 Form = Literal["comparison", "attacks", "unions", "areas", "points", "step sizes", "iterations"]
@@ -84,10 +84,10 @@ class Training:
     @cached_property
     def key(self) -> str:
         """Short name of this training; whatever changes its outcome changes it."""
-        own = asdict(self)
+        definition = asdict(self)
         if not self.cutmix:
-            del own["cutmix"]  # trainings from before there was a choice stay valid
-        return digest(own | {"checksums": CHECKSUMS.get(self.dataset, {}), "format": FORMAT})
+            del definition["cutmix"]  # trainings from before there was a choice stay valid
+        return digest(definition | {"checksums": CHECKSUMS.get(self.dataset, {}), "format": FORMAT})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,23 +123,25 @@ class Cell:
     seed: int
     points: int = 0
     variant: str = ""
-    split: Split = "test"
+    split: EvaluatedSplit = "test"
     consistency: Options = field(default_factory=dict)
 
     @property
     def definition(self) -> Options:
         """All that determines the result, in JSON's types; names that only serve tables are left out."""
-        own = asdict(replace(self, surrogate=None))
+        definition = asdict(replace(self, surrogate=None))
         for name in ("attack", "variant", "surrogate", "chunk"):
-            del own[name]
-        own["training"] = self.training.key
-        own["surrogate"] = None if self.surrogate is None else [self.surrogate.detector, self.surrogate.training.key]
-        own["chunk"] = None if KINDS[self.kind].whole else self.chunk
+            del definition[name]
+        definition["training"] = self.training.key
+        definition["surrogate"] = (
+            None if self.surrogate is None else [self.surrogate.detector, self.surrogate.training.key]
+        )
+        definition["chunk"] = None if KINDS[self.kind].whole else self.chunk
         if self.split == "test":
-            del own["split"]  # results from before there was a choice stay valid
+            del definition["split"]  # results from before there was a choice stay valid
         if not self.consistency:
-            del own["consistency"]
-        return own | {"format": FORMAT, "rates": list(self.rates)}
+            del definition["consistency"]
+        return definition | {"format": FORMAT, "rates": list(self.rates)}
 
     @cached_property
     def key(self) -> str:
@@ -239,14 +241,14 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
         raise ConfigurationError(f"expected an experiment among {', '.join(list_experiments())}, got {name!r}")
     shared = _read(FOLDER / f"{name}.toml")
     profiles = {other: shared.pop(other, {}) for other in get_args(Profile)}
-    own = profiles.get(profile, {})
-    limits = own.pop("attack", {})
+    overrides = profiles.get(profile, {})
+    limits = overrides.pop("attack", {})
     try:
         parts: list[Options] = shared.pop("tables", [{"name": ""}])  # each says how it differs from what they share
         dataset, names = shared["dataset"], [part["name"] for part in parts]
         if len({*names}) < len(names):
             raise ConfigurationError(f"{name}.toml: expected each table to have a name of its own, got {names}")
-        parts = [merge(merge(shared, part), own) for part in parts]
+        parts = [merge(merge(shared, part), overrides) for part in parts]
         tables = tuple(_expand(name, names, profile, dataset, part, limits) for part in parts)
     except (KeyError, TypeError) as error:
         raise ConfigurationError(f"{name}.toml: {type(error).__name__} {error}") from error
@@ -305,8 +307,8 @@ def _choose(name: str, key: str, choices: Any, table: Options) -> Any:
 
 
 def _cell(table: Options, detector: str, attack: Options, limits: Options, seed: int, variant: str) -> Cell:
-    own = {"dataset", "model", "images", "rates", "chunk", "seeds", "most_seeds", "points", "split"}
-    _check_keys(table, {"training", "training_of", "consistency"} | own)
+    keys = {"dataset", "model", "images", "rates", "chunk", "seeds", "most_seeds", "points", "split"}
+    _check_keys(table, {"training", "training_of", "consistency"} | keys)
     _check_keys(table.get("consistency", {}), {"radius", "steps", "step_size"})
     options = {key: value for key, value in attack.items() if key not in ("name", "kind", "rates", "surrogate")}
     if attack["kind"] not in KINDS:

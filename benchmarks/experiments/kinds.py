@@ -70,7 +70,7 @@ class Outcome(NamedTuple):
     unproved: Tensor | None = None
 
 
-class Cost(NamedTuple):
+class PlannedCost(NamedTuple):
     """Passes an image costs, at most."""
 
     forward: int
@@ -91,15 +91,15 @@ class Kind:
     """
 
     run: Callable[..., Outcome]
-    cost: Callable[..., Cost]
+    cost: Callable[..., PlannedCost]
     run_both: Callable[..., list[Outcome]] | None = None
     sees_thresholds: bool = False
     whole: bool = False
 
 
 def _call(scene: Scene, attack: Attack, variant: str = "") -> Outcome:
-    found = attack(scene.detector, scene.images, scene.labels, generator=scene.generator)
-    return Outcome({variant: found})
+    attacked = attack(scene.detector, scene.images, scene.labels, generator=scene.generator)
+    return Outcome({variant: attacked})
 
 
 def _at_step_sizes(
@@ -115,7 +115,7 @@ def _at_step_sizes(
     targets = random_targets(scene.labels, classes, scene.generator) if any(goals) else None
     if targets is not None and not all(goals):
         objective, targets = _each_its_goal(get_objective(objective), goals, targets, len(step_sizes)), None
-    found = at_step_sizes(
+    attacked = at_step_sizes(
         kind(step_size=step_sizes[0], objective=objective, keep="last", sparsity=None, **options),
         step_sizes,
         scene.detector,
@@ -125,7 +125,7 @@ def _at_step_sizes(
         generator=scene.generator,
     ).unflatten(1, (len(goals), -1))
     return [
-        Outcome({f"step {size:g}": own[index] for size, own in zip(step_sizes, found, strict=True)})
+        Outcome({f"step {size:g}": by_goal[index] for size, by_goal in zip(step_sizes, attacked, strict=True)})
         for index in range(len(goals))
     ]
 
@@ -142,7 +142,7 @@ def _each_its_goal(objective: Objective, goals: Sequence[bool], targets: Tensor,
     return mixed
 
 
-def _stepped(kind: Callable[..., SteppedAttack], cost: Callable[..., Cost], *, random: bool = False) -> Kind:
+def _stepped(kind: Callable[..., SteppedAttack], cost: Callable[..., PlannedCost], *, random: bool = False) -> Kind:
     """PGD and its like; one with randomness of its own would find other images in other company."""
 
     def run(scene: Scene, *, targeted: bool = False, **options: Any) -> Outcome:
@@ -154,8 +154,8 @@ def _stepped(kind: Callable[..., SteppedAttack], cost: Callable[..., Cost], *, r
     return Kind(run, cost, None if random else run_both)
 
 
-def _iterated_cost(_: int, *, steps: int, step_sizes: Sequence[float], **__: Any) -> Cost:
-    return Cost(len(step_sizes) * (steps + 1), len(step_sizes) * steps)
+def _iterated_cost(_: int, *, steps: int, step_sizes: Sequence[float], **__: Any) -> PlannedCost:
+    return PlannedCost(len(step_sizes) * (steps + 1), len(step_sizes) * steps)
 
 
 def _transfer(scene: Scene, *, step_size: float, **options: Any) -> Outcome:
@@ -193,13 +193,13 @@ def _certificate(scene: Scene, *, norm: str, eps: float) -> Outcome:
     return Outcome({"": scene.images}, unproved=~certify(guard, scene.images, scene.labels, eps=eps).is_secure)
 
 
-def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) -> Cost:
+def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) -> PlannedCost:
     """Were nothing to break: nine single stages, random starts, three stages a target and two thrice as long."""
     effort = EFFORTS[budget]
     targets = min(classes - 1, effort.targets or classes)
     passes = effort.steps * (9 + effort.restarts + (3 + 2 * 3) * targets + (5 if norm == "l2" else 0))
     boundary = effort.queries if budget == "thorough" and norm in ("linf", "l2") else 0
-    return Cost(passes + effort.queries + boundary, passes)
+    return PlannedCost(passes + effort.queries + boundary, passes)
 
 
 KINDS: dict[str, Kind] = {
@@ -207,19 +207,20 @@ KINDS: dict[str, Kind] = {
     "mim": _stepped(MIM, _iterated_cost),
     "nes": _stepped(
         NES,
-        lambda _, *, steps, samples, step_sizes, **__: Cost(len(step_sizes) * steps * (samples + 1), 0),
+        lambda _, *, steps, samples, step_sizes, **__: PlannedCost(len(step_sizes) * steps * (samples + 1), 0),
         random=True,
     ),
     "fgsm": Kind(
-        lambda scene, **options: _call(scene, FGSM(objective=scene.objective, **options)), lambda _, **__: Cost(2, 1)
+        lambda scene, **options: _call(scene, FGSM(objective=scene.objective, **options)),
+        lambda _, **__: PlannedCost(2, 1),
     ),
     "cw": Kind(
         lambda scene, **options: _call(scene, CarliniWagner(**options)),
-        lambda _, *, searches, steps, **__: Cost(searches * steps, searches * steps),
+        lambda _, *, searches, steps, **__: PlannedCost(searches * steps, searches * steps),
         sees_thresholds=True,
     ),
-    "boundary": Kind(_boundary, lambda _, *, queries, **__: Cost(queries, 0), sees_thresholds=True),
-    "transfer": Kind(_transfer, lambda _, *, steps, **__: Cost(steps + 1, steps)),
+    "boundary": Kind(_boundary, lambda _, *, queries, **__: PlannedCost(queries, 0), sees_thresholds=True),
+    "transfer": Kind(_transfer, lambda _, *, steps, **__: PlannedCost(steps + 1, steps)),
     "suite": Kind(_suite, _suite_cost, sees_thresholds=True, whole=True),
-    "certificate": Kind(_certificate, lambda _, **__: Cost(3, 0), sees_thresholds=True),
+    "certificate": Kind(_certificate, lambda _, **__: PlannedCost(3, 0), sees_thresholds=True),
 }

@@ -30,7 +30,7 @@ class Results:
     def __init__(self, table: Table, read: Callable[[str], Result | None]) -> None:
         self.table = table
         self.cells = [(cell, read(cell.key)) for cell in table.cells]
-        self.found = [result for _, result in self.cells if result is not None]
+        self.finished = [result for _, result in self.cells if result is not None]
 
     def slot(self, detector: str, attack: str, variant: str | None = None) -> Slot:
         """The results of one place in a table; of the first variant, if none is named."""
@@ -77,17 +77,19 @@ class Estimate:
 
 def estimate(slot: Slot, measure: Measure) -> Estimate:
     """What `measure` finds in each result that is there."""
-    found = [measure(result) for result in slot if result is not None]
-    values = tuple(one.value if isinstance(one, Rate) else one for one in found)
-    return Estimate(values, tuple(one.interval for one in found if isinstance(one, Rate)), len(slot))
+    figures = [measure(result) for result in slot if result is not None]
+    values = tuple(figure.value if isinstance(figure, Rate) else figure for figure in figures)
+    return Estimate(values, tuple(figure.interval for figure in figures if isinstance(figure, Rate)), len(slot))
 
 
 def success(rate: float, variant: str | None = None) -> Callable[[Result], Rate]:
     """ASR at a false-positive rate: the worst over variants, such as step sizes, or that of one of them."""
 
     def measure(result: Result) -> Rate:
-        chosen = [own for name, own in result["results"].items() if variant in (None, name)]
-        return max((Rate(*own["rates"][f"{rate:g}"]["success"]) for own in chosen), key=lambda found: found.value)
+        chosen = [verdict for name, verdict in result["results"].items() if variant in (None, name)]
+        return max(
+            (Rate(*verdict["rates"][f"{rate:g}"]["success"]) for verdict in chosen), key=lambda share: share.value
+        )
 
     return measure
 
@@ -96,13 +98,13 @@ def area(variant: str | None = None) -> Callable[[Result], float]:
     """EROC: the smallest over variants, or that of one of them; NaN where it is undefined."""
 
     def measure(result: Result) -> float:
-        areas = [own["eroc"] for name, own in result["results"].items() if variant in (None, name)]
-        return min((found for found in areas if found is not None), default=math.nan)
+        areas = [verdict["eroc"] for name, verdict in result["results"].items() if variant in (None, name)]
+        return min((value for value in areas if value is not None), default=math.nan)
 
     return measure
 
 
-def accuracy(result: Result) -> Rate:
+def clean_accuracy(result: Result) -> Rate:
     """The share of clean images labelled correctly."""
     return Rate(*result["accuracy"])
 
@@ -112,14 +114,14 @@ def false_positives(rate: float) -> Callable[[Result], Rate]:
     return lambda result: Rate(*next(iter(result["results"].values()))["rates"][f"{rate:g}"]["false_positives"])
 
 
-def worst_row(found: Sequence[Estimate], *, smallest: bool = False) -> Estimate:
+def worst_row(rows: Sequence[Estimate], *, smallest: bool = False) -> Estimate:
     """The paper's worst case: the largest mean among rows, or the smallest; a bound where a row is missing."""
-    known = [one for one in found if not math.isnan(one.mean)]
+    known = [row for row in rows if not math.isnan(row.mean)]
     if not known:
-        return found[0]
-    missing = any(len(one.values) < one.seeds for one in found)
+        return rows[0]
+    missing = any(len(row.values) < row.seeds for row in rows)
     bound = ("≤ " if smallest else "≥ ") if missing else ""
-    return replace((min if smallest else max)(known, key=lambda one: one.mean), bound=bound)
+    return replace((min if smallest else max)(known, key=lambda row: row.mean), bound=bound)
 
 
 def worst_per_image(slots: Sequence[Slot], rate: float) -> Estimate:
@@ -138,18 +140,18 @@ def worst_within(suite: Sequence[tuple[Cell, Result | None]], every: Iterable[Re
     """
     known = {cell.key: (cell, result) for results in every for cell, result in results.cells if result is not None}
     seeds = dict.fromkeys(cell.seed for cell, _ in suite)
-    found, left = [], 0
+    unions, left = [], 0
     for seed in seeds:
-        own = {cell.key: (cell, result) for cell, result in suite if cell.seed == seed and result is not None}
-        if own:
+        finished = {cell.key: (cell, result) for cell, result in suite if cell.seed == seed and result is not None}
+        if finished:
             others = [
                 result
                 for cell, result in known.values()
-                if ONE_PERCENT in cell.rates and any(_is_within(cell, other) for other, _ in own.values())
+                if ONE_PERCENT in cell.rates and any(_is_within(cell, other) for other, _ in finished.values())
             ]
-            found.append(union([*others, *(result for _, result in own.values())], ONE_PERCENT))
-            left += found[-1].count - union([result for _, result in own.values()], ONE_PERCENT).count
-    return _over(found, len(seeds), any(result is None for _, result in suite)), left
+            unions.append(union([*others, *(result for _, result in finished.values())], ONE_PERCENT))
+            left += unions[-1].count - union([result for _, result in finished.values()], ONE_PERCENT).count
+    return _over(unions, len(seeds), any(result is None for _, result in suite)), left
 
 
 def _is_within(cell: Cell, suite: Cell) -> bool:
@@ -158,12 +160,12 @@ def _is_within(cell: Cell, suite: Cell) -> bool:
         return False
     if cell.training.key != suite.training.key or cell.detector != suite.detector:
         return False
-    (norm, eps), (own, radius) = threat(cell), threat(suite)
-    return (cell.images, cell.seed, norm) == (suite.images, suite.seed, own) and eps <= radius
+    (norm, eps), (suite_norm, radius) = threat(cell), threat(suite)
+    return (cell.images, cell.seed, norm) == (suite.images, suite.seed, suite_norm) and eps <= radius
 
 
-def _over(found: Sequence[Rate], seeds: int, missing: bool) -> Estimate:
-    values, intervals = tuple(one.value for one in found), tuple(one.interval for one in found)
+def _over(rates: Sequence[Rate], seeds: int, missing: bool) -> Estimate:
+    values, intervals = tuple(rate.value for rate in rates), tuple(rate.interval for rate in rates)
     return Estimate(values, intervals, seeds, "≥ " if missing else "")
 
 
@@ -175,9 +177,9 @@ def union(results: Iterable[Result], rate: float) -> Rate:
         rate: false-positive rate.
     """
     verdicts = [
-        [from_hex(own["rates"][f"{rate:g}"][bits], result["images"]) for bits in ("broken", "eligible")]
+        [from_hex(verdict["rates"][f"{rate:g}"][bits], result["images"]) for bits in ("broken", "eligible")]
         for result in results
-        for own in result["results"].values()
+        for verdict in result["results"].values()
     ]
     broken, eligible = (reduce(torch.logical_or, bits) for bits in zip(*verdicts, strict=True))
     return Rate(int(broken.sum()), int(eligible.sum()))

@@ -60,11 +60,11 @@ def draw(results: Results, path: Path, remark: str = "") -> list[Path]:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    own = results.table
-    title = f"{own.title}\n{remark}".strip()
-    if own.form == "step sizes":
+    table = results.table
+    title = f"{table.title}\n{remark}".strip()
+    if table.form == "step sizes":
         return draw_lines(step_sizes(results), path, xlabel="step size", title=title)
-    if own.form == "iterations":
+    if table.form == "iterations":
         return draw_lines(iterations(results), path, xlabel="steps", title=title)
     panels = {_panel_title(cell): result for cell, result in results.cells if cell.seed == results.cells[0][0].seed}
     return draw_points(panels, path, title=title)

@@ -26,7 +26,7 @@ from benchmarks.reporting.figures import draw
 from benchmarks.reporting.tables import (
     area_table,
     attack_table,
-    compare,
+    comparison_table,
     label,
     metric_rate,
     metrics,
@@ -91,7 +91,7 @@ def write_report(store: Store, profile: Profile, pages: Path) -> list[Path]:
         text = render(every)
         written.append(write_atomically(pages / name, partial(Path.write_text, data=text, encoding="utf-8")))
         for results in every:
-            if results.table.is_figure and results.found:
+            if results.table.is_figure and results.finished:
                 written += draw(results, pages / _figure(results), REMARKS[profile])
     return written
 
@@ -103,12 +103,12 @@ def read_results(store: Store, profile: Profile) -> dict[str, list[Results]]:
     every = [table for name in list_experiments() for table in load_experiment(name, profile).tables]
     if profile in REDUCED:  # where it is not defined, it is the full one
         full = [table for name in list_experiments() for table in load_experiment(name).tables]
-        every = [own for own, other in zip(every, full, strict=True) if own.cells != other.cells]
+        every = [table for table, other in zip(every, full, strict=True) if table.cells != other.cells]
     for dataset in TITLES:
-        found = [own for own in every if own.dataset == dataset]
-        if found:
-            found.sort(key=lambda own: get_args(Section).index(own.section))
-            pages[f"{dataset}{_suffix(profile)}.md"] = [Results(own, read) for own in found]
+        tables = [table for table in every if table.dataset == dataset]
+        if tables:
+            tables.sort(key=lambda table: get_args(Section).index(table.section))
+            pages[f"{dataset}{_suffix(profile)}.md"] = [Results(table, read) for table in tables]
     return pages
 
 
@@ -116,7 +116,7 @@ def render(every: Sequence[Results]) -> str:
     """The page of one data set."""
     profile = every[0].table.profile
     remark = REMARKS[profile]
-    run = [results for results in every if results.found]
+    run = [results for results in every if results.finished]
     asked = {cell.key: result is not None for results in every for cell, result in results.cells}
     parts = [
         f"<!-- Generated from results by `python -m benchmarks report{_option(profile)}`; edits would be lost. -->",
@@ -134,47 +134,47 @@ def render(every: Sequence[Results]) -> str:
 
 
 def _section(results: Results, every: Sequence[Results]) -> Iterator[str]:
-    own = results.table
-    yield f"## {label(own.title)}" + (f" ({own.profile})" if REMARKS[own.profile] else "")
-    command = f"`python -m benchmarks run {own.experiment}{_option(own.profile)}`"
-    if not results.found:
+    table = results.table
+    yield f"## {label(table.title)}" + (f" ({table.profile})" if REMARKS[table.profile] else "")
+    command = f"`python -m benchmarks run {table.experiment}{_option(table.profile)}`"
+    if not results.finished:
         yield f"Not run yet: {command}."
         return
-    if len(results.found) < len(results.cells):
-        yield f"{len(results.found)} of {len(results.cells)} cells are run, {command} runs the rest."
-    if own.form == "comparison":
-        yield from _compared(results, _printed(own), _suite(own, every))
-    elif own.is_figure:
+    if len(results.finished) < len(results.cells):
+        yield f"{len(results.finished)} of {len(results.cells)} cells are run, {command} runs the rest."
+    if table.form == "comparison":
+        yield from _compared(results, _printed(table), _suite(table, every))
+    elif table.is_figure:
         figure = _figure(results)
-        yield f"[![{own.title}]({figure}.png)]({figure}.svg)"
-        yield _caption(results, _figure_text(own))
+        yield f"[![{table.title}]({figure}.png)]({figure}.svg)"
+        yield _caption(results, _figure_text(table))
     else:
         yield _caption(results, f"{_asr(ONE_PERCENT)}.")
         yield attack_table(results)
-        if own.form == "unions":
+        if table.form == "unions":
             yield from _strict(results, every)
-        elif own.form == "areas":
+        elif table.form == "areas":
             yield _caption(results, "EROC.")
             yield area_table(results)
-        elif any(cell.kind == "certificate" for cell in own.cells):
+        elif any(cell.kind == "certificate" for cell in table.cells):
             yield "A certificate's share is of images not proved secure: no attack, known or not, breaks more of them."
-    invalid = sum(_invalid(result) for result in results.found)
+    invalid = sum(_invalid(result) for result in results.finished)
     if invalid:
         yield f"**{invalid} attacked images left their budget or [0, 1] and were not counted.**"
 
 
-def _printed(own: Table) -> Result:
+def _printed(table: Table) -> Result:
     """The paper's table that a table repeats, alike or with other networks or seeds."""
-    if own.paper not in PAPER:
+    if table.paper not in PAPER:
         raise ConfigurationError(
-            f"{own.address}: expected a table of the paper among {', '.join(PAPER)}, got {own.paper!r}"
+            f"{table.address}: expected a table of the paper among {', '.join(PAPER)}, got {table.paper!r}"
         )
-    return PAPER[own.paper]
+    return PAPER[table.paper]
 
 
-def _suite(own: Table, every: Sequence[Results]) -> Results | None:
+def _suite(table: Table, every: Sequence[Results]) -> Results | None:
     """The worst-case suite on the detectors of a table, where it is on this page."""
-    return next((other for other in every if other.table.address == own.suite), None)
+    return next((other for other in every if other.table.address == table.suite), None)
 
 
 def _compared(results: Results, paper: Result, suite: Results | None) -> Iterator[str]:
@@ -182,7 +182,7 @@ def _compared(results: Results, paper: Result, suite: Results | None) -> Iterato
         rate = metric_rate(metric)
         text = "EROC, the smallest over step sizes." if rate is None else f"{_asr(rate)}, the largest over step sizes."
         yield _caption(results, text)
-        yield compare(results, paper, metric, suite)
+        yield comparison_table(results, paper, metric, suite)
     if ("linf", 1.0) in map(results.threat, results.table.attacks):
         yield "With ℓ∞ 1.0 everything is within reach: where fewer than all images are broken, the attack fails."
 
@@ -212,14 +212,15 @@ def _asr(rate: float) -> str:
     return f"ASR-{100 * rate:g}: images broken at {100 * rate:g} % false positives"
 
 
-def _figure_text(own: Table) -> str:
-    if own.form == "points":
+def _figure_text(table: Table) -> str:
+    if table.form == "points":
+        attack = label(table.attacks[0])
         return (
-            f"t-SNE of the representations of benign images and of their attacked versions ({label(own.attacks[0])}); "
+            f"t-SNE of the representations of benign images and of their attacked versions ({attack}); "
             "of class scores where there is no representation. Digits name predicted classes."
         )
-    against = "step size" if own.form == "step sizes" else "number of steps"
-    titles = " and ".join(RECIPES[detector].title for detector in own.detectors)
+    against = "step size" if table.form == "step sizes" else "number of steps"
+    titles = " and ".join(RECIPES[detector].title for detector in table.detectors)
     return f"{titles}: ASR-1, with 95 % intervals as bands, and EROC against the {against}."
 
 
@@ -237,18 +238,18 @@ def _setting(every: Sequence[Results]) -> Iterator[str]:
     yield f"Training attack, where a detector is trained against one: {attack}."
     calibration = 1500 if data == "digits" else CALIBRATION
     yield f"Thresholds: conformal, one a class, from {calibration:,} images held out of training (paper: percentiles)."
-    found = {
+    provenances = {
         cell.key: result["provenance"] for results in every for cell, result in results.cells if result is not None
     }
-    if found:
-        devices = Counter(made["device"] for made in found.values())
-        commits = Counter(f"`{made['commit']}`" for made in found.values())
+    if provenances:
+        devices = Counter(made["device"] for made in provenances.values())
+        commits = Counter(f"`{made['commit']}`" for made in provenances.values())
         changed = " (+: with changes not committed)" if any("+" in commit for commit in commits) else ""
         yield f"Computed on {_counts(devices)}, at {_counts(commits)}{changed}."
 
 
-def _counts(found: Counter[str]) -> str:
-    return ", ".join(f"{name}: {count} cells" if len(found) > 1 else name for name, count in sorted(found.items()))
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{name}: {count} cells" if len(counter) > 1 else name for name, count in sorted(counter.items()))
 
 
 def _list(values: Iterable[object]) -> str:
@@ -263,14 +264,14 @@ def _seeds(cells: Iterable[Cell]) -> str:
 
 def _schedules(every: Sequence[Results]) -> dict[str, list[str]]:
     """By schedule, who is trained by it; experiments are named where they train a detector in another way than most."""
-    found: dict[str, dict[str, list[str]]] = {}
+    by_detector: dict[str, dict[str, list[str]]] = {}
     for results in every:
         for detector, schedule in dict.fromkeys((cell.detector, _schedule(cell.training)) for cell, _ in results.cells):
-            found.setdefault(detector, {}).setdefault(schedule, []).append(results.table.experiment)
+            by_detector.setdefault(detector, {}).setdefault(schedule, []).append(results.table.experiment)
     schedules: dict[str, list[str]] = {}
-    for detector, own in found.items():
-        for schedule, names in own.items():
-            usual = len(names) == max(map(len, own.values()))
+    for detector, by_schedule in by_detector.items():
+        for schedule, names in by_schedule.items():
+            usual = len(names) == max(map(len, by_schedule.values()))
             title = RECIPES[detector].title + ("" if usual else f" in {', '.join(dict.fromkeys(names))}")
             schedules.setdefault(schedule, []).append(title)
     return schedules
@@ -294,19 +295,21 @@ def _schedule(training: Training) -> str:
 
 
 def _attack(training: Training) -> str:
-    own = training.attack
-    name, length = ("APGD", "") if training.options.get("method") == "apgd" else ("PGD", f" step {own['step_size']:g},")
-    return f"{name} {label(own['norm'])} {own['eps']:g},{length} {own['steps']} steps"
+    attack = training.attack
+    name, length = (
+        ("APGD", "") if training.options.get("method") == "apgd" else ("PGD", f" step {attack['step_size']:g},")
+    )
+    return f"{name} {label(attack['norm'])} {attack['eps']:g},{length} {attack['steps']} steps"
 
 
 def _invalid(result: Result) -> int:
     """Images that were not counted; mostly the same ones at every rate."""
-    return sum(max(at["invalid"] for at in own["rates"].values()) for own in result["results"].values())
+    return sum(max(at["invalid"] for at in verdict["rates"].values()) for verdict in result["results"].values())
 
 
 def _figure(results: Results) -> str:
-    own = results.table
-    return f"figures/{own.address.replace('/', '-')}{_suffix(own.profile)}"
+    table = results.table
+    return f"figures/{table.address.replace('/', '-')}{_suffix(table.profile)}"
 
 
 def _dataset(results: Results) -> str:

@@ -12,8 +12,8 @@ from benchmarks.reporting.estimates import (
     Result,
     Results,
     Slot,
-    accuracy,
     area,
+    clean_accuracy,
     estimate,
     false_positives,
     success,
@@ -26,23 +26,25 @@ NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1", "l0": "ℓ0"}
 NOT_RUN = "not run"
 
 
-def show(found: Estimate, paper: float | None = None) -> str:
+def show(measured: Estimate, paper: float | None = None) -> str:
     """A table's cell: ours, its interval, and in parentheses what the paper prints.
 
     Example:
         >>> show(Estimate((0.5,), ((0.41, 0.59),)), 0.21)
         '**0.50**<br><small>.41–.59</small><br>(0.21)'
     """
-    if not found.values:
+    if not measured.values:
         lines = [NOT_RUN]
-    elif math.isnan(found.mean):
+    elif math.isnan(measured.mean):
         lines = ["–"]
     else:
-        lines = [f"**{found.bound}{found.mean:.2f}**"]
-        if found.intervals:
-            lines.append(f"<small>{_span(*found.interval)}</small>")
-        if found.seeds > 1:
-            lines.append(f"<small>{len(found.values)} of {found.seeds} seeds: {_span(*_range(found.values))}</small>")
+        lines = [f"**{measured.bound}{measured.mean:.2f}**"]
+        if measured.intervals:
+            lines.append(f"<small>{_span(*measured.interval)}</small>")
+        if measured.seeds > 1:
+            lines.append(
+                f"<small>{len(measured.values)} of {measured.seeds} seeds: {_span(*_range(measured.values))}</small>"
+            )
     return "<br>".join(lines if paper is None else [*lines, f"({paper:.2f})"])
 
 
@@ -61,7 +63,7 @@ def label(text: str) -> str:
         >>> label("PGD linf 0.3 T")
         'PGD ℓ∞ 0.3 T'
     """
-    return re.sub(r"\b(linf|l[012])\b", lambda found: NORMS[found[0]], text)
+    return re.sub(r"\b(linf|l[012])\b", lambda match: NORMS[match[0]], text)
 
 
 def threat_label(norm: str, eps: float) -> str:
@@ -75,7 +77,7 @@ def threat_label(norm: str, eps: float) -> str:
     return f"{NORMS[norm]} {eps:g}" if is_whole else f"{NORMS[norm]} {float(eps)}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown, the first column to the left, the others centred."""
     lines = [head, ["---"] + [":---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -92,7 +94,7 @@ def metric_rate(metric: str) -> float | None:
     return int(metric.removeprefix("ASR-")) / 100 if metric.startswith("ASR-") else None
 
 
-def compare(results: Results, paper: Result, metric: str, suite: Results | None = None) -> str:
+def comparison_table(results: Results, paper: Result, metric: str, suite: Results | None = None) -> str:
     """A table of the paper, one metric: a row an attack, a column a detector.
 
     Args:
@@ -101,34 +103,34 @@ def compare(results: Results, paper: Result, metric: str, suite: Results | None 
         metric: such as "ASR-1" or "EROC".
         suite: results of the worst-case suite on the same detectors, for rows of the same norm and radius.
     """
-    own, rate = results.table, metric_rate(metric)
+    table, rate = results.table, metric_rate(metric)
     measure: Measure = area() if rate is None else success(rate)
-    attacks = [attack for attack in own.attacks if metric in paper.get(attack, {})]
-    slots = {detector: [results.slot(detector, attack) for attack in attacks] for detector in own.detectors}
+    attacks = [attack for attack in table.attacks if metric in paper.get(attack, {})]
+    slots = {detector: [results.slot(detector, attack) for attack in attacks] for detector in table.detectors}
 
     def row(name: str, find: Callable[[str], Estimate], printed: Sequence[float] = ()) -> list[str]:
         known = dict(zip(paper["detectors"], printed, strict=bool(printed)))
-        return [name, *(show(find(detector), known.get(detector)) for detector in own.detectors)]
+        return [name, *(show(find(detector), known.get(detector)) for detector in table.detectors)]
 
     def before(rate: float) -> Iterator[list[str]]:
-        clean = {detector: _any(slots[detector]) for detector in own.detectors}
-        yield row("accuracy", lambda detector: estimate(clean[detector], accuracy), paper.get("accuracy", ()))
+        clean = {detector: _any(slots[detector]) for detector in table.detectors}
+        yield row("accuracy", lambda detector: estimate(clean[detector], clean_accuracy), paper.get("accuracy", ()))
         yield row("false positives", lambda detector: estimate(clean[detector], false_positives(rate)))
-        yield ["images counted", *(_counted(clean[detector], rate) for detector in own.detectors)]
+        yield ["images counted", *(_counted(clean[detector], rate) for detector in table.detectors)]
 
     def stronger(wanted: tuple[str, float]) -> Iterator[list[str]]:
-        if suite is None or not suite.found:
+        if suite is None or not suite.finished:
             return
         for attack in suite.table.attacks:
             if suite.threat(attack) == wanted:
-                found = {detector: estimate(suite.slot(detector, attack), measure) for detector in own.detectors}
-                yield row(f"*{label(attack)}*", found.__getitem__)
+                estimates = {detector: estimate(suite.slot(detector, attack), measure) for detector in table.detectors}
+                yield row(f"*{label(attack)}*", estimates.__getitem__)
 
     rows = list(before(rate)) if rate is not None else []
     threats = [results.threat(attack) for attack in attacks]
     for index, attack in enumerate(attacks):
-        found = {detector: estimate(slots[detector][index], measure) for detector in own.detectors}
-        rows.append(row(label(attack), found.__getitem__, paper[attack][metric]))
+        estimates = {detector: estimate(slots[detector][index], measure) for detector in table.detectors}
+        rows.append(row(label(attack), estimates.__getitem__, paper[attack][metric]))
         if rate == ONE_PERCENT and threats[index] not in threats[index + 1 :]:
             rows += stronger(threats[index])
 
@@ -138,31 +140,34 @@ def compare(results: Results, paper: Result, metric: str, suite: Results | None 
     rows.append(row("**worst row**", worst, paper.get("worst case", {}).get(metric, ())))
     if rate is not None:
         rows.append(row("**worst per image**", lambda detector: worst_per_image(slots[detector], rate)))
-    learned = {RECIPES[detector].title: estimate(_any(slots[detector]), accuracy) for detector in own.detectors}
-    return table(["", *learned], rows) + _beginners(learned)
+    learned = {RECIPES[detector].title: estimate(_any(slots[detector]), clean_accuracy) for detector in table.detectors}
+    return markdown_table(["", *learned], rows) + _beginners(learned)
 
 
 def attack_table(results: Results) -> str:
     """ASR-1, for what the paper does not have: a row a detector or variant, a column an attack."""
-    own = results.table
+    table = results.table
     rows, learned = [], {}
-    is_of_suites = all(cell.kind == "suite" for cell in own.cells)
-    union = ["any of these"] if is_of_suites and own.form != "unions" else []  # which has a table of its own for that
-    for name, slots in _lines(results, own.attacks):
+    is_of_suites = all(cell.kind == "suite" for cell in table.cells)
+    # The form "unions" shows the union in a second table.
+    union = ["any of these"] if is_of_suites and table.form != "unions" else []
+    for name, slots in _lines(results, table.attacks):
         clean = _any(slots)
-        learned[name] = estimate(clean, accuracy)
-        found = [show(estimate(slot, success(ONE_PERCENT))) for slot in slots]
-        found += [show(worst_per_image(slots, ONE_PERCENT)) for _ in union]
+        learned[name] = estimate(clean, clean_accuracy)
+        shares = [show(estimate(slot, success(ONE_PERCENT))) for slot in slots]
+        shares += [show(worst_per_image(slots, ONE_PERCENT)) for _ in union]
         counted = _counted([result for slot in slots for result in slot], ONE_PERCENT)
-        rows.append([name, show(estimate(clean, accuracy)), counted, *found])
-    return table(["", "accuracy", "images counted", *map(label, own.attacks), *union], rows) + _beginners(learned)
+        rows.append([name, show(estimate(clean, clean_accuracy)), counted, *shares])
+    return markdown_table(["", "accuracy", "images counted", *map(label, table.attacks), *union], rows) + _beginners(
+        learned
+    )
 
 
 def area_table(results: Results) -> str:
     """EROC of the attacks that go on after success; of those that stop it says little."""
     attacks = list(dict.fromkeys(cell.attack for cell in results.table.cells if cell.kind != "suite"))
     rows = [[name, *(show(estimate(slot, area())) for slot in slots)] for name, slots in _lines(results, attacks)]
-    return table(["", *map(label, attacks)], rows)
+    return markdown_table(["", *map(label, attacks)], rows)
 
 
 def union_table(suite: Results, every: Sequence[Results]) -> str:
@@ -172,22 +177,24 @@ def union_table(suite: Results, every: Sequence[Results]) -> str:
         suite: results of the worst-case suite.
         every: results of all tables on the same data.
     """
-    own = suite.table
+    table = suite.table
     rows = []
-    for detector in own.detectors:
+    for detector in table.detectors:
         cells = [(cell, result) for cell, result in suite.cells if cell.detector == detector]
-        groups = [[pair for pair in cells if pair[0].attack == attack] for attack in own.attacks]
-        found = [worst_within(group, every) for group in [*groups, cells]]
-        shown = [f"{show(share)}<br>+{left}" if left else show(share) for share, left in found]
+        groups = [[pair for pair in cells if pair[0].attack == attack] for attack in table.attacks]
+        unions = [worst_within(group, every) for group in [*groups, cells]]
+        shown = [f"{show(share)}<br>+{left}" if left else show(share) for share, left in unions]
         rows.append([RECIPES[detector].title, *shown])
-    return table(["", *(threat_label(*suite.threat(attack)) for attack in own.attacks), "any of these"], rows)
+    return markdown_table(
+        ["", *(threat_label(*suite.threat(attack)) for attack in table.attacks), "any of these"], rows
+    )
 
 
 def stages_table(suite: Results, detector: str) -> str:
     """How many images each stage of the suite broke that the stages before it had left; the first seed there is."""
-    own = suite.table
+    table = suite.table
     columns: list[dict[str, int]] = []
-    for attack in own.attacks:
+    for attack in table.attacks:
         stages = (_either(suite.slot(detector, attack)) or {}).get("stages", [])
         counts = {"images attacked": stages[0]["attacked"]} if stages else {}
         for stage in stages:
@@ -201,7 +208,7 @@ def stages_table(suite: Results, detector: str) -> str:
                 names.insert(place, name)
             place = names.index(name) + 1
     rows = [[name, *(str(counts.get(name, "")) if counts else NOT_RUN for counts in columns)] for name in names]
-    return table(["", *(threat_label(*suite.threat(attack)) for attack in own.attacks)], rows)
+    return markdown_table(["", *(threat_label(*suite.threat(attack)) for attack in table.attacks)], rows)
 
 
 def _lines(results: Results, attacks: Sequence[str]) -> Iterator[tuple[str, list[Slot]]]:
@@ -229,7 +236,7 @@ def _counted(slot: Slot, rate: float) -> str:
 
 def _beginners(learned: Mapping[str, Estimate]) -> str:
     """A warning below a table: what labels hardly anything rightly has hardly anything to be broken."""
-    names = [name for name, found in learned.items() if found.mean < 0.5]
+    names = [name for name, share in learned.items() if share.mean < 0.5]
     if not names:
         return ""
     says = "has not learned to classify here: its" if len(names) == 1 else "have not learned to classify here: their"

@@ -22,7 +22,7 @@ REFERENCES = 2000  # calibration images that attacks may start towards
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class AttackedDetector:
     """What a cell's attack meets at one false-positive rate.
 
     Attributes:
@@ -43,7 +43,13 @@ class Target:
 
 
 def attack_cell(
-    cell: Cell, target: Target, store: Store, *, clock: Clock, progress: bool = False, twin: Cell | None = None
+    cell: Cell,
+    target: AttackedDetector,
+    store: Store,
+    *,
+    clock: Clock,
+    progress: bool = False,
+    twin: Cell | None = None,
 ) -> Outcome:
     """What the cell's attack finds on all images; a killed run loses one chunk at most.
 
@@ -58,12 +64,12 @@ def attack_cell(
     Raises:
         OutOfTimeError: the budget is used up; the next call goes on where this one stopped.
     """
-    folders = [store.work(own.key) for own in (cell, twin) if own is not None]
+    folders = [store.work(member.key) for member in (cell, twin) if member is not None]
     device = target.images.device
     size = len(target.labels) if KINDS[cell.kind].whole else cell.chunk
     chunks, took = [], 0.0
     rows = torch.arange(len(target.labels), device=device).split(size)
-    for index, own in enumerate(tqdm(rows, desc=cell.title, disable=not progress, leave=False)):
+    for index, chosen in enumerate(tqdm(rows, desc=cell.title, disable=not progress, leave=False)):
         name = f"{target.rate:g}-{index}"
         file = folders[0] / f"{name}.pt"
         if not file.exists():
@@ -71,8 +77,8 @@ def attack_cell(
             started = time.perf_counter()
             scene = Scene(
                 detector=target.detector,
-                images=target.images[own],
-                labels=target.labels[own],
+                images=target.images[chosen],
+                labels=target.labels[chosen],
                 objective=RECIPES[cell.detector].objective,
                 references=target.references,
                 surrogate=target.surrogate,
@@ -81,8 +87,8 @@ def attack_cell(
                 checkpoint=folders[0] / f"{name}.state",
                 on_stage=lambda stage: clock.check(),
             )
-            found = [KINDS[cell.kind].run(scene, **cell.options)] if twin is None else _run_both(scene, cell)
-            _write_chunks([folder / file.name for folder in folders], found)
+            outcomes = [KINDS[cell.kind].run(scene, **cell.options)] if twin is None else _run_both(scene, cell)
+            _write_chunks([folder / file.name for folder in folders], outcomes)
             took = time.perf_counter() - started
         chunks.append(read_chunk(file, device))
     return _join(chunks)
@@ -99,9 +105,9 @@ def _run_both(scene: Scene, cell: Cell) -> list[Outcome]:
     return [kind.run(scene, **cell.options)]
 
 
-def _write_chunks(files: Sequence[Path], found: Sequence[Outcome]) -> None:
+def _write_chunks(files: Sequence[Path], outcomes: Sequence[Outcome]) -> None:
     """Write the cell's chunk last: where that is, the twin's is too, unless memory was too small for it."""
-    for file, outcome in reversed(list(zip(files, found, strict=False))):
+    for file, outcome in reversed(list(zip(files, outcomes, strict=False))):
         kept = outcome._asdict() | {"stages": [asdict(stage) for stage in outcome.stages]}
         save_chunk(file, kept)
 

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replay:
+class StoredImages:
     """An attack that hands out images found before, so that `evaluate` judges them like any others."""
 
     images: Tensor
@@ -39,7 +39,7 @@ def thresholds_at(detector: DetectorModule, calibration: Loader, rates: Sequence
     detection, labels = judge(detector, calibration)
     fitted = {}
     for rate in rates:
-        found = fit_thresholds(
+        fit = fit_thresholds(
             detection.distances,
             detection.labels,
             labels,
@@ -47,7 +47,7 @@ def thresholds_at(detector: DetectorModule, calibration: Loader, rates: Sequence
             false_positive_rate=rate,
             scarce="pool",
         )
-        fitted[rate] = detector.thresholds.new_tensor(found.thresholds)
+        fitted[rate] = detector.thresholds.new_tensor(fit.thresholds)
     return fitted
 
 
@@ -78,12 +78,12 @@ def judge_attacked(
         The evaluation at the first rate; and by variant the area, and by rate counts and which images, as hexadecimal
         bits.
     """
-    attacks = {name: Replay(images=found, norm=norm, eps=eps) for name, found in attacked.items()}
+    attacks = {name: StoredImages(images=kept, norm=norm, eps=eps) for name, kept in attacked.items()}
     first: Evaluation | None = None
-    found: dict[str, Any] = {name: {"rates": {}} for name in attacked}
-    for rate, own in thresholds.items():
+    verdicts: dict[str, Any] = {name: {"rates": {}} for name in attacked}
+    for rate, at_rate in thresholds.items():
         report = evaluate(
-            WithThresholds(detector, own),
+            WithThresholds(detector, at_rate),
             attacks,
             [(images, labels)],
             calibration_loader=calibration if first is None else None,  # areas do not depend on thresholds
@@ -93,8 +93,8 @@ def judge_attacked(
         for result in report.results:
             area = result.expected_roc_auc
             if first is None:
-                found[result.name]["eroc"] = area if math.isfinite(area) else None
-            found[result.name]["rates"][f"{rate:g}"] = {
+                verdicts[result.name]["eroc"] = area if math.isfinite(area) else None
+            verdicts[result.name]["rates"][f"{rate:g}"] = {
                 "success": [result.success.count, result.success.total],
                 "false_positives": [report.false_positives.count, report.false_positives.total],
                 "invalid": result.invalid,
@@ -103,14 +103,14 @@ def judge_attacked(
             }
         first = report if first is None else first
     assert first is not None  # there is at least one rate
-    return first, found
+    return first, verdicts
 
 
-def count_unproved(found: dict[str, Any], unproved: Tensor) -> None:
+def count_unproved(verdicts: dict[str, Any], unproved: Tensor) -> None:
     """Verdicts of a certificate: each image that is not proved secure (n,) counts as broken; areas mean nothing."""
-    for own in found.values():
-        own["eroc"] = None
-        for at in own["rates"].values():
+    for verdict in verdicts.values():
+        verdict["eroc"] = None
+        for at in verdict["rates"].values():
             broken = from_hex(at["eligible"], len(unproved)) & unproved.cpu()
             at |= {"success": [int(broken.sum()), at["success"][1]], "broken": to_hex(broken)}
 

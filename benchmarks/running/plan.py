@@ -52,11 +52,11 @@ class Throughput:
 def calibrate(cells: Sequence[Cell], device: torch.device) -> None:
     """Measure every network of the cells, at every size of batch, and remember it in results/throughput.json."""
     known: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
-    own = known.setdefault(device_name(device), {})
+    measured = known.setdefault(device_name(device), {})
     trainings = {(cell.training.model, cell.training.dataset, cell.training.batch_size) for cell in cells}
     attacks = {(cell.training.model, cell.training.dataset, min(cell.chunk, cell.images)) for cell in cells}
     for model, dataset, batch in sorted(trainings | attacks):
-        own[f"{model} {dataset} {batch}"] = _measure(model, SIZES[dataset][1], batch, device)
+        measured[f"{model} {dataset} {batch}"] = _measure(model, SIZES[dataset][1], batch, device)
     write_atomically(FILE, lambda file: file.write_text(json.dumps(known, indent=1) + "\n"))
 
 
@@ -159,12 +159,12 @@ def print_plan(cells: Sequence[Cell], speed: Throughput, *, trained: Callable[[s
     """Cells, what they cost and how long they should take, trainings first."""
     print(f"seconds: {speed.source}")
     total = 0.0
-    needed = {own.training.key: own for cell in cells for own in (cell, cell.surrogate) if own is not None}
-    for own in (own for key, own in needed.items() if not trained(key)):
-        training, count = own.training, training_passes(own)
+    needed = {owner.training.key: owner for cell in cells for owner in (cell, cell.surrogate) if owner is not None}
+    for owner in (owner for key, owner in needed.items() if not trained(key)):
+        training, count = owner.training, training_passes(owner)
         seconds = count * speed.seconds(training.model, training.dataset, training.batch_size)[1]
         total += seconds
-        print(f"  train  {own.detector:40} {count:>14,} gradients {seconds:>9,.0f} s")
+        print(f"  train  {owner.detector:40} {count:>14,} gradients {seconds:>9,.0f} s")
     for cell in cells:
         forward, backward = attack_passes(cell)
         batch = min(cell.chunk, cell.images) * len(cell.options.get("step_sizes", [0]))

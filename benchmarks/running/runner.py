@@ -14,7 +14,7 @@ from benchmarks.data.datasets import Batches
 from benchmarks.detectors import RECIPES
 from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.kinds import KINDS, Outcome
-from benchmarks.running.attacking import REFERENCES, Target, attack_cell
+from benchmarks.running.attacking import REFERENCES, AttackedDetector, attack_cell
 from benchmarks.running.judging import count_unproved, judge_attacked, map_points, thresholds_at
 from benchmarks.running.store import provenance
 from benchmarks.running.training import JUDGED_AT_ONCE, Trainings
@@ -48,7 +48,7 @@ def run_cell(cell: Cell, trainings: Trainings, twin: Cell | None = None) -> dict
     thresholds = thresholds_at(detector, calibration, cell.rates)
 
     def attack(rate: float) -> Outcome:
-        target = Target(
+        target = AttackedDetector(
             detector=WithThresholds(detector, thresholds[rate]),
             rate=rate,
             images=images,
@@ -112,8 +112,8 @@ def _judge(
             count_unproved(verdicts, outcome.unproved)
         first = first or report
         stages += [{"rate": rates[0], **asdict(stage)} for stage in outcome.stages]
-        for variant, own in verdicts.items():
-            results.setdefault(variant, {"eroc": own["eroc"], "rates": {}})["rates"] |= own["rates"]
+        for variant, verdict in verdicts.items():
+            results.setdefault(variant, {"eroc": verdict["eroc"], "rates": {}})["rates"] |= verdict["rates"]
     assert first is not None  # there is at least one rate
     judged = {"accuracy": [first.accuracy.count, first.accuracy.total], "results": results, "stages": stages}
     if cell.points:

@@ -1,7 +1,6 @@
 """Train detectors of the comparison, or load them; a killed training goes on from its last checkpoint."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -192,24 +191,23 @@ def networks_in(detector: nn.Module) -> list[networks.Features]:
 def make_schedule(training: Training, steps: int) -> Schedule:
     """What a training's numbers and names mean, with so many steps an epoch."""
 
-    def optimizer(module: nn.Module) -> Optimizer:
+    def make_optimizer(module: nn.Module) -> Optimizer:
         rate, decay = training.learning_rate, training.weight_decay
         if training.optimizer == "sgd":
             return SGD(module.parameters(), lr=rate, momentum=0.9, weight_decay=decay, nesterov=True)
         return Adam(module.parameters(), lr=rate, weight_decay=decay)
 
-    def scheduler(own: Optimizer) -> LRScheduler:
+    def make_scheduler(optimizer: Optimizer) -> LRScheduler:
         if training.schedule == "one-cycle":
-            return OneCycleLR(own, training.learning_rate, total_steps=training.epochs * steps)
+            return OneCycleLR(optimizer, training.learning_rate, total_steps=training.epochs * steps)
         if training.schedule == "cosine":
-            return CosineAnnealingLR(own, training.epochs)
-        return MultiStepLR(own, [training.epochs // 2, training.epochs * 3 // 4])
+            return CosineAnnealingLR(optimizer, training.epochs)
+        return MultiStepLR(optimizer, [training.epochs // 2, training.epochs * 3 // 4])
 
-    make_scheduler: Callable[[Optimizer], LRScheduler] | None = None if training.schedule == "constant" else scheduler
     return Schedule(
         attack=PGD(**training.attack),
-        optimizer=optimizer,
-        scheduler=make_scheduler,
+        optimizer=make_optimizer,
+        scheduler=None if training.schedule == "constant" else make_scheduler,
         schedule_every="step" if training.schedule == "one-cycle" else "epoch",
         warmup_epochs=training.warmup_epochs,
     )

@@ -63,7 +63,7 @@ def list_models(library: str) -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
-def build(library: str, name: str) -> Candidate:
+def build_candidate(library: str, name: str) -> Candidate:
     """The model as its library builds it by default, without pretrained weights."""
     if library == "timm":
         import timm
@@ -135,17 +135,17 @@ def find_place(make: Callable[[], Candidate]) -> tuple[str | None, str]:
     return None, "; ".join(reasons)
 
 
-def load(path: Path | None, versions: dict[str, str]) -> Outcomes:
+def load_outcomes(path: Path | None, versions: dict[str, str]) -> Outcomes:
     """The outcomes in the file; none of them if there is no file, or it is about other versions."""
-    found: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
-    libraries = found["libraries"] if found.get("versions") == versions else {}
+    content: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    libraries = content["libraries"] if content.get("versions") == versions else {}
     return {
         library: {kind: libraries.get(library, {}).get(kind, {}) for kind in ("passed", "failed")}
         for library in LIBRARIES
     }
 
 
-def save(path: Path, outcomes: Outcomes, names: dict[str, list[str]], versions: dict[str, str]) -> None:
+def save_outcomes(path: Path, outcomes: Outcomes, names: dict[str, list[str]], versions: dict[str, str]) -> None:
     """Write everything that is known so far."""
     libraries = {
         library: {
@@ -176,7 +176,7 @@ def main(
     versions = {package: version(package) for package in ("torch", *LIBRARIES)}
     versions["python"] = platform.python_version()
     names = {library: list_models(library) for library in LIBRARIES}
-    outcomes = load(output if resume or only != "*" else None, versions)
+    outcomes = load_outcomes(output if resume or only != "*" else None, versions)
     todo = [
         (library, name)
         for library in LIBRARIES
@@ -187,7 +187,7 @@ def main(
     try:
         for done, (library, name) in enumerate(progress, start=1):
             progress.set_postfix_str(name)
-            place, reason = find_place(partial(build, library, name))
+            place, reason = find_place(partial(build_candidate, library, name))
             for kind in ("passed", "failed"):
                 outcomes[library][kind].pop(name, None)
             outcomes[library]["failed" if place is None else "passed"][name] = place or reason
@@ -195,9 +195,9 @@ def main(
                 progress.write(f"{library} {name}: {reason}")
             if done % SAVE_EVERY == 0:
                 gc.collect()  # modules and their hooks form cycles
-                save(output, outcomes, names, versions)
+                save_outcomes(output, outcomes, names, versions)
     finally:
-        save(output, outcomes, names, versions)
+        save_outcomes(output, outcomes, names, versions)
     for library, outcome in outcomes.items():
         print(f"{library} {versions[library]}: {len(outcome['passed'])} of {len(names[library])}")
     raise typer.Exit(code=any(outcome["failed"] for outcome in outcomes.values()))

@@ -98,7 +98,7 @@ PEERS = {
 }
 
 
-def build(peer: Peer, norm: str, references: Towards) -> Attack:
+def build_peer(peer: Peer, norm: str, references: Towards) -> Attack:
     """The peer as an ordinary attack."""
     budget: dict[str, Any] = {"norm": norm, "eps": RADII[norm]}
     if peer.library == "Foolbox":
@@ -124,13 +124,13 @@ def build_all(norm: str, references: Towards) -> dict[str, Attack]:
         SUITE: WorstCaseSuite(norm, eps=eps, references=(references.images, references.labels)),
         PLAIN: PGD(norm=norm, eps=eps, step_size=step_size, steps=100),
     }
-    attacks |= {f"{peer.library} {peer.attack}": build(peer, norm, references) for peer in PEERS[norm]}
+    attacks |= {f"{peer.library} {peer.attack}": build_peer(peer, norm, references) for peer in PEERS[norm]}
     if norm != "l0":
         attacks["AutoAttack"] = replace(from_autoattack(norm=norm, eps=eps), temperature=0.3)
     return attacks
 
 
-def compare(results: dict[str, dict[str, Any]]) -> str:
+def list_attacks(results: dict[str, dict[str, Any]]) -> str:
     """What there is to say about one norm: rows of Markdown, strongest first, what the suite missed last."""
     suite = set(results[SUITE]["broken"])
     lines = []
@@ -209,7 +209,7 @@ def main(
                 "seconds": round(time.perf_counter() - started, 1),
             }
             write_atomically(output, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
-        print(f"\n{norm} {RADII[norm]:g}\n{compare(results)}")
+        print(f"\n{norm} {RADII[norm]:g}\n{list_attacks(results)}")
     print(f"\n{summarise(content['norms'])}")
 
 

@@ -12,7 +12,7 @@ SHARES = torch.tensor([0.991 / 9] * 9 + [0.009])
 SHIFTS = torch.tensor([0.0] * 9 + [50.0])
 
 
-def draw(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+def draw_examples(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Suspicion and labels of so many examples, (count,) each."""
     labels = torch.multinomial(SHARES, count, True, generator=generator)
     return torch.randn(count, generator=generator) + SHIFTS[labels], labels
@@ -23,14 +23,14 @@ def main(*, rate: float = 0.01, repetitions: int = 300) -> None:
     generator = torch.Generator().manual_seed(0)
     rates: dict[str, list[Tensor]] = {"pool": [], "shared with all": []}
     for _ in range(repetitions):
-        suspicion, labels = draw(5000, generator)
+        suspicion, labels = draw_examples(5000, generator)
         fitted = fit_thresholds(suspicion, labels, labels, 10, false_positive_rate=rate, scarce="pool")
         thresholds = {"pool": torch.tensor(fitted.thresholds)}
         thresholds["shared with all"] = thresholds["pool"].clone()
         thresholds["shared with all"][list(fitted.pooled)] = fit_threshold(suspicion, rate)
-        suspicion, labels = draw(20_000, generator)
-        for name, own in thresholds.items():
-            rates[name].append((suspicion > own[labels]).double().mean())
+        suspicion, labels = draw_examples(20_000, generator)
+        for name, limits in thresholds.items():
+            rates[name].append((suspicion > limits[labels]).double().mean())
     for name, values in rates.items():
         mean, error = torch.stack(values).mean(), torch.stack(values).std() / repetitions**0.5
         print(f"{name}: {mean:.4f} ± {error:.4f} of all images refused, {rate:g} asked for")

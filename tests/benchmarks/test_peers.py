@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("foolbox")
 
-from benchmarks.studies.peers import OUTPUT, PEERS, RADII, SUITE, compare, summarise
+from benchmarks.studies.peers import OUTPUT, PEERS, RADII, SUITE, list_attacks, summarise
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -36,4 +36,4 @@ def test_what_only_a_peer_broke_is_counted():
         "Foolbox Y": {"broken": [3], **result},
     }
     assert summarise({"l2": results}).endswith("0.50 [0.15, 0.85] Foolbox X | 0.25 [0.05, 0.70] | 1 |")
-    assert "| Foolbox X | 0.500 [0.150, 0.850] (2/4) | 1 | 1 |" in compare(results)
+    assert "| Foolbox X | 0.500 [0.150, 0.850] (2/4) | 1 | 1 |" in list_attacks(results)

@@ -10,7 +10,7 @@ from benchmarks.detectors import RECIPES
 from benchmarks.experiments.cells import tomllib
 from benchmarks.reporting import report
 from benchmarks.reporting.estimates import Results, estimate, success, worst_per_image, worst_row, worst_within
-from benchmarks.reporting.tables import area_table, attack_table, compare, show, stages_table, union_table
+from benchmarks.reporting.tables import area_table, attack_table, comparison_table, show, stages_table, union_table
 
 ROOT = Path(__file__).parents[2]
 PAPER = tomllib.loads((ROOT / "benchmarks" / "reporting" / "paper.toml").read_text())
@@ -20,23 +20,23 @@ TABLES = [name for name in PAPER if name.startswith("table")]
 def test_a_cell_shows_the_worst_step_size_its_interval_and_the_paper():
     made = made_up({"step 0.1": "10000000", "step 0.2": "01110000", "step 0.3": "00000011"}, rates=("0.01", "0.02"))
     results = read("table2-mnist", {("ours", "PGD linf 0.4 T"): made})
-    cell = rows(compare(results, PAPER["table2-mnist"], "ASR-1"))["PGD ℓ∞ 0.4 T"]["Ours"]
+    cell = rows(comparison_table(results, PAPER["table2-mnist"], "ASR-1"))["PGD ℓ∞ 0.4 T"]["Ours"]
     # Wilson, by hand: (3/8 + z²/16 ± z·√(15/512 + z²/256)) / (1 + z²/8) with z = 1.96
     assert cell == ["**0.38**", "<small>.14–.69</small>", "(0.21)"]
 
 
 def test_a_detector_that_has_not_learned_is_said_to_mean_nothing():
     found = {("madry", "PGD linf 0.3 U"): made_up({"": "00000000"}) | {"accuracy": [3, 8]}}
-    assert "Madry has not learned" in compare(read("table2-mnist", found), PAPER["table2-mnist"], "ASR-1")
+    assert "Madry has not learned" in comparison_table(read("table2-mnist", found), PAPER["table2-mnist"], "ASR-1")
     found["madry", "PGD linf 0.3 U"]["accuracy"] = [5, 8]
-    assert "not learned" not in compare(read("table2-mnist", found), PAPER["table2-mnist"], "ASR-1")
+    assert "not learned" not in comparison_table(read("table2-mnist", found), PAPER["table2-mnist"], "ASR-1")
 
 
 def test_an_area_is_the_smallest_of_the_step_sizes_and_may_be_undefined():
     made = made_up({"a": "1" * 8, "b": "1" * 8}, eroc={"a": 0.9, "b": 0.7})
     undefined = made_up({"a": "1" * 8}, eroc=None)
     results = read("table2-mnist", {("ours", "PGD l1 15 U"): made, ("fs", "PGD l1 15 U"): undefined})
-    found = rows(compare(results, PAPER["table2-mnist"], "EROC"))
+    found = rows(comparison_table(results, PAPER["table2-mnist"], "EROC"))
     assert found["PGD ℓ1 15 U"]["Ours"] == ["**0.70**", "(0.99)"]
     assert found["PGD ℓ1 15 U"]["FS"] == ["–", "(0.72)"]
     assert found["**worst row**"]["Ours"] == ["**≤ 0.70**", "(0.97)"]
@@ -46,7 +46,7 @@ def test_an_area_is_the_smallest_of_the_step_sizes_and_may_be_undefined():
 def test_every_number_of_the_paper_stands_in_its_place_and_the_rest_is_said_not_to_be_run(name):
     paper, results = PAPER[name], read(name, {})
     for metric in {metric for row in paper.values() if isinstance(row, dict) for metric in row}:
-        found = rows(compare(results, paper, metric))
+        found = rows(comparison_table(results, paper, metric))
         printed = {attack: row[metric] for attack, row in paper.items() if isinstance(row, dict) and metric in row}
         for attack, values in printed.items():
             place = (
@@ -57,15 +57,15 @@ def test_every_number_of_the_paper_stands_in_its_place_and_the_rest_is_said_not_
 
 
 def test_numbers_of_the_paper_as_they_are_printed_there():
-    white = rows(compare(read("table2-cifar10", {}), PAPER["table2-cifar10"], "ASR-1"))
+    white = rows(comparison_table(read("table2-cifar10", {}), PAPER["table2-cifar10"], "ASR-1"))
     assert white["PGD ℓ1 50 T"]["MAHA"][-1] == "(0.99)"
     assert white["accuracy"]["Resisting"] == ["not run", "(0.61)"]
     assert white["**worst row**"]["Ours"] == ["not run", "(0.72)"]
-    others = rows(compare(read("table4-cifar10", {}), PAPER["table4-cifar10"], "ASR-2"))
+    others = rows(comparison_table(read("table4-cifar10", {}), PAPER["table4-cifar10"], "ASR-2"))
     assert others["CW ℓ2 1.0 U"]["L-Ben"][-1] == "(0.69)"
     assert "MIM ℓ∞ 0.06 U" not in others  # printed at 5 and 10 % only
     paper = {"detectors": ["fs", "ours"], "PGD l1 15 T": {"EROC": [0.25, 0.75]}}  # in another order than ours
-    turned = rows(compare(read("table2-mnist", {}), paper, "EROC"))["PGD ℓ1 15 T"]
+    turned = rows(comparison_table(read("table2-mnist", {}), paper, "EROC"))["PGD ℓ1 15 T"]
     assert [turned[title][1:] for title in ("Ours", "L-Ben", "FS")] == [["(0.75)"], [], ["(0.25)"]]
 
 
@@ -76,24 +76,24 @@ def test_worst_rows_are_those_of_the_paper_and_image_by_image():
     }
     every["ours", "PGD l2 2.0 T"] = made_up({"a": "11000000", "b": "00100000"}, eligible="11111110")
     every["ours", "PGD l0 25 U"] = made_up({"a": "10010000", "b": "00000001"}, eligible="11111110")
-    found = rows(compare(read("table2-mnist", every), PAPER["table2-mnist"], "ASR-1"))
+    found = rows(comparison_table(read("table2-mnist", every), PAPER["table2-mnist"], "ASR-1"))
     assert found["images counted"]["Ours"] == ["7"]
     assert found["**worst row**"]["Ours"][0] == "**0.29**"  # 2 of 7
     assert found["**worst per image**"]["Ours"][0] == "**0.57**"  # images 1 to 4
     del every["ours", "PGD l1 15 T"]
-    found = rows(compare(read("table2-mnist", every), PAPER["table2-mnist"], "ASR-1"))
+    found = rows(comparison_table(read("table2-mnist", every), PAPER["table2-mnist"], "ASR-1"))
     assert found["**worst row**"]["Ours"][0] == "**≥ 0.29**"
     assert found["**worst per image**"]["Ours"][0] == "**≥ 0.57**"
 
 
 def test_the_suite_stands_below_the_rows_of_its_norm_and_radius_and_only_at_its_rate():
     suite = read("strict-mnist", {("ours", "suite linf 0.4"): made_up({"": "11110000"})})
-    names = list(rows(compare(read("table2-mnist", {}), PAPER["table2-mnist"], "ASR-1", suite)))
+    names = list(rows(comparison_table(read("table2-mnist", {}), PAPER["table2-mnist"], "ASR-1", suite)))
     assert names[names.index("PGD ℓ∞ 0.4 U") + 1] == "*suite ℓ∞ 0.4*"
     assert names.count("*suite ℓ∞ 0.4*") == 1
-    other = compare(read("table4-mnist", {}), PAPER["table4-mnist"], "ASR-2", suite)
+    other = comparison_table(read("table4-mnist", {}), PAPER["table4-mnist"], "ASR-2", suite)
     assert "suite" not in other
-    assert "suite" not in compare(read("table2-mnist", {}), PAPER["table2-mnist"], "EROC", suite)
+    assert "suite" not in comparison_table(read("table2-mnist", {}), PAPER["table2-mnist"], "EROC", suite)
 
 
 def test_several_seeds_are_averaged_and_their_range_is_shown():

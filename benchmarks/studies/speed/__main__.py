@@ -64,8 +64,8 @@ def _memory() -> Iterator[str]:
         if not file.exists():
             yield f"| *{device}* | not run |" + " |" * (len(BATCHES) - 1)
             continue
-        for work, found in json.loads(file.read_text())["megabytes"].items():
-            yield f"| {work}, {device} | {' | '.join(f'{found[str(batch)]:,.0f}' for batch in BATCHES)} |"
+        for work, peaks in json.loads(file.read_text())["megabytes"].items():
+            yield f"| {work}, {device} | {' | '.join(f'{peaks[str(batch)]:,.0f}' for batch in BATCHES)} |"
 
 
 def _ratios() -> Iterator[str]:

@@ -61,7 +61,7 @@ def peers(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> dict[
 
 def rows(device: torch.device) -> list[Row]:
     """The comparisons on a device."""
-    found = []
+    comparisons = []
     for title, (name, shape, sizes) in CASES.items():
         batch, steps = sizes[device.type]
         torch.manual_seed(0)
@@ -83,14 +83,14 @@ def rows(device: torch.device) -> list[Row]:
             accepting = WithThresholds(detector, torch.full((10,), torch.inf, device=device))
             ours = partial(run, attack, accepting, images, labels, half=way == "bfloat16, ")
             setting = f"PGD, {way}{title}, batch {batch}, {steps} steps, against"
-            found.append(Row(f"{setting} a bare loop", ours, limit, target=0.95))
+            comparisons.append(Row(f"{setting} a bare loop", ours, limit, target=0.95))
             target = 2.0 if device.type == "cuda" else 1.3
-            found += [
+            comparisons += [
                 Row(f"{setting} {peer}", ours, their, target=target, check=check)
                 for peer, their in theirs.items()
                 if way == "" or device.type == "cuda" or peer == "torchattacks"  # on a CPU the fastest says enough
             ]
-    return found
+    return comparisons
 
 
 def run(attack: PGD, detector: Detector, images: Tensor, labels: Tensor, *, half: bool) -> Tensor:

@@ -48,7 +48,7 @@ def rows(device: torch.device) -> list[Row]:
     guard = ClusterGuard(backbone).eval().to(device)
     backbone = backbone.to(device)
     guard.thresholds = torch.full((1000,), 1e6, device=device)
-    found = [
+    comparisons = [
         Row(
             f"detection, ResNet-50 at 224, batch {batch}, against the bare backbone",
             partial(guard.detect, images, check=False),
@@ -63,7 +63,7 @@ def rows(device: torch.device) -> list[Row]:
     images = torch.rand(5, 20, 3, 64, 64, device=device)
     labels = pass_over(small, [(part, part) for part in images]).view(5, 20)
     loader = list(zip(images, labels, strict=True))
-    found.append(
+    comparisons.append(
         Row(
             "calibration, ResNet-18 at 64, 100 images, against one inference pass",
             partial(calibrate, small, loader),
@@ -71,4 +71,4 @@ def rows(device: torch.device) -> list[Row]:
             target=1 / 1.05,
         )
     )
-    return found
+    return comparisons

@@ -10,11 +10,11 @@ from benchmarks.studies.speed.measure import Row
 
 def rows(device: torch.device, sizes: tuple[tuple[int, int], ...] = ((1000, 64), (21_841, 8))) -> list[Row]:
     """The comparisons on a device, at these numbers of classes and of images."""
-    found = []
+    comparisons = []
     for classes, batch in sizes:
         clusters = GaussianClusters(classes).to(device)
         representations = torch.randn(batch, classes, generator=torch.Generator().manual_seed(0)).to(device)
-        found.append(
+        comparisons.append(
             Row(
                 f"head, K = m = {classes:,}, batch {batch}, against torch.cdist",
                 partial(clusters.distances, representations),
@@ -23,4 +23,4 @@ def rows(device: torch.device, sizes: tuple[tuple[int, int], ...] = ((1000, 64),
                 check=partial(torch.testing.assert_close, rtol=1e-3, atol=1e-2),
             )
         )
-    return found
+    return comparisons

@@ -107,15 +107,15 @@ def count(work: Work) -> dict[str, float]:
     events = profiled.key_averages()
     operators = sum(event.count for event in events if event.key.startswith("aten::"))
     kernels = sum(event.count for event in events if event.device_type.name == "CUDA")
-    own = (event.self_cpu_memory_usage + event.self_device_memory_usage for event in events)
-    megabytes = sum(max(0, memory) for memory in own) / 2**20
+    allocated = (event.self_cpu_memory_usage + event.self_device_memory_usage for event in events)
+    megabytes = sum(max(0, memory) for memory in allocated) / 2**20
     return {"operators": operators, "kernels": kernels, "megabytes": round(megabytes, 2)}
 
 
 def measure(name: str, rows: Rows, device: torch.device) -> None:
     """Check, time and count rows; print them and keep them in benchmarks/results/speed, a file a device."""
     torch.set_num_threads(1)
-    found = {}
+    measured = {}
     for row in rows(device):
         ours, theirs = row.ours(), row.theirs()  # warm-up, too
         if row.check is not None:
@@ -123,15 +123,15 @@ def measure(name: str, rows: Rows, device: torch.device) -> None:
         ratio = compare(row.ours, row.theirs, repeats=REPEATS)
         reached = "reached" if ratio.median >= row.target else "missed"
         print(f"{row.name}: {ratio}, target {row.target:.3g} {reached}", flush=True)
-        found[row.name] = {
+        measured[row.name] = {
             "ratio": asdict(ratio),
             "target": row.target,
             "ours": {"gradients": row.gradients(ours)} if row.gradients else count(row.ours),
             "theirs": {"gradients": row.gradients(theirs)} if row.gradients else count(row.theirs),
         }
-    content = {"rows": found, "provenance": provenance(device)}
+    content = {"rows": measured, "provenance": provenance(device)}
     file = FOLDER / f"{name}-{device.type}.json"
-    write_atomically(file, lambda own: own.write_text(json.dumps(content, indent=1) + "\n"))
+    write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def _seconds(work: Work, calls: int) -> float:

@@ -16,27 +16,31 @@ from benchmarks.studies.speed.measure import FOLDER
 IMAGES, BATCHES = 8, (1, 2, 4, 8)
 
 
-def infer(guard: ClusterGuard, images: Tensor, batch: int) -> None:
+def detect_in_batches(guard: ClusterGuard, images: Tensor, batch: int) -> None:
     """The backbone and the head, without gradients."""
     for part in images.split(batch):
         guard.detect(part)
 
 
-def attack(guard: ClusterGuard, images: Tensor, batch: int) -> None:
+def attack_in_batches(guard: ClusterGuard, images: Tensor, batch: int) -> None:
     """PGD, one step: further ones take no more."""
     PGD(eps=0.01, step_size=0.01, steps=1, batch_size=batch)(
         guard, images, guard.detect(images[:1]).labels.expand(IMAGES)
     )
 
 
-def judge(guard: ClusterGuard, images: Tensor, batch: int) -> None:
+def evaluate_in_batches(guard: ClusterGuard, images: Tensor, batch: int) -> None:
     """An evaluation in batches."""
     labels = torch.cat([guard.detect(part).labels for part in images.split(batch)])
     loader = list(zip(images.split(batch), labels.split(batch), strict=True))
     evaluate(guard, PGD(eps=0.01, step_size=0.01, steps=1, batch_size=batch), loader, sanity_images=0)
 
 
-WORKS: dict[str, Callable[[ClusterGuard, Tensor, int], None]] = {"detect": infer, "PGD": attack, "evaluate": judge}
+WORKS: dict[str, Callable[[ClusterGuard, Tensor, int], None]] = {
+    "detect": detect_in_batches,
+    "PGD": attack_in_batches,
+    "evaluate": evaluate_in_batches,
+}
 
 
 def peak(work: str, batch: int, device_type: str) -> float:
@@ -63,19 +67,19 @@ def peak(work: str, batch: int, device_type: str) -> float:
 
 def _resident(name: str) -> int:
     """Kilobytes, from Linux."""
-    (line,) = (own for own in Path("/proc/self/status").read_text().splitlines() if own.startswith(name))
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1])
 
 
 def measure_memory(device: torch.device) -> None:
     """Every work at every batch size; kept in benchmarks/results/speed, a file a device."""
-    found: dict[str, dict[str, float]] = {}
+    peaks: dict[str, dict[str, float]] = {}
     # Two at a time, each in a fresh process.
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         asked = [(work, batch, device.type) for work in WORKS for batch in BATCHES]
         for (work, batch, _), megabytes in zip(asked, pool.starmap(peak, asked, chunksize=1), strict=True):
-            found.setdefault(work, {})[str(batch)] = megabytes
+            peaks.setdefault(work, {})[str(batch)] = megabytes
             print(f"{work}, batch {batch}: {megabytes:,.0f} MB", flush=True)
-    content = {"images": IMAGES, "megabytes": found, "provenance": provenance(device)}
+    content = {"images": IMAGES, "megabytes": peaks, "provenance": provenance(device)}
     file = FOLDER / f"memory-{device.type}.json"
-    write_atomically(file, lambda own: own.write_text(json.dumps(content, indent=1) + "\n"))
+    write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))

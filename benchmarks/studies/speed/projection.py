@@ -41,7 +41,7 @@ def rows(device: torch.device) -> list[Row]:
 
     def compiled() -> list[torch.Tensor]:
         parts = zip(images.split(AT_ONCE), candidates.split(AT_ONCE), strict=True)
-        return [fused(own, aimed, EPS) for own, aimed in parts]
+        return [fused(part, aimed, EPS) for part, aimed in parts]
 
     def numpy() -> torch.Tensor:
         return torch.from_numpy(project_rows(flat, aims, EPS)).view_as(images)
@@ -55,7 +55,7 @@ def rows(device: torch.device) -> list[Row]:
 
     def no_farther(mine: torch.Tensor, other: torch.Tensor) -> None:
         # Foolbox projects onto the ball and clips then: inside both, but not the nearest point.
-        distances = [(found - candidates).flatten(1).norm(dim=1) for found in (mine, other)]
+        distances = [(projected - candidates).flatten(1).norm(dim=1) for projected in (mine, other)]
         assert (distances[0] <= distances[1] * (1 + 1e-5)).all()
 
     setting = f"l1 ∩ box, {BATCH} × 3,072"

@@ -46,18 +46,18 @@ def run_all(guard: ClusterGuard, suite: WorstCaseSuite, images: Tensor, labels: 
     metered = Metered(guard)
     broken = torch.zeros_like(labels, dtype=torch.bool)
     for attack in suite.stages(guard, Towards.accepted(guard, images, labels)).values():
-        found = guard.detect(
+        verdict = guard.detect(
             to_the_end(attack)(metered, images, labels, generator=torch.Generator(images.device).manual_seed(0))
         )
-        broken |= ~found.is_adversarial & (found.labels != labels)
+        broken |= ~verdict.is_adversarial & (verdict.labels != labels)
     return metered, broken
 
 
 def run_suite(guard: ClusterGuard, suite: WorstCaseSuite, images: Tensor, labels: Tensor) -> tuple[Metered, Tensor]:
     """The suite: what it cost, and which images it broke."""
     metered = Metered(guard)
-    found = guard.detect(suite(metered, images, labels, generator=torch.Generator(images.device).manual_seed(0)))
-    return metered, ~found.is_adversarial & (found.labels != labels)
+    verdict = guard.detect(suite(metered, images, labels, generator=torch.Generator(images.device).manual_seed(0)))
+    return metered, ~verdict.is_adversarial & (verdict.labels != labels)
 
 
 def check(ours: tuple[Metered, Tensor], theirs: tuple[Metered, Tensor]) -> None:
@@ -69,13 +69,13 @@ def check(ours: tuple[Metered, Tensor], theirs: tuple[Metered, Tensor]) -> None:
 def rows(device: torch.device) -> list[Row]:
     """The comparisons on a device."""
     guard = train_guard(device)
-    found = []
+    comparisons = []
     for eps, count in CASES.items():
         images, labels = (part[:count].to(device) for part in load_digits("test").tensors)
         suite = WorstCaseSuite("linf", eps=eps, budget="quick")
         name = f"suite, quick, linf {eps}, {count} digits, against all stages on all images"
         arguments = guard, suite, images, labels
-        found.append(
+        comparisons.append(
             Row(
                 name,
                 partial(run_suite, *arguments),
@@ -85,4 +85,4 @@ def rows(device: torch.device) -> list[Row]:
                 gradients=lambda result: result[0].cost.backward,
             )
         )
-    return found
+    return comparisons

@@ -24,7 +24,7 @@ def bare(guard: ClusterGuard, images: Tensor, labels: Tensor) -> None:
 
 def rows(device: torch.device) -> list[Row]:
     """The comparisons on a device."""
-    found = []
+    comparisons = []
     for title, (name, shape, batches) in CASES.items():
         batch = batches.get(device.type, 128)
         torch.manual_seed(0)
@@ -42,5 +42,5 @@ def rows(device: torch.device) -> list[Row]:
             bare(guard, *batch)
 
         name = f"training step, {title}, batch {batch}, PGD-{STEPS}, against its passes"
-        found.append(Row(name, step, passes, target=1 / 1.1))
-    return found
+        comparisons.append(Row(name, step, passes, target=1 / 1.1))
+    return comparisons
