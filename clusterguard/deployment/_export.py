@@ -221,7 +221,9 @@ class OnnxDetector(DetectorModule):
         return Detection(*(torch.from_numpy(array).to(images.device) for array in outputs))
 
 
-def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProvider",)) -> OnnxDetector:
+def load_onnx(
+    path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProvider",), spinning: bool = True
+) -> OnnxDetector:
     """Load a graph that `export_onnx` wrote, also after quantisation, as a detector that can be calibrated again.
 
     A digest in the metadata verifies that weights and thresholds are the ones that were written, bit by bit. Two cases
@@ -231,6 +233,8 @@ def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProv
     Args:
         path: path of the file.
         providers: execution providers of onnxruntime, the preferred one first.
+        spinning: whether onnxruntime's threads stay awake for the next images, which takes the cores from whatever else
+            runs there; False in a service.
 
     Returns:
         The detector with the thresholds of the file and the record of their calibration.
@@ -262,6 +266,7 @@ def load_onnx(path: str | Path, *, providers: Sequence[str] = ("CPUExecutionProv
         thresholds = _open(model)
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))
         detector = OnnxDetector(model, session, thresholds, card=properties.get("card"), folder=folder)
         detector.class_names = json.loads(properties.get("class_names", "null"))

@@ -182,3 +182,11 @@ def test_files_that_are_no_exported_detector_are_named(make, tmp_path):
     make(tmp_path / "other.onnx")
     with pytest.raises(PersistenceError, match=r"other\.onnx is missing, damaged, or not written by export_onnx"):
         load_onnx(tmp_path / "other.onnx")
+
+
+def test_threads_of_a_graph_need_not_spin(calibrated):
+    _, path, loader = calibrated
+    plain, quiet = load_onnx(path), load_onnx(path, spinning=False)
+    key = "session.intra_op.allow_spinning"
+    assert [own._session.get_session_options().get_session_config_entry(key) for own in (plain, quiet)] == ["1", "0"]
+    assert_same(plain.detect(loader[0][0]), quiet.detect(loader[0][0]), rtol=0)
