@@ -3,34 +3,34 @@
 CLUSTERGUARD_GRAPH=guard.onnx uvicorn --app-dir examples/serve --factory app:create_app
 """
 
+import asyncio
 import hashlib
 import json
+import logging
 import os
 import time
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import clusterguard as cg
-import numpy as np
 import torch
-from anyio import CapacityLimiter, to_thread
-from clusterguard.deployment import fit_image, read_image
+from anyio import move_on_after
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from PIL import Image
+from judging import MAX_IMAGES, Judge, Judged, media_type
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
-from starlette.datastructures import UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from torch import Tensor
 
 MAX_BYTES = 4 * 2**20  # of a request
-MAX_PIXELS = 4_000_000  # of an image
-MAX_IMAGES = 64  # in a request
+BODY_SECONDS = 10.0  # in which a request's body must have come
+SAVE_SECONDS = 30.0  # between two savings of the monitor's state
 PATHS = ("/detect", "/model", "/health", "/metrics")
-MODES = {"P": "a palette", "1": "1 bit a pixel", "LA": "an alpha channel", "RGBA": "an alpha channel", "CMYK": "inks"}
-DECODERS = {"image/png": "PNG", "image/jpeg": "JPEG"}
+BIDIRECTIONAL = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # reorder the text around them
+log = logging.getLogger("clusterguard.serve")
 
 
 class Verdict(BaseModel):
@@ -47,6 +47,12 @@ class Answer(BaseModel):
     verdicts: list[Verdict]
 
 
+class Problem(BaseModel):
+    """Why a request has no verdicts."""
+
+    detail: str
+
+
 class Model(BaseModel):
     """What is served: the graph's SHA-256, what a request needs to know of it, and the model card exported with it."""
 
@@ -57,6 +63,40 @@ class Model(BaseModel):
     image_shape: list[int]
     false_positive_rate: float
     card: str | None
+
+
+PIXELS = {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}}
+PLANES = {"type": "array", "items": {"type": "array", "items": PIXELS}}  # (C, H, W)
+BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+            },
+            "encoding": {"images": {"contentType": "image/png, image/jpeg"}},
+        },
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "properties": {"images": {"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": PLANES}},
+            }
+        },
+    },
+}
+"""What `/detect` takes."""
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "A form that cannot be read."},
+    408: {"model": Problem, "description": "A body that took too long to come."},
+    413: {"model": Problem, "description": "Too many bytes, images or pixels."},
+    415: {"model": Problem, "description": "A media type that is not read."},
+    422: {"model": Problem, "description": "An image or numbers that cannot be judged."},
+    503: {"model": Problem, "description": "Too many requests wait; see Retry-After."},
+}
 
 
 class Metrics:
@@ -80,14 +120,20 @@ class Metrics:
         Gauge("monitor_limit", "Refusal rate that calibration makes plausible.", **shared).set(monitor.limit)
         for verdict in ("accepted", "refused"):
             self.images.labels(verdict)  # so that rates are 0 and not absent at first
+        self.show(monitor.report)
 
-    def count(self, found: cg.Detection, ratios: Tensor, report: cg.deployment.MonitorReport) -> None:
+    def count(self, judged: Judged, report: cg.deployment.MonitorReport) -> None:
         """Take up the verdicts of a request."""
+        found, ratios = judged
         refused = int(found.is_adversarial.sum())
         self.images.labels("refused").inc(refused)
         self.images.labels("accepted").inc(len(found.labels) - refused)
         for ratio in ratios[ratios.isfinite()].tolist():
             self.distances.observe(ratio)
+        self.show(report)
+
+    def show(self, report: cg.deployment.MonitorReport) -> None:
+        """Take up what the monitor says."""
         self.alarm.set(report.alarm)
         self.evidence.set(report.evidence)
 
@@ -112,15 +158,21 @@ class Gate:
             await send(message)
 
         body, size, more = bytearray(), 0, True
-        while more and size <= 16 * MAX_BYTES:  # who sends a little too much shall hear so; not for ever
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
-            if size <= MAX_BYTES:
-                body += message.get("body", b"")
+        with move_on_after(BODY_SECONDS):
+            while more and size <= 16 * MAX_BYTES:  # who sends a little too much shall hear so; not for ever
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+                if size <= MAX_BYTES:
+                    body += message.get("body", b"")
+        error = None
         if size > MAX_BYTES:
-            error = JSONResponse({"detail": f"expected at most {MAX_BYTES} bytes, got more"}, status_code=413)
+            error = JSONResponse({"detail": f"expected at most {MAX_BYTES} bytes, got more"}, 413)
+        elif more:
+            detail = f"expected the whole body within {BODY_SECONDS:g} seconds, got {size} bytes"
+            error = JSONResponse({"detail": detail}, 408, {"Connection": "close"})
+        if error is not None:
             await error(scope, receive, answer)
             return
         pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
@@ -135,47 +187,49 @@ class Gate:
             raise
 
 
-def create_app(graph: str | None = None) -> FastAPI:
-    """The service of a graph that `clusterguard export` wrote; None takes its path from CLUSTERGUARD_GRAPH."""
-    path = Path(graph or os.environ["CLUSTERGUARD_GRAPH"])
-    detector = cg.load_onnx(path)
+def create_app(graph: str | None = None, state: str | None = None) -> FastAPI:
+    """The service of a graph that `clusterguard export` wrote.
+
+    Args:
+        graph: path of the graph; None takes CLUSTERGUARD_GRAPH.
+        state: path of a file for the monitor's state; None takes CLUSTERGUARD_STATE, and keeps none if that is not set.
+    """
+    path, state = Path(graph or os.environ["CLUSTERGUARD_GRAPH"]), state or os.environ.get("CLUSTERGUARD_STATE")
+    torch.set_num_threads(1)  # batches are small, and threads would wait for each other
+    detector = cg.load_onnx(path, spinning=False)
     if detector.calibration is None:
         raise RuntimeError("expected thresholds that a Calibrator fitted, got others; run: clusterguard calibrate")
-    monitor = cg.FalsePositiveMonitor(cg.deployment.plausible_rate(detector.calibration))
-    metrics = Metrics(monitor)
-    channels, *size = detector.image_shape
-    names, model = detector.class_names, describe_model(path, detector)
-    workers = CapacityLimiter(os.cpu_count() or 1)  # more threads than cores only wait for each other
-    app = FastAPI(title="clusterguard")
+    model = describe_model(path, detector)
+    monitor = restore(Path(state) if state else None, model.sha256, cg.deployment.plausible_rate(detector.calibration))
+    metrics, judge, names = Metrics(monitor), Judge(detector), model.class_names
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with judge:
+            saving = asyncio.create_task(save_now_and_then(Path(state), model.sha256, monitor)) if state else None
+            yield
+        if saving:
+            saving.cancel()
+            save(Path(state), model.sha256, monitor)
+
+    app = FastAPI(title="clusterguard", version=cg.__version__, lifespan=lifespan)
     app.add_middleware(Gate, metrics=metrics)
 
-    def judge(read: Any, content: Any) -> cg.Detection:
-        images = read(content)
-        try:
-            return detector.detect(images)
-        except cg.errors.InputError as error:
-            raise HTTPException(422, str(error)) from error
-
-    def read_files(files: Sequence[tuple[str, bytes]]) -> Tensor:
-        return torch.stack([fit_image(decode(*own), size, channels) for own in files])  # as `clusterguard train` does
-
-    @app.post("/detect")
-    async def detect(request: Request) -> Answer:
+    @app.post("/detect", response_model=Answer, responses=PROBLEMS, openapi_extra={"requestBody": BODY})
+    async def detect(request: Request) -> Response:
         """Verdicts on `images`: files of a multipart form, or nested lists (B, C, H, W) in [0, 1] in JSON."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "application/json":
-            found = await to_thread.run_sync(judge, read_json, await request.body(), limiter=workers)
-        elif kind == "multipart/form-data":
-            found = await to_thread.run_sync(judge, read_files, await uploads(request), limiter=workers)
-        else:
-            raise HTTPException(415, f"expected multipart/form-data or application/json, got {kind or 'nothing'}")
-        metrics.count(found, found.distances / detector.thresholds[found.labels], monitor.update(found))
+        content_type = request.headers.get("content-type", "")
+        kind = media_type(content_type)
+        if kind not in BODY["content"]:
+            raise HTTPException(415, f"expected {' or '.join(BODY['content'])}, got {kind[:100]!a}")
+        judged = await judge(kind, content_type, await request.body())
+        metrics.count(judged, monitor.update(judged.found))
         verdicts = []
-        for label, is_refused in zip(found.labels.tolist(), found.is_adversarial.tolist(), strict=True):
+        for label, is_refused in zip(judged.found.labels.tolist(), judged.found.is_adversarial.tolist(), strict=True):
             shown = None if is_refused else label
             name = None if shown is None or names is None else names[shown]
-            verdicts.append(Verdict(is_adversarial=is_refused, label=shown, class_name=name))
-        return Answer(verdicts=verdicts)
+            verdicts.append({"is_adversarial": is_refused, "label": shown, "class_name": name})
+        return JSONResponse({"verdicts": verdicts})
 
     @app.get("/model")
     def describe() -> Model:
@@ -183,7 +237,7 @@ def create_app(graph: str | None = None) -> FastAPI:
         return model
 
     @app.get("/health")
-    def health() -> dict[str, Any]:
+    async def health() -> dict[str, Any]:
         """The service is up; nothing is said of the traffic, for which see the monitor."""
         return {"status": "ok", "classes": detector.num_classes, "image_shape": detector.image_shape}
 
@@ -201,50 +255,58 @@ def describe_model(path: Path, detector: cg.deployment.OnnxDetector) -> Model:
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         clusterguard=cg.__version__,
         num_classes=detector.num_classes,
-        class_names=detector.class_names and list(detector.class_names),
+        class_names=detector.class_names and [printable(own) for own in detector.class_names],
         image_shape=detector.image_shape,
         false_positive_rate=detector.calibration.false_positive_rate,
         card=detector.card,
     )
 
 
-async def uploads(request: Request) -> list[tuple[str, bytes]]:
-    """Media types, in small letters and without parameters, and contents of the files in a form."""
-    async with request.form() as form:
-        found = form.getlist("images")
-        files = [own for own in found if isinstance(own, UploadFile)]
-        if not files or len(files) < len(found):
-            raise HTTPException(422, "expected one or several files under the name images, and only files")
-        if len(files) > MAX_IMAGES:
-            raise HTTPException(413, f"expected at most {MAX_IMAGES} images, got {len(files)}")
-        kinds = [(own.content_type or "").partition(";")[0].strip().lower() for own in files]
-        for kind in kinds:
-            if kind not in DECODERS:
-                raise HTTPException(415, f"expected {' or '.join(DECODERS)}, got {kind or 'no media type'}")
-        return [(kind, await own.read()) for kind, own in zip(kinds, files, strict=True)]
+def printable(text: str) -> str:
+    """A text from outside without characters that end lines, move cursors or reorder what is around them."""
+    return "".join(
+        own.encode("unicode_escape").decode()
+        if unicodedata.category(own) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(own) in BIDIRECTIONAL
+        else own
+        for own in text
+    )
 
 
-def decode(media_type: str, content: bytes) -> Image.Image:
-    """An opaque, still image of 8 bits a channel, as people see it; what programs show differently is not judged."""
+def restore(path: Path | None, sha256: str, limit: float) -> cg.FalsePositiveMonitor:
+    """The monitor whose state was saved for this graph; a new one where there is no such state."""
+    if path is None or not path.exists():
+        return cg.FalsePositiveMonitor(limit)
     try:
-        read = read_image(content, name=f"this {media_type}", formats=(DECODERS[media_type],), max_pixels=MAX_PIXELS)
-    except cg.errors.InputError as error:
-        too_large = isinstance(error.__cause__, Image.DecompressionBombError)
-        raise HTTPException(413 if too_large else 422, str(error)) from error
-    doubts = [*read.doubts, *([] if read.mode in ("L", "RGB") else [MODES.get(read.mode, f"mode {read.mode}")])]
-    if doubts:
-        raise HTTPException(422, f"expected one opaque image, grey or RGB, of 8 bits, got one with {doubts[0]}")
-    return read.image
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["sha256"] == sha256:
+            return cg.FalsePositiveMonitor.from_state_dict(saved["monitor"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RuntimeError(
+            f"expected the state of a monitor in {path}, got {printable(str(error))[:200]}; remove it to start anew"
+        ) from error
+    log.warning("the monitor starts anew: %s is of another graph", path)
+    return cg.FalsePositiveMonitor(limit)
 
 
-def read_json(content: bytes) -> Tensor:
-    """Images (B, C, H, W) from `{"images": nested lists}`; NaN and infinity are no JSON, and overflow is infinity."""
+def save(path: Path, sha256: str, monitor: cg.FalsePositiveMonitor) -> None:
+    """Write the monitor's state beside its file, then move it there: a kill in between leaves the old one whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        images = np.asarray(json.loads(content)["images"], dtype=np.float64)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise HTTPException(422, f"expected {{'images': numbers, (B, C, H, W)}}, got {error}") from error
-    if images.ndim != 4 or not len(images) or not np.isfinite(images).all():
-        raise HTTPException(422, f"expected finite images of shape (B, C, H, W), got shape {images.shape}")
-    if len(images) > MAX_IMAGES:
-        raise HTTPException(413, f"expected at most {MAX_IMAGES} images, got {len(images)}")
-    return torch.from_numpy(images).clamp(-2, 2).float()  # what is outside [0, 1] stays there, and float32 holds it
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump({"sha256": sha256, "monitor": monitor.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        log.exception("the monitor's state is not saved")
+
+
+async def save_now_and_then(path: Path, sha256: str, monitor: cg.FalsePositiveMonitor) -> None:
+    """Save whatever is new every SAVE_SECONDS."""
+    seen = monitor.report.seen
+    while True:
+        await asyncio.sleep(SAVE_SECONDS)
+        if monitor.report.seen != seen:
+            seen = monitor.report.seen
+            save(path, sha256, monitor)

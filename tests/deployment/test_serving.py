@@ -1,6 +1,7 @@
 """The service of examples/serve, over HTTP."""
 
 import asyncio
+import copy
 import hashlib
 import importlib.util
 import io
@@ -12,6 +13,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +24,7 @@ import torch
 import uvicorn
 from clusterguard.cli import app as cli
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
@@ -55,9 +58,18 @@ def guard():
 
 @pytest.fixture(scope="module")
 def app():
-    module = load("app")
-    module.MAX_BYTES = 500_000
-    return module
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLE)  # as uvicorn does
+        module = load("app")
+        module.MAX_BYTES = 500_000
+        yield module
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def judging(app):
+    return sys.modules["judging"]
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +78,44 @@ def graph(guard, tmp_path_factory):
     return cg.export_onnx(guard, path, torch.zeros(1, 1, 28, 28), card="# A guard\n\nof 数字")
 
 
-@pytest.fixture
-def address(graph, app):
-    """A server on a free port, with metrics that start at zero."""
+@contextmanager
+def served(application):
+    """A server on a free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app.create_app(str(graph)), log_level="error", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(application, log_level="error", lifespan="on"))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         while not server.started and thread.is_alive():
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def address(graph, app):
+    """A server whose metrics start at zero."""
+    with served(app.create_app(str(graph))) as place:
+        yield place
+
+
+@pytest.fixture
+def gate(judging, monkeypatch):
+    """While it is clear the judging thread stands still at the first picture that it decodes."""
+    is_open, is_reached, decode = threading.Event(), threading.Event(), judging.decode
+
+    def slowly(*given):
+        is_reached.set()
+        assert is_open.wait(60)
+        return decode(*given)
+
+    monkeypatch.setattr(judging, "decode", slowly)
+    is_open.is_reached = is_reached
+    yield is_open
+    is_open.set()
 
 
 def png(picture: Image.Image | torch.Tensor, kind: str = "PNG", **options: object) -> bytes:
@@ -148,7 +185,12 @@ def refused_requests(digit: torch.Tensor) -> list[tuple[int, dict[str, object]]]
         (415, {}),
         (400, text(b"--x", "multipart/form-data")),
         (413, files(png(Image.new("L", (4001, 1000))))),
+        (413, files(*[png(Image.new("L", (1000, 1000)))] * 5)),  # each alone would do
         (413, files(*[whole] * 65)),
+        (413, text(json.dumps({"images": [digit.tolist()] * 65}))),
+        (400, text(b'--x\r\nContent-Disposition: form-data; name="images"', "multipart/form-data; boundary=x")),
+        (400, text(b"no form", "multipart/form-data; boundary=x")),
+        (400, text(b"", "multipart/form-data; boundary=x")),
         (413, text(batch() + " " * 500_000)),
         (413, {"content": None, "headers": {"content-type": "application/json"}}),  # a stream, see below
         (422, text("")),
@@ -160,7 +202,10 @@ def refused_requests(digit: torch.Tensor) -> list[tuple[int, dict[str, object]]]
         (422, text('{"images": "\ud83d"}'.encode("utf-8", "surrogatepass"))),
         *[
             (422, text(batch(value)))
-            for value in ("NaN", "Infinity", "-Infinity", "1e999", "1e300", "null", '"nan"', "2", "-1", "9" * 400)
+            for value in (
+                *("NaN", "Infinity", "-Infinity", "1e999", "1e300", "null", '"nan"', "2", "-1", "9" * 400, "9" * 9999),
+                *('"0.5"', "true", "false", "[0.5]", "{}"),
+            )
         ],
     ]
 
@@ -169,14 +214,8 @@ async def ask(address: str, requests: list[dict[str, object]]) -> list[httpx2.Re
     """All at once, over at most 50 connections."""
     limits = httpx2.Limits(max_connections=50)
     async with httpx2.AsyncClient(base_url=address, limits=limits, timeout=None, trust_env=False) as client:
-        return await asyncio.gather(
-            *(
-                client.post(
-                    "/detect", **(own if own.get("content", b"") is not None else own | {"content": stream(10**6)})
-                )
-                for own in requests
-            )
-        )
+        bodies = [own if own.get("content", b"") is not None else own | {"content": stream(10**6)} for own in requests]
+        return await asyncio.gather(*(client.post("/detect", **own) for own in bodies))
 
 
 def test_a_thousand_concurrent_requests_are_all_answered_as_the_guard_says(address, guard):
@@ -243,9 +282,8 @@ def test_a_thousand_concurrent_requests_are_all_answered_as_the_guard_says(addre
 def test_ordinary_traffic_raises_no_alarm_and_images_of_another_size_are_fitted(address, guard):
     digits = cg.samples.load_digits("test").tensors[0][:100]
     large = Image.fromarray((digits[0, 0] * 255).byte().numpy()).resize((84, 56)).convert("RGB")
-    answers = asyncio.run(
-        ask(address, [files(*map(png, digits[:50])), files(png(large, "JPEG"), media_type="image/jpeg")])
-    )
+    jpeg = files(png(large, "JPEG"), media_type="image/jpeg")
+    answers = asyncio.run(ask(address, [files(*map(png, digits[:50])), jpeg]))
     assert [len(own.json()["verdicts"]) for own in answers] == [50, 1]
     assert "clusterguard_monitor_alarm 0.0" in httpx2.get(f"{address}/metrics", trust_env=False).text
 
@@ -282,9 +320,14 @@ def test_an_error_says_what_is_wrong_with_the_picture(address):
         "gamma of 1 ": files(with_gamma(png(white), 100_000)),
         "data after its end": files(png(white) + b"\0"),
         "cut off": files(png(white, "JPEG")[:-2], media_type="image/jpeg"),
+        "lists or objects": text('{"images": [' + "{}," * 900 + "{}]}"),
+        "more lists": text('{"images": [' + "[]," * 9000 + "[]]}"),
+        "more numbers": text('{"images": [' + "0," * 60_000 + "0]}"),
+        "values of type str": text(batch('"0.5"')),
+        "values of type bool": text(batch("true")),
     }
     for words, response in zip(cases, asyncio.run(ask(address, list(cases.values()))), strict=True):
-        assert response.status_code == 422
+        assert response.status_code == (413 if words == "more numbers" else 422)
         assert words in response.json()["detail"]
 
 
@@ -313,6 +356,131 @@ def test_a_graph_without_a_calibration_record_is_not_served(graph, app, tmp_path
     plain.calibration = None
     with pytest.raises(RuntimeError, match="run: clusterguard calibrate"):
         app.create_app(str(plain.save(tmp_path / "guard.onnx")))
+
+
+def test_a_png_without_its_last_bytes_is_damage(address):
+    whole = png(cg.samples.load_digits("test").tensors[0][0])
+    responses = asyncio.run(ask(address, [files(whole[:-cut]) for cut in range(1, 40)]))
+    assert {own.status_code for own in responses} == {422}
+
+
+def test_a_verdict_does_not_depend_on_who_shares_the_batch(address, guard, gate, judging):
+    digits = cg.samples.load_digits("test").tensors[0][:30]
+    noise = torch.rand(30, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    images = torch.stack([digits, (noise * 255).round() / 255], dim=1).flatten(0, 1)
+    requests, sizes, judged = [files(png(own)) for own in images], [], judging.Judge._judge
+
+    def watch(self, batch, futures):
+        sizes.append(sum(map(len, batch)))
+        return judged(self, batch, futures)
+
+    gate.set()
+    alone = [asyncio.run(ask(address, [own]))[0].json()["verdicts"] for own in requests]
+    gate.clear()
+    gate.is_reached.clear()
+    threading.Timer(0.5, gate.set).start()  # until then all but the first wait
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging.Judge, "_judge", watch)
+        patch.setattr(judging, "BATCH_SECONDS", 60)
+        together = [own.json()["verdicts"] for own in asyncio.run(ask(address, requests))]
+    assert together == alone
+    assert [own[0]["is_adversarial"] for own in alone] == guard.detect(images).is_adversarial.tolist()
+    assert max(sizes) > 10
+
+
+def test_a_request_whose_judging_fails_does_not_take_others_of_its_batch_along(address, gate):
+    good = files(png(cg.samples.load_digits("test").tensors[0][0]))
+    threading.Timer(0.3, gate.set).start()
+    responses = asyncio.run(ask(address, [good, files(b"no image"), good, text("[]"), good]))
+    assert [own.status_code for own in responses] == [200, 422, 200, 422, 200]
+
+
+def test_a_full_queue_answers_at_once_and_health_while_images_are_judged(address, gate, judging, monkeypatch):
+    monkeypatch.setattr(judging, "MAX_WAITING", 3)
+    whole = png(cg.samples.load_digits("test").tensors[0][0])
+
+    async def crowd() -> list[httpx2.Response]:
+        async with httpx2.AsyncClient(base_url=address, timeout=None, trust_env=False) as client:
+            asked = [asyncio.create_task(client.post("/detect", **files(whole))) for _ in range(8)]
+            while sum(own.done() for own in asked) < 5:
+                await asyncio.sleep(0.01)
+            turned_away = [own.result() for own in asked if own.done()]
+            assert {(own.status_code, own.headers["retry-after"]) for own in turned_away} == {(503, "1")}
+            assert (await client.get("/health")).status_code == 200
+            gate.set()
+            return await asyncio.gather(*asked, client.post("/detect", **files(whole)))
+
+    assert Counter(own.status_code for own in asyncio.run(crowd())) == {503: 5, 200: 4}
+
+
+def test_a_slow_client_is_dropped(address, app, monkeypatch):
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(b"POST /detect HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+        answer = b"".join(iter(lambda: client.recv(1000), b""))  # ends, for the connection is closed
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"within 0.2 seconds, got 4 bytes" in answer
+
+
+def test_the_api_describes_bodies_and_errors(address):
+    api = httpx2.get(f"{address}/openapi.json", trust_env=False).json()
+    detect = api["paths"]["/detect"]["post"]
+    assert set(detect["requestBody"]["content"]) == {"multipart/form-data", "application/json"}
+    assert set(detect["responses"]) == {"200", "400", "408", "413", "415", "422", "503"}
+    problem, answer = ({"$ref": f"#/components/schemas/{own}"} for own in ("Problem", "Answer"))
+    for status, response in detect["responses"].items():
+        assert response["content"]["application/json"]["schema"] == (answer if status == "200" else problem)
+    assert set(api["components"]["schemas"]) >= {"Problem", "Answer", "Verdict"}
+
+
+def test_the_monitor_goes_on_after_a_restart(app, graph, tmp_path, monkeypatch, caplog):
+    state, noise = tmp_path / "monitor.json", files(*map(png, torch.rand(40, 1, 28, 28)))
+    monkeypatch.setattr(app, "SAVE_SECONDS", 0.05)
+    with served(app.create_app(str(graph), str(state))) as place:
+        assert asyncio.run(ask(place, [noise]))[0].status_code == 200
+        deadline = time.monotonic() + 30
+        while not state.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert json.loads(state.read_text())["monitor"]["seen"] == 40
+        monkeypatch.setattr(app, "SAVE_SECONDS", 3600)
+        asyncio.run(ask(place, [noise]))  # saved at the shutdown
+    saved = json.loads(state.read_text())
+    assert (saved["monitor"]["seen"], saved["monitor"]["alarm"]) == (80, True)
+    assert [own.name for own in tmp_path.iterdir()] == ["monitor.json"]
+    with served(app.create_app(str(graph), str(state))) as place:
+        assert "clusterguard_monitor_alarm 1.0" in httpx2.get(f"{place}/metrics", trust_env=False).text
+    assert json.loads(state.read_text()) == saved
+
+    state.write_text(json.dumps(saved | {"sha256": "0" * 64}))  # of another graph
+    app.create_app(str(graph), str(state))
+    assert app.restore(state, saved["sha256"], 0.1).report.seen == 0
+    for damaged in ("", "[]", "{", "null", json.dumps(saved | {"monitor": saved["monitor"] | {"alarm": "false"}})):
+        state.write_text(damaged)
+        with pytest.raises(RuntimeError, match=r"monitor.json.*remove it"):
+            app.create_app(str(graph), str(state))
+    app.save(tmp_path / "no folder" / "state", "0", cg.FalsePositiveMonitor(0.1))  # stops nothing
+    assert "not saved" in caplog.text
+
+
+def test_text_from_outside_cannot_write_into_answers_and_metrics(address, app, guard, tmp_path):
+    whole = png(cg.samples.load_digits("test").tensors[0][0])
+    hostile = 'x"\n# HELP bad\r\n{"verdicts": []}\u202e'
+    form = {"files": [("images", (hostile, whole, "image/png")), ("images", (hostile, b"no image", "image/png"))]}
+    for response in asyncio.run(ask(address, [form, text(b"", 'text/"x\\y'), text(b'{"images": "\\u202e"}')])):
+        assert response.status_code in (415, 422)
+        assert "HELP" not in response.text
+        assert "\u202e" not in response.json()["detail"]
+    httpx2.get(f"{address}/%0A%22%7D", trust_env=False)
+    families = list(text_string_to_metric_families(httpx2.get(f"{address}/metrics", trust_env=False).text))
+    paths = {own.labels["path"] for family in families for own in family.samples if "path" in own.labels}
+    assert paths == {"/detect", "other"}
+
+    guard = copy.deepcopy(guard)
+    guard.class_names = ["a\nb", 'quote"', "\u202egnp", "x\u2028", *NAMES[4:]]
+    path = cg.export_onnx(guard, tmp_path / "guard.onnx", torch.zeros(1, 1, 28, 28))
+    shown = app.describe_model(path, cg.load_onnx(path)).class_names
+    assert shown == [r"a\nb", 'quote"', r"\u202egnp", r"x\u2028", *NAMES[4:]]
 
 
 @pytest.mark.slow
