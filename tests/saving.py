@@ -1,11 +1,15 @@
 """Guards to save, and what of them has to come back."""
 
+import hashlib
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from clusterguard import ClusterGuard
 from clusterguard.detectors import find_num_classes
+from clusterguard.errors import PersistenceError
+from safetensors.torch import load, save
 from torch import nn
 
 
@@ -43,3 +47,18 @@ def assert_equal(guard: ClusterGuard, again: ClusterGuard, images: torch.Tensor)
 def edit_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def put_weights(folder: Path, **tensors: torch.Tensor) -> None:
+    """Weights in which some differ, and that the config vouches for."""
+    content = save(load((folder / "model.safetensors").read_bytes()) | tensors)
+    (folder / "model.safetensors").write_bytes(content)
+    edit_config(folder, weights_sha256=hashlib.sha256(content).hexdigest())
+
+
+def assert_refused(folder: Path, message: str, backbone: nn.Module | None = None) -> None:
+    """The folder is an error of ours, in one line that tells which folder and what is wrong."""
+    with pytest.raises(PersistenceError, match=message) as caught:
+        ClusterGuard.from_pretrained(folder, backbone=backbone)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)

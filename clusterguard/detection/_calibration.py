@@ -1,5 +1,6 @@
 """Per-class thresholds from benign images: pure functions, and a `Calibrator` that feeds them from a loader."""
 
+import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -64,8 +65,9 @@ class Calibration:
         return refused / max(1, sum(self.counts))
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as plain values for JSON, without the thresholds, which the detector stores exactly."""
-        return {name: value for name, value in asdict(self).items() if name != "thresholds"}
+        """The record as plain values for JSON, with a digest of the thresholds, which the detector stores exactly."""
+        values = {name: value for name, value in asdict(self).items() if name != "thresholds"}
+        return {**values, "thresholds_sha256": _digest(self.thresholds)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], thresholds: Tensor) -> "Calibration":
@@ -76,20 +78,26 @@ class Calibration:
             thresholds: (K,) thresholds of the detector.
 
         Raises:
-            InputError: the values are not such a record, or belong to another number of classes.
+            InputError: the values are not such a record, or belong to other classes or thresholds. Records of version 0.1
+                hold no digest of their thresholds.
         """
         classes, kinds = len(thresholds), {"counts": int, "realised_rates": float, "pooled": int}
         try:
             plain = {**values, **{key: tuple(values.get(key, ())) for key in kinds}}
+            digest = plain.pop("thresholds_sha256", _digest(thresholds.tolist()))
             record = cls(thresholds=tuple(thresholds.tolist()), **plain)
+            needed = minimum_examples(record.false_positive_rate)
             _check_options(record.false_positive_rate, record.method)
             fits = (
                 type(record.images) is int
                 and all(type(value) is kind for key, kind in kinds.items() for value in plain[key])
                 and len(record.counts) == len(record.realised_rates) == classes
-                and all(0 <= count <= record.images for count in record.counts)
+                and all(count >= 0 for count in record.counts)
+                and sum(record.counts) <= record.images
+                and all(math.isfinite(threshold) for threshold in record.thresholds)
                 and all(0 <= rate <= 1 for rate in record.realised_rates)
                 and all(0 <= index < classes for index in record.pooled)
+                and all(record.counts[i] >= needed for i in {*range(classes)}.difference(record.pooled))
             )
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(
@@ -97,6 +105,8 @@ class Calibration:
             ) from error
         if not fits:
             raise InputError(f"expected the record of a calibration of {classes} classes, got values that do not fit")
+        if digest != _digest(record.thresholds):
+            raise InputError("expected the thresholds that were calibrated, got others; calibrate again")
         return record
 
     def describes(self, thresholds: Tensor) -> bool:
@@ -376,6 +386,10 @@ class Calibrator:
         if isinstance(detector, KeepsCalibration):
             detector.calibration = calibration
         return calibration
+
+
+def _digest(thresholds: Sequence[float]) -> str:
+    return hashlib.sha256(str([*thresholds]).encode()).hexdigest()
 
 
 def _exact(rate: float) -> Fraction:
