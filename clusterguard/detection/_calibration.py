@@ -78,8 +78,7 @@ class Calibration:
             thresholds: (K,) thresholds of the detector.
 
         Raises:
-            InputError: the values are not such a record, or belong to other classes or thresholds. Records of version 0.1
-                hold no digest of their thresholds.
+            InputError: the values are not such a record, or belong to other classes or thresholds.
         """
         classes, kinds = len(thresholds), {"counts": int, "realised_rates": float, "pooled": int}
         try:

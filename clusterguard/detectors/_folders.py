@@ -5,20 +5,18 @@ Nothing is pickled, and a folder that is incomplete is refused. Users call `Clus
 """
 
 import hashlib
-import inspect
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from clusterguard.detection import Calibration
-from clusterguard.detectors._backbones import make_encoder
+from clusterguard.detectors._backbone_recipes import build_backbone
 from clusterguard.detectors._base import DetectorModule
-from clusterguard.detectors._layers import build_layers, describe_layers
 from clusterguard.detectors._model_card import MARK, CardDetails, Measured, model_card
 from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError, in_one_line
 from safetensors.torch import load, save
@@ -170,120 +168,6 @@ def _may_be_on_the_hub(name: str | Path) -> bool:
     text = str(name)
     is_path = isinstance(name, Path) or text.startswith((".", "~", "/")) or text.endswith("/") or "\\" in text
     return not is_path and text.count("/") <= 1
-
-
-def describe_backbone(
-    encoder: nn.Module, representation_dim: int, image_shape: tuple[int, int, int] | None = None
-) -> dict[str, Any]:
-    """Find a recipe that rebuilds the backbone of an encoder. It is tried out on the meta device.
-
-    Args:
-        encoder: encoder that `make_encoder` made from the backbone.
-        representation_dim: number m of its outputs.
-        image_shape: (C, H, W) of the images that it takes; None if it is not known.
-
-    Returns:
-        A dict. If a recipe rebuilds the encoder with the same modules, attributes and shapes, "source" is "timm",
-        "torchvision" or "layers", and "name" and "arguments" are those of the model. Otherwise "source" is "module".
-    """
-    model, structure = _inner(encoder), _structure(encoder)
-    near_misses = []
-    for recipe in _recipes(model):
-        for _ in range(2):
-            try:
-                with torch.device("meta"):
-                    rebuilt = make_encoder(build_backbone(recipe), representation_dim, image_shape=image_shape)
-            except Exception as error:  # libraries raise many errors for arguments that they do not take
-                near_misses.append((0, f"{recipe['name']}: {error}"))
-                break
-            twin = _structure(rebuilt)
-            different = [name for name in {**structure, **twin} if structure.get(name) != twin.get(name)]
-            if not different:
-                return recipe
-            place = different[0] or type(model).__name__
-            near_misses.append((len(structure) - len(different), f"{recipe['name']} differs at {place}"))
-            # Constructors keep some arguments as attributes of the same name, so try again with these.
-            usual, changeable = _attributes(_inner(rebuilt)), inspect.signature(type(model)).parameters
-            changed = {k: v for k, v in _attributes(model).items() if k in changeable and v != usual.get(k, v)}
-            if not changed:
-                break
-            recipe = _recipe(recipe["source"], recipe["name"], {**recipe["arguments"], **changed})
-    if near_misses and recipe["source"] != "layers":  # of a module of one's own nothing was promised
-        warnings.warn(
-            f"no recipe rebuilds this backbone ({max(near_misses)[1]}); from_pretrained will need backbone=, the "
-            "module that the guard was made with",
-            stacklevel=3,
-        )
-    return {"source": "module", "type": f"{type(model).__module__}.{type(model).__qualname__}"}
-
-
-def build_backbone(recipe: Mapping[str, Any]) -> nn.Module:
-    """Build the backbone of a recipe with random weights. Nothing is downloaded and no checkpoint is read."""
-    name, arguments = recipe["name"], recipe["arguments"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings about initial weights and old names
-        if recipe["source"] == "torchvision":
-            from torchvision.models import get_model_builder
-
-            return get_model_builder(name)(weights=None, **arguments)  # type: ignore[no-any-return]
-        if recipe["source"] == "layers":
-            return build_layers(arguments)
-        import timm
-
-        if ":" in name:
-            raise ValueError(f"{name!r} is no name of a timm model")
-        # All arguments that could fetch or unpickle a file are set here, so that a foreign config.json cannot set them.
-        off: dict[str, Any] = {"pretrained": False, "checkpoint_path": "", "pretrained_cfg": None}
-        return timm.create_model(name, **off, pretrained_cfg_overlay=None, **arguments)
-
-
-def _recipes(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Recipes that may have built a model."""
-    settings = getattr(model, "pretrained_cfg", None)
-    if isinstance(settings, dict) and settings.get("architecture"):
-        name = ".".join(filter(None, (settings["architecture"], settings.get("tag"))))
-        yield _recipe("timm", name, getattr(model, "_model_args", {}))  # newer versions of timm keep the arguments
-    elif type(model).__module__.startswith("torchvision.models."):
-        from torchvision import models
-
-        for name in models.list_models(module=models):
-            if inspect.signature(models.get_model_builder(name)).return_annotation is type(model):
-                yield _recipe("torchvision", name, {})
-    elif (layers := describe_layers(model)) is not None:
-        yield {"source": "layers", "name": type(model).__name__, "arguments": json.loads(json.dumps(layers))}
-
-
-def _recipe(source: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in arguments.items() if _is_plain(value)}
-    return {"source": source, "name": name, "arguments": json.loads(json.dumps(plain))}  # as read from JSON
-
-
-def _inner(encoder: nn.Module) -> nn.Module:
-    """The model without the layer that `make_encoder` put on top, or the encoder itself."""
-    return encoder[0] if type(encoder) is nn.Sequential else encoder
-
-
-def _structure(module: nn.Module) -> dict[str, object]:
-    """Everything that decides what a module computes, except for the values of its tensors."""
-    return {
-        **{name: (type(part), _attributes(part)) for name, part in module.named_modules()},
-        **{name: tensor.shape for name, tensor in [*module.named_parameters(), *module.named_buffers()]},
-    }
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The settings of a module. Functions and other objects are replaced by their names."""
-    return {
-        key: value if _is_plain(value) else getattr(value, "__qualname__", type(value).__name__)
-        for key, value in vars(module).items()
-        if not key.startswith("_") and key != "training"
-    }
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from clusterguard._support import Call, CompiledCall, call, copy_module, names_in_eval_mode, to_eval_mode
 from clusterguard.detection import Evidence
+from clusterguard.detectors._backbone_recipes import describe_backbone
 from clusterguard.detectors._backbones import choose_normalization, choose_num_classes, make_encoder
 from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network, valid_images
-from clusterguard.detectors._folders import describe_backbone, find_folder, load_guard, save_guard
+from clusterguard.detectors._folders import find_folder, load_guard, save_guard
 from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._model_card import CardDetails, Measured
 from clusterguard.errors import ConfigurationError

@@ -40,7 +40,7 @@ _LAYERS = {
     )
 }
 _NOT_KEPT = {"self", "device", "dtype", "args", "kwargs"}
-_DEPTH = 20
+_DEPTH, _LARGEST = 20, 2**24
 
 
 def describe_layers(module: nn.Module) -> dict[str, Any] | None:
@@ -103,6 +103,6 @@ def build_layers(description: Mapping[str, Any], *, depth: int = 0) -> nn.Module
 
 def _plain(value: Any) -> Any:
     """Lists are tuples, which is what layers take and JSON has no word for."""
-    if isinstance(value, Mapping | Tensor):
-        raise TypeError("expected numbers, strings, None, and lists of them")
+    if isinstance(value, Mapping | Tensor) or (isinstance(value, int | float) and not abs(value) <= _LARGEST):
+        raise TypeError("expected numbers of a usual size, strings, None, and lists of them")
     return tuple(map(_plain, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value

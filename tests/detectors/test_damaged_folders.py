@@ -81,7 +81,7 @@ def test_nothing_is_ever_unpickled_not_even_if_a_foreign_config_asks_for_it(argu
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({}))
     recipe = json.loads((tmp_path / "config.json").read_text())["backbone"]
     edit_config(tmp_path, backbone={**recipe, "arguments": {argument: str(tmp_path / "evil.pt")}})
-    with pytest.raises(PersistenceError, match="multiple values"):
+    with pytest.raises(PersistenceError, match="settings that a recipe may hold"):
         ClusterGuard.from_pretrained(tmp_path)
 
 
