@@ -14,12 +14,11 @@ from clusterguard.deployment import fit_image, read_image
 from clusterguard.detection import Calibration, Rate
 from clusterguard.detectors import (
     CONFIG,
-    WEIGHTS,
     ClusterGuard,
     describe_thresholds,
     make_encoder,
     read_config,
-    read_weights,
+    read_guard,
     refuse_foreign,
 )
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError, in_one_line
@@ -302,10 +301,8 @@ def describe_guard(folder: Path) -> tuple[dict[str, Any], str]:
     Raises:
         PersistenceError: there is no guard, or it is damaged.
     """
-    config = read_config(folder / CONFIG)
-    state = read_weights(folder / WEIGHTS, config)
     try:
-        return _describe(folder, config, state["thresholds"])
+        return read_guard(folder, lambda config, weights: _describe(folder, config, weights.read_thresholds()))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PersistenceError(
             f"{folder / CONFIG} was edited; save the guard again. What went wrong: {error!r}"
@@ -313,7 +310,7 @@ def describe_guard(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _describe(folder: Path, config: dict[str, Any], thresholds: Tensor) -> tuple[dict[str, Any], str]:
-    calibrated = not bool(thresholds.isnan().any())
+    calibrated = bool(thresholds.isfinite().all())
     fitted = config["calibration"] and Calibration.from_dict(config["calibration"], thresholds)
     backbone, measured = config["backbone"], config.get("evaluation")
     names = config["guard"].get("class_names") or recorded_images(config["training"]).get("classes")

@@ -4,15 +4,14 @@ from clusterguard.detectors._backbones import find_normalization, find_num_class
 from clusterguard.detectors._base import DetectorModule, Normalize, WithThresholds
 from clusterguard.detectors._confidence import ConfidenceDetector
 from clusterguard.detectors._consistency import ConsistentDetector
-from clusterguard.detectors._folders import CARD, CONFIG, WEIGHTS, read_config, read_weights, refuse_foreign
 from clusterguard.detectors._guard import ClusterGuard
+from clusterguard.detectors._guard_files import CARD, CONFIG, read_config, read_guard, refuse_foreign
 from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._model_card import CardDetails, describe_thresholds
 
 __all__ = [
     "CARD",
     "CONFIG",
-    "WEIGHTS",
     "CardDetails",
     "ClusterGuard",
     "ConfidenceDetector",
@@ -27,6 +26,6 @@ __all__ = [
     "find_num_classes",
     "make_encoder",
     "read_config",
-    "read_weights",
+    "read_guard",
     "refuse_foreign",
 ]

@@ -6,8 +6,10 @@ A recipe may come from a stranger, so it names a model and numbers, and nothing 
 import inspect
 import json
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from clusterguard.detectors._backbones import make_encoder
 from clusterguard.detectors._layers import build_layers, describe_layers
 from clusterguard.errors import ConfigurationError
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 _LONGEST, _LARGEST, _LARGEST_SIDE = 200, 65536, 4096  # some networks take time in the square of an image's sides
 _SETTINGS = """
@@ -110,6 +113,31 @@ def build_backbone(recipe: Mapping[str, Any]) -> nn.Module:
             raise ConfigurationError(f"{name!r:.100} is no name of a timm model")
         off: dict[str, Any] = {"pretrained": False, "checkpoint_path": "", "pretrained_cfg": None}
         return timm.create_model(name, **off, pretrained_cfg_overlay=None, **arguments)
+
+
+@contextmanager
+def at_most(modules: int) -> Iterator[None]:
+    """Stop this thread from putting together a larger network, such as one of a million layers.
+
+    Args:
+        modules: how many may be put into others.
+
+    Raises:
+        ConfigurationError: there are more.
+    """
+    thread, left = threading.get_ident(), modules
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= threading.get_ident() == thread
+        if left < 0:
+            raise ConfigurationError(f"expected a network of at most {modules} parts, as its weights have, got more")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _may_be_set(name: str, value: object) -> bool:

@@ -4,9 +4,7 @@ Nothing is pickled, and a folder that is incomplete is refused. Users call `Clus
 `from_pretrained`.
 """
 
-import hashlib
 import json
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -15,19 +13,31 @@ from typing import Any, TypeVar
 
 import torch
 from clusterguard.detection import Calibration
-from clusterguard.detectors._backbone_recipes import build_backbone
+from clusterguard.detectors._backbone_recipes import at_most, build_backbone
 from clusterguard.detectors._base import DetectorModule
-from clusterguard.detectors._model_card import MARK, CardDetails, Measured, model_card
+from clusterguard.detectors._guard_files import (
+    CONFIG,
+    FORMAT,
+    FORMAT_VERSION,
+    WEIGHTS,
+    WeightsFile,
+    read_config,
+    read_guard,
+    refuse_foreign,
+    write_guard,
+)
+from clusterguard.detectors._model_card import CardDetails, Measured, model_card
 from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError, in_one_line
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 Guard = TypeVar("Guard", bound=DetectorModule)
 
-FORMAT_VERSION = 1
-WEIGHTS, CARD, CONFIG = "model.safetensors", "README.md", "config.json"
-_FORMAT = "clusterguard"
+_SPARE_ROOM = 2**28
 _PACKAGES = ("clusterguard", "torch", "timm", "torchvision", "safetensors")
+_FLOATS = {
+    str(own).removeprefix("torch."): own for own in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
 
 
 def save_guard(
@@ -57,7 +67,7 @@ def save_guard(
         raise ConfigurationError("expected an evaluation at this guard's thresholds, got another's; evaluate it again")
     try:
         json.dumps(training, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(
             f"expected training to hold what JSON has, got {error}; write None for NaN and repr(...) for objects"
         ) from error
@@ -66,9 +76,8 @@ def save_guard(
     )
     record = guard.calibration if guard.calibration and guard.calibration.describes(guard.thresholds) else None
     config = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "backbone": backbone,
         "guard": {
             **options,
@@ -81,18 +90,9 @@ def save_guard(
         "evaluation": None if evaluation is None else evaluation.to_dict(),
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    text = model_card(config, calibrated=guard.is_calibrated, calibration=record, evaluation=evaluation, details=card)
-    files = {
-        WEIGHTS: weights,
-        CARD: text.encode(),
-        CONFIG: json.dumps(config, indent=2, allow_nan=False).encode() + b"\n",
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as staging:
-        for name, content in files.items():
-            (Path(staging) / name).write_bytes(content)
-        for name in files:  # the config last: it holds the hash of its weights, so a mixture is refused
-            (Path(staging) / name).replace(folder / name)
+    calibrated = bool(guard.thresholds.isfinite().all())
+    text = model_card(config, calibrated=calibrated, calibration=record, evaluation=evaluation, details=card)
+    write_guard(folder, config, weights, text)
 
 
 def load_guard(
@@ -106,25 +106,43 @@ def load_guard(
         folder: folder that `save_guard` wrote.
         backbone: module that the guard was made with; None rebuilds it from its recipe.
     """
-    config = read_config(folder / CONFIG)
-    state = read_weights(folder / WEIGHTS, config)
+    guard = read_guard(folder, lambda config, weights: _load(build, config, weights, folder, backbone))
+    if guard.thresholds.isinf().any():
+        guard.reset_calibration()
+        warnings.warn(
+            f"expected finite thresholds in {folder}, got infinite ones, which judge nothing; the guard is not "
+            "calibrated, fit its thresholds with Calibrator",
+            stacklevel=3,
+        )
+    return guard
+
+
+def _load(
+    build: Callable[[nn.Module, Mapping[str, Any]], Guard],
+    config: Mapping[str, Any],
+    weights: WeightsFile,
+    folder: Path,
+    backbone: nn.Module | None,
+) -> Guard:
     try:
-        recipe, options = config["backbone"], config["guard"]
+        recipe, options, blanks = config["backbone"], config["guard"], weights.blanks()
         if backbone is None and recipe["source"] == "module":
             raise PersistenceError(
-                f"{folder / CONFIG} has no recipe for its backbone, a {recipe['type']}; build that module as it was "
-                "when the guard was made (its weights do not matter) and pass backbone=module"
+                f"{folder / CONFIG} has no recipe for its backbone, a {_printable(recipe['type'])}; build that module "
+                "as it was when the guard was made (its weights do not matter) and pass backbone=module"
             )
         # The random weights are overwritten, so drawing them must not change the user's random state. Warnings were
         # already given when the guard was made.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _check_sizes(options, blanks)
+            if backbone is None:
+                _check_recipe(build, recipe, options, blanks)
             guard = build(build_backbone(recipe) if backbone is None else backbone, options)
-            guard = guard.to(getattr(torch, options["dtype"]))
-        for name, tensor in guard.state_dict(keep_vars=True).items():
-            if name in state:  # parts may differ in dtype
-                tensor.data = tensor.data.to(state[name].dtype)
-        guard.load_state_dict(state)
+        guard = guard.to(_FLOATS[options["dtype"]])
+        _take_dtypes(guard, blanks)
+        guard.load_state_dict(blanks)  # names and shapes, before their values take memory
+        guard.load_state_dict(weights.read())
         guard.class_names = options.get("class_names")
         if config["calibration"] is not None:
             guard.calibration = Calibration.from_dict(config["calibration"], guard.thresholds)
@@ -133,12 +151,58 @@ def load_guard(
     except Exception as error:  # an edited config or another version of timm may raise anything
         if isinstance(error, UnsupportedBackboneError) and backbone is not None:
             raise
+        weights.check_digest()  # a damaged file is called that
         hint = f"backbone={type(backbone).__name__}" if backbone is not None else f"what {CONFIG} describes"
         raise PersistenceError(
             f"{folder / WEIGHTS} does not fit {hint}; pass the module that the guard was made with as backbone=, or "
             f"use the package versions that {CONFIG} lists. What went wrong: {in_one_line(error)}"
         ) from error
     return guard
+
+
+def _check_sizes(options: Mapping[str, Any], blanks: Mapping[str, Tensor]) -> None:
+    """Classes and dimensions are those of the weights, so that no number in a config takes memory on its own."""
+    classes, dimensions = options["num_classes"], options.get("representation_dim")
+    thresholds = blanks.get("thresholds", torch.empty(0))
+    if thresholds.shape != (classes,) or thresholds.dtype != torch.float32:
+        raise ConfigurationError(
+            f"expected thresholds of float32 for num_classes={classes!r:.20}, got {thresholds.dtype} of "
+            f"{tuple(thresholds.shape)}"
+        )
+    if dimensions is not None and not any(dimensions in blank.shape for blank in blanks.values()):
+        raise ConfigurationError(f"expected weights for representation_dim={dimensions!r:.20}, got none")
+
+
+def _check_recipe(
+    build: Callable[[nn.Module, Mapping[str, Any]], DetectorModule],
+    recipe: Mapping[str, Any],
+    options: Mapping[str, Any],
+    blanks: Mapping[str, Tensor],
+) -> None:
+    """A recipe makes what the file has weights for. It is tried on the meta device, where tensors take no memory."""
+    with torch.device("meta"), at_most(1000 + 20 * len(blanks)):
+        backbone = build_backbone(recipe)
+        guard = build(backbone, options)
+    guard.load_state_dict(blanks)
+    # The backbone also has its old classifier and what can be computed, which the file does not.
+    room = _SPARE_ROOM + 4 * sum(blank.nbytes for blank in blanks.values())
+    for module in (backbone, guard):
+        size = sum(own.nbytes for own in [*module.parameters(), *module.buffers()])
+        if size > room:
+            raise ConfigurationError(f"expected a network of at most {room} bytes, as its weights have, got {size}")
+
+
+def _take_dtypes(guard: nn.Module, blanks: Mapping[str, Tensor]) -> None:
+    """Parts may differ in dtype; they take that of their weights, as far as it is of the same kind."""
+    for name, tensor in guard.state_dict(keep_vars=True).items():
+        wanted = blanks[name].dtype if name in blanks else tensor.dtype
+        if wanted != tensor.dtype and not (wanted.is_floating_point and tensor.is_floating_point()):
+            raise ConfigurationError(f"expected {tensor.dtype} for {name}, got {wanted}")
+        tensor.data = tensor.data.to(wanted)
+
+
+def _printable(text: object) -> str:
+    return "".join(filter(str.isprintable, str(text)[:100]))
 
 
 def find_folder(name: str | Path, **hub_options: Any) -> Path:
@@ -155,7 +219,11 @@ def find_folder(name: str | Path, **hub_options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
+        small = snapshot_download(str(name), allow_patterns=[CONFIG], **hub_options)
+        read_config(Path(small) / CONFIG)  # before gigabytes of something else are fetched
         return Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG], **hub_options))
+    except PersistenceError:
+        raise
     except Exception as error:  # the Hub's errors have no common base class
         raise PersistenceError(
             f"expected a folder, or a guard's id on the Hugging Face Hub, got {str(name)!r}: there is no such folder, "
@@ -168,54 +236,3 @@ def _may_be_on_the_hub(name: str | Path) -> bool:
     text = str(name)
     is_path = isinstance(name, Path) or text.startswith((".", "~", "/")) or text.endswith("/") or "\\" in text
     return not is_path and text.count("/") <= 1
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Refuse a folder in which files that clusterguard did not write would be overwritten."""
-    if folder.exists() and not folder.is_dir():
-        raise PersistenceError(f"expected a folder, got the file {folder}; choose another name")
-    for name, mark in ((CARD, MARK), (CONFIG, f'"format": "{_FORMAT}"')):
-        file = folder / name
-        if file.exists() and not (file.is_file() and mark in file.read_text(errors="replace")):
-            raise PersistenceError(f"{file} is not clusterguard's; choose another folder, or remove that file")
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """Read the `config.json` of a guard, and refuse one of another program or of an unknown format."""
-    try:
-        config = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise PersistenceError(f"expected {file.name} in {file.parent}, found none; save the guard there") from error
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise PersistenceError(
-            f"{file} is damaged or cannot be read ({in_one_line(error)}); download it or save the guard again"
-        ) from error
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise PersistenceError(f"{file} describes no guard; choose a folder that save_pretrained wrote")
-    version_there = config.get("format_version")
-    if type(version_there) is not int or not 1 <= version_there <= FORMAT_VERSION:
-        raise PersistenceError(
-            f"expected format version {FORMAT_VERSION} or older in {file}, got {repr(version_there)[:50]}; "
-            "upgrade clusterguard"
-        )
-    return config
-
-
-def read_weights(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read the tensors of `model.safetensors`, and refuse a file that the config was not saved with."""
-    again = "download it or save the guard again"
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError as error:
-        raise PersistenceError(f"expected {file.name} in {file.parent}, found none; {again}") from error
-    except (OSError, MemoryError) as error:
-        raise PersistenceError(f"{file} cannot be read ({in_one_line(error)}); {again}") from error
-    if hashlib.sha256(content).hexdigest() != config.get("weights_sha256"):
-        raise PersistenceError(
-            f"{file} is not the file that {CONFIG} was saved with: it is damaged, cut off, replaced, or from an "
-            f"interrupted save; {again}"
-        )
-    try:
-        return load(content)
-    except Exception as error:  # safetensors raises its own errors and Python's
-        raise PersistenceError(f"{file} is no safetensors file ({in_one_line(error)}); {again}") from error

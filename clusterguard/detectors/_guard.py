@@ -166,8 +166,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     ) -> None:
         """Write the guard as a folder: `model.safetensors`, `config.json`, and a model card in `README.md`.
 
-        If saving is interrupted, the folder holds the old guard, or `from_pretrained` refuses it. It never loads a
-        mixture of two guards.
+        If saving is killed at any moment, the folder holds the old guard or the new one. Readers at that moment get one
+        of the two.
 
         Args:
             save_directory: path of the folder. An older guard in it is replaced, and other files stay.
@@ -179,7 +179,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
 
         Raises:
             PersistenceError: the folder holds another model's files.
-            ConfigurationError: JSON cannot represent the training, or the evaluation has other thresholds.
+            ConfigurationError: JSON cannot represent the training, the training is too large, or the evaluation has
+                other thresholds.
 
         Warns:
             UserWarning: nothing rebuilds the backbone, so loading will need the module. Models of timm and torchvision
@@ -225,6 +226,9 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     ) -> "Self":
         """Load a guard that `save_pretrained` or `push_to_hub` wrote.
 
+        The folder may be a stranger's. No code in it is run, nothing else is downloaded, and a network is only built if
+        the file of weights is as large as it needs.
+
         Args:
             pretrained_model_name_or_path: path of a folder, or an id on the Hugging Face Hub.
             backbone: module that the guard was made with; its weights do not matter. None rebuilds it from
@@ -245,6 +249,9 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         Raises:
             PersistenceError: the guard is missing, damaged, foreign, too new, or does not fit the backbone.
 
+        Warns:
+            UserWarning: thresholds are infinite; the guard is then not calibrated.
+
         Example:
             See `save_pretrained`.
         """
@@ -263,7 +270,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
                 **_head_options(options, head),
                 mean=options["mean"],
                 std=options["std"],
-                example=example,
+                example=None if example is None else example.to(_device_of(module, example)),
                 image_shape=options.get("image_shape"),  # guards of version 0.1 have no image_shape
             ),
             folder,
@@ -275,6 +282,11 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         for name in [name for name in state_dict if name.startswith(old)]:
             state_dict[new + name.removeprefix(old)] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _device_of(module: nn.Module, example: Tensor) -> torch.device:
+    """Where a module's parameters are, which is the meta device while a saved guard is tried out."""
+    return next(module.parameters(), example).device
 
 
 def _num_classes_of(head: Head | None, num_classes: int | None, *options: object) -> int | None:

@@ -32,7 +32,7 @@ def test_a_guard_comes_back_bit_by_bit(data, dtype):
         std=data.draw(st.lists(st.floats(0.1, 2), min_size=3, max_size=3)),
     )
     guard.to(dtype).eval()
-    thresholds = data.draw(st.lists(st.floats(width=32), min_size=classes, max_size=classes))
+    thresholds = data.draw(st.lists(st.floats(width=32, allow_infinity=False), min_size=classes, max_size=classes))
     guard.thresholds = torch.tensor(thresholds)
     if all(map(math.isfinite, thresholds)):
         exact, counts, rates = tuple(guard.thresholds.tolist()), (120,) * classes, (0.01,) * classes
@@ -168,6 +168,17 @@ def test_an_id_goes_to_the_hub(saved, monkeypatch):
     ClusterGuard.from_pretrained("someone/guard", backbone=network(), revision="v2")
     assert (asked["repo_id"], asked["revision"]) == ("someone/guard", "v2")
     assert asked["allow_patterns"] == ["model.safetensors", "config.json"]
+
+
+def test_nothing_large_is_fetched_from_the_hub_before_its_config_is_a_guards(saved, monkeypatch):
+    def snapshot_download(repo_id: str, *, allow_patterns: list[str], **_: object) -> str:
+        assert allow_patterns == ["config.json"]
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    (saved / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(PersistenceError, match=r"config\.json describes no guard"):
+        ClusterGuard.from_pretrained("someone/llama")
 
 
 @pytest.mark.parametrize("name", ["someone/guard", "guard"])
