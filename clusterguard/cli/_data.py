@@ -355,7 +355,7 @@ def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:
 
     Raises:
         ConfigurationError: there is an earlier training and `resume` is off, or its options were different.
-        PersistenceError: the folder holds files of another program, which the guard would overwrite at the end.
+        PersistenceError: the folder holds files of another program.
     """
     refuse_foreign(folder)
     checkpoint, record = folder / "checkpoint.pt", folder / "training.json"
@@ -368,6 +368,8 @@ def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:
         raise ConfigurationError(
             f"{folder} holds a guard already and no checkpoint to go on from; choose another folder"
         )
+    if not checkpoint.exists() and not _tells_a_training(record):
+        check_output(folder)
     if checkpoint.exists():
         try:
             before = json.loads(record.read_text())
@@ -385,3 +387,32 @@ def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:
             )
     write_atomically(record, lambda file: file.write_text(json.dumps(options, indent=2) + "\n"))
     return checkpoint
+
+
+def check_output(folder: Path, *ours: str) -> None:
+    """Make sure that results lie in a folder of their own.
+
+    Args:
+        folder: for results.
+        *ours: names of results, which may be there and are overwritten.
+
+    Raises:
+        PersistenceError: it is a file, or holds other files than these and hidden ones.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise PersistenceError(f"expected a folder, got the file {folder}; choose another name")
+    there = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    others = sorted(name for name in there if name not in ours and not name.startswith("."))
+    if others:
+        raise PersistenceError(
+            f"expected an empty folder, or one that this command wrote, got {folder} with {others[0]!a} in it; "
+            "choose another folder"
+        )
+
+
+def _tells_a_training(record: Path) -> bool:
+    """Whether `training.json` is of `begin_run`."""
+    try:
+        return "calibrator" in json.loads(record.read_text()) if record.is_file() else False
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False

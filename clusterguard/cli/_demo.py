@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from clusterguard._support import write_atomically
 from clusterguard.attacks import PGD, WorstCaseSuite
+from clusterguard.cli._data import check_output
 from clusterguard.detection import Calibrator, decide
 from clusterguard.detectors import ClusterGuard, ConfidenceDetector, DetectorModule
 from clusterguard.errors import MissingDependencyError
@@ -79,7 +80,11 @@ def run_demo(
 
     Returns:
         The content of `report.json`.
+
+    Raises:
+        PersistenceError: the folder holds other files.
     """
+    check_output(output, "guard", "report.json", "representations.png", "distances.png")
     started = time.perf_counter()
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else device

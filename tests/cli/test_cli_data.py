@@ -4,8 +4,9 @@ import clusterguard
 import pytest
 import torch
 from clusterguard import ClusterGuard
-from clusterguard.cli._data import Pictures, load_part, make_backbone, sample
-from clusterguard.errors import ConfigurationError, InputError
+from clusterguard.cli._data import Pictures, begin_run, load_part, make_backbone, sample
+from clusterguard.cli._demo import run_demo
+from clusterguard.errors import ConfigurationError, InputError, PersistenceError
 from PIL import Image
 
 
@@ -76,3 +77,31 @@ def test_backbones_of_torchvision_are_found_by_name():
     assert ClusterGuard(network, num_classes=4).num_classes == 4
     with pytest.raises(ConfigurationError, match="got 'fasterrcnn_resnet50_fpn'"):
         make_backbone("torchvision:fasterrcnn_resnet50_fpn", num_classes=4, channels=3, pretrained=False)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "training.json", "model.safetensors"])
+def test_a_training_begins_in_no_folder_of_another_program(tmp_path, name):
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(PersistenceError, match=rf"{name}.* choose another folder"):
+        begin_run(tmp_path, {"calibrator": "Calibrator()"}, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+
+
+def test_a_training_begins_in_a_new_folder_and_again_where_one_was_stopped_at_once(tmp_path):
+    begin_run(tmp_path / "new", {"calibrator": "Calibrator(0.1)"}, resume=False)
+    (tmp_path / ".DS_Store").touch()
+    shutil.rmtree(tmp_path / "new")
+    for rate in (0.1, 0.2):
+        begin_run(tmp_path, {"calibrator": f"Calibrator({rate})"}, resume=False)
+        (tmp_path / "summary.txt").touch()
+    assert "0.2" in (tmp_path / "training.json").read_text()
+
+
+def test_the_demo_writes_to_no_folder_of_another_program(tmp_path):
+    (tmp_path / "report.json").touch()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(PersistenceError, match=r"got .* with 'notes\.txt' in it; choose another folder"):
+        run_demo(tmp_path)
+    with pytest.raises(PersistenceError, match="expected a folder, got the file"):
+        run_demo(tmp_path / "notes.txt")
