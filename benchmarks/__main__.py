@@ -34,7 +34,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__d
 
 @app.command()
 def data(names: Annotated[list[str], typer.Argument(help="mnist, cifar10.")], data: DataOption = None) -> None:
-    """Fetch data sets and verify them.
+    """Fetch data sets and verify their checksums.
 
     Example: python -m benchmarks data mnist cifar10
     """
@@ -57,7 +57,7 @@ def run(
         typer.Option("--compile", help="Run networks through torch.compile; auto: in the mode that pays, if any."),
     ] = None,
 ) -> None:
-    """Run what is not there yet; a killed run goes on where it was. Exit status 3 says that work is left.
+    """Run the cells that have no result yet. A killed run is resumed. Exit status 3 says that work is left.
 
     Example: python -m benchmarks run table2-mnist --device cuda --time-budget 540
     """
@@ -70,11 +70,12 @@ def run(
 
     place = torch.device(device)
     trainings = Trainings(store, device=place, data=data, clock=clock, progress=progress, compiled=compiled)
-    groups, left, pace = pair_goals(cells), list(cells), dict[str, float]()  # seconds a pass takes, by network
+    groups, left, pace = pair_goals(cells), list(cells), dict[str, float]()  # seconds of one pass, by network
     try:
         while groups:
             clock.check()
-            # Near the end of the budget whole cells that still fit come first; what is begun last goes on next time.
+            # Near the end of the budget, cells that can still be finished come first. The next run resumes a cell that
+            # this one does not finish.
             fitting = (
                 candidate
                 for candidate in groups
@@ -101,7 +102,7 @@ def run(
 
 @app.command()
 def status(profile: ProfileOption = "full", out: OutOption = None) -> None:
-    """What is done, what is missing, and which results no experiment asks for any more.
+    """Print how many cells are done, and the results that no experiment uses any more.
 
     Example: python -m benchmarks status
     """
@@ -124,7 +125,7 @@ def plan(
     out: OutOption = None,
     only: OnlyOption = "*",
 ) -> None:
-    """Cells that are left, their gradient evaluations, and how long they should take.
+    """Print the cells that are left, their gradient evaluations and the time that they should take.
 
     Example: python -m benchmarks plan table2-mnist --device h200
     """
@@ -141,7 +142,7 @@ def report(
     out: OutOption = None,
     pages: Annotated[Path, typer.Option(help="Folder for Markdown and figures.")] = Path("docs/results"),
 ) -> None:
-    """Tables and figures from the results alone.
+    """Write the tables and figures from the results.
 
     Example: python -m benchmarks report
     """
@@ -176,7 +177,7 @@ def _folder(out: Path | None, profile: Profile) -> Path:
 
 
 def _cells(names: Iterable[str], profile: Profile, only: str) -> list[Cell]:
-    """Matching cells, each once, those of one training together."""
+    """The matching cells, each once. Cells of the same training follow each other."""
     about = {name: load_experiment(name).dataset for name in list_experiments()}
     groups = {dataset: [name for name in about if about[name] == dataset] for dataset in ("mnist", "cifar10")}
     groups["all"] = [*about]
@@ -188,7 +189,7 @@ def _cells(names: Iterable[str], profile: Profile, only: str) -> list[Cell]:
 
 
 def main() -> None:
-    """Errors that were raised on purpose are told in one line."""
+    """Run the command line and report clusterguard's errors in one line."""
     try:
         app()
     except ClusterGuardError as error:

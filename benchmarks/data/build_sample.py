@@ -1,4 +1,4 @@
-"""Draws the digits that ship with the package: python -m benchmarks.data.build_sample MNIST_RAW_FOLDER."""
+"""Draw the digits that ship with the package: `python -m benchmarks.data.build_sample MNIST_RAW_FOLDER`."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ OUTPUT = Path(__file__).parents[2] / "clusterguard" / "data"
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """An IDX file of bytes as an array, after checking that it is the original one."""
+    """Read an IDX file of bytes as an array, after checking that it is the original file."""
     content = path.read_bytes()
     if hashlib.md5(content).hexdigest() != MD5[path.name]:
         raise SystemExit(f"{path} is not the original MNIST file: its md5 differs from {MD5[path.name]}")
@@ -32,7 +32,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def stratified(labels: NDArray[np.uint8], size: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Indices of `size` examples, each class in proportion (largest remainders), in random order."""
+    """Draw the indices of `size` examples in random order, each class in proportion by the largest remainders."""
     exact = np.bincount(labels) * size / len(labels)
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact)[: size - counts.sum()]] += 1

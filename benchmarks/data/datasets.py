@@ -1,4 +1,4 @@
-"""Images as tensors of bytes, held where they are used, and batches of them."""
+"""Images as tensors of bytes on the device that uses them, and batches of them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,27 +16,27 @@ from torch.nn import functional
 from benchmarks.data.fetch import CHECKSUMS, fetch
 
 CALIBRATION = 5000  # images of the training set kept for calibration
-VALIDATION = 1000  # of these, images that recipes are chosen by
+VALIDATION = 1000  # of the calibration images, those that recipes are chosen by
 SPLIT_SEED = 20_201_207  # the day the paper appeared
 
 
 class Images(NamedTuple):
-    """A labelled set.
+    """A set of labelled images.
 
     Attributes:
-        pixels: (n, C, H, W) uint8.
-        labels: (n,) int64.
+        pixels: pixels (n, C, H, W) as uint8.
+        labels: classes (n,) as int64.
     """
 
     pixels: Tensor
     labels: Tensor
 
     def to(self, device: torch.device) -> "Images":
-        """The same on another device."""
+        """The same images on another device."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
     def head(self, count: int | None) -> "Images":
-        """The first ones."""
+        """The first `count` images, or all of them for None."""
         return Images(self.pixels[:count], self.labels[:count])
 
     def floats(self) -> tuple[Tensor, Tensor]:
@@ -46,14 +46,14 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set with its recorded split; the test set is opened by evaluation alone.
+    """A data set with its recorded split. Only evaluation opens the test set.
 
     Attributes:
-        name: as experiments call it.
-        checksums: of the files behind it.
-        train: what is trained on.
-        calibration: taken out of the training set, for thresholds.
-        open_test: loads the test set.
+        name: name in experiments.
+        checksums: checksums of its files.
+        train: images to train on.
+        calibration: images that are kept out of training, for thresholds.
+        open_test: function that loads the test set.
 
     Sets for choosing among recipes leave the test set closed: see `held_out`.
     """
@@ -65,27 +65,27 @@ class DataSet:
     open_test: Callable[[], Images]
 
     def held_out(self) -> tuple[Images, Images]:
-        """Calibration and validation images, both out of what is kept for calibration; the test set stays closed."""
+        """Split the calibration images into calibration and validation images. The test set stays closed."""
         kept = len(self.calibration.labels) - min(VALIDATION, len(self.calibration.labels) // 2)
         return Images(*(part[:kept] for part in self.calibration)), Images(*(part[kept:] for part in self.calibration))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """The shape (C, H, W) of an image."""
         channels, height, width = self.train.pixels.shape[1:]
         return channels, height, width
 
 
 def load(name: str, root: str | Path | None = None) -> DataSet:
-    """A data set by name.
+    """Load a data set by name, which is fetched first if need be.
 
     Args:
         name: "mnist", "cifar10", or "digits", the sample that clusterguard ships.
-        root: folder of data sets, see `benchmarks.data.fetch.data_root`; what is not there is fetched.
+        root: folder of data sets, see `benchmarks.data.fetch.data_root`.
 
     Raises:
-        ConfigurationError: an unknown name.
-        DownloadError: it is not there and no source has it.
+        ConfigurationError: the name is unknown.
+        DownloadError: the data set is missing and no source has it.
     """
     if name == "digits":
         train, calibration = _sample("train"), _sample("calibration")
@@ -101,15 +101,15 @@ def load(name: str, root: str | Path | None = None) -> DataSet:
 
 
 class Batches:
-    """Batches of floats in [0, 1] out of a set of bytes, indexed and augmented on the set's own device.
+    """Batches of floats in [0, 1] from images of bytes. They are made on the device of the images.
 
     Args:
-        images: the set.
-        batch_size: of all batches but the last.
-        shuffle: a new order at every pass.
-        augment: random crops of the image padded by 4, and random flips.
-        cutmix: largest part of an image that another one covers, see `cover`.
-        generator: of order and augmentation, on the CPU, so that every device sees the same batches.
+        images: images to make batches of.
+        batch_size: number of images in a batch. The last batch may have fewer.
+        shuffle: whether to take a new order at every pass.
+        augment: whether to pad images by 4 pixels, crop them at random and flip them at random.
+        cutmix: largest share of an image that a part of another image covers, see `cover`.
+        generator: source of randomness on the CPU, so that every device sees the same batches.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Batches:
 
 
 def crop_and_flip(images: Tensor, generator: Generator | None = None, *, padding: int = 4) -> Tensor:
-    """Each image (B, C, H, W) padded with zeros, cropped to its size at a random place, and flipped half the time."""
+    """Pad images (B, C, H, W) with zeros, crop them to their size at random places, and flip about half of them."""
     count, _, height, width = images.shape
     offsets = torch.randint(2 * padding + 1, (2, count), generator=generator).to(images.device)
     flipped = (torch.rand(count, generator=generator) < 0.5).to(images.device)
@@ -158,21 +158,21 @@ def crop_and_flip(images: Tensor, generator: Generator | None = None, *, padding
 
 
 def cover(images: Tensor, largest: float, generator: Generator | None = None) -> Tensor:
-    """CutMix for hard labels: in each image a box is taken from the same place of another one of the batch.
+    """CutMix for hard labels: replace a box in each image by the same box of another image in the batch.
 
-    The label stays that of the larger part. Mixed labels would make "accepted under a wrong label" a matter of degree,
-    and then nobody could say which attacks got through; so the other part is kept small instead.
+    The label is that of the larger part. With mixed labels, "accepted under a wrong label" would be a matter of degree,
+    and the attacks that got through could not be counted. The box is kept small instead.
 
     Args:
-        images: (B, C, H, W).
-        largest: part of the area that a box may cover, in (0, 0.5]; its size is uniform up to that.
-        generator: on the CPU.
+        images: images (B, C, H, W).
+        largest: largest share of the area that a box may cover, in (0, 0.5]. Shares are uniform up to that.
+        generator: source of randomness on the CPU.
 
     Returns:
-        (B, C, H, W).
+        The images (B, C, H, W) with boxes of other images.
 
     Raises:
-        ConfigurationError: a part that could be the larger one.
+        ConfigurationError: `largest` is outside (0, 0.5], so that the box could be the larger part.
 
     Reference:
         Yun et al., "CutMix" (2019).

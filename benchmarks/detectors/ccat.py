@@ -1,7 +1,7 @@
-"""Confidence-calibrated adversarial training: the further an image is attacked, the less confident it shall be.
+"""Confidence-calibrated adversarial training: the larger the perturbation, the lower the confidence shall be.
 
-Stutz et al. train on momentum PGD with backtracking; here it is the experiment's attack, with their objective and
-start. Their attack on the finished detector, too, maximises the confidence of a wrong class.
+Stutz et al. train on momentum PGD with backtracking. Here it is the attack of the experiment, with their objective and
+start. Their attack on the finished detector maximises the confidence of a wrong class, too.
 """
 
 from dataclasses import replace
@@ -18,17 +18,20 @@ from benchmarks.detectors.recipe import with_loss
 from benchmarks.detectors.vanilla import VANILLA
 from benchmarks.detectors.vanilla import loss as benign_loss
 
-RHO = 10  # how fast confidence fades, Stutz et al.'s choice
+RHO = 10  # power with which confidence falls, as in Stutz et al.
 
 
 def of_any_size(problem: Problem) -> Tensor:
-    """Their start: about half of the images as they are, the others perturbed to a random share of the radius."""
+    """The start of Stutz et al.: half of the images, at random, are perturbed to a random share of the radius."""
     share = torch.empty_like(problem.images[:, 0, 0, 0]).uniform_(-1, 1, generator=problem.generator).clamp_min(0)
     return problem.norm.random_start(problem.images, problem.eps * share, problem.generator)
 
 
 def soft_targets(labels: Tensor, sizes: Tensor, eps: float, num_classes: int) -> Tensor:
-    """λ · one-hot + (1 − λ) · uniform with λ = (1 − min(1, size / ε))^ρ: labels (B,), sizes (B,) -> (B, K)."""
+    """The soft labels (B, K) for labels (B,) and perturbations of sizes (B,).
+
+    They are λ · one-hot + (1 − λ) · uniform with λ = (1 − min(1, size / ε))^ρ.
+    """
     share = (sizes / max(eps, torch.finfo(sizes.dtype).tiny)).clamp_max(1)  # without a budget nothing is perturbed
     certain = (1 - share)[:, None] ** RHO
     return certain * one_hot(labels, num_classes) + (1 - certain) / num_classes
@@ -47,7 +50,7 @@ def loss(
     targets = torch.cat([one_hot(labels[:half], classes), soft_targets(labels[half:], sizes, attack.eps, classes)])
     logits = detector.evidence(torch.cat([images[:half], attacked])).class_scores
     right = logits.argmax(dim=1) == labels
-    # The record is about whole batches: each half stands for the other one too.
+    # The record counts whole batches, so each half is counted for the other one, too.
     correct = right[:half].sum() * len(labels) // half
     successes = (~right[half:]).sum() * len(labels) // max(1, len(labels) - half)
     return TrainingStep(cross_entropy(logits, targets.to(logits.dtype)), correct, successes)

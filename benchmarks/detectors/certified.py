@@ -1,4 +1,4 @@
-"""Our guard, trained for proofs instead of against attacks: what its certificates say holds for every attack."""
+"""Our guard, trained for certificates instead of against attacks. A certificate holds for every attack."""
 
 from dataclasses import replace
 
@@ -17,13 +17,15 @@ def make_certified(
     center_weight: float = 0.02,
     temperature: float = 1.0,
 ) -> Recipe:
-    """The library's guard, trained by the library's trainer at the radius of the experiment's training attack.
+    """A recipe for the guard of the library with the certified trainer of the library.
+
+    The radius is that of the experiment's training attack.
 
     Args:
-        ramp_epochs: over which the radius grows.
-        bound_weight: of the loss of the bounds.
-        center_weight: of the distance to centres.
-        temperature: of the cross-entropies.
+        ramp_epochs: number of epochs over which the radius grows.
+        bound_weight: weight of the loss of the bounds.
+        center_weight: weight of the distance to the centres.
+        temperature: temperature of the cross-entropies.
     """
 
     def build(network: nn.Module) -> DetectorModule:
@@ -55,7 +57,7 @@ def make_certified(
         build=build,
         trainer=make_trainer,
         attacked=False,
-        passes=3,  # of the image, and of the centre and the radius of its box
+        passes=3,  # one for the image, and one each for the centre and the radius of its box
         variant=make_certified,
     )
 

@@ -1,4 +1,4 @@
-"""What detectors that are fitted to a trained classifier share: its features, its logits, and how to read them."""
+"""The base class of detectors that are fitted to a trained classifier, and helpers for its features."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -16,10 +16,10 @@ from benchmarks.detectors.recipe import Finish
 
 
 class FeatureDetector(DetectorModule):
-    """A classifier whose label stands, judged by another metric than its confidence; write `evidence`.
+    """A classifier that is judged by another metric than its confidence. Subclasses define `evidence`.
 
     Args:
-        trained: a `ConfidenceDetector` around a network and a linear layer; its modules are shared, not copied.
+        trained: `ConfidenceDetector` around a network and a linear layer. Its modules are shared, not copied.
     """
 
     def __init__(self, trained: DetectorModule) -> None:
@@ -37,11 +37,11 @@ class FeatureDetector(DetectorModule):
         return widen(features), widen(self.head(features))
 
     def represent(self, images: Tensor) -> Tensor:
-        """The features: images (B, C, H, W) in [0, 1] -> (B, D); attacks that match another image's use them."""
+        """The features (B, D) of images (B, C, H, W) in [0, 1]. Attacks that match another image's use them."""
         return self.read(images)[0]
 
     def fit(self, batches: Loader) -> None:
-        """Learn from training batches, in eval mode and without gradients; where there is nothing to fit, nothing."""
+        """Fit the metric to training batches, in eval mode and without gradients. The base class fits nothing."""
 
     def read_all(self, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (B, D) and labels (B,), batch by batch, on the detector's device."""
@@ -50,7 +50,7 @@ class FeatureDetector(DetectorModule):
 
 
 def fitted(kind: type[FeatureDetector]) -> Finish:
-    """A recipe's `finish`: put the classifier under this metric and fit it."""
+    """A function for `finish` of a recipe, which makes a detector of this kind from a trained one and fits it."""
     return partial(_fit, kind)
 
 
@@ -62,15 +62,19 @@ def _fit(kind: type[FeatureDetector], trained: DetectorModule, batches: Loader) 
 
 
 def check_classes(counts: Tensor, needed: int) -> None:
-    """Every class has as many training images as a fit needs.
+    """Check that every class has as many training images as a fit needs.
+
+    Args:
+        counts: numbers (K,) of training images of each class.
+        needed: smallest number that suffices.
 
     Raises:
-        InputError: otherwise.
+        InputError: a class has fewer.
     """
     if counts.min() < needed:
         raise InputError(f"expected at least {needed} training images of every class, got {counts.tolist()}")
 
 
 def widen(values: Tensor) -> Tensor:
-    """In float32 at least: distances and probabilities suffer in half precision."""
+    """Convert values to float32 at least, since distances and probabilities lose accuracy in half precision."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,6 +1,6 @@
 """Feature squeezing: an image is suspicious if a median filter changes its class probabilities.
 
-The paper compares with the median filter alone; Xu et al. also join it with fewer grey levels and non-local means.
+The paper compares with the median filter alone. Xu et al. also combine it with fewer grey levels and non-local means.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from benchmarks.detectors.vanilla import VANILLA
 
 
 class FeatureSqueezing(FeatureDetector):
-    """A classifier under ‖p(x) − p(median(x))‖₁, the same for every label."""
+    """A classifier with ‖p(x) − p(median(x))‖₁ as suspicion, the same for every label."""
 
     def evidence(self, images: Tensor) -> Evidence:
         """Logits as class scores, the change of the probabilities as suspicion, of images (B, C, H, W)."""
@@ -24,10 +24,10 @@ class FeatureSqueezing(FeatureDetector):
 
 
 def median(images: Tensor) -> Tensor:
-    """Median of each pixel, its left, upper and upper left neighbours: (B, C, H, W) -> the same shape.
+    """The median of each pixel of images (B, C, H, W) and its left, upper and upper left neighbours.
 
-    That is `scipy.ndimage.median_filter` with size 2 and mode "reflect", as Xu et al. call it: of four values it takes
-    the third smallest, and beyond the edge it sees the edge again.
+    The result is that of `scipy.ndimage.median_filter` with size 2 and mode "reflect", as Xu et al. call it. The median
+    of four values is the third smallest, and pixels beyond the edge repeat the edge.
     """
     windows = pad(images, (1, 0, 1, 0), mode="replicate").unfold(2, 2, 1).unfold(3, 2, 1)
     return windows.flatten(4).sort(dim=4).values[..., 2]

@@ -1,8 +1,8 @@
-"""Local intrinsic dimensionality: around an adversarial image, features fill more dimensions.
+"""Local intrinsic dimensionality, which is higher for the features of adversarial images.
 
-The dimensionality is Ma et al.'s maximum-likelihood estimate from the k nearest of a fixed reference batch. They find
-it higher for adversarial images, so that is what is suspicious here; the paper's Table 1 prints "Low". The paper takes
-the score itself, Ma et al. train a classifier on the scores of all layers.
+The dimensionality is the maximum-likelihood estimate of Ma et al. from the k nearest images of a fixed reference batch.
+They find it higher for adversarial images, so a high value is suspicious here, while the paper's Table 1 prints "Low".
+The paper takes the score itself. Ma et al. train a classifier on the scores of all layers.
 """
 
 from dataclasses import replace
@@ -19,10 +19,10 @@ REFERENCES, NEIGHBOURS = 100, 20  # Ma et al.'s mini-batch and k
 
 
 class LocalDimensionality(FeatureDetector):
-    """A classifier under the local intrinsic dimensionality of its features, the same for every label.
+    """A classifier with the local intrinsic dimensionality of its features as suspicion, the same for every label.
 
     Attributes:
-        references: (100, D) features of benign training images, as many of every class.
+        references: features (100, D) of benign training images, equally many of each class.
     """
 
     references: Tensor
@@ -32,7 +32,7 @@ class LocalDimensionality(FeatureDetector):
         self.register_buffer("references", torch.full((REFERENCES, self.num_features), torch.nan))
 
     def fit(self, batches: Loader) -> None:
-        """Take the first images of every class."""
+        """Take the first images of every class as references."""
         each, seen, counts = REFERENCES // self.num_classes, [], torch.zeros(self.num_classes)
         for batch in self.read_all(batches):
             seen.append(batch)
@@ -51,7 +51,7 @@ class LocalDimensionality(FeatureDetector):
 
 
 def local_dimensionality(features: Tensor, references: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
-    """−1 / mean log(rᵢ / rₖ) over the k nearest of the references (R, D): features (B, D) -> (B,)."""
+    """The dimensionality (B,) at features (B, D): −1 / mean log(rᵢ / rₖ) over the k nearest references (R, D)."""
     distances = torch.cdist(features, references, compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances.topk(neighbours, largest=False, sorted=True).values
     # An image of the reference batch itself is at distance 0, where the logarithm has no value and no slope.

@@ -16,7 +16,7 @@ from benchmarks.detectors.vanilla import loss as benign_loss
 def attack_labels(
     detector: WithThresholds, images: Tensor, labels: Tensor, attack: PGD, generator: Generator | None
 ) -> Tensor:
-    """Images (B, C, H, W) attacked from a random start, to cost the true label probability."""
+    """Attack images (B, C, H, W) from a random start with the objective cross-entropy."""
     attack = replace(attack, objective="cross_entropy", start="random", keep="last")
     return attack(detector, images, labels, generator=generator)
 
@@ -24,7 +24,7 @@ def attack_labels(
 def loss(
     detector: WithThresholds, images: Tensor, labels: Tensor, attack: PGD | None, generator: Generator | None
 ) -> TrainingStep:
-    """Cross-entropy on attacked images."""
+    """Cross-entropy on attacked images, or on benign images in the warm-up."""
     if attack is None:
         return benign_loss(detector, images, labels, attack, generator)
     logits = detector.evidence(attack_labels(detector, images, labels, attack, generator)).class_scores

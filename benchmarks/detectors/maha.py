@@ -1,8 +1,8 @@
-"""Mahalanobis distance of the features to the classes, all of one covariance.
+"""Mahalanobis distance of the features to the classes, which share one covariance.
 
-The label is the classifier's, as in Lee et al.; they are suspicious of the smallest distance to any class, we of the
-distance to the class that an image is labelled as, as the paper's other detectors are. Lee et al. also join the
-distances of all layers by a logistic regression and add noise to the input; the paper's Table 1 takes neither.
+The label is that of the classifier, as in Lee et al. Their suspicion is the smallest distance to any class. Ours is the
+distance to the class that the image is labelled as, like that of the paper's other detectors. Lee et al. also combine
+the distances of all layers by a logistic regression and add noise to the input. The paper's Table 1 does neither.
 """
 
 from dataclasses import replace
@@ -18,12 +18,14 @@ from benchmarks.detectors.vanilla import VANILLA
 
 
 class MahalanobisDetector(FeatureDetector):
-    """A classifier under the Mahalanobis distance (not squared) of its features to the mean of each class.
+    """A classifier with the Mahalanobis distance of its features to the mean of each class as suspicion.
+
+    The distance is not squared.
 
     Attributes:
-        whitening: (D, D), features @ whitening have unit covariance within classes; columns that belong to
-            directions in which features do not vary are 0.
-        means: (K, D) the classes' means after whitening.
+        whitening: matrix (D, D). The product of features with it has unit covariance within classes. Its columns are 0
+            for directions in which features do not vary.
+        means: means (K, D) of the classes after whitening.
     """
 
     whitening: Tensor
@@ -35,7 +37,7 @@ class MahalanobisDetector(FeatureDetector):
         self.register_buffer("means", torch.full((self.num_classes, self.num_features), torch.nan))
 
     def fit(self, batches: Loader) -> None:
-        """Means and covariance of all batches, in one pass and in float64."""
+        """Compute the means and the covariance over all batches, in one pass and in float64."""
         sums = torch.zeros_like(self.means, dtype=torch.float64)
         squares = torch.zeros_like(self.whitening, dtype=torch.float64)
         counts = sums.new_zeros(self.num_classes)
@@ -50,16 +52,16 @@ class MahalanobisDetector(FeatureDetector):
     def evidence(self, images: Tensor) -> Evidence:
         """Logits as class scores, distances as suspicion, of images (B, C, H, W) in [0, 1]."""
         features, logits = self.read(images)
-        with torch.autocast(images.device.type, enabled=False):  # it would multiply in half precision
+        with torch.autocast(images.device.type, enabled=False):  # autocast would multiply in half precision
             white = features @ self.whitening.to(features.dtype)
             distances = torch.cdist(white, self.means.to(white.dtype), compute_mode="donot_use_mm_for_euclid_dist")
         return Evidence(logits, distances)
 
 
 def whiten(covariance: Tensor) -> Tensor:
-    """A root of the pseudo-inverse of a covariance (D, D): W @ W.T, in directions with some variance."""
+    """A matrix W (D, D) such that W @ W.T is the pseudo-inverse of a covariance (D, D)."""
     variances, directions = torch.linalg.eigh(covariance)
-    some = variances > 1e-6 * variances[-1]  # features behind a ReLU may be dead, or depend on each other
+    some = variances > 1e-6 * variances[-1]  # features after a ReLU may be constant, or depend on each other
     root: Tensor = directions * torch.where(some, variances, torch.inf).rsqrt()
     return root
 

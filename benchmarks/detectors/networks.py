@@ -1,4 +1,4 @@
-"""The networks of the comparison: images in, features out; each detector puts its own head behind them."""
+"""The networks of the comparison. They map images to features, and each detector adds a head."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,26 +14,26 @@ from torch.utils.benchmark import Timer
 Shape = tuple[int, int, int]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 CompileChoice = Literal["auto", CompileMode]
-PAYS = 0.9  # of the eager time, at most: compiling itself takes a while
+PAYS = 0.9  # largest share of the eager time at which compiling is worth its cost
 
 
 class Features(nn.Module):
-    """A body with what heads need to know.
+    """A network body, with the number of its features and the shape of its images.
 
     Args:
-        body: images (B, C, H, W) -> features (B, D).
-        image_shape: (C, H, W).
+        body: module that maps images (B, C, H, W) to features (B, D).
+        image_shape: shape (C, H, W) of an image.
 
     Attributes:
-        num_features: D.
-        mixed_precision: compute the body in bfloat16.
+        num_features: number D of features.
+        mixed_precision: whether to compute the body in bfloat16.
     """
 
     def __init__(self, body: nn.Module, image_shape: Shape) -> None:
         super().__init__()
         self.body = body
         self.image_shape = image_shape
-        self.mixed_precision = False  # training may switch it on; evaluation is in float32
+        self.mixed_precision = False  # training may switch it on, but evaluation is in float32
         self._call: Call = call
         with torch.no_grad():
             was_training = body.training
@@ -56,14 +56,17 @@ class Features(nn.Module):
 
 
 def strided_cnn(shape: Shape, *, width: int, features: int) -> nn.Module:
-    """Two strided convolutions of `width` and twice `width` channels; the tiny one takes about 1 MFLOP a digit."""
+    """Two strided convolutions of `width` and twice `width` channels, then a linear layer.
+
+    With 16 channels, as in the tiny network, a digit takes about 1 MFLOP.
+    """
     size = (shape[1] // 4) * (shape[2] // 4)
     convolutions = [nn.Conv2d(shape[0], width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU()]
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(2 * width * size, features), nn.ReLU())
 
 
 def small_cnn(shape: Shape) -> nn.Module:
-    """TRADES' network for MNIST: 32-32-pool-64-64-pool, then 200-200; Zhang et al. (2019)."""
+    """The network of TRADES for MNIST by Zhang et al. (2019): 32-32-pool-64-64-pool, then 200-200."""
 
     def block(inside: int, outside: int) -> list[nn.Module]:
         return [
@@ -96,7 +99,7 @@ def released_cnn(shape: Shape) -> nn.Module:
 
 
 def resnet18(shape: Shape) -> nn.Module:
-    """ResNet-18 of timm with the stem that images of 32 × 32 want: one 3 × 3 convolution, no pooling."""
+    """ResNet-18 of timm with a stem for images of 32 × 32 pixels: one 3 × 3 convolution and no pooling."""
     import timm
 
     model: nn.Module = timm.create_model("resnet18", num_classes=0, in_chans=shape[0])
@@ -116,7 +119,7 @@ class WideBlock(nn.Module):
         self.shortcut = nn.Conv2d(inside, outside, 1, stride, bias=False) if inside != outside else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Feature maps (B, inside, H, W) -> (B, outside, H/stride, W/stride)."""
+        """Map feature maps (B, inside, H, W) to (B, outside, H/stride, W/stride)."""
         active = functional.relu(self.norm1(images))
         kept = images if self.shortcut is None else self.shortcut(active)
         change: Tensor = self.conv2(functional.relu(self.norm2(self.conv1(active))))
@@ -124,7 +127,7 @@ class WideBlock(nn.Module):
 
 
 def wide_resnet(shape: Shape, *, depth: int, width: int) -> nn.Module:
-    """Wide residual network; Zagoruyko & Komodakis (2016)."""
+    """The wide residual network of Zagoruyko & Komodakis (2016)."""
     blocks, channels = (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
     layers: list[nn.Module] = [nn.Conv2d(shape[0], channels[0], 3, 1, 1, bias=False)]
     for group in range(3):
@@ -152,14 +155,14 @@ MODELS: dict[str, Callable[[Shape], nn.Module]] = {
 
 
 def build(name: str, image_shape: Shape) -> Features:
-    """A network with fresh weights from torch's global generator, and without its classifier.
+    """Build a network without a classifier. Its weights are drawn from torch's global generator.
 
     Args:
-        name: a key of `MODELS`.
-        image_shape: (C, H, W).
+        name: key of `MODELS`.
+        image_shape: shape (C, H, W) of an image.
 
     Raises:
-        ConfigurationError: an unknown name.
+        ConfigurationError: the name is unknown.
     """
     if name not in MODELS:
         raise ConfigurationError(f"expected a model among {', '.join(MODELS)}, got {name!r}")
@@ -167,13 +170,13 @@ def build(name: str, image_shape: Shape) -> Features:
 
 
 def quickest_mode(network: Features, images: Tensor) -> CompileMode | None:
-    """How an input gradient is had most quickly on this device: through torch.compile in some mode, or None, without.
+    """The mode of torch.compile that computes input gradients fastest on this device. None if eager mode is best.
 
-    A mode whose gradient differs from the eager one, or that this machine cannot compile in, is out of the question.
+    Modes whose gradient differs from the eager one, and modes that fail on this machine, are left out.
 
     Args:
-        network: ends up compiled in some mode, or not; build another.
-        images: a batch (B, C, H, W).
+        network: network to measure. It may be compiled in any mode afterwards, so it should not be used further.
+        images: batch (B, C, H, W).
     """
     timer = Timer("gradient(network, images)", globals={"gradient": _gradient, "network": network, "images": images})
     timer.timeit(2)
@@ -183,7 +186,7 @@ def quickest_mode(network: Features, images: Tensor) -> CompileMode | None:
     for mode in modes:
         network.compile(mode=mode)
         try:
-            timer.timeit(5)  # compiles, and records CUDA graphs
+            timer.timeit(5)  # the first calls compile and record CUDA graphs
             seconds = timer.blocked_autorange(min_run_time=0.5).median
         except (ConfigurationError, RuntimeError):  # errors of the compiler are RuntimeErrors
             continue

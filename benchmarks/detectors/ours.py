@@ -1,4 +1,4 @@
-"""The paper's method, and its ablation L-Ben, which gives every attacked image its original class."""
+"""The method of the paper, and its ablation L-Ben, which gives every attacked image its original class."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -53,29 +53,30 @@ def make_ours(
     targets: int | None = None,
     grading_power: float = 10.0,
 ) -> Recipe:
-    """The library's guard, trained by the library's trainer.
+    """A recipe for the guard of the library with the adversarial trainer of the library.
 
     Args:
-        relabel: "separate" is the paper's method, "original" L-Ben.
-        center_scale: M.
-        block: l, dimensions of the representation a class.
-        adversarial_weight: of the loss of attacks that got through.
-        adversarial_floor: the share of attacks that this loss is a mean over at least.
-        adversarial_target: where they are sent: "origin", "opposite" or "outside".
-        adversarial_margin: for "outside".
-        cross_entropy_weight: of cross-entropy beside the likelihood.
-        temperature: of that.
-        refresh_every: steps between refreshes of the thresholds that say what got through.
-        method: "apgd" takes as many steps as the experiment's attack, but finds their lengths and keeps the best.
-        start: of the training attack, or several, another one a batch; the paper's starts at the image.
-        objective: of the training attack.
-        ramp_epochs: over which its radius grows.
-        clip_norm: of the gradient.
-        average_decay: of the average of weights.
-        weight_perturbation: γ of adversarial weight perturbation.
-        radii: by norm; another norm a batch, instead of the training attack's own.
-        targets: aim at so many classes in turn, the most promising ones.
-        grading_power: for relabel "graded".
+        relabel: labels of attacked images. "separate" is the method of the paper and "original" is L-Ben.
+        center_scale: scale of the cluster centres, M in the paper.
+        block: number of dimensions of the representation for each class, l in the paper.
+        adversarial_weight: weight of the loss of attacks that got through.
+        adversarial_floor: smallest share of the attacks that this loss is averaged over.
+        adversarial_target: place that the loss moves such attacks to, "origin", "opposite" or "outside".
+        adversarial_margin: margin of the target "outside".
+        cross_entropy_weight: weight of the cross-entropy that is added to the likelihood.
+        temperature: temperature of that cross-entropy.
+        refresh_every: number of steps between updates of the thresholds that decide which attacks got through.
+        method: training attack. "apgd" takes as many steps as the attack of the experiment, but adapts their size and
+            keeps the best iterate.
+        start: start of the training attack, or several of which each batch takes one. The paper starts at the image.
+        objective: objective of the training attack.
+        ramp_epochs: number of epochs over which the radius of the training attack grows.
+        clip_norm: largest norm of the gradient. None does not clip.
+        average_decay: decay factor of the average of weights. None does not average.
+        weight_perturbation: size γ of adversarial weight perturbation. None does not perturb.
+        radii: radii by norm, of which each batch takes one. None takes the norm and radius of the experiment's attack.
+        targets: number of wrong classes, the most promising ones, that the attack aims at in turn. None does not aim.
+        grading_power: power of the labels "graded".
     """
 
     def build(network: nn.Module) -> ClusterGuard:

@@ -1,4 +1,4 @@
-"""How a detector of the comparison comes to be, and how it is attacked: one `Recipe` a detector."""
+"""Recipes say how a detector of the comparison is built, trained and attacked. Each detector has one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,14 +17,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long, how fast and against what to train; the same for every detector of an experiment.
+    """The settings of training that all detectors of an experiment share.
 
     Attributes:
-        attack: the training attack with its budget; a recipe may change objective and start.
-        optimizer: made from the detector's parameters.
-        scheduler: made from the optimizer.
-        schedule_every: when the scheduler steps.
-        warmup_epochs: epochs without the attack first.
+        attack: training attack with its budget. A recipe may change its objective and its start.
+        optimizer: function that makes the optimizer for the parameters of a detector.
+        scheduler: function that makes the scheduler for an optimizer. None keeps the learning rate.
+        schedule_every: unit after which the scheduler steps.
+        warmup_epochs: number of epochs at the beginning without the attack.
     """
 
     attack: PGD
@@ -35,9 +35,10 @@ class Schedule:
 
 
 class Loss(Protocol):
-    """(detector, images (B, C, H, W), labels (B,), attack, generator) -> what one batch gives.
+    """A loss on images (B, C, H, W) and labels (B,).
 
-    The detector's thresholds are +inf, so that attacks run on it as it is; the attack is None in the warm-up.
+    The thresholds of the detector are +inf, so that attacks run on a detector that accepts every image. The attack is
+    None in the warm-up.
     """
 
     def __call__(
@@ -49,7 +50,14 @@ class Loss(Protocol):
 
 @final
 class LossTrainer(DetectorTrainer):
-    """Trains any detector on a loss; after the warm-up the attack's radius may grow for some epochs."""
+    """Trains any detector on a loss. The radius of the attack may grow for some epochs after the warm-up.
+
+    Args:
+        detector: detector to train.
+        loss: loss of a batch.
+        schedule: settings of training.
+        ramp_epochs: number of epochs after the warm-up over which the radius of the attack grows.
+    """
 
     def __init__(self, detector: DetectorModule, loss: Loss, schedule: Schedule, *, ramp_epochs: float = 0.0) -> None:
         optimizer = schedule.optimizer(detector)
@@ -69,7 +77,7 @@ class LossTrainer(DetectorTrainer):
 
 
 class Network(Protocol):
-    """Images (B, C, H, W) in [0, 1] -> features (B, num_features)."""
+    """A network that maps images (B, C, H, W) in [0, 1] to features (B, num_features)."""
 
     num_features: int
 
@@ -79,11 +87,11 @@ class Network(Protocol):
 
 
 Build: TypeAlias = Callable[[nn.Module], DetectorModule]
-"""An untrained `Network`, the detector's own from now on -> an untrained detector of 10 classes."""
+"""A function that makes an untrained detector of 10 classes around an untrained `Network`."""
 
 MakeTrainer: TypeAlias = Callable[[DetectorModule, Schedule], DetectorTrainer]
 Finish: TypeAlias = Callable[[DetectorModule, Loader], DetectorModule]
-"""What is fitted after training: trained detector, training batches -> the detector that is calibrated and attacked."""
+"""A function of a trained detector and training batches. It returns the detector that is calibrated and attacked."""
 
 
 def add_classifier(network: nn.Module) -> nn.Sequential:
@@ -93,19 +101,19 @@ def add_classifier(network: nn.Module) -> nn.Sequential:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a detector comes to be, and how it is attacked.
+    """How a detector is built, trained and attacked.
 
     Attributes:
-        title: the column's heading in tables.
-        reference: where it was published.
-        training: a name for build and trainer together; detectors of the same name are trained once.
-        build: makes the untrained detector.
-        trainer: trains it.
-        finish: what is fitted after training, without gradients.
-        objective: of attackers who know the detector, as in the paper's Table 1.
-        attacked: whether its training attacks at all; for estimates.
-        passes: how many an image takes in a step of training, attacks aside; for estimates.
-        variant: makes the recipe with other options, for ablations; None if it has none.
+        title: heading of the column in tables.
+        reference: publication of the detector.
+        training: name for `build` and `trainer` together. Detectors that share it are trained once.
+        build: function that makes the untrained detector.
+        trainer: function that makes the trainer of a detector.
+        finish: function that fits what remains after training, without gradients.
+        objective: objective of an attacker who knows the detector, as in the paper's Table 1.
+        attacked: whether training runs an attack. Estimates of the cost use it.
+        passes: number of passes of an image in a step of training, without the attack. Estimates of the cost use it.
+        variant: function that makes the recipe with other options, for ablations. None if the recipe has no options.
     """
 
     title: str
@@ -121,7 +129,13 @@ class Recipe:
 
 
 def with_loss(recipe: Recipe, loss: Loss, *, ramp_epochs: float = 0.0) -> Recipe:
-    """The recipe, trained on a loss; its variants have the training attack's radius grow for some epochs."""
+    """A copy of a recipe that trains on a loss.
+
+    Args:
+        recipe: recipe to copy.
+        loss: loss of a batch.
+        ramp_epochs: number of epochs over which the radius of the attack grows. It is the option of the variants.
+    """
     return replace(
         recipe,
         trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule, ramp_epochs=ramp_epochs),

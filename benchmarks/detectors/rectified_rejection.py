@@ -1,4 +1,4 @@
-"""Rectified rejection: adversarial training with a second head that says how far to trust the confidence."""
+"""Rectified rejection: adversarial training with a second head that estimates how far to trust the confidence."""
 
 from dataclasses import replace
 from typing import cast
@@ -17,10 +17,12 @@ from benchmarks.detectors.vanilla import VANILLA
 
 
 class RectifiedRejection(DetectorModule):
-    """A classifier and a rectifier A in [0, 1] on the same features; their product is the rectified confidence.
+    """A classifier and a rectifier A in [0, 1] on the same features.
+
+    The rectified confidence is the product of the confidence and A.
 
     Args:
-        network: with num_features.
+        network: network with the attribute `num_features`.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -43,9 +45,9 @@ class RectifiedRejection(DetectorModule):
 
 
 def rectification_loss(logits: Tensor, trust: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of the rectified confidence to the true class's probability, a scalar.
+    """The binary cross-entropy of the rectified confidence to the probability of the true class, a scalar.
 
-    As in the authors' code, no gradient flows into the target, nor into the confidence of a right prediction.
+    As in the authors' code, no gradient flows into the target or into the confidence of a correct prediction.
     """
     probabilities = logits.softmax(dim=1)
     confidence, predicted = probabilities.max(dim=1)
@@ -57,7 +59,7 @@ def rectification_loss(logits: Tensor, trust: Tensor, labels: Tensor) -> Tensor:
 def loss(
     detector: WithThresholds, images: Tensor, labels: Tensor, attack: PGD | None, generator: Generator | None
 ) -> TrainingStep:
-    """Cross-entropy and rectification on attacked images; on benign ones in the warm-up."""
+    """Cross-entropy and rectification loss on attacked images, or on benign images in the warm-up."""
     model = detector.detector
     assert isinstance(model, RectifiedRejection)  # tells the type checker
     if attack is not None:

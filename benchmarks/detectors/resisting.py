@@ -1,10 +1,11 @@
-"""A variational autoencoder with a Gaussian per class in its latent space, after Ghosh, Losalka & Black.
+"""A variational autoencoder with a Gaussian for each class in its latent space, after Ghosh, Losalka & Black.
 
-An image is suspicious if its latent mean is far from its class's Gaussian or if it is not reconstructed. The encoder
-is the experiment's own network, for the same capacity as the other detectors', behind it a linear layer; the paper's
-autoencoders have 10 (MNIST) and 12 (CIFAR10) layers. The Gaussians are those of `ClusterGuard`: one latent dimension a
-class, unit variance, means at 10 on the axes. The divergence from the Gaussian of its own class is all that teaches an
-image its class. Ghosh et al. put a threshold on each distance; the paper, and we, one on the sum.
+An image is suspicious if its latent mean is far from the Gaussian of its class or if its reconstruction is poor. The
+encoder is the network of the experiment with a linear layer, so that it has the capacity of the other detectors. The
+paper's autoencoders have 10 (MNIST) and 12 (CIFAR10) layers. The Gaussians are those of `ClusterGuard`: one latent
+dimension for each class, unit variance, and means at 10 on the axes. Classes are learned only through the divergence
+from the Gaussian of the true class. Ghosh et al. put a threshold on each distance. The paper puts one on the sum, and
+so do we.
 """
 
 from typing import cast
@@ -20,10 +21,10 @@ from benchmarks.detectors.recipe import LossTrainer, Recipe
 
 
 class GaussianMixtureAutoencoder(DetectorModule):
-    """Encoder, clusters and decoder.
+    """An autoencoder with Gaussian clusters in its latent space.
 
     Args:
-        network: with num_features and image_shape (C, H, W), H and W multiples of 4.
+        network: network with the attributes `num_features` and `image_shape`, (C, H, W). H and W are multiples of 4.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -43,27 +44,27 @@ class GaussianMixtureAutoencoder(DetectorModule):
         )
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance, each (B, m), of the latent given images (B, C, H, W) in [0, 1]."""
+        """The mean and the logarithm of the variance, each (B, m), of the latents of images (B, C, H, W) in [0, 1]."""
         mean, log_variance = self.encoder(images).chunk(2, dim=1)
         return mean, log_variance
 
     def represent(self, images: Tensor) -> Tensor:
-        """The latent's mean: images (B, C, H, W) in [0, 1] -> (B, m)."""
+        """The latent means (B, m) of images (B, C, H, W) in [0, 1]."""
         return self.encode(images)[0]
 
     def reconstruction_error(self, images: Tensor, latents: Tensor) -> Tensor:
-        """Squared Euclidean distance of images (B, C, H, W) to what latents (B, m) decode to: (B,)."""
+        """The squared Euclidean distance (B,) of images (B, C, H, W) to the images that latents (B, m) decode to."""
         return widen(images - self.decoder(latents)).flatten(1).square().sum(dim=1)
 
     def evidence(self, images: Tensor) -> Evidence:
-        """Class scores −d and suspicion d + ‖x − rec(x)‖₂ of images (B, C, H, W) in [0, 1], d (B, K) latent distances.
+        """Class scores −d and suspicion d + ‖x − rec(x)‖₂ of images (B, C, H, W) in [0, 1].
 
-        Nothing is sampled: the latent is its mean.
+        The distances d (B, K) are those of the latent means to the class means. Nothing is sampled.
         """
         latents = self.represent(images)
         distances = self.clusters.distances(latents)
         squared = self.reconstruction_error(images, latents)
-        error = squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()  # a slope at 0 too
+        error = squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()  # keeps the gradient finite at 0
         return Evidence(-distances, distances + error[:, None])
 
 

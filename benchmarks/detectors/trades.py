@@ -1,4 +1,4 @@
-"""TRADES: cross-entropy on benign images, and predictions that an attack moves little."""
+"""TRADES: training for correct predictions on benign images that an attack changes little."""
 
 from dataclasses import replace
 
@@ -15,17 +15,17 @@ from benchmarks.detectors.recipe import with_loss
 from benchmarks.detectors.vanilla import VANILLA
 from benchmarks.detectors.vanilla import loss as benign_loss
 
-BETA = 6.0  # 1/λ of the authors' results and of their CIFAR10 script; their MNIST script has 1
+BETA = 6.0  # 1/λ in the authors' results and in their CIFAR10 script, while their MNIST script has 1
 
 
 def near_image(problem: Problem) -> Tensor:
-    """The authors' start, a little noise: at the image itself the divergence has no slope."""
+    """The start of the authors: the image with a little noise. At the image itself, the divergence has no slope."""
     noise = torch.empty_like(problem.images).normal_(generator=problem.generator)
     return problem.project(problem.images + 0.001 * noise)
 
 
 def away_from(benign: Tensor) -> Objective:
-    """Minus the divergence of each prediction from the benign log-probabilities (B, K), row by row."""
+    """An objective that is minus the divergence of each prediction from benign log-probabilities (B, K)."""
 
     def objective(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
         return -divergences(benign, evidence.class_scores.log_softmax(dim=1))
@@ -34,19 +34,19 @@ def away_from(benign: Tensor) -> Objective:
 
 
 def divergences(benign: Tensor, attacked: Tensor) -> Tensor:
-    """KL(benign ‖ attacked) of log-probabilities (B, K) -> (B,)."""
+    """KL(benign ‖ attacked) of each row (B,), from log-probabilities (B, K)."""
     return kl_div(attacked, benign, reduction="none", log_target=True).sum(dim=1)
 
 
 def loss(
     detector: WithThresholds, images: Tensor, labels: Tensor, attack: PGD | None, generator: Generator | None
 ) -> TrainingStep:
-    """Cross-entropy on benign images plus β times the divergence that the attack can cause."""
+    """Cross-entropy on benign images plus β times the divergence that the attack causes."""
     if attack is None:
         return benign_loss(detector, images, labels, attack, generator)
     with torch.no_grad(), evaluation_mode(detector):  # the mode in which the attack sees the detector
         benign = detector.evidence(images).class_scores.log_softmax(dim=1)
-    # The objective's rows are those of the whole batch: nothing may split it or drop rows.
+    # The objective compares with the rows of the whole batch, so the attack must not split the batch or drop rows.
     attack = replace(attack, batch_size=None, stop_early=False, keep="last")
     attack = replace(attack, objective=away_from(benign), start=near_image)
     attacked = attack(detector, images, labels, generator=generator)

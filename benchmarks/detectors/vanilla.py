@@ -1,4 +1,4 @@
-"""The undefended classifier: refuse what it is not confident about."""
+"""The undefended classifier, which refuses images whose label has low confidence."""
 
 from clusterguard import PGD, DetectorModule
 from clusterguard.detectors import ConfidenceDetector, WithThresholds

@@ -1,4 +1,4 @@
-"""Experiments as data: TOML files in, cells out; a cell is one detector under one attack."""
+"""Experiments as data: TOML files define cells. A cell is one detector under one attack."""
 
 import hashlib
 import json
@@ -18,48 +18,57 @@ from benchmarks.experiments.kinds import KINDS
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # the same, before it came with Python
+    import tomli as tomllib  # the same parser as a package, for Python 3.10
 
 FOLDER = Path(__file__).parent
-FORMAT = 1  # of what a cell's result holds; raising it makes every result stale
+FORMAT = 1  # version of the contents of a result. A higher number makes every result stale
 Profile = Literal["quick", "cpu", "short", "full"]
-"""quick: wiring, not numbers; cpu: a small network that a CPU can bear; short: the full one's network, trained and
-attacked for as long as half an hour of a GPU allows; full: the paper's setting."""
+"""The size of an experiment.
+
+quick only tests that everything runs. cpu takes a small network that a CPU can train. short takes the network of full,
+and half an hour on a GPU suffices for training and attacks. full is the setting of the paper.
+"""
 EvaluatedSplit = Literal["test", "validation"]
+"""The images that are attacked. "validation" names images that neither training nor calibration sees."""
 Section = Literal["paper", "suite", "seeds", "certificates", "ablations", "recipes", "figures"]
-"""The part of a page that a table stands in; the parts follow each other in this order."""
+"""The part of a page that a table belongs to. Pages show the parts in this order."""
 Form = Literal["comparison", "attacks", "unions", "areas", "points", "step sizes", "iterations"]
-"""How cells are shown. As tables: comparison: beside the paper's; attacks: a column an attack; unions: the same,
-and what any attack breaks within a radius; areas: the same, and EROC. As figures: points: representations in the plane;
-step sizes, iterations: success against these."""
+"""How cells are shown.
+
+Four forms are tables. comparison shows our figures beside those of the paper. attacks has a column for each attack.
+unions adds to that the images that any attack breaks within a radius, and areas adds EROC. Three forms are figures.
+points shows representations in the plane. step sizes and iterations plot success against the step size and against the
+number of steps.
+"""
 FIGURES: tuple[Form, ...] = ("points", "step sizes", "iterations")
 Options = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """All that determines a trained detector.
+    """Everything that determines a trained detector.
 
     Attributes:
-        dataset: see `benchmarks.data.datasets.load`.
-        model: a key of `benchmarks.detectors.networks.MODELS`.
-        recipe: the `training` of a recipe.
-        options: of that recipe.
-        seed: of weights, batches and attack.
-        epochs: how often to see the training set.
-        batch_size: images in a step.
-        learning_rate: at the start.
-        optimizer: "adam" or "sgd", the latter with momentum 0.9.
-        weight_decay: of the optimizer.
-        schedule: "constant", "cosine" over all epochs, "step": a tenth after half and after three quarters of them, or
-            "one-cycle": up to the learning rate in the first third of all steps, and down again.
-        warmup_epochs: epochs without the attack first.
+        dataset: name of a data set, see `benchmarks.data.datasets.load`.
+        model: key of `benchmarks.detectors.networks.MODELS`.
+        recipe: name in the attribute `training` of a recipe.
+        options: keyword arguments for the variant of that recipe.
+        seed: seed of the weights, the batches and the training attack.
+        epochs: number of passes over the training set.
+        batch_size: number of images in a step.
+        learning_rate: learning rate at the start.
+        optimizer: "adam" or "sgd". The latter has momentum 0.9.
+        weight_decay: weight decay of the optimizer.
+        schedule: course of the learning rate. "constant" keeps it. "cosine" lowers it over all epochs. "step" divides
+            it by ten after half and after three quarters of the epochs. "one-cycle" raises it to `learning_rate` in
+            the first third of all steps and then lowers it.
+        warmup_epochs: number of epochs at the beginning without the training attack.
         attack: options of PGD, the training attack.
-        augment: random crops and flips.
-        cutmix: largest part of an image that another one covers, at most half; its label stays.
-        images: train on the first so many; None takes all.
-        half: round the trained weights to half precision, so that the checkpoint holds them in half the room.
-        mixed_precision: compute training passes in bfloat16.
+        augment: whether to crop and flip images at random.
+        cutmix: largest share of an image that a part of another image covers, at most one half. The label stays.
+        images: number of training images, the first ones. None takes all.
+        half: whether to round the trained weights to half precision, which halves the size of the checkpoint.
+        mixed_precision: whether to compute training passes in bfloat16.
     """
 
     dataset: str
@@ -83,10 +92,10 @@ class Training:
 
     @cached_property
     def key(self) -> str:
-        """Short name of this training; whatever changes its outcome changes it."""
+        """A short name of this training, which depends on everything that can change the outcome."""
         definition = asdict(self)
         if not self.cutmix:
-            del definition["cutmix"]  # trainings from before there was a choice stay valid
+            del definition["cutmix"]  # the keys of trainings that are older than this option stay valid
         return digest(definition | {"checksums": CHECKSUMS.get(self.dataset, {}), "format": FORMAT})
 
 
@@ -95,20 +104,21 @@ class Cell:
     """One detector under one attack.
 
     Attributes:
-        detector: a key of `RECIPES`.
-        training: of the detector.
-        surrogate: what a transfer attack is made on, if it is one.
-        attack: its name in tables.
-        kind: a key of `KINDS`.
-        options: of that kind.
-        images: how many test images, the first ones.
+        detector: key of `RECIPES`.
+        training: training of the detector.
+        surrogate: cell of the detector that a transfer attack is computed on. None for other attacks.
+        attack: name of the attack in tables.
+        kind: key of `KINDS`.
+        options: options of that kind.
+        images: number of test images, the first ones.
         rates: false-positive rates to report.
-        chunk: how many images to attack at a time; a killed run loses no more than one chunk.
-        seed: of the attack.
-        points: how many images to keep representations of, for figures.
-        variant: what sets an ablation apart, for tables.
-        split: "test", or "validation", images kept out of training and of thresholds, for choosing among recipes.
-        consistency: options of `ConsistentDetector`, which then stands around the trained detector; {} for none.
+        chunk: number of images that are attacked at a time. A killed run loses one chunk at most.
+        seed: seed of the attack.
+        points: number of images whose representations are kept for figures.
+        variant: name of the ablation in tables. "" if the cell belongs to none.
+        split: images to attack. "validation" names images that neither training nor calibration sees, and that
+            serve to choose among recipes.
+        consistency: options of the `ConsistentDetector` that wraps the trained detector. {} for no wrapper.
     """
 
     detector: str
@@ -128,7 +138,7 @@ class Cell:
 
     @property
     def definition(self) -> Options:
-        """All that determines the result, in JSON's types; names that only serve tables are left out."""
+        """Everything that determines the result, in types of JSON. Names that only tables show are left out."""
         definition = asdict(replace(self, surrogate=None))
         for name in ("attack", "variant", "surrogate", "chunk"):
             del definition[name]
@@ -138,41 +148,42 @@ class Cell:
         )
         definition["chunk"] = None if KINDS[self.kind].whole else self.chunk
         if self.split == "test":
-            del definition["split"]  # results from before there was a choice stay valid
+            del definition["split"]  # the keys of results that are older than this option stay valid
         if not self.consistency:
             del definition["consistency"]
         return definition | {"format": FORMAT, "rates": list(self.rates)}
 
     @cached_property
     def key(self) -> str:
-        """Name of the result's file: everything that determines it is in it."""
+        """A short name of the result, which depends on everything that determines the result."""
         return digest(self.definition)
 
     @property
     def title(self) -> str:
-        """For people: what is attacked, and how."""
+        """A line for people that says what is attacked and how."""
         return f"{self.detector}{' ' + self.variant if self.variant else ''}, {self.attack}, seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells that a page shows together; a figure is one as well.
+    """Cells that a page shows together, as a table or as a figure.
 
     Attributes:
-        experiment: name of the experiment it belongs to.
-        name: its own in that experiment; "" where that has no other.
-        title: one line for people.
-        profile: see `Profile`.
-        dataset: what it is about, and the page it stands on; the quick profile may put other images in its place.
-        section: see `Section`.
-        form: see `Form`.
-        paper: name of the table in benchmarks/reporting/paper.toml that it is compared with; "" if it is not.
-        suite: `address` of the table with the worst-case suite on the same detectors, for rows in the comparison; "" if
-            there is none.
+        experiment: name of the experiment that the table belongs to.
+        name: name of the table within that experiment. "" if the experiment has one table only.
+        title: heading on the page.
+        profile: profile that the cells belong to.
+        dataset: data set that the table is about, which also names its page. The cells of the quick profile may take
+            other images.
+        section: part of the page.
+        form: form of the table or figure.
+        paper: name of the table in benchmarks/reporting/paper.toml to compare with. "" if there is none.
+        suite: `address` of the table with the worst-case suite on the same detectors, whose results the comparison
+            adds as rows. "" if there is none.
         detectors: columns, in order.
         attacks: rows, in order.
-        variants: of an ablation, in order; [""] if it is none.
-        cells: all of it.
+        variants: names of the variants of an ablation, in order. ("",) if the table is no ablation.
+        cells: all cells of the table.
     """
 
     experiment: str
@@ -191,24 +202,24 @@ class Table:
 
     @property
     def address(self) -> str:
-        """Experiment and own name, if it has one, such as "seeds-mnist/strict"."""
+        """The name of the experiment, and the name of the table if it has one, such as "seeds-mnist/strict"."""
         return "/".join(filter(None, (self.experiment, self.name)))
 
     @property
     def is_figure(self) -> bool:
-        """Whether it is drawn rather than written in rows and columns."""
+        """Whether the cells are drawn as a figure."""
         return self.form in FIGURES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What is run together.
+    """Tables of cells that are run together.
 
     Attributes:
-        name: of its file.
-        profile: see `Profile`.
-        dataset: see `Table`.
-        tables: what is shown of it, in order.
+        name: stem of the TOML file.
+        profile: profile that the cells belong to.
+        dataset: data set that the tables are about, see `Table`.
+        tables: tables and figures, in order.
     """
 
     name: str
@@ -218,24 +229,24 @@ class Experiment:
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        """Those of all tables, each once."""
+        """The cells of all tables, each once."""
         return tuple({cell.key: cell for table in self.tables for cell in table.cells}.values())
 
 
 def list_experiments() -> list[str]:
-    """Names of all experiments."""
+    """The names of all experiments, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.toml") if not path.stem.startswith("_"))
 
 
 def load_experiment(name: str, profile: Profile = "full") -> Experiment:
-    """An experiment by name.
+    """Load an experiment by name.
 
     Args:
-        name: of its file in benchmarks/experiments.
-        profile: all but "full" apply the file's table of that name.
+        name: stem of a file in benchmarks/experiments.
+        profile: size of the experiment. The table of that name in the file overrides other settings.
 
     Raises:
-        ConfigurationError: no such experiment, or a file that says something unknown.
+        ConfigurationError: there is no such experiment, or its file has an unknown key or value.
     """
     if name not in list_experiments():
         raise ConfigurationError(f"expected an experiment among {', '.join(list_experiments())}, got {name!r}")
@@ -244,7 +255,7 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
     overrides = profiles.get(profile, {})
     limits = overrides.pop("attack", {})
     try:
-        parts: list[Options] = shared.pop("tables", [{"name": ""}])  # each says how it differs from what they share
+        parts: list[Options] = shared.pop("tables", [{"name": ""}])  # each overrides what all share
         dataset, names = shared["dataset"], [part["name"] for part in parts]
         if len({*names}) < len(names):
             raise ConfigurationError(f"{name}.toml: expected each table to have a name of its own, got {names}")
@@ -256,7 +267,7 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
 
 
 def _expand(name: str, tables: Sequence[str], profile: Profile, dataset: str, table: Options, limits: Options) -> Table:
-    """A table of an experiment of that name; `tables` are the names of all of them."""
+    """Make one table of the experiment `name`. `tables` are the names of all its tables."""
     table = dict(table)
     own_name, title, detectors = table.pop("name"), table.pop("title"), table.pop("detectors")
     section, form = (_choose(name, key, kinds, table) for key, kinds in (("section", Section), ("form", Form)))
@@ -299,7 +310,7 @@ def _expand(name: str, tables: Sequence[str], profile: Profile, dataset: str, ta
 
 
 def _choose(name: str, key: str, choices: Any, table: Options) -> Any:
-    """Take a key out of a table; its value must be one of a Literal's."""
+    """Take a key out of a table and check that its value is one of the values of a Literal."""
     value = table.pop(key)
     if value not in get_args(choices):
         raise ConfigurationError(f"{name}.toml: expected {key} among {', '.join(get_args(choices))}, got {value!r}")
@@ -315,7 +326,7 @@ def _cell(table: Options, detector: str, attack: Options, limits: Options, seed:
         raise ConfigurationError(f"expected a kind of attack among {', '.join(KINDS)}, got {attack['kind']!r}")
     for key, limit in limits.items():
         if isinstance(options.get(key), list):
-            options[key] = options[key][-limit:]  # the longest steps
+            options[key] = options[key][-limit:]  # the largest step sizes
         elif key in options:
             options[key] = min(options[key], limit) if isinstance(limit, int) else limit
     shared: Any = {
@@ -330,7 +341,7 @@ def _cell(table: Options, detector: str, attack: Options, limits: Options, seed:
         "seed": seed,
     }
     other = attack.get("surrogate")
-    # A surrogate is another network than the victim, also where both are trained alike.
+    # The seeds differ, so that the surrogate is another network than the victim even where both are trained alike.
     surrogate = Cell(detector=other, training=_training(table, other, seed + 1000), **shared) if other else None
     return Cell(
         detector=detector,
@@ -354,7 +365,7 @@ def _training(table: Options, detector: str, seed: int) -> Training:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Options:
-    """Tables merged key by key, `over` having the last word; lists are replaced whole.
+    """Merge two tables key by key. Values of `over` win, and lists are replaced as a whole.
 
     Example:
         >>> merge({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 4}})
@@ -368,7 +379,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Options:
 
 
 def digest(definition: Options) -> str:
-    """Twelve hexadecimal digits that stand for a definition.
+    """Twelve hexadecimal digits that identify a definition.
 
     Example:
         >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
@@ -387,7 +398,7 @@ def _read(path: Path) -> Options:
 
 
 def all_cells(profile: Profile) -> Iterator[tuple[str, Cell]]:
-    """Every cell of every experiment, with the experiment's name; shared ones come once for each."""
+    """Every cell of every experiment, with the name of the experiment. A shared cell comes once for each experiment."""
     for name in list_experiments():
         for cell in load_experiment(name, profile).cells:
             yield name, cell

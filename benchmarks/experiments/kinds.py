@@ -1,4 +1,4 @@
-"""Kinds of attacks that experiments name, and what each costs: one code path for every detector."""
+"""The kinds of attacks that experiments name, and what each kind costs. Every detector takes the same code path."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -31,18 +31,18 @@ from torch import Generator, Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What an attack needs beside its own options.
+    """What an attack needs besides its options.
 
     Attributes:
-        detector: calibrated, under attack.
-        images: (B, C, H, W) in [0, 1].
-        labels: (B,).
-        objective: of attackers who know this detector.
-        references: benign images and their labels, to start from or towards.
-        surrogate: where transfer attacks are made, and the objective of attackers who know it.
-        generator: randomness, on the images' device.
-        checkpoint: a file for attacks that can go on where they were.
-        on_stage: called by these when the checkpoint has been written.
+        detector: calibrated detector under attack.
+        images: clean images (B, C, H, W) in [0, 1].
+        labels: their true classes (B,).
+        objective: objective of an attacker who knows this detector.
+        references: benign images and their labels. An attack may start at them or move towards them.
+        surrogate: detector that transfer attacks are computed on, and the objective of an attacker who knows it.
+        generator: source of randomness on the device of the images.
+        checkpoint: file for attacks that can be resumed.
+        on_stage: function that a resumable attack calls after it has written the checkpoint.
     """
 
     detector: Detector
@@ -57,12 +57,12 @@ class Scene:
 
 
 class Outcome(NamedTuple):
-    """What an attack found.
+    """What an attack returns for a batch of images.
 
     Attributes:
-        attacked: by variant, such as a step size: images (B, C, H, W).
-        stages: of a suite.
-        unproved: (B,) bool, of a certificate: images that some attack may break, as far as is proved.
+        attacked: attacked images (B, C, H, W) by variant. A variant is, for example, a step size.
+        stages: records of the stages of a suite. Other attacks have none.
+        unproved: boolean mask (B,) of the images that a certificate does not prove secure. Other attacks have None.
     """
 
     attacked: dict[str, Tensor]
@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
 
 
 class PlannedCost(NamedTuple):
-    """Passes an image costs, at most."""
+    """The largest number of passes that an attack takes for one image."""
 
     forward: int
     backward: int
@@ -82,12 +82,12 @@ class Kind:
     """A kind of attack.
 
     Attributes:
-        run: scene and options -> what was found.
-        run_both: the same, aimed as the options say and the other way, at one wrong class or at any, both in one batch;
-            None if the attack has one way only.
-        cost: number of classes and options -> passes an image.
-        sees_thresholds: what it finds depends on them, so it is run again for every false-positive rate.
-        whole: it takes all images at once and keeps a checkpoint of its own.
+        run: function of the scene and the options that returns an outcome.
+        run_both: function that runs the targeted and the untargeted attack in one batch. Its first outcome belongs to
+            the goal that the options name, its second to the other goal. None if the attack has one goal only.
+        cost: function of the number of classes and the options that returns the passes for one image.
+        sees_thresholds: whether the attack depends on the thresholds. If so, it is run for every false-positive rate.
+        whole: whether the attack takes all images at once and writes its checkpoint itself.
     """
 
     run: Callable[..., Outcome]
@@ -110,7 +110,10 @@ def _at_step_sizes(
     step_sizes: Sequence[float],
     **options: Any,
 ) -> list[Outcome]:
-    """For each goal, targeted or not, all in one batch with all step sizes; as in the paper the last iterate counts."""
+    """Run the attack for each goal, targeted or not, and each step size, all in one batch.
+
+    The attack returns its last iterate, as in the paper.
+    """
     classes, objective = len(scene.detector.thresholds), scene.objective
     targets = random_targets(scene.labels, classes, scene.generator) if any(goals) else None
     if targets is not None and not all(goals):
@@ -131,7 +134,7 @@ def _at_step_sizes(
 
 
 def _each_its_goal(objective: Objective, goals: Sequence[bool], targets: Tensor, step_sizes: int) -> Objective:
-    """The objective for a batch whose images differ in whether they are aimed at their targets (B,)."""
+    """An objective for a batch in which some images are attacked towards their targets (B,) and others are not."""
     is_aimed = torch.tensor(goals, device=targets.device).repeat_interleave(len(targets)).repeat(step_sizes)
     aims = targets.repeat(len(goals) * step_sizes)
 
@@ -143,7 +146,10 @@ def _each_its_goal(objective: Objective, goals: Sequence[bool], targets: Tensor,
 
 
 def _stepped(kind: Callable[..., SteppedAttack], cost: Callable[..., PlannedCost], *, random: bool = False) -> Kind:
-    """PGD and its like; one with randomness of its own would find other images in other company."""
+    """The kind of an attack with step sizes, such as PGD.
+
+    Both goals share a batch unless the attack draws random numbers. Those would depend on the size of the batch.
+    """
 
     def run(scene: Scene, *, targeted: bool = False, **options: Any) -> Outcome:
         return _at_step_sizes(kind, scene, (targeted,), **options)[0]
@@ -159,7 +165,7 @@ def _iterated_cost(_: int, *, steps: int, step_sizes: Sequence[float], **__: Any
 
 
 def _transfer(scene: Scene, *, step_size: float, **options: Any) -> Outcome:
-    assert scene.surrogate is not None  # experiments see to it
+    assert scene.surrogate is not None  # an experiment with a transfer attack names one
     surrogate, objective = scene.surrogate
     return _call(scene, Transfer(surrogate=surrogate, attack=PGD(step_size=step_size, objective=objective, **options)))
 
@@ -194,7 +200,11 @@ def _certificate(scene: Scene, *, norm: str, eps: float) -> Outcome:
 
 
 def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) -> PlannedCost:
-    """Were nothing to break: nine single stages, random starts, three stages a target and two thrice as long."""
+    """The cost of a suite that breaks no image.
+
+    It counts nine single stages, the random starts, three stages for each target, and two more for each target that
+    take three times as many steps.
+    """
     effort = EFFORTS[budget]
     targets = min(classes - 1, effort.targets or classes)
     passes = effort.steps * (9 + effort.restarts + (3 + 2 * 3) * targets + (5 if norm == "l2" else 0))

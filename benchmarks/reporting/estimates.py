@@ -1,4 +1,4 @@
-"""What results say: rates and areas with their uncertainty, the worst over attacks, and unions image by image."""
+"""Estimates from results: rates and areas with their uncertainty, the worst attack, and unions image by image."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,19 +12,23 @@ from clusterguard.detection import Rate
 from benchmarks.experiments.cells import Cell, Table
 from benchmarks.running.judging import from_hex
 
-ONE_PERCENT = 0.01  # the false-positive rate of the suite, and of everything that is put beside it
+ONE_PERCENT = 0.01  # the false-positive rate of the suite, and of all results that are compared with it
 Result = dict[str, Any]
 Slot = Sequence[Result | None]
-"""One a seed, None where it has not been run."""
+"""One result for each seed. None for a seed that has not been run."""
 Measure = Callable[[Result], Rate | float]
 
 
 class Results:
-    """A table and what has been run of it.
+    """A table with the results of its cells.
 
     Args:
-        table: what is asked for.
-        read: a cell's key -> its result.
+        table: table whose cells are read.
+        read: function of the key of a cell that returns its result, or None if there is none.
+
+    Attributes:
+        cells: pairs of a cell and its result, or None.
+        finished: results of the cells that have been run.
     """
 
     def __init__(self, table: Table, read: Callable[[str], Result | None]) -> None:
@@ -33,29 +37,29 @@ class Results:
         self.finished = [result for _, result in self.cells if result is not None]
 
     def slot(self, detector: str, attack: str, variant: str | None = None) -> Slot:
-        """The results of one place in a table; of the first variant, if none is named."""
+        """The results of one place in a table. The first variant is taken if none is named."""
         wanted = detector, attack, self.table.variants[0] if variant is None else variant
         return [result for cell, result in self.cells if (cell.detector, cell.attack, cell.variant) == wanted]
 
     def threat(self, attack: str) -> tuple[str, float]:
-        """Norm and radius of an attack."""
+        """The norm and the radius of an attack."""
         return next(threat(cell) for cell, _ in self.cells if cell.attack == attack)
 
 
 def threat(cell: Cell) -> tuple[str, float]:
-    """Norm and radius; Carlini & Wagner's has one norm and does not name it."""
+    """The norm and the radius of a cell's attack. Carlini & Wagner's attack does not name its norm, which is ℓ2."""
     return cell.options.get("norm", "l2"), float(cell.options["eps"])
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure over seeds.
+    """An estimate over seeds.
 
     Attributes:
-        values: one for every seed that has been run.
-        intervals: 95 % intervals, one a value; none for areas.
-        seeds: how many are asked for.
-        bound: "≥ " or "≤ " where something is missing that could only move it that way.
+        values: one value for every seed that has been run.
+        intervals: 95 % intervals, one for each value. Areas have none.
+        seeds: number of seeds in the experiment.
+        bound: "≥ " or "≤ " if results are missing that could only raise or only lower the estimate. Else "".
     """
 
     values: tuple[float, ...]
@@ -65,25 +69,33 @@ class Estimate:
 
     @property
     def mean(self) -> float:
-        """Over seeds, NaN if there is none."""
+        """The mean over seeds. NaN if none has been run."""
         return sum(self.values) / len(self.values) if self.values else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """From the lowest end of the seeds' intervals to the highest: seeds share images, so counts do not add up."""
+        """The interval from the lowest to the highest end of the intervals of all seeds.
+
+        Seeds share images, so their counts must not be added up.
+        """
         lows, highs = [low for low, _ in self.intervals], [high for _, high in self.intervals]
         return min(lows, default=math.nan), max(highs, default=math.nan)
 
 
 def estimate(slot: Slot, measure: Measure) -> Estimate:
-    """What `measure` finds in each result that is there."""
+    """Measure each result that is there."""
     figures = [measure(result) for result in slot if result is not None]
     values = tuple(figure.value if isinstance(figure, Rate) else figure for figure in figures)
     return Estimate(values, tuple(figure.interval for figure in figures if isinstance(figure, Rate)), len(slot))
 
 
 def success(rate: float, variant: str | None = None) -> Callable[[Result], Rate]:
-    """ASR at a false-positive rate: the worst over variants, such as step sizes, or that of one of them."""
+    """Measure ASR at a false-positive rate.
+
+    Args:
+        rate: false-positive rate.
+        variant: variant to measure, such as a step size. None takes the largest ASR over variants.
+    """
 
     def measure(result: Result) -> Rate:
         chosen = [verdict for name, verdict in result["results"].items() if variant in (None, name)]
@@ -95,7 +107,11 @@ def success(rate: float, variant: str | None = None) -> Callable[[Result], Rate]
 
 
 def area(variant: str | None = None) -> Callable[[Result], float]:
-    """EROC: the smallest over variants, or that of one of them; NaN where it is undefined."""
+    """Measure EROC, which is NaN where it is undefined.
+
+    Args:
+        variant: variant to measure, such as a step size. None takes the smallest EROC over variants.
+    """
 
     def measure(result: Result) -> float:
         areas = [verdict["eroc"] for name, verdict in result["results"].items() if variant in (None, name)]
@@ -110,12 +126,12 @@ def clean_accuracy(result: Result) -> Rate:
 
 
 def false_positives(rate: float) -> Callable[[Result], Rate]:
-    """The realised false-positive rate, on clean test images."""
+    """Measure the false-positive rate on clean test images, with thresholds for `rate`."""
     return lambda result: Rate(*next(iter(result["results"].values()))["rates"][f"{rate:g}"]["false_positives"])
 
 
 def worst_row(rows: Sequence[Estimate], *, smallest: bool = False) -> Estimate:
-    """The paper's worst case: the largest mean among rows, or the smallest; a bound where a row is missing."""
+    """The worst case as in the paper: the row with the largest or smallest mean. A bound if rows are missing."""
     known = [row for row in rows if not math.isnan(row.mean)]
     if not known:
         return rows[0]
@@ -125,18 +141,22 @@ def worst_row(rows: Sequence[Estimate], *, smallest: bool = False) -> Estimate:
 
 
 def worst_per_image(slots: Sequence[Slot], rate: float) -> Estimate:
-    """The share of images that at least one of several attacks broke; a bound where one is missing."""
+    """The share of images that at least one of several attacks broke. A bound if results are missing."""
     seeds = [[result for result in seed if result is not None] for seed in zip(*slots, strict=True)]
     missing = any(len(seed) < len(slots) for seed in seeds)
     return _over([union(seed, rate) for seed in seeds if seed], len(seeds), missing)
 
 
 def worst_within(suite: Sequence[tuple[Cell, Result | None]], every: Iterable[Results]) -> tuple[Estimate, int]:
-    """The share of images that any attack within the suite's radii broke, and how many of them the suite had left.
+    """The share of images that any attack within the radii of the suite broke.
 
     Args:
-        suite: cells of the worst-case suite against one detector, of one or several radii and all seeds.
+        suite: cells of the worst-case suite against one detector, with their results, for one or several radii and all
+            seeds.
         every: results of all tables on the same data.
+
+    Returns:
+        The share, and the number of these images that the suite did not break.
     """
     known = {cell.key: (cell, result) for results in every for cell, result in results.cells if result is not None}
     seeds = dict.fromkeys(cell.seed for cell, _ in suite)
@@ -155,7 +175,10 @@ def worst_within(suite: Sequence[tuple[Cell, Result | None]], every: Iterable[Re
 
 
 def _is_within(cell: Cell, suite: Cell) -> bool:
-    """The same detector, attacked on the same images at most as far; a certificate is no attack."""
+    """Whether a cell attacks the same detector on the same images within the radius of the suite.
+
+    A certificate is not an attack.
+    """
     if cell.kind == "certificate":
         return False
     if cell.training.key != suite.training.key or cell.detector != suite.detector:
@@ -170,10 +193,10 @@ def _over(rates: Sequence[Rate], seeds: int, missing: bool) -> Estimate:
 
 
 def union(results: Iterable[Result], rate: float) -> Rate:
-    """The share of images that at least one attack, in one of its variants, broke.
+    """The share of images that at least one variant of at least one attack broke.
 
     Args:
-        results: of one detector under several attacks, on the same images.
+        results: results of one detector under several attacks on the same images.
         rate: false-positive rate.
     """
     verdicts = [

@@ -1,4 +1,4 @@
-"""The paper's figures from results alone, as PNG and SVG; what has not been run is said to be so."""
+"""The figures of the paper as PNG and SVG, made from results alone. They say which cells have not been run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of Okabe & Ito, told apart by the colour-blind; markers and dashes tell them apart in grey.
+# These colours are from Okabe & Ito, and colour-blind readers can tell them apart. Markers and dashes differ in grey.
 STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#0072B2", "o", "-"),
     ("#D55E00", "s", (0, (5, 1.5))),
@@ -28,7 +28,8 @@ STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#CC79A7", "D", (0, (6, 1.5, 1.5, 1.5))),
     ("#000000", "v", (0, (3, 3))),
 )
-# Ten of Petroff, "Accessible color sequences for data visualization" (2021); digits in the plot name them as well.
+# These ten colours are from Petroff, "Accessible color sequences for data visualization" (2021). Digits in the plot
+# name the classes as well.
 CLASSES = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
 
 
@@ -36,9 +37,9 @@ class Point(NamedTuple):
     """One setting of an attack.
 
     Attributes:
-        x: its step size or number of steps.
-        rate: ASR-1.
-        area: EROC.
+        x: step size or number of steps.
+        rate: estimate of ASR-1.
+        area: estimate of EROC.
     """
 
     x: float
@@ -47,12 +48,12 @@ class Point(NamedTuple):
 
 
 def draw(results: Results, path: Path, remark: str = "") -> list[Path]:
-    """A figure in the form that its table names.
+    """Draw a figure in the form that its table names.
 
     Args:
-        results: ours.
-        path: of the figure, without suffix.
-        remark: below the title, for what must not be overlooked.
+        results: results to draw.
+        path: path of the figure, without suffix.
+        remark: warning below the title.
 
     Returns:
         The PNG and the SVG.
@@ -76,7 +77,7 @@ def _panel_title(cell: Cell) -> str:
 
 
 def step_sizes(results: Results) -> dict[str, list[Point]]:
-    """Figure 6: by attack, a point a step size."""
+    """The lines of the paper's figure 6: for each attack, a point for each step size."""
     lines = {}
     for attack in results.table.attacks:
         cell = _cell(results, attack)
@@ -90,7 +91,7 @@ def step_sizes(results: Results) -> dict[str, list[Point]]:
 
 
 def iterations(results: Results) -> dict[str, list[Point]]:
-    """Figure 7: by attack, a point a number of steps."""
+    """The lines of the paper's figure 7: for each attack, a point for each number of steps."""
     lines: dict[str, list[Point]] = {}
     for attack in results.table.attacks:
         cell = _cell(results, attack)
@@ -106,13 +107,13 @@ def _cell(results: Results, attack: str) -> Cell:
 
 
 def draw_lines(lines: Mapping[str, Sequence[Point]], path: Path, *, xlabel: str, title: str) -> list[Path]:
-    """ASR-1, with intervals, and EROC side by side.
+    """Draw ASR-1, with intervals, and EROC side by side.
 
     Args:
-        lines: by attack, its points.
-        path: of the figure, without suffix.
-        xlabel: what x is.
-        title: above all.
+        lines: points by attack.
+        path: path of the figure, without suffix.
+        xlabel: label of the x axis.
+        title: title of the figure.
     """
     figure, axes = _figure(2, width=4.0, height=3.5)
     for axis, name in zip(axes, ("ASR-1, lower is better", "EROC, higher is better"), strict=True):
@@ -123,7 +124,7 @@ def draw_lines(lines: Mapping[str, Sequence[Point]], path: Path, *, xlabel: str,
         known = [point for point in points if point.rate.values]
         text = name if len(known) == len(points) else f"{name}, {len(known) or NOT_RUN}"
         text += f" of {len(points)} run" if 0 < len(known) < len(points) else ""
-        xs = [point.x for point in points]  # lines break where a point has not been run
+        xs = [point.x for point in points]  # a line has a gap where a point has not been run
         style: dict[str, Any] = {
             "color": colour,
             "marker": marker,
@@ -137,7 +138,7 @@ def draw_lines(lines: Mapping[str, Sequence[Point]], path: Path, *, xlabel: str,
         axes[1].plot(xs, [point.area.mean for point in points], **style)
     xs = [point.x for points in lines.values() for point in points]
     for axis in axes:
-        axis.set_xlim(min(xs) / 1.5, max(xs) * 1.5)  # where points will be, also before they are
+        axis.set_xlim(min(xs) / 1.5, max(xs) * 1.5)  # the range of all points, whether they have been run or not
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         if not any(point.rate.values for points in lines.values() for point in points):
             _say_not_run(axis)
@@ -147,12 +148,12 @@ def draw_lines(lines: Mapping[str, Sequence[Point]], path: Path, *, xlabel: str,
 
 
 def draw_points(panels: Mapping[str, Result | None], path: Path, *, title: str) -> list[Path]:
-    """Benign and attacked representations in the plane, one panel a detector, coloured by predicted label.
+    """Draw benign and attacked representations in the plane, coloured by predicted label, a panel for each detector.
 
     Args:
-        panels: by title, a cell's result.
-        path: of the figure, without suffix.
-        title: above all.
+        panels: results of cells by the title of the panel. None for a cell that has not been run.
+        path: path of the figure, without suffix.
+        title: title of the figure.
     """
     columns = min(3, len(panels))
     figure, axes = _figure(columns, rows=math.ceil(len(panels) / columns), width=8 / columns, height=8 / columns + 0.3)
@@ -174,7 +175,7 @@ def draw_points(panels: Mapping[str, Result | None], path: Path, *, title: str) 
 
 
 def _scatter(axis: "Axes", points: Result) -> None:
-    """Digits name the classes at the medians of their benign images."""
+    """Draw the points of one detector, and the number of each class at the median of its benign images."""
     from matplotlib import patheffects
 
     benign, attacked = np.array(points["benign"]), np.array(points["attacked"])
@@ -184,7 +185,7 @@ def _scatter(axis: "Axes", points: Result) -> None:
     colours = np.array([CLASSES[index % len(CLASSES)] for index in range(max(before.max(), after.max()) + 1)])
 
     def put(points: Any, colour: Any, **style: Any) -> None:
-        axis.scatter(points[:, 0], points[:, 1], c=colour, rasterized=True, **style)  # 1 MB of SVG otherwise
+        axis.scatter(points[:, 0], points[:, 1], c=colour, rasterized=True, **style)  # without this, the SVG takes 1 MB
 
     put(benign, colours[before], s=9, alpha=0.45, linewidths=0)
     put(attacked[unchanged], colours[after[unchanged]], marker="^", s=9, linewidths=0)
@@ -215,7 +216,7 @@ def _say_not_run(axis: "Axes") -> None:
 
 
 def _figure(columns: int, *, width: float, height: float, rows: int = 1) -> "tuple[Figure, list[Axes]]":
-    """Eight inches wide, so that text of 9 to 10 points is as large on a page of 800 pixels."""
+    """Make a figure. It is to be eight inches wide, so that text has the same size on a page of 800 pixels."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -225,7 +226,7 @@ def _figure(columns: int, *, width: float, height: float, rows: int = 1) -> "tup
 
 
 def _save(figure: "Figure", path: Path) -> list[Path]:
-    """The same bytes for the same results: no date in it, and names of SVG elements are not random."""
+    """Save a figure so that the same results give the same bytes: without dates and random names of SVG elements."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "clusterguard"}):

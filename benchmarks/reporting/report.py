@@ -1,4 +1,4 @@
-"""Pages from results alone: tables and figures beside the paper's; a cell that has not been run is shown as not run."""
+"""Pages with tables and figures, made from results alone. Cells that have not been run are shown as not run."""
 
 import sys
 from collections import Counter
@@ -38,7 +38,7 @@ from benchmarks.running.store import Store
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # the same, before it came with Python
+    import tomli as tomllib  # the same parser as a package, for Python 3.10
 
 PAPER: dict[str, Result] = tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
 PAPER_MODELS = {"mnist": "small-cnn", "cifar10": "wrn-34-10"}  # section 5
@@ -53,7 +53,7 @@ REMARKS: dict[Profile, str] = {
     "short": "short profile: short training, fewer images, short attacks",
     "full": "",
 }
-REDUCED = ("cpu", "short")  # with pages and figures of their own beside the full ones
+REDUCED = ("cpu", "short")  # profiles that have separate pages and figures
 WARNING = "A tiny network, few images, short attacks: nothing here says how good a detector is."
 
 LEGEND = """
@@ -73,15 +73,15 @@ cells are missing, which could only move the figure that way.
 
 
 def write_report(store: Store, profile: Profile, pages: Path) -> list[Path]:
-    """Write one page a data set, and its figures.
+    """Write one page for each data set, and its figures.
 
     Args:
-        store: of results.
-        profile: whose results.
-        pages: folder of the pages; figures lie in its folder "figures".
+        store: store of results.
+        profile: profile whose results are shown.
+        pages: folder of the pages. Figures are written to its folder "figures".
 
     Returns:
-        What has been written.
+        The files that have been written.
 
     Raises:
         MissingDependencyError: there are figures to draw, and matplotlib is not installed.
@@ -97,11 +97,11 @@ def write_report(store: Store, profile: Profile, pages: Path) -> list[Path]:
 
 
 def read_results(store: Store, profile: Profile) -> dict[str, list[Results]]:
-    """By name of the page, the tables on it."""
+    """Read the tables of all pages with their results, by the name of the page."""
     read = store.read_cells().get
     pages: dict[str, list[Results]] = {}
     every = [table for name in list_experiments() for table in load_experiment(name, profile).tables]
-    if profile in REDUCED:  # where it is not defined, it is the full one
+    if profile in REDUCED:  # an experiment without this profile gives the same cells as in full
         full = [table for name in list_experiments() for table in load_experiment(name).tables]
         every = [table for table, other in zip(every, full, strict=True) if table.cells != other.cells]
     for dataset in TITLES:
@@ -113,7 +113,7 @@ def read_results(store: Store, profile: Profile) -> dict[str, list[Results]]:
 
 
 def render(every: Sequence[Results]) -> str:
-    """The page of one data set."""
+    """Render the page of one data set as Markdown."""
     profile = every[0].table.profile
     remark = REMARKS[profile]
     run = [results for results in every if results.finished]
@@ -164,7 +164,7 @@ def _section(results: Results, every: Sequence[Results]) -> Iterator[str]:
 
 
 def _printed(table: Table) -> Result:
-    """The paper's table that a table repeats, alike or with other networks or seeds."""
+    """The table of the paper that a table repeats, perhaps with other networks or seeds."""
     if table.paper not in PAPER:
         raise ConfigurationError(
             f"{table.address}: expected a table of the paper among {', '.join(PAPER)}, got {table.paper!r}"
@@ -173,7 +173,7 @@ def _printed(table: Table) -> Result:
 
 
 def _suite(table: Table, every: Sequence[Results]) -> Results | None:
-    """The worst-case suite on the detectors of a table, where it is on this page."""
+    """The results of the worst-case suite on the detectors of a table. None if they are not on this page."""
     return next((other for other in every if other.table.address == table.suite), None)
 
 
@@ -198,7 +198,7 @@ def _strict(results: Results, every: Sequence[Results]) -> Iterator[str]:
 
 
 def _caption(results: Results, text: str) -> str:
-    """What a table shows, and all that must not be overlooked about it."""
+    """The caption of a table: what it shows, and everything that a reader must not overlook."""
     cells, remark = results.table.cells, REMARKS[results.table.profile]
     network, theirs = _list(f"`{cell.training.model}`" for cell in cells), f"`{PAPER_MODELS[_dataset(results)]}`"
     told = "as in the paper" if network == theirs else f"the paper: {theirs}"
@@ -225,7 +225,7 @@ def _figure_text(table: Table) -> str:
 
 
 def _setting(every: Sequence[Results]) -> Iterator[str]:
-    """What everything on the page rests on."""
+    """The setting that all results on the page share."""
     cells = [cell for results in every for cell, _ in results.cells]
     data = cells[0].training.dataset
     name = TITLES.get(data, "the digits that ship with clusterguard")
@@ -253,7 +253,7 @@ def _counts(counter: Counter[str]) -> str:
 
 
 def _list(values: Iterable[object]) -> str:
-    """Each value once, numbers with commas."""
+    """Join values by "or", each value once and numbers with commas."""
     return " or ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in dict.fromkeys(values))
 
 
@@ -263,7 +263,10 @@ def _seeds(cells: Iterable[Cell]) -> str:
 
 
 def _schedules(every: Sequence[Results]) -> dict[str, list[str]]:
-    """By schedule, who is trained by it; experiments are named where they train a detector in another way than most."""
+    """The detectors that each schedule trains.
+
+    An experiment is named if it trains a detector with another schedule than most experiments.
+    """
     by_detector: dict[str, dict[str, list[str]]] = {}
     for results in every:
         for detector, schedule in dict.fromkeys((cell.detector, _schedule(cell.training)) for cell, _ in results.cells):
@@ -303,7 +306,7 @@ def _attack(training: Training) -> str:
 
 
 def _invalid(result: Result) -> int:
-    """Images that were not counted; mostly the same ones at every rate."""
+    """The number of images that were not counted, the largest over rates, as they are mostly the same images."""
     return sum(max(at["invalid"] for at in verdict["rates"].values()) for verdict in result["results"].values())
 
 

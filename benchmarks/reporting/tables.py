@@ -1,4 +1,4 @@
-"""Estimates as Markdown tables: ours over its interval, then the paper's; what has not been run is said to be so."""
+"""Estimates as Markdown tables. Each place shows our estimate, its interval and the figure of the paper."""
 
 import math
 import re
@@ -27,7 +27,7 @@ NOT_RUN = "not run"
 
 
 def show(measured: Estimate, paper: float | None = None) -> str:
-    """A table's cell: ours, its interval, and in parentheses what the paper prints.
+    """Show our estimate, its interval, and in parentheses the figure that the paper prints.
 
     Example:
         >>> show(Estimate((0.5,), ((0.41, 0.59),)), 0.21)
@@ -57,7 +57,7 @@ def _span(low: float, high: float) -> str:
 
 
 def label(text: str) -> str:
-    """An attack's name for people.
+    """The name of an attack for people.
 
     Example:
         >>> label("PGD linf 0.3 T")
@@ -67,7 +67,7 @@ def label(text: str) -> str:
 
 
 def threat_label(norm: str, eps: float) -> str:
-    """A norm and a radius for people; in ℓ1 and ℓ0 radii are whole numbers.
+    """A norm and a radius for people. In ℓ1 and ℓ0, radii are whole numbers.
 
     Example:
         >>> threat_label("l2", 2), threat_label("linf", 0.03), threat_label("l1", 15.0)
@@ -78,30 +78,31 @@ def threat_label(norm: str, eps: float) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown, the first column to the left, the others centred."""
+    """Write a table in Markdown. The first column is aligned to the left, and the others are centred."""
     lines = [head, ["---"] + [":---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def metrics(paper: Result) -> list[str]:
-    """What a table of the paper prints, rates in ascending order first."""
+    """The metrics that a table of the paper prints: ASR at rates in ascending order, then EROC."""
     names = {name for row in paper.values() if isinstance(row, dict) for name in row}
     return sorted(names, key=lambda name: metric_rate(name) or math.inf)
 
 
 def metric_rate(metric: str) -> float | None:
-    """The false-positive rate that "ASR-2" is measured at; None for EROC."""
+    """The false-positive rate of a metric such as "ASR-2". None for EROC."""
     return int(metric.removeprefix("ASR-")) / 100 if metric.startswith("ASR-") else None
 
 
 def comparison_table(results: Results, paper: Result, metric: str, suite: Results | None = None) -> str:
-    """A table of the paper, one metric: a row an attack, a column a detector.
+    """One metric of a table of the paper beside our results. Attacks are rows and detectors are columns.
 
     Args:
-        results: ours.
-        paper: the table of paper.toml.
-        metric: such as "ASR-1" or "EROC".
-        suite: results of the worst-case suite on the same detectors, for rows of the same norm and radius.
+        results: our results.
+        paper: table of paper.toml.
+        metric: name of the metric, such as "ASR-1" or "EROC".
+        suite: results of the worst-case suite on the same detectors. They are shown below attacks of the same norm and
+            radius.
     """
     table, rate = results.table, metric_rate(metric)
     measure: Measure = area() if rate is None else success(rate)
@@ -145,7 +146,7 @@ def comparison_table(results: Results, paper: Result, metric: str, suite: Result
 
 
 def attack_table(results: Results) -> str:
-    """ASR-1, for what the paper does not have: a row a detector or variant, a column an attack."""
+    """ASR-1 of cells that the paper does not have. Detectors or variants are rows and attacks are columns."""
     table = results.table
     rows, learned = [], {}
     is_of_suites = all(cell.kind == "suite" for cell in table.cells)
@@ -164,14 +165,14 @@ def attack_table(results: Results) -> str:
 
 
 def area_table(results: Results) -> str:
-    """EROC of the attacks that go on after success; of those that stop it says little."""
+    """EROC of all attacks but the suite, which stops at success, so that its EROC says little."""
     attacks = list(dict.fromkeys(cell.attack for cell in results.table.cells if cell.kind != "suite"))
     rows = [[name, *(show(estimate(slot, area())) for slot in slots)] for name, slots in _lines(results, attacks)]
     return markdown_table(["", *map(label, attacks)], rows)
 
 
 def union_table(suite: Results, every: Sequence[Results]) -> str:
-    """Images that any attack within a radius broke, and "+k" for those of them that the suite had left.
+    """The share of images that any attack within a radius broke. "+k" counts those that the suite did not break.
 
     Args:
         suite: results of the worst-case suite.
@@ -191,7 +192,10 @@ def union_table(suite: Results, every: Sequence[Results]) -> str:
 
 
 def stages_table(suite: Results, detector: str) -> str:
-    """How many images each stage of the suite broke that the stages before it had left; the first seed there is."""
+    """The number of images that each stage of the suite broke among those that earlier stages had not broken.
+
+    The counts are those of the first seed that has been run.
+    """
     table = suite.table
     columns: list[dict[str, int]] = []
     for attack in table.attacks:
@@ -201,7 +205,7 @@ def stages_table(suite: Results, detector: str) -> str:
             counts[stage["name"]] = counts.get(stage["name"], 0) + stage["broken"]
         columns.append(counts)
     names: list[str] = []
-    for counts in columns:  # norms differ in stages; each comes after the one before it
+    for counts in columns:  # norms have different stages, and every column keeps its order
         place = 0
         for name in counts:
             if name not in names:
@@ -221,7 +225,7 @@ def _lines(results: Results, attacks: Sequence[str]) -> Iterator[tuple[str, list
 
 
 def _any(slots: Sequence[Slot]) -> Slot:
-    """A seed's first result, for what does not depend on the attack."""
+    """The first result of each seed, for figures that do not depend on the attack."""
     return [_either(seed) for seed in zip(*slots, strict=True)]
 
 
@@ -235,7 +239,7 @@ def _counted(slot: Slot, rate: float) -> str:
 
 
 def _beginners(learned: Mapping[str, Estimate]) -> str:
-    """A warning below a table: what labels hardly anything rightly has hardly anything to be broken."""
+    """A warning below a table about detectors of low accuracy, which leave too few images to be attacked."""
     names = [name for name, share in learned.items() if share.mean < 0.5]
     if not names:
         return ""

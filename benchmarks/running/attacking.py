@@ -1,4 +1,4 @@
-"""Attack a cell's images in chunks that are kept, so that a killed run goes on after the last one."""
+"""Attack the images of a cell in chunks. Finished chunks are kept, so that a killed run can be resumed."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -18,20 +18,20 @@ from benchmarks.experiments.kinds import KINDS, Outcome, Scene
 from benchmarks.running.clock import Clock
 from benchmarks.running.store import Store, read_chunk, save_chunk
 
-REFERENCES = 2000  # calibration images that attacks may start towards
+REFERENCES = 2000  # calibration images that an attack may start at or move towards
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackedDetector:
-    """What a cell's attack meets at one false-positive rate.
+    """A detector at one false-positive rate, and the images to attack it with.
 
     Attributes:
-        detector: calibrated for that rate.
-        rate: the false-positive rate.
-        images: (n, C, H, W) in [0, 1].
-        labels: (n,).
-        references: benign images and their labels, to start from or towards.
-        surrogate: where transfer attacks are made, and the objective of attackers who know it.
+        detector: detector that is calibrated for that rate.
+        rate: false-positive rate.
+        images: clean images (n, C, H, W) in [0, 1].
+        labels: their true classes (n,).
+        references: benign images and their labels. An attack may start at them or move towards them.
+        surrogate: detector that transfer attacks are computed on, and the objective of an attacker who knows it.
     """
 
     detector: Detector
@@ -51,18 +51,22 @@ def attack_cell(
     progress: bool = False,
     twin: Cell | None = None,
 ) -> Outcome:
-    """What the cell's attack finds on all images; a killed run loses one chunk at most.
+    """Run the attack of a cell on all images. A killed run loses one chunk at most.
 
     Args:
-        cell: whose attack it is.
+        cell: cell whose attack is run.
         target: detector and images.
-        store: has the work folder that chunks lie in.
-        clock: the time budget.
-        progress: show a progress bar.
-        twin: the cell of the same attack with the other goal, which finds its chunks in its own work folder then.
+        store: store with the work folders that hold the chunks.
+        clock: time budget.
+        progress: whether to show a progress bar.
+        twin: cell of the same attack with the other goal. Its chunks are made in the same batches and are written to
+            its work folder.
+
+    Returns:
+        The outcomes of all chunks, joined into one.
 
     Raises:
-        OutOfTimeError: the budget is used up; the next call goes on where this one stopped.
+        OutOfTimeError: the budget is used up. The next call continues after the last chunk.
     """
     folders = [store.work(member.key) for member in (cell, twin) if member is not None]
     device = target.images.device
@@ -82,7 +86,8 @@ def attack_cell(
                 objective=RECIPES[cell.detector].objective,
                 references=target.references,
                 surrogate=target.surrogate,
-                # A chunk's randomness is its own, so that results do not depend on where a run was killed.
+                # Each chunk has a generator with a seed of its own, so that results do not depend on where a run was
+                # killed.
                 generator=Generator(device).manual_seed(10_000 * cell.seed + index),
                 checkpoint=folders[0] / f"{name}.state",
                 on_stage=lambda stage: clock.check(),
@@ -95,9 +100,9 @@ def attack_cell(
 
 
 def _run_both(scene: Scene, cell: Cell) -> list[Outcome]:
-    """What the cell's attack finds, and what it finds with the other goal, unless memory is too small for both."""
+    """Run the attack of a cell with both goals, or with its goal alone if memory is too small for both."""
     kind, state = KINDS[cell.kind], scene.generator.get_state()
-    assert kind.run_both is not None  # it has a twin
+    assert kind.run_both is not None  # the cell has a twin
     try:
         return kind.run_both(scene, **cell.options)
     except torch.OutOfMemoryError:
@@ -106,14 +111,18 @@ def _run_both(scene: Scene, cell: Cell) -> list[Outcome]:
 
 
 def _write_chunks(files: Sequence[Path], outcomes: Sequence[Outcome]) -> None:
-    """Write the cell's chunk last: where that is, the twin's is too, unless memory was too small for it."""
+    """Write the chunk of the twin, if there is one, and then that of the cell.
+
+    In this order, the chunk of the cell exists only if that of the twin does, unless memory was too small for both
+    goals.
+    """
     for file, outcome in reversed(list(zip(files, outcomes, strict=False))):
         kept = outcome._asdict() | {"stages": [asdict(stage) for stage in outcome.stages]}
         save_chunk(file, kept)
 
 
 def _join(chunks: Sequence[dict[str, Any]]) -> Outcome:
-    """Chunks as they were read, image after image."""
+    """Join chunks into one outcome."""
     attacked = {name: torch.cat([chunk["attacked"][name] for chunk in chunks]) for name in chunks[0]["attacked"]}
     stages = tuple(StageRecord(**stage) for chunk in chunks for stage in chunk["stages"])
     unproved = None if chunks[0].get("unproved") is None else torch.cat([chunk["unproved"] for chunk in chunks])
@@ -121,11 +130,14 @@ def _join(chunks: Sequence[dict[str, Any]]) -> Outcome:
 
 
 def pair_goals(cells: Iterable[Cell]) -> list[tuple[Cell, ...]]:
-    """Cells in their order, but those that differ only in being targeted together: they can share batches."""
+    """Group cells that differ only in whether the attack is targeted, since they can share batches.
+
+    The groups are in the order of their first cells.
+    """
     left, groups = {cell.key: cell for cell in cells}, list[tuple[Cell, ...]]()
     for cell in list(left.values()):
         if left.pop(cell.key, None) is None:
-            continue  # went with its twin
+            continue  # is in the group of its twin
         options = dict(cell.options)
         if not options.pop("targeted", False):
             options["targeted"] = True

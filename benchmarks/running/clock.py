@@ -1,4 +1,4 @@
-"""A time budget for runs on borrowed machines: stop cleanly in time, go on later."""
+"""A time budget for runs that must stop cleanly in time and are resumed later."""
 
 import math
 import time
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 class OutOfTimeError(Exception):
-    """The time budget is used up; what is done is saved."""
+    """The time budget is used up. Finished work is saved."""
 
 
 @dataclass
@@ -14,7 +14,8 @@ class Clock:
     """A time budget.
 
     Args:
-        seconds: None allows any time.
+        seconds: size of the budget. None sets no limit.
+        started: reading of `time.perf_counter` at the start.
     """
 
     seconds: float | None = None
@@ -22,19 +23,25 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds that are left."""
+        """The number of seconds that are left."""
         return math.inf if self.seconds is None else self.seconds - (time.perf_counter() - self.started)
 
     @property
     def is_ending(self) -> bool:
-        """Whether to save now what will not be finished: the last tenth, at most 20 seconds of it."""
+        """Whether unfinished work has to be saved now.
+
+        That is so in the last tenth of the budget, or in the last 20 seconds if these are less.
+        """
         return self.seconds is not None and self.left <= min(20.0, self.seconds / 10)
 
     def check(self, needed: float = 0.0) -> None:
-        """Stop unless that many seconds are left.
+        """Stop unless enough time is left.
+
+        Args:
+            needed: seconds that the next piece of work takes.
 
         Raises:
-            OutOfTimeError: they are not.
+            OutOfTimeError: no more than that is left.
         """
         if self.left <= needed:
             raise OutOfTimeError

@@ -1,4 +1,4 @@
-"""Verdicts on attacked images: at several false-positive rates, image by image, all through `clusterguard.evaluate`."""
+"""Verdicts on attacked images by `clusterguard.evaluate`, image by image and at several false-positive rates."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,13 @@ from torch import Generator, Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class StoredImages:
-    """An attack that hands out images found before, so that `evaluate` judges them like any others."""
+    """An attack that returns stored images, so that `evaluate` judges them like those of any attack.
+
+    Attributes:
+        images: attacked images (n, C, H, W).
+        norm: norm of their budget.
+        eps: radius of their budget.
+    """
 
     images: Tensor
     norm: str
@@ -30,12 +36,12 @@ class StoredImages:
         targets: Tensor | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
-        """The images, whoever asks."""
+        """The stored images, whatever the arguments are."""
         return self.images
 
 
 def thresholds_at(detector: DetectorModule, calibration: Loader, rates: Sequence[float]) -> dict[float, Tensor]:
-    """By false-positive rate, (K,) conformal thresholds from benign images; one pass over them for all rates."""
+    """Fit conformal thresholds (K,) for each false-positive rate, in one pass over the benign images."""
     detection, labels = judge(detector, calibration)
     fitted = {}
     for rate in rates:
@@ -62,21 +68,21 @@ def judge_attacked(
     eps: float,
     calibration: Loader,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """What got through, at each rate.
+    """Judge attacked images at each false-positive rate.
 
     Args:
-        detector: under attack.
-        thresholds: by false-positive rate.
-        attacked: by variant, images (n, C, H, W).
-        images: the clean ones.
-        labels: (n,).
-        norm: of the budget.
-        eps: of the budget.
-        calibration: benign images that the areas under the curve compare with.
+        detector: detector under attack.
+        thresholds: thresholds (K,) by false-positive rate.
+        attacked: attacked images (n, C, H, W) by variant.
+        images: clean images (n, C, H, W).
+        labels: true classes (n,).
+        norm: norm of the budget.
+        eps: radius of the budget.
+        calibration: benign images that the areas under the ROC curve compare with.
 
     Returns:
-        The evaluation at the first rate; and by variant the area, and by rate counts and which images, as hexadecimal
-        bits.
+        The evaluation at the first rate, and the verdicts by variant. A verdict holds the area, and for each rate the
+        counts and the eligible and broken images as hexadecimal bits.
     """
     attacks = {name: StoredImages(images=kept, norm=norm, eps=eps) for name, kept in attacked.items()}
     first: Evaluation | None = None
@@ -107,7 +113,14 @@ def judge_attacked(
 
 
 def count_unproved(verdicts: dict[str, Any], unproved: Tensor) -> None:
-    """Verdicts of a certificate: each image that is not proved secure (n,) counts as broken; areas mean nothing."""
+    """Turn verdicts into those of a certificate: each eligible image that is not proved secure counts as broken.
+
+    Areas mean nothing for a certificate, so they become None.
+
+    Args:
+        verdicts: verdicts of `judge_attacked`, which are changed in place.
+        unproved: boolean mask (n,) of the images that are not proved secure.
+    """
     for verdict in verdicts.values():
         verdict["eroc"] = None
         for at in verdict["rates"].values():
@@ -117,7 +130,7 @@ def count_unproved(verdicts: dict[str, Any], unproved: Tensor) -> None:
 
 @torch.no_grad()
 def map_points(detector: Detector, images: Tensor, labels: Tensor, attacked: Tensor, *, seed: int) -> dict[str, Any]:
-    """Where benign and attacked images lie in the detector's representation, brought to two dimensions by t-SNE.
+    """Map the representations of benign and attacked images to two dimensions by t-SNE.
 
     Reference:
         van der Maaten & Hinton, "Visualizing data using t-SNE" (2008).
@@ -144,7 +157,7 @@ def _class_scores(detector: Detector) -> Callable[[Tensor], Tensor]:
 
 
 def to_hex(bits: Tensor) -> str:
-    """Booleans (n,) as hexadecimal digits, first image first; the length goes with n.
+    """Write booleans (n,) as hexadecimal digits, four booleans a digit, the first image first.
 
     Example:
         >>> to_hex(torch.tensor([True, False, False, True, True]))
@@ -155,7 +168,7 @@ def to_hex(bits: Tensor) -> str:
 
 
 def from_hex(digits: str, count: int) -> Tensor:
-    """The inverse of `to_hex`.
+    """Read `count` booleans from hexadecimal digits. This is the inverse of `to_hex`.
 
     Example:
         >>> from_hex("98", 5)

@@ -1,4 +1,7 @@
-"""What experiments will cost: gradient evaluations from their definitions, seconds from measured throughput."""
+"""What experiments will cost.
+
+The definitions of cells give the number of gradient evaluations, and the measured throughput of a device gives seconds.
+"""
 
 import json
 import math
@@ -19,10 +22,10 @@ from benchmarks.running.store import RESULTS, device_name
 
 FILE = RESULTS / "throughput.json"
 SIZES = {"digits": (6000, (1, 28, 28)), "mnist": (55_000, (1, 28, 28)), "cifar10": (45_000, (3, 32, 32))}
-# FLOP/s that small convolutional networks sustain in float32, and kernels a second that eager PyTorch launches:
-# assumptions, for a device that has not been measured yet.
+# Assumptions for a device that has not been measured yet: FLOP/s that small convolutional networks sustain in float32,
+# and kernels that eager PyTorch launches in a second.
 ASSUMED = {"h200": (15e12, 100_000.0), "cpu": (20e9, 50_000.0)}
-PATIENCE = 2.0  # seconds to measure for
+PATIENCE = 2.0  # seconds that a measurement lasts at least
 KERNELS = {
     "tiny-cnn": 25,
     "wide-cnn": 25,
@@ -41,8 +44,9 @@ class Throughput:
     """How fast a device is.
 
     Attributes:
-        source: where the figures come from.
-        seconds: model, data set, images in a batch -> seconds an image takes forward, and forward and backward.
+        source: origin of the figures, for people.
+        seconds: function of the model, the data set and the number of images in a batch. It returns the seconds of a
+            forward pass for one image, and those of a forward and a backward pass.
     """
 
     source: str
@@ -50,7 +54,7 @@ class Throughput:
 
 
 def calibrate(cells: Sequence[Cell], device: torch.device) -> None:
-    """Measure every network of the cells, at every size of batch, and remember it in results/throughput.json."""
+    """Measure every network of the cells at every batch size, and write results/throughput.json."""
     known: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     measured = known.setdefault(device_name(device), {})
     trainings = {(cell.training.model, cell.training.dataset, cell.training.batch_size) for cell in cells}
@@ -61,7 +65,7 @@ def calibrate(cells: Sequence[Cell], device: torch.device) -> None:
 
 
 def _measure(model: str, shape: tuple[int, int, int], batch: int, device: torch.device) -> tuple[float, float]:
-    """Seconds an image."""
+    """The seconds for one image of a forward pass, and of a forward and a backward pass."""
     network = networks.build(model, shape).to(device).eval().requires_grad_(False)
     images = torch.rand(batch, *shape, device=device, requires_grad=True)
 
@@ -86,7 +90,11 @@ def _measure(model: str, shape: tuple[int, int, int], batch: int, device: torch.
 
 
 def throughput(device: str) -> Throughput:
-    """Measured figures of a device, found by a part of its name; else assumed ones."""
+    """The throughput of a device, measured if possible and else assumed.
+
+    Args:
+        device: part of the name of a measured device, or "cpu", "cuda" or "h200".
+    """
     known: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
     kind = "h200" if device.startswith("cuda") else device
     flops, launches = ASSUMED.get(kind, ASSUMED["cpu"])
@@ -103,7 +111,7 @@ def throughput(device: str) -> Throughput:
 def _nearest(
     measured: dict[str, Any], flops: float, launches: float, model: str, dataset: str, batch: int
 ) -> tuple[float, float]:
-    """The figures at the nearest size of batch that was measured."""
+    """The seconds at the measured batch size that is nearest to `batch`, and assumed ones if there is none."""
     sizes = [int(key.split()[2]) for key in measured if key.split()[:2] == [model, dataset]]
     if not sizes:
         return _assumed(flops, launches, model, dataset, batch)
@@ -112,7 +120,7 @@ def _nearest(
 
 
 def _assumed(flops: float, launches: float, model: str, dataset: str, batch: int) -> tuple[float, float]:
-    """Either arithmetic or launching kernels takes the time."""
+    """The seconds if either arithmetic or launching kernels takes all the time, whichever is longer."""
     forward = max(_flops(model, SIZES[dataset][1]) / flops, KERNELS[model] / launches / batch)
     return forward, 3 * forward
 
@@ -127,9 +135,10 @@ def _flops(model: str, shape: tuple[int, int, int]) -> int:
 
 
 def training_passes(cell: Cell) -> int:
-    """Forward and backward passes of a cell's training: in each epoch one an image, and more where it attacks.
+    """The number of forward and backward passes in the training of a cell.
 
-    Where weights are perturbed, each image and each attacked one takes a pass more.
+    Each image takes the passes of its recipe in every epoch, and the steps of the attack in epochs with the attack.
+    Perturbing weights adds a pass for each clean and each attacked image.
     """
     training, recipe = cell.training, RECIPES[cell.detector]
     count: int = training.images or SIZES[training.dataset][0]
@@ -140,23 +149,29 @@ def training_passes(cell: Cell) -> int:
 
 
 def attack_passes(cell: Cell) -> tuple[int, int]:
-    """Images through a forward pass, and through a backward pass, that a cell's attack takes at most."""
+    """The largest numbers of forward passes and of backward passes that the attack of a cell takes, over all images."""
     forward, backward = KINDS[cell.kind].cost(10, **cell.options)
     times = cell.images * (len(cell.rates) if KINDS[cell.kind].sees_thresholds else 1)
     if cell.consistency:
-        steps = cell.consistency.get("steps", 3)  # each look is two, after a search
+        steps = cell.consistency.get("steps", 3)  # each call runs a search and then the detector twice
         forward, backward = (steps + 2) * forward, 2 * backward + steps * forward
     return times * forward, times * backward
 
 
 def passes(cell: Cell) -> int:
-    """The same as one number; a backward pass costs about two forward ones."""
+    """The passes of the attack of a cell in units of a forward pass. A backward pass costs about two forward passes."""
     forward, backward = attack_passes(cell)
     return forward + 2 * backward
 
 
 def print_plan(cells: Sequence[Cell], speed: Throughput, *, trained: Callable[[str], bool] = lambda key: False) -> None:
-    """Cells, what they cost and how long they should take, trainings first."""
+    """Print the trainings and then the cells, each with its gradient evaluations and the seconds it should take.
+
+    Args:
+        cells: cells that are left to run.
+        speed: throughput of the device.
+        trained: function that says whether the training with a key is finished.
+    """
     print(f"seconds: {speed.source}")
     total = 0.0
     needed = {owner.training.key: owner for cell in cells for owner in (cell, cell.surrogate) if owner is not None}

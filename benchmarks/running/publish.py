@@ -1,4 +1,4 @@
-"""A trained guard of the benchmarks as a folder that users load: calibrated, evaluated, with its model card."""
+"""Publish a trained guard of the benchmarks as a calibrated and evaluated folder with a model card."""
 
 from pathlib import Path
 
@@ -15,17 +15,17 @@ from benchmarks.running.training import JUDGED_AT_ONCE, Trainings
 
 
 def publish(cell: Cell, trainings: Trainings, folder: Path, *, images: int | None = None, attacked: int = 300) -> None:
-    """Save a cell's detector, trained already or now.
+    """Save the detector of a cell, which is trained first if need be.
 
     Args:
-        cell: any cell of the detector; its attack does not matter.
-        trainings: where the detector comes from.
-        folder: where to save, see `ClusterGuard.save_pretrained`.
-        images: test images for accuracy and certificates, the first ones; None takes all.
-        attacked: test images for the suite, the first ones.
+        cell: any cell of the detector. The attack of the cell does not matter.
+        trainings: source of the detector.
+        folder: folder to save to, see `ClusterGuard.save_pretrained`.
+        images: number of test images for accuracy and certificates, the first ones. None takes all.
+        attacked: number of test images for the suite, the first ones.
 
     Raises:
-        ConfigurationError: the detector is no `ClusterGuard`.
+        ConfigurationError: the detector is not a `ClusterGuard`.
     """
     guard, record = trainings.detector(cell)
     if not isinstance(guard, ClusterGuard):

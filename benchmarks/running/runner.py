@@ -1,4 +1,4 @@
-"""Run a cell: have its detector trained, attack it, judge what was found, write the result."""
+"""Run a cell: train its detector, attack it, judge the attacked images and write the result."""
 
 import time
 from collections.abc import Callable
@@ -21,16 +21,19 @@ from benchmarks.running.training import JUDGED_AT_ONCE, Trainings
 
 
 def run_cell(cell: Cell, trainings: Trainings, twin: Cell | None = None) -> dict[str, Any]:
-    """A cell's result, from the store if it is there.
+    """Run a cell, or read its result if the store has it.
 
     Args:
-        cell: to run.
-        trainings: where its detector comes from; their store keeps the result.
-        twin: its attack with the other goal, if that is to be run next: both share batches where memory allows, and
-            it will find its images there. Results agree to rounding with those of a cell run alone.
+        cell: cell to run.
+        trainings: source of the detector. Its store keeps the result.
+        twin: cell of the same attack with the other goal, if that cell is run next. Both attacks share batches where
+            memory allows. The results agree up to rounding with those of cells that are run alone.
+
+    Returns:
+        The result, in types of JSON.
 
     Raises:
-        OutOfTimeError: the budget is used up; the next run goes on where this one stopped.
+        OutOfTimeError: the budget is used up. The next call resumes the cell.
     """
     store = trainings.store
     known = store.read_cell(cell.key)
@@ -74,7 +77,7 @@ def run_cell(cell: Cell, trainings: Trainings, twin: Cell | None = None) -> dict
 
 
 def _surrogate(cell: Cell, trainings: Trainings) -> tuple[Detector, str | Objective]:
-    """The detector that transfer attacks are made on, and the objective of attackers who know it."""
+    """The detector that transfer attacks are computed on, and the objective of an attacker who knows it."""
     detector, _ = trainings.detector(cell)
     calibration = Batches(trainings.dataset(cell.training.dataset).calibration, JUDGED_AT_ONCE)
     (thresholds,) = thresholds_at(detector, calibration, cell.rates[:1]).values()
@@ -90,8 +93,8 @@ def _judge(
     calibration: Batches,
     attack: Callable[[float], Outcome],
 ) -> dict[str, Any]:
-    """The part of a result that says what got through, at every rate; `attack` finds the images for one of them."""
-    # An attack that sees thresholds is run for each rate; what another finds is judged at all of them.
+    """The verdicts in a result, at every false-positive rate. `attack` returns the attacked images at one rate."""
+    # An attack that sees thresholds is run for each rate. The images of any other attack are judged at all rates.
     groups = [cell.rates] if not KINDS[cell.kind].sees_thresholds else [(rate,) for rate in cell.rates]
     results: dict[str, Any] = {}
     stages: list[dict[str, Any]] = []

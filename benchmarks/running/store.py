@@ -1,4 +1,7 @@
-"""Where results lie: one JSON Lines file a training, weights as safetensors, and a work folder for unfinished cells."""
+"""Storage of results.
+
+The results of a training are one JSON Lines file, and its weights are safetensors. Unfinished cells have work folders.
+"""
 
 import json
 import os
@@ -22,7 +25,7 @@ from torch import Tensor
 from benchmarks.experiments.cells import Cell, Profile, digest
 
 RESULTS = Path(__file__).parents[1] / "results"
-PART = 15 * 2**20  # bytes in a file of weights, so that each stays below 16 MiB
+PART = 15 * 2**20  # bytes in a file of weights, so that each file stays below 16 MiB
 PACKAGES = ("torch", "torchvision", "timm", "clusterguard", "numpy")
 
 
@@ -30,12 +33,13 @@ class Store:
     """A folder of results.
 
     ``cells/<dataset>/<profile>/<recipe>-seed<n>-<key>.jsonl`` holds all results of one training: the record of the
-    training first, then a line a cell. A training that was run again adds a second record; each cell names the record
-    that it belongs to. Every line ends with a digest of its content.
+    training first, then one line for each cell. A training that was run again adds a second record. Each cell names
+    the record that it belongs to. Every line ends with a digest of its content.
 
     Args:
-        root: `cells` and `models` in it are worth keeping, `work` is not once all is done.
-        profile: names the folder that new results go to; results of all profiles are read.
+        root: folder of the store. Its folders `cells` and `models` hold results. Its folder `work` can be removed once
+            everything is done.
+        profile: profile whose folder new results are written to. Results of all profiles are read.
     """
 
     def __init__(self, root: Path, profile: Profile = "full") -> None:
@@ -44,21 +48,21 @@ class Store:
         self._read: dict[Path, tuple[tuple[int, int], dict[str, dict[str, Any]]]] = {}
 
     def work(self, key: str) -> Path:
-        """A folder for what an unfinished cell or training needs."""
+        """The work folder of an unfinished cell or training, which is made if it does not exist."""
         folder = self.root / "work" / key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def finish(self, key: str) -> None:
-        """Remove a work folder."""
+        """Remove the work folder of a finished cell or training."""
         shutil.rmtree(self.root / "work" / key, ignore_errors=True)
 
     def write_cell(self, cell: Cell, result: Mapping[str, Any]) -> None:
-        """Append a cell's result to the file of its training; a killed write leaves a line that is not read.
+        """Append the result of a cell to the file of its training. A killed write leaves a line that is not read.
 
         Args:
-            cell: whose result it is.
-            result: anything that JSON has; what it says under "training" is the record of the training.
+            cell: cell that the result belongs to.
+            result: values of JSON by name. The one named "training" is the record of the training.
         """
         training = cell.training
         folder = self.root / "cells" / training.dataset / self.profile
@@ -68,7 +72,7 @@ class Store:
         rest = {name: value for name, value in result.items() if name != "training"}
         lines.append({"cell": cell.key, "trained": digest(record), **rest})
         folder.mkdir(parents=True, exist_ok=True)
-        with file.open("a+b") as handle:  # what two processes append does not mix
+        with file.open("a+b") as handle:  # the lines of two processes that append do not mix
             handle.seek(0, os.SEEK_END)
             if handle.tell():
                 handle.seek(-1, os.SEEK_END)
@@ -78,7 +82,7 @@ class Store:
             os.fsync(handle.fileno())
 
     def read_cell(self, key: str) -> dict[str, Any] | None:
-        """A cell's result, None if there is none.
+        """Read the result of a cell. None if there is none.
 
         Raises:
             PersistenceError: a file of results is damaged.
@@ -86,15 +90,15 @@ class Store:
         return next((results[key] for results in self._results() if key in results), None)
 
     def read_cells(self) -> dict[str, dict[str, Any]]:
-        """All results that are there, by cell: for who needs many, as each look of `read_cell` is at all files."""
+        """Read all results, by the key of the cell. This is faster than many calls of `read_cell`."""
         return {key: result for results in reversed([*self._results()]) for key, result in results.items()}
 
     def cell_keys(self) -> set[str]:
-        """Keys of all results that are there."""
+        """The keys of all cells that have a result."""
         return {key for results in self._results() for key in results}
 
     def _results(self) -> Iterator[dict[str, dict[str, Any]]]:
-        """Each file's results by cell, read again where the file has changed."""
+        """The results of each file by the key of the cell. A file is read again only if it has changed."""
         for file in sorted((self.root / "cells").rglob("*.jsonl")):
             status = file.stat()
             state = status.st_mtime_ns, status.st_size
@@ -103,7 +107,7 @@ class Store:
             yield self._read[file][1]
 
     def save_weights(self, key: str, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write weights in parts of at most 15 MiB, and a record beside them, which says that they are complete."""
+        """Write weights in parts of at most 15 MiB, and then a record, whose presence says that they are complete."""
         parts: list[dict[str, Tensor]] = [{}]
         size = 0
         for name, tensor in state.items():
@@ -111,7 +115,7 @@ class Store:
             if size > PART and parts[-1]:
                 parts.append({})
                 size = tensor.nbytes
-            parts[-1][name] = tensor.detach().cpu().clone()  # safetensors wants memory that nobody shares
+            parts[-1][name] = tensor.detach().cpu().clone()  # safetensors refuses tensors that share memory
         digests = []
         for index, part in enumerate(parts):
             content = save(part)
@@ -125,10 +129,12 @@ class Store:
         return self._record(key).exists()
 
     def load_weights(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Weights and their record, None if they are not complete; older records have no digests of the weights.
+        """Read weights and their record. None if the weights are not complete.
+
+        Older records have no digests of the weights, so that damage in them may stay unnoticed.
 
         Raises:
-            PersistenceError: a file of them is damaged or missing.
+            PersistenceError: a file is damaged or missing.
         """
         if not self.has_weights(key):
             return None
@@ -156,15 +162,15 @@ class Store:
 
 
 def save_chunk(file: Path, outcome: Mapping[str, Any]) -> None:
-    """Keep what was found on some of a cell's images, until the cell is done."""
+    """Keep the outcome of an attack on some images of a cell until the cell is done."""
     save_progress(file, "chunk of a cell", outcome)
 
 
 def read_chunk(file: Path, device: torch.device) -> dict[str, Any]:
-    """What `save_chunk` kept.
+    """Read the outcome that `save_chunk` wrote.
 
     Raises:
-        PersistenceError: it is missing, damaged, or of an older version.
+        PersistenceError: the file is missing, damaged, or of an older version.
     """
     chunk = read_progress(file, "chunk of a cell", hint="delete it to attack its images again", device=device)
     if chunk is None:
@@ -177,12 +183,16 @@ def _sealed(line: dict[str, Any]) -> str:
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a file of results without their digests, unless a write was killed within them."""
+    """The lines of a file of results, without their digests. Lines whose write was killed are left out.
+
+    Raises:
+        PersistenceError: a line is damaged.
+    """
     if not file.exists():
         return
     for number, text in enumerate(file.read_text(errors="replace").splitlines(), start=1):
         if not text.endswith('"}'):
-            continue  # every whole line ends with its digest
+            continue  # every complete line ends with its digest
         try:
             line: dict[str, Any] = json.loads(text)
             is_whole = line.pop("digest") == digest(line)
@@ -211,7 +221,7 @@ def _by_cell(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What made a result: commit, versions and machine."""
+    """The commit, the versions of packages and the device that produce a result."""
     return {
         "commit": _commit(),
         "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
@@ -221,12 +231,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What people call the device."""
+    """The name of the device for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def _commit() -> str:
-    """The commit the benchmark runs at; "+" says that files differ from it."""
+    """The commit of the checkout. "+" says that files differ from it."""
     command = [
         "git",
         "-C",

@@ -1,4 +1,4 @@
-"""Train detectors of the comparison, or load them; a killed training goes on from its last checkpoint."""
+"""Train the detectors of the comparison, or load them. A killed training resumes from its last checkpoint."""
 
 import math
 from dataclasses import asdict, replace
@@ -21,21 +21,21 @@ from benchmarks.running.clock import Clock, OutOfTimeError
 from benchmarks.running.store import Store, provenance
 
 JUDGED_AT_ONCE = 500
-STEPS_AT_RISK = 100  # how many a killed training has to take again
-DETECTORS_KEPT = 4  # in memory; cells of one training follow each other
+STEPS_AT_RISK = 100  # steps that a killed training repeats at most
+DETECTORS_KEPT = 4  # few are kept in memory, since cells of one training follow each other
 
 
 class Trainings:
-    """Detectors of cells, each trained once into a store, and the data that they are trained on.
+    """The detectors of cells and their data. Each detector is trained once and kept in a store.
 
     Args:
-        store: of weights and results.
-        device: where to compute.
+        store: store of weights and results.
+        device: device to compute on.
         data: folder of data sets, see `benchmarks.data.fetch.data_root`.
-        clock: the time budget.
-        progress: show progress bars.
-        compiled: run networks through torch.compile, in this mode; results agree to rounding. "auto" measures, once a
-            network, which mode pays on this device, if any does.
+        clock: time budget.
+        progress: whether to show progress bars.
+        compiled: mode of torch.compile for the networks. None does not compile. "auto" measures once for each network
+            which mode is fastest on this device. Results agree up to rounding.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Trainings:
         self._trained: dict[tuple[str, str], tuple[DetectorModule, dict[str, Any]]] = {}
 
     def dataset(self, name: str) -> DataSet:
-        """A data set, training and calibration images on the device."""
+        """A data set by name. Its training and calibration images are on the device."""
         if name not in self._sets:
             loaded = datasets.load(name, self.data)
             train, calibration = loaded.train.to(self.device), loaded.calibration.to(self.device)
@@ -67,10 +67,12 @@ class Trainings:
         return self._sets[name]
 
     def detector(self, cell: Cell) -> tuple[DetectorModule, dict[str, Any]]:
-        """A cell's detector, trained and finished but not calibrated, and the record of its training.
+        """The detector of a cell and the record of its training.
+
+        The detector is trained and finished by its recipe, but not calibrated.
 
         Raises:
-            OutOfTimeError: the budget is used up; the next call goes on where this one stopped.
+            OutOfTimeError: the budget is used up. The next call resumes the training.
         """
         name = cell.detector, cell.training.key
         if name not in self._trained:
@@ -92,7 +94,7 @@ class Trainings:
         return self._trained[name]
 
     def compile_mode(self, training: Training) -> networks.CompileMode | None:
-        """How a training's network is compiled, if it is."""
+        """The mode in which the network of a training is compiled. None if it is not compiled."""
         if self.compiled != "auto":
             return self.compiled
         name = training.dataset, training.model
@@ -115,20 +117,23 @@ def train(
     progress: bool = False,
     compiled: networks.CompileMode | None = None,
 ) -> tuple[DetectorModule, dict[str, Any]]:
-    """The trained detector, uncalibrated, and the record of its training; from the store, if it is there.
+    """Train a detector, or load its weights if the store has them.
 
     Args:
-        training: what determines it.
-        recipe: how it is built and trained.
-        data: to train on.
-        store: of weights.
-        device: where to compute.
-        clock: the time budget.
-        progress: show progress bars.
-        compiled: run the network through torch.compile in this mode, here and in whatever the detector is used for.
+        training: definition of the training.
+        recipe: recipe that builds and trains the detector.
+        data: data set to train on.
+        store: store of weights.
+        device: device to compute on.
+        clock: time budget.
+        progress: whether to show progress bars.
+        compiled: mode of torch.compile for the network, which stays compiled afterwards. None does not compile.
+
+    Returns:
+        The detector, not calibrated, and the record of its training.
 
     Raises:
-        OutOfTimeError: the budget is used up; the next call goes on where this one stopped.
+        OutOfTimeError: the budget is used up. The next call resumes the training.
     """
     torch.manual_seed(training.seed)
     detector = recipe.build(networks.build(training.model, data.image_shape)).to(device)
@@ -170,7 +175,7 @@ def train(
     state = detector.state_dict()
     if training.half:
         state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-        detector.load_state_dict(state)  # what is evaluated is what is kept
+        detector.load_state_dict(state)  # evaluate the rounded weights, which are the ones that are kept
     record = {
         "definition": asdict(training),
         "epochs": len(history),
@@ -184,12 +189,12 @@ def train(
 
 
 def networks_in(detector: nn.Module) -> list[networks.Features]:
-    """The networks that a detector runs; a guard's is a copy of the one it was built from."""
+    """The networks that a detector runs. A guard runs a copy of the network that it was built from."""
     return [module for module in detector.modules() if isinstance(module, networks.Features)]
 
 
 def make_schedule(training: Training, steps: int) -> Schedule:
-    """What a training's numbers and names mean, with so many steps an epoch."""
+    """Make the optimizer, scheduler and attack that a training names. `steps` is the number of steps in an epoch."""
 
     def make_optimizer(module: nn.Module) -> Optimizer:
         rate, decay = training.learning_rate, training.weight_decay

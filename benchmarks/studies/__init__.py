@@ -1,1 +1,1 @@
-"""Measurements beside the paper: peers, coverage, speed, pooling."""
+"""Measurements that are not in the paper: peers, coverage, speed and pooling."""

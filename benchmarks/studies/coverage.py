@@ -1,7 +1,7 @@
-"""Which backbones can be guarded: every model of timm and torchvision, one by one.
+"""Which models of timm and torchvision can be guarded.
 
 `python -m benchmarks.studies.coverage` builds each model on torch's meta device, so without weights or arithmetic, and
-checks that it becomes an encoder. The counts land in benchmarks/results/coverage.json.
+checks that it becomes an encoder. It writes the results to benchmarks/results/coverage.json.
 """
 
 import datetime
@@ -26,7 +26,7 @@ OUTPUT = Path(__file__).parents[1] / "results" / "coverage.json"
 LIBRARIES = ("timm", "torchvision")
 WIDTH = 20
 BATCH = 2
-SMALL = 30_000_000  # parameters that a CPU runs in seconds
+SMALL = 30_000_000  # largest number of parameters of a model that a CPU runs in seconds
 SAVE_EVERY = 50
 CHECKS = [
     "the number of classes is found, and a mean and a standard deviation for every channel",
@@ -34,14 +34,15 @@ CHECKS = [
     "its gradient in the images has their shape",
     f"in train mode too it returns a tensor of shape ({BATCH}, {WIDTH}), and nothing else",
 ]
-Outcomes = dict[str, dict[str, dict[str, str]]]  # library -> passed or failed -> name -> place or reason
-# Where to build a model and where to run it, cheapest first. Some constructors compute with tensors, which takes
-# real ones; and so does a forward pass that looks at values.
+# By library, by "passed" or "failed", and by the name of the model: the place or the reason.
+Outcomes = dict[str, dict[str, dict[str, str]]]
+# Devices to build a model on and to run it on, cheapest first. Some constructors and forward passes look at the values
+# of tensors, which the meta device does not have.
 PLACES = {"meta": ("meta", "meta"), "meta, built on the CPU": ("cpu", "meta"), "CPU": ("cpu", "cpu")}
 
 
 class CheckError(Exception):
-    """The encoder ran, and did not do what it should."""
+    """The encoder ran, but its output or its gradient is not as expected."""
 
 
 class Candidate(NamedTuple):
@@ -53,7 +54,7 @@ class Candidate(NamedTuple):
 
 
 def list_models(library: str) -> list[str]:
-    """Names of all classification models of timm or torchvision."""
+    """The names of all classification models of timm or torchvision."""
     if library == "timm":
         import timm
 
@@ -64,7 +65,7 @@ def list_models(library: str) -> list[str]:
 
 
 def build_candidate(library: str, name: str) -> Candidate:
-    """The model as its library builds it by default, without pretrained weights."""
+    """Build a model with the defaults of its library, without pretrained weights."""
     if library == "timm":
         import timm
 
@@ -72,27 +73,27 @@ def build_candidate(library: str, name: str) -> Candidate:
         return Candidate(model, tuple(model.pretrained_cfg["input_size"]), model.num_classes or None)
     import torchvision
 
-    # Both draw their initial weights from a slow truncated normal otherwise.
+    # By default, these two models draw their initial weights from a slow truncated normal distribution.
     options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
     model = torchvision.models.get_model(name, weights=None, **options)
-    # The smallest, since some weights were fine-tuned at a size that the default model does not take.
+    # The smallest size is taken, since some weights were fine-tuned at a size that the default model does not accept.
     size = min(weights.transforms().crop_size[0] for weights in torchvision.models.get_model_weights(name))
     return Candidate(model, (3, size, size), 1000)
 
 
 def expect(what: str, expected: object, got: object) -> None:
-    """Raise `CheckError` unless they are equal."""
+    """Raise `CheckError` unless the expected and the actual value of `what` are equal."""
     if expected != got:
         raise CheckError(f"{what}: expected {expected}, got {got}")
 
 
 def describe(output: object) -> str:
-    """Type and shape."""
+    """The type of an output, and its shape if it is a tensor."""
     return f"tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
 
 
 def check(candidate: Candidate) -> None:
-    """Raise `CheckError` unless the model becomes an encoder; errors of its own pass through."""
+    """Raise `CheckError` unless the model becomes an encoder. Errors that the model raises are passed on."""
     model, shape, num_classes = candidate
     expect("number of classes", num_classes, find_num_classes(model))
     expect("length of mean and std", [shape[0]] * 2, [len(values) for values in find_normalization(model)])
@@ -110,10 +111,10 @@ def find_place(make: Callable[[], Candidate]) -> tuple[str | None, str]:
     """Check a model in the first place that can run it.
 
     Args:
-        make: builds it on the default device.
+        make: function that builds the model on the default device.
 
     Returns:
-        The place and an empty reason; or None and what went wrong, place by place.
+        The place and an empty reason, or None and the reasons for each place.
     """
     reasons: list[str] = []
     for place, (home, arena) in PLACES.items():
@@ -136,7 +137,7 @@ def find_place(make: Callable[[], Candidate]) -> tuple[str | None, str]:
 
 
 def load_outcomes(path: Path | None, versions: dict[str, str]) -> Outcomes:
-    """The outcomes in the file; none of them if there is no file, or it is about other versions."""
+    """Read the outcomes in a file. There are none if the file is missing or is about other versions."""
     content: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
     libraries = content["libraries"] if content.get("versions") == versions else {}
     return {
@@ -146,7 +147,7 @@ def load_outcomes(path: Path | None, versions: dict[str, str]) -> Outcomes:
 
 
 def save_outcomes(path: Path, outcomes: Outcomes, names: dict[str, list[str]], versions: dict[str, str]) -> None:
-    """Write everything that is known so far."""
+    """Write all outcomes so far to a file."""
     libraries = {
         library: {
             "models": len(names[library]),

@@ -1,7 +1,7 @@
-"""Other libraries' attacks against our suite, on one guard: no peer may break an image that the suite did not.
+"""Attacks of other libraries and our suite on one guard. No peer should break an image that the suite did not.
 
-`python -m benchmarks.studies.peers` takes the guard that `make demo` leaves behind. What an attack finds is judged by
-`evaluate`. Results land image by image in benchmarks/results/peers.json; an interrupted run goes on from there.
+`python -m benchmarks.studies.peers` takes the guard that `make demo` trains. `evaluate` judges the attacked images.
+Results are written image by image to benchmarks/results/peers.json. An interrupted run resumes from there.
 """
 
 import hashlib
@@ -34,15 +34,16 @@ SUITE, PLAIN = "clusterguard WorstCaseSuite", "clusterguard PGD"
 
 
 class Peer(NamedTuple):
-    """Another library's attack with the settings of a determined user.
+    """An attack of another library with the settings of a determined user.
 
     Attributes:
         library: "torchattacks", "Foolbox" or "ART".
-        attack: the name of its class.
-        options: for the class.
-        aimed: has a targeted mode: then it sees the guard as a classifier that may refuse, and tries all nine wrong
-            classes; else it sees distances only, at the temperature where cross-entropy works best.
-        starts: begins at accepted images of other classes.
+        attack: name of its class.
+        options: arguments for the class.
+        aimed: whether the attack has a targeted mode. If so, it sees the guard as a classifier that may refuse, and
+            tries all nine wrong classes. Else it sees distances only, at the temperature where cross-entropy works
+            best.
+        starts: whether the attack begins at accepted images of other classes.
     """
 
     library: str
@@ -99,7 +100,7 @@ PEERS = {
 
 
 def build_peer(peer: Peer, norm: str, references: Towards) -> Attack:
-    """The peer as an ordinary attack."""
+    """Make an attack of clusterguard from a peer."""
     budget: dict[str, Any] = {"norm": norm, "eps": RADII[norm]}
     if peer.library == "Foolbox":
         attack = getattr(import_module("foolbox.attacks"), peer.attack)(**peer.options)
@@ -117,7 +118,7 @@ def build_peer(peer: Peer, norm: str, references: Towards) -> Attack:
 
 
 def build_all(norm: str, references: Towards) -> dict[str, Attack]:
-    """Our suite, our PGD and all peers of a norm, by name."""
+    """Make our suite, our PGD and all peers of a norm, by name."""
     eps = RADII[norm]
     step_size = get_norm(norm).step_size(eps, (1, 28, 28), share=0.1)
     attacks: dict[str, Attack] = {
@@ -131,7 +132,10 @@ def build_all(norm: str, references: Towards) -> dict[str, Attack]:
 
 
 def list_attacks(results: dict[str, dict[str, Any]]) -> str:
-    """What there is to say about one norm: rows of Markdown, strongest first, what the suite missed last."""
+    """The attacks of one norm as rows of Markdown, the strongest attack first.
+
+    A row has the success, the number of broken images that the suite missed, and the seconds.
+    """
     suite = set(results[SUITE]["broken"])
     lines = []
     for name, result in sorted(results.items(), key=lambda item: -len(item[1]["broken"])):
@@ -143,7 +147,10 @@ def list_attacks(results: dict[str, dict[str, Any]]) -> str:
 
 
 def summarise(norms: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """A row of Markdown a norm: our PGD, the strongest peer, our suite, and how many images only peers broke."""
+    """A row of Markdown for each norm.
+
+    It shows our PGD, the strongest peer, our suite, and the number of images that only peers broke.
+    """
     lines = []
     for norm, results in norms.items():
         peers = {name: result for name, result in results.items() if name not in (SUITE, PLAIN)}
@@ -191,7 +198,7 @@ def main(
             bar.set_postfix_str(name)
             started = time.perf_counter()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # peers' own
+                warnings.simplefilter("ignore")  # warnings of the peers
                 report = evaluate(
                     detector,
                     {name: attack},

@@ -1,4 +1,4 @@
-"""False-positive rates with ``scarce="pool"`` on made-up suspicion: `python -m benchmarks.studies.pooling`.
+"""False-positive rates with ``scarce="pool"`` on simulated suspicion: `python -m benchmarks.studies.pooling`.
 
 Nine classes have about 550 of 5,000 calibration examples each, the tenth has 45 with a far larger suspicion. New
 examples are drawn from the same mix, and the thresholds are fitted anew each time.
@@ -13,13 +13,13 @@ SHIFTS = torch.tensor([0.0] * 9 + [50.0])
 
 
 def draw_examples(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Suspicion and labels of so many examples, (count,) each."""
+    """Draw the suspicion and the labels of examples, (count,) each."""
     labels = torch.multinomial(SHARES, count, True, generator=generator)
     return torch.randn(count, generator=generator) + SHIFTS[labels], labels
 
 
 def main(*, rate: float = 0.01, repetitions: int = 300) -> None:
-    """Print the mean rate over all classes, of the rule and of a threshold that is shared with all classes."""
+    """Print the mean rate over all classes, with pooled thresholds and with a threshold shared with all classes."""
     generator = torch.Generator().manual_seed(0)
     rates: dict[str, list[Tensor]] = {"pool": [], "shared with all": []}
     for _ in range(repetitions):

@@ -1,1 +1,1 @@
-"""Speed, as ratios of two ways to do the same, measured side by side; a file a row."""
+"""Speed as the ratio of two ways to do the same, measured side by side. Each module makes some rows of the table."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.studies.speed`: time rows, and write the table of those that have been timed."""
+"""`python -m benchmarks.studies.speed`: time rows, measure memory, and write the tables of the results."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def run(
     names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(ROWS)}; else all.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
-    """Time rows on a device, side by side with what they are compared to.
+    """Time rows on a device, each side by side with its alternative.
 
     Example: python -m benchmarks.studies.speed run head --device cpu
     """
@@ -42,7 +42,7 @@ def memory(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu") ->
 
 @app.command()
 def table() -> None:
-    """Write the tables in docs/performance.md from what has been measured; what has not is shown as not run.
+    """Write the tables in docs/performance.md. Rows that have not been measured are shown as not run.
 
     Example: python -m benchmarks.studies.speed table
     """
@@ -50,7 +50,7 @@ def table() -> None:
 
 
 def lines() -> Iterator[str]:
-    """Of the tables, as Markdown."""
+    """The lines of the tables in Markdown."""
     yield from _ratios()
     yield ""
     yield from _memory()

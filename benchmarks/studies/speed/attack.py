@@ -1,4 +1,4 @@
-"""PGD against its limit, a bare loop of forward and input gradient, and against the same attack of the peers."""
+"""PGD against a bare loop of forward passes and input gradients, and against the same attack of the peers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,17 +17,17 @@ from benchmarks.detectors.recipe import add_classifier
 from benchmarks.studies.speed.measure import Check, Row
 
 EPS, STEP = 0.1, 0.02
-# network, image shape; batch and steps, on a CPU and on a GPU
+# By title: network, image shape, and the batch size and number of steps on a CPU and on a GPU.
 CASES = {
     "SmallCNN": ("small-cnn", (1, 28, 28), {"cpu": (32, 5), "cuda": (128, 40)}),
     "ResNet-18": ("resnet18", (3, 32, 32), {"cpu": (2, 2), "cuda": (128, 20)}),
 }
-# on a GPU CUDA graphs take the launches away, which is what small batches wait for
+# On a GPU, small batches wait for kernels to be launched. CUDA graphs avoid that.
 COMPILED = {"cpu": "default", "cuda": "reduce-overhead"}
 
 
 def bare(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
-    """The limit: nothing but forward and input gradient, on the same images again and again."""
+    """Compute input gradients of the same images again and again. No attack can be faster."""
     for _ in range(steps):
         leaf = images.detach().requires_grad_()
         loss = nn.functional.cross_entropy(model(leaf), labels, reduction="sum")
@@ -35,7 +35,7 @@ def bare(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
 
 
 def peers(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> dict[str, Callable[[], Any]]:
-    """The same deterministic attack as each peer runs it: no random start, the same step, the last iterate."""
+    """The same attack of each peer, by name: no random start, the same step size, the last iterate."""
     theirs = import_module("torchattacks").PGD(model, eps=EPS, alpha=STEP, steps=steps, random_start=False)
     foolbox = import_module("foolbox")
     attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=steps, random_start=False)
@@ -74,7 +74,7 @@ def rows(device: torch.device) -> list[Row]:
         try:
             check_gradients(compiled, compiled.forward, images)
             ways["compiled, "] = compiled, same_images
-        except ConfigurationError as error:  # nothing to be timed
+        except ConfigurationError as error:  # there is nothing to time then
             print(f"{title}: {error}")
         attack = PGD(eps=EPS, step_size=STEP, steps=steps, objective="cross_entropy", keep="last")
         theirs = peers(model, images, labels, steps)
@@ -88,25 +88,28 @@ def rows(device: torch.device) -> list[Row]:
             comparisons += [
                 Row(f"{setting} {peer}", ours, their, target=target, check=check)
                 for peer, their in theirs.items()
-                if way == "" or device.type == "cuda" or peer == "torchattacks"  # on a CPU the fastest says enough
+                if way == "" or device.type == "cuda" or peer == "torchattacks"  # on a CPU the fastest peer is enough
             ]
     return comparisons
 
 
 def run(attack: PGD, detector: Detector, images: Tensor, labels: Tensor, *, half: bool) -> Tensor:
-    """The attack; where asked with the network in bfloat16, as autocast does it."""
+    """Run the attack, with the network in bfloat16 by autocast if `half` is set."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
         return attack(detector, images, labels)
 
 
 @torch.no_grad()
 def same_harm(model: nn.Module, images: Tensor, labels: Tensor, ours: Tensor, theirs: Tensor) -> None:
-    """What rounds otherwise ends elsewhere; the loss, in float32, must have grown as much there, to a twentieth."""
+    """Check that our attack raises the float32 loss by at least 95 % of what theirs does.
+
+    The images themselves differ, as both attacks round differently.
+    """
     clean, mine, other = (nn.functional.cross_entropy(model(x), labels).item() for x in (images, ours, theirs))
     assert mine - clean > 0.95 * (other - clean), f"the loss went from {clean} to {mine} instead of {other}"
 
 
 def same_images(ours: Tensor, theirs: Tensor) -> None:
-    """Equal but for pixels at which a gradient is so close to 0 that rounding decides its sign."""
+    """Check that images are equal but for pixels where a gradient is so close to 0 that rounding decides its sign."""
     differ = ((ours - theirs).abs() > 1e-5).float().mean()
     assert differ < 1e-2, f"{differ:.2%} of pixels differ"

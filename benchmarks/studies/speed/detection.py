@@ -1,4 +1,4 @@
-"""What a guard costs beside its bare backbone: detection on ResNet-50 at 224, calibration beside plain inference."""
+"""The cost of a guard: detection against the bare backbone, and calibration against plain inference."""
 
 import warnings
 from functools import partial
@@ -15,19 +15,19 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @torch.no_grad()
 def infer(model: nn.Module, images: Tensor) -> Tensor:
-    """What one runs without a guard: normalise, forward, label."""
+    """Label images without a guard: normalise them, run the model, take the largest logit."""
     mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (MEAN, STD))
     labels: Tensor = model((images - mean) / std).argmax(dim=1)
     return labels
 
 
 def same_labels(ours: Detection, theirs: Tensor) -> None:
-    """Both look at the same images through networks of the same shape, untrained; only the number must fit."""
+    """Check that both give the same number of labels. The labels differ, since both networks are untrained."""
     assert ours.labels.shape == theirs.shape
 
 
 def calibrate(guard: ClusterGuard, loader: list[tuple[Tensor, Tensor]]) -> Any:
-    """Fit thresholds."""
+    """Calibrate a guard on a loader."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an untrained guard gives nearly all images one label
         return Calibrator(0.2, scarce="pool").fit(guard, loader)
@@ -35,7 +35,7 @@ def calibrate(guard: ClusterGuard, loader: list[tuple[Tensor, Tensor]]) -> Any:
 
 @torch.no_grad()
 def pass_over(guard: ClusterGuard, loader: list[tuple[Tensor, Tensor]]) -> Any:
-    """One plain inference pass."""
+    """Run one plain inference pass over a loader."""
     return torch.cat([guard(images).argmax(dim=1) for images, _ in loader])
 
 

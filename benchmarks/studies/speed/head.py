@@ -1,4 +1,4 @@
-"""The head against `torch.cdist` to all centres, at the sizes of ImageNet and of ImageNet-21k, m = K."""
+"""The head against `torch.cdist` to all centres, at the sizes of ImageNet and of ImageNet-21k, with m = K."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from benchmarks.studies.speed.measure import Row
 
 
 def rows(device: torch.device, sizes: tuple[tuple[int, int], ...] = ((1000, 64), (21_841, 8))) -> list[Row]:
-    """The comparisons on a device, at these numbers of classes and of images."""
+    """The comparisons on a device. `sizes` are pairs of a number of classes and a number of images."""
     comparisons = []
     for classes, batch in sizes:
         clusters = GaussianClusters(classes).to(device)

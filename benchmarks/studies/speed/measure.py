@@ -1,4 +1,4 @@
-"""Time two ways to do the same, side by side, so that a machine that drifts cannot favour one."""
+"""Time two ways to do the same side by side, so that a change in the speed of the machine favours neither."""
 
 import json
 import math
@@ -16,22 +16,23 @@ from benchmarks.running.store import RESULTS, provenance
 
 FOLDER = RESULTS / "speed"
 MINIMUM = 0.02  # seconds that a measurement lasts at least
-REPEATS = 21  # pairs
+REPEATS = 21  # pairs of measurements
 Work = Callable[[], Any]
 Check = Callable[[Any, Any], None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Two ways to do the same.
+    """Two ways to do the same, which are one row of the table.
 
     Attributes:
-        name: of the row.
-        ours: one of them.
-        theirs: the other.
-        target: their time over ours that we want to reach.
-        check: compares what the two return; None where they return nothing to compare.
-        gradients: how many a result took, where that says more than operators, and profiling takes longer than timing.
+        name: name of the row.
+        ours: our way.
+        theirs: other way.
+        target: ratio of their time to ours that we want to reach.
+        check: function that compares the results of the two. None if there is nothing to compare.
+        gradients: function that counts the gradients behind a result. None counts operators by profiling, which takes
+            longer.
     """
 
     name: str
@@ -48,13 +49,13 @@ Rows = Callable[[torch.device], list[Row]]
 
 @dataclass(frozen=True)
 class Ratio:
-    """How much less time we take.
+    """The ratio of their time to ours.
 
     Attributes:
-        median: of the paired ratios, their time over ours.
-        low: lower end of its interval of at least 95 %, by the sign test.
-        high: upper end.
-        pairs: how many.
+        median: median of the ratios of all pairs.
+        low: lower end of its interval, which has a level of at least 95 % by the sign test.
+        high: upper end of the interval.
+        pairs: number of pairs.
     """
 
     median: float
@@ -67,7 +68,7 @@ class Ratio:
 
 
 def compare(ours: Work, theirs: Work, *, repeats: int) -> Ratio:
-    """Alternate the two, in turning order, and compare each pair.
+    """Time the two in pairs whose order alternates, and compare each pair.
 
     Example:
         >>> slow = lambda: sum(range(200_000))
@@ -84,7 +85,7 @@ def compare(ours: Work, theirs: Work, *, repeats: int) -> Ratio:
 
 
 def interval(ratios: Sequence[float]) -> Ratio:
-    """Median with the order statistics between which it lies with a probability of at least 95 %.
+    """The median of ratios, and the order statistics that enclose it with a probability of at least 95 %.
 
     Example:
         >>> interval([3.0, 1.0, 2.0, 5.0, 4.0, 7.0, 6.0])
@@ -100,7 +101,10 @@ def interval(ratios: Sequence[float]) -> Ratio:
 
 
 def count(work: Work) -> dict[str, float]:
-    """What does not drift: torch operators, and a GPU's kernels, that one call launches; megabytes allocated in all."""
+    """Count the torch operators and GPU kernels that one call launches, and the megabytes that it allocates in all.
+
+    Unlike times, these figures do not depend on the speed of the machine.
+    """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities, profile_memory=True, acc_events=True) as profiled:
         work()
@@ -113,7 +117,7 @@ def count(work: Work) -> dict[str, float]:
 
 
 def measure(name: str, rows: Rows, device: torch.device) -> None:
-    """Check, time and count rows; print them and keep them in benchmarks/results/speed, a file a device."""
+    """Check, time and count rows. Print them, and write a file for the device to benchmarks/results/speed."""
     torch.set_num_threads(1)
     measured = {}
     for row in rows(device):
@@ -135,7 +139,7 @@ def measure(name: str, rows: Rows, device: torch.device) -> None:
 
 
 def _seconds(work: Work, calls: int) -> float:
-    """Between two events of the GPU's own clock, where there is one."""
+    """The seconds that some calls take. On a GPU they are measured between two of its events."""
     if not torch.cuda.is_available():
         started = time.perf_counter()
         for _ in range(calls):

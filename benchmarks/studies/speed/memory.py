@@ -1,4 +1,4 @@
-"""Peak memory by batch size, ResNet-50 at 224: attacks and evaluations hold no more images at a time than asked to."""
+"""Peak memory by batch size for ResNet-50 at 224. Attacks and evaluations should hold one batch at a time only."""
 
 import json
 import multiprocessing
@@ -17,20 +17,20 @@ IMAGES, BATCHES = 8, (1, 2, 4, 8)
 
 
 def detect_in_batches(guard: ClusterGuard, images: Tensor, batch: int) -> None:
-    """The backbone and the head, without gradients."""
+    """Detect images in batches, without gradients."""
     for part in images.split(batch):
         guard.detect(part)
 
 
 def attack_in_batches(guard: ClusterGuard, images: Tensor, batch: int) -> None:
-    """PGD, one step: further ones take no more."""
+    """Run one step of PGD in batches. More steps take no more memory."""
     PGD(eps=0.01, step_size=0.01, steps=1, batch_size=batch)(
         guard, images, guard.detect(images[:1]).labels.expand(IMAGES)
     )
 
 
 def evaluate_in_batches(guard: ClusterGuard, images: Tensor, batch: int) -> None:
-    """An evaluation in batches."""
+    """Evaluate a guard in batches."""
     labels = torch.cat([guard.detect(part).labels for part in images.split(batch)])
     loader = list(zip(images.split(batch), labels.split(batch), strict=True))
     evaluate(guard, PGD(eps=0.01, step_size=0.01, steps=1, batch_size=batch), loader, sanity_images=0)
@@ -44,7 +44,10 @@ WORKS: dict[str, Callable[[ClusterGuard, Tensor, int], None]] = {
 
 
 def peak(work: str, batch: int, device_type: str) -> float:
-    """Megabytes that the work takes at its peak, beyond what was there when it began; in a process of its own."""
+    """The peak memory of a work in megabytes, beyond the memory that was in use when it began.
+
+    It has to be called in a fresh process.
+    """
     import timm
 
     torch.set_num_threads(1)
@@ -53,28 +56,28 @@ def peak(work: str, batch: int, device_type: str) -> float:
     guard = ClusterGuard(timm.create_model("resnet50", num_classes=1000)).eval().to(device)
     guard.thresholds = torch.full((1000,), 1e6, device=device)
     images = torch.rand(IMAGES, 3, 224, 224, device=device)
-    guard.detect(images[:1, :, :32, :32])  # libraries load what they need
+    guard.detect(images[:1, :, :32, :32])  # libraries load what they need at the first call
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         WORKS[work](guard, images, batch)
         return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far, that of building the model
+    Path("/proc/self/clear_refs").write_text("5")  # Linux then forgets the peak of building the model
     before = _resident("VmRSS")
     WORKS[work](guard, images, batch)
     return round((_resident("VmHWM") - before) / 2**10, 1)
 
 
 def _resident(name: str) -> int:
-    """Kilobytes, from Linux."""
+    """A memory figure of this process in kilobytes, as Linux reports it."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1])
 
 
 def measure_memory(device: torch.device) -> None:
-    """Every work at every batch size; kept in benchmarks/results/speed, a file a device."""
+    """Measure every work at every batch size. Write one file for the device to benchmarks/results/speed."""
     peaks: dict[str, dict[str, float]] = {}
-    # Two at a time, each in a fresh process.
+    # Two run at a time, each in a fresh process.
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         asked = [(work, batch, device.type) for work in WORKS for batch in BATCHES]
         for (work, batch, _), megabytes in zip(asked, pool.starmap(peak, asked, chunksize=1), strict=True):

@@ -1,4 +1,4 @@
-"""Exact projection onto l1 ball ∩ box: against Foolbox's l1 step, which is not exact, and row by row in NumPy."""
+"""Our exact projection onto l1 ball ∩ box, against NumPy row by row and against Foolbox's, which is not exact."""
 
 from importlib import import_module
 
@@ -9,11 +9,11 @@ from clusterguard.attacks import get_norm
 from benchmarks.studies.speed.measure import Row
 
 BATCH, EPS = 1000, 12.0
-AT_ONCE = 250  # compiled: what lies between two passes stays in the cache
+AT_ONCE = 250  # images in a compiled call, so few that intermediate tensors stay in the cache
 
 
 def project_rows(images: np.ndarray, candidates: np.ndarray, eps: float) -> np.ndarray:
-    """Each row by bisection on the multiplier, in float64: what one writes without a batch."""
+    """Project each row by bisection on the multiplier, in float64, as one does without a batched projection."""
     projected = np.empty_like(images)
     for row, (image, candidate) in enumerate(zip(images, candidates, strict=True)):
         change, low, high = candidate - image, 0.0, np.abs(candidate - image).max()
@@ -54,7 +54,7 @@ def rows(device: torch.device) -> list[Row]:
         torch.testing.assert_close(mine.double().cpu(), other, rtol=0, atol=1e-4)
 
     def no_farther(mine: torch.Tensor, other: torch.Tensor) -> None:
-        # Foolbox projects onto the ball and clips then: inside both, but not the nearest point.
+        # Foolbox projects onto the ball and then clips. The result is inside both, but not the nearest point.
         distances = [(projected - candidates).flatten(1).norm(dim=1) for projected in (mine, other)]
         assert (distances[0] <= distances[1] * (1 + 1e-5)).all()
 

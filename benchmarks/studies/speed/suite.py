@@ -1,4 +1,4 @@
-"""The worst-case suite against the same stages run on every image to their end."""
+"""The worst-case suite, against all its stages on every image without early stopping."""
 
 from dataclasses import replace
 from functools import partial
@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 
 from benchmarks.studies.speed.measure import Row
 
-CASES = {0.1: 20, 0.3: 100}  # digits, at a third of the training attack's radius, and at all of it
+CASES = {0.1: 20, 0.3: 100}  # number of digits by radius; the radius of the training attack is 0.3
 
 
 def train_guard(device: torch.device) -> ClusterGuard:
-    """The demo's guard after five epochs: neither hopeless nor strong."""
+    """Train the guard of the demo for five epochs, so that attacks break some images but not all."""
     torch.manual_seed(0)
     train, calibration = load_digits("train"), load_digits("calibration")
     guard = ClusterGuard(digit_network(), num_classes=10, example=train[0][0][None]).to(device)
@@ -32,7 +32,7 @@ def train_guard(device: torch.device) -> ClusterGuard:
 
 
 def to_the_end(attack: Attack) -> Attack:
-    """The attack without early stopping, and so of whatever it wraps."""
+    """A copy of the attack, and of the attacks that it wraps, without early stopping."""
     changes: dict[str, Any] = {}
     if hasattr(attack, "attack"):
         changes["attack"] = to_the_end(attack.attack)
@@ -42,7 +42,7 @@ def to_the_end(attack: Attack) -> Attack:
 
 
 def run_all(guard: ClusterGuard, suite: WorstCaseSuite, images: Tensor, labels: Tensor) -> tuple[Metered, Tensor]:
-    """Every stage on every image: what it cost, and which images some stage broke."""
+    """Run every stage on every image. Return the metered guard and which images (B,) some stage broke."""
     metered = Metered(guard)
     broken = torch.zeros_like(labels, dtype=torch.bool)
     for attack in suite.stages(guard, Towards.accepted(guard, images, labels)).values():
@@ -54,14 +54,14 @@ def run_all(guard: ClusterGuard, suite: WorstCaseSuite, images: Tensor, labels: 
 
 
 def run_suite(guard: ClusterGuard, suite: WorstCaseSuite, images: Tensor, labels: Tensor) -> tuple[Metered, Tensor]:
-    """The suite: what it cost, and which images it broke."""
+    """Run the suite. Return the metered guard and which images (B,) the suite broke."""
     metered = Metered(guard)
     verdict = guard.detect(suite(metered, images, labels, generator=torch.Generator(images.device).manual_seed(0)))
     return metered, ~verdict.is_adversarial & (verdict.labels != labels)
 
 
 def check(ours: tuple[Metered, Tensor], theirs: tuple[Metered, Tensor]) -> None:
-    """Both break the same images, but for a few that randomness decides; and say what either cost."""
+    """Print the costs, and check that both break the same images but for a few that depend on randomness."""
     print("broken", int(ours[1].sum()), int(theirs[1].sum()), "of", len(ours[1]), ours[0].cost, theirs[0].cost)
     assert int((ours[1] != theirs[1]).sum()) <= len(ours[1]) // 20
 

@@ -1,4 +1,4 @@
-"""A step of the paper's training against the passes it cannot do without."""
+"""A step of the paper's training against the passes that such a step needs at least."""
 
 import torch
 from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard
@@ -12,7 +12,10 @@ CASES = {"SmallCNN": ("small-cnn", (1, 28, 28), {"cpu": 32}), "ResNet-18": ("res
 
 
 def bare(guard: ClusterGuard, images: Tensor, labels: Tensor) -> None:
-    """Input gradients of a batch, one a step, in eval mode; and one pass over twice the batch, with all gradients."""
+    """Run the passes of a training step: one input gradient for each attack step, then all gradients of two batches.
+
+    The input gradients are computed in eval mode.
+    """
     guard.eval()
     for _ in range(STEPS):
         leaf = images.detach().requires_grad_()
