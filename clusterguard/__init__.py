@@ -4,6 +4,7 @@ Shapes in all docstrings: B images in a batch, C channels, H × W pixels in [0, 
 representation; K classes. Rates are fractions, distances Euclidean, ε in pixel units of [0, 1].
 """
 
+import importlib
 from importlib.metadata import version
 
 from clusterguard import attacks, errors, samples
@@ -16,6 +17,15 @@ from clusterguard.evaluation import Evaluation, evaluate
 from clusterguard.training import AdversarialClusterTrainer, CertifiedTrainer, DetectorTrainer, TrainingOptions, recipes
 
 __version__ = version("clusterguard")
+
+
+def __getattr__(name: str) -> object:
+    """Say where a name is that the top level does not have, as it did in version 0.1."""
+    for package in ("attacks", "certification", "deployment", "detection", "detectors", "evaluation", "training"):
+        if name in importlib.import_module(f"clusterguard.{package}").__all__:
+            raise AttributeError(f"clusterguard has no {name}, but clusterguard.{package} has; import it from there")
+    raise AttributeError(f"module 'clusterguard' has no attribute {name!r}")
+
 
 __all__ = [
     "APGD",

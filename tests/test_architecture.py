@@ -173,3 +173,10 @@ def test_importing_clusterguard_imports_neither_timm_nor_torchvision():
 def test_torchvision_and_timm_import_before_and_after_clusterguard_on_any_torch(order):
     code = f"import {order}; import clusterguard_torchvision as c; c.declare_missing_operators()"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_a_name_that_has_moved_is_said_to_have():
+    with pytest.raises(AttributeError, match=r"no MIM, but clusterguard\.attacks has"):
+        clusterguard.MIM  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        clusterguard.nonsense  # noqa: B018

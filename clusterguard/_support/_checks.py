@@ -91,7 +91,10 @@ def check_images(images: Tensor) -> None:
         )
     if images.ndim != 4:
         shape = tuple(images.shape)
-        raise InputError(f"expected images of shape (B, C, H, W), got {shape}; add the batch axis with images[None]")
+        advice = (
+            "add the batch axis with images[None]" if images.ndim == 3 else "are images and labels in their places?"
+        )
+        raise InputError(f"expected images of shape (B, C, H, W), got {shape}; {advice}")
     if images.dtype not in _DTYPES["floating-point"] or images.layout != torch.strided or images.is_meta:
         raise InputError(
             f"expected dense floating-point images in [0, 1], got {images.dtype} ({images.layout}, {images.device}); "
@@ -101,10 +104,9 @@ def check_images(images: Tensor) -> None:
         raise InputError(f"expected images with at least one pixel, got shape {tuple(images.shape)}")
     if (~in_range(images) & images.isfinite()).any():
         low, high = images[images.isfinite()].aminmax()
-        raise InputError(
-            f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; "
-            "do not normalise them yourself, the detector does"
-        )
+        is_grey = low >= 0 and high > 2  # normalised images have values below 0
+        advice = "divide 8-bit images by 255" if is_grey else "do not normalise them yourself, the detector does"
+        raise InputError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; {advice}")
 
 
 def check_labels(labels: Tensor, images: Tensor, num_classes: int, *, name: str = "labels") -> None:
@@ -157,6 +159,8 @@ def check_linf_radius(eps: float | Tensor, shape: torch.Size | None = None) -> T
     Raises:
         InputError: the radius has another shape or is out of range.
     """
+    if isinstance(eps, bool) or not isinstance(eps, Real | Tensor):
+        raise InputError(f"expected a radius eps as a number, got {eps!r}")
     radii = torch.as_tensor(eps, dtype=torch.float64)
     if radii.shape not in (torch.Size([]), shape) or not bool(((radii >= 0) & (radii <= 1)).all()):
         several = "" if shape is None else f" or a tensor of shape {tuple(shape)}"

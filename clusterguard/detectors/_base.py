@@ -240,7 +240,7 @@ class Normalize(nn.Module):
         if channels not in (1, images.shape[1]):
             raise InputError(
                 f"expected images with {channels} channels, got {images.shape[1]}; "
-                "if the backbone takes these images, pass mean and std for their channels"
+                "make the backbone for that many, as timm's in_chans= does, or repeat the channel of grey images"
             )
         images = images.to(torch.promote_types(images.dtype, self.mean.dtype))  # half the bits would move the verdict
         return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)

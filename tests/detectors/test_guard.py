@@ -51,6 +51,8 @@ def test_representations_that_are_not_finite_are_refused(small_guard):
         (torch.rand(1, 8, 8), r"shape \(B, C, H, W\)"),
         (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "divide 8-bit images by 255"),
         (torch.full((1, 1, 8, 8), 1.01), "do not normalise them yourself"),
+        (torch.full((1, 1, 8, 8), 200.0), "divide 8-bit images by 255"),
+        (torch.zeros(3), "are images and labels in order"),
         (torch.full((1, 1, 8, 8), -0.01), r"expected images in \[0, 1\]"),
     ],
 )
