@@ -84,7 +84,8 @@ def judge_attacked(
         The evaluation at the first rate, and the verdicts by variant. A verdict holds the area, and for each rate the
         counts and the eligible and broken images as hexadecimal bits.
     """
-    attacks = {name: StoredImages(images=kept, norm=norm, eps=eps) for name, kept in attacked.items()}
+    # The variant of an attack that has only one is named "", which `evaluate` takes for no name.
+    attacks = {f"variant {name}": StoredImages(images=kept, norm=norm, eps=eps) for name, kept in attacked.items()}
     first: Evaluation | None = None
     verdicts: dict[str, Any] = {name: {"rates": {}} for name in attacked}
     for rate, at_rate in thresholds.items():
@@ -96,11 +97,11 @@ def judge_attacked(
             sanity_images=0,
         )
         eligible = is_eligible(Verdicts(report.clean, report.labels))
-        for result in report.results:
+        for variant, result in zip(attacked, report.results, strict=True):
             area = result.expected_roc_auc
             if first is None:
-                verdicts[result.name]["eroc"] = area if math.isfinite(area) else None
-            verdicts[result.name]["rates"][f"{rate:g}"] = {
+                verdicts[variant]["eroc"] = area if math.isfinite(area) else None
+            verdicts[variant]["rates"][f"{rate:g}"] = {
                 "success": [result.success.count, result.success.total],
                 "false_positives": [report.false_positives.count, report.false_positives.total],
                 "invalid": result.invalid,

@@ -55,7 +55,7 @@ def describe_layers(module: nn.Module) -> dict[str, Any] | None:
     Example:
         >>> describe_layers(nn.Flatten())
         {'layer': 'Flatten', 'options': {'start_dim': 1, 'end_dim': -1}}
-        >>> describe_layers(nn.Transformer(8, 2)) is None
+        >>> describe_layers(nn.Bilinear(1, 1, 1)) is None
         True
     """
     name = type(module).__name__

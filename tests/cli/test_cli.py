@@ -217,7 +217,7 @@ def test_an_exported_program_says_what_the_guard_says(guard, photos, tmp_path):
 
 def test_errors_are_one_line_and_say_what_to_do(guard, photos, tmp_path):
     train = ("train", "--output", tmp_path / "new")
-    fails("checkpoint.pt is of an earlier training; go on with --resume", "train", "--output", guard)
+    fails("checkpoint.pt belongs to an earlier training; go on with --resume", "train", "--output", guard)
     fails("expected the options .* attack .*eps=0.05", "train", "--data", photos, "--output", guard, "--resume")
     fails("'digits' or a folder of images, got 'nowhere'", *train, "--data", "nowhere")
     fails("expected one subfolder of images per class", *train, "--data", tmp_path)

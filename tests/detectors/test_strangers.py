@@ -78,7 +78,7 @@ def test_room_is_left_for_the_old_classifier_and_no_more(from_timm, monkeypatch)
 )
 def test_no_number_takes_memory_and_no_word_names_a_function(option, value, saved):
     put_option(saved, **{option: value})
-    assert_refused(saved, f"does not fit backbone=Sequential.*{option if option != 'dtype' else value}", network())
+    assert_refused(saved, f"does not fit backbone=OwnNetwork.*{option if option != 'dtype' else value}", network())
 
 
 @pytest.mark.parametrize("name", ["thresholds", "normalize.mean"])
