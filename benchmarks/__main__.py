@@ -179,7 +179,7 @@ def _folder(out: Path | None, profile: Profile) -> Path:
 def _cells(names: Iterable[str], profile: Profile, only: str) -> list[Cell]:
     """The matching cells, each once. Cells of the same training follow each other."""
     about = {name: load_experiment(name).dataset for name in list_experiments()}
-    groups = {dataset: [name for name in about if about[name] == dataset] for dataset in ("mnist", "cifar10")}
+    groups = {dataset: [name for name in about if about[name] == dataset] for dataset in {*about.values()}}
     groups["all"] = [*about]
     names = [name for given in names for name in groups.get(given, [given])]
     cells = {cell.key: cell for name in names for cell in load_experiment(name, profile).cells}

@@ -43,10 +43,16 @@ FLOORS = {
 FLOORS |= {"": {*FLOORS} - {"_support"}}  # the top level hands on what users need most
 FLOORS |= {"cli": {*FLOORS}}
 PACKAGES = [name for name in FLOORS if (PACKAGE / name / "__init__.py").is_file()]
+BENCHMARK_FLOORS = ["data", "detectors", "experiments", "running", "reporting", "studies"]  # from the ground up
 FILES = sorted(PACKAGE.rglob("*.py"))
-EVERY = sorted(
-    path for part in ("clusterguard", "benchmarks", "tests", "examples", "docs") for path in (ROOT / part).rglob("*.py")
-)
+EVERY = [
+    *(
+        path
+        for part in ("clusterguard", "benchmarks", "tests", "examples", "docs")
+        for path in (ROOT / part).rglob("*.py")
+    ),
+    ROOT / "clusterguard_torchvision.py",
+]
 BENCHMARKS = [path for path in EVERY if path.is_relative_to(ROOT / "benchmarks")]
 
 
@@ -95,12 +101,25 @@ def test_rooms_import_only_what_stands_below_them(path):
     here = room(path)
     for other, inner, name in inner_imports(path):
         if other == here != "":
-            assert not inner or inner.startswith("_"), f"{inner}: modules begin with an underscore"
+            assert f"{inner}{name}".startswith("_"), f"{inner or name}: a package does not import its own face"
         elif here == "" and other == "":
             assert name in PACKAGES or name in FLOORS
         else:
             assert other in FLOORS[here], other
             assert not inner, f"{other}.{inner}.{name} is private"
+
+
+def test_what_declares_torchvision_operators_stands_below_everything():
+    assert not inner_imports(ROOT / "clusterguard_torchvision.py")
+
+
+@pytest.mark.parametrize("path", [path for path in BENCHMARKS if path.parent.name != "benchmarks"], ids=name_of)
+def test_packages_of_the_benchmarks_import_only_what_stands_below_them(path):
+    here = BENCHMARK_FLOORS.index(path.relative_to(ROOT / "benchmarks").parts[0])
+    for module, name in imports(path):
+        if module.split(".")[0] == "benchmarks":
+            other = [*module.split(".")[1:], name][0]
+            assert BENCHMARK_FLOORS.index(other) <= here, other
 
 
 @pytest.mark.parametrize("path", [*FILES, *BENCHMARKS], ids=name_of)

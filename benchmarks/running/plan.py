@@ -15,13 +15,13 @@ import torch
 from clusterguard._support import write_atomically
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.data.datasets import SIZES
 from benchmarks.detectors import RECIPES, networks
 from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.kinds import KINDS
 from benchmarks.running.store import RESULTS, device_name
 
 FILE = RESULTS / "throughput.json"
-SIZES = {"digits": (6000, (1, 28, 28)), "mnist": (55_000, (1, 28, 28)), "cifar10": (45_000, (3, 32, 32))}
 # Assumptions for a device that has not been measured yet: FLOP/s that small convolutional networks sustain in float32,
 # and kernels that eager PyTorch launches in a second.
 ASSUMED = {"h200": (15e12, 100_000.0), "cpu": (20e9, 50_000.0)}

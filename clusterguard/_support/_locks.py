@@ -23,13 +23,13 @@ _held: set[IO[bytes]] = set()
 
 @contextmanager
 def only_writer(path: str | Path | None, accelerator: "Accelerator | None" = None) -> Iterator[None]:
-    """Be the only one that writes a file while the block runs.
+    """Hold an exclusive lock on a file during the block.
 
     The operating system holds the lock of ``<path>.lock`` for this block, and takes it back when the process dies. On a
     file system that knows no locks, nobody is kept out.
 
     Args:
-        path: of the file; its folder is created. None locks nothing.
+        path: path of the file; its folder is created. None locks nothing.
         accelerator: whose processes write it together: the main one takes the lock, and all are told if it cannot.
 
     Raises:

@@ -30,13 +30,13 @@ class Progress:
 
 
 def save_progress(path: str | Path, kind: str, state: Mapping[str, Any]) -> None:
-    """Write how far long work has come, whole or not at all; no code is pickled.
+    """Write the progress of an interrupted task to a file, atomically; no code is pickled.
 
     What was at the path stays beside it, as ``.previous``.
 
     Args:
-        path: of the file; its folder is created.
-        kind: what the state is of, such as "training"; a file of one kind is not read as another.
+        path: path of the file; its folder is created.
+        kind: kind of task, such as "training"; a file of one kind is not read as another.
         state: tensors, numbers, strings, None, and lists and dicts of them.
 
     Raises:
@@ -73,16 +73,16 @@ def save_progress(path: str | Path, kind: str, state: Mapping[str, Any]) -> None
 
 
 def read_progress(path: str | Path, kind: str, *, hint: str, device: torch.device | str = "cpu") -> Progress | None:
-    """What `save_progress` wrote last or, if that file is damaged, before.
+    """Read the newest intact progress file.
 
     Args:
-        path: of the file.
-        kind: that it must have.
-        hint: what to do about a file that cannot be used, for the error.
-        device: where its tensors go.
+        path: path of the file.
+        kind: kind of task that the file must be of.
+        hint: advice for the error about a file that cannot be used.
+        device: device for its tensors.
 
     Returns:
-        None if there is no such file.
+        The progress, or None if there is no such file.
 
     Raises:
         PersistenceError: there are files, but none is whole, of this kind and of a version that is known.

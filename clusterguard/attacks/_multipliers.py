@@ -127,8 +127,8 @@ def _search(measure: Callable[[Tensor], Tensor], wanted: Tensor, over: _End, und
     """
     tolerance = 2 * torch.finfo(wanted.dtype).eps * wanted
 
-    def look(looks: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
-        over, under, excess, lack, was_over, _ = found
+    def look(looks: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        over, under, excess, lack, was_over, _ = state
         level = over.lerp(under, _share(excess, lack))
         gap = measure(level) - wanted
         is_over, is_done = gap > 0, ~(gap.abs() > tolerance)  # NaN counts as done
@@ -138,19 +138,19 @@ def _search(measure: Callable[[Tensor], Tensor], wanted: Tensor, over: _End, und
         is_settled = is_done | (torch.nextafter(over, under) == under)
         return looks + 1, over, under, excess, lack, is_over, is_settled
 
-    def goes_on(looks: Tensor, *found: Tensor) -> Tensor:
-        return (looks < _MOST_LOOKS) & ~found[-1].all()
+    def goes_on(looks: Tensor, *state: Tensor) -> Tensor:
+        return (looks < _MOST_LOOKS) & ~state[-1].all()
 
     excess, lack = (over.size - wanted).clamp_min(0), (wanted - under.size).clamp_min(0)
     nowhere = torch.zeros_like(wanted, dtype=torch.bool)
-    found: tuple[Tensor, ...]
-    found = torch.zeros((), dtype=torch.int64), over.level, under.level, excess, lack, nowhere, nowhere.clone()
+    state: tuple[Tensor, ...]
+    state = torch.zeros((), dtype=torch.int64), over.level, under.level, excess, lack, nowhere, nowhere.clone()
     if torch.compiler.is_compiling():  # keeps the loop in the graph; two looks a round, as the check costs much
-        found = while_loop(goes_on, lambda *found: look(*look(*found)), found)
+        state = while_loop(goes_on, lambda *state: look(*look(*state)), state)
     else:
-        while goes_on(*found):
-            found = look(*found)
-    return found[1], found[2]
+        while goes_on(*state):
+            state = look(*state)
+    return state[1], state[2]
 
 
 def _sort_l2(reach: Tensor, distance: Tensor, radius: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Norm(ABC):
     Whatever attacks do differently from norm to norm, they ask the norm.
 
     Attributes:
-        name: by which attacks name it.
+        name: name that attacks use.
         dual: name of the norm in which a gradient says how fast a function can rise.
         grain: smallest difference between two radii; 0 where radii are continuous.
         is_sparse: whether good perturbations change few coordinates, each as far as it may go.
@@ -60,7 +60,7 @@ class Norm(ABC):
         Args:
             eps: radius.
             shape: (C, H, W) of the images.
-            share: of the radius; sparse norms take the longest step instead.
+            share: fraction of the radius; sparse norms take the longest step instead.
         """
         return self.longest_step(eps, shape) if self.is_sparse else share * eps
 

@@ -144,7 +144,7 @@ class SuiteState:
 def _is_state(state: dict[str, Any]) -> bool:
     """Whether an archive has the types and shapes that `SuiteState.save` writes, no NaN margins and finite pixels."""
     clean, best, margins, generator = (state[name] for name in ("clean_margins", "best", "margins", "generator"))
-    if not all(isinstance(own, Tensor) and own.is_floating_point() for own in (clean, best, margins)):
+    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in (clean, best, margins)):
         return False
     if clean.ndim != 1 or margins.shape != clean.shape or best.ndim != 4 or len(best) != len(clean):
         return False

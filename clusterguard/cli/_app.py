@@ -6,6 +6,7 @@ Exit codes: 0 for success, 1 for an error that says what to do, 2 for wrong usag
 import math
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,8 +40,18 @@ from clusterguard.errors import ConfigurationError, NotCalibratedError
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"clusterguard {version('clusterguard')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Put a guard in front of an image classifier: it detects adversarial examples."""
 
 

@@ -315,11 +315,12 @@ def _describe(folder: Path, config: dict[str, Any], thresholds: Tensor) -> tuple
     backbone, measured = config["backbone"], config.get("evaluation")
     names = config["guard"].get("class_names") or recorded_images(config["training"]).get("classes")
     names = names or range(len(thresholds))
+    missing = f"none, so every image is refused; run: clusterguard calibrate {folder}"
     lines = [
         f"guard       {folder}, format {config['format_version']}",
         f"backbone    {backbone['source']}:{backbone.get('name', backbone.get('type'))}",
         f"classes     {len(thresholds)}: {', '.join(map(str, names[:20]))}{', …' if len(names) > 20 else ''}",
-        f"thresholds  {describe_thresholds(calibrated, fitted)}",
+        f"thresholds  {describe_thresholds(calibrated, fitted) if calibrated else missing}",
     ]
     if calibrated:
         counts = fitted.counts if fitted else ("unknown",) * len(thresholds)

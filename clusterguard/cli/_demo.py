@@ -57,6 +57,14 @@ def evaluation_attack(eps: float) -> PGD:
     return PGD(norm="linf", eps=eps, step_size=eps / 10, steps=40)
 
 
+def _trainer(guard: ClusterGuard, attack: PGD, epochs: int) -> AdversarialClusterTrainer:
+    optimizer = torch.optim.Adam(guard.parameters(), lr=2e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    return AdversarialClusterTrainer(
+        guard, attack, optimizer=optimizer, scheduler=scheduler, warmup_epochs=2, refresh_batches=6
+    )
+
+
 def run_demo(
     output: Path,
     *,
@@ -99,12 +107,9 @@ def run_demo(
     torch.manual_seed(seed)
     guard = ClusterGuard(digit_network(), num_classes=10, example=test[0][0][None]).to(device)
     attack = PGD(norm="linf", eps=0.3, step_size=0.06, steps=10, keep="last")
-    optimizer = torch.optim.Adam(guard.parameters(), lr=2e-3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    trainer = AdversarialClusterTrainer(
-        guard, attack, optimizer=optimizer, scheduler=scheduler, warmup_epochs=2, refresh_batches=6
+    history = _trainer(guard, attack, epochs).fit(
+        train_loader, calibration_loader, epochs=epochs, calibrate=False, progress=progress
     )
-    history = trainer.fit(train_loader, calibration_loader, epochs=epochs, calibrate=False, progress=progress)
 
     detectors: dict[str, DetectorModule] = {"undefended": undefended, "guarded": guard}
     evaluations, worst = {}, {}

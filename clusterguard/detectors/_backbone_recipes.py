@@ -145,13 +145,13 @@ def _may_be_set(name: str, value: object) -> bool:
     plain = name in _SETTINGS.split() and _is_plain(value)
     values = _flat(value) if plain else []
     largest = _LARGEST_SIDE if name.endswith("_size") else _LARGEST
-    return plain and len(values) <= _LONGEST and all(_is_small(own, largest) for own in values)
+    return plain and len(values) <= _LONGEST and all(_is_small(item, largest) for item in values)
 
 
 def _flat(value: object) -> list[Any]:
     if not isinstance(value, list | tuple):
         return [value]
-    return [own for part in value for own in (_flat(part) or [None])]
+    return [leaf for part in value for leaf in (_flat(part) or [None])]
 
 
 def _is_small(value: str | float | None, largest: int) -> bool:
@@ -190,7 +190,7 @@ def _structure(module: nn.Module) -> dict[str, object]:
     """All that decides what a module computes, but for the values of its tensors."""
     return {
         **{name: (type(part), _attributes(part)) for name, part in module.named_modules()},
-        **{name: own.shape for name, own in [*module.named_parameters(), *module.named_buffers()]},
+        **{name: tensor.shape for name, tensor in [*module.named_parameters(), *module.named_buffers()]},
     }
 
 

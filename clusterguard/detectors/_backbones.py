@@ -13,7 +13,7 @@ from itertools import dropwhile
 from typing import Any, TypeAlias
 
 import torch
-from clusterguard._support import copy_backbone, refuse_unusable, shorten
+from clusterguard._support import check_numbers, copy_backbone, refuse_unusable, shorten
 from clusterguard.detectors._wrappers import Normalization, unwrap
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
 from einops.layers.torch import Reduce
@@ -65,11 +65,8 @@ def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, conseque
         num_classes: number K of classes; None takes the number that the backbone has.
         consequence: part of the warning that says what happens if the two numbers differ.
 
-    Returns:
-        The number K of classes.
-
     Raises:
-        ConfigurationError: num_classes is None, and the backbone does not tell it either.
+        ConfigurationError: num_classes is no whole number, or it is None and the backbone does not tell it either.
         UnsupportedBackboneError: the backbone is not a module.
 
     Warns:
@@ -85,16 +82,19 @@ def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, conseque
             "inside it"
         )
     built_in = find_num_classes(backbone)
-    if num_classes is None and built_in is None:
+    if num_classes is None:
+        if built_in is not None:
+            return built_in
         model = next((part for part in _models_inside(backbone) if find_num_classes(part)), None)
         where = "" if model is None else f", or the {type(model).__name__} inside it as the backbone"
         raise ConfigurationError(f"this backbone does not tell its number of classes; pass num_classes{where}")
-    if num_classes is not None and built_in is not None and num_classes != built_in:
+    check_numbers(whole=True, num_classes=num_classes)
+    if built_in not in (None, num_classes):
         warnings.warn(
             f"expected num_classes={built_in}, as the backbone's own classifier has, got {num_classes}; {consequence}",
             stacklevel=3,
         )
-    return built_in if num_classes is None else num_classes  # type: ignore[return-value]  # one of them is given
+    return num_classes
 
 
 def find_normalization(backbone: nn.Module) -> Normalization:

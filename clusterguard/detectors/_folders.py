@@ -36,7 +36,7 @@ Guard = TypeVar("Guard", bound=DetectorModule)
 _SPARE_ROOM = 2**28
 _PACKAGES = ("clusterguard", "torch", "timm", "torchvision", "safetensors")
 _FLOATS = {
-    str(own).removeprefix("torch."): own for own in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 
 
@@ -187,7 +187,7 @@ def _check_recipe(
     # The backbone also has its old classifier and what can be computed, which the file does not.
     room = _SPARE_ROOM + 4 * sum(blank.nbytes for blank in blanks.values())
     for module in (backbone, guard):
-        size = sum(own.nbytes for own in [*module.parameters(), *module.buffers()])
+        size = sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
         if size > room:
             raise ConfigurationError(f"expected a network of at most {room} bytes, as its weights have, got {size}")
 

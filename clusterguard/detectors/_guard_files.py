@@ -125,11 +125,11 @@ class WeightsFile:
 
 
 def read_guard(folder: Path, use: Callable[[dict[str, Any], WeightsFile], T]) -> T:
-    """What a function makes of a saved guard: of its config, and of the weights that belong to it.
+    """Call a function with the config and the weights of a saved guard, and return its result.
 
     Args:
-        folder: of the guard. It may be saved anew at any moment; if that is why `use` fails, it is called again.
-        use: is handed the config and the weights.
+        folder: folder of the guard. If the guard is saved again meanwhile and `use` fails for that, it is called again.
+        use: function of the config and the weights.
 
     Raises:
         PersistenceError: a file is missing, damaged, foreign or too new; or of `use`.
@@ -176,7 +176,9 @@ def read_json(text: bytes) -> Any:
     value = json.loads(text)
     level, depth = [value], 0
     while level:
-        level = [part for own in level for part in (own.values() if isinstance(own, dict) else own)]
+        level = [
+            part for container in level for part in (container.values() if isinstance(container, dict) else container)
+        ]
         level = [part for part in level if isinstance(part, dict | list)]
         depth += 1
         if depth > _DEEPEST_JSON:

@@ -179,7 +179,7 @@ def describe_image_shape(shape: list[int] | tuple[int, ...] | str | None) -> str
 def describe_thresholds(calibrated: bool, calibration: Calibration | None) -> str:
     """One or two sentences on what is known about a guard's thresholds."""
     if not calibrated:
-        return "None: fit them with `Calibrator` before use; until then everything is refused."
+        return "None: fit them with `Calibrator` before use; until then no image is accepted."
     if calibration is None:
         return "Set without a `Calibrator`: nothing is known of their false-positive rate."
     correct = sum(calibration.counts)

@@ -76,8 +76,8 @@ def evaluate(
     Raises:
         NotCalibratedError: the detector has no thresholds.
         InputError: images or labels have a wrong shape, dtype or range, or the loader is empty.
-        ConfigurationError: there are no attacks, an attack has a name that is empty or not UTF-8, or a radius that
-            covers all images, or `sanity_images` is negative.
+        ConfigurationError: there are no attacks, one of them is no attack, has a name that is empty or not UTF-8, or a
+            radius that covers all images, or `sanity_images` is negative.
 
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".
@@ -149,7 +149,9 @@ def _by_name(attacks: Attack | Mapping[str, Attack]) -> dict[str, Attack]:
     named = dict(attacks) if isinstance(attacks, Mapping) else {type(attacks).__name__: attacks}
     if not named:
         raise ConfigurationError("expected at least one attack, got none")
-    for name in named:
+    for name, attack in named.items():
+        if not callable(attack):
+            raise ConfigurationError(f"expected an attack, or a dict of attacks by name, got {attack!r:.200}")
         if not isinstance(name, str) or not name.strip() or not is_unicode(name):
             raise ConfigurationError(
                 f"expected a name for each attack, of characters that UTF-8 can write, got {name!r}; rename it"

@@ -93,6 +93,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
             raise ConfigurationError(f"expected loss ClusterLoss(...), got {loss!r}")
         if not isinstance(relabel, Relabel):
             raise ConfigurationError(f"expected relabel Separate(), Graded() or Original(), got {relabel!r}")
+        _check_order(guard, attack)
         relabel.check(attack)
         check_numbers(ramp_epochs=ramp_epochs)
         check_numbers(
@@ -190,3 +191,9 @@ class AdversarialClusterTrainer(DetectorTrainer):
         except TooFewCalibrationExamplesError:
             return  # early in training too few images are classified correctly, so the old thresholds stay
         self.thresholds = self.thresholds.new_tensor(fitted.thresholds)
+
+
+def _check_order(guard: object, attack: object) -> None:
+    if not isinstance(guard, ClusterGuard) or not callable(attack):
+        given = f"{type(guard).__name__} and {type(attack).__name__}"
+        raise ConfigurationError(f"expected a ClusterGuard and an attack, in this order, got {given}")

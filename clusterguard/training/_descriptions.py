@@ -63,11 +63,11 @@ def _lines(name: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def _parts(value: Any) -> list[tuple[str, Any]] | None:
-    """What a value is made of, by name; None of what is one thing."""
+    """The named parts of a value; None if it has none."""
     if isinstance(value, type):
         return None
     if is_dataclass(value):
-        return [(own.name, getattr(value, own.name, None)) for own in fields(value) if own.repr]
+        return [(part.name, getattr(value, part.name, None)) for part in fields(value) if part.repr]
     if isinstance(value, partial):
         return [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
     if isinstance(value, Mapping):
@@ -116,21 +116,23 @@ def describe_steps(optimizer: Optimizer, scheduler: Any) -> dict[str, str]:
         | {name: value for name, value in group.items() if name not in {*_HOW, "initial_lr"}}
         for group in optimizer.param_groups
     ]
-    named = {"optimizer": groups[0]} if len(groups) == 1 else {f"optimizer.{i}": own for i, own in enumerate(groups)}
+    named = (
+        {"optimizer": groups[0]} if len(groups) == 1 else {f"optimizer.{i}": group for i, group in enumerate(groups)}
+    )
     kinds = {"optimizer": type(optimizer), "scheduler": None if scheduler is None else type(scheduler)}
     return describe(kinds) | describe(named)
 
 
 def describe_options(options: TrainingOptions, precision: str) -> dict[str, str]:
-    """Those of the options that change weights.
+    """The options that change weights.
 
     Args:
-        options: of a training.
-        precision: of its accelerator.
+        options: options of the training.
+        precision: mixed precision of the accelerator.
     """
     names = ("clip_norm", "average_decay", "weight_perturbation", "schedule_every")
-    own = {name: getattr(options, name) for name in names}
-    return describe({"options": own | {"accumulate": options.batches_per_step, "mixed precision": precision}})
+    chosen = {name: getattr(options, name) for name in names}
+    return describe({"options": chosen | {"accumulate": options.batches_per_step, "mixed precision": precision}})
 
 
 def describe_data(name: str, loader: Loader) -> dict[str, str]:
@@ -162,8 +164,8 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [f"{key} was {before[key]}, is {text}" for key, text in now.items() if before.get(key, text) != text]
 
 
-def listed(found: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Differences on one line, each once, the first ten of them."""
-    some = list(dict.fromkeys(found))
+    some = list(dict.fromkeys(names))
     more = [f"{len(some) - _NAMED_AT_MOST} more"] if len(some) > _NAMED_AT_MOST else []
     return "; ".join(some[:_NAMED_AT_MOST] + more)

@@ -181,7 +181,7 @@ class Replay:
             self._warn_of_others()
 
     def look_back(self) -> None:
-        """Draw the first batch of the last pass once more, unless a pass is going on, whose first has been compared.
+        """Check that the first batch of the last pass can be drawn again. Does nothing during a pass.
 
         Warns:
             UserWarning: it is another one than then.

@@ -483,9 +483,9 @@ class DetectorTrainer(ABC):
 
     def _describe(self, run: Run) -> dict[str, str]:
         """What a run that goes on from this one's checkpoint must have in common with it."""
-        own = {"trainer": type(self), **self.defining_options(), "calibrator": self.calibrator}
+        described = {"trainer": type(self), **self.defining_options(), "calibrator": self.calibrator}
         options = describe_options(self.options, self.engine.accelerator.mixed_precision)
-        return describe(own) | self._steps_at_first | options | run.describe()
+        return describe(described) | self._steps_at_first | options | run.describe()
 
 
 def _frozen_batch_norms(detector: nn.Module) -> frozenset[str]:

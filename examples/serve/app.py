@@ -125,10 +125,10 @@ class Metrics:
 
     def count(self, judged: Judged, report: cg.deployment.MonitorReport) -> None:
         """Take up the verdicts of a request."""
-        found, ratios = judged
-        refused = int(found.is_adversarial.sum())
+        detection, ratios = judged
+        refused = int(detection.is_adversarial.sum())
         self.images.labels("refused").inc(refused)
-        self.images.labels("accepted").inc(len(found.labels) - refused)
+        self.images.labels("accepted").inc(len(detection.labels) - refused)
         for ratio in ratios[ratios.isfinite()].tolist():
             self.distances.observe(ratio)
         self.show(report)
@@ -227,9 +227,11 @@ def create_app(graph: str | None = None, state: str | None = None) -> FastAPI:
         if kind not in BODY["content"]:
             raise HTTPException(415, f"expected {' or '.join(BODY['content'])}, got {kind[:100]!a}")
         judged = await judge(kind, content_type, await request.body())
-        metrics.count(judged, monitor.update(judged.found))
+        metrics.count(judged, monitor.update(judged.detection))
         verdicts = []
-        for label, is_refused in zip(judged.found.labels.tolist(), judged.found.is_adversarial.tolist(), strict=True):
+        for label, is_refused in zip(
+            judged.detection.labels.tolist(), judged.detection.is_adversarial.tolist(), strict=True
+        ):
             shown = None if is_refused else label
             name = None if shown is None or names is None else names[shown]
             verdicts.append({"is_adversarial": is_refused, "label": shown, "class_name": name})

@@ -31,7 +31,7 @@ Shape = tuple[int, int, int]
 class Judged(NamedTuple):
     """Verdicts on the images of a request, and their distances over the thresholds of their labels, each (B,)."""
 
-    found: cg.Detection
+    detection: cg.Detection
     ratios: Tensor
 
 
@@ -93,11 +93,11 @@ class Judge:
     def _judge(self, images: tuple[Tensor, ...], futures: tuple["asyncio.Future[Judged]", ...]) -> None:
         answers: list[Any] = []
         try:  # unchecked, for what is read has the right shape and range
-            found = self.detector.detect(torch.cat(images), check=False)
-            ratios = found.distances / self.detector.thresholds[found.labels]
-            sizes = [len(own) for own in images]
-            for *verdicts, own in zip(*(part.split(sizes) for part in (*found, ratios)), strict=True):
-                answers.append(Judged(cg.Detection(*verdicts), own))
+            detection = self.detector.detect(torch.cat(images), check=False)
+            ratios = detection.distances / self.detector.thresholds[detection.labels]
+            sizes = [len(batch) for batch in images]
+            for *verdicts, shares in zip(*(part.split(sizes) for part in (*detection, ratios)), strict=True):
+                answers.append(Judged(cg.Detection(*verdicts), shares))
         except Exception as error:
             answers = [error] * len(futures)
         self._loop.call_soon_threadsafe(tell, futures, answers)
@@ -156,11 +156,13 @@ def find_files(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
         raise HTTPException(400, "expected a multipart form, got one that cannot be read") from error
     if not ends:
         raise HTTPException(400, "expected a multipart form, got one that is cut off or has no parts")
-    described = [(parse_options_header(own.get(b"content-disposition"))[1], own, bytes(data)) for own, data in parts]
-    found = [(options, own, data) for options, own, data in described if options.get(b"name") == b"images"]
-    if not found or not all(b"filename" in options for options, _, _ in found):
+    described = [
+        (parse_options_header(headers.get(b"content-disposition"))[1], headers, bytes(data)) for headers, data in parts
+    ]
+    files = [(options, headers, data) for options, headers, data in described if options.get(b"name") == b"images"]
+    if not files or not all(b"filename" in options for options, _, _ in files):
         raise HTTPException(422, "expected one or several files under the name images, and only files")
-    files = [(media_type(own.get(b"content-type", b"").decode("latin-1")), data) for _, own, data in found]
+    files = [(media_type(headers.get(b"content-type", b"").decode("latin-1")), data) for _, headers, data in files]
     for kind, _ in files:
         if kind not in DECODERS:
             raise HTTPException(415, f"expected {' or '.join(DECODERS)}, got {kind[:100]!a}")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clusterguard
 import pytest
 import torch
 from clusterguard import ClusterGuard, load_onnx
@@ -52,6 +53,10 @@ def test_help_shows_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"Example: clusterguard {command} " in result.stdout
+
+
+def test_the_version_is_shown():
+    assert run("--version").stdout == f"clusterguard {clusterguard.__version__}\n"
 
 
 def test_the_manual_names_options_that_exist():
@@ -148,7 +153,7 @@ def test_inspect_says_that_a_guard_is_not_calibrated_and_export_and_evaluate_ref
     detector.save_pretrained(guard)
     result = run("inspect", guard)
     assert result.exit_code == 0
-    assert "everything is refused" in result.stdout
+    assert f"none, so every image is refused; run: clusterguard calibrate {guard}" in result.stdout
     told = json.loads(run("inspect", guard, "--json").stdout)
     assert (told["is_calibrated"], told["thresholds"]) == (False, [None] * 3)
     fails("run: clusterguard calibrate", "evaluate", guard, "--data", photos)

@@ -52,7 +52,7 @@ def test_representations_that_are_not_finite_are_refused(small_guard):
         (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "divide 8-bit images by 255"),
         (torch.full((1, 1, 8, 8), 1.01), "do not normalise them yourself"),
         (torch.full((1, 1, 8, 8), 200.0), "divide 8-bit images by 255"),
-        (torch.zeros(3), "are images and labels in order"),
+        (torch.zeros(3), "are images and labels in their places"),
         (torch.full((1, 1, 8, 8), -0.01), r"expected images in \[0, 1\]"),
     ],
 )
@@ -116,6 +116,12 @@ def test_normalisation_for_other_channels_is_refused():
 def test_normalisation_that_cannot_work_is_refused(mean, std):
     with pytest.raises(ConfigurationError, match="mean and std"):
         ClusterGuard(nn.Flatten(), 2, mean=mean, std=std, example=torch.rand(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("number", ["10", 10.0, True])
+def test_a_number_of_classes_that_is_no_whole_number_is_refused(number):
+    with pytest.raises(ConfigurationError, match="expected a whole number as num_classes"):
+        ClusterGuard(nn.Flatten(), num_classes=number)
 
 
 def test_a_backbone_that_does_not_tell_its_classes_needs_num_classes():

@@ -29,7 +29,7 @@ def test_a_card_states_what_is_known_and_no_figure_else(tmp_path):
     assert card.data.license is None
     assert section(card.text, "Measured").strip() == "Not measured: no evaluation was handed in."
     assert section(card.text, "Training").strip() == "Not recorded."
-    assert "until then everything is refused" in section(card.text, "Thresholds")
+    assert "until then no image is accepted" in section(card.text, "Thresholds")
     assert not any(
         character.isdigit() for title in ("Thresholds", "Measured") for character in section(card.text, title)
     )

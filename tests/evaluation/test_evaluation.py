@@ -126,6 +126,8 @@ def test_everything_is_checked_before_the_first_attack(small_guard, loader):
         evaluate(small_guard, attack, [])
     with pytest.raises(ConfigurationError, match="at least one attack"):
         evaluate(small_guard, {}, loader)
+    with pytest.raises(ConfigurationError, match="a dict of attacks by name, got \\["):
+        evaluate(small_guard, [attack], loader)
     small_guard.reset_calibration()
     with pytest.raises(NotCalibratedError):
         evaluate(small_guard, attack, loader)

@@ -219,3 +219,8 @@ def test_options_are_checked_at_once(options):
 def test_losses_and_relabelling_check_themselves(make, message):
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+def test_a_guard_and_an_attack_in_the_wrong_order_are_named():
+    with pytest.raises(ConfigurationError, match="expected a ClusterGuard and an attack, in this order, got PGD and C"):
+        AdversarialClusterTrainer(ATTACK, new_guard())
