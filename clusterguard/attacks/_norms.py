@@ -6,6 +6,7 @@ or float64), and do not wait for the device. They are not meant to be differenti
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import ClassVar, final
 
@@ -75,6 +76,21 @@ class Norm(ABC):
         Args:
             shape: (C, H, W) of the image.
         """
+
+    def pixels_inside(self, eps: float, shape: Sequence[int]) -> int:
+        """The largest number of pixels that may change in any way, in all channels, without leaving the ball.
+
+        Args:
+            eps: radius.
+            shape: (C, H, W) of the images.
+
+        Example:
+            >>> get_norm("l2").pixels_inside(2.0, (3, 32, 32)), get_norm("linf").pixels_inside(0.3, (3, 32, 32))
+            (1, 0)
+        """
+        channels, height, width = shape
+        counts = range(1, height * width + 1)
+        return bisect_right(counts, eps, key=lambda count: self.largest((channels, 1, count)))
 
     @abstractmethod
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:

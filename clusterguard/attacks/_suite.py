@@ -24,7 +24,7 @@ from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._pgd import MIM, PGD
 from clusterguard.attacks._precision import Precision, check_precision, choose_precision
-from clusterguard.attacks._random_search import Square, random_search
+from clusterguard.attacks._random_search import SparseRS, Square, random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._starts import Start, Towards
 from clusterguard.attacks._wrapping import MultiTarget, Transfer
@@ -200,7 +200,7 @@ class WorstCaseSuite(BuiltInAttack):
     fast minimum norm aimed at every wrong class, and for l2 Carlini & Wagner follow. (4) Attacks that escape from the
     adversarial plateau repel first, match representations, use orthogonal gradients, or transfer from a surrogate.
     (5) The attacks without gradients are Square, or Sparse-RS for l0, and with the thorough budget Boundary for linf
-    and l2.
+    and l2. Balls of l2 and l1 also contain every change of a few pixels, so Sparse-RS with as many pixels runs second.
 
     Args:
         norm: norm of the ball, "linf", "l2", "l1" or "l0".
@@ -258,8 +258,11 @@ class WorstCaseSuite(BuiltInAttack):
         def apgd(start: str | Start, objective: str = "margin") -> APGD:
             return APGD(start=start, objective=objective, steps=effort.steps, **searched)
 
+        pixels = 0 if norm.grain else norm.pixels_inside(self.eps, references.images.shape[1:])
+        within: dict[str, Any] = {"eps": pixels, "queries": effort.queries, "batch_size": self.batch_size}
         stages: dict[str, Attack] = {
             "APGD": apgd("image"),
+            **({"Sparse-RS, few pixels": SparseRS(**within)} if pixels else {}),
             "APGD towards accepted images": apgd(references),
             **{f"APGD random {index + 1}": apgd("random") for index in range(effort.restarts)},
             "APGD output-diversified": apgd("output_diversified"),

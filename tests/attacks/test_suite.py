@@ -2,11 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clusterguard import PGD, WorstCaseSuite, decide, evaluate
+from clusterguard import PGD, Evidence, WorstCaseSuite, decide, evaluate
 from clusterguard.attacks import Cost, Metered, Towards, get_norm
 from clusterguard.detection import Verdicts, is_broken
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError, PersistenceError
+from torch import nn
 
 EPS = {"linf": 0.05, "l2": 0.25, "l1": 1.2, "l0": 3}
 
@@ -35,6 +36,25 @@ def test_no_single_attack_beats_the_suite(small_guard, cases, norm):
     for name, attack in suite.stages(small_guard, references).items():
         single = attack(small_guard, images, labels, generator=torch.Generator().manual_seed(0))
         assert not (broken(small_guard, single, labels) & ~found).any(), name
+
+
+class OnePixel(nn.Module):
+    """Accepts a wrong label if the first pixel is white. Gradients are 0 everywhere."""
+
+    thresholds = torch.tensor([1.0, 1.0])
+
+    def evidence(self, images):
+        away = 2.0 * (images[:, 0, 0, 0] < 0.99).float() + 0 * images.sum(dim=(1, 2, 3))
+        return Evidence(torch.stack([away - 1, torch.zeros_like(away)], dim=1), torch.stack([away, away], dim=1))
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_pixels_that_a_ball_contains_are_searched(norm):
+    images, labels = torch.zeros(3, 1, 4, 4), torch.zeros(3, dtype=torch.int64)
+    detector = OnePixel()
+    result = WorstCaseSuite(norm, eps=1.0, budget="quick").run(detector, images, labels)
+    assert broken(detector, result.images, labels).all()
+    assert result.stages[-1].name == "Sparse-RS, few pixels"
 
 
 def test_stages_work_on_survivors_and_count_what_they_broke_and_cost(small_guard, cases, light_suites):

@@ -156,16 +156,16 @@ def test_the_readme_says_what_the_results_say():
     def success(experiment, attack):
         cells = load_experiment(experiment, "cpu").cells
         cell = next(
-            own for own in cells if (own.attack, own.seed) == (attack, 0) and own.detector in ("ours", "certified")
+            cell for cell in cells if (cell.attack, cell.seed) == (attack, 0) and cell.detector in ("ours", "certified")
         )
-        (found,) = Store(RESULTS).read_cell(cell.key)["results"].values()
-        return found["rates"]["0.01"]["success"]
+        (result,) = Store(RESULTS).read_cell(cell.key)["results"].values()
+        return result["rates"]["0.01"]["success"]
 
     text = " ".join((ROOT / "README.md").read_text().split())
     broken, total = success("strict-mnist", "suite linf 0.3")
-    assert f"of {total} digits our worst-case suite breaks {broken / total:.2f} at its quick budget" in text
+    assert f"our worst-case suite breaks {100 * broken / total:.0f} % of {total} digits at its quick budget" in text
     broken, total = success("certified-mnist", "certificate linf 0.3")
-    assert f"to lose at most {broken / total:.3f} of {total:,} there" in text
+    assert f"to lose at most {100 * broken / total:.1f} % of {total:,} digits at this radius" in text
 
 
 def test_the_demos_reference_values_are_those_of_the_results():
