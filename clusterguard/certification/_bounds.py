@@ -76,7 +76,7 @@ def _bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
         size = torch.maximum(lower.abs(), upper.abs())
         error = box.error / guard.normalize.std.to(lower) + box.arithmetic.gamma(3) * size + box.arithmetic.smallest
     try:
-        with final_refusals():
+        with final_refusals(), _forgetting(guard.encoder):
             representations = guard.encoder(Interval(lower, upper, error=error, arithmetic=box.arithmetic))
     except ClusterGuardError:
         raise
@@ -97,6 +97,19 @@ def _bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
             "treat inputs that are not tensors differently?"
         )
     return representations
+
+
+@contextmanager
+def _forgetting(network: nn.Module) -> Iterator[None]:
+    """Undo what a network stores as attributes meanwhile, such as its last activations, which are intervals here."""
+    before = [(store, dict(store)) for part in network.modules() for store in (vars(part), part._buffers)]
+    try:
+        yield
+    finally:
+        for store, kept in before:
+            for name in [name for name in store if name not in kept]:
+                del store[name]
+            store.update({name: value for name, value in kept.items() if store.get(name) is not value})
 
 
 def _bound_distances(clusters: GaussianClusters, box: Interval, labels: Tensor) -> Bounds:
