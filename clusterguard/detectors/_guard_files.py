@@ -257,7 +257,9 @@ def _open(file: Path) -> BinaryIO:
         if stat.S_ISREG(file.stat().st_mode):  # of what a link leads to: caches of downloads are made of links
             return file.open("rb")
     except FileNotFoundError as error:
-        raise PersistenceError(f"expected {file.name} in {file.parent}, found none; {_AGAIN}") from error
+        inside = sorted(file.parent.glob(f"*/{CONFIG}"))
+        advice = f"is {inside[0].parent} meant?" if inside else _AGAIN
+        raise PersistenceError(f"expected {file.name} in {file.parent}, found none; {advice}") from error
     except OSError as error:
         raise PersistenceError(f"{file} is damaged or cannot be read ({in_one_line(error)}); {_AGAIN}") from error
     raise PersistenceError(f"expected an ordinary file, got a folder, a pipe or a device in {file}; {_AGAIN}")

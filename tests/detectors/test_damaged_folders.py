@@ -95,3 +95,9 @@ def test_a_recipe_names_a_model_of_the_library_and_nothing_else(name, tmp_path):
     edit_config(tmp_path, backbone={"source": "timm", "name": name, "arguments": {}})
     with pytest.raises(PersistenceError, match=r"does not fit what config\.json describes"):
         ClusterGuard.from_pretrained(tmp_path)
+
+
+def test_the_folder_around_a_guard_names_the_guard(small_guard, tmp_path):
+    small_guard.save_pretrained(tmp_path / "night")
+    with pytest.raises(PersistenceError, match=r"found none; is .*night meant\?"):
+        ClusterGuard.from_pretrained(tmp_path)
