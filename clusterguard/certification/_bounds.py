@@ -13,10 +13,13 @@ from clusterguard._support import (
 from clusterguard.certification._intervals import Interval, final_refusals
 from clusterguard.detection import Arithmetic, full_precision
 from clusterguard.detectors import ClusterGuard, GaussianClusters, Normalize
-from clusterguard.errors import ClusterGuardError, ConfigurationError
+from clusterguard.errors import ClusterGuardError, ConfigurationError, in_one_line
 from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+
+# Torch before 2.8 has no class for errors of a GPU.
+_OF_THE_DEVICE = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
 class Bounds(NamedTuple):
@@ -81,9 +84,9 @@ def _bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
     except ClusterGuardError:
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError):
+        if isinstance(error, _OF_THE_DEVICE):
             raise  # an error of memory or of the device says nothing about the network
-        raise ConfigurationError(f"no bounds are known for this network: {error}") from error
+        raise ConfigurationError(f"no bounds are known for this network: {in_one_line(error)}") from error
     shape = (len(box.lower), guard.head.representation_dim)
     if (
         not isinstance(representations, Interval)

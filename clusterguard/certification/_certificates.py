@@ -64,6 +64,8 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
     """
     _check(guard, images, labels)
     radii = check_linf_radius(eps, images.shape[:1]).to(images.device)
+    if not len(images):
+        return Certificate(labels.bool(), labels.bool())
     with as_in_service(guard):
         proofs = bound_in_service(guard, images, labels, radii)
         is_proved = proofs.certificate.is_secure | proofs.certificate.is_kept
@@ -104,13 +106,16 @@ def certified_radius(
         )
     _check(guard, images, labels)
     radii = images.new_full((len(images),), largest, dtype=torch.float64)
+    if not len(images):
+        return radii
     proved, open_end, tried = torch.zeros_like(radii), radii, radii
     with as_in_service(guard):
         for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(precision)))):
             secure = bound_in_service(guard, images, labels, tried).certificate.is_secure
             proved, open_end = torch.where(secure, tried, proved), torch.where(secure, open_end, tried)
             tried = (proved + open_end) / 2
-        try_out(guard, images, labels, proved, proved > 0)
+        proofs = bound_in_service(guard, images, labels, proved)
+        try_out(guard, images, labels, proved, proved > 0, proofs)
     return proved
 
 

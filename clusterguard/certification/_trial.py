@@ -56,7 +56,7 @@ def try_out(
     chosen = _choose(is_proved)
     if not len(chosen):
         return
-    if proofs is not None:
+    if proofs is not None and is_proved.any():  # a split of nothing is one empty batch, which not every network takes
         for rows in is_proved.nonzero().squeeze(1).split(_AT_ONCE):
             ends = _ends(images[rows].double(), radii.expand(len(images))[rows]).to(arithmetic_of(guard).dtype)
             _check_outputs(guard, _take(proofs, rows), labels[rows], *_run(guard, ends))

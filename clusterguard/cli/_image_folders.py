@@ -23,7 +23,9 @@ _NAMES: dict[Part, str] = {
     "calibration": "calibration calib cal validation valid val dev",
     "test": "test testing eval evaluation",
 }
-PARTS: dict[str, Part] = {name: part for part, names in _NAMES.items() for name in names.split()}
+PARTS: dict[str, Part] = {
+    name + ending: part for part, names in _NAMES.items() for name in names.split() for ending in ("", "_set", "-set")
+}
 _SUFFIXES = ".jpg .jpeg .jpe .jif .jfif .pjp .pjpeg .mpo .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm"
 SUFFIXES = {*_SUFFIXES.split(), *([".avif"] if "AVIF" in FORMATS else [])}
 _SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}

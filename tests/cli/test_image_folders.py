@@ -50,6 +50,7 @@ def look(root):
         ("training", "validation", "testing"),
         ("TRAINING", "valid", "eval"),
         ("train", "dev", "Evaluation"),
+        ("training_set", "validation-set", "Test_Set"),
     ],
 )
 def test_parts_have_their_usual_names_in_any_case(tmp_path, names):

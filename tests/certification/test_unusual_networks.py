@@ -1,0 +1,106 @@
+"""Certificates of networks that remember, reshape, compile or branch, and of no image at all."""
+
+import copy
+
+import pytest
+import torch
+from clusterguard import ClusterGuard, certified_success_rate, certify
+from clusterguard.certification import Interval, certified_radius
+from clusterguard.errors import ConfigurationError
+from torch import nn
+
+LABELS = torch.tensor([0, 1, 0])
+
+
+def images(count=3):
+    return torch.rand(count, 1, 2, 2)
+
+
+def around(body, threshold=5.0):
+    guard = ClusterGuard(body, 2, example=images()).eval()
+    guard.thresholds = torch.full((2,), threshold)
+    return guard
+
+
+class Remembering(nn.Module):
+    """Keeps its last activations, and scales by a statistic of the first batch that it saw."""
+
+    def __init__(self, is_scaled):
+        super().__init__()
+        self.linear, self.scale, self.is_scaled = nn.Linear(4, 4), None, is_scaled
+        self.register_buffer("last", None)
+
+    def forward(self, values):
+        values = self.last = self.activations = self.linear(values.flatten(1))
+        if not self.is_scaled:
+            return values
+        if self.scale is None:
+            self.scale = values.abs().amax()
+        return values / self.scale
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_certifying_leaves_nothing_behind_in_a_network_that_remembers(is_scaled):
+    guard, batch = around(Remembering(is_scaled)), images()
+    for part in guard.modules():
+        if isinstance(part, Remembering):
+            part.scale = None  # as before the first batch
+    try:
+        certify(guard, batch, LABELS, eps=0.01)
+    except ConfigurationError:
+        assert is_scaled
+    kept = [value for part in guard.modules() for value in (*vars(part).values(), *part._buffers.values())]
+    assert not any(isinstance(value, Interval) for value in kept)
+    assert copy.deepcopy(guard).detect(batch).labels.tolist() == guard.detect(batch).labels.tolist()
+
+
+class Viewed(nn.Module):
+    """Flattens as most networks do, which fails on a batch of no image."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, values):
+        return self.linear(values.view(values.size(0), -1))
+
+
+def test_where_nothing_is_proved_and_where_there_is_nothing_to_prove():
+    guard, batch = around(Viewed(), threshold=100.0), images()
+    wrong = 1 - guard.detect(batch).labels
+    nothing = certify(guard, batch, wrong, eps=1.0)
+    assert not (nothing.is_secure | nothing.is_kept).any()
+    assert certified_success_rate(guard, [(batch, 1 - wrong)], eps=1.0).total == 3
+    assert certify(guard, images(0), LABELS[:0], eps=0.1).is_secure.tolist() == []
+    assert certified_radius(guard, images(0), LABELS[:0]).tolist() == []
+
+
+class Compiled(nn.Module):
+    """A function that a compiler takes whole or not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.activation = torch.compile(lambda values: torch.relu(values) * 1.5, backend="eager", fullgraph=True)
+
+    def forward(self, values):
+        return self.activation(values.flatten(1))
+
+
+def test_an_error_of_a_compiler_is_one_of_ours():
+    with pytest.raises(ConfigurationError, match="no bounds are known for this network"):
+        certify(around(Compiled()), images(), LABELS, eps=0.1)
+
+
+def test_a_branch_on_the_type_is_found_on_every_image_whose_radius_is_proved():
+    class Rare(nn.Module):
+        def forward(self, values):
+            values = values.flatten(1)
+            if isinstance(values, Interval):
+                return values
+            return values + 100.0 * (values[:, :1] == 0.125).to(values.dtype)
+
+    many = torch.rand(40, 1, 2, 2)
+    many[17, 0, 0, 0] = 0.125
+    guard = around(Rare(), threshold=0.5)
+    with pytest.raises(ConfigurationError):
+        certified_radius(guard, many, torch.zeros(40, dtype=torch.int64))
