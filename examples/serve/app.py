@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 import unicodedata
 from collections.abc import AsyncIterator
@@ -21,10 +22,12 @@ import torch
 from anyio import move_on_after
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from judging import MAX_IMAGES, Judge, Judged, media_type
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+sys.path.insert(0, str(Path(__file__).parent))  # a server may load this file from any folder
+from judging import MAX_IMAGES, Judge, Judged, media_type
 
 MAX_BYTES = 4 * 2**20  # of a request
 BODY_SECONDS = 10.0  # in which a request's body must have come

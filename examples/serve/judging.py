@@ -5,7 +5,8 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,11 +51,11 @@ class Judge:
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     async def __aenter__(self) -> "Judge":
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._start()
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -64,13 +65,18 @@ class Judge:
             raise HTTPException(503, f"expected at most {MAX_WAITING} requests at a time", {"Retry-After": "1"})
         shape = self.detector.image_shape
         read = partial(read_json, body) if kind == "application/json" else partial(read_form, content_type, body)
-        future: asyncio.Future[Judged] = self._loop.create_future()
+        future: asyncio.Future[Judged] = asyncio.get_running_loop().create_future()
+        self._start()
         self.waiting += 1
         try:
             self._jobs.put((partial(read, shape), future))
             return await future
         finally:
             self.waiting -= 1
+
+    def _start(self) -> None:
+        if self._thread.ident is None:  # a client for tests may leave out the application's start
+            self._thread.start()
 
     def _work(self) -> None:
         for job in iter(self._jobs.get, None):
@@ -81,7 +87,7 @@ class Judge:
                     batch.append((read(), future))
                     images += len(batch[-1][0])
                 except Exception as error:  # goes to the one who asked
-                    self._loop.call_soon_threadsafe(tell, [future], [error])
+                    answer(future, error)
                 if images >= MAX_IMAGES or time.monotonic() > end or self._jobs.empty():
                     break
                 job = self._jobs.get()
@@ -100,14 +106,19 @@ class Judge:
                 answers.append(Judged(cg.Detection(*verdicts), shares))
         except Exception as error:
             answers = [error] * len(futures)
-        self._loop.call_soon_threadsafe(tell, futures, answers)
+        for future, result in zip(futures, answers, strict=True):
+            answer(future, result)
 
 
-def tell(futures: Sequence["asyncio.Future[Judged]"], answers: Sequence[Any]) -> None:
-    """Answer those who ask, on their event loop, but for requests that were given up."""
-    for future, answer in zip(futures, answers, strict=True):
+def answer(future: "asyncio.Future[Judged]", result: Any) -> None:
+    """Answer a request on its event loop, unless it was given up."""
+
+    def tell() -> None:
         if not future.done():
-            (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
+            (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
+
+    with suppress(RuntimeError):  # the loop is closed, and nobody waits
+        future.get_loop().call_soon_threadsafe(tell)
 
 
 def read_form(content_type: str, body: bytes, shape: Shape) -> Tensor:
