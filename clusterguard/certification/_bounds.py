@@ -18,8 +18,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-# Torch before 2.8 has no class for errors of a GPU.
-_OF_THE_DEVICE = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+# Errors of memory or of the device, which say nothing about a network. Older torch has no AcceleratorError.
+DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
 class Bounds(NamedTuple):
@@ -84,8 +84,8 @@ def _bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
     except ClusterGuardError:
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, _OF_THE_DEVICE):
-            raise  # an error of memory or of the device says nothing about the network
+        if isinstance(error, DEVICE_ERRORS):
+            raise
         raise ConfigurationError(f"no bounds are known for this network: {in_one_line(error)}") from error
     shape = (len(box.lower), guard.head.representation_dim)
     if (

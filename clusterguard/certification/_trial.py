@@ -4,6 +4,7 @@ import itertools
 
 import torch
 from clusterguard.certification._bounds import (
+    DEVICE_ERRORS,
     Bounds,
     Proofs,
     arithmetic_of,
@@ -144,9 +145,9 @@ def _attack(guard: ClusterGuard, points: Tensor, labels: Tensor, radii: Tensor, 
                     others = squared.scatter(1, label_column, torch.inf)
                     goal = others.amin(dim=1) - distances if is_of_lead else distances
                     slope = torch.autograd.grad(goal.sum(), start)[0].double().nan_to_num()
-                except Exception as error:  # a network without gradients may raise anything
-                    if isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError):
-                        raise  # an error of memory or of the device says nothing about the network
+                except DEVICE_ERRORS:
+                    raise
+                except Exception:  # a network without gradients may raise anything
                     return corners
             point = (points[:, 0] - sign * reach * slope.sign()).clamp(0, 1)
             corners = torch.cat([corners, point[:, None]], dim=1)
