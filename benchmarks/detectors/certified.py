@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from clusterguard import CertifiedTrainer, ClusterGuard, DetectorModule, DetectorTrainer, TrainingOptions
+from clusterguard import CertifiedTrainer, ClusterGuard, DetectorModule, DetectorTrainer
 from clusterguard.training import initialise
 from torch import nn
 
@@ -46,7 +46,7 @@ def make_certified(
             bound_weight=bound_weight,
             center_weight=center_weight,
             temperature=temperature,
-            options=TrainingOptions(schedule_every=schedule.schedule_every),
+            options=schedule.options,
         )
 
     return replace(

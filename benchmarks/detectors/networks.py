@@ -26,14 +26,12 @@ class Features(nn.Module):
 
     Attributes:
         num_features: number D of features.
-        mixed_precision: whether to compute the body in bfloat16.
     """
 
     def __init__(self, body: nn.Module, image_shape: Shape) -> None:
         super().__init__()
         self.body = body
         self.image_shape = image_shape
-        self.mixed_precision = False  # training may switch it on, but evaluation is in float32
         self._call: Call = call
         with torch.no_grad():
             was_training = body.training
@@ -42,13 +40,8 @@ class Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, num_features) of images (B, C, H, W) in [0, 1]."""
-        features: Tensor
-        if not self.mixed_precision:
-            features = self._call(self.body, images)
-            return features
-        with torch.autocast(images.device.type, torch.bfloat16):
-            features = self._call(self.body, images)
-        return features.float()
+        features: Tensor = self._call(self.body, images)
+        return features
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Run the body through `torch.compile`, as `ClusterGuard.compile` does."""

@@ -13,7 +13,6 @@ from clusterguard import (
     ClusterGuard,
     DetectorModule,
     DetectorTrainer,
-    TrainingOptions,
 )
 from clusterguard.attacks import Attack, MixedAttack, MultiTarget
 from clusterguard.training import ClusterLoss, Graded, Opposite, Origin, Original, Outside, Relabel, Separate, Target
@@ -121,11 +120,11 @@ def make_ours(
             relabel=_relabel(relabel, grading_power),
             ramp_epochs=ramp_epochs,
             refresh_every=refresh_every,
-            options=TrainingOptions(
+            options=replace(
+                schedule.options,
                 clip_norm=clip_norm,
                 average_decay=average_decay,
                 weight_perturbation=weight_perturbation,
-                schedule_every=schedule.schedule_every,
             ),
         )
 

@@ -1,9 +1,9 @@
 """Recipes say how a detector of the comparison is built, trained and attacked. Each detector has one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, Protocol, TypeAlias, cast, final
+from typing import Protocol, TypeAlias, cast, final
 
 from clusterguard import PGD, DetectorModule, DetectorTrainer, TrainingOptions
 from clusterguard.attacks import Objective, ramp
@@ -23,14 +23,14 @@ class Schedule:
         attack: training attack with its budget. A recipe may change its objective and its start.
         optimizer: function that makes the optimizer for the parameters of a detector.
         scheduler: function that makes the scheduler for an optimizer. None keeps the learning rate.
-        schedule_every: unit after which the scheduler steps.
+        options: options of the training steps. A recipe may change some.
         warmup_epochs: number of epochs at the beginning without the attack.
     """
 
     attack: PGD
     optimizer: Callable[[nn.Module], Optimizer]
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
-    schedule_every: Literal["epoch", "step"] = "epoch"
+    options: TrainingOptions = field(default_factory=TrainingOptions)
     warmup_epochs: int = 0
 
 
@@ -62,8 +62,7 @@ class LossTrainer(DetectorTrainer):
     def __init__(self, detector: DetectorModule, loss: Loss, schedule: Schedule, *, ramp_epochs: float = 0.0) -> None:
         optimizer = schedule.optimizer(detector)
         scheduler = None if schedule.scheduler is None else schedule.scheduler(optimizer)
-        options = TrainingOptions(schedule_every=schedule.schedule_every)
-        super().__init__(detector, optimizer=optimizer, scheduler=scheduler, options=options)
+        super().__init__(detector, optimizer=optimizer, scheduler=scheduler, options=schedule.options)
         self.loss = loss
         self.schedule = schedule
         self.ramp_epochs = ramp_epochs

@@ -68,7 +68,7 @@ class Training:
         cutmix: largest share of an image that a part of another image covers, at most one half. The label stays.
         images: number of training images, the first ones. None takes all.
         half: whether to round the trained weights to half precision, which halves the size of the checkpoint.
-        mixed_precision: whether to compute training passes in bfloat16.
+        mixed_precision: whether to train in bfloat16, attacks included.
     """
 
     dataset: str

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clusterguard import PGD, DetectorModule
+from clusterguard import PGD, DetectorModule, TrainingOptions
 from clusterguard.errors import TrainingStoppedError
 from torch import Generator, nn
 from torch.optim import SGD, Adam, Optimizer
@@ -137,16 +137,13 @@ def train(
     """
     torch.manual_seed(training.seed)
     detector = recipe.build(networks.build(training.model, data.image_shape)).to(device)
-    inner = networks_in(detector)
     if compiled is not None:
-        for network in inner:
+        for network in networks_in(detector):
             network.compile(mode=compiled)
     saved = store.load_weights(training.key)
     if saved is not None:
         detector.load_state_dict(saved[0])
         return detector, saved[1]["record"]
-    for network in inner:
-        network.mixed_precision = training.mixed_precision
 
     batches = Batches(
         data.train.head(training.images),
@@ -170,8 +167,6 @@ def train(
         )
     except TrainingStoppedError as error:
         raise OutOfTimeError from error
-    for network in inner:
-        network.mixed_precision = False
     state = detector.state_dict()
     if training.half:
         state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
@@ -180,7 +175,9 @@ def train(
         "definition": asdict(training),
         "epochs": len(history),
         "seconds": round(sum(epoch.seconds for epoch in history), 1),
-        "last": {key: value for key, value in asdict(history[-1]).items() if math.isfinite(value)},
+        "last": {
+            key: value for key, value in asdict(history[-1]).items() if isinstance(value, str) or math.isfinite(value)
+        },
         "provenance": provenance(device) | {"compiled": compiled},
     }
     store.save_weights(training.key, state, {"record": record})
@@ -213,6 +210,9 @@ def make_schedule(training: Training, steps: int) -> Schedule:
         attack=PGD(**training.attack),
         optimizer=make_optimizer,
         scheduler=None if training.schedule == "constant" else make_scheduler,
-        schedule_every="step" if training.schedule == "one-cycle" else "epoch",
+        options=TrainingOptions(
+            schedule_every="step" if training.schedule == "one-cycle" else "epoch",
+            precision="bf16" if training.mixed_precision else "float32",
+        ),
         warmup_epochs=training.warmup_epochs,
     )

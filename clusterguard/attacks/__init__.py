@@ -51,7 +51,7 @@ from clusterguard.attacks._pgd import (
     SteepestDescent,
     SteppedAttack,
 )
-from clusterguard.attacks._precision import Precision, choose_precision
+from clusterguard.attacks._precision import Precision, check_precision, choose_precision
 from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square, random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._starts import (
@@ -126,6 +126,7 @@ __all__ = [
     "at_step_sizes",
     "backpropagate",
     "check_attack_input",
+    "check_precision",
     "check_radius",
     "choose_precision",
     "cross_entropy",

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import torch
 from clusterguard.detection import Detector, Evidence, success_margin
-from clusterguard.errors import ConfigurationError
+from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
 from torch.nn import functional
 
@@ -62,7 +62,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def choose_precision(detector: Detector, images: Tensor, labels: Tensor) -> Literal["float32", "bf16"]:
-    """The precision in which input gradients come faster, if both agree.
+    """The precision in which input gradients come faster, if both agree and the network works in both.
 
     Two gradients of up to 100 images are timed in each precision, unless the device has no bfloat16.
 
@@ -75,7 +75,10 @@ def choose_precision(detector: Detector, images: Tensor, labels: Tensor) -> Lite
         return "float32"
     images, labels = images[:100], labels[:100]
     exact, seconds = _time_gradient(detector, images, labels)
-    rough, fewer = _time_gradient(InBfloat16(detector), images, labels)
+    try:
+        rough, fewer = _time_gradient(InBfloat16(detector), images, labels)
+    except (RuntimeError, InputError):  # a layer that does not know bfloat16
+        return "float32"
     cosine = functional.cosine_similarity(exact.flatten(1), rough.flatten(1))
     agrees = bool(cosine.isfinite().all()) and float(cosine.mean()) >= _AGREES
     return "bf16" if agrees and fewer <= _WORTH_IT * seconds else "float32"

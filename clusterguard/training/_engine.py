@@ -14,6 +14,7 @@ from clusterguard.errors import ConfigurationError, TrainingDivergedError
 from clusterguard.training import _optimizers as optimizers
 from clusterguard.training._checkpoints import EpochTotals, Stateful
 from clusterguard.training._options import TrainingOptions
+from clusterguard.training._precision import StepPrecision
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -53,16 +54,20 @@ class _WholeStep(nn.Module):
     loss of the step.
     """
 
-    def __init__(self, detector: DetectorModule, training_step: Callable[..., TrainingStep]) -> None:
+    def __init__(
+        self, detector: DetectorModule, training_step: Callable[..., TrainingStep], precision: StepPrecision
+    ) -> None:
         super().__init__()
         self.detector = detector
         self.training_step = training_step
+        self.precision = precision
 
     def forward(
         self, images: Tensor, labels: Tensor, generator: Generator | None, again: Callable[[], Tensor] | None = None
     ) -> Any:
         """The training step of a batch, or the result of `again` if it is not None."""
-        return self.training_step(images, labels, generator) if again is None else again()
+        with self.precision.rounding(images.device):
+            return self.training_step(images, labels, generator) if again is None else again()
 
 
 class TrainingEngine:
@@ -77,9 +82,11 @@ class TrainingEngine:
 
     Attributes:
         steps: number of optimizer steps so far.
+        precision: precision and memory layout of the steps.
 
     Raises:
-        ConfigurationError: the accelerator shards the detector.
+        ConfigurationError: the accelerator shards the detector, or has a mixed precision although the options name
+            another.
     """
 
     def __init__(
@@ -100,7 +107,9 @@ class TrainingEngine:
                 "Launch without it; accelerate then uses DDP"
             )
         self.steps = 0
-        self._module: nn.Module = self.accelerator.prepare_model(_WholeStep(detector, training_step))
+        self.precision = StepPrecision(detector, options, self.accelerator)
+        step = _WholeStep(detector, training_step, self.precision)
+        self._module: nn.Module = self.accelerator.prepare_model(step)
         self._bare_optimizer = optimizer
         self._optimizer = self.accelerator.prepare_optimizer(optimizer)
         self._gathered = 0  # number of batches whose gradients wait for the next step
@@ -204,7 +213,9 @@ class TrainingEngine:
             UserWarning: batch normalisation used its running statistics, for the first time since `begin`.
         """
         completes = self._gathered + 1 >= self.options.batches_per_step
-        batch = _usable(images).to(self.device), _usable(labels).to(self.device).long(), generator
+        images, labels = _usable(images).to(self.device), _usable(labels).to(self.device).long()
+        self.precision.settle(images, labels)
+        batch = self.precision.arrange(images), labels, generator
         exchange = nullcontext() if completes else self.accelerator.no_sync(self._module)
         with exchange, self._of_one_image() if len(images) == 1 else nullcontext():
             if self.options.weight_perturbation is None:
@@ -360,6 +371,16 @@ class TrainingEngine:
             f"the loss became {loss.item()} at step {self.steps}; the detector holds the weights of step {step} again. "
             "Lower the learning rate, clip gradients, or train with fewer or smaller attack steps first"
         )
+
+
+def frozen_batch_norms(detector: nn.Module) -> frozenset[str]:
+    """The names of batch normalisation layers whose parameters, or those of a module around them, are all frozen."""
+    frozen: set[nn.Module] = set()
+    for module in detector.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            frozen |= {layer for layer in module.modules() if isinstance(layer, _BatchNorm)}
+    return frozenset(name for name, module in detector.named_modules() if module in frozen)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from clusterguard._support import OneProcess, check_numbers
+from clusterguard.attacks import Precision, check_precision
 from clusterguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -44,9 +45,16 @@ class TrainingOptions:
             process on the detector's device, without accelerate, and ignores any accelerator of the script. In a
             script that ``accelerate launch`` or ``torchrun`` started, None follows the variables that they set.
         log_every: number of steps between two reports to the accelerator's trackers, such as TensorBoard.
+        precision: precision of attacks and gradients, "float32", "bf16", or "auto", which times both on the first batch
+            and takes bfloat16 if it is faster and agrees. Weights, optimizer, thresholds and the head's distances stay
+            in float32. Equal seeds give equal weights on any machine of one kind with "float32" and "bf16". A resumed
+            training keeps what "auto" has taken.
+        memory_format: layout of the images that the network gets, "channels_last", which convolutions in bfloat16 need
+            to be fast, "contiguous", or "auto", which is channels_last in bfloat16 and contiguous in float32.
 
     Raises:
-        ConfigurationError: an option has a wrong type or is out of its range.
+        ConfigurationError: an option has a wrong type or is out of its range, or `precision` is not "float32" although
+            the accelerator has a mixed precision.
 
     Warns:
         UserWarning: `accumulate` is None, and a newer accelerator may have changed the number of this accelerator.
@@ -66,6 +74,8 @@ class TrainingOptions:
     accumulate: int | None = None
     accelerator: "Accelerator | None" = None
     log_every: int = 10
+    precision: Precision = "float32"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
 
     def __post_init__(self) -> None:
         chosen = {name: value for name, value in vars(self).items() if value is not None}
@@ -85,6 +95,11 @@ class TrainingOptions:
             raise ConfigurationError(f"expected schedule_every 'epoch' or 'step', got {self.schedule_every!r}")
         if self.log_every < 1:
             raise ConfigurationError(f"expected log_every of at least 1, got {self.log_every}")
+        check_precision(self.precision)
+        if self.memory_format not in ("auto", "contiguous", "channels_last"):
+            raise ConfigurationError(
+                f"expected memory_format 'auto', 'contiguous' or 'channels_last', got {self.memory_format!r}"
+            )
         if self.accumulate is None and self.accelerator is not None:
             object.__setattr__(self, "accumulate", _steps_of(self.accelerator))
         if self.accumulate is not None and self.accumulate < 1:

@@ -4,7 +4,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from clusterguard._support import (
     to_eval_mode,
     training_mode,
 )
+from clusterguard.attacks import check_precision
 from clusterguard.detection import (
     Calibrator,
     Loader,
@@ -43,13 +44,12 @@ from clusterguard.errors import (
 )
 from clusterguard.training._checkpoints import EpochRecord, EpochTotals, read_checkpoint, save_checkpoint
 from clusterguard.training._descriptions import describe, describe_options, describe_steps, differences, listed
-from clusterguard.training._engine import TrainingEngine, TrainingStep
+from clusterguard.training._engine import TrainingEngine, TrainingStep, frozen_batch_norms
 from clusterguard.training._loader_state import restarting_workers
 from clusterguard.training._optimizers import MakeOptimizer, MakeScheduler, make_optimizer, make_scheduler
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._replay import UNKNOWN, Replay, Run
-from torch import Generator, Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Generator, Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
@@ -267,17 +267,23 @@ class DetectorTrainer(ABC):
             self._check(run, epochs, calibrate)
             with only_writer(checkpoint, self.engine.shared):
                 self._begin(run)
-                while len(self.history) < epochs:
-                    frozen = self.detector.frozen | _frozen_batch_norms(self.detector)
-                    with training_mode(self.detector, frozen=frozen):
-                        is_stopped = self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" * progress)
-                    self._end_epoch(run, on_epoch_end)
-                    if is_stopped:
-                        raise self._stopped(run)
+                try:
+                    self._train(run, epochs, on_epoch_end, progress)
+                finally:
+                    self.engine.precision.restore()
                 self.engine.finish()
                 if calibrate:
                     self._calibrate(run, progress)
         return self.history
+
+    def _train(self, run: Run, epochs: int, on_epoch_end: Callable[[EpochRecord], None] | None, progress: bool) -> None:
+        while len(self.history) < epochs:
+            frozen = self.detector.frozen | frozen_batch_norms(self.detector)
+            with training_mode(self.detector, frozen=frozen):
+                is_stopped = self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" * progress)
+            self._end_epoch(run, on_epoch_end)
+            if is_stopped:
+                raise self._stopped(run)
 
     def _check(self, run: Run, epochs: int, calibrate: bool) -> None:
         """Check everything that could fail after the first step."""
@@ -389,6 +395,7 @@ class DetectorTrainer(ABC):
     def _end_epoch(self, run: Run, on_epoch_end: Callable[[EpochRecord], None] | None) -> None:
         epochs = len(self.history) + 1
         record = self.engine.end_epoch(self._totals, epochs).record(epochs, float(self.thresholds.mean()))
+        record = replace(record, precision=self.engine.precision.name)
         self.history.append(record)
         self._totals = EpochTotals()
         run.calibration.rewind()
@@ -431,6 +438,7 @@ class DetectorTrainer(ABC):
             "thresholds": self.thresholds,
             "history": [asdict(record) for record in self.history],
             "steps": self.engine.steps,
+            "precision": self.engine.precision.name,
             "descriptions": self._descriptions,
             "image_shape": self.detector.image_shape,
             "processes": collect({accelerator.process_index: state}, self.engine.shared),
@@ -451,6 +459,8 @@ class DetectorTrainer(ABC):
         values = checkpoint.values
         try:
             processes, steps = values["processes"], int(values["steps"])
+            precision = values.get("precision", self.engine.precision.name)
+            check_precision(precision)
             state = processes[accelerator.process_index % len(processes)]
             thresholds = values["thresholds"].to(self.engine.device).view_as(self.thresholds)
             history = [EpochRecord(**record) for record in values["history"]]
@@ -477,7 +487,8 @@ class DetectorTrainer(ABC):
             if self.engine.shared is None:  # or a pass would have to be ended
                 run.train.look_back()
                 run.calibration.look_back()
-        self.thresholds, self.history, self.engine.steps, self._totals = thresholds, history, steps, totals
+        self.thresholds, self.history, self._totals = thresholds, history, totals
+        self.engine.steps, self.engine.precision.name = steps, precision
         self.detector.image_shape = self.detector.image_shape or values.get("image_shape")
         return True
 
@@ -486,13 +497,3 @@ class DetectorTrainer(ABC):
         described = {"trainer": type(self), **self.defining_options(), "calibrator": self.calibrator}
         options = describe_options(self.options, self.engine.accelerator.mixed_precision)
         return describe(described) | self._steps_at_first | options | run.describe()
-
-
-def _frozen_batch_norms(detector: nn.Module) -> frozenset[str]:
-    """The names of batch normalisation layers whose parameters, or those of a module around them, are all frozen."""
-    frozen: set[nn.Module] = set()
-    for module in detector.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            frozen |= {layer for layer in module.modules() if isinstance(layer, _BatchNorm)}
-    return frozenset(name for name, module in detector.named_modules() if module in frozen)

@@ -54,34 +54,21 @@ def test_a_network_that_fails_by_itself_is_not_called_slow():
 def test_whether_compiling_pays_is_measured_once_a_network_and_recorded(tmp_path, monkeypatch):
     (tmp_path / "small.toml").write_text(SMALL)
     monkeypatch.setattr(cells, "FOLDER", tmp_path)
-    seen, compiled, rounded = [], [], []
+    seen, compiled = [], []
     monkeypatch.setattr(networks, "quickest_mode", lambda network, images: seen.append(images.shape) or "default")
     monkeypatch.setattr(networks.Features, "compile", lambda network, mode: compiled.append((network, mode)))
-    monkeypatch.setattr(networks.Features, "__setattr__", note_rounding(rounded))
     own = Trainings(Store(tmp_path), device=torch.device("cpu"), compiled="auto")
     chosen = [cell for cell in load_experiment("small").cells if cell.attack == "FGSM"]
-    chosen = [replace(cell, training=replace(cell.training, epochs=1, mixed_precision=True)) for cell in chosen]
+    chosen = [replace(cell, training=replace(cell.training, epochs=1)) for cell in chosen]
     results = [run_cell(cell, own) for cell in chosen]
     assert [result["provenance"]["compiled"] for result in results] == ["default", "default"]
     inner = [network for cell in chosen for network in networks_in(own.detector(cell)[0])]
     assert compiled == [(network, "default") for network in inner]
-    assert set(rounded) == set(inner)
     assert seen == [(50, 1, 28, 28)]
 
 
-def note_rounding(rounded):
-    """Setting attributes as ever; networks that are told to take mixed precision are noted."""
-
-    def setter(network, name, value):
-        if name == "mixed_precision" and value:
-            rounded.append(network)
-        nn.Module.__setattr__(network, name, value)
-
-    return setter
-
-
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_a_training_compiles_and_rounds_is_what_the_detector_runs(name):
+def test_what_a_training_compiles_is_what_the_detector_runs(name):
     """A guard runs a copy of the network it was built from: to compile that one would change nothing."""
     detector = RECIPES[name].build(networks.build("tiny-cnn", (1, 28, 28))).eval()
     (network,) = networks_in(detector)

@@ -54,17 +54,6 @@ def test_equal_seeds_give_equal_networks():
     assert torch.equal(first(images), second(images))
 
 
-def test_mixed_precision_is_off_until_asked_for_and_returns_float32():
-    network = networks.build("tiny-cnn", (1, 28, 28)).eval()
-    images = torch.rand(4, 1, 28, 28)
-    exact = network(images)
-    network.mixed_precision = True
-    rounded = network(images)
-    assert rounded.dtype == torch.float32
-    assert not torch.equal(rounded, exact)
-    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.02)
-
-
 def test_an_unknown_model_is_named():
     with pytest.raises(ConfigurationError, match="lenet"):
         networks.build("lenet", (1, 28, 28))
