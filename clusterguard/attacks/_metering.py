@@ -23,6 +23,16 @@ class Cost(NamedTuple):
         return Cost(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
+class _Meter:
+    """A running cost, which copies of a detector share."""
+
+    def __init__(self) -> None:
+        self.cost = Cost()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Meter":
+        return self
+
+
 class Metered(nn.Module):
     """A detector that counts its images, which works for any attack because every attack must call the detector.
 
@@ -43,10 +53,15 @@ class Metered(nn.Module):
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         self.detector = detector
-        self.cost = Cost()
+        self._meter = _Meter()
         if has_representation(detector):  # attacks on representations do not call `evidence`
             represent = find_representation(detector)
             self.represent = lambda images: represent(self._count(images))
+
+    @property
+    def cost(self) -> Cost:
+        """The number of images so far, those of copies of this detector included."""
+        return self._meter.cost
 
     @property
     def thresholds(self) -> Tensor:
@@ -62,11 +77,11 @@ class Metered(nn.Module):
         return self.detector.evidence(self._count(images))
 
     def _count(self, images: Tensor) -> Tensor:
-        self.cost = self.cost._replace(forward=self.cost.forward + len(images))
+        self._meter.cost += (len(images), 0)
         if images.requires_grad:
             images = images.view_as(images)  # the hook then belongs to this call alone
             images.register_hook(self._count_gradient)
         return images
 
     def _count_gradient(self, gradient: Tensor) -> None:
-        self.cost = self.cost._replace(backward=self.cost.backward + len(gradient))
+        self._meter.cost += (0, len(gradient))

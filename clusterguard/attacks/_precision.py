@@ -4,6 +4,7 @@ from time import perf_counter
 from typing import Literal, get_args
 
 import torch
+from clusterguard.attacks._working_copy import cast_weights, fold_batch_norms, working_copy
 from clusterguard.detection import Detector, Evidence, success_margin
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
@@ -21,7 +22,7 @@ class InBfloat16:
     decide on a success.
 
     Args:
-        detector: detector to run; it is shared, not copied.
+        detector: detector in eval mode. A copy of it runs, see `working_copy`, so later changes of it have no effect.
 
     Example:
         >>> from clusterguard import ClusterGuard
@@ -33,11 +34,16 @@ class InBfloat16:
     """
 
     def __init__(self, detector: Detector) -> None:
-        self.detector = detector
+        self.detector = working_copy(detector)
         self.thresholds = detector.thresholds
+        self._is_ready = self.detector is detector  # what is shared stays as it is
 
     def evidence(self, images: Tensor) -> Evidence:
         """The evidence on images (B, C, H, W), computed in bfloat16 and returned in float32."""
+        if not self._is_ready:
+            fold_batch_norms(self.detector, images.detach())
+            cast_weights(self.detector, images.detach())
+            self._is_ready = True
         with torch.autocast(images.device.type, torch.bfloat16):
             scores, suspicion = self.detector.evidence(images.contiguous(memory_format=torch.channels_last))
         return Evidence(scores.float(), suspicion.float())

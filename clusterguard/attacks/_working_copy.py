@@ -1,0 +1,169 @@
+"""A copy of a detector that searches fast in bfloat16: channels last, weights cast once, batch normalisation folded."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from clusterguard._support import CompiledCall, copy_module
+from clusterguard.attacks._metering import Metered
+from clusterguard.detection import Detector, Evidence, without_autocast
+from clusterguard.errors import ClusterGuardError
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+_FEW = 8  # images on which folding is tried out
+_TOLERANCE = 1e-3  # relative to the largest value; folding changes the rounding of float32 only
+
+
+def working_copy(detector: Detector) -> Detector:
+    """A copy of a detector for searching in bfloat16; the detector itself if it cannot be copied or is compiled.
+
+    The copy has frozen weights in channels-last layout.
+
+    Args:
+        detector: detector in eval mode; it is not changed. Costs counted at its copy are counted at the detector.
+
+    Example:
+        >>> class Sums(nn.Module):
+        ...     thresholds = torch.ones(2)
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(4, 2)
+        ...     def evidence(self, images):
+        ...         return Evidence(-self.layer(images.flatten(1)), self.layer(images.flatten(1)))
+        >>> working_copy(Sums()).layer.weight.requires_grad
+        False
+    """
+    if not all(isinstance(link, nn.Module) for link in _links(detector)):
+        return detector  # perhaps a client of a service
+    assert isinstance(detector, nn.Module)  # tells the type checker
+    if any(_is_compiled(module) for module in detector.modules()):
+        return detector
+    try:
+        copied = copy_module(detector)
+    except (ClusterGuardError, RuntimeError, TypeError, ValueError, AttributeError):
+        return detector
+    _freeze(copied)
+    return copied
+
+
+@torch.no_grad()
+def cast_weights(detector: Detector, images: Tensor) -> None:
+    """Cast the weights of plain linear layers and convolutions to bfloat16, if the detector then works under autocast.
+
+    Args:
+        detector: working copy, which is changed.
+        images: (B, C, H, W), of which a few are tried.
+    """
+    detector = _without_meter(detector)
+    cast: list[tuple[Tensor, Tensor]] = []
+    for module in detector.modules() if isinstance(detector, nn.Module) else ():
+        if type(module) in (nn.Linear, nn.Conv2d) and not _has_hooks(module):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dtype == torch.float32:
+                    cast.append((parameter, parameter.data))
+                    parameter.data = parameter.data.bfloat16()
+    try:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            detector.evidence(images[:_FEW])
+    except (ClusterGuardError, RuntimeError):  # a layer that runs outside autocast
+        for weight, exact in cast:
+            weight.data = exact
+
+
+@torch.no_grad()
+def fold_batch_norms(detector: Detector, images: Tensor) -> None:
+    """Fold batch normalisation in eval mode into the convolutions before it, if the detector's evidence stays the same.
+
+    Args:
+        detector: working copy, which is changed.
+        images: (B, C, H, W), of which a few show what comes after what.
+    """
+    detector = _without_meter(detector)
+    if not isinstance(detector, nn.Module) or not any(type(part) is nn.BatchNorm2d for part in detector.modules()):
+        return
+    images = images[:_FEW]
+    with without_autocast():
+        before, pairs = _trace(detector, images)
+        parents = {child: (parent, name) for parent in detector.modules() for name, child in parent.named_children()}
+        changed: list[tuple[nn.Module, str, nn.Module]] = []
+        for convolution, norm in pairs:
+            folded = fuse_conv_bn_eval(convolution, norm)
+            _freeze(folded)
+            replaced: tuple[tuple[nn.Module, nn.Module], ...] = ((convolution, folded), (norm, nn.Identity()))
+            for module, other in replaced:
+                parent, name = parents[module]
+                changed.append((parent, name, module))
+                setattr(parent, name, other)
+        if not _agree(before, detector.evidence(images)):
+            for parent, name, module in changed:
+                setattr(parent, name, module)
+
+
+def _freeze(module: nn.Module) -> None:
+    """Let the weights of a copy need no gradients, and put them into channels-last layout."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def _without_meter(detector: Detector) -> Detector:
+    """The detector inside `Metered`, because trying a few images is no cost of an attack."""
+    while isinstance(detector, Metered):
+        detector = detector.detector
+    return detector
+
+
+def _links(detector: object) -> Iterator[object]:
+    """The detector, and those that wrappers hold in their attribute `detector`."""
+    link: object | None = detector
+    while link is not None:
+        yield link
+        link = getattr(link, "detector", None)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or any(
+        isinstance(value, CompiledCall) for value in vars(module).values()
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"))
+
+
+def _trace(detector: Any, images: Tensor) -> tuple[Evidence, list[tuple[nn.Conv2d, nn.BatchNorm2d]]]:
+    """The evidence on images, and each convolution whose output went into a batch normalisation, both called once."""
+    made: list[tuple[Tensor, nn.Conv2d]] = []  # keeps outputs alive, so that no other tensor is taken for one
+    met: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    calls: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if isinstance(module, nn.BatchNorm2d):
+            met.extend((convolution, module) for output, convolution in made if output is inputs[0])
+
+    def note(module: nn.Conv2d, _: tuple[Tensor, ...], output: Tensor) -> None:
+        made.append((output, module))
+
+    layers = [module for module in detector.modules() if type(module) in (nn.Conv2d, nn.BatchNorm2d)]
+    plain = [module for module in layers if not _has_hooks(module)]
+    hooks = [module.register_forward_pre_hook(count) for module in plain]
+    hooks += [module.register_forward_hook(note) for module in plain if isinstance(module, nn.Conv2d)]
+    try:
+        evidence = detector.evidence(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return evidence, [
+        (convolution, norm)
+        for convolution, norm in met
+        if calls[convolution] == calls[norm] == 1 and not norm.training and norm.running_mean is not None
+    ]
+
+
+def _agree(before: Evidence, after: Evidence) -> bool:
+    scales = [part.abs().amax().item() for part in before]
+    differences = [(new - old).abs().amax().item() for old, new in zip(before, after, strict=True)]
+    return all(gap <= _TOLERANCE * scale for gap, scale in zip(differences, scales, strict=True))
