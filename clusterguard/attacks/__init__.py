@@ -51,7 +51,7 @@ from clusterguard.attacks._pgd import (
     SteepestDescent,
     SteppedAttack,
 )
-from clusterguard.attacks._precision import Precision, check_precision, choose_precision
+from clusterguard.attacks._precision import Precision, check_precision, choose_precision, in_precision
 from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square, random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._starts import (
@@ -141,6 +141,7 @@ __all__ = [
     "get_objective",
     "get_start",
     "has_representation",
+    "in_precision",
     "logit",
     "margin",
     "output_diversified",

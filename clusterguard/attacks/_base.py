@@ -182,6 +182,11 @@ class WrappingAttack(BuiltInAttack):
         """The radius of the inner attack."""
         return getattr(self.attack, "eps", None)
 
+    @property
+    def precision(self) -> str | None:
+        """The precision in which the inner attack searches; None if it has no such option."""
+        return getattr(self.attack, "precision", None)
+
 
 def scale(attack: Attack, factor: float) -> Attack:
     """The attack with its radius and step size multiplied by a factor.

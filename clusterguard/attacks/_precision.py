@@ -1,9 +1,12 @@
 """Search in bfloat16, judge in the detector's own precision: twice to seven times the steps on hardware that has it."""
 
+import math
+from dataclasses import fields, is_dataclass, replace
 from time import perf_counter
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
+from clusterguard.attacks._base import Attack
 from clusterguard.attacks._working_copy import cast_weights, fold_batch_norms, working_copy
 from clusterguard.detection import Detector, Evidence, success_margin
 from clusterguard.errors import ConfigurationError, InputError
@@ -12,7 +15,11 @@ from torch.nn import functional
 
 Precision = Literal["float32", "bf16", "auto"]
 _WORTH_IT = 0.9  # bfloat16 must take at most this share of the time
-_AGREES = 0.9  # the cosine between both gradients must be at least this, on average
+_AGREES = 0.9  # the least mean cosine between both gradients, and the least share of what the attack achieves
+_STEPS, _STEP = 3, 0.02  # of the attack that is tried out
+_FEW, _MANY = 16, 200  # images to try it on
+_AFFORDABLE = 0.3  # seconds that a step of it may take
+_TOO_SHORT = 0.002  # seconds of a step in which nothing is saved
 
 
 class InBfloat16:
@@ -67,37 +74,94 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(ask() for ask in supports if ask is not None)
 
 
-def choose_precision(detector: Detector, images: Tensor, labels: Tensor) -> Literal["float32", "bf16"]:
-    """The precision in which input gradients come faster, if both agree and the network works in both.
-
-    Two gradients of up to 100 images are timed in each precision, unless the device has no bfloat16.
+def in_precision(attack: Attack, precision: Precision) -> Attack:
+    """An attack with another precision, if it has this option; attacks inside wrappers get it too.
 
     Args:
-        detector: detector that will be attacked.
+        attack: any attack; one without the option is returned as it is.
+        precision: "float32", "bf16" or "auto".
+
+    Raises:
+        ConfigurationError: the precision is unknown.
+
+    Example:
+        >>> from clusterguard.attacks import PGD, MultiTarget
+        >>> in_precision(MultiTarget(attack=PGD(eps=0.1, step_size=0.01)), "bf16").attack.precision
+        'bf16'
+    """
+    check_precision(precision)
+    given: Any = attack  # a dataclass or any callable
+    if not is_dataclass(given) or isinstance(given, type):
+        return attack
+    options = {option.name: getattr(given, option.name) for option in fields(given)}
+    changed: dict[str, Any] = {"precision": precision} if "precision" in options else {}
+    if "attack" in options:
+        changed["attack"] = in_precision(options["attack"], precision)
+    if "attacks" in options:
+        changed["attacks"] = tuple(in_precision(inner, precision) for inner in options["attacks"])
+    return cast(Attack, replace(given, **changed)) if changed else attack
+
+
+def choose_precision(detector: Detector, images: Tensor, labels: Tensor) -> Literal["float32", "bf16"]:
+    """The precision in which attacks run faster, if they find the same in both.
+
+    A short attack is timed in each precision, on some of the images. bfloat16 is taken if it saves a tenth of the time
+    or more, its gradients point the same way, and its attack lowers the detector's own margins as far. It is not taken
+    if the device has none, if the network fails in it, or if a gradient takes so little time that nothing is saved.
+
+    Args:
+        detector: detector in eval mode that will be attacked.
         images: (B, C, H, W), at least one.
         labels: (B,) true labels.
     """
     if images.dtype != torch.float32 or not len(images) or not has_bfloat16(images.device):
         return "float32"
-    images, labels = images[:100], labels[:100]
-    exact, seconds = _time_gradient(detector, images, labels)
+    started = perf_counter()
+    _margins_and_gradient(detector, detector, images[:_FEW], labels[:_FEW])
+    count = int(_FEW * _AFFORDABLE / max(perf_counter() - started, 1e-6))  # so that a step takes about that long
+    images, labels = images[: max(_FEW, min(count, _MANY))], labels[: max(_FEW, min(count, _MANY))]
+    exact = _try_out(detector, detector, images, labels)
+    if exact.seconds < _TOO_SHORT:
+        return "float32"
     try:
-        rough, fewer = _time_gradient(InBfloat16(detector), images, labels)
+        rough = _try_out(InBfloat16(detector), detector, images, labels)
     except (RuntimeError, InputError):  # a layer that does not know bfloat16
         return "float32"
-    cosine = functional.cosine_similarity(exact.flatten(1), rough.flatten(1))
+    cosine = functional.cosine_similarity(exact.gradient.flatten(1), rough.gradient.flatten(1))
     agrees = bool(cosine.isfinite().all()) and float(cosine.mean()) >= _AGREES
-    return "bf16" if agrees and fewer <= _WORTH_IT * seconds else "float32"
+    succeeds = rough.lowered >= _AGREES * exact.lowered
+    return "bf16" if agrees and succeeds and rough.seconds <= _WORTH_IT * exact.seconds else "float32"
 
 
-def _time_gradient(detector: Detector, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-    """The gradient (B, C, H, W) of the success margins, and the seconds that it takes the second time."""
-    for _ in range(2):
+class _Trial(NamedTuple):
+    """A short attack: its first gradient (B, C, H, W), how far it lowered the margins, and the seconds of a step."""
+
+    gradient: Tensor
+    lowered: float
+    seconds: float
+
+
+def _try_out(search: Detector, judge: Detector, images: Tensor, labels: Tensor) -> _Trial:
+    """Take a few signed steps along the gradients of one detector; another detector says how far they led."""
+    before, gradient = _margins_and_gradient(search, judge, images, labels)  # also what only the first call has to do
+    iterates, direction, seconds = images, gradient, math.inf
+    for _ in range(_STEPS):
+        iterates = (iterates - _STEP * direction.sign()).clamp(0, 1)
         started = perf_counter()
-        with torch.enable_grad():
-            leaf = images.detach().requires_grad_()
-            margins = success_margin(detector.evidence(leaf), detector.thresholds, labels)
-            (gradient,) = torch.autograd.grad(margins.sum(), leaf)
-        gradient[0, 0, 0, 0].item()  # waits for the device
-        seconds = perf_counter() - started
-    return gradient, seconds
+        _, direction = _margins_and_gradient(search, search, iterates, labels)
+        seconds = min(seconds, perf_counter() - started)
+    after, _ = _margins_and_gradient(search, judge, iterates, labels)
+    return _Trial(gradient, float((before - after).mean()), seconds)
+
+
+def _margins_and_gradient(search: Detector, judge: Detector, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The success margins (B,) by one detector, and the gradient (B, C, H, W) of those by another."""
+    with torch.enable_grad():
+        leaf = images.detach().requires_grad_()
+        margins = success_margin(search.evidence(leaf), search.thresholds, labels)
+        (gradient,) = torch.autograd.grad(margins.sum(), leaf)
+    if search is not judge:
+        with torch.no_grad():
+            margins = success_margin(judge.evidence(images), judge.thresholds, labels)
+    gradient[0, 0, 0, 0].item()  # waits for the device
+    return margins.detach(), gradient

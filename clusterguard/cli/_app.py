@@ -23,6 +23,7 @@ from clusterguard.cli._options import (
     Json,
     Method,
     Norm,
+    Precision,
     Rate,
     Scarce,
     Seed,
@@ -76,15 +77,19 @@ def demo(
     report = run_demo(output, epochs=epochs, seed=seed, limit=limit, progress=is_watched())
     if "pictures" in report:
         say(f"No pictures: {report['pictures']}")
+    training, attacks = report["precision"]["training"], " and ".join(report["precision"]["attacks"])
+    say(f"Trained in {training}, attacked in {attacks}, judged in float32.")
     say(f"{report['seconds']:.0f} s in all. The guard, report.json and pictures are in {output}")
     show(as_json, report, f"\n{report['table']}\n\n{report['note']}\n")
 
 
-def _check_schedule(learning_rate: float, warmup_epochs: int, epochs: int) -> None:
+def _checked_schedule(learning_rate: float, warmup_epochs: int, ramp_epochs: float, epochs: int) -> dict[str, Any]:
+    """The options of the trainer that say when the attack begins."""
     if not 0 < learning_rate < math.inf:
         raise typer.BadParameter(f"expected a positive learning rate, got {learning_rate}")
     if warmup_epochs >= epochs:
         raise typer.BadParameter(f"expected fewer warmup epochs than epochs, {epochs}, or no epoch would attack")
+    return {"warmup_epochs": warmup_epochs, "ramp_epochs": ramp_epochs}
 
 
 @app.command()
@@ -111,6 +116,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     false_positive_rate: Rate = 0.01,
     scarce: Scarce = "error",
+    precision: Precision = "auto",
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")] = False,
     device: Device = None,
@@ -127,10 +133,10 @@ def train(
     from clusterguard.detection import Calibrator
     from clusterguard.detectors import ClusterGuard
     from clusterguard.evaluation import plain
-    from clusterguard.training import AdversarialClusterTrainer
+    from clusterguard.training import AdversarialClusterTrainer, TrainingOptions
     from torch.utils.data import DataLoader
 
-    _check_schedule(learning_rate, warmup_epochs, epochs)
+    schedule = _checked_schedule(learning_rate, warmup_epochs, ramp_epochs, epochs)
     target = find_device(device)
     images = cli_data.image_options(data, image_size, channels)
     step = 2.5 * eps / steps if step_size is None else step_size
@@ -146,11 +152,11 @@ def train(
         "backbone": backbone,
         "pretrained": pretrained,
         "attack": repr(attack),
-        "warmup_epochs": warmup_epochs,
-        "ramp_epochs": ramp_epochs,
+        **schedule,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "calibrator": repr(calibrator),
+        "precision": precision,
     }
     torch.manual_seed(seed)
     network = cli_data.make_backbone(backbone, num_classes=len(classes), channels=depth, pretrained=pretrained)
@@ -161,9 +167,9 @@ def train(
         guard,
         attack,
         optimizer=torch.optim.Adam(guard.parameters(), lr=learning_rate),
-        warmup_epochs=warmup_epochs,
-        ramp_epochs=ramp_epochs,
+        **schedule,
         calibrator=calibrator,
+        options=TrainingOptions(precision=precision),
     )
     with stopped_by_signals(checkpoint, lambda: f"{len(trainer.history)} of {epochs} epochs") as is_asked_to_stop:
         history = trainer.fit(
@@ -246,6 +252,7 @@ def evaluate(
     channels: Channels = None,
     skip_unreadable: SkipUnreadable = False,
     batch_size: BatchSize = 100,
+    precision: Precision = "auto",
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -290,6 +297,7 @@ def evaluate(
         generator=torch.Generator(detector.thresholds.device).manual_seed(seed),
         sanity_images=sanity_images,
         checkpoint=checkpoint,
+        precision=precision,
         progress=is_watched(),
     )
     result = replace(result, certified=proved)

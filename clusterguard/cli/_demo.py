@@ -15,6 +15,7 @@ from clusterguard.detection import Calibrator, decide
 from clusterguard.detectors import ClusterGuard, ConfidenceDetector, DetectorModule
 from clusterguard.errors import MissingDependencyError
 from clusterguard.evaluation import (
+    AttackResult,
     Evaluation,
     Panel,
     evaluate,
@@ -24,7 +25,7 @@ from clusterguard.evaluation import (
     star_coordinates,
 )
 from clusterguard.samples import load_digits
-from clusterguard.training import AdversarialClusterTrainer
+from clusterguard.training import AdversarialClusterTrainer, TrainingOptions
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -61,7 +62,13 @@ def _trainer(guard: ClusterGuard, attack: PGD, epochs: int) -> AdversarialCluste
     optimizer = torch.optim.Adam(guard.parameters(), lr=2e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     return AdversarialClusterTrainer(
-        guard, attack, optimizer=optimizer, scheduler=scheduler, warmup_epochs=2, refresh_batches=6
+        guard,
+        attack,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        warmup_epochs=2,
+        refresh_batches=6,
+        options=TrainingOptions(precision="auto"),
     )
 
 
@@ -121,6 +128,7 @@ def run_demo(
             test_loader,
             calibration_loader=calibration_loader,
             sanity_images=0,
+            precision="auto",
             progress=progress,
         )
         worst[name] = evaluate(
@@ -128,6 +136,7 @@ def run_demo(
             {f"suite  linf {eps:g}": WorstCaseSuite("linf", eps=eps, budget="quick") for eps in epsilons},
             suite_loader,
             sanity_images=0,
+            precision="auto",
             progress=progress,
         )
     report = {
@@ -135,6 +144,10 @@ def run_demo(
         "seed": seed,
         "device": str(device),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "precision": {
+            "training": history[-1].precision,
+            "attacks": sorted({str(result.precision) for part in (evaluations, worst) for result in _results(part)}),
+        },
         "training": {"attack": repr(attack), "history": [asdict(record) for record in history]},
         **{name: evaluation.to_dict() for name, evaluation in evaluations.items()},
         "worst_case": {name: evaluation.to_dict() for name, evaluation in worst.items()},
@@ -142,14 +155,14 @@ def run_demo(
     record = {"attack": repr(attack), "epochs": epochs, "seed": seed, "last_epoch": plain(history[-1])}
     guard.save_pretrained(output / "guard", training=record, evaluation=worst["guarded"])
     images, labels = (part[: min(400, limit or 400)].to(device) for part in test.tensors)
-    try:
-        _draw(output, undefended, guard, images, labels, epsilons[-1])
-    except MissingDependencyError as error:
-        report["pictures"] = str(error)
-    report["seconds"] = time.perf_counter() - started
-    report["table"] = _table(evaluations, worst)
+    report |= _draw(output, undefended, guard, images, labels, epsilons[-1])
+    report |= {"seconds": time.perf_counter() - started, "table": _table(evaluations, worst)}
     write_atomically(output / "report.json", lambda file: file.write_text(json.dumps(plain(report), indent=2) + "\n"))
     return report
+
+
+def _results(evaluations: dict[str, Evaluation]) -> list[AttackResult]:
+    return [result for evaluation in evaluations.values() for result in evaluation.results]
 
 
 def _train_undefended(loader: DataLoader[Any], epochs: int, device: torch.device, progress: bool) -> ConfidenceDetector:
@@ -172,7 +185,9 @@ def _draw(
     images: Tensor,
     labels: Tensor,
     eps: float,
-) -> None:
+) -> dict[str, str]:
+    """Draw both pictures; what is returned says why there are none, if matplotlib is missing."""
+
     def points(detector: DetectorModule, pictures: Tensor) -> Tensor:
         if isinstance(detector, ClusterGuard):
             return star_coordinates(
@@ -193,8 +208,12 @@ def _draw(
                 attacked_points=points(detector, attacked),
                 thresholds=detector.thresholds,
             )
-    plot_representations(panels, output / "representations.png")
-    plot_distances(panels, output / "distances.png")
+    try:
+        plot_representations(panels, output / "representations.png")
+        plot_distances(panels, output / "distances.png")
+    except MissingDependencyError as error:
+        return {"pictures": str(error)}
+    return {}
 
 
 def _table(evaluations: dict[str, Evaluation], worst: dict[str, Evaluation]) -> str:

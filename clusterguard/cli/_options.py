@@ -67,6 +67,10 @@ SkipUnreadable = Annotated[
 ]
 Norm = Annotated[Literal["linf", "l2", "l1", "l0"], typer.Option(help="Norm that bounds the attack.")]
 Eps = Annotated[float, typer.Option(min=0, help="Radius of the attack, for pixels in [0, 1].")]
+Precision = Annotated[
+    Literal["auto", "float32", "bf16"],
+    typer.Option(help="Precision of attacks and training; auto: bf16 where it is faster and finds the same."),
+]
 Rate = Annotated[float, typer.Option(help="Share of benign images that may be refused in each class, such as 0.01.")]
 Method = Annotated[
     Literal["conformal", "quantile"],
@@ -89,7 +93,7 @@ def say_epoch(record: "EpochRecord", *, epochs: int) -> None:
     """Print one line about an epoch of a training."""
     say(
         f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}, accuracy {record.accuracy:.3f}, "
-        f"attack success {record.attack_success_rate:.3f}, {record.seconds:.0f} s"
+        f"attack success {record.attack_success_rate:.3f}, {record.seconds:.0f} s, in {record.precision}"
     )
 
 

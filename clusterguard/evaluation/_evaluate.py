@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import torch
-from clusterguard._support import check_detector, check_tensor, evaluation_mode, is_unicode
-from clusterguard.attacks import Attack, check_attack_input, check_radius, get_norm
+from clusterguard._support import check_detector, check_tensor, collect, evaluation_mode, is_unicode
+from clusterguard.attacks import (
+    Attack,
+    Precision,
+    check_attack_input,
+    check_radius,
+    choose_precision,
+    get_norm,
+    in_precision,
+)
 from clusterguard.detection import (
     Detection,
     Detector,
@@ -46,6 +54,7 @@ def evaluate(
     generator: Generator | None = None,
     sanity_images: int = 100,
     checkpoint: str | Path | None = None,
+    precision: Precision | None = None,
     accelerator: "Accelerator | None" = None,
     unpack: Unpack | None = None,
     progress: bool = False,
@@ -64,6 +73,8 @@ def evaluate(
         generator: randomness of the attacks, on the detector's device.
         sanity_images: number of images that the sanity probe examines, see `Sanity`; 0 switches it off.
         checkpoint: folder in which suites keep their progress, so that an interrupted run can continue.
+        precision: precision in which attacks search that have this option, "float32", "bf16", or "auto", which decides
+            once for all of them; None leaves them as they are. Verdicts are in the detector's own precision.
         accelerator: accelerator whose processes take the batches in turn; a suite then runs batch by batch. All
             processes get the same result, whatever their number, if they have the same batches and the same seed of
             the generator.
@@ -77,7 +88,7 @@ def evaluate(
         NotCalibratedError: the detector has no thresholds.
         InputError: images or labels have a wrong shape, dtype or range, or the loader is empty.
         ConfigurationError: there are no attacks, one of them is no attack, has a name that is empty or not UTF-8, or a
-            radius that covers all images, or `sanity_images` is negative.
+            radius that covers all images, `sanity_images` is negative, or the precision is unknown.
 
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".
@@ -93,11 +104,14 @@ def evaluate(
         8
     """
     named = _by_name(attacks)
+    if precision is not None:
+        named = {name: in_precision(attack, precision) for name, attack in named.items()}
     check_detector(detector)
     if sanity_images < 0:
         raise ConfigurationError(f"expected sanity_images of at least 0, got {sanity_images}")
     num_classes = len(detector.thresholds)
     batches = _read_batches(detector, named.values(), Pairs(loader, unpack))
+    named = _settled(named, detector, *batches[0], accelerator)
     clean = judge(detector, batches, accelerator=accelerator)
     benign, labels, eligible = clean, clean.labels, is_eligible(clean)
     if calibration_loader is not None:
@@ -159,6 +173,22 @@ def _by_name(attacks: Attack | Mapping[str, Attack]) -> dict[str, Attack]:
     return named
 
 
+def _settled(
+    named: dict[str, Attack], detector: Detector, images: Tensor, labels: Tensor, accelerator: "Accelerator | None"
+) -> dict[str, Attack]:
+    """The attacks, in one precision where it is "auto", the same in all processes."""
+    if not any(getattr(attack, "precision", None) == "auto" for attack in named.values()):
+        return named
+    with evaluation_mode(detector):
+        choice = choose_precision(detector, images, labels)
+    choices = collect({0 if accelerator is None else accelerator.process_index: choice}, accelerator)
+    chosen: Precision = "bf16" if set(choices) == {"bf16"} else "float32"
+    return {
+        name: in_precision(attack, chosen) if getattr(attack, "precision", None) == "auto" else attack
+        for name, attack in named.items()
+    }
+
+
 def _file_name(name: str) -> str:
     """That of an attack's checkpoint; no name leads out of the folder, and no two to one file."""
     quoted = [own if own.isprintable() and own not in '%/\\:*?"<>|' else quote(own, safe="") for own in name]
@@ -194,6 +224,7 @@ def _attack(
         seconds=seconds,
         runs=done.runs,
         stages=done.stages,
+        precision=getattr(attack, "precision", None),
         verdict=verdict,
     )
     return result, torch.cat(attacked)

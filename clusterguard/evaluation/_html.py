@@ -58,7 +58,7 @@ def to_html(evaluation: Evaluation, path: str | Path) -> Path:
         "<p>ASR: the share of images accepted under a wrong label after the attack, among those labelled correctly and "
         "accepted before it. EROC: the ROC AUC of each label's suspicion, averaged over labels with the number of "
         "attacked images under each label as its weight.</p>",
-        *(f"<p>{html.escape(text)}</p>" for text in evaluation.resumed_lines()),
+        *(f"<p>{html.escape(text)}</p>" for text in evaluation.notes()),
         "<h2>Sanity</h2>",
         *_html_sanity(evaluation),
     ]

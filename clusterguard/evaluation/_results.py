@@ -62,6 +62,7 @@ class AttackResult:
         seconds: wall time of the last run.
         runs: number of runs; more than one if a suite was resumed.
         stages: number of images that each stage of a suite attacked and broke, with its cost; empty for other attacks.
+        precision: precision in which the attack searched; None if it has no such option.
         verdict: verdicts on the n attacked images; not part of the JSON.
     """
 
@@ -76,6 +77,7 @@ class AttackResult:
     seconds: float
     runs: int
     stages: tuple[StageRecord, ...]
+    precision: str | None
     verdict: Detection = field(repr=False, metadata={"json": False})
 
 
@@ -181,7 +183,7 @@ class Evaluation:
             ]
         lines.append(f"| worst case per image | {self.worst_case} | {show_number(self.eroc)} | | |")
         lines += [f"| {name} | {rate} | | | |" for name, rate in self.proved]
-        lines += [line for text in self.resumed_lines() for line in ("", escape_markdown(text))]
+        lines += [line for text in self.notes() for line in ("", escape_markdown(text))]
         for result in self.results:
             if result.stages:
                 lines += [
@@ -197,9 +199,11 @@ class Evaluation:
                 ]
         return "\n".join(lines + self.sanity_lines())
 
-    def resumed_lines(self) -> list[str]:
-        """A sentence for each suite that was resumed."""
-        return [
+    def notes(self) -> list[str]:
+        """A sentence if attacks searched in bfloat16, and one for each suite that was resumed."""
+        is_rough = any(result.precision == "bf16" for result in self.results)
+        rough = ["Attacks searched in bfloat16; every verdict is in the detector's own precision."] * is_rough
+        return rough + [
             f"{result.name} took {result.runs} runs, because it was resumed; its cost is that of all runs."
             for result in self.results
             if result.runs > 1

@@ -27,7 +27,7 @@ class EpochRecord:
         attack_success_rate: share of the training attack's images accepted under a wrong label; NaN in warm-up.
         mean_threshold: mean over classes of the thresholds at the end of the epoch; +inf before the first refresh.
         seconds: wall time.
-        precision: precision of attacks and gradients, "float32" or "bf16".
+        precision: precision of attacks and gradients, "float32", "bf16", or that of the accelerator.
     """
 
     epoch: int

@@ -47,14 +47,13 @@ class TrainingOptions:
         log_every: number of steps between two reports to the accelerator's trackers, such as TensorBoard.
         precision: precision of attacks and gradients, "float32", "bf16", or "auto", which times both on the first batch
             and takes bfloat16 if it is faster and agrees. Weights, optimizer, thresholds and the head's distances stay
-            in float32. Equal seeds give equal weights on any machine of one kind with "float32" and "bf16". A resumed
-            training keeps what "auto" has taken.
+            in float32. An accelerator that sets a mixed precision decides itself. Whether two trainings with "auto"
+            take the same can depend on what else the machine does; a resumed training keeps what was taken.
         memory_format: layout of the images that the network gets, "channels_last", which convolutions in bfloat16 need
             to be fast, "contiguous", or "auto", which is channels_last in bfloat16 and contiguous in float32.
 
     Raises:
-        ConfigurationError: an option has a wrong type or is out of its range, or `precision` is not "float32" although
-            the accelerator has a mixed precision.
+        ConfigurationError: an option has a wrong type or is out of its range.
 
     Warns:
         UserWarning: `accumulate` is None, and a newer accelerator may have changed the number of this accelerator.

@@ -27,21 +27,28 @@ class StepPrecision:
         name: "float32" or "bf16"; "auto" until `settle` has decided.
 
     Raises:
-        ConfigurationError: the accelerator has a mixed precision although the options name another.
+        ConfigurationError: the options name bfloat16 although the accelerator sets a mixed precision.
     """
 
     def __init__(
         self, detector: DetectorModule, options: TrainingOptions, accelerator: "Accelerator | OneProcess"
     ) -> None:
-        if options.precision != "float32" and accelerator.mixed_precision != "no":
+        is_theirs = accelerator.mixed_precision != "no"
+        if options.precision == "bf16" and is_theirs:
             raise ConfigurationError(
-                "expected precision='float32' beside an accelerator that sets the precision by "
-                f"mixed_precision={accelerator.mixed_precision!r}, got precision={options.precision!r}"
+                "expected precision='float32' or 'auto' beside an accelerator that sets the precision by "
+                f"mixed_precision={accelerator.mixed_precision!r}, got precision='bf16'"
             )
-        self.name: Precision = options.precision
+        self.name: Precision = "float32" if is_theirs else options.precision
         self._detector, self._accelerator = detector, accelerator
         self._memory_format = options.memory_format
         self._rearranged: list[Tensor] = []  # weights that were contiguous before the training
+
+    @property
+    def in_use(self) -> str:
+        """The precision of the steps, which may be the accelerator's, such as "fp16"."""
+        theirs = str(self._accelerator.mixed_precision)
+        return self.name if theirs == "no" else theirs
 
     def settle(self, images: Tensor, labels: Tensor) -> None:
         """Decide what "auto" means, by the time that gradients of a batch take; all processes decide alike.

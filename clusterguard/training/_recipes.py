@@ -1,4 +1,8 @@
-"""Ready-made trainers: the paper's training, one with later improvements, and one for certificates."""
+"""Ready-made trainers: the paper's training, one with later improvements, and one for certificates.
+
+They train in bfloat16 where that is faster and agrees, see ``precision="auto"`` of `TrainingOptions`; the records of
+epochs say which precision was taken.
+"""
 
 import math
 from typing import TYPE_CHECKING
@@ -49,7 +53,8 @@ def paper(
         'image'
     """
     attack = PGD(norm=norm, eps=eps, step_size=step_size, steps=steps, keep="last")
-    return AdversarialClusterTrainer(guard, attack, calibrator=calibrator)
+    options = TrainingOptions(precision="auto")
+    return AdversarialClusterTrainer(guard, attack, calibrator=calibrator, options=options)
 
 
 def robust(
@@ -177,7 +182,7 @@ def _one_cycle(
     batches = number_of_batches(train_loader)
     if not batches:
         raise ConfigurationError("expected a training loader of known length with at least one batch, for the schedule")
-    options = TrainingOptions(schedule_every="step", accelerator=accelerator)
+    options = TrainingOptions(schedule_every="step", accelerator=accelerator, precision="auto")
     per_process = math.ceil(batches / options.make_accelerator().num_processes)  # processes share the batches
     total = epochs * math.ceil(per_process / options.batches_per_step)
     optimizer = Adam(guard.parameters(), lr=learning_rate)

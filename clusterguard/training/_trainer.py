@@ -395,7 +395,7 @@ class DetectorTrainer(ABC):
     def _end_epoch(self, run: Run, on_epoch_end: Callable[[EpochRecord], None] | None) -> None:
         epochs = len(self.history) + 1
         record = self.engine.end_epoch(self._totals, epochs).record(epochs, float(self.thresholds.mean()))
-        record = replace(record, precision=self.engine.precision.name)
+        record = replace(record, precision=self.engine.precision.in_use)
         self.history.append(record)
         self._totals = EpochTotals()
         run.calibration.rewind()

@@ -78,25 +78,36 @@ def test_evidence_in_bfloat16_is_near_and_in_float32(trained_guard, images):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "cosine", "expected"),
-    [((1.0, 0.5), 1.0, "bf16"), ((1.0, 0.95), 1.0, "float32"), ((1.0, 0.1), 0.5, "float32")],
+    ("seconds", "cosine", "lowered", "expected"),
+    [
+        ((1.0, 0.5), 1.0, (3.0, 3.0), "bf16"),
+        ((1.0, 0.95), 1.0, (3.0, 3.0), "float32"),
+        ((1.0, 0.1), 0.5, (3.0, 3.0), "float32"),
+        ((1.0, 0.1), 1.0, (3.0, 2.0), "float32"),
+        ((0.001, 0.0001), 1.0, (3.0, 3.0), "float32"),
+        ((1.0, 0.1), float("nan"), (3.0, 3.0), "float32"),
+    ],
+    ids=["faster", "not faster", "other gradients", "a weaker attack", "nothing to save", "no gradients"],
 )
-def test_what_is_faster_and_agrees_is_chosen(trained_guard, images, labels, monkeypatch, seconds, cosine, expected):
+def test_what_is_faster_and_agrees_is_chosen(
+    trained_guard, images, labels, monkeypatch, seconds, cosine, lowered, expected
+):
     monkeypatch.setattr(_precision, "has_bfloat16", lambda device: True)
 
-    def time(detector, images, labels):
-        is_rough = isinstance(detector, InBfloat16)
+    def try_out(search, judge, images, labels):
+        assert judge is trained_guard
+        is_rough = isinstance(search, InBfloat16)
         angle = torch.tensor(cosine).acos() * is_rough
         gradient = torch.stack([angle.cos(), angle.sin()]).view(1, 1, 1, 2).expand(len(images), -1, -1, -1)
-        return gradient, seconds[is_rough]
+        return _precision._Trial(gradient, lowered[is_rough], seconds[is_rough])
 
-    monkeypatch.setattr(_precision, "_time_gradient", time)
+    monkeypatch.setattr(_precision, "_try_out", try_out)
     assert choose_precision(trained_guard, images, labels) == expected
 
 
 def test_on_a_device_without_bfloat16_nothing_is_timed(trained_guard, images, labels, monkeypatch):
     monkeypatch.setattr(_precision, "has_bfloat16", lambda device: False)
-    monkeypatch.setattr(_precision, "_time_gradient", None)
+    monkeypatch.setattr(_precision, "_try_out", None)
     assert choose_precision(trained_guard, images, labels) == "float32"
     attack = PGD(eps=0.1, step_size=0.02, steps=5)
     exact = attack(trained_guard, images, labels)

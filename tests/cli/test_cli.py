@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("light_suites")
 COMMANDS = ("demo", "train", "calibrate", "evaluate", "export", "inspect")
 EPOCHS = 8  # of 7 steps
 SMALL = ["--backbone", "timm:test_resnet", "--image-size", "16", "--channels", "1", "--steps", "1", "--eps", "0.05"]
-SMALL += ["--batch-size", "32", "--learning-rate", "0.003", "--false-positive-rate", "0.1"]
+SMALL += ["--batch-size", "32", "--learning-rate", "0.003", "--false-positive-rate", "0.1", "--precision", "float32"]
 
 
 def run(*arguments: object):
@@ -193,6 +193,15 @@ def test_evaluate_reports_and_records(guard, photos, tmp_path):
     assert "suite quick linf 0.05" in (guard / "README.md").read_text()
     run("calibrate", guard, "--data", photos, "--false-positive-rate", 0.2)
     assert "nothing recorded" in run("inspect", guard).stdout  # figures at other thresholds would be a lie
+
+
+def test_evaluate_says_in_which_precision_it_searched(guard, photos):
+    options = ("--data", photos, "--budget", "quick", "--eps", 0.05, "--images", 4, "--sanity-images", 0)
+    told = run("evaluate", guard, *options, "--precision", "bf16").stdout
+    assert "Attacks searched in bfloat16" in told
+    result = run("evaluate", guard, *options, "--precision", "float32", "--json")
+    assert json.loads(result.stdout)["results"][0]["precision"] == "float32"
+    assert run("evaluate", guard, *options, "--precision", "half").exit_code == 2
 
 
 def test_evaluate_proves_what_no_attack_exceeds(guard, photos, tmp_path):

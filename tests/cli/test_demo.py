@@ -52,6 +52,10 @@ def test_its_table_says_what_it_measured_and_its_text_how_little_that_is(dry_run
     assert "not as robustness" in result.output
     assert len(report["undefended"]["results"]) == len(report["guarded"]["results"]) == 2
     assert len(report["training"]["history"]) == 3
+    precision = report["precision"]
+    assert precision["training"] in ("float32", "bf16")
+    assert set(precision["attacks"]) <= {"float32", "bf16"}
+    assert f"Trained in {precision['training']}, attacked in" in result.output
 
 
 def test_without_matplotlib_the_demo_says_so_and_does_the_rest(tmp_path, monkeypatch):
