@@ -318,7 +318,7 @@ def _choose(name: str, key: str, choices: Any, table: Options) -> Any:
 
 
 def _cell(table: Options, detector: str, attack: Options, limits: Options, seed: int, variant: str) -> Cell:
-    keys = {"dataset", "model", "images", "rates", "chunk", "seeds", "most_seeds", "points", "split"}
+    keys = {"dataset", "model", "images", "rates", "chunk", "seeds", "most_seeds", "points", "split", "precision"}
     _check_keys(table, {"training", "training_of", "consistency"} | keys)
     _check_keys(table.get("consistency", {}), {"radius", "steps", "step_size"})
     options = {key: value for key, value in attack.items() if key not in ("name", "kind", "rates", "surrogate")}
@@ -329,6 +329,8 @@ def _cell(table: Options, detector: str, attack: Options, limits: Options, seed:
             options[key] = options[key][-limit:]  # the largest step sizes
         elif key in options:
             options[key] = min(options[key], limit) if isinstance(limit, int) else limit
+    if "precision" in table and KINDS[attack["kind"]].takes_precision:
+        options["precision"] = table["precision"]
     shared: Any = {
         "attack": attack["name"],
         "kind": attack["kind"],

@@ -88,6 +88,7 @@ class Kind:
         cost: function of the number of classes and the options that returns the passes for one image.
         sees_thresholds: whether the attack depends on the thresholds. If so, it is run for every false-positive rate.
         whole: whether the attack takes all images at once and writes its checkpoint itself.
+        takes_precision: whether the attack searches along gradients and can do so in bfloat16.
     """
 
     run: Callable[..., Outcome]
@@ -95,6 +96,7 @@ class Kind:
     run_both: Callable[..., list[Outcome]] | None = None
     sees_thresholds: bool = False
     whole: bool = False
+    takes_precision: bool = False
 
 
 def _call(scene: Scene, attack: Attack, variant: str = "") -> Outcome:
@@ -157,7 +159,7 @@ def _stepped(kind: Callable[..., SteppedAttack], cost: Callable[..., PlannedCost
     def run_both(scene: Scene, *, targeted: bool = False, **options: Any) -> list[Outcome]:
         return _at_step_sizes(kind, scene, (targeted, not targeted), **options)
 
-    return Kind(run, cost, None if random else run_both)
+    return Kind(run, cost, None if random else run_both, takes_precision=not random)
 
 
 def _iterated_cost(_: int, *, steps: int, step_sizes: Sequence[float], **__: Any) -> PlannedCost:
@@ -230,7 +232,7 @@ KINDS: dict[str, Kind] = {
         sees_thresholds=True,
     ),
     "boundary": Kind(_boundary, lambda _, *, queries, **__: PlannedCost(queries, 0), sees_thresholds=True),
-    "transfer": Kind(_transfer, lambda _, *, steps, **__: PlannedCost(steps + 1, steps)),
-    "suite": Kind(_suite, _suite_cost, sees_thresholds=True, whole=True),
+    "transfer": Kind(_transfer, lambda _, *, steps, **__: PlannedCost(steps + 1, steps), takes_precision=True),
+    "suite": Kind(_suite, _suite_cost, sees_thresholds=True, whole=True, takes_precision=True),
     "certificate": Kind(_certificate, lambda _, **__: PlannedCost(3, 0), sees_thresholds=True),
 }

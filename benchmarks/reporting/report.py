@@ -205,7 +205,12 @@ def _caption(results: Results, text: str) -> str:
     images = _list(cell.points or cell.images for cell in cells)
     warning = f"{remark[0].upper()}{remark[1:]}. " if remark else ""
     split = _list("test" if cell.split == "test" else "held-out training" for cell in cells)
-    return f"**{warning}{text}** The first {images} {split} images, {_seeds(cells)}, network {network} ({told})."
+    rough = " Attacks search in bfloat16, verdicts are in float32." * any(map(_is_rough, cells))
+    return f"**{warning}{text}** The first {images} {split} images, {_seeds(cells)}, network {network} ({told}).{rough}"
+
+
+def _is_rough(cell: Cell) -> bool:
+    return cell.options.get("precision") == "bf16"
 
 
 def _asr(rate: float) -> str:
