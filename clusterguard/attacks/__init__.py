@@ -51,11 +51,13 @@ from clusterguard.attacks._pgd import (
     SteepestDescent,
     SteppedAttack,
 )
+from clusterguard.attacks._polish import Polish
 from clusterguard.attacks._precision import Precision, check_precision, choose_precision, in_precision
 from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square, random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._starts import (
     STARTS,
+    AtPoints,
     Start,
     Towards,
     at_image,
@@ -80,6 +82,7 @@ __all__ = [
     "OBJECTIVES",
     "PGD",
     "STARTS",
+    "AtPoints",
     "Attack",
     "Boundary",
     "BuiltInAttack",
@@ -100,6 +103,7 @@ __all__ = [
     "OrthogonalPGD",
     "PaperProtocol",
     "PeerAttack",
+    "Polish",
     "Precision",
     "Problem",
     "RandomSearch",

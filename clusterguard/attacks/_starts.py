@@ -113,6 +113,28 @@ class Towards:
         return f"Towards({len(self.images)} images of {len(self.labels.unique())} classes)"
 
 
+@dataclass(frozen=True, eq=False)
+class AtPoints:
+    """A start at given points, such as what another attack has returned, projected onto the ball.
+
+    Args:
+        points: (B, C, H, W), one for each image of the batch.
+
+    Example:
+        >>> AtPoints(torch.rand(5, 1, 2, 2))
+        AtPoints(5 images)
+    """
+
+    points: Tensor
+
+    def __call__(self, problem: Problem) -> Tensor:
+        """The projected points."""
+        return problem.project(self.points)
+
+    def __repr__(self) -> str:
+        return f"AtPoints({len(self.points)} images)"
+
+
 def towards_batch(problem: Problem) -> Tensor:
     """The nearest image of a wrong class, or of the target, in a problem's own batch, projected onto the ball.
 

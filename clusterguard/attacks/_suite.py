@@ -23,10 +23,11 @@ from clusterguard.attacks._minimum_norm import FastMinimumNorm
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._pgd import MIM, PGD
+from clusterguard.attacks._polish import Polish
 from clusterguard.attacks._precision import Precision, check_precision, choose_precision
 from clusterguard.attacks._random_search import SparseRS, Square, random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
-from clusterguard.attacks._starts import Start, Towards
+from clusterguard.attacks._starts import AtPoints, Start, Towards
 from clusterguard.attacks._wrapping import MultiTarget, Transfer
 from clusterguard.detection import Detector, success_margin
 from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
@@ -201,6 +202,7 @@ class WorstCaseSuite(BuiltInAttack):
     adversarial plateau repel first, match representations, use orthogonal gradients, or transfer from a surrogate.
     (5) The attacks without gradients are Square, or Sparse-RS for l0, and with the thorough budget Boundary for linf
     and l2. Balls of l2 and l1 also contain every change of a few pixels, so Sparse-RS with as many pixels runs second.
+    (6) `Polish` goes on from the best images of all stages before it.
 
     Args:
         norm: norm of the ball, "linf", "l2", "l1" or "l0".
@@ -298,6 +300,13 @@ class WorstCaseSuite(BuiltInAttack):
             stages[f"transfer {index + 1}"] = Transfer(surrogate=surrogate, attack=apgd("image"))
         search = random_search(queries=effort.queries, **options)
         stages["Square" if isinstance(search, Square) else "Sparse-RS"] = search
+        stages["polish"] = Polish(
+            norm=self.norm,
+            eps=self.eps,
+            rounds=max(1, effort.steps // 20),
+            batch_size=self.batch_size,
+            precision=self.precision,
+        )
         if self.budget == "thorough" and self.norm in ("linf", "l2"):
             stages["boundary"] = Boundary(queries=effort.queries, references=references, stop_early=True, **options)
         return stages
@@ -399,7 +408,10 @@ class WorstCaseSuite(BuiltInAttack):
     ) -> StageRecord:
         metered = Metered(detector)
         aims = None if targets is None else targets[rows]
-        attacked = attack(metered, images[rows], labels[rows], targets=aims, generator=generator)
+        if isinstance(attack, Polish):
+            attacked = self._polish(attack, state.best[rows], metered, images[rows], labels[rows], aims, generator)
+        else:
+            attacked = attack(metered, images[rows], labels[rows], targets=aims, generator=generator)
         margins = self._margins(detector, attacked, labels[rows], aims)
         # A stage may return images outside ball or box, which must not count.
         size = get_norm(self.norm).size(attacked - images[rows])
@@ -408,6 +420,31 @@ class WorstCaseSuite(BuiltInAttack):
         better = margins < state.margins[rows]
         state.best[rows[better]], state.margins[rows[better]] = attacked[better], margins[better]
         return StageRecord(name, len(rows), int((margins <= 0).sum()), *metered.cost)
+
+    def _polish(
+        self,
+        polish: Polish,
+        best: Tensor,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        """Polish the best images (B, C, H, W) so far."""
+        parts = torch.arange(len(images), device=images.device).split(self.batch_size or len(images))
+        return torch.cat(
+            [
+                replace(polish, start=AtPoints(best[part]))(
+                    detector,
+                    images[part],
+                    labels[part],
+                    targets=None if targets is None else targets[part],
+                    generator=generator,
+                )
+                for part in parts
+            ]
+        )
 
     @torch.no_grad()
     def _margins(self, detector: Detector, images: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:

@@ -44,6 +44,7 @@ IN_NORMS = {
     "random target": lambda **o: cg.attacks.RandomTarget(attack=cg.PGD(**STEP, **o)),
     "transfer": lambda **o: cg.attacks.Transfer(surrogate=DETECTORS["guard"], attack=cg.PGD(**STEP, **o)),
     "Square": lambda **o: cg.attacks.Square(queries=5, **o),
+    "polish": lambda **o: cg.attacks.Polish(rounds=1, halvings=1, tries=1, proposals=2, steps=1, **o),
     "Boundary": lambda **o: cg.attacks.Boundary(queries=8, **o),
     "Carlini-Wagner": lambda norm, eps: cg.attacks.CarliniWagner(eps=eps, searches=2, steps=2),
     "Sparse-RS": lambda norm, eps: cg.attacks.SparseRS(eps=eps, queries=5),

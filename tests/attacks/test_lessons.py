@@ -16,6 +16,7 @@ from clusterguard.attacks import (
     FastMinimumNorm,
     MultiTarget,
     OrthogonalPGD,
+    Polish,
     Problem,
     RepelThenMinimise,
     RepresentationMatching,
@@ -49,6 +50,7 @@ ATTACKS = DETERMINISTIC | {
     "Square": Square(eps=EPS, queries=60),
     "Sparse-RS": SparseRS(eps=30, queries=60),
     "Boundary": Boundary(norm="l2", eps=4.0, queries=80),
+    "polish": Polish(eps=EPS, rounds=2, halvings=1),
     "suite": WorstCaseSuite("linf", eps=EPS, budget="quick"),
 }
 
