@@ -374,14 +374,55 @@ def test_a_module_that_cannot_be_copied_is_refused() -> None:
         make_encoder(module, 4)
 
 
-def test_torchscript_tells_neither_normalisation_nor_classifier() -> None:
-    images = torch.rand(2, 3, 64, 64)
+def export(model: nn.Module, images: Tensor) -> nn.Module:
+    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+
+
+GRAPHS: dict[str, tuple[str, Callable[[nn.Module, Tensor], nn.Module]]] = {
+    "script": ("a TorchScript module", lambda model, _: torch.jit.script(model)),
+    "trace": ("a TorchScript module", torch.jit.trace),
+    "fx": ("a graph of torch.fx or torch.export", lambda model, _: torch.fx.symbolic_trace(model)),
+    "export": ("a graph of torch.fx or torch.export", export),
+}
+
+
+def record(model: nn.Module, way: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch wants to give scripting away
-        scripted = torch.jit.trace(build("timm").eval(), images)
-    with pytest.warns(UserWarning, match="normalisation and classifier not found inside a TorchScript module"):
-        guard = ClusterGuard(scripted, 3, example=images)
+        return GRAPHS[way][1](model.eval(), torch.rand(2, 3, 64, 64))
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # by torch, while it copies what it exported
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+@pytest.mark.parametrize("way", GRAPHS)
+def test_a_recorded_graph_tells_neither_normalisation_nor_classifier(way: str, library: str) -> None:
+    images, graph = torch.rand(2, 3, 64, 64), record(build(library), way)
+    with pytest.warns(UserWarning, match="not found inside") as given:
+        guard = ClusterGuard(graph, 3, example=images)
     assert guard(images).shape == (2, 3)
+    for lost in ("normalisation", "classifier"):
+        (text,) = [str(own.message) for own in given if str(own.message).startswith(lost)]
+        assert f"{lost} not found inside {GRAPHS[way][0]}" in text
+        assert "Pass the model that it was made from" in text
+    with pytest.warns(UserWarning, match="normalisation not found inside"):
+        ConfidenceDetector(graph, K)
+
+
+@pytest.mark.parametrize("wrap", ["parallel", "compiled", "averaged", "sequential", "holder"])
+def test_a_graph_in_wrappers_is_named_too(wrap: str) -> None:
+    graph = TRANSPARENT[wrap](record(build("torchvision"), "fx"))
+    with (
+        pytest.warns(UserWarning, match="normalisation not found inside a graph"),
+        pytest.warns(UserWarning, match="classifier not found inside a graph"),
+    ):
+        ClusterGuard(graph, 3)
+
+
+def test_a_graph_whose_normalisation_is_given_lacks_the_classifier_alone() -> None:
+    graph = record(build("torchvision"), "fx")
+    with pytest.warns(UserWarning, match="not found inside") as given:
+        ClusterGuard(graph, 3, mean=[0.5], std=[0.5])
+    assert [str(own.message).split()[0] for own in given] == ["classifier"]
 
 
 def test_the_copy_of_a_model_in_half_precision_and_on_no_device_is_found() -> None:
