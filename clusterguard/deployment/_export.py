@@ -51,6 +51,8 @@ def export_program(detector: DetectorModule, example: Tensor | None = None) -> E
 
     Returns:
         A program that maps images to labels, distances and is_adversarial, each (B,), as `detect` does in eval mode.
+        It is torch's own and needs nothing of this library, so images of another size, channel count or dtype get
+        torch's errors: an AssertionError such as "Guard failed: images.size()[2] == 28", or a RuntimeError.
 
     Raises:
         NotCalibratedError: the detector has no thresholds.

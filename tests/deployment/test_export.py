@@ -126,6 +126,16 @@ def test_scores_that_are_not_finite_are_refused_whatever_the_suspicion(tmp_path)
     assert_same(decide(load_onnx(path).evidence(images), detector.thresholds), expected)
 
 
+def test_a_program_judges_no_images_of_another_kind_than_it_was_exported_for(exported):
+    _, program, _, images = exported
+    judge = program.module()
+    for wrong in (images[..., :-1], images[..., :-1, :], images.expand(-1, 3, -1, -1), images[:, 0]):
+        with pytest.raises(AssertionError, match="Guard failed"):
+            judge(wrong)
+    with pytest.raises(RuntimeError, match="dtype"):
+        judge(images.double())
+
+
 def test_a_graph_does_not_follow_its_detector(tmp_path):
     guard, images = flat_guard(), torch.rand(8, 1, 4, 4)
     program = export_program(guard, images)
