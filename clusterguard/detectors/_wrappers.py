@@ -125,13 +125,18 @@ def warn_of_graph(lost: str, module: nn.Module, consequence: str) -> None:
     """
     for part in module.modules():
         kind = next((kind for kind in _GRAPHS if isinstance(part, kind)), None)
-        if kind is not None:
+        if kind is not None and not _is_extractor(part):
             warnings.warn(
                 f"{lost} not found inside {_GRAPHS[kind]}, which does not tell it: {consequence}. Pass the model that "
                 "it was made from instead, if you have it",
                 stacklevel=5,
             )
             return
+
+
+def _is_extractor(module: nn.Module) -> bool:
+    """Whether a graph is one of torchvision's feature extractors, whose user has named the outputs to keep."""
+    return any(cls.__module__ == "torchvision.models.feature_extraction" for cls in type(module).__mro__)
 
 
 def read_normalization(module: nn.Module, channels: int) -> Normalization | None:

@@ -17,6 +17,7 @@ from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision import models, transforms
+from torchvision.models.feature_extraction import create_feature_extractor
 
 K = 7
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
@@ -423,6 +424,12 @@ def test_a_graph_whose_normalisation_is_given_lacks_the_classifier_alone() -> No
     with pytest.warns(UserWarning, match="not found inside") as given:
         ClusterGuard(graph, 3, mean=[0.5], std=[0.5])
     assert [str(own.message).split()[0] for own in given] == ["classifier"]
+
+
+def test_an_extractor_of_features_has_left_the_classifier_out_on_purpose() -> None:
+    extractor = create_feature_extractor(build("torchvision"), {"mean": "features"})
+    holder = Holder(extractor, lambda self, images: self.model(images)["features"])
+    ClusterGuard(holder, 3, mean=[0.5], std=[0.5])
 
 
 def test_the_copy_of_a_model_in_half_precision_and_on_no_device_is_found() -> None:
