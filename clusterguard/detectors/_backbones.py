@@ -133,7 +133,8 @@ def find_normalization(backbone: nn.Module) -> Normalization:
             "the backbone normalises images itself",
         )
     else:
-        warn_of_graph("normalisation", core.module, "images reach it as they are unless mean= and std= are both passed")
+        what_to_do = "pass the mean= and std= that it expects, [0.0] and [1.0] if it normalises images itself"
+        warn_of_graph("normalisation", core.module, f"images reach it as they are; {what_to_do}")
     return _AS_THEY_ARE
 
 
@@ -294,7 +295,7 @@ def _warn_of_classifier(backbone: nn.Module, core: nn.Module) -> None:
             f"{type(lost[0]).__name__} itself, or remove that classifier",
         )
     else:
-        warn_of_graph("classifier", core, "a new layer follows its output, whether it is one of classes or of features")
+        warn_of_graph("classifier", core, "a new layer follows its output; pass a graph without a classifier")
 
 
 def _warn_of_loss(lost: str, backbone: nn.Module, model: nn.Module, consequence: str) -> None:

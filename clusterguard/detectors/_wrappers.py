@@ -115,11 +115,11 @@ def warn_of_graph(lost: str, module: nn.Module, consequence: str) -> None:
     Args:
         lost: what the model may have told, such as its classifier.
         module: module without the wrappers that compute the same.
-        consequence: what happens because it is not known.
+        consequence: what happens because it is not known, and what to pass.
 
     Example:
         >>> with warnings.catch_warnings(record=True, action="always") as given:
-        ...     warn_of_graph("classifier", torch.fx.symbolic_trace(nn.Linear(3, 2)), "a new layer follows its output")
+        ...     warn_of_graph("classifier", torch.fx.symbolic_trace(nn.Linear(3, 2)), "pass one without")
         >>> str(given[0].message).partition(", ")[0]
         'classifier not found inside a graph of torch.fx or torch.export'
     """
@@ -127,8 +127,8 @@ def warn_of_graph(lost: str, module: nn.Module, consequence: str) -> None:
         kind = next((kind for kind in _GRAPHS if isinstance(part, kind)), None)
         if kind is not None and not _is_extractor(part):
             warnings.warn(
-                f"{lost} not found inside {_GRAPHS[kind]}, which does not tell it: {consequence}. Pass the model that "
-                "it was made from instead, if you have it",
+                f"{lost} not found inside {_GRAPHS[kind]}, which does not tell it: {consequence}, or the model that "
+                "the graph was made from",
                 stacklevel=5,
             )
             return
