@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from clusterguard import ClusterGuard
+from clusterguard import FGSM, AdversarialClusterTrainer, ClusterGuard
 from clusterguard.detectors import ConfidenceDetector, find_normalization, find_num_classes, make_encoder
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
 from timm.utils import ModelEmaV2, ModelEmaV3
@@ -407,6 +407,36 @@ def test_a_recorded_graph_tells_neither_normalisation_nor_classifier(way: str, l
         assert text.endswith("or the model that the graph was made from")
     with pytest.warns(UserWarning, match="normalisation not found inside"):
         ConfidenceDetector(graph, K)
+
+
+@pytest.mark.filterwarnings("ignore:.*not found inside", "ignore:.*treespec:FutureWarning")
+@pytest.mark.parametrize("wrap", [lambda graph: graph, nn.Sequential], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("way", GRAPHS)
+def test_a_guard_around_a_graph_and_its_copy_train_weights_of_their_own(way: str, wrap: Wrap) -> None:
+    images, labels = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 0, 1])
+    model = build("timm")
+    model.conv1.requires_grad_(False)
+    graph = record(model, way)
+    guard = ClusterGuard(wrap(graph), 2, example=images)
+    for part in (guard, copy.deepcopy(guard)):
+        weights = dict(part.named_parameters())
+        assert sum(not weight.requires_grad for weight in weights.values()) == len([*model.conv1.parameters()])
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        trainer = AdversarialClusterTrainer(part, FGSM(eps=0.01))
+        trainer.fit([(images, labels)], [(images, labels)], epochs=1, calibrate=False, progress=False)
+        moved = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
+        assert len(moved) > 10
+        assert all(weights[name].requires_grad for name in moved)
+    assert all(parameter.grad is None for parameter in (*graph.parameters(), *model.parameters()))
+
+
+def test_frozen_torchscript_is_refused_because_it_has_no_weights() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frozen = torch.jit.freeze(torch.jit.script(build("timm").eval()))
+    for wrap in (lambda graph: graph, nn.Sequential):
+        with pytest.raises(UnsupportedBackboneError, match=r"frozen TorchScript .*pass the module as it was before"):
+            ClusterGuard(wrap(frozen), 2, mean=[0.5], std=[0.5])
 
 
 @pytest.mark.parametrize("wrap", ["parallel", "compiled", "averaged", "sequential", "holder"])
