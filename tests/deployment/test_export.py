@@ -173,6 +173,30 @@ def test_detectors_that_cannot_be_exported_say_what_to_do(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Branching(nn.Module):
+    """Does one thing with a few images and another with many, or with dark images and bright ones."""
+
+    def __init__(self, of_images):
+        super().__init__()
+        self.linear, self.of_images = nn.Linear(16, 8), of_images
+
+    def forward(self, images):
+        features = self.linear(images.flatten(1))
+        return features if (images.mean() > 0.9 if self.of_images else len(images) < 9) else features * 2
+
+
+@pytest.mark.parametrize("of_images", [True, False])
+def test_a_network_that_torch_cannot_follow_is_refused_in_a_sentence(of_images, tmp_path):
+    images = torch.rand(2, 1, 4, 4)
+    guard = ClusterGuard(Branching(of_images), 2, example=images)
+    guard.thresholds = torch.full((2,), 9.0)
+    for export in (export_program, lambda guard, images: export_onnx(guard, tmp_path / "guard.onnx", images)):
+        with pytest.raises(ConfigurationError, match=r"torch\.export can follow .*What went wrong: ") as caught:
+            export(guard, images)
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_graph_of_a_detector_for_every_shape_says_that_it_takes_one():
     detector = ConfidenceDetector(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), 4, image_shape="any")
     detector.thresholds = torch.ones(4)
