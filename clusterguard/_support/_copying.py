@@ -58,7 +58,8 @@ def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
         >>> copy_module(nn.Linear(3, 2)).weight.shape
         torch.Size([2, 3])
     """
-    return copy_values(module, {} if memo is None else memo, of=module)
+    copied: Module = copy_values(module, {} if memo is None else memo, of=module)
+    return copied
 
 
 def copy_values(values: Any, memo: dict[int, Any], *, of: nn.Module) -> Any:
