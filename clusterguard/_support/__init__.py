@@ -17,9 +17,9 @@ from clusterguard._support._checks import (
 )
 from clusterguard._support._compiling import Call, CompiledCall, call, check_gradients
 from clusterguard._support._copying import (
-    CopiedValues,
     copy_backbone,
     copy_module,
+    copy_values,
     refuse_unusable,
     settle_weights,
     shorten,
@@ -36,7 +36,6 @@ __all__ = [
     "IN_GREY_LEVELS",
     "Call",
     "CompiledCall",
-    "CopiedValues",
     "OneProcess",
     "Progress",
     "call",
@@ -56,6 +55,7 @@ __all__ = [
     "collect",
     "copy_backbone",
     "copy_module",
+    "copy_values",
     "digest_of",
     "escape_markdown",
     "evaluation_mode",

@@ -58,8 +58,37 @@ def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
         >>> copy_module(nn.Linear(3, 2)).weight.shape
         torch.Size([2, 3])
     """
-    with CopiedValues():
-        return copy.deepcopy(module, memo)
+    copied: Module = copy_values(module, {} if memo is None else memo, of=module)
+    return copied
+
+
+def copy_values(values: Any, memo: dict[int, Any], *, of: nn.Module) -> Any:
+    """Copy a module or its state by `copy.deepcopy`, so that the copy has parameters of its own.
+
+    TorchScript copies its parameters by operations with a gradient history. Such a copy could not be trained, and
+    gradients would flow back to the original.
+
+    Args:
+        values: what to copy.
+        memo: memo of `copy.deepcopy`.
+        of: module that the values are, or belong to.
+
+    Returns:
+        The copy, in which the same parameters require gradients.
+
+    Example:
+        >>> layer = nn.Linear(3, 2).requires_grad_(False)
+        >>> copy_values(layer, {}, of=layer).weight.requires_grad
+        False
+    """
+    with CopiedValues(), torch.no_grad():
+        copied = copy.deepcopy(values, memo)
+    for part in of.modules():
+        twin = memo.get(id(part))
+        if isinstance(part, torch.jit.ScriptModule) and isinstance(twin, torch.jit.ScriptModule):
+            for old, new in zip(part.parameters(), twin.parameters(), strict=True):
+                new.requires_grad_(old.requires_grad)
+    return copied
 
 
 def settle_weights(module: nn.Module) -> None:
@@ -95,7 +124,8 @@ def refuse_unusable(backbone: nn.Module) -> None:
     """Refuse a backbone whose weights cannot be trained here.
 
     Raises:
-        UnsupportedBackboneError: the weights are quantised or spread over processes. The message names the layer.
+        UnsupportedBackboneError: the weights are quantised, spread over processes, or constants of frozen TorchScript.
+            The message names the layer.
 
     Example:
         >>> refuse_unusable(nn.Linear(3, 2))
@@ -105,6 +135,11 @@ def refuse_unusable(backbone: nn.Module) -> None:
         kinds = {type(weight).__name__ for weight in part.parameters(recurse=False)}
         dtypes = {weight.dtype for weight in part.parameters(recurse=False) if not is_lazy(weight)}
         place = f"{type(part).__name__} at {path!r}" if path else type(part).__name__
+        if isinstance(part, torch.jit.ScriptModule) and not hasattr(part, "training"):
+            raise UnsupportedBackboneError(
+                f"expected a backbone with weights, got frozen TorchScript ({place}), whose weights are constants; "
+                "pass the module as it was before torch.jit.freeze or optimize_for_inference"
+            )
         if any(home.startswith("torch.distributed.fsdp") for home in homes) or "DTensor" in kinds:
             raise UnsupportedBackboneError(
                 f"expected a backbone with complete weights, got one with weights spread over processes ({place}); "

@@ -35,7 +35,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 _KIND = "suite"
-_KEYS = {"suite", "clean_margins", "best", "margins", "records", "generator", "cost", "runs"}
+_KEYS = {"suite", "clean_margins", "best", "margins", "records", "generator", "runs"}
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ class SuiteResult(NamedTuple):
     Attributes:
         images: (B, C, H, W) for each image, the attacked version with the smallest success margin.
         stages: one record for each stage, in order.
-        cost: cost of all runs of the suite, including earlier runs that this one resumed.
-        runs: number of these runs.
+        cost: cost of all stages together, whichever run they ran in. What says where the stages begin, the judging of
+            clean images and references, is not part of it.
+        runs: number of runs, including earlier ones that this one resumed.
     """
 
     images: Tensor
@@ -83,7 +84,6 @@ class SuiteState:
         best: (B, C, H, W) attacked images with the smallest success margins so far.
         margins: (B,) success margins of these images.
         records: records of the finished stages.
-        spent: cost of the earlier runs.
         runs: number of runs, including this one.
     """
 
@@ -92,11 +92,10 @@ class SuiteState:
     best: Tensor
     margins: Tensor
     records: list[StageRecord]
-    spent: Cost = field(default_factory=Cost)
     runs: int = 1
 
-    def save(self, path: str | Path, generator: Generator | None, cost: Cost) -> None:
-        """Write the state to a file, completely or not at all; `cost` is the cost of this run so far."""
+    def save(self, path: str | Path, generator: Generator | None) -> None:
+        """Write the state to a file, completely or not at all."""
         state = {
             "suite": self.suite,
             "clean_margins": self.clean_margins,
@@ -104,7 +103,6 @@ class SuiteState:
             "margins": self.margins,
             "records": [asdict(record) for record in self.records],
             "generator": None if generator is None else generator.get_state(),
-            "cost": list(self.spent + cost),
             "runs": self.runs,
         }
         save_progress(path, _KIND, state)
@@ -121,7 +119,7 @@ class SuiteState:
         if progress is None:
             return
         state = progress.state
-        if set(state) != _KEYS or not _is_state(state):
+        if set(state) - {"cost"} != _KEYS or not _is_state(state):
             raise PersistenceError(f"{path} holds no state of a suite; {again}")
         clean = state["clean_margins"]
         if state["suite"] != self.suite or state["best"].shape != self.best.shape:
@@ -139,7 +137,7 @@ class SuiteState:
                 ) from error
         self.best, self.margins = state["best"], state["margins"]
         self.records = [StageRecord(**record) for record in state["records"]]
-        self.spent, self.runs = Cost(*state["cost"]), state["runs"] + 1
+        self.runs = state["runs"] + 1
 
 
 def _is_state(state: dict[str, Any]) -> bool:
@@ -154,8 +152,7 @@ def _is_state(state: dict[str, Any]) -> bool:
     kinds = {"name": str, "attacked": int, "broken": int, "forward": int, "backward": int}
     return (
         isinstance(state["suite"], str)
-        and isinstance(state["cost"], list)
-        and [type(count) for count in (*state["cost"], state["runs"])] == [int, int, int]
+        and type(state["runs"]) is int
         and (generator is None or isinstance(generator, Tensor))
         and isinstance(state["records"], list)
         and all(
@@ -347,15 +344,14 @@ class WorstCaseSuite(BuiltInAttack):
         """
         check_attack_input(detector, images, labels, targets)
         check_radius(self, images)
-        metered = Metered(detector)
         with torch.inference_mode(False), evaluation_mode(detector), only_writer(checkpoint):
             images, labels = images.detach().clone(), labels.long().clone()
             targets = None if targets is None else targets.long().clone()
             benign = (images, labels) if self.references is None else self.references
             chosen = choose_precision(detector, images, labels) if self.precision == "auto" else self.precision
-            accepted = Towards.accepted(metered, *benign, batch_size=self.batch_size or 500)
+            accepted = Towards.accepted(detector, *benign, batch_size=self.batch_size or 500)
             stages = replace(self, precision=chosen).stages(detector, accepted)
-            state = self._begin(metered, images, labels, targets, checkpoint, generator)
+            state = self._begin(detector, images, labels, targets, checkpoint, generator)
             bar = tqdm(stages.items(), desc=f"{self.norm} {self.eps:g}", disable=not progress, leave=False)
             for name, attack in bar:
                 rows = (state.margins > 0).nonzero().squeeze(1)
@@ -363,14 +359,15 @@ class WorstCaseSuite(BuiltInAttack):
                     break
                 if any(record.name == name for record in state.records):
                     continue
-                record = self._run_stage(name, attack, state, rows, metered, images, labels, targets, generator)
+                record = self._run_stage(name, attack, state, rows, detector, images, labels, targets, generator)
                 state.records.append(record)
                 bar.set_postfix(broken=int((state.margins <= 0).sum()))
                 if checkpoint is not None:
-                    state.save(checkpoint, generator, metered.cost)
+                    state.save(checkpoint, generator)
                 if on_stage is not None:
                     on_stage(record)
-        return SuiteResult(state.best, tuple(state.records), state.spent + metered.cost, state.runs)
+        cost = sum((Cost(record.forward, record.backward) for record in state.records), Cost())
+        return SuiteResult(state.best, tuple(state.records), cost, state.runs)
 
     def __call__(
         self,

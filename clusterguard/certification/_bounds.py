@@ -1,8 +1,10 @@
 """Bounds on what a guard computes of every image in a ball, with the rounding of its own arithmetic."""
 
+import copy
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from clusterguard._support import (
@@ -104,15 +106,43 @@ def _bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
 
 @contextmanager
 def _forgetting(network: nn.Module) -> Iterator[None]:
-    """Undo what a network stores as attributes meanwhile, such as its last activations, which are intervals here."""
-    before = [(store, dict(store)) for part in network.modules() for store in (vars(part), part._buffers)]
+    """Undo what a network stores meanwhile, such as its last activations, which are intervals here.
+
+    That covers its attributes, its buffers, and the lists and dicts that are among or within them.
+    """
+    found: dict[int, Any] = {}
+    for part in network.modules():
+        _collect_containers(vars(part), found)
+    before = [(container, copy.copy(container)) for container in found.values()]
     try:
         yield
     finally:
-        for store, kept in before:
-            for name in [name for name in store if name not in kept]:
-                del store[name]
-            store.update({name: value for name, value in kept.items() if store.get(name) is not value})
+        for container, content in before:
+            _restore(container, content)
+
+
+def _collect_containers(value: Any, found: dict[int, Any]) -> None:
+    """Add a list or dict, and those within it, to those that were found before."""
+    if id(value) in found or not isinstance(value, dict | list | deque | tuple):
+        return
+    if not isinstance(value, tuple):
+        found[id(value)] = value
+    for part in value.values() if isinstance(value, dict) else value:
+        _collect_containers(part, found)
+
+
+def _restore(container: Any, content: Any) -> None:
+    """Give a container its former content. Another thread never misses an attribute meanwhile."""
+    if isinstance(container, dict):
+        for name in [name for name in container if name not in content]:
+            del container[name]
+        container.update({name: value for name, value in content.items() if container.get(name) is not value})
+    elif [*map(id, container)] != [*map(id, content)]:
+        if isinstance(container, list):
+            container[:] = content
+        else:
+            container.clear()
+            container.extend(content)
 
 
 def _bound_distances(clusters: GaussianClusters, box: Interval, labels: Tensor) -> Bounds:

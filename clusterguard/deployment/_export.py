@@ -51,12 +51,15 @@ def export_program(detector: DetectorModule, example: Tensor | None = None) -> E
 
     Returns:
         A program that maps images to labels, distances and is_adversarial, each (B,), as `detect` does in eval mode.
+        It is torch's own and needs nothing of this library, so images of another size, channel count or dtype get
+        torch's errors: an AssertionError such as "Guard failed: images.size()[2] == 28", or a RuntimeError.
 
     Raises:
         NotCalibratedError: the detector has no thresholds.
         InputError: the example has a wrong shape, dtype or range.
         ConfigurationError: there is no example, and neither the detector nor a timm backbone tells the size of the
-            images; or the detector gives different evidence for the same images from call to call.
+            images; or the detector gives different evidence for the same images from call to call; or torch.export
+            cannot follow its network.
 
     Warns:
         UserWarning: the detector's `image_shape` is "any", but a graph has one fixed shape.
@@ -71,7 +74,7 @@ def export_program(detector: DetectorModule, example: Tensor | None = None) -> E
         torch.Size([7])
     """
     decision, images = _prepare(detector, example)
-    with _quiet():
+    with _exporting():
         return torch.export.export(decision, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
 
 
@@ -123,7 +126,7 @@ def export_onnx(
             "copy.deepcopy(detector).float() and calibrate the graph, because its distances will differ"
         )
     thresholds, shapes = detector.thresholds.cpu(), ({0: Dim("batch")}, None)
-    with _quiet():
+    with _exporting():
         program = torch.export.export(
             decision.cpu(), (images.cpu(), thresholds), dynamic_shapes=shapes, strict=False
         ).run_decompositions({torch.ops.aten.clamp_min.default: _clamp_min})
@@ -478,3 +481,17 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), without_autocast():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    with _quiet():
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the errors of torch's exporters have no common base class
+            raise ConfigurationError(
+                "expected a network that torch.export can follow for any number of images, got one that it cannot; "
+                f"use plain modules, without TorchScript or branches on images. What went wrong: {in_one_line(error)}"
+            ) from error

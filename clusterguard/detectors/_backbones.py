@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from clusterguard._support import check_numbers, copy_backbone, refuse_unusable, shorten
-from clusterguard.detectors._wrappers import Normalization, unwrap
+from clusterguard.detectors._wrappers import Normalization, unwrap, warn_of_graph
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
 from einops.layers.torch import Reduce
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ def find_normalization(backbone: nn.Module) -> Normalization:
 
     Warns:
         UserWarning: a model inside the backbone expects a normalisation, but the module around this model may do more
-            than call it.
+            than call it; or the backbone is a graph that was recorded from a model.
 
     Example:
         >>> find_normalization(nn.Flatten())
@@ -132,6 +132,9 @@ def find_normalization(backbone: nn.Module) -> Normalization:
             f"images reach it as they are. Pass mean={list(mean)} and std={list(std)}, or mean=[0.0] and std=[1.0] if "
             "the backbone normalises images itself",
         )
+    else:
+        what_to_do = "pass the mean= and std= that it expects, [0.0] and [1.0] if it normalises images itself"
+        warn_of_graph("normalisation", core.module, f"images reach it as they are; {what_to_do}")
     return _AS_THEY_ARE
 
 
@@ -204,7 +207,7 @@ def make_encoder(
 
     Warns:
         UserWarning: a model inside the backbone has a classifier, but the module around this model may do more than
-            call it.
+            call it; or the backbone is a graph that was recorded from a model.
 
     Example:
         >>> encoder = make_encoder(nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU()), 10)
@@ -291,13 +294,8 @@ def _warn_of_classifier(backbone: nn.Module, core: nn.Module) -> None:
             f"its classifier of {lost[1]} classes stays inside, and a new layer follows it. Pass the "
             f"{type(lost[0]).__name__} itself, or remove that classifier",
         )
-    elif isinstance(core, torch.jit.ScriptModule):
-        warnings.warn(
-            "normalisation and classifier not found inside a TorchScript module, which does not tell them: its images "
-            "are normalised by mean= and std= alone, and a new layer follows its output. Pass the original module "
-            "instead, if you have it",
-            stacklevel=4,
-        )
+    else:
+        warn_of_graph("classifier", core, "a new layer follows its output; pass a graph without a classifier")
 
 
 def _warn_of_loss(lost: str, backbone: nn.Module, model: nn.Module, consequence: str) -> None:

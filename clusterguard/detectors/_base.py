@@ -1,6 +1,5 @@
 """The base class of detectors that are modules, with thresholds, a checked `detect` and the record of calibration."""
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -9,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from clusterguard._support import (
-    CopiedValues,
     check_calibrated,
     check_detector,
     check_images,
     check_names,
     check_tensor,
+    copy_values,
     evaluation_mode,
     in_range,
 )
@@ -191,8 +190,7 @@ class DetectorModule(nn.Module, ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Self":
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        with CopiedValues():  # deepcopy alone fails on a weight that was computed for the last batch
-            copied.__setstate__(copy.deepcopy(self.__reduce_ex__(4)[2], memo))  # type: ignore[no-untyped-call]
+        copied.__setstate__(copy_values(self.__reduce_ex__(4)[2], memo, of=self))  # type: ignore[no-untyped-call]
         return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":

@@ -226,8 +226,8 @@ def find_folder(name: str | Path, **hub_options: Any) -> Path:
         raise
     except Exception as error:  # the Hub's errors have no common base class
         raise PersistenceError(
-            f"expected a folder, or a guard's id on the Hugging Face Hub, got {str(name)!r}: there is no such folder, "
-            f"and the Hub says: {in_one_line(error)}"
+            f"expected a folder, or a guard's id on the Hugging Face Hub, got {str(name)!r}: there is no such folder "
+            f"in {Path.cwd()}, and the Hub says: {in_one_line(error)}"
         ) from error
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from clusterguard._support import copy_module
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
 Normalization: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
@@ -36,6 +37,7 @@ _TRANSPARENT = {
     "timm.utils.model_ema.ModelEmaV2": "module",
     "timm.utils.model_ema.ModelEmaV3": "module",
 }
+_GRAPHS = {torch.jit.ScriptModule: "a TorchScript module", GraphModule: "a graph of torch.fx or torch.export"}
 _HALVES = ("forward_features", "forward_head")  # methods that make up the forward of timm's models
 # Sides of images and shapes of a model's output to test with, because some holders treat a few sizes or ranks
 # differently.
@@ -105,6 +107,36 @@ def count_channels(model: nn.Module) -> int:
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
     channels = getattr(model, "in_chans", None) if first is None else first.in_channels
     return channels if isinstance(channels, int) else 3
+
+
+def warn_of_graph(lost: str, module: nn.Module, consequence: str) -> None:
+    """Warn if a module holds a graph that was recorded from a model, and so does not tell what the model told.
+
+    Args:
+        lost: what the model may have told, such as its classifier.
+        module: module without the wrappers that compute the same.
+        consequence: what happens because it is not known, and what to pass.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True, action="always") as given:
+        ...     warn_of_graph("classifier", torch.fx.symbolic_trace(nn.Linear(3, 2)), "pass one without")
+        >>> str(given[0].message).partition(", ")[0]
+        'classifier not found inside a graph of torch.fx or torch.export'
+    """
+    for part in module.modules():
+        kind = next((kind for kind in _GRAPHS if isinstance(part, kind)), None)
+        if kind is not None and not _is_extractor(part):
+            warnings.warn(
+                f"{lost} not found inside {_GRAPHS[kind]}, which does not tell it: {consequence}, or the model that "
+                "the graph was made from",
+                stacklevel=5,
+            )
+            return
+
+
+def _is_extractor(module: nn.Module) -> bool:
+    """Whether a graph is one of torchvision's feature extractors, whose user has named the outputs to keep."""
+    return any(cls.__module__ == "torchvision.models.feature_extraction" for cls in type(module).__mro__)
 
 
 def read_normalization(module: nn.Module, channels: int) -> Normalization | None:

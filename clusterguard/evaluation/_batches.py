@@ -24,7 +24,7 @@ class Attacked(NamedTuple):
     Attributes:
         images: attacked images, one (B, C, H, W) for each batch.
         stages: records of a suite's stages; empty for other attacks.
-        cost: cost of all batches together, in all runs of a suite that was resumed.
+        cost: cost of all batches together; for a suite, the sum of its stages in all runs.
         runs: number of those runs.
     """
 

@@ -58,7 +58,8 @@ class AttackResult:
         success: ASR, among the images labelled correctly and accepted before the attack.
         expected_roc_auc: EROC.
         invalid: number of attacked images outside [0, 1] or outside the attack's budget, which do not count as broken.
-        cost: images judged and gradients taken, for all images together and in all runs.
+        cost: images judged and gradients taken, for all images together and in all runs; for a suite, the sum of its
+            stages.
         seconds: wall time of the last run.
         runs: number of runs; more than one if a suite was resumed.
         stages: number of images that each stage of a suite attacked and broke, with its cost; empty for other attacks.
@@ -204,7 +205,7 @@ class Evaluation:
         is_rough = any(result.precision == "bf16" for result in self.results)
         rough = ["Attacks searched in bfloat16; every verdict is in the detector's own precision."] * is_rough
         return rough + [
-            f"{result.name} took {result.runs} runs, because it was resumed; its cost is that of all runs."
+            f"{result.name} took {result.runs} runs, because it was resumed; its cost is that of all runs' stages."
             for result in self.results
             if result.runs > 1
         ]

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from clusterguard import PGD, Evidence, WorstCaseSuite, decide, evaluate
+from clusterguard._support import read_progress, save_progress
 from clusterguard.attacks import Cost, Metered, Towards, get_norm
 from clusterguard.detection import Verdicts, is_broken
 from clusterguard.detectors import WithThresholds
@@ -20,6 +21,10 @@ def cases(small_guard):
 
 def broken(guard, attacked, labels):
     return is_broken(Verdicts(decide(guard.evidence(attacked), guard.thresholds), labels))
+
+
+def cost_of(stages):
+    return sum((Cost(stage.forward, stage.backward) for stage in stages), Cost())
 
 
 @pytest.mark.parametrize("norm", EPS)
@@ -93,22 +98,48 @@ def test_an_interrupted_run_goes_on_where_it_was(small_guard, cases, tmp_path, l
     assert resumed.stages == whole.stages
     assert tuple(seen + rest) == whole.stages
     assert (whole.runs, resumed.runs) == (1, 2)
-    again = Cost(2 * len(images))  # the second run judges clean images and references anew
-    assert whole.cost + again == resumed.cost
-    assert whole.cost.backward == sum(stage.backward for stage in whole.stages)
+    finished = suite.run(small_guard, images, labels, checkpoint=file)
+    assert (finished.stages, finished.runs) == (whole.stages, 3)
+    assert whole.cost == resumed.cost == finished.cost == cost_of(whole.stages) != Cost()
 
 
-def test_a_report_tells_the_effort_of_all_runs(small_guard, cases, tmp_path, light_suites):
-    loader = [cases]
-    attack = {"suite": WorstCaseSuite("linf", eps=0.05, budget="quick", batch_size=7)}
+@pytest.mark.parametrize("references", [False, True])
+def test_a_report_tells_the_effort_of_all_runs(small_guard, cases, tmp_path, light_suites, references):
+    suite = WorstCaseSuite("linf", eps=0.05, budget="quick", batch_size=7, references=cases if references else None)
     first, second = (
-        evaluate(small_guard, attack, loader, sanity_images=0, checkpoint=tmp_path, generator=torch.Generator())
+        evaluate(
+            small_guard,
+            {"suite": suite},
+            [cases],
+            sanity_images=0,
+            checkpoint=tmp_path,
+            generator=torch.Generator(),
+        )
         for _ in range(2)
     )
-    assert second.results[0].cost.backward == first.results[0].cost.backward > 0
-    assert second.results[0].cost.forward > first.results[0].cost.forward
+    for report in (first, second):
+        (result,) = report.results
+        assert result.cost == cost_of(result.stages) != Cost()
+    assert second.results[0].cost == first.results[0].cost
     assert "suite took 2 runs" in second.to_markdown()
     assert "runs" not in first.to_markdown()
+
+
+def test_without_an_image_to_attack_nothing_is_spent(small_guard, cases, light_suites):
+    images, labels = cases
+    wrong = (labels + 1) % 3
+    rows = broken(small_guard, images, wrong)
+    assert rows.any()
+    result = WorstCaseSuite("linf", eps=0.05, budget="quick").run(small_guard, images[rows], wrong[rows])
+    assert (result.stages, result.cost) == ((), Cost())
+
+
+def test_a_state_that_also_holds_its_cost_is_read(small_guard, cases, tmp_path, light_suites):
+    suite, file = WorstCaseSuite("linf", eps=0.01, budget="quick"), tmp_path / "suite.pt"
+    whole = suite.run(small_guard, *cases, checkpoint=file)
+    state = read_progress(file, "suite", hint="").state
+    save_progress(file, "suite", state | {"cost": [10**6, 10**6]})
+    assert suite.run(small_guard, *cases, checkpoint=file).cost == whole.cost
 
 
 def test_a_checkpoint_of_something_else_is_refused(small_guard, cases, tmp_path, light_suites):

@@ -1,11 +1,12 @@
 """Certificates of networks that remember, reshape, compile or branch, and of no image at all."""
 
 import copy
+from collections import defaultdict, deque
 
 import pytest
 import torch
 from clusterguard import ClusterGuard, certified_success_rate, certify
-from clusterguard.certification import Interval, certified_radius
+from clusterguard.certification import Interval, bound, certified_radius
 from clusterguard.errors import ConfigurationError
 from torch import nn
 
@@ -51,6 +52,41 @@ def test_certifying_leaves_nothing_behind_in_a_network_that_remembers(is_scaled)
         assert is_scaled
     kept = [value for part in guard.modules() for value in (*vars(part).values(), *part._buffers.values())]
     assert not any(isinstance(value, Interval) for value in kept)
+    assert copy.deepcopy(guard).detect(batch).labels.tolist() == guard.detect(batch).labels.tolist()
+
+
+class Collecting(nn.Module):
+    """Keeps activations in whatever can hold them."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.all, self.recent = ["first"], deque(["first"], maxlen=1)
+        self.by_name = {"first": 1, "lists": defaultdict(list)}
+        self.pair = ([], {})
+
+    def forward(self, values):
+        values = self.linear(values.flatten(1))
+        self.all.insert(0, values)
+        self.recent.append(values)
+        self.by_name["first"] = self.by_name["last"] = values
+        self.by_name["lists"]["linear"].append(values)
+        self.pair[0].append(values)
+        self.pair[1].update(last=values)
+        return values
+
+
+def test_bounds_leave_nothing_behind_in_a_networks_lists_and_dicts():
+    guard, batch = around(Collecting()), images()
+    (network,) = [part for part in guard.modules() if isinstance(part, Collecting)]
+    guard.detect(batch)
+    containers = [network.all, network.recent, network.by_name, network.by_name["lists"], *network.pair]
+    containers.append(network.by_name["lists"]["linear"])
+    before = [copy.copy(container) for container in containers]
+    bound(guard, batch, LABELS, eps=0.01)
+    assert [*map(repr, containers)] == [*map(repr, before)]
+    assert network.by_name["lists"]["linear"] is containers[-1]
+    certify(guard, batch, LABELS, eps=0.01)
     assert copy.deepcopy(guard).detect(batch).labels.tolist() == guard.detect(batch).labels.tolist()
 
 

@@ -126,6 +126,16 @@ def test_scores_that_are_not_finite_are_refused_whatever_the_suspicion(tmp_path)
     assert_same(decide(load_onnx(path).evidence(images), detector.thresholds), expected)
 
 
+def test_a_program_judges_no_images_of_another_kind_than_it_was_exported_for(exported):
+    _, program, _, images = exported
+    judge = program.module()
+    for wrong in (images[..., :-1], images[..., :-1, :], images.expand(-1, 3, -1, -1), images[:, 0]):
+        with pytest.raises(AssertionError, match="Guard failed"):
+            judge(wrong)
+    with pytest.raises(RuntimeError, match="dtype"):
+        judge(images.double())
+
+
 def test_a_graph_does_not_follow_its_detector(tmp_path):
     guard, images = flat_guard(), torch.rand(8, 1, 4, 4)
     program = export_program(guard, images)
@@ -160,6 +170,30 @@ def test_detectors_that_cannot_be_exported_say_what_to_do(tmp_path):
     for export in (export_program, lambda guard, images: export_onnx(guard, tmp_path / "guard.onnx", images)):
         with pytest.raises(NotCalibratedError, match=r"call Calibrator"):
             export(guard, torch.rand(1, 1, 4, 4))
+    assert not list(tmp_path.iterdir())
+
+
+class Branching(nn.Module):
+    """Does one thing with a few images and another with many, or with dark images and bright ones."""
+
+    def __init__(self, of_images):
+        super().__init__()
+        self.linear, self.of_images = nn.Linear(16, 8), of_images
+
+    def forward(self, images):
+        features = self.linear(images.flatten(1))
+        return features if (images.mean() > 0.9 if self.of_images else len(images) < 9) else features * 2
+
+
+@pytest.mark.parametrize("of_images", [True, False])
+def test_a_network_that_torch_cannot_follow_is_refused_in_a_sentence(of_images, tmp_path):
+    images = torch.rand(2, 1, 4, 4)
+    guard = ClusterGuard(Branching(of_images), 2, example=images)
+    guard.thresholds = torch.full((2,), 9.0)
+    for export in (export_program, lambda guard, images: export_onnx(guard, tmp_path / "guard.onnx", images)):
+        with pytest.raises(ConfigurationError, match=r"torch\.export can follow .*What went wrong: ") as caught:
+            export(guard, images)
+        assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -181,9 +181,11 @@ def test_nothing_large_is_fetched_from_the_hub_before_its_config_is_a_guards(sav
         ClusterGuard.from_pretrained("someone/llama")
 
 
-@pytest.mark.parametrize("name", ["someone/guard", "guard"])
-def test_what_is_neither_folder_nor_on_the_hub_is_named(name, tmp_path):
-    with pytest.raises(PersistenceError, match=f"expected a folder, or a guard's id .* got '{name}'"):
+@pytest.mark.parametrize("name", ["someone/guard", "guard", "runs/demo"])
+def test_what_is_neither_folder_nor_on_the_hub_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = f"got '{name}': there is no such folder in {re.escape(str(tmp_path))}, and the Hub says: .*snapshot"
+    with pytest.raises(PersistenceError, match=expected):
         ClusterGuard.from_pretrained(name, local_files_only=True, cache_dir=tmp_path)
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from clusterguard import ClusterGuard
+from clusterguard import FGSM, AdversarialClusterTrainer, ClusterGuard
 from clusterguard.detectors import ConfidenceDetector, find_normalization, find_num_classes, make_encoder
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision import models, transforms
+from torchvision.models.feature_extraction import create_feature_extractor
 
 K = 7
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
@@ -374,14 +375,91 @@ def test_a_module_that_cannot_be_copied_is_refused() -> None:
         make_encoder(module, 4)
 
 
-def test_torchscript_tells_neither_normalisation_nor_classifier() -> None:
-    images = torch.rand(2, 3, 64, 64)
+def export(model: nn.Module, images: Tensor) -> nn.Module:
+    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+
+
+GRAPHS: dict[str, tuple[str, Callable[[nn.Module, Tensor], nn.Module]]] = {
+    "script": ("a TorchScript module", lambda model, _: torch.jit.script(model)),
+    "trace": ("a TorchScript module", torch.jit.trace),
+    "fx": ("a graph of torch.fx or torch.export", lambda model, _: torch.fx.symbolic_trace(model)),
+    "export": ("a graph of torch.fx or torch.export", export),
+}
+
+
+def record(model: nn.Module, way: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch wants to give scripting away
-        scripted = torch.jit.trace(build("timm").eval(), images)
-    with pytest.warns(UserWarning, match="normalisation and classifier not found inside a TorchScript module"):
-        guard = ClusterGuard(scripted, 3, example=images)
+        return GRAPHS[way][1](model.eval(), torch.rand(2, 3, 64, 64))
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # by torch, while it copies what it exported
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+@pytest.mark.parametrize("way", GRAPHS)
+def test_a_recorded_graph_tells_neither_normalisation_nor_classifier(way: str, library: str) -> None:
+    images, graph = torch.rand(2, 3, 64, 64), record(build(library), way)
+    with pytest.warns(UserWarning, match="not found inside") as given:
+        guard = ClusterGuard(graph, 3, example=images)
     assert guard(images).shape == (2, 3)
+    for lost in ("normalisation", "classifier"):
+        (text,) = [str(own.message) for own in given if str(own.message).startswith(lost)]
+        assert f"{lost} not found inside {GRAPHS[way][0]}" in text
+        assert text.endswith("or the model that the graph was made from")
+    with pytest.warns(UserWarning, match="normalisation not found inside"):
+        ConfidenceDetector(graph, K)
+
+
+@pytest.mark.filterwarnings("ignore:.*not found inside", "ignore:.*treespec:FutureWarning")
+@pytest.mark.parametrize("wrap", [lambda graph: graph, nn.Sequential], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("way", GRAPHS)
+def test_a_guard_around_a_graph_and_its_copy_train_weights_of_their_own(way: str, wrap: Wrap) -> None:
+    images, labels = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 0, 1])
+    model = build("timm")
+    model.conv1.requires_grad_(False)
+    graph = record(model, way)
+    guard = ClusterGuard(wrap(graph), 2, example=images)
+    for part in (guard, copy.deepcopy(guard)):
+        weights = dict(part.named_parameters())
+        assert sum(not weight.requires_grad for weight in weights.values()) == len([*model.conv1.parameters()])
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        trainer = AdversarialClusterTrainer(part, FGSM(eps=0.01))
+        trainer.fit([(images, labels)], [(images, labels)], epochs=1, calibrate=False, progress=False)
+        moved = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
+        assert len(moved) > 10
+        assert all(weights[name].requires_grad for name in moved)
+    assert all(parameter.grad is None for parameter in (*graph.parameters(), *model.parameters()))
+
+
+def test_frozen_torchscript_is_refused_because_it_has_no_weights() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frozen = torch.jit.freeze(torch.jit.script(build("timm").eval()))
+    for wrap in (lambda graph: graph, nn.Sequential):
+        with pytest.raises(UnsupportedBackboneError, match=r"frozen TorchScript .*pass the module as it was before"):
+            ClusterGuard(wrap(frozen), 2, mean=[0.5], std=[0.5])
+
+
+@pytest.mark.parametrize("wrap", ["parallel", "compiled", "averaged", "sequential", "holder"])
+def test_a_graph_in_wrappers_is_named_too(wrap: str) -> None:
+    graph = TRANSPARENT[wrap](record(build("torchvision"), "fx"))
+    with (
+        pytest.warns(UserWarning, match="normalisation not found inside a graph"),
+        pytest.warns(UserWarning, match="classifier not found inside a graph"),
+    ):
+        ClusterGuard(graph, 3)
+
+
+def test_a_graph_whose_normalisation_is_given_lacks_the_classifier_alone() -> None:
+    graph = record(build("torchvision"), "fx")
+    with pytest.warns(UserWarning, match="not found inside") as given:
+        ClusterGuard(graph, 3, mean=[0.5], std=[0.5])
+    assert [str(own.message).split()[0] for own in given] == ["classifier"]
+
+
+def test_an_extractor_of_features_has_left_the_classifier_out_on_purpose() -> None:
+    extractor = create_feature_extractor(build("torchvision"), {"mean": "features"})
+    holder = Holder(extractor, lambda self, images: self.model(images)["features"])
+    ClusterGuard(holder, 3, mean=[0.5], std=[0.5])
 
 
 def test_the_copy_of_a_model_in_half_precision_and_on_no_device_is_found() -> None:
