@@ -63,7 +63,9 @@ it, with thresholds at p % false positives. EROC: ROC AUC per label, averaged. T
 paper, an attack counts with its worst step size. *Suite* rows are our worst-case suite at the same norm and radius.
 "Worst row" is the paper's worst case; "worst per image" counts an image if any row broke it. "≥" and "≤" mean that
 cells are missing, which could only move the figure that way.
+"""
 
+WITHDRAWN = """
 !!! warning "The suite's ℓ2 figures of guards trained for certificates are withdrawn"
     Suite rows are lower bounds, found by the suite of version 0.1. In ℓ2 that suite never tries to change a few pixels
     only, and on guards trained for certificates it misses most of what there is. Sparse-RS with four pixels, whose
@@ -128,8 +130,13 @@ def render(every: Sequence[Results]) -> str:
     parts.append("\n".join(f"- {line}" for line in _setting(run or every)))
     if any(asked.values()):
         parts.append(LEGEND.strip())
-    for results in every:
+    if profile == "cpu":  # all of it was measured with the suite of version 0.1
+        parts.append(WITHDRAWN.strip())
+    for results in run or every:
         parts += _section(results, every)
+    left = dict.fromkeys(results.table.experiment for results in every if not results.finished)
+    if run and left:
+        parts.append(f"Not run yet: `python -m benchmarks run {' '.join(left)}{_option(profile)}`.")
     return "\n\n".join(parts) + "\n"
 
 
