@@ -12,6 +12,7 @@ from clusterguard.attacks import (
     MultiTarget,
     ObjectiveValues,
     Problem,
+    StageRecord,
     Start,
     SteepestDescent,
     Towards,
@@ -76,6 +77,10 @@ class Result(Protocol):
     @property
     def eps(self) -> float | None:
         """The radius that the attack states."""
+
+    @property
+    def stages(self) -> tuple[StageRecord, ...]:
+        """The stages of a suite; empty for other attacks."""
 
     @property
     def verdict(self) -> Detection:
@@ -157,7 +162,7 @@ def examine(
     )
     alike = [result.verdict for result in results if result.norm == norm and result.eps == eps]
     missed = white.cpu() & _unbroken(alike, usable.cpu(), truth.cpu())
-    judgements = _judgements(report, int((black & ~white).sum()), int(missed.sum()))
+    judgements = [*_judgements(report, int((black & ~white).sum()), int(missed.sum())), *map(_unfinished, results)]
     return Sanity(**{**report.__dict__, "warnings": tuple(text for is_wrong, text in judgements if is_wrong)})
 
 
@@ -213,6 +218,15 @@ def _judgements(report: Sanity, only_black: int, missed: int) -> list[tuple[bool
         (report.non_finite_gradients > 0, f"{report.non_finite_gradients:.1%} of gradients are not finite"),
         (report.still_falling > 0.1, f"{report.still_falling:.0%} of losses still fell at the end: take more steps"),
     ]
+
+
+def _unfinished(result: Result) -> tuple[bool, str]:
+    """Whether the last stage of a suite broke some of its images and left others, and what this means."""
+    last = result.stages[-1] if result.stages else StageRecord("", 0, 0, 0, 0)
+    return 0 < last.broken < last.attacked, (
+        f"{result.name} has not converged: its last stage, {last.name}, still broke {last.broken} of {last.attacked} "
+        "images; a larger budget is likely to break more"
+    )
 
 
 def _share(hits: Tensor) -> float:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from clusterguard import PGD, Evidence, evaluate
+from clusterguard import PGD, Evidence, WorstCaseSuite, evaluate
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -55,6 +55,16 @@ def test_a_weak_attack_raises_the_alarm(small_guard, loader):
     weak.norm, weak.eps = "linf", 0.1
     _, text = warnings(small_guard, weak, loader)
     assert "too weak" in text
+
+
+def test_a_suite_whose_last_stage_still_breaks_images_has_not_converged(small_guard, loader, monkeypatch):
+    def run(*names):
+        attack = PGD(eps=0.1, step_size=0.05, steps=3, objective="margin")
+        monkeypatch.setattr(WorstCaseSuite, "stages", lambda *_: dict.fromkeys(names, attack))
+        return warnings(small_guard, {"suite": WorstCaseSuite("linf", eps=0.1)}, loader)[1]
+
+    assert "suite has not converged: its last stage, only one, still broke" in run("only one")
+    assert "converged" not in run("first", "in vain")
 
 
 def test_without_a_stated_budget_there_is_no_probe(small_guard, loader):
