@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from clusterguard.cli._options import (
@@ -37,6 +37,11 @@ from clusterguard.cli._options import (
     stopped_by_signals,
 )
 from clusterguard.errors import ConfigurationError, NotCalibratedError
+
+if TYPE_CHECKING:
+    from clusterguard.cli._data import Pictures
+    from clusterguard.cli._image_folders import Summary
+    from clusterguard.detectors import DetectorModule
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -92,6 +97,28 @@ def _checked_schedule(learning_rate: float, warmup_epochs: int, ramp_epochs: flo
     return {"warmup_epochs": warmup_epochs, "ramp_epochs": ramp_epochs}
 
 
+def _introduce(pictures: "Pictures", detector: "DetectorModule") -> "Summary | None":
+    """Print what there is to know about images and machine before a training; the summary is that of a folder."""
+    from clusterguard.cli._data import describe_unreadable
+    from clusterguard.cli._image_folders import summarise
+
+    for left_out in describe_unreadable(pictures):
+        say(f"warning: {left_out}")
+    summary = summarise(pictures.folder, say=say) if pictures.folder else None
+    _settle_threads(pictures, detector)
+    return summary
+
+
+def _settle_threads(pictures: "Pictures", detector: "DetectorModule") -> None:
+    import torch
+    from clusterguard.cli._threads import settle_threads
+
+    images = torch.stack([pictures[index][0] for index in range(min(100, len(pictures)))])
+    count = settle_threads(detector, images.to(detector.thresholds.device))
+    if images.device == detector.thresholds.device:
+        say(f"computing on {count} thread{'s' * (count > 1)}; OMP_NUM_THREADS sets another number")
+
+
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="Folder for the guard and its checkpoint.")],
@@ -129,7 +156,6 @@ def train(
     import torch
     from clusterguard.attacks import PGD
     from clusterguard.cli import _data as cli_data
-    from clusterguard.cli._image_folders import summarise
     from clusterguard.detection import Calibrator
     from clusterguard.detectors import ClusterGuard
     from clusterguard.evaluation import plain
@@ -143,8 +169,6 @@ def train(
     attack = PGD(norm=norm, eps=eps, step_size=step, steps=steps, keep="last")
     calibrator = Calibrator(false_positive_rate, scarce=scarce)
     pictures, calibration = cli_data.load_pair(data, seed=seed, skip_unreadable=skip_unreadable, **images)
-    for left_out in cli_data.describe_unreadable(pictures):
-        say(f"warning: {left_out}")
     depth, classes = images["channels"], pictures.classes
     record: dict[str, Any] = {
         "data": {**cli_data.describe_images(pictures), "seed": seed, **images},
@@ -162,7 +186,7 @@ def train(
     network = cli_data.make_backbone(backbone, num_classes=len(classes), channels=depth, pretrained=pretrained)
     guard = ClusterGuard(network, num_classes=len(classes), class_names=classes).to(target).eval()
     checkpoint = cli_data.begin_run(output, record, resume=resume)
-    summary = summarise(pictures.folder, say=say) if pictures.folder else None
+    summary = _introduce(pictures, guard)
     trainer = AdversarialClusterTrainer(
         guard,
         attack,
@@ -289,6 +313,7 @@ def evaluate(
     for doubt in (*describe_unreadable(pictures), *find_copies(pictures.folder, "test")):
         say(f"warning: {doubt}")
     chosen = DataLoader(sample(pictures, images, seed), batch_size)
+    _settle_threads(pictures, detector)
     proved = CertifiedBound(eps, certified_success_rate(detector, chosen, eps=eps)) if certified else None
     result = run(
         detector,
