@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from clusterguard.attacks import CarliniWagner
 from clusterguard.errors import ConfigurationError
 
 from benchmarks.data.fetch import CHECKSUMS
@@ -157,6 +158,11 @@ class Cell:
     def key(self) -> str:
         """A short name of the result, which depends on everything that determines the result."""
         return digest(self.definition)
+
+    @property
+    def norm(self) -> str:
+        """The norm of the attack. Only Carlini & Wagner's has no such option, because it knows one norm."""
+        return str(self.options.get("norm", CarliniWagner.norm))
 
     @property
     def title(self) -> str:

@@ -107,7 +107,7 @@ def _judge(
             outcome.attacked,
             images,
             labels,
-            norm=cell.options.get("norm", "l2"),
+            norm=cell.norm,
             eps=cell.options["eps"],
             calibration=calibration,
         )

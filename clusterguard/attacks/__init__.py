@@ -27,7 +27,7 @@ from clusterguard.attacks._interop import (
 )
 from clusterguard.attacks._metering import Cost, Metered
 from clusterguard.attacks._minimum_norm import FastMinimumNorm
-from clusterguard.attacks._norms import L0, L1, L2, LInf, Norm, dense_l1_direction, get_norm
+from clusterguard.attacks._norms import L0, L1, L2, NORMS, LInf, Norm, dense_l1_direction, get_norm
 from clusterguard.attacks._objectives import (
     OBJECTIVES,
     Objective,
@@ -79,6 +79,7 @@ __all__ = [
     "L2",
     "MIM",
     "NES",
+    "NORMS",
     "OBJECTIVES",
     "PGD",
     "STARTS",

@@ -25,7 +25,10 @@ class Norm(ABC):
 
     Attributes:
         name: name that attacks use.
-        dual: name of the norm in which a gradient says how fast a function can rise.
+        symbol: name in tables for people.
+        order: p of the lp norm. The p-th powers of the sizes of changes of disjoint pixels add up; with an infinite
+            order, the largest of these sizes counts.
+        limit: largest size of a change of an image in [0, 1], however large the image is; infinite if it grows.
         grain: smallest difference between two radii; 0 where radii are continuous.
         is_sparse: whether good perturbations change few coordinates, each as far as it may go.
         takes_sparsity: whether `direction` changes as many coordinates as it is told to.
@@ -37,7 +40,9 @@ class Norm(ABC):
     """
 
     name: ClassVar[str]
-    dual: ClassVar[str]
+    symbol: ClassVar[str]
+    order: ClassVar[float]
+    limit: ClassVar[float] = math.inf
     grain: ClassVar[float] = 0.0
     is_sparse: ClassVar[bool] = False
     takes_sparsity: ClassVar[bool] = False
@@ -68,6 +73,25 @@ class Norm(ABC):
     @abstractmethod
     def size(self, perturbations: Tensor) -> Tensor:
         """The norm of each perturbation: (B, C, H, W) -> (B,)."""
+
+    def distances(self, images: Tensor, others: Tensor) -> Tensor:
+        """The size of the change from each image to each of the others.
+
+        Args:
+            images: (B, C, H, W).
+            others: (R, C, H, W).
+
+        Returns:
+            Sizes (B, R).
+        """
+        distances = images.new_empty(len(images), len(others))
+        for index, other in enumerate(others):
+            distances[:, index] = self.size(images - other)
+        return distances
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """How fast a function of this gradient can rise along a step of length 1: (B, C, H, W) -> (B,)."""
+        return (gradient * self.direction(gradient)).flatten(1).sum(dim=1)
 
     @abstractmethod
     def largest(self, shape: Sequence[int]) -> float:
@@ -159,11 +183,19 @@ class Norm(ABC):
 class LInf(Norm):
     """The l∞ norm, which is the largest absolute change of a coordinate."""
 
-    name, dual = "linf", "l1"
+    name, symbol, order, limit = "linf", "ℓ∞", math.inf, 1.0
 
     def size(self, perturbations: Tensor) -> Tensor:
         """Largest absolute value: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).abs().amax(dim=1)
+
+    def distances(self, images: Tensor, others: Tensor) -> Tensor:
+        """The largest absolute differences (B, R) of images (B, C, H, W) and others (R, C, H, W)."""
+        return torch.cdist(images.flatten(1), others.flatten(1), p=math.inf)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """The l1 norm of the gradient: (B, C, H, W) -> (B,)."""
+        return gradient.flatten(1).abs().sum(dim=1)
 
     def largest(self, shape: Sequence[int]) -> float:
         """The size 1 of a change from 0 to 1, or back."""
@@ -200,11 +232,19 @@ class L2(Norm):
         tensor([[[[0.9899, 1.0000]]]])
     """
 
-    name = dual = "l2"
+    name, symbol, order = "l2", "ℓ2", 2
 
     def size(self, perturbations: Tensor) -> Tensor:
         """Root of the sum of squares: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).square().sum(dim=1).sqrt()
+
+    def distances(self, images: Tensor, others: Tensor) -> Tensor:
+        """The Euclidean distances (B, R) of images (B, C, H, W) and others (R, C, H, W)."""
+        return torch.cdist(images.flatten(1), others.flatten(1), p=2.0)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """The Euclidean length of the gradient: (B, C, H, W) -> (B,)."""
+        return self.size(gradient)
 
     def largest(self, shape: Sequence[int]) -> float:
         """The size √(C·H·W) of a change of all coordinates by 1."""
@@ -236,12 +276,16 @@ class L1(Norm):
         tensor([[[[ 0.5000, -0.5000,  0.0000]]]])
     """
 
-    name, dual = "l1", "linf"
+    name, symbol, order = "l1", "ℓ1", 1
     is_sparse = takes_sparsity = True
 
     def size(self, perturbations: Tensor) -> Tensor:
         """Sum of absolute values: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).abs().sum(dim=1)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """The largest absolute value of the gradient: (B, C, H, W) -> (B,)."""
+        return gradient.flatten(1).abs().amax(dim=1)
 
     def largest(self, shape: Sequence[int]) -> float:
         """The size C·H·W of a change of all coordinates by 1."""
@@ -267,7 +311,7 @@ class L1(Norm):
 class L0(Norm):
     """The number of changed pixels; a pixel counts once, however many of its channels change."""
 
-    name, dual = "l0", "linf"
+    name, symbol, order = "l0", "ℓ0", 0
     grain = 1.0
     is_sparse = True
 
@@ -278,6 +322,10 @@ class L0(Norm):
     def size(self, perturbations: Tensor) -> Tensor:
         """The number of pixels with a channel other than 0: (B, C, H, W) -> (B,), in the input's dtype."""
         return (perturbations != 0).any(dim=1).flatten(1).sum(dim=1, dtype=perturbations.dtype)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """The largest absolute value of the gradient, so the slope in one channel of a pixel: (B, C, H, W) -> (B,)."""
+        return gradient.flatten(1).abs().amax(dim=1)
 
     def largest(self, shape: Sequence[int]) -> float:
         """The number H·W of all pixels."""
@@ -300,18 +348,18 @@ class L0(Norm):
         return reach * _largest(gain.flatten(1), radii.flatten(1)).reshape(reach[:, :1].shape)
 
 
-_NORMS: dict[str, Norm] = {norm.name: norm for norm in (LInf(), L2(), L1(), L0())}
+NORMS: dict[str, Norm] = {norm.name: norm for norm in (LInf(), L2(), L1(), L0())}
 
 
 def get_norm(name: str) -> Norm:
-    """The norm with this name, "linf", "l2", "l1" or "l0".
+    """The norm with this name in `clusterguard.attacks.NORMS`, "linf", "l2", "l1" or "l0".
 
     Raises:
         ConfigurationError: the name is unknown.
     """
-    if name not in _NORMS:
-        raise ConfigurationError(f"expected a norm among {', '.join(_NORMS)}, got {name!r}")
-    return _NORMS[name]
+    if name not in NORMS:
+        raise ConfigurationError(f"expected a norm among {', '.join(NORMS)}, got {name!r}")
+    return NORMS[name]
 
 
 def dense_l1_direction(gradient: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import clusterguard
 import pytest
 import torch
 from clusterguard import ClusterGuard, load_onnx
-from clusterguard.cli import app
+from clusterguard.attacks import NORMS
+from clusterguard.cli import _options, app
 from clusterguard.cli._data import load_part
 from typer.testing import CliRunner
 
@@ -53,6 +55,10 @@ def test_help_shows_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"Example: clusterguard {command} " in result.stdout
+
+
+def test_the_norms_that_commands_offer_are_those_that_attacks_know():
+    assert get_args(get_args(_options.Norm)[0]) == tuple(NORMS)  # they are written twice, or --help would load torch
 
 
 def test_the_version_is_shown():
