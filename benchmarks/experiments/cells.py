@@ -275,7 +275,7 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
 def _expand(name: str, tables: Sequence[str], profile: Profile, dataset: str, table: Options, limits: Options) -> Table:
     """Make one table of the experiment `name`. `tables` are the names of all its tables."""
     table = dict(table)
-    own_name, title, detectors = table.pop("name"), table.pop("title"), table.pop("detectors")
+    table_name, title, detectors = table.pop("name"), table.pop("title"), table.pop("detectors")
     section, form = (_choose(name, key, kinds, table) for key, kinds in (("section", Section), ("form", Form)))
     paper, suite = table.pop("paper", ""), table.pop("suite", "")
     if bool(paper) != (form == "comparison") or (suite and not paper):
@@ -300,7 +300,7 @@ def _expand(name: str, tables: Sequence[str], profile: Profile, dataset: str, ta
     rows = tuple(dict.fromkeys(attack["name"] for attack in attacks))
     return Table(
         experiment=name,
-        name=own_name,
+        name=table_name,
         title=title,
         profile=profile,
         dataset=dataset,

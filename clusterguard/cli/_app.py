@@ -18,14 +18,14 @@ from clusterguard.cli._options import (
     Data,
     Device,
     Eps,
-    Guard,
+    GuardFolder,
     ImageSize,
     Json,
-    Method,
-    Norm,
-    Precision,
-    Rate,
-    Scarce,
+    MethodOption,
+    NormOption,
+    PrecisionOption,
+    RateOption,
+    ScarceOption,
     Seed,
     SkipUnreadable,
     check_suffixes,
@@ -101,7 +101,7 @@ def train(
     image_size: ImageSize = None,
     channels: Channels = None,
     skip_unreadable: SkipUnreadable = False,
-    norm: Norm = "linf",
+    norm: NormOption = "linf",
     eps: Eps = 0.1,
     step_size: Annotated[
         float | None, typer.Option(min=0, help="Step size of the attack; by default 2.5 eps / steps.")
@@ -114,9 +114,9 @@ def train(
     ] = 0,
     batch_size: BatchSize = 100,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
-    false_positive_rate: Rate = 0.01,
-    scarce: Scarce = "error",
-    precision: Precision = "auto",
+    false_positive_rate: RateOption = 0.01,
+    scarce: ScarceOption = "error",
+    precision: PrecisionOption = "auto",
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")] = False,
     device: Device = None,
@@ -190,11 +190,11 @@ def train(
 
 @app.command()
 def calibrate(
-    guard: Guard,
+    guard: GuardFolder,
     data: Data = "digits",
-    false_positive_rate: Rate = 0.01,
-    method: Method = "conformal",
-    scarce: Scarce = "error",
+    false_positive_rate: RateOption = 0.01,
+    method: MethodOption = "conformal",
+    scarce: ScarceOption = "error",
     image_size: ImageSize = None,
     channels: Channels = None,
     skip_unreadable: SkipUnreadable = False,
@@ -230,9 +230,9 @@ def calibrate(
 
 @app.command()
 def evaluate(
-    guard: Guard,
+    guard: GuardFolder,
     data: Data = "digits",
-    norm: Norm = "linf",
+    norm: NormOption = "linf",
     eps: Eps = 0.1,
     budget: Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="Budget of the suite.")] = "standard",
     images: Annotated[int, typer.Option(min=1, help="Number of images, drawn from the test part by --seed.")] = 200,
@@ -252,7 +252,7 @@ def evaluate(
     channels: Channels = None,
     skip_unreadable: SkipUnreadable = False,
     batch_size: BatchSize = 100,
-    precision: Precision = "auto",
+    precision: PrecisionOption = "auto",
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -315,7 +315,7 @@ def evaluate(
 
 @app.command()
 def export(
-    guard: Guard,
+    guard: GuardFolder,
     output: Annotated[list[Path], typer.Option(help="File .onnx, or .pt2 for torch.export; may be given twice.")],
     image_size: ImageSize = None,
     channels: Channels = None,
@@ -349,7 +349,7 @@ def export(
 
 
 @app.command()
-def inspect(guard: Guard, as_json: Json = False) -> None:
+def inspect(guard: GuardFolder, as_json: Json = False) -> None:
     """Show what a guard's folder holds: backbone, classes, thresholds, training, figures and versions.
 
     Example: clusterguard inspect runs/guard

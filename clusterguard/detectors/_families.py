@@ -234,10 +234,10 @@ class Torchvision(Family):
         Raises:
             UnsupportedBackboneError: the head is a user's own, and no layer in it makes the output.
         """
-        found = self._find_head(model)
-        if found is None:
+        ending = self._find_head(model)
+        if ending is None:
             return False
-        head, layer = found
+        head, layer = ending
         fresh, first = make_layer_like(layer, out_features), dense_layers(head)[0]
         for path, module in dropwhile(lambda item: item[1] is not layer, list(head.named_modules())):
             # Remove activations after the classifier, such as SqueezeNet's ReLU. Representations scatter around centres

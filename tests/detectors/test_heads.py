@@ -107,9 +107,9 @@ def test_another_head_is_saved_with_its_card_and_loaded(trained, blobs, tmp_path
 def test_another_head_is_exported(trained, blobs, tmp_path):
     images, _ = next(iter(blobs))
     export_onnx(trained, tmp_path / "guard.onnx")
-    found, expected = load_onnx(tmp_path / "guard.onnx").detect(images), trained.detect(images)
-    assert torch.equal(found.labels, expected.labels)
-    assert torch.equal(found.is_adversarial, expected.is_adversarial)
+    exported, expected = load_onnx(tmp_path / "guard.onnx").detect(images), trained.detect(images)
+    assert torch.equal(exported.labels, expected.labels)
+    assert torch.equal(exported.is_adversarial, expected.is_adversarial)
 
 
 def test_another_head_is_certified_by_its_own_bounds(trained, blobs):
