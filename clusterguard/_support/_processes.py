@@ -36,7 +36,7 @@ def collect(results: Mapping[int, Collected], accelerator: "Accelerator | None")
     """The results of all processes, in the order of their positions. Every process must call this.
 
     Args:
-        results: this process's results by position, with tensors on the CPU.
+        results: results of this process by position, with tensors on the CPU.
         accelerator: accelerator as in `share`.
 
     Example:

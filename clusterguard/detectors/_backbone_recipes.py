@@ -69,7 +69,7 @@ def build_backbone(recipe: Mapping[str, Any]) -> nn.Module:
     """The backbone of a recipe, with random weights; nothing is downloaded and no checkpoint is read.
 
     Args:
-        recipe: of `describe_backbone`, or a stranger's.
+        recipe: recipe that `describe_backbone` found, or a stranger's.
 
     Raises:
         ConfigurationError: it names no classifier of its library, or sets what no recipe may set.
@@ -84,7 +84,7 @@ def at_most(modules: int) -> Iterator[None]:
     """Stop this thread from putting together a larger network, such as one of a million layers.
 
     Args:
-        modules: how many may be put into others.
+        modules: number of modules that may be put into others.
 
     Raises:
         ConfigurationError: there are more.

@@ -20,8 +20,8 @@ def find_output(
     """Find what a backbone returns for an example, or for blank images that fit.
 
     Args:
-        features: the backbone, perhaps followed by a pooling.
-        module: the backbone alone.
+        features: backbone, perhaps followed by a pooling.
+        module: backbone alone.
         example: (B, C, H, W) images that it takes; None tries blank ones.
         usual: shape (C, H, W) of images that the backbone was made for, which is tried first; None if it is not known.
 
