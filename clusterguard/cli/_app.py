@@ -263,7 +263,7 @@ def evaluate(
     """
     import torch
     from clusterguard._support import write_atomically
-    from clusterguard.attacks import WorstCaseSuite
+    from clusterguard.attacks import LInf, WorstCaseSuite
     from clusterguard.certification import certified_success_rate
     from clusterguard.cli._data import describe_unreadable, open_guard, sample
     from clusterguard.cli._image_folders import find_copies
@@ -272,7 +272,7 @@ def evaluate(
     from torch.utils.data import DataLoader
 
     check_suffixes(output or [], ".json", ".md", ".html")
-    if certified and norm != "linf":
+    if certified and norm != LInf.name:
         raise ConfigurationError(f"expected --norm linf together with --certify, got {norm}")
     suite = WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)
     detector, training, pictures = open_guard(

@@ -1,6 +1,8 @@
 """A norm in its own file, known by nothing but its entry in NORMS, is one that everything else can use."""
 
+import ast
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from clusterguard.errors import ConfigurationError
 from norm_problems import assert_inside
 
 EPS = 0.2
+ROOT = Path(__file__).parents[2]
 
 
 class HalvedOnTheLeft(Norm):
@@ -109,3 +112,17 @@ def test_the_thorough_suite_walks_along_boundaries_unless_the_norm_is_sparse(sce
 def test_radii_beyond_its_limit_are_refused():
     with pytest.raises(ConfigurationError, match=r"expected eps in \[0, 1\] in left"):
         PGD(norm="left", eps=1.5, step_size=0.1)
+
+
+@pytest.mark.parametrize("folder", ["clusterguard", "benchmarks"])
+def test_nothing_branches_on_the_name_of_a_norm(folder):
+    names = set(NORMS) - {HalvedOnTheLeft.name}
+    branches = [
+        f"{path}:{node.lineno}"
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Compare)
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and part.value in names
+    ]
+    assert not branches
