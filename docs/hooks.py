@@ -61,7 +61,7 @@ class _Page(HTMLParser):
                 yield link
 
 
-def _to_mathml(found: re.Match[str]) -> str:
-    if found[2] == "(":
-        return convert(html.unescape(found[3]), display="inline")
-    return f'<div class="formula">{convert(html.unescape(found[3]), display="block")}</div>'
+def _to_mathml(formula: re.Match[str]) -> str:
+    if formula[2] == "(":
+        return convert(html.unescape(formula[3]), display="inline")
+    return f'<div class="formula">{convert(html.unescape(formula[3]), display="block")}</div>'

@@ -61,10 +61,10 @@ def _direct(room: str, below: dict[str, set[str]]) -> set[str]:
     """The rooms below one that are not also below another of them."""
 
     def reach(start: str) -> set[str]:
-        found = set(below.get(start, ()))
+        reached = set(below.get(start, ()))
         for other in below.get(start, ()):
-            found |= reach(other)
-        return found
+            reached |= reach(other)
+        return reached
 
     return below[room] - set().union(*(reach(other) for other in below[room]))
 

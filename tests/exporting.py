@@ -12,15 +12,15 @@ from torch import Tensor, nn
 def run_alone(path: Path, images: Tensor) -> Detection:
     """What a user gets who has the file and onnxruntime, and no clusterguard."""
     session = onnxruntime.InferenceSession(path)
-    assert [own.name for own in session.get_inputs()] == ["images"]
-    assert [own.name for own in session.get_outputs()] == ["labels", "distances", "is_adversarial"]
+    assert [port.name for port in session.get_inputs()] == ["images"]
+    assert [port.name for port in session.get_outputs()] == ["labels", "distances", "is_adversarial"]
     return Detection(*map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
 
-def assert_same(found: Detection, expected: Detection, *, rtol: float = 1e-4) -> None:
-    assert torch.equal(found.labels, expected.labels)
-    assert torch.equal(found.is_adversarial, expected.is_adversarial)
-    torch.testing.assert_close(found.distances, expected.distances, rtol=rtol, atol=0, equal_nan=True)
+def assert_same(actual: Detection, expected: Detection, *, rtol: float = 1e-4) -> None:
+    assert torch.equal(actual.labels, expected.labels)
+    assert torch.equal(actual.is_adversarial, expected.is_adversarial)
+    torch.testing.assert_close(actual.distances, expected.distances, rtol=rtol, atol=0, equal_nan=True)
 
 
 def set_thresholds(detector: DetectorModule, images: Tensor) -> None:

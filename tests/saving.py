@@ -31,8 +31,8 @@ def make_guard(backbone: nn.Module | None = None, num_classes: int | None = None
 
 def bits(guard: ClusterGuard) -> dict[str, tuple[torch.dtype, bytes]]:
     return {
-        name: (own.dtype, own.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        for name, own in guard.state_dict().items()
+        name: (tensor.dtype, tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for name, tensor in guard.state_dict().items()
     }
 
 

@@ -63,24 +63,24 @@ def name_of(path: Path) -> str:
 def imports(path: Path, *, top_level_only: bool = False) -> list[tuple[str, str]]:
     """(module, name) of everything a file imports, in functions and for type checkers too; name is "" for modules."""
     tree = ast.parse(path.read_text())
-    found = []
+    imported = []
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(alias.name, "") for alias in node.names]
+            imported += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            found += [(node.module or "", alias.name) for alias in node.names]
-    return found
+            imported += [(node.module or "", alias.name) for alias in node.names]
+    return imported
 
 
 def inner_imports(path: Path) -> list[tuple[str, str, str]]:
     """(room, module in it, name) of what a file imports of clusterguard."""
-    found = []
+    imported = []
     for module, name in imports(path):
         top, *parts = module.split(".")
         if top == "clusterguard":
-            found.append((parts[0] if parts else "", ".".join(parts[1:]), name))
-    return found
+            imported.append((parts[0] if parts else "", ".".join(parts[1:]), name))
+    return imported
 
 
 def room(path: Path) -> str:
@@ -136,11 +136,11 @@ def test_a_package_hands_on_what_it_says(package):
     module = importlib.import_module(f"clusterguard.{package}".rstrip("."))
     names = module.__all__
     assert names == sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
-    own = {
+    known = {
         name for name, value in vars(module).items() if not name.startswith("_") and not isinstance(value, ModuleType)
     }
     modules = {name for name in names if isinstance(getattr(module, name), ModuleType)}
-    assert {*names} == own - {"declare_missing_operators", "version"} | modules
+    assert {*names} == known - {"declare_missing_operators", "version"} | modules
     assert all(getattr(module, name).__doc__ for name in names if inspect.isroutine(getattr(module, name)))
 
 

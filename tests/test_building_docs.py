@@ -134,4 +134,4 @@ def test_links_outside_the_site_lead_somewhere(file):
         target = file.parent / path if path else file
         assert target.exists(), link
         if anchor:
-            assert anchor in {slug(own) for own in re.findall(r"(?m)^#+ (.*)$", target.read_text())}, link
+            assert anchor in {slug(heading) for heading in re.findall(r"(?m)^#+ (.*)$", target.read_text())}, link

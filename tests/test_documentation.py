@@ -30,7 +30,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 DIRECTIVES = [
-    found for page in REFERENCE.glob("*.md") for found in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
+    address for page in REFERENCE.glob("*.md") for address in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
 ]
 SHAPE = re.compile(r"\([^()]*,[^()]*\)|\(\)|\bscalar\b|as in `")
 NAMES_WHAT_IT_RETURNS = re.compile(r"(The|An?|All|What|Whether|How|Which|Where|Those|One|No)\b|\([A-Zn]")
@@ -65,31 +65,31 @@ class Public:
         ):
             return inspect.get_annotations(self.thing)
         if is_dataclass(self.thing):
-            return {own.name: own.type for own in fields(self.thing) if own.init}
+            return {field.name: field.type for field in fields(self.thing) if field.init}
         if self.is_property or (
             isinstance(self.thing, type) and not {"_fields", "__init__"} & {*vars(self.thing)}  # its ancestor's
         ):
             return {}
         given = inspect.signature(self.thing).parameters.items()
-        return {name: own.annotation for name, own in given if name not in ("self", "cls")}
+        return {name: argument.annotation for name, argument in given if name not in ("self", "cls")}
 
     def entries(self, kind: str) -> dict[str, str]:
         """The entries of Args, "parameters", or of Attributes, as the site reads them."""
         docstring = Docstring(self.text, parser="google", parser_options={"warnings": False})
         return {
             entry.name.lstrip("*"): entry.description
-            for own in docstring.parsed
-            if own.kind.value == kind
-            for entry in own.value
+            for part in docstring.parsed
+            if part.kind.value == kind
+            for entry in part.value
         }
 
     def has(self, attribute: str) -> bool:
         """Whether a class has an attribute, says of which type it is, or sets it when it is made."""
-        ours = [own for own in inspect.getmro(self.thing) if is_ours(own) or own is self.thing]
-        made = [inspect.getsource(own) for own in ours if "__init__" in vars(own) and not is_dataclass(own)]
+        ours = [base for base in inspect.getmro(self.thing) if is_ours(base) or base is self.thing]
+        made = [inspect.getsource(base) for base in ours if "__init__" in vars(base) and not is_dataclass(base)]
         return (
             hasattr(self.thing, attribute)
-            or any(attribute in inspect.get_annotations(own) for own in ours)
+            or any(attribute in inspect.get_annotations(base) for base in ours)
             or any(re.search(rf"self\.{attribute}\b.* = ", source) for source in made)
         )
 
@@ -98,8 +98,8 @@ class Public:
         entries = self.entries("parameters") | self.entries("attributes")
         words = parameter.replace("_", "[_ ]")
         is_in_text = re.search(rf"\b{words}\b", self.text) or (len(self.parameters) == 1 and "->" in self.text)
-        own = [entries[parameter]] if parameter in entries else [self.text] if not entries and is_in_text else []
-        return own + [said for model in self.models for said in model.says_of(parameter)]
+        itself = [entries[parameter]] if parameter in entries else [self.text] if not entries and is_in_text else []
+        return itself + [said for model in self.models for said in model.says_of(parameter)]
 
     @property
     def says_what_it_returns(self) -> bool:
@@ -115,14 +115,14 @@ class Public:
         holder = self.thing if self.owner is None else self.owner
         bases = [base for base in inspect.getmro(holder)[1:] if is_ours(base)] if isinstance(holder, type) else []
         if self.owner is None:
-            found = [Public(home(base), base) for base in bases]
+            sources = [Public(home(base), base) for base in bases]
         else:
             name = self.thing.__name__
-            found = [Public(f"{home(base)}.{name}", vars(base)[name], base) for base in bases if name in vars(base)]
+            sources = [Public(f"{home(base)}.{name}", vars(base)[name], base) for base in bases if name in vars(base)]
         if inspect.isfunction(self.thing) and self.thing not in CALLS:
             same = [call for call in CALLS if {*Public("", call).parameters} == {*self.parameters}]
-            found += [Public(home(call), call) for call in same]
-        return found
+            sources += [Public(home(call), call) for call in same]
+        return sources
 
     @property
     def is_record(self) -> bool:
@@ -152,8 +152,8 @@ def everything_public() -> Iterator[Public]:
         name = waiting.pop(0)
         thing = resolve(name)
         if isinstance(thing, ModuleType):
-            own = [value for value in vars(thing).values() if getattr(value, "__module__", None) == thing.__name__]
-            waiting += [home(value) for value in own if callable(value) and not value.__name__.startswith("_")]
+            members = [value for value in vars(thing).values() if getattr(value, "__module__", None) == thing.__name__]
+            waiting += [home(value) for value in members if callable(value) and not value.__name__.startswith("_")]
         elif home(thing) not in seen:
             seen.add(home(thing))
             yield Public(home(thing), thing)
@@ -180,19 +180,19 @@ def faults(public: Public, *, example: bool) -> list[str]:
     """What the docstring of something public lacks."""
     if not re.match(r"\S.*?[.:]", public.text, flags=re.DOTALL):
         return ["a sentence that says what it is"]
-    found = []
+    missing = []
     for name, annotation in public.parameters.items():
         said = public.says_of(name)
         if not said:
-            found.append(f"what {name} is")
+            missing.append(f"what {name} is")
         elif is_tensor(annotation) and not any(map(SHAPE.search, said)):
-            found.append(f"the shape of {name}")
-    found += [f"{name}, which it says it has" for name in public.entries("attributes") if not public.has(name)]
+            missing.append(f"the shape of {name}")
+    missing += [f"{name}, which it says it has" for name in public.entries("attributes") if not public.has(name)]
     if inspect.isfunction(public.thing) and not public.is_property and not public.says_what_it_returns:
-        found.append("what it returns")
+        missing.append("what it returns")
     if example and not re.search(r">>>|Example:\s+See `", public.text):
-        found.append("an example that runs")
-    return found
+        missing.append("an example that runs")
+    return missing
 
 
 def is_tensor(annotation: Any) -> bool:
@@ -205,8 +205,8 @@ PUBLIC = {str(public): public for public in everything_public()}
 @pytest.mark.parametrize("public", PUBLIC.values(), ids=str)
 def test_docstrings_say_what_goes_in_and_what_comes_out(public):
     is_top_level = getattr(clusterguard, public.thing.__name__, None) is public.thing
-    found = faults(public, example=is_top_level and not public.is_record)
-    assert not found
+    missing = faults(public, example=is_top_level and not public.is_record)
+    assert not missing
 
 
 def test_everything_public_is_in_the_reference():

@@ -47,7 +47,7 @@ def test_examples_run_on_few_digits(script, tmp_path, monkeypatch, capsys):
 # The others differ in nothing but in what the test above has run: it takes them minutes to train on all digits.
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(own, marks=[] if own.name == "own_attack.py" else pytest.mark.slow) for own in EXAMPLES],
+    [pytest.param(example, marks=[] if example.name == "own_attack.py" else pytest.mark.slow) for example in EXAMPLES],
     ids=lambda path: path.name,
 )
 def test_examples_run_as_scripts(script, tmp_path):

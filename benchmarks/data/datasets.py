@@ -102,7 +102,7 @@ def load(name: str, root: str | Path | None = None) -> DataSet:
     return DataSet(name, CHECKSUMS[name], train, calibration, lambda: read(folder, False))
 
 
-class Batches:
+class FloatBatches:
     """Batches of floats in [0, 1] from images of bytes. They are made on the device of the images.
 
     Args:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from clusterguard.attacks import CarliniWagner
 from clusterguard.errors import ConfigurationError
 
 from benchmarks.data.fetch import CHECKSUMS
@@ -159,6 +160,11 @@ class Cell:
         return digest(self.definition)
 
     @property
+    def norm(self) -> str:
+        """The norm of the attack. Only Carlini & Wagner's has no such option, because it knows one norm."""
+        return str(self.options.get("norm", CarliniWagner.norm))
+
+    @property
     def title(self) -> str:
         """A line for people that says what is attacked and how."""
         return f"{self.detector}{' ' + self.variant if self.variant else ''}, {self.attack}, seed {self.seed}"
@@ -269,7 +275,7 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
 def _expand(name: str, tables: Sequence[str], profile: Profile, dataset: str, table: Options, limits: Options) -> Table:
     """Make one table of the experiment `name`. `tables` are the names of all its tables."""
     table = dict(table)
-    own_name, title, detectors = table.pop("name"), table.pop("title"), table.pop("detectors")
+    table_name, title, detectors = table.pop("name"), table.pop("title"), table.pop("detectors")
     section, form = (_choose(name, key, kinds, table) for key, kinds in (("section", Section), ("form", Form)))
     paper, suite = table.pop("paper", ""), table.pop("suite", "")
     if bool(paper) != (form == "comparison") or (suite and not paper):
@@ -294,7 +300,7 @@ def _expand(name: str, tables: Sequence[str], profile: Profile, dataset: str, ta
     rows = tuple(dict.fromkeys(attack["name"] for attack in attacks))
     return Table(
         experiment=name,
-        name=own_name,
+        name=table_name,
         title=title,
         profile=profile,
         dataset=dataset,

@@ -15,12 +15,14 @@ from clusterguard.attacks import (
     Attack,
     Boundary,
     CarliniWagner,
+    LInf,
     Objective,
     StageRecord,
     SteppedAttack,
     Towards,
     Transfer,
     at_step_sizes,
+    get_norm,
     get_objective,
     random_targets,
 )
@@ -191,8 +193,8 @@ def _suite(scene: Scene, *, norm: str, **options: Any) -> Outcome:
 
 
 def _certificate(scene: Scene, *, norm: str, eps: float) -> Outcome:
-    if norm != "linf":
-        raise ConfigurationError(f"expected a certificate in linf, got {norm!r}")
+    if norm != LInf.name:
+        raise ConfigurationError(f"expected a certificate in {LInf.name}, got {norm!r}")
     assert isinstance(scene.detector, WithThresholds)  # tells the type checker
     guard = copy.deepcopy(scene.detector.detector)
     if not isinstance(guard, ClusterGuard):
@@ -209,8 +211,8 @@ def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) 
     """
     effort = EFFORTS[budget]
     targets = min(classes - 1, effort.targets or classes)
-    passes = effort.steps * (9 + effort.restarts + (3 + 2 * 3) * targets + (5 if norm == "l2" else 0))
-    boundary = effort.queries if budget == "thorough" and norm in ("linf", "l2") else 0
+    passes = effort.steps * (9 + effort.restarts + (3 + 2 * 3) * targets + (5 if norm == CarliniWagner.norm else 0))
+    boundary = effort.queries if budget == "thorough" and not get_norm(norm).is_sparse else 0
     return PlannedCost(passes + effort.queries + boundary, passes)
 
 

@@ -47,8 +47,8 @@ class Results:
 
 
 def threat(cell: Cell) -> tuple[str, float]:
-    """The norm and the radius of a cell's attack. Carlini & Wagner's attack does not name its norm, which is ℓ2."""
-    return cell.options.get("norm", "l2"), float(cell.options["eps"])
+    """The norm and the radius of a cell's attack."""
+    return cell.norm, float(cell.options["eps"])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from clusterguard._support import write_atomically
+from clusterguard.attacks import get_norm
 from clusterguard.errors import ConfigurationError
 
 from benchmarks.data.datasets import CALIBRATION
@@ -31,6 +32,7 @@ from benchmarks.reporting.tables import (
     metric_rate,
     metrics,
     stages_table,
+    threat_label,
     union_table,
 )
 from benchmarks.running.store import Store
@@ -190,8 +192,10 @@ def _compared(results: Results, paper: Result, suite: Results | None) -> Iterato
         text = "EROC, the smallest over step sizes." if rate is None else f"{_asr(rate)}, the largest over step sizes."
         yield _caption(results, text)
         yield comparison_table(results, paper, metric, suite)
-    if ("linf", 1.0) in map(results.threat, results.table.attacks):
-        yield "With ℓ∞ 1.0 everything is within reach: where fewer than all images are broken, the attack fails."
+    threats = dict.fromkeys(map(results.threat, results.table.attacks))
+    for norm, eps in (threat for threat in threats if threat[1] >= get_norm(threat[0]).limit):
+        reach = f"With {threat_label(norm, eps)} everything is within reach"
+        yield f"{reach}: where fewer than all images are broken, the attack fails."
 
 
 def _strict(results: Results, every: Sequence[Results]) -> Iterator[str]:

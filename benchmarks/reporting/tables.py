@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from clusterguard.attacks import NORMS, get_norm
+
 from benchmarks.detectors import RECIPES
 from benchmarks.reporting.estimates import (
     ONE_PERCENT,
@@ -22,7 +24,6 @@ from benchmarks.reporting.estimates import (
     worst_within,
 )
 
-NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1", "l0": "ℓ0"}
 NOT_RUN = "not run"
 
 
@@ -63,18 +64,18 @@ def label(text: str) -> str:
         >>> label("PGD linf 0.3 T")
         'PGD ℓ∞ 0.3 T'
     """
-    return re.sub(r"\b(linf|l[012])\b", lambda match: NORMS[match[0]], text)
+    return re.sub(rf"\b({'|'.join(NORMS)})\b", lambda match: NORMS[match[0]].symbol, text)
 
 
 def threat_label(norm: str, eps: float) -> str:
-    """A norm and a radius for people. In ℓ1 and ℓ0, radii are whole numbers.
+    """A norm and a radius for people. In sparse norms, ℓ1 and ℓ0, radii are whole numbers.
 
     Example:
         >>> threat_label("l2", 2), threat_label("linf", 0.03), threat_label("l1", 15.0)
         ('ℓ2 2.0', 'ℓ∞ 0.03', 'ℓ1 15')
     """
-    is_whole = norm in ("l1", "l0")
-    return f"{NORMS[norm]} {eps:g}" if is_whole else f"{NORMS[norm]} {float(eps)}"
+    known = get_norm(norm)
+    return f"{known.symbol} {eps:g}" if known.is_sparse else f"{known.symbol} {float(eps)}"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -8,7 +8,7 @@ from clusterguard.detectors import CardDetails
 from clusterguard.errors import ConfigurationError
 from torch import Generator
 
-from benchmarks.data.datasets import Batches
+from benchmarks.data.datasets import FloatBatches
 from benchmarks.experiments.cells import Cell
 from benchmarks.running.attacking import REFERENCES
 from benchmarks.running.training import JUDGED_AT_ONCE, Trainings
@@ -31,18 +31,18 @@ def publish(cell: Cell, trainings: Trainings, folder: Path, *, images: int | Non
     if not isinstance(guard, ClusterGuard):
         raise ConfigurationError(f"expected a guard to publish, got a {type(guard).__name__}")
     data, eps = trainings.dataset(cell.training.dataset), cell.training.attack["eps"]
-    Calibrator().fit(guard, Batches(data.calibration, JUDGED_AT_ONCE), progress=trainings.progress)
+    Calibrator().fit(guard, FloatBatches(data.calibration, JUDGED_AT_ONCE), progress=trainings.progress)
     references = data.calibration.head(REFERENCES).floats()
     test = data.open_test()
     report = evaluate(
         guard,
         {f"suite linf {eps:g}": WorstCaseSuite("linf", eps=eps, references=references)},
-        Batches(test.head(attacked).to(trainings.device), attacked),
+        FloatBatches(test.head(attacked).to(trainings.device), attacked),
         generator=Generator(trainings.device).manual_seed(cell.seed),
         sanity_images=0,
         progress=trainings.progress,
     )
-    judged = Batches(test.head(images).to(trainings.device), JUDGED_AT_ONCE)
+    judged = FloatBatches(test.head(images).to(trainings.device), JUDGED_AT_ONCE)
     verdicts = judge(guard, judged)
     figures = {
         "accuracy": accuracy(verdicts),

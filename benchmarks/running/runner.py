@@ -10,7 +10,7 @@ from clusterguard.attacks import Objective
 from clusterguard.detectors import ConsistentDetector, WithThresholds
 from torch import Tensor
 
-from benchmarks.data.datasets import Batches
+from benchmarks.data.datasets import FloatBatches
 from benchmarks.detectors import RECIPES
 from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.kinds import KINDS, Outcome
@@ -47,7 +47,7 @@ def run_cell(cell: Cell, trainings: Trainings, twin: Cell | None = None) -> dict
     data = trainings.dataset(cell.training.dataset)
     held, judged = data.held_out() if cell.split == "validation" else (data.calibration, data.open_test())
     images, labels = judged.head(cell.images).to(trainings.device).floats()
-    calibration = Batches(held, JUDGED_AT_ONCE)
+    calibration = FloatBatches(held, JUDGED_AT_ONCE)
     thresholds = thresholds_at(detector, calibration, cell.rates)
 
     def attack(rate: float) -> Outcome:
@@ -79,7 +79,7 @@ def run_cell(cell: Cell, trainings: Trainings, twin: Cell | None = None) -> dict
 def _surrogate(cell: Cell, trainings: Trainings) -> tuple[Detector, str | Objective]:
     """The detector that transfer attacks are computed on, and the objective of an attacker who knows it."""
     detector, _ = trainings.detector(cell)
-    calibration = Batches(trainings.dataset(cell.training.dataset).calibration, JUDGED_AT_ONCE)
+    calibration = FloatBatches(trainings.dataset(cell.training.dataset).calibration, JUDGED_AT_ONCE)
     (thresholds,) = thresholds_at(detector, calibration, cell.rates[:1]).values()
     return WithThresholds(detector, thresholds), RECIPES[cell.detector].objective
 
@@ -90,7 +90,7 @@ def _judge(
     thresholds: dict[float, Tensor],
     images: Tensor,
     labels: Tensor,
-    calibration: Batches,
+    calibration: FloatBatches,
     attack: Callable[[float], Outcome],
 ) -> dict[str, Any]:
     """The verdicts in a result, at every false-positive rate. `attack` returns the attacked images at one rate."""
@@ -107,7 +107,7 @@ def _judge(
             outcome.attacked,
             images,
             labels,
-            norm=cell.options.get("norm", "l2"),
+            norm=cell.norm,
             eps=cell.options["eps"],
             calibration=calibration,
         )

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
 from benchmarks.data import datasets
-from benchmarks.data.datasets import Batches, DataSet
+from benchmarks.data.datasets import DataSet, FloatBatches
 from benchmarks.detectors import make_recipe, networks
 from benchmarks.detectors.recipe import Recipe, Schedule
 from benchmarks.experiments.cells import Cell, Training
@@ -87,7 +87,7 @@ class Trainings:
                 progress=self.progress,
                 compiled=self.compile_mode(cell.training),
             )
-            batches = Batches(data.train.head(cell.training.images), JUDGED_AT_ONCE)
+            batches = FloatBatches(data.train.head(cell.training.images), JUDGED_AT_ONCE)
             finished = recipe.finish(trained.eval(), batches).to(self.device).eval().requires_grad_(False)
             latest = list(self._trained.items())[1 - DETECTORS_KEPT :]
             self._trained = dict(latest) | {name: (finished, record)}
@@ -145,7 +145,7 @@ def train(
         detector.load_state_dict(saved[0])
         return detector, saved[1]["record"]
 
-    batches = Batches(
+    batches = FloatBatches(
         data.train.head(training.images),
         training.batch_size,
         shuffle=True,
@@ -156,7 +156,7 @@ def train(
     try:
         history = recipe.trainer(detector, make_schedule(training, len(batches))).fit(
             batches,
-            Batches(data.calibration, JUDGED_AT_ONCE),
+            FloatBatches(data.calibration, JUDGED_AT_ONCE),
             epochs=training.epochs,
             checkpoint=store.work(training.key) / "training.pt",
             checkpoint_every=STEPS_AT_RISK,

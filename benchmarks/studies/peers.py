@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 import typer
 from clusterguard import PGD, ClusterGuard, WorstCaseSuite, evaluate
@@ -109,8 +108,8 @@ def build_peer(peer: Peer, norm: str, references: Towards) -> Attack:
         factory = partial(getattr(import_module("torchattacks"), peer.attack), **peer.options)
         return replace(from_torchattacks(factory, rejecting=peer.aimed, **budget), temperature=0.3)
     options: dict[str, Any] = {"verbose": False}
-    if norm != "l0":
-        options |= {"norm": {"linf": np.inf, "l2": 2, "l1": 1}[norm], "eps": RADII[norm]}
+    if not get_norm(norm).grain:
+        options |= {"norm": get_norm(norm).order, "eps": RADII[norm]}
     if "PGD" in peer.attack or "ProjectedGradient" in peer.attack:
         options["eps_step"] = RADII[norm] / 10
     factory = partial(getattr(import_module("art.attacks.evasion"), peer.attack), **options, **peer.options)
@@ -126,7 +125,7 @@ def build_all(norm: str, references: Towards) -> dict[str, Attack]:
         PLAIN: PGD(norm=norm, eps=eps, step_size=step_size, steps=100),
     }
     attacks |= {f"{peer.library} {peer.attack}": build_peer(peer, norm, references) for peer in PEERS[norm]}
-    if norm != "l0":
+    if not get_norm(norm).grain:
         attacks["AutoAttack"] = replace(from_autoattack(norm=norm, eps=eps), temperature=0.3)
     return attacks
 

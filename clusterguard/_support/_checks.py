@@ -13,8 +13,8 @@ from torch import Tensor
 _TOLERANCE = 1.002e-4
 IN_GREY_LEVELS = "divide a radius of 8-bit pixels by 255, as in eps=8 / 255"
 """Advice about a radius that is too large, for the end of an error message."""
-Kind = Literal["floating-point", "float32 or float64", "integer", "bool"]
-_DTYPES: dict[Kind, tuple[torch.dtype, ...]] = {
+DtypeKind = Literal["floating-point", "float32 or float64", "integer", "bool"]
+_DTYPES: dict[DtypeKind, tuple[torch.dtype, ...]] = {
     "floating-point": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
     "float32 or float64": (torch.float32, torch.float64),
     "integer": (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
@@ -26,7 +26,7 @@ def check_tensor(
     value: Any,
     name: str,
     *shape: int | str,
-    kind: Kind = "floating-point",
+    kind: DtypeKind = "floating-point",
     like: Tensor | None = None,
 ) -> None:
     """Check that a value is a dense tensor of the right shape, data type and device.

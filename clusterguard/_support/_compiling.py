@@ -65,7 +65,7 @@ def check_gradients(compiled: Callable[[Tensor], Tensor], eager: Callable[[Tenso
 
     Args:
         compiled: function from images (B, C, H, W) to an output (B, D).
-        eager: the same function without compilation.
+        eager: function that is the same without compilation.
         images: example batch (B, C, H, W).
 
     Raises:

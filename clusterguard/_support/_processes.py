@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+Collected = TypeVar("Collected")
 
 
 def share(items: Iterable[Item], accelerator: "Accelerator | None") -> Iterator[tuple[int, Item]]:
@@ -32,11 +32,11 @@ def share(items: Iterable[Item], accelerator: "Accelerator | None") -> Iterator[
     return islice(numbered, accelerator.process_index, None, accelerator.num_processes)
 
 
-def collect(results: Mapping[int, Result], accelerator: "Accelerator | None") -> list[Result]:
+def collect(results: Mapping[int, Collected], accelerator: "Accelerator | None") -> list[Collected]:
     """The results of all processes, in the order of their positions. Every process must call this.
 
     Args:
-        results: this process's results by position, with tensors on the CPU.
+        results: results of this process by position, with tensors on the CPU.
         accelerator: accelerator as in `share`.
 
     Example:

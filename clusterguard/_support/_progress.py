@@ -21,8 +21,8 @@ class Progress:
     """What was read from a progress file.
 
     Attributes:
-        file: where it was: the path that was asked for, or that of the one before.
-        state: what `save_progress` got.
+        file: path that it was at: the one that was asked for, or that of the file before.
+        state: values that `save_progress` got.
     """
 
     file: Path

@@ -27,7 +27,8 @@ from clusterguard.attacks._interop import (
 )
 from clusterguard.attacks._metering import Cost, Metered
 from clusterguard.attacks._minimum_norm import FastMinimumNorm
-from clusterguard.attacks._norms import L0, L1, L2, LInf, Norm, dense_l1_direction, get_norm
+from clusterguard.attacks._norm_base import Norm
+from clusterguard.attacks._norms import L0, L1, L2, NORMS, LInf, dense_l1_direction, get_norm
 from clusterguard.attacks._objectives import (
     OBJECTIVES,
     Objective,
@@ -79,6 +80,7 @@ __all__ = [
     "L2",
     "MIM",
     "NES",
+    "NORMS",
     "OBJECTIVES",
     "PGD",
     "STARTS",

@@ -290,7 +290,7 @@ def check_radius(attack: object, images: Tensor) -> None:
 def check_budget(
     *,
     eps: float,
-    norm: str = "l2",
+    norm: str | None = None,
     steps: int = 1,
     step_size: float = 1.0,
     batch_size: int | None = None,
@@ -300,8 +300,8 @@ def check_budget(
 
     Args:
         eps: radius in the norm.
-        norm: name of the norm. In linf a pixel cannot change by more than 1; the limits of the other norms depend on
-            the size of the images, see `check_radius`.
+        norm: name of the norm, whose `limit` is checked; None has no limit. A limit that depends on the size of the
+            images is checked by `check_radius`.
         steps: number of steps.
         step_size: length of a step.
         batch_size: number of images to attack at a time; None attacks all at once.
@@ -313,9 +313,10 @@ def check_budget(
     """
     if not eps >= 0 or not (may_be_unbounded or eps <= _LARGEST):
         raise ConfigurationError(f"expected a finite eps of at least 0, got {eps}")
-    if norm == "linf" and 1 < eps < math.inf:
+    limit = math.inf if norm is None else get_norm(norm).limit
+    if limit < eps < math.inf:
         raise ConfigurationError(
-            f"expected eps in [0, 1] in linf, because pixels are in [0, 1], got {eps:g}; {IN_GREY_LEVELS}"
+            f"expected eps in [0, {limit:g}] in {norm}, because pixels are in [0, 1], got {eps:g}; {IN_GREY_LEVELS}"
         )
     if steps < 1:
         raise ConfigurationError(f"expected at least 1 step, got {steps}")

@@ -1,13 +1,15 @@
 """The boundary attack, which walks from accepted images of other classes to the clean image by verdicts alone."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Protocol, final, runtime_checkable
 
 import torch
 from clusterguard._support import check_detector
 from clusterguard.attacks._base import BuiltInAttack, check_budget
-from clusterguard.attacks._norms import LInf, Norm, get_norm
+from clusterguard.attacks._norm_base import Norm
+from clusterguard.attacks._norms import NORMS, get_norm
 from clusterguard.attacks._random_search import Draws
 from clusterguard.attacks._starts import Towards
 from clusterguard.detection import Detection, Detector, decide
@@ -37,7 +39,7 @@ class Boundary(BuiltInAttack):
     many queries.
 
     Args:
-        norm: norm of the distance, "l2" or "linf".
+        norm: norm of the distance, "l2" or "linf"; a sparse norm is refused.
         eps: largest distance that counts as success, at least 0; infinity returns the closest image at any distance.
         queries: largest number of queries for each image, at least 1.
         references: images to start from, with the labels under which the detector accepts them; None takes the accepted
@@ -73,8 +75,9 @@ class Boundary(BuiltInAttack):
 
     def __post_init__(self) -> None:
         check_budget(eps=self.eps, norm=self.norm, batch_size=self.batch_size, may_be_unbounded=True)
-        if self.norm not in ("l2", "linf"):
-            raise ConfigurationError(f"expected norm 'l2' or 'linf', got {self.norm!r}")
+        if get_norm(self.norm).is_sparse:
+            dense = ", ".join(name for name, norm in NORMS.items() if not norm.is_sparse)
+            raise ConfigurationError(f"expected a norm among {dense}, got {self.norm!r}")
         if self.queries < 1 or self.starts < 1:
             raise ConfigurationError(f"expected at least 1 query and 1 start, got {self.queries} and {self.starts}")
 
@@ -92,8 +95,7 @@ class Boundary(BuiltInAttack):
         else:
             pool, pool_labels = self.references.images.to(images), self.references.labels.to(labels)
         fit = pool_labels != labels[:, None] if targets is None else pool_labels == targets[:, None]
-        distances = torch.cdist(images.flatten(1), pool.flatten(1), p=2.0 if self.norm == "l2" else torch.inf)
-        nearest = distances.masked_fill(~fit, torch.inf).sort(dim=1)
+        nearest = get_norm(self.norm).distances(images, pool).masked_fill(~fit, torch.inf).sort(dim=1)
         for radius, index in zip(nearest.values.T[: self.starts], nearest.indices.T, strict=False):
             search.approach(pool, index, radius)
         search.walk(generator)
@@ -163,12 +165,12 @@ class _Search:
 
     def walk(self, generator: Generator | None) -> None:
         """Step sideways and inwards until every image is near enough or has no queries left."""
-        linf = isinstance(self._norm, LInf)
+        is_box = math.isinf(self._norm.order)
         channels, *size = self._images.shape[1:]
         octaves = min(size).bit_length()
-        kinds = octaves if linf else octaves + 1
-        # In linf a square goes to the opposite faces of the cube, because shorter steps are cut off on one side.
-        shortest, longest = (2.0, 2.0) if linf else (0.01, 1.0)
+        kinds = octaves if is_box else octaves + 1
+        # In a box a square goes to the opposite faces, because shorter steps are cut off on one side.
+        shortest, longest = (2.0, 2.0) if is_box else (0.01, 1.0)
         sideways = self.distance.new_full((kinds, len(self.distance)), 0.1).clamp(shortest, longest)
         inwards = torch.full_like(self.distance, 0.01)
         draws = Draws(self._images, generator)

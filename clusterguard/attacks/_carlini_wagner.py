@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from clusterguard.attacks._base import BuiltInAttack, check_budget
 from clusterguard.attacks._descent import Problem, backpropagate
-from clusterguard.attacks._norms import get_norm
+from clusterguard.attacks._norms import L2, get_norm
 from clusterguard.attacks._objectives import Objective, get_objective
 from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError
@@ -63,6 +63,8 @@ class CarliniWagner(BuiltInAttack):
     confidence: float = 0.0
     objective: str | Objective = "margin"
 
+    norm: ClassVar[str] = L2.name
+
     def __post_init__(self) -> None:
         check_budget(eps=self._radius, steps=self.steps, batch_size=self.batch_size, may_be_unbounded=True)
         get_objective(self.objective)
@@ -74,11 +76,6 @@ class CarliniWagner(BuiltInAttack):
             )
         if not self.confidence >= 0:
             raise ConfigurationError(f"expected confidence of at least 0, got {self.confidence}")
-
-    @property
-    def norm(self) -> str:
-        """The norm of the perturbation, which is always "l2"."""
-        return "l2"
 
     @property
     def _radius(self) -> float:

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from clusterguard.attacks._norms import Norm
+from clusterguard.attacks._norm_base import Norm
 from clusterguard.attacks._objectives import Objective
 from clusterguard.attacks._objectives import margin as margin_objective
 from clusterguard.detection import Detector, success_margin

@@ -12,7 +12,7 @@ import torch
 from clusterguard._support import check_calibrated, check_detector, evaluation_mode
 from clusterguard.attacks._base import BuiltInAttack, check_budget
 from clusterguard.attacks._descent import Problem
-from clusterguard.attacks._norms import get_norm
+from clusterguard.attacks._norms import NORMS, LInf, get_norm
 from clusterguard.attacks._objectives import margin
 from clusterguard.attacks._starts import Towards
 from clusterguard.attacks._wrapping import MultiTarget
@@ -169,8 +169,7 @@ class PeerAttack(BuiltInAttack):
     run: Callable[[Problem, Tensor, DetectorAsClassifier], Tensor] = field(repr=False)
 
     def __post_init__(self) -> None:
-        check_budget(eps=self.eps or 0, norm=self.norm or "l2", batch_size=self.batch_size, may_be_unbounded=True)
-        get_norm(self.norm or "linf")
+        check_budget(eps=self.eps or 0, norm=self.norm, batch_size=self.batch_size, may_be_unbounded=True)
 
     def _perturb(
         self, detector: Detector, images: Tensor, labels: Tensor, targets: Tensor | None, generator: Generator | None
@@ -181,7 +180,8 @@ class PeerAttack(BuiltInAttack):
         model = as_rejecting_classifier(detector) if self.rejecting else plain
         eps = math.inf if self.eps is None or self.norm is None else self.eps
         images = images.clamp(0, 1)  # other libraries refuse -3e-8
-        problem = Problem(detector, images, labels, targets, get_norm(self.norm or "linf"), eps, margin, generator)
+        norm = LInf() if self.norm is None else get_norm(self.norm)  # without a budget, every norm has the same ball
+        problem = Problem(detector, images, labels, targets, norm, eps, margin, generator)
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else None))
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=devices), ExitStack() as later:
@@ -242,7 +242,8 @@ def from_foolbox(
         MissingDependencyError: Foolbox is not installed.
     """
     foolbox = _load("foolbox", install="foolbox")
-    actual = {math.inf: "linf", 2: "l2", 1: "l1", 0: "l0"}.get(getattr(attack.distance, "p", math.nan), "none")
+    order = getattr(attack.distance, "p", math.nan)
+    actual = next((name for name, known in NORMS.items() if known.order == order), "none")
     if norm not in (None, actual):
         raise ConfigurationError(f"expected the attack's own norm {actual!r}, got {norm!r}")
 
@@ -257,7 +258,7 @@ def from_foolbox(
             return attacked
         shown = foolbox.PyTorchModel(model, bounds=(0, 1), device=problem.images.device)
         criterion = foolbox.criteria.TargetedMisclassification if targeted else foolbox.criteria.Misclassification
-        radius = None if norm == "l0" else eps  # Foolbox cannot shrink l0 perturbations
+        radius = None if norm is not None and NORMS[norm].grain else eps  # Foolbox cannot shrink l0 perturbations
         try:
             _, attacked[rows], _ = attack(shown, attacked[rows], criterion(goal[rows]), epsilons=radius, **options)
         except (ValueError, NotImplementedError) as error:

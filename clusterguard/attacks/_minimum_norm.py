@@ -83,7 +83,7 @@ class _Walk:
         size = problem.norm.size(iterates - problem.images)
         success = evaluation.margin <= 0
         self.nearest = torch.where(success, torch.minimum(size, self.nearest), self.nearest)
-        slope = get_norm(problem.norm.dual).size(evaluation.gradient)
+        slope = problem.norm.slope(evaluation.gradient)
         rate = 0.001 + (self.attack.adjustment - 0.001) * self._decay
         one = problem.norm.grain
         grown = torch.maximum(self.radii * (1 + rate), self.radii + one)

@@ -1,169 +1,36 @@
 """Four norms on batches of images, each with its exact projection, steepest step and random start.
 
-Shapes use B images, C channels and H x W pixels. All functions are batched, keep the input's device and dtype (float32
-or float64), and do not wait for the device. They are not meant to be differentiated.
+To add a norm, write a subclass of `Norm` in a file of its own and enter it in `NORMS`.
 """
 
 import math
-from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import ClassVar, final
+from typing import final
 
 import torch
-from clusterguard._support import check_tensor
 from clusterguard.attacks._multipliers import l1_lengths, l2_lengths
-from clusterguard.errors import ConfigurationError, InputError
-from einops import rearrange
+from clusterguard.attacks._norm_base import Norm, just_inside, mask_largest, move_at_most, per_image, rescale, spread
+from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
-
-
-class Norm(ABC):
-    """A norm of perturbations, whose balls around images are cut by the box [0, 1].
-
-    Whatever attacks do differently from norm to norm, they ask the norm.
-
-    Attributes:
-        name: name that attacks use.
-        dual: name of the norm in which a gradient says how fast a function can rise.
-        grain: smallest difference between two radii; 0 where radii are continuous.
-        is_sparse: whether good perturbations change few coordinates, each as far as it may go.
-        takes_sparsity: whether `direction` changes as many coordinates as it is told to.
-
-    Example:
-        >>> images, candidates = torch.full((1, 1, 1, 2), 0.9), torch.tensor([[[[0.2, 1.2]]]])
-        >>> get_norm("linf").project(images, candidates, eps=0.5)
-        tensor([[[[0.4000, 1.0000]]]])
-    """
-
-    name: ClassVar[str]
-    dual: ClassVar[str]
-    grain: ClassVar[float] = 0.0
-    is_sparse: ClassVar[bool] = False
-    takes_sparsity: ClassVar[bool] = False
-
-    def round_radius(self, eps: float) -> float:
-        """A radius that the norm can have, `eps` or a little less: at least one grain."""
-        return max(self.grain, eps // self.grain * self.grain) if self.grain else eps
-
-    def longest_step(self, eps: float | Tensor, shape: Sequence[int]) -> float | Tensor:
-        """The length beyond which a step gains nothing.
-
-        Args:
-            eps: radius, one number or (B,).
-            shape: (C, H, W) of the images.
-        """
-        return eps
-
-    def step_size(self, eps: float, shape: Sequence[int], *, share: float) -> float | Tensor:
-        """A length for steps of equal length.
-
-        Args:
-            eps: radius.
-            shape: (C, H, W) of the images.
-            share: fraction of the radius; sparse norms take the longest step instead.
-        """
-        return self.longest_step(eps, shape) if self.is_sparse else share * eps
-
-    @abstractmethod
-    def size(self, perturbations: Tensor) -> Tensor:
-        """The norm of each perturbation: (B, C, H, W) -> (B,)."""
-
-    @abstractmethod
-    def largest(self, shape: Sequence[int]) -> float:
-        """The largest size that a change of an image in [0, 1] can have.
-
-        Args:
-            shape: (C, H, W) of the image.
-        """
-
-    def pixels_inside(self, eps: float, shape: Sequence[int]) -> int:
-        """The largest number of pixels that may change in any way, in all channels, without leaving the ball.
-
-        Args:
-            eps: radius.
-            shape: (C, H, W) of the images.
-
-        Example:
-            >>> get_norm("l2").pixels_inside(2.0, (3, 32, 32)), get_norm("linf").pixels_inside(0.3, (3, 32, 32))
-            (1, 0)
-        """
-        channels, height, width = shape
-        counts = range(1, height * width + 1)
-        return bisect_right(counts, eps, key=lambda count: self.largest((channels, 1, count)))
-
-    @abstractmethod
-    def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
-        """The step along which a function of this gradient rises fastest: (B, C, H, W) -> (B, C, H, W).
-
-        Args:
-            gradient: (B, C, H, W) of any scale. The step has length 1, or 0 for a gradient of exactly 0.
-            sparsity: number of coordinates that an l1 step changes, at least 1, one number or (B,); None means 1.
-                The other norms ignore it.
-        """
-
-    @abstractmethod
-    def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
-        """A random point of ball ∩ box around each image: (B, C, H, W) -> (B, C, H, W).
-
-        Args:
-            images: (B, C, H, W) in [0, 1].
-            eps: radius, at least 0, one number or (B,).
-            generator: randomness, on the images' device; None takes torch's global one.
-        """
-
-    def projection(self, images: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
-        """The function `project` for fixed images (B, C, H, W) and `eps`; what depends on these is computed once."""
-        return lambda candidates: self.project(images, candidates, eps)
-
-    @torch.no_grad()
-    def project(self, images: Tensor, candidates: Tensor, eps: float | Tensor) -> Tensor:
-        """The point of ball ∩ box nearest to each candidate in Euclidean distance: (B, C, H, W) in [0, 1].
-
-        A candidate inside comes back unchanged. A point that would be rounded out of the ball is rounded towards the
-        image, so `size` of the result minus the image is at most eps.
-
-        Args:
-            images: (B, C, H, W) in [0, 1].
-            candidates: (B, C, H, W), any values.
-            eps: radius, at least 0, one number or (B,); for l0 the number of pixels.
-
-        Raises:
-            InputError: images and candidates have different shapes, or eps is a tensor that is not (B,).
-            ConfigurationError: eps is a number below 0.
-        """
-        check_tensor(images, "images", "B", "C", "H", "W", kind="float32 or float64")
-        check_tensor(candidates, "candidates", *images.shape, like=images)
-        radii = _per_image(eps, images)
-        boxed = candidates.clamp(0, 1)
-        change = boxed - images
-        reach = change.abs()
-        beyond = (candidates - boxed).abs_().clamp_max_(1e15)  # keeps sums of squares finite in float32
-        inside = rearrange(self.size(reach), "b -> b 1 1 1") <= radii
-        lengths = torch.where(inside, reach, self._shorten(reach, beyond, radii))
-        size = rearrange(self.size(lengths), "b -> b 1 1 1")
-        lengths *= torch.where(size > radii, _just_inside(radii) / size, 1)
-        moved = images + change.sign_().mul_(lengths)
-        moved = torch.where((moved - images).abs_() > lengths, torch.nextafter(moved, images), moved)
-        return torch.where(lengths >= reach, boxed, moved).clamp_(0, 1)
-
-    @abstractmethod
-    def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
-        """The distance (B, C, H, W) by which each coordinate moves towards a candidate outside the ball.
-
-        The candidate's distance in a coordinate is `reach`, the part inside the box, plus `beyond`, the part outside.
-        """
 
 
 @final
 class LInf(Norm):
     """The l∞ norm, which is the largest absolute change of a coordinate."""
 
-    name, dual = "linf", "l1"
+    name, symbol, order, limit = "linf", "ℓ∞", math.inf, 1.0
 
     def size(self, perturbations: Tensor) -> Tensor:
         """Largest absolute value: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).abs().amax(dim=1)
+
+    def distances(self, images: Tensor, others: Tensor) -> Tensor:
+        """The largest absolute differences (B, R) of images (B, C, H, W) and others (R, C, H, W)."""
+        return torch.cdist(images.flatten(1), others.flatten(1), p=math.inf)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """The l1 norm of the gradient: (B, C, H, W) -> (B,)."""
+        return gradient.flatten(1).abs().sum(dim=1)
 
     def largest(self, shape: Sequence[int]) -> float:
         """The size 1 of a change from 0 to 1, or back."""
@@ -175,13 +42,13 @@ class LInf(Norm):
 
     def projection(self, images: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
         """A clamp between bounds that are computed only once, because attacks project at every step."""
-        radii = _per_image(eps, images)
-        low, high = (_end(images, reach).clamp(0, 1) for reach in (-radii, radii))
+        radii = per_image(eps, images)
+        low, high = (move_at_most(images, reach).clamp(0, 1) for reach in (-radii, radii))
         return lambda candidates: candidates.clamp(low, high)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A point from the uniform distribution on ball ∩ box."""
-        radii = _per_image(eps, images)
+        radii = per_image(eps, images)
         low, high = (images - radii).clamp_min(0), (images + radii).clamp_max(1)
         share = torch.empty_like(images).uniform_(generator=generator)
         return self.project(images, low + (high - low) * share, eps)
@@ -200,11 +67,19 @@ class L2(Norm):
         tensor([[[[0.9899, 1.0000]]]])
     """
 
-    name = dual = "l2"
+    name, symbol, order = "l2", "ℓ2", 2
 
     def size(self, perturbations: Tensor) -> Tensor:
         """Root of the sum of squares: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).square().sum(dim=1).sqrt()
+
+    def distances(self, images: Tensor, others: Tensor) -> Tensor:
+        """The Euclidean distances (B, R) of images (B, C, H, W) and others (R, C, H, W)."""
+        return torch.cdist(images.flatten(1), others.flatten(1), p=2.0)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """The Euclidean length of the gradient: (B, C, H, W) -> (B,)."""
+        return self.size(gradient)
 
     def largest(self, shape: Sequence[int]) -> float:
         """The size √(C·H·W) of a change of all coordinates by 1."""
@@ -212,16 +87,16 @@ class L2(Norm):
 
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
         """The gradient divided by its Euclidean length."""
-        scaled = _scaled(gradient)
+        scaled = rescale(gradient)
         return scaled / scaled.square().sum(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A point from the uniform distribution on the ball, projected onto the box."""
         noise = torch.empty_like(images).normal_(generator=generator)
-        return self.project(images, images + _spread(self.direction(noise), eps, generator), eps)
+        return self.project(images, images + spread(self.direction(noise), eps, generator), eps)
 
     def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
-        return l2_lengths(reach.flatten(1), beyond.flatten(1), _just_inside(radii).flatten(1)).view_as(reach)
+        return l2_lengths(reach.flatten(1), beyond.flatten(1), just_inside(radii).flatten(1)).view_as(reach)
 
 
 @final
@@ -236,12 +111,16 @@ class L1(Norm):
         tensor([[[[ 0.5000, -0.5000,  0.0000]]]])
     """
 
-    name, dual = "l1", "linf"
+    name, symbol, order = "l1", "ℓ1", 1
     is_sparse = takes_sparsity = True
 
     def size(self, perturbations: Tensor) -> Tensor:
         """Sum of absolute values: (B, C, H, W) -> (B,)."""
         return perturbations.flatten(1).abs().sum(dim=1)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """The largest absolute value of the gradient: (B, C, H, W) -> (B,)."""
+        return gradient.flatten(1).abs().amax(dim=1)
 
     def largest(self, shape: Sequence[int]) -> float:
         """The size C·H·W of a change of all coordinates by 1."""
@@ -249,25 +128,25 @@ class L1(Norm):
 
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
         """The signs of the `sparsity` largest coordinates, divided by their number; with 1 it is the steepest step."""
-        count = _per_image(1 if sparsity is None else sparsity, gradient).flatten(1).clamp_min(1)
-        signs = gradient.flatten(1).sign() * _largest(gradient.flatten(1).abs(), count)
+        count = per_image(1 if sparsity is None else sparsity, gradient).flatten(1).clamp_min(1)
+        signs = gradient.flatten(1).sign() * mask_largest(gradient.flatten(1).abs(), count)
         return (signs / signs.abs().sum(dim=1, keepdim=True).clamp_min(1)).reshape(gradient.shape)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A point from the uniform distribution on the ball, projected onto the box."""
         first, second = (torch.empty_like(images).exponential_(generator=generator) for _ in range(2))
         laplace = dense_l1_direction(first - second)
-        return self.project(images, images + _spread(laplace, eps, generator), eps)
+        return self.project(images, images + spread(laplace, eps, generator), eps)
 
     def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
-        return l1_lengths(reach.flatten(1), beyond.flatten(1), _just_inside(radii).flatten(1)).view_as(reach)
+        return l1_lengths(reach.flatten(1), beyond.flatten(1), just_inside(radii).flatten(1)).view_as(reach)
 
 
 @final
 class L0(Norm):
     """The number of changed pixels; a pixel counts once, however many of its channels change."""
 
-    name, dual = "l0", "linf"
+    name, symbol, order = "l0", "ℓ0", 0
     grain = 1.0
     is_sparse = True
 
@@ -278,6 +157,10 @@ class L0(Norm):
     def size(self, perturbations: Tensor) -> Tensor:
         """The number of pixels with a channel other than 0: (B, C, H, W) -> (B,), in the input's dtype."""
         return (perturbations != 0).any(dim=1).flatten(1).sum(dim=1, dtype=perturbations.dtype)
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """The largest absolute value of the gradient, so the slope in one channel of a pixel: (B, C, H, W) -> (B,)."""
+        return gradient.flatten(1).abs().amax(dim=1)
 
     def largest(self, shape: Sequence[int]) -> float:
         """The number H·W of all pixels."""
@@ -291,27 +174,27 @@ class L0(Norm):
         """The images with eps random pixels set to random corners of the colour cube, so to channels of 0 or 1."""
         colours = torch.empty_like(images).bernoulli_(generator=generator)
         lots = torch.empty_like(images[:, 0]).uniform_(generator=generator).flatten(1)
-        chosen = _largest(lots, _per_image(eps, images).flatten(1)).reshape(images[:, :1].shape)
+        chosen = mask_largest(lots, per_image(eps, images).flatten(1)).reshape(images[:, :1].shape)
         return torch.where(chosen, colours, images)
 
     def _shorten(self, reach: Tensor, beyond: Tensor, radii: Tensor) -> Tensor:
         # Moving a coordinate reduces its squared distance to the candidate from (r + e)² to e².
         gain = (reach * (reach + 2 * beyond)).sum(dim=1)
-        return reach * _largest(gain.flatten(1), radii.flatten(1)).reshape(reach[:, :1].shape)
+        return reach * mask_largest(gain.flatten(1), radii.flatten(1)).reshape(reach[:, :1].shape)
 
 
-_NORMS: dict[str, Norm] = {norm.name: norm for norm in (LInf(), L2(), L1(), L0())}
+NORMS: dict[str, Norm] = {norm.name: norm for norm in (LInf(), L2(), L1(), L0())}
 
 
 def get_norm(name: str) -> Norm:
-    """The norm with this name, "linf", "l2", "l1" or "l0".
+    """The norm with this name in `clusterguard.attacks.NORMS`, "linf", "l2", "l1" or "l0".
 
     Raises:
         ConfigurationError: the name is unknown.
     """
-    if name not in _NORMS:
-        raise ConfigurationError(f"expected a norm among {', '.join(_NORMS)}, got {name!r}")
-    return _NORMS[name]
+    if name not in NORMS:
+        raise ConfigurationError(f"expected a norm among {', '.join(NORMS)}, got {name!r}")
+    return NORMS[name]
 
 
 def dense_l1_direction(gradient: Tensor) -> Tensor:
@@ -321,50 +204,5 @@ def dense_l1_direction(gradient: Tensor) -> Tensor:
         >>> dense_l1_direction(torch.tensor([[[[3.0, -1.0]]]]))
         tensor([[[[ 0.7500, -0.2500]]]])
     """
-    scaled = _scaled(gradient)
+    scaled = rescale(gradient)
     return scaled / scaled.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1)
-
-
-def _scaled(gradient: Tensor) -> Tensor:
-    """The gradient divided by its largest absolute value, so that its norms are at least 1 and nothing underflows."""
-    peak = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
-    return gradient / torch.where(peak > 0, peak, 1)
-
-
-def _spread(directions: Tensor, eps: float | Tensor, generator: Generator | None) -> Tensor:
-    """Directions on the unit sphere, spread over the ball; its volume grows with the C·H·W-th power of length."""
-    share = torch.empty_like(directions[:, :1, :1, :1]).uniform_(generator=generator)
-    return directions * share.pow(1 / directions.shape[1:].numel()) * _per_image(eps, directions)
-
-
-def _end(images: Tensor, reach: Tensor) -> Tensor:
-    """Images moved by `reach`, and rounded towards the image where rounding would move them further."""
-    moved = images + reach
-    return torch.where((moved - images).abs() > reach.abs(), torch.nextafter(moved, images), moved)
-
-
-def _largest(scores: Tensor, count: Tensor) -> Tensor:
-    """A mask (B, n) of the `count` (B, 1) largest scores (B, n) of each row, with the first ones on ties."""
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    places = torch.arange(1, scores.shape[1] + 1, device=scores.device)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, places <= count)
-
-
-def _just_inside(radii: Tensor) -> Tensor:
-    """Radii reduced by a few units in the last place, as room for the rounding of sums over all coordinates."""
-    return radii * (1 - 8 * torch.finfo(radii.dtype).eps)
-
-
-def _per_image(value: float | Tensor, images: Tensor) -> Tensor:
-    """One number, or one for each image (B,), as (B, 1, 1, 1) in the images' dtype and on their device."""
-    if isinstance(value, Tensor):
-        if value.shape != images.shape[:1]:
-            raise InputError(f"expected a number or shape ({len(images)},), got shape {tuple(value.shape)}")
-        if value.device.type == "cpu" and (value < 0).any():  # elsewhere the check would wait for it
-            raise InputError(f"expected numbers of at least 0, got {value.tolist()}")
-        radii = value.to(images)  # with a radius of NaN the image must not move
-        return rearrange(radii.masked_fill(radii.isnan(), 0), "b -> b 1 1 1")
-    if not value >= 0:
-        raise ConfigurationError(f"expected a number of at least 0, got {value}")
-    largest = torch.finfo(images.dtype).max
-    return images.new_full((len(images), 1, 1, 1), value if value <= largest else torch.inf)

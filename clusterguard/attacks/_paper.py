@@ -57,7 +57,7 @@ def at_step_sizes(
 
     Args:
         attack: attack to run, such as `PGD`; its own step size is not used.
-        step_sizes: A step sizes, positive.
+        step_sizes: positive step sizes, A of them.
         detector: calibrated detector.
         images: (B, C, H, W), finite, in [0, 1].
         labels: (B,) true labels.

@@ -1,5 +1,6 @@
 """Score-based attacks by random search, which are Square for linf, l2 and l1, and Sparse-RS for l0."""
 
+import math
 from abc import abstractmethod
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from clusterguard.attacks._base import BuiltInAttack, check_budget
 from clusterguard.attacks._descent import Problem
-from clusterguard.attacks._norms import get_norm
+from clusterguard.attacks._norms import L0, NORMS, get_norm
 from clusterguard.attacks._objectives import Objective, get_objective
 from clusterguard.detection import Detector, success_margin
 from clusterguard.errors import ConfigurationError
@@ -137,14 +138,15 @@ class Square(RandomSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.norm not in ("linf", "l2", "l1"):
-            raise ConfigurationError(f"expected a norm among linf, l2, l1, got {self.norm!r}; SparseRS attacks in l0")
+        if get_norm(self.norm).grain:
+            continuous = ", ".join(name for name, norm in NORMS.items() if not norm.grain)
+            raise ConfigurationError(f"expected a norm among {continuous}, got {self.norm!r}; SparseRS attacks in l0")
 
     def _begin(self, problem: Problem, draws: "Draws") -> Tensor:
         images = problem.images
         _, channels, height, width = images.shape
-        if self.norm == "linf":
-            return problem.project(images + self.eps * draws.signs(channels, 1, width))
+        if math.isinf(problem.norm.order):
+            return problem.project(images + draws.signs(channels, 1, width))  # beyond every ball, so in a corner
         radius = min(self.eps, images[0].numel())  # eps may be too large for float32 arithmetic
         side = max(1, min(height, width) // 5)
         signs = draws.signs(channels, -(-height // side), -(-width // side))
@@ -154,13 +156,14 @@ class Square(RandomSearch):
     def _propose(self, problem: Problem, states: Tensor, share: float, draws: "Draws") -> Tensor:
         images = problem.images
         _, channels, height, width = images.shape
-        smallest = 1 if self.norm == "linf" else 3  # a bump needs room for two signs
+        is_box = math.isinf(problem.norm.order)
+        smallest = 1 if is_box else 3  # a bump needs room for two signs
         side = min(max(smallest, round((share * height * width) ** 0.5)), height, width)
         square, row, column = draws.square(side)
         signs = draws.signs(channels, 1, 1)
-        if self.norm == "linf":
+        if is_box:
             painted, opposite = (
-                problem.project(torch.where(square, images + sign * self.eps, states)) for sign in (signs, -signs)
+                problem.project(torch.where(square, images + sign, states)) for sign in (signs, -signs)
             )
             idle = (painted == states).flatten(1).all(dim=1)  # half of all single grey pixels would change nothing
             return torch.where(idle[:, None, None, None], opposite, painted)
@@ -169,12 +172,12 @@ class Square(RandomSearch):
         bump = signs * torch.where(draws.signs(1, 1, 1) > 0, bump[row, column], bump[column, row])
         bump = _unit(problem, _unit(problem, bump * square) + _unit(problem, change * square))
         # Over disjoint sets of pixels, the p-th powers of sizes add up.
-        p, radius = 2 if self.norm == "l2" else 1, min(self.eps, images[0].numel())
+        p, radius = problem.norm.order, min(self.eps, images[0].numel())
         unspent = (radius**p - _size(problem, change) ** p).clamp_min(0)
         budget = (unspent + _size(problem, change * (square | erased)) ** p) ** (1 / p)
-        # For l1 the bump exceeds the budget, so the projection takes the same amount from every pixel. Small changes
+        # In l1 the bump exceeds the budget, so the projection takes the same amount from every pixel. Small changes
         # vanish, and few pixels carry the budget. With a factor of 1, this attack breaks less than half as many digits.
-        factor = 1 if self.norm == "l2" else 10
+        factor = 10 if problem.norm.is_sparse else 1
         return problem.project(images + torch.where(square, factor * budget * bump, change.masked_fill(erased, 0)))
 
 
@@ -215,7 +218,7 @@ class SparseRS(RandomSearch):
     @property
     def norm(self) -> str:
         """The norm of the perturbation, which is always "l0"."""
-        return "l0"
+        return L0.name
 
     # A state holds the colours of the chosen pixels, and NaN everywhere else.
 
@@ -286,10 +289,10 @@ def random_search(norm: str, *, eps: float, queries: int, batch_size: int | None
     """The random search that fits a norm: over pixels where radii count them, else over squares.
 
     Args:
-        norm: "linf", "l2", "l1" or "l0".
-        eps: radius.
-        queries: an image.
-        batch_size: as in `BuiltInAttack`.
+        norm: name of the norm, "linf", "l2", "l1" or "l0".
+        eps: radius of the ball.
+        queries: largest number of queries for each image.
+        batch_size: number of images to attack at a time, as in `BuiltInAttack`.
     """
     if get_norm(norm).grain:
         return SparseRS(eps=int(eps), queries=queries, batch_size=batch_size)

@@ -282,7 +282,7 @@ class WorstCaseSuite(BuiltInAttack):
                 for length in ((10.0, 1.0) if norm.grain else (1.0, 0.3))
             },
         }
-        if self.norm == "l2":
+        if self.norm == CarliniWagner.norm:
             carlini_wagner = CarliniWagner(eps=self.eps, steps=effort.steps, searches=5, batch_size=self.batch_size)
             stages["Carlini-Wagner"] = carlini_wagner
         stages["selective PGD"] = OrthogonalPGD(strategy="selective", **iterated)
@@ -304,7 +304,7 @@ class WorstCaseSuite(BuiltInAttack):
             batch_size=self.batch_size,
             precision=self.precision,
         )
-        if self.budget == "thorough" and self.norm in ("linf", "l2"):
+        if self.budget == "thorough" and not norm.is_sparse:
             stages["boundary"] = Boundary(queries=effort.queries, references=references, stop_early=True, **options)
         return stages
 

@@ -14,28 +14,13 @@ from clusterguard._support import (
 )
 from clusterguard.certification._intervals import Interval, final_refusals
 from clusterguard.detection import Arithmetic, full_precision
-from clusterguard.detectors import ClusterGuard, GaussianClusters, Normalize
+from clusterguard.detectors import Bounds, ClusterGuard, Normalize
 from clusterguard.errors import ClusterGuardError, ConfigurationError, in_one_line
-from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 # Errors of memory or of the device, which say nothing about a network. Older torch has no AcceleratorError.
 DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-
-
-class Bounds(NamedTuple):
-    """Bounds on a guard's distances for all images within a radius of an image.
-
-    Attributes:
-        nearest: (B, K) lower bound of the distance to each centre.
-        leads: (B, K) lower bound of each centre's squared distance less that of the label's centre; 0 for the label.
-        farthest: (B,) upper bound of the distance to the label's centre.
-    """
-
-    nearest: Tensor
-    leads: Tensor
-    farthest: Tensor
 
 
 class Certificate(NamedTuple):
@@ -64,13 +49,13 @@ def bound(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float | T
         Bounds on distances and leads; not finite where they overflow.
 
     Raises:
-        ConfigurationError: the network has a layer without known bounds.
+        ConfigurationError: the network has a layer without known bounds, or the head tells none.
 
     Reference:
         Gowal et al., "On the effectiveness of interval bound propagation for training verifiably robust models" (2018);
-        the bounds on distances are our own.
+        the bounds on distances are the head's.
     """
-    return _bound_distances(clusters_of(guard), _bound_representations(guard, Interval.around(images, eps)), labels)
+    return guard.head.bound_distances(_bound_representations(guard, Interval.around(images, eps)), labels)
 
 
 def _bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
@@ -145,24 +130,6 @@ def _restore(container: Any, content: Any) -> None:
             container.extend(content)
 
 
-def _bound_distances(clusters: GaussianClusters, box: Interval, labels: Tensor) -> Bounds:
-    """Bounds on the exact distances of computed representations, or of exact ones if the box has no arithmetic."""
-    lower, upper = (box.lower, box.upper) if box.error is None else (box.lower - box.error, box.upper + box.error)
-    centers = clusters.centers.to(lower)
-    label_centers = centers[labels.long()]
-    # One bound along the direction between two centres is tighter than the difference of two bounds.
-    directions = label_centers[:, None] - centers
-    along = box.lowest(directions) - box.slack(directions)
-    # All centres are equally far from 0, so their squared distances to z differ by 2⟨z, label's centre − other centre⟩.
-    leads = 2 * along
-    gaps = torch.maximum(lower[:, None] - centers, centers - upper[:, None]).clamp_min(0)
-    to_box = reduce(gaps.square(), "b k m -> b k", "sum").clamp_min(torch.finfo(gaps.dtype).tiny).sqrt()
-    lengths = directions.norm(dim=2).clamp_min(torch.finfo(gaps.dtype).tiny)
-    to_half_space = (along - reduce(directions * centers, "b k m -> b k", "sum")) / lengths
-    reach = torch.maximum((lower - label_centers).abs(), (upper - label_centers).abs())
-    return Bounds(torch.maximum(to_box, to_half_space), leads, reach.norm(dim=1))
-
-
 class Proofs(NamedTuple):
     """Bounds on what a guard computes in its own arithmetic, and the certificate that follows from them."""
 
@@ -189,29 +156,29 @@ _METHODS = ("represent", "distances", "evidence", "detect", "forward", "__call__
 
 
 def check_methods(guard: ClusterGuard) -> None:
-    """Refuse a guard that computes more than the bounds cover: `Normalize`, an encoder and `GaussianClusters`."""
+    """Refuse a guard that computes more than the bounds cover: `Normalize`, an encoder and a head with bounds."""
     if not isinstance(guard, ClusterGuard):
         raise ConfigurationError(f"expected a ClusterGuard, got {type(guard).__name__}; nothing else has bounds")
     changed = [name for name in _METHODS if getattr(type(guard), name, None) is not getattr(ClusterGuard, name, None)]
     changed += _changed_in_place(guard)
     if not (guard._encode is call or type(guard._encode) is CompiledCall):
         changed.append("_encode")
-    for name, kind in (("head", GaussianClusters), ("normalize", Normalize)):
+    # A head that inherits its bounds may have changed the distances that they are for.
+    is_known = {"head": "bound_distances" in vars(type(guard.head)), "normalize": type(guard.normalize) is Normalize}
+    for name in is_known:
         part = getattr(guard, name)
-        hooks = (part._forward_hooks, part._forward_pre_hooks)
-        if type(part) is not kind or _changed_in_place(part) or any(hooks):
+        if not is_known[name] or _changed_in_place(part) or part._forward_hooks or part._forward_pre_hooks:
             changed.append(name)
+    if not is_known["head"] and changed == ["head"]:
+        raise ConfigurationError(
+            f"no bounds are known for the head {type(guard.head).__name__}; certificates need a head whose class "
+            "defines bound_distances itself, as GaussianClusters does"
+        )
     if changed:
         raise ConfigurationError(
             f"no bounds are known for a guard that has {', '.join(changed)} of its own; certificates need "
             "ClusterGuard's own methods, around any network"
         )
-
-
-def clusters_of(guard: ClusterGuard) -> GaussianClusters:
-    if not isinstance(guard.head, GaussianClusters):
-        raise ConfigurationError(f"bounds are known for GaussianClusters, got the head {type(guard.head).__name__}")
-    return guard.head
 
 
 def _changed_in_place(module: nn.Module) -> list[str]:
@@ -239,37 +206,11 @@ def bound_in_service(guard: ClusterGuard, images: Tensor, labels: Tensor, radii:
     error = torch.full_like(ball.lower, 2 * arithmetic.unit)
     ball = Interval(ball.lower, ball.upper, error=error, arithmetic=arithmetic)
     representations = _bound_representations(guard, ball)
-    clusters = clusters_of(guard)
-    exact = _bound_distances(clusters, representations, labels)
-    bounds = _with_rounding(clusters, representations, labels, exact)
+    if representations.arithmetic is None or representations.error is None:
+        raise ConfigurationError("expected an interval that follows rounding, got one that does not")
+    bounds = guard.head.bound_distances(representations, labels)
     thresholds = guard.thresholds.double()
     leads = (bounds.leads > 0) | one_hot(labels.long(), guard.num_classes).bool()
     is_secure = (leads | (bounds.nearest > thresholds)).all(dim=1)
     is_kept = leads.all(dim=1) & (bounds.farthest <= thresholds[labels.long()])
     return Proofs(representations, bounds, Certificate(is_secure, is_kept))
-
-
-def _with_rounding(clusters: GaussianClusters, box: Interval, labels: Tensor, exact: Bounds) -> Bounds:
-    """Bounds on computed distances, from bounds on exact ones; where they are not finite, nothing is proved.
-
-    A lead above 0 then means that the computed distance of the other class is larger than that of the label. This also
-    holds after the square root.
-    """
-    arithmetic, error = box.arithmetic, box.error
-    if arithmetic is None or error is None:
-        raise ConfigurationError("expected an interval that follows rounding, got one that does not")
-    size = torch.maximum(box.lower.abs(), box.upper.abs()) + error
-    energy = reduce(size.square(), "b m -> b 1", "sum")
-    # A squared distance is computed as that within the class's block, plus the energy of all blocks, less the energy
-    # of this block. Before rounding, the sum of these terms is at most `squares`.
-    blocks = rearrange(size + clusters.center_scale.to(size), "b (k l) -> b k l", k=clusters.num_classes)
-    squares = 2 * energy + reduce(blocks.square(), "b k l -> b k", "sum")
-    # A term is a sum over a block and over blocks. Differences, squares and roots of both sides round a few times more.
-    block = clusters.representation_dim // clusters.num_classes
-    rounding = arithmetic.gamma(clusters.num_classes + block + 12) * squares + arithmetic.smallest
-    rounding = torch.where(squares < arithmetic.largest, rounding, torch.inf)
-    label_rounding = rounding.gather(1, labels[:, None].long())
-    room = 16 * arithmetic.unit * (size.norm(dim=1, keepdim=True) + blocks.flatten(1).norm(dim=1, keepdim=True))
-    nearest = ((exact.nearest - room).clamp_min(0).square() - rounding).clamp_min(0).sqrt() * (1 - 4 * arithmetic.unit)
-    farthest = (exact.farthest.square() + label_rounding.squeeze(1)).sqrt() * (1 + 4 * arithmetic.unit)
-    return Bounds(nearest, exact.leads - rounding - label_rounding, farthest)

@@ -13,7 +13,7 @@ from clusterguard.errors import ConfigurationError
 from torch import Tensor
 from torch.nn import functional
 
-Rule = Callable[..., "Box"]
+IntervalRule = Callable[..., "Box"]
 
 
 def _result(
@@ -441,7 +441,7 @@ _VIEWS = (
     *("flatten", "unflatten", "reshape", "view", "squeeze", "unsqueeze"),
     *("contiguous", "permute", "transpose", "detach"),
 )
-METHODS: dict[str, Rule] = {
+METHODS: dict[str, IntervalRule] = {
     **{name: partial(_view, name) for name in _VIEWS},
     **{"mean": _mean, "clone": _clone, "to": _to, "clamp": _clamp, "sigmoid": _sigmoid, "tanh": _tanh},
     **{"relu": _relu, "relu_": _relu},
@@ -461,7 +461,7 @@ _MAX_POOLS = (
     *(functional.max_pool3d, functional.adaptive_max_pool1d, functional.adaptive_max_pool2d),
     functional.adaptive_max_pool3d,
 )
-RULES: dict[Any, Rule] = {
+RULES: dict[Any, IntervalRule] = {
     **{getattr(torch, name): partial(_view, name) for name in _VIEWS if name not in ("view", "contiguous")},
     **{pool: partial(_average, pool, axes) for axes, pools in _POOLS.items() for pool in pools},
     **{pool: partial(_largest, pool) for pool in _MAX_POOLS},

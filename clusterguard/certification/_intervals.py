@@ -15,7 +15,7 @@ from clusterguard.certification._interval_rules import (
     METHODS,
     RULES,
     VIEWS,
-    Rule,
+    IntervalRule,
     add,
     divide,
     multiply,
@@ -99,7 +99,7 @@ class Interval:
 
     _box: Box
     _family: "_Family"
-    _steps: "tuple[Rule, ...]"
+    _steps: "tuple[IntervalRule, ...]"
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ class Interval:
     def _hold(self, box: Box) -> None:
         object.__setattr__(self, "_box", box)
 
-    def _join(self, family: "_Family", steps: "tuple[Rule, ...]") -> "Interval":
+    def _join(self, family: "_Family", steps: "tuple[IntervalRule, ...]") -> "Interval":
         object.__setattr__(self, "_family", family)
         object.__setattr__(self, "_steps", steps)
         family.members = [member for member in family.members if member() is not None] + [weakref.ref(self)]
@@ -325,7 +325,7 @@ for _name in sorted(f"__{name}__" for name in _REFUSED):
         setattr(Interval, _name, _refusal(_name))
 
 
-def _call(name: str, rule: Rule, *args: Any, inplace: bool = False, **options: Any) -> Interval:
+def _call(name: str, rule: IntervalRule, *args: Any, inplace: bool = False, **options: Any) -> Interval:
     """Apply a rule to intervals, and refuse arguments that the rule does not take."""
     base = next((value for value in (*args, *options.values()) if isinstance(value, Interval)), None)
     try:

@@ -5,15 +5,13 @@ import itertools
 import torch
 from clusterguard.certification._bounds import (
     DEVICE_ERRORS,
-    Bounds,
     Proofs,
     arithmetic_of,
     as_in_service,
     bound_in_service,
-    clusters_of,
 )
 from clusterguard.certification._intervals import Interval
-from clusterguard.detectors import ClusterGuard
+from clusterguard.detectors import Bounds, ClusterGuard
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -140,7 +138,7 @@ def _attack(guard: ClusterGuard, points: Tensor, labels: Tensor, radii: Tensor, 
             with torch.inference_mode(False), torch.enable_grad():
                 start = point.to(dtype, copy=True).requires_grad_()
                 try:
-                    squared = clusters_of(guard).squared_distances(guard.encoder(guard.normalize(start)))
+                    squared = guard.head.distances(guard.encoder(guard.normalize(start))).square()
                     distances = squared.gather(1, label_column).squeeze(1)
                     others = squared.scatter(1, label_column, torch.inf)
                     goal = others.amin(dim=1) - distances if is_of_lead else distances
@@ -161,14 +159,15 @@ def _check_outputs(
     box, bounds = proofs.representations, proofs.bounds
     error = torch.zeros_like(box.lower) if box.error is None else box.error
     lower, upper = (box.lower - error)[:, None], (box.upper + error)[:, None]
-    centers = clusters_of(guard).centers.to(representations)
-    along = torch.einsum("bkm,bpm->bpk", centers[labels.long()][:, None] - centers, representations)
-    label_distances = distances.gather(2, labels.long().view(-1, 1, 1).expand(-1, distances.shape[1], 1))
+    label_column = labels.long().view(-1, 1, 1).expand(-1, distances.shape[1], 1)
+    label_distances = distances.gather(2, label_column)
+    squared = guard.head.distances(representations.flatten(0, 1)).square().unflatten(0, representations.shape[:2])
+    leads = squared - squared.gather(2, label_column)  # in float64, without the rounding of the guard's own distances
     is_label = one_hot(labels.long(), guard.num_classes).bool()
     is_outside = (
         ((representations < lower) | (representations > upper)).any()
         | (representations.isnan() & lower.isfinite()).any()
-        | ((2 * along < bounds.leads[:, None]) & ~is_label[:, None]).any()
+        | ((leads < bounds.leads[:, None]) & ~is_label[:, None]).any()
         | (distances < bounds.nearest[:, None]).any()
         | (label_distances > bounds.farthest[:, None, None]).any()
         | ((distances <= label_distances) & (bounds.leads > 0)[:, None] & ~is_label[:, None]).any()

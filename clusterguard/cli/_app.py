@@ -18,14 +18,14 @@ from clusterguard.cli._options import (
     Data,
     Device,
     Eps,
-    Guard,
+    GuardFolder,
     ImageSize,
     Json,
-    Method,
-    Norm,
-    Precision,
-    Rate,
-    Scarce,
+    MethodOption,
+    NormOption,
+    PrecisionOption,
+    RateOption,
+    ScarceOption,
     Seed,
     SkipUnreadable,
     check_suffixes,
@@ -128,7 +128,7 @@ def train(
     image_size: ImageSize = None,
     channels: Channels = None,
     skip_unreadable: SkipUnreadable = False,
-    norm: Norm = "linf",
+    norm: NormOption = "linf",
     eps: Eps = 0.1,
     step_size: Annotated[
         float | None, typer.Option(min=0, help="Step size of the attack; by default 2.5 eps / steps.")
@@ -141,9 +141,9 @@ def train(
     ] = 0,
     batch_size: BatchSize = 100,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
-    false_positive_rate: Rate = 0.01,
-    scarce: Scarce = "error",
-    precision: Precision = "auto",
+    false_positive_rate: RateOption = 0.01,
+    scarce: ScarceOption = "error",
+    precision: PrecisionOption = "auto",
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")] = False,
     device: Device = None,
@@ -214,11 +214,11 @@ def train(
 
 @app.command()
 def calibrate(
-    guard: Guard,
+    guard: GuardFolder,
     data: Data = "digits",
-    false_positive_rate: Rate = 0.01,
-    method: Method = "conformal",
-    scarce: Scarce = "error",
+    false_positive_rate: RateOption = 0.01,
+    method: MethodOption = "conformal",
+    scarce: ScarceOption = "error",
     image_size: ImageSize = None,
     channels: Channels = None,
     skip_unreadable: SkipUnreadable = False,
@@ -254,9 +254,9 @@ def calibrate(
 
 @app.command()
 def evaluate(
-    guard: Guard,
+    guard: GuardFolder,
     data: Data = "digits",
-    norm: Norm = "linf",
+    norm: NormOption = "linf",
     eps: Eps = 0.1,
     budget: Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="Budget of the suite.")] = "standard",
     images: Annotated[int, typer.Option(min=1, help="Number of images, drawn from the test part by --seed.")] = 200,
@@ -276,7 +276,7 @@ def evaluate(
     channels: Channels = None,
     skip_unreadable: SkipUnreadable = False,
     batch_size: BatchSize = 100,
-    precision: Precision = "auto",
+    precision: PrecisionOption = "auto",
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -287,7 +287,7 @@ def evaluate(
     """
     import torch
     from clusterguard._support import write_atomically
-    from clusterguard.attacks import WorstCaseSuite
+    from clusterguard.attacks import LInf, WorstCaseSuite
     from clusterguard.certification import certified_success_rate
     from clusterguard.cli._data import describe_unreadable, open_guard, sample
     from clusterguard.cli._image_folders import find_copies
@@ -296,7 +296,7 @@ def evaluate(
     from torch.utils.data import DataLoader
 
     check_suffixes(output or [], ".json", ".md", ".html")
-    if certified and norm != "linf":
+    if certified and norm != LInf.name:
         raise ConfigurationError(f"expected --norm linf together with --certify, got {norm}")
     suite = WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)
     detector, training, pictures = open_guard(
@@ -340,7 +340,7 @@ def evaluate(
 
 @app.command()
 def export(
-    guard: Guard,
+    guard: GuardFolder,
     output: Annotated[list[Path], typer.Option(help="File .onnx, or .pt2 for torch.export; may be given twice.")],
     image_size: ImageSize = None,
     channels: Channels = None,
@@ -374,7 +374,7 @@ def export(
 
 
 @app.command()
-def inspect(guard: Guard, as_json: Json = False) -> None:
+def inspect(guard: GuardFolder, as_json: Json = False) -> None:
     """Show what a guard's folder holds: backbone, classes, thresholds, training, figures and versions.
 
     Example: clusterguard inspect runs/guard

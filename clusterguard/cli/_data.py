@@ -394,7 +394,7 @@ def check_output(folder: Path, *ours: str) -> None:
     """Make sure that results lie in a folder of their own.
 
     Args:
-        folder: for results.
+        folder: folder for results.
         *ours: names of results, which may be there and are overwritten.
 
     Raises:

@@ -39,7 +39,7 @@ class Commands(TyperGroup):
             warnings.formatwarning = usual
 
 
-Guard = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a guard.")]
+GuardFolder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a guard.")]
 Data = Annotated[
     str,
     typer.Option(
@@ -65,18 +65,20 @@ SkipUnreadable = Annotated[
         "--skip-unreadable", help="Leave out images that cannot be read, and say how many, instead of failing."
     ),
 ]
-Norm = Annotated[Literal["linf", "l2", "l1", "l0"], typer.Option(help="Norm that bounds the attack.")]
+NormOption = Annotated[Literal["linf", "l2", "l1", "l0"], typer.Option(help="Norm that bounds the attack.")]
 Eps = Annotated[float, typer.Option(min=0, help="Radius of the attack, for pixels in [0, 1].")]
-Precision = Annotated[
+PrecisionOption = Annotated[
     Literal["auto", "float32", "bf16"],
     typer.Option(help="Precision of attacks and training; auto: bf16 where it is faster and finds the same."),
 ]
-Rate = Annotated[float, typer.Option(help="Share of benign images that may be refused in each class, such as 0.01.")]
-Method = Annotated[
+RateOption = Annotated[
+    float, typer.Option(help="Share of benign images that may be refused in each class, such as 0.01.")
+]
+MethodOption = Annotated[
     Literal["conformal", "quantile"],
     typer.Option(help="conformal keeps the rate for any number of images; quantile is the paper's."),
 ]
-Scarce = Annotated[
+ScarceOption = Annotated[
     Literal["error", "pool"],
     typer.Option(
         help="For classes with too few images: an error, or a shared threshold; the rate then holds on average."

@@ -6,12 +6,14 @@ from clusterguard.detectors._confidence import ConfidenceDetector
 from clusterguard.detectors._consistency import ConsistentDetector
 from clusterguard.detectors._guard import ClusterGuard
 from clusterguard.detectors._guard_files import CARD, CONFIG, read_config, read_guard, refuse_foreign
+from clusterguard.detectors._head_bounds import Bounds, RepresentationBox
 from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._model_card import CardDetails, describe_thresholds
 
 __all__ = [
     "CARD",
     "CONFIG",
+    "Bounds",
     "CardDetails",
     "ClusterGuard",
     "ConfidenceDetector",
@@ -20,6 +22,7 @@ __all__ = [
     "GaussianClusters",
     "Head",
     "Normalize",
+    "RepresentationBox",
     "WithThresholds",
     "describe_thresholds",
     "find_normalization",

@@ -1,32 +1,24 @@
 """Turns an image classifier into an encoder, images (B, C, H, W) -> (B, out_features), and keeps its weights.
 
 The classifier of timm and torchvision models is replaced. Any other module that returns (B, D) gets a linear layer on
-top. Neither library is imported here. A model is recognised by the modules in which its class and their bases are
-defined, so a user's subclass is recognised too. `_wrappers` removes wrappers around a model.
+top. `_families` tells what differs between these kinds of modules, and `_wrappers` removes wrappers around a model.
 """
 
-import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import dropwhile
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
 
 import torch
-from clusterguard._support import check_numbers, copy_backbone, refuse_unusable, shorten
+from clusterguard._support import check_numbers, copy_backbone, refuse_unusable
+from clusterguard.detectors._dense_layers import last_parameter
+from clusterguard.detectors._families import family_of
+from clusterguard.detectors._outputs import PASS_EXAMPLE, find_output, run_once
 from clusterguard.detectors._wrappers import Normalization, unwrap, warn_of_graph
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
-from einops.layers.torch import Reduce
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
-_Dense: TypeAlias = nn.Linear | nn.Conv2d
 _AS_THEY_ARE: Normalization = ((0.0,), (1.0,))
-_TORCHVISION_HEADS = ("fc", "classifier", "head", "heads")
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_COMMON_SIZES = (224, 32, 28, 64, 299, 96, 128, 16, 8, 48, 84, 112, 160, 192, 227, 256, 384, 512)
-_PASS_EXAMPLE = "pass example=images, a batch as the backbone will get it"
 
 
 def find_num_classes(backbone: nn.Module) -> int | None:
@@ -45,16 +37,8 @@ def find_num_classes(backbone: nn.Module) -> int | None:
         >>> find_num_classes(resnet18(num_classes=10))
         10
     """
-    backbone = unwrap(backbone, _is_model).module
-    if not _is_timm(backbone):
-        head = _find_torchvision_head(backbone)
-        return None if head is None else _width(head[1])
-    num_classes = int(getattr(backbone, "num_classes", 0))
-    classifier = getattr(backbone, "get_classifier", nn.Identity)()
-    layers = _dense_layers(nn.ModuleList(classifier if isinstance(classifier, tuple) else [classifier]))
-    # The layer counts more than the attribute, because a user may have replaced it. If the attribute is 0, the layer is
-    # not a classifier.
-    return _width(layers[-1]) if layers and num_classes else num_classes or None
+    model = unwrap(backbone, _is_model).module
+    return family_of(model).num_classes(model)
 
 
 def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, consequence: str) -> int:
@@ -119,10 +103,11 @@ def find_normalization(backbone: nn.Module) -> Normalization:
         ((0.0,), (1.0,))
     """
     core = unwrap(backbone, _is_model)
-    normalization = core.normalization or _read_recipe(core.module)
+    normalization = core.normalization or _normalization_of(core.module)
     if normalization is not None:
         return normalization
-    lost = next(((model, recipe) for model in _models_inside(core.module) if (recipe := _read_recipe(model))), None)
+    inside = ((model, _normalization_of(model)) for model in _models_inside(core.module))
+    lost = next(((model, trained) for model, trained in inside if trained is not None), None)
     if lost is not None:
         mean, std = lost[1]
         _warn_of_loss(
@@ -220,55 +205,24 @@ def make_encoder(
     encoder = copy_backbone(unwrap(backbone, _is_model).module)
     if any(map(is_lazy, encoder.parameters())):
         _initialize(encoder, example)
-    head = _find_torchvision_head(encoder)
-    if _is_timm(encoder) or _is_torchvision(encoder):
-        _keep_main_output(encoder)
-    if _is_timm(encoder) and hasattr(encoder, "reset_classifier"):
-        _reset_timm_head(encoder, out_features)
-    elif head is not None:
-        _replace_torchvision_head(encoder, *head, out_features)
-    else:
+    family = family_of(encoder)
+    family.keep_main_output(encoder)
+    if not family.replace_classifier(encoder, out_features):
         _warn_of_classifier(backbone, encoder)
         return _append_layer(encoder, out_features, _blank(image_shape) if example is None else example)
     if example is not None:
-        _run(encoder, example)
+        run_once(encoder, example)
     return encoder
 
 
 def _is_model(module: nn.Module) -> bool:
-    """Whether a module is a whole model of timm or torchvision, not one of the blocks that their models are made of."""
-    if _is_timm(module):
-        return hasattr(module, "reset_classifier") or isinstance(getattr(module, "pretrained_cfg", None), dict)
-    has_head = any(hasattr(module, name) for name in _TORCHVISION_HEADS)
-    return _is_torchvision(module) and (has_head or isinstance(module, GraphModule))  # a feature extractor
+    """Whether a module is a whole model of a family, not one of the blocks that models are made of."""
+    return family_of(module).is_model(module)
 
 
-def _is_timm(module: nn.Module) -> bool:
-    return any(cls.__module__.startswith("timm.") for cls in type(module).__mro__)
-
-
-def _is_torchvision(module: nn.Module) -> bool:
-    homes = (cls.__module__.split(".") for cls in type(module).__mro__)
-    home = next((home for home in homes if home[:2] == ["torchvision", "models"]), None)
-    return home is not None and home[2] not in {"detection", "optical_flow", "segmentation", "video"}
-
-
-def _read_recipe(backbone: nn.Module) -> Normalization | None:
-    """The normalisation that a model of timm or torchvision was trained with; None for any other module."""
-    convolutions = [layer for layer in _dense_layers(backbone) if isinstance(layer, nn.Conv2d)]
-    recipe = getattr(backbone, "pretrained_cfg", None) if _is_timm(backbone) else None
-    if isinstance(recipe, dict) and recipe.get("mean") and recipe.get("std"):
-        mean, std = tuple(map(float, recipe["mean"])), tuple(map(float, recipe["std"]))
-    elif _is_torchvision(backbone):
-        # A model does not tell which weights it has, but all use ImageNet's values, except for efficientnet_v2_l.
-        ends = [tuple(layer.weight.shape[:2]) for layer in convolutions[:1] + convolutions[-1:]]
-        mean, std = ((0.5,) * 3,) * 2 if ends == [(32, 3), (1280, 640)] else _IMAGENET
-    else:
-        return None
-    # timm's attribute covers linear patch embeddings, and the layer covers a stem that a user replaced.
-    if 1 in (getattr(backbone, "in_chans", None), *(layer.in_channels for layer in convolutions[:1])):
-        return (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return mean, std
+def _normalization_of(model: nn.Module) -> Normalization | None:
+    """The normalisation that a model was trained with; None for a module that does not tell."""
+    return family_of(model).normalization(model)
 
 
 def _are_close(values: Sequence[float], others: Sequence[float]) -> bool:
@@ -313,106 +267,9 @@ def _initialize(encoder: nn.Module, example: Tensor | None) -> None:
         paths = [name for name, weight in encoder.named_parameters() if is_lazy(weight)]
         raise UnsupportedBackboneError(
             f"expected a backbone whose weights are initialised, got lazy ones that are not ({', '.join(paths)}); "
-            f"{_PASS_EXAMPLE}, or run the backbone on such a batch first"
+            f"{PASS_EXAMPLE}, or run the backbone on such a batch first"
         )
-    _run(encoder, example)
-
-
-def _width(layer: _Dense) -> int:
-    # A user may have replaced the weight and forgotten the attribute, so the weight decides.
-    if is_lazy(layer.weight):
-        return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    return len(layer.weight)
-
-
-def _dense_layers(module: nn.Module) -> list[_Dense]:
-    return [
-        layer
-        for path, layer in module.named_modules()
-        if isinstance(layer, _Dense) and "parametrizations" not in path.split(".")  # layers there compute a weight
-    ]
-
-
-def _last_parameter(module: nn.Module) -> Tensor | None:
-    # In a model spread over devices, the last parameter is on the device of the output.
-    return next((p for p in reversed(list(module.parameters())) if p.is_floating_point()), None)
-
-
-def _find_torchvision_head(backbone: nn.Module) -> tuple[nn.Module, _Dense] | None:
-    """The head and its last layer; None for a model of another library or task, or without a classifier."""
-    for name in _TORCHVISION_HEADS if _is_torchvision(backbone) else ():
-        head = getattr(backbone, name, nn.Identity())
-        if layers := _dense_layers(head):
-            return head, layers[-1]
-    return None
-
-
-def _keep_main_output(encoder: Any) -> None:
-    """Keep one output of models that return several in train mode because of auxiliary or distilled heads."""
-    for module in encoder.modules():
-        if getattr(module, "distilled_training", False):
-            module.distilled_training = False
-    for name in {"AuxLogits", "aux1", "aux2"}.intersection(encoder._modules):
-        setattr(encoder, name, None)
-        encoder.aux_logits = False
-
-
-def _reset_timm_head(encoder: Any, out_features: int) -> None:
-    like = _last_parameter(encoder)
-    pools = [getattr(owner, "global_pool", None) for owner in (getattr(encoder, "head", None), encoder)]
-    # Without pooling, a model that returns its feature map would apply the layer at every position of the map.
-    unpooled = "" in [getattr(pool, "pool_type", pool) for pool in pools]
-    before = set(encoder.modules())
-    encoder.reset_classifier(out_features, *(["avg"] if unpooled else []))
-    for module in set(encoder.modules()) - before:
-        module.to(like).training = encoder.training
-
-
-def _replace_torchvision_head(encoder: nn.Module, head: nn.Module, layer: _Dense, out_features: int) -> None:
-    fresh, first = _make_layer_like(layer, out_features), _dense_layers(head)[0]
-    for path, module in dropwhile(lambda item: item[1] is not layer, list(head.named_modules())):
-        # Remove activations after the classifier, such as SqueezeNet's ReLU. Representations scatter around centres
-        # whose coordinates are mostly zero, so they must be able to become negative.
-        if type(module).__module__ == "torch.nn.modules.activation":
-            head.set_submodule(path, nn.Identity().train(module.training))
-    _put(encoder, layer, fresh)
-    if all(type(part).__module__.split(".")[0] in ("torch", "torchvision") for part in head.modules()):
-        return
-    # In a user's head, such as an adapter beside its base, the last layer need not be the one that makes the output.
-    if not _has_width(encoder, out_features):
-        _put(encoder, head, _make_layer_like(first, out_features))
-        if not _has_width(encoder, out_features):
-            raise UnsupportedBackboneError(
-                f"expected a classifier that one linear layer can replace, got {type(head).__name__}; put such a layer "
-                "in its place"
-            )
-
-
-def _make_layer_like(layer: _Dense, out_features: int) -> _Dense:
-    like = next(layer.parameters())  # a weight computed before each call may be on another device
-    options: dict[str, Any] = {"bias": layer.bias is not None, "device": like.device, "dtype": like.dtype}
-    fresh: _Dense
-    if isinstance(layer, nn.Linear):
-        fresh = nn.Linear(layer.weight.shape[1], out_features, **options)
-    else:
-        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-        fresh = nn.Conv2d(layer.in_channels, out_features, **options, **{name: getattr(layer, name) for name in names})
-    fresh.training = layer.training
-    return fresh
-
-
-def _put(encoder: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module by another one in all places where it occurs."""
-    for path, module in list(encoder.named_modules(remove_duplicate=False)):
-        if module is old:
-            encoder.set_submodule(path, new)
-
-
-def _has_width(encoder: nn.Module, out_features: int) -> bool:
-    try:
-        return _find_output(encoder, encoder, None).shape[1] == out_features
-    except UnsupportedBackboneError:
-        return False
+    run_once(encoder, example)
 
 
 def _blank(image_shape: tuple[int, int, int] | None) -> Tensor | None:
@@ -420,78 +277,12 @@ def _blank(image_shape: tuple[int, int, int] | None) -> Tensor | None:
 
 
 def _append_layer(module: nn.Module, out_features: int, example: Tensor | None) -> nn.Module:
-    features, like = nn.Sequential(module), _last_parameter(module)
-    if _is_timm(module) and hasattr(module, "forward_features"):  # encoders of vision-language models
-        is_map = getattr(module, "output_fmt", "NCHW") == "NCHW"
-        features.append(Reduce("b d ... -> b d" if is_map else "b ... d -> b d", "mean"))
-    output = _find_output(features, module, example)
+    features, like = nn.Sequential(module), last_parameter(module)
+    family = family_of(module)
+    if (pooling := family.pooling(module)) is not None:
+        features.append(pooling)
+    output = find_output(features, module, example, usual=family.image_shape(module))
     device = getattr(like, "device", None) if example is None else output.device
     features.append(nn.Linear(output.shape[1], out_features, device=device, dtype=output.dtype))
     features.training = features[-1].training = module.training
     return features
-
-
-def _find_output(features: nn.Module, module: nn.Module, example: Tensor | None) -> Tensor:
-    """The output of a module and its optional pooling, `features`, for an example or for blank images that fit."""
-    # Two images, because a module that confuses the batch with another axis may work with one.
-    dtype = getattr(_last_parameter(module), "dtype", None)
-    blanks = (torch.empty(2, *shape, device="meta", dtype=dtype) for shape in _plausible_shapes(module))
-    return _probe(features, blanks if example is None else [example])
-
-
-def _plausible_shapes(module: nn.Module) -> Iterable[tuple[int, ...]]:
-    """Shapes (C, H, W) of images that the module may take, the likeliest first."""
-    recipe: dict[str, Any] = getattr(module, "pretrained_cfg", {})
-    if "input_size" in recipe:  # timm's configuration
-        yield getattr(module, "in_chans", 3), *recipe["input_size"][1:]
-    first = next(iter(_dense_layers(module)), None)
-    if isinstance(first, nn.Linear):
-        yield 1, 1, first.in_features  # whatever the image's sides are, if nn.Flatten comes before it
-        if first.in_features > 1:
-            yield 1, first.in_features, 1  # fits too, so that no further shape has to be tried
-    channels = (first.in_channels,) if isinstance(first, nn.Conv2d) else (3, 1)
-    yield from ((channel, size, size) for size in _COMMON_SIZES for channel in channels)
-
-
-def _probe(module: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """The output for the first batch that fits. A second batch that fits must give the same width."""
-    outputs: list[Tensor] = []
-    failures: list[UnsupportedBackboneError] = []
-    for images in batches:
-        try:
-            outputs.append(_run(module, images))
-        except UnsupportedBackboneError as error:
-            failures.append(error)
-        if len(outputs) == 2:
-            break
-    if not outputs:  # an output of a wrong kind is a better message than an image size that does not fit
-        raise next((failure for failure in failures if failure.__cause__ is None), failures[0])
-    widths = [output.shape[1] for output in outputs]
-    if widths[0] != widths[-1]:
-        raise UnsupportedBackboneError(f"expected one D for all image sizes, got {widths}; {_PASS_EXAMPLE}")
-    return outputs[0]
-
-
-def _run(module: nn.Module, images: Tensor) -> Tensor:
-    """The module's output (B, D) in eval mode. The module itself, its modes and its buffers do not change."""
-    expected = f"expected floating-point features ({len(images)}, D) for images {tuple(images.shape)}"
-    # The copy shares the parameters. On the meta device it gets empty ones, which need no memory and no arithmetic.
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
-    try:
-        if images.is_meta:
-            tensors = [*module.parameters(), *module.buffers()]
-            memo = {id(t): nn.Parameter(torch.empty_like(t, device="meta"), False) for t in tensors}
-        shadow = copy.deepcopy(module, memo)
-        for submodule in shadow.modules():
-            submodule.training = False  # not eval(), which some modules override to change their weights
-        with torch.no_grad():
-            output = shadow(images)
-    except Exception as error:
-        raise UnsupportedBackboneError(f"{expected}, got {shorten(error)}; {_PASS_EXAMPLE}") from error
-    if isinstance(output, Tensor) and output.is_floating_point() and output.shape[:-1] == images.shape[:1]:
-        return output
-    got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-    raise UnsupportedBackboneError(
-        f"{expected}, got {got}; wrap the backbone so that it picks or pools its output, such as "
-        "nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten())"
-    )

@@ -31,7 +31,7 @@ from clusterguard.errors import ConfigurationError, PersistenceError, Unsupporte
 from safetensors.torch import save
 from torch import Tensor, nn
 
-Guard = TypeVar("Guard", bound=DetectorModule)
+Loaded = TypeVar("Loaded", bound=DetectorModule)
 
 _SPARE_ROOM = 2**28
 _PACKAGES = ("clusterguard", "torch", "timm", "torchvision", "safetensors")
@@ -96,8 +96,8 @@ def save_guard(
 
 
 def load_guard(
-    build: Callable[[nn.Module, Mapping[str, Any]], Guard], folder: Path, *, backbone: nn.Module | None = None
-) -> Guard:
+    build: Callable[[nn.Module, Mapping[str, Any]], Loaded], folder: Path, *, backbone: nn.Module | None = None
+) -> Loaded:
     """Read a guard; see `ClusterGuard.from_pretrained`.
 
     Args:
@@ -118,12 +118,12 @@ def load_guard(
 
 
 def _load(
-    build: Callable[[nn.Module, Mapping[str, Any]], Guard],
+    build: Callable[[nn.Module, Mapping[str, Any]], Loaded],
     config: Mapping[str, Any],
     weights: WeightsFile,
     folder: Path,
     backbone: nn.Module | None,
-) -> Guard:
+) -> Loaded:
     try:
         recipe, options, blanks = config["backbone"], config["guard"], weights.blanks()
         if backbone is None and recipe["source"] == "module":

@@ -44,9 +44,9 @@ class WeightsFile:
     """A file of weights that is open; what is in it is read when it is asked for.
 
     Args:
-        path: for messages.
-        stream: the file; it stays the same when another one gets its name.
-        sha256: of the file that `config.json` was saved with.
+        path: path of the file, for messages.
+        stream: open file; it stays the same when another one gets its name.
+        sha256: digest of the file that `config.json` was saved with.
     """
 
     path: Path
@@ -190,10 +190,10 @@ def write_guard(folder: Path, config: Mapping[str, Any], weights: bytes, card: s
     """Replace the guard in a folder, or write its first one.
 
     Args:
-        folder: is created.
-        config: without the digest of the weights.
-        weights: of safetensors.
-        card: for `README.md`.
+        folder: path of the folder, which is created.
+        config: contents of `config.json` without the digest of the weights.
+        weights: contents of the file of safetensors.
+        card: text of `README.md`.
 
     Raises:
         ConfigurationError: a config that could not be read again.

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from clusterguard._support import check_tensor
+from clusterguard.detection import Arithmetic
+from clusterguard.detectors._head_bounds import Bounds, RepresentationBox
 from clusterguard.errors import ConfigurationError
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ class Head(nn.Module, ABC):
 
     To use another head, write a subclass and pass it to `ClusterGuard(backbone, head=...)`. Training, calibration,
     attacks, saving and export all work with it. Its parameters are trained together with those of the backbone. Every
-    tensor that a detection depends on must be in the state dict.
+    tensor that a detection depends on must be in the state dict. Certificates also work if the class defines
+    `bound_distances`.
 
     Args:
         num_classes: number K of classes, at least 2.
@@ -72,6 +75,30 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def half_way(self) -> Tensor:
         """Half the distance between two classes, () or (K,). Within this distance of a class, no other is closer."""
+
+    def bound_distances(self, box: RepresentationBox, labels: Tensor) -> Bounds:
+        """Bounds on the distances of all representations in a box, which certificates and their training ask for.
+
+        If the box has an arithmetic, the bounds must hold for distances that are computed in it from any representation
+        within `error` of the box. A lead above 0 then means that the computed distance of the class is larger than that
+        of the label. Without an arithmetic, the bounds are on exact distances, and should be differentiable.
+
+        A class that changes `distances` must define this method itself; certificates refuse a head that inherits it.
+
+        Args:
+            box: box of B representations.
+            labels: (B,) class labels.
+
+        Returns:
+            Bounds; where they are not finite, nothing is proved.
+
+        Raises:
+            ConfigurationError: no bounds are known for this head.
+        """
+        raise ConfigurationError(
+            f"no bounds are known for the head {type(self).__name__}; certificates need a head whose class defines "
+            "bound_distances, as GaussianClusters does"
+        )
 
     def logits(self, representations: Tensor) -> Tensor:
         """The log-likelihoods up to a constant per row: (B, m) -> (B, K). Their softmax is the posterior."""
@@ -179,6 +206,56 @@ class GaussianClusters(Head):
     def describe(self) -> str:
         """The width m and the scale M in words."""
         return f"representation of {self.representation_dim} dimensions, center scale {float(self.center_scale):g}"
+
+    def bound_distances(self, box: RepresentationBox, labels: Tensor) -> Bounds:
+        """Bounds on distances, computed or exact; leads follow the network's last layer.
+
+        Args:
+            box: box of B representations.
+            labels: (B,) class labels.
+        """
+        error = torch.zeros_like(box.lower) if box.error is None else box.error
+        lower, upper = box.lower - error, box.upper + error
+        centers = self.centers.to(lower)
+        label_centers = centers[labels.long()]
+        # One bound along the direction between two centres is tighter than the difference of two bounds.
+        directions = label_centers[:, None] - centers
+        along = box.lowest(directions) - box.slack(directions)
+        # All centres are equally far from 0, so their squared distances to z differ by
+        # 2⟨z, label's centre − other centre⟩.
+        leads = 2 * along
+        gaps = torch.maximum(lower[:, None] - centers, centers - upper[:, None]).clamp_min(0)
+        to_box = reduce(gaps.square(), "b k m -> b k", "sum").clamp_min(torch.finfo(gaps.dtype).tiny).sqrt()
+        lengths = directions.norm(dim=2).clamp_min(torch.finfo(gaps.dtype).tiny)
+        to_half_space = (along - reduce(directions * centers, "b k m -> b k", "sum")) / lengths
+        reach = torch.maximum((lower - label_centers).abs(), (upper - label_centers).abs())
+        exact = Bounds(torch.maximum(to_box, to_half_space), leads, reach.norm(dim=1))
+        if box.arithmetic is None:
+            return exact
+        size = torch.maximum(box.lower.abs(), box.upper.abs()) + error
+        return self._with_rounding(exact, size, labels, box.arithmetic)
+
+    def _with_rounding(self, exact: Bounds, size: Tensor, labels: Tensor, arithmetic: Arithmetic) -> Bounds:
+        """Bounds on computed distances, from those on exact ones and the largest absolute representations (B, m)."""
+        energy = reduce(size.square(), "b m -> b 1", "sum")
+        # A squared distance is computed as that within the class's block, plus the energy of all blocks, less the
+        # energy of this block. Before rounding, the sum of these terms is at most `squares`.
+        blocks = rearrange(size + self.center_scale.to(size), "b (k l) -> b k l", k=self.num_classes)
+        squares = 2 * energy + reduce(blocks.square(), "b k l -> b k", "sum")
+        # A term is a sum over a block and over blocks. Differences, squares and roots of both sides round a few times
+        # more, so a lead above 0 also holds after the square root.
+        block = self.representation_dim // self.num_classes
+        rounding = arithmetic.gamma(self.num_classes + block + 12) * squares + arithmetic.smallest
+        rounding = torch.where(squares < arithmetic.largest, rounding, torch.inf)
+        label_rounding = rounding.gather(1, labels[:, None].long())
+        room = 16 * arithmetic.unit * (size.norm(dim=1, keepdim=True) + blocks.flatten(1).norm(dim=1, keepdim=True))
+        nearest = ((exact.nearest - room).clamp_min(0).square() - rounding).clamp_min(0).sqrt()
+        farthest = (exact.farthest.square() + label_rounding.squeeze(1)).sqrt()
+        return Bounds(
+            nearest * (1 - 4 * arithmetic.unit),
+            exact.leads - rounding - label_rounding,
+            farthest * (1 + 4 * arithmetic.unit),
+        )
 
     def log_likelihood(self, representations: Tensor) -> Tensor:
         """The log-likelihood log N(z; u(i), I) of every class i: (B, m) -> (B, K)."""

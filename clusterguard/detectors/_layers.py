@@ -78,8 +78,8 @@ def build_layers(description: Mapping[str, Any], *, depth: int = 0) -> nn.Module
     """The module that was described, with fresh weights.
 
     Args:
-        description: as `describe_layers` gives it, or as JSON gives that back.
-        depth: how deep in another module this one is.
+        description: value that `describe_layers` gives, also one that went through JSON.
+        depth: number of modules around this one.
 
     Raises:
         ConfigurationError: a layer that is not known, or options that it does not take.

@@ -191,7 +191,7 @@ def _settled(
 
 def _file_name(name: str) -> str:
     """That of an attack's checkpoint; no name leads out of the folder, and no two to one file."""
-    quoted = [own if own.isprintable() and own not in '%/\\:*?"<>|' else quote(own, safe="") for own in name]
+    quoted = [one if one.isprintable() and one not in '%/\\:*?"<>|' else quote(one, safe="") for one in name]
     return f"{''.join(quoted)}.pt"
 
 

@@ -52,7 +52,7 @@ class AttackResult:
 
     Attributes:
         name: name under which `evaluate` got the attack.
-        attack: the attack's `repr`, with its options.
+        attack: `repr` of the attack, with its options.
         norm: norm that the attack states, or None.
         eps: radius that the attack states, or None.
         success: ASR, among the images labelled correctly and accepted before the attack.
@@ -91,9 +91,9 @@ class Evaluation:
         accuracy: share of images labelled correctly, whether refused or not.
         accuracy_after_rejection: share of accepted images that are labelled correctly.
         false_positives: share of correctly labelled images that are refused, for all classes together.
-        false_positives_by_class: the same share for each of the K true classes.
+        false_positives_by_class: that share for each of the K true classes.
         results: one result for each attack.
-        worst_by_norm: for each norm, share of images that any attack of the norm broke.
+        worst_by_norm: share of images that any attack of a norm broke, by norm.
         worst_case: share of images that any attack broke, whatever its norm.
         benign_reference: images that EROC compared with, "calibration" or "evaluated".
         thresholds: K floats.

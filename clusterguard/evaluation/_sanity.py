@@ -63,7 +63,7 @@ class Sanity:
     warnings: tuple[str, ...]
 
 
-class Result(Protocol):
+class EvaluatedAttack(Protocol):
     """The part of an evaluated attack's result that the probe needs."""
 
     @property
@@ -91,7 +91,7 @@ def examine(
     detector: Detector,
     images: Tensor,
     labels: Tensor,
-    results: Sequence[Result],
+    results: Sequence[EvaluatedAttack],
     generator: Generator | None = None,
 ) -> Sanity | None:
     """Probe a detector with quick attacks.

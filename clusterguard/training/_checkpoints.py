@@ -131,7 +131,7 @@ class Checkpoint:
         """Restore the states of parts; if one does not fit, or the block fails, no part changes.
 
         Args:
-            parts: the same parts as when saving, by name.
+            parts: parts by name, the same as when saving.
 
         Raises:
             PersistenceError: the checkpoint belongs to another run.

@@ -34,7 +34,7 @@ def describe(options: Mapping[str, Any]) -> dict[str, str]:
     those of their classes.
 
     Args:
-        options: by name: numbers, dataclasses, functions, anything.
+        options: values by name: numbers, dataclasses, functions, anything.
 
     Example:
         >>> from clusterguard.training import ClusterLoss, Outside
@@ -108,7 +108,7 @@ def describe_steps(optimizer: Optimizer, scheduler: Any) -> dict[str, str]:
     """An optimizer with its hyperparameters, and the class of a scheduler.
 
     Args:
-        optimizer: that has taken no step of this training yet.
+        optimizer: optimizer that has taken no step of this training yet.
         scheduler: or None.
     """
     groups = [
@@ -139,7 +139,7 @@ def describe_data(name: str, loader: Loader) -> dict[str, str]:
     """The numbers of a loader's batches, of its images, and of those in a batch, as far as it tells them.
 
     Args:
-        name: of the loader.
+        name: name of the loader.
         loader: any.
     """
     while isinstance(loader, Pairs):
@@ -154,8 +154,8 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What has changed, in words; what one of the two does not know is no difference.
 
     Args:
-        before: a description that was kept, perhaps by another version.
-        now: that of today.
+        before: description that was kept, perhaps by another version.
+        now: description of today.
 
     Example:
         >>> differences({"eps": "0.1", "steps": "3"}, {"eps": "0.2", "steps": "3", "start": "image"})

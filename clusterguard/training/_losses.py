@@ -199,7 +199,7 @@ class ClusterLoss:
             counts = torch.stack([counts[0], counts[1].clamp_min(self.floor * attacked)])
         energy = self.target.energy(head, representations, batch.labels, batch.accepted_as, thresholds)
         by_class, adversarial = cluster_terms(head, representations, batch.labels, batch.is_separate, counts, energy)
-        loss, terms = by_class + self.weight * adversarial, {"own": by_class, "adversarial": adversarial}
+        loss, terms = by_class + self.weight * adversarial, {"classes": by_class, "adversarial": adversarial}
         if self.cross_entropy_weight:
             terms["cross_entropy"] = class_cross_entropy(
                 head, representations, batch.labels, batch.is_separate, counts, temperature=self.temperature

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from clusterguard.attacks import get_norm
+from clusterguard.attacks import NORMS, get_norm
 from hypothesis import settings
 from hypothesis import strategies as st
 
-NAMES = ("linf", "l2", "l1", "l0")
-CONVEX = ("linf", "l2", "l1")
+NAMES = tuple(NORMS)
+CONVEX = tuple(name for name, norm in NORMS.items() if not norm.grain)
 DTYPES = (torch.float32, torch.float64)
 
 each_norm = pytest.mark.parametrize("name", NAMES)
@@ -45,7 +45,7 @@ def problems(draw, max_pixels=12, scales=(0.05, 0.5, 3.0, 30.0)):
 def radii(name, images, share):
     """From 0 to about the whole box, in the units of the norm."""
     full = get_norm(name).size(torch.ones_like(images)) * 1.1
-    return (full * share).floor() if name == "l0" else full * share
+    return (full * share).floor() if get_norm(name).grain else full * share
 
 
 def assert_inside(norm, images, points, eps):

@@ -96,9 +96,9 @@ def test_the_result_is_never_worse_than_the_start(digit_guard, eligible_digits, 
     images, labels = eligible_digits
     references = Towards.accepted(digit_guard, *(part[:300] for part in load_digits("calibration").tensors))
     eps = 3 * DIGIT_NORMS[norm]
-    found = APGD(norm=norm, eps=eps, steps=10, start=references, objective="logit")(digit_guard, images, labels)
+    attacked = APGD(norm=norm, eps=eps, steps=10, start=references, objective="logit")(digit_guard, images, labels)
     start = references(problem(digit_guard, images, labels, norm=norm, eps=eps))
-    assert (margins(digit_guard, found, labels) <= margins(digit_guard, start, labels) + 1e-5).all()
+    assert (margins(digit_guard, attacked, labels) <= margins(digit_guard, start, labels) + 1e-5).all()
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -117,8 +117,8 @@ def test_stopping_early_breaks_the_same_images(small_guard, norm):
     labels = small_guard(images).argmax(1)
     attack = APGD(norm=norm, eps=0.7 * NORMS[norm], steps=40)
     verdicts = [
-        is_broken(Verdicts(decide(small_guard.evidence(found), small_guard.thresholds), labels))
-        for found in (run(small_guard, images, labels) for run in (attack, replace(attack, stop_early=True)))
+        is_broken(Verdicts(decide(small_guard.evidence(attacked), small_guard.thresholds), labels))
+        for attacked in (run(small_guard, images, labels) for run in (attack, replace(attack, stop_early=True)))
     ]
     assert torch.equal(*verdicts)
     assert 0 < verdicts[0].sum() < 60
@@ -128,10 +128,10 @@ def test_stopping_early_breaks_the_same_images(small_guard, norm):
 def test_targeted_aims_at_the_target(small_guard, norm):
     images, labels = rand(30, 1, 8, 8), torch.zeros(30, dtype=torch.long)
     attack = APGD(norm=norm, eps=NORMS[norm], steps=20)
-    found = [attack(small_guard, images, labels, targets=torch.full_like(labels, target)) for target in (1, 2)]
-    for own, other, target in ((found[0], found[1], 1), (found[1], found[0], 2)):
+    attacked = [attack(small_guard, images, labels, targets=torch.full_like(labels, target)) for target in (1, 2)]
+    for aimed, other, target in ((attacked[0], attacked[1], 1), (attacked[1], attacked[0], 2)):
         before, after, elsewhere = (
-            margins(small_guard, x, labels, torch.full_like(labels, target)) for x in (images, own, other)
+            margins(small_guard, x, labels, torch.full_like(labels, target)) for x in (images, aimed, other)
         )
         assert (after < before).double().mean() > 0.9
         assert (after < elsewhere).double().mean() > 0.9
@@ -213,9 +213,9 @@ def test_an_image_whose_evidence_is_not_finite_does_not_fail_the_batch(small_gua
     evidence = type(small_guard).evidence
 
     def break_one(self, images):
-        found = evidence(self, images)
+        judged = evidence(self, images)
         broken = images.flatten(1).sum(1, keepdim=True) < 1  # only the black image
-        return type(found)(*(torch.where(broken, torch.nan, part) for part in found))
+        return type(judged)(*(torch.where(broken, torch.nan, part) for part in judged))
 
     images, labels = rand(3, 1, 8, 8), torch.arange(3)
     expected = APGD(eps=0.01, steps=10)(small_guard, images, labels)

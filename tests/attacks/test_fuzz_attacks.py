@@ -58,14 +58,14 @@ def attacked(draw, attack):
     images, labels = draw_images(draw, count), draw_labels(draw, count)
     targets, before = draw_targets(draw, labels), copy.deepcopy(images)
     generator = draw(st.sampled_from([None, torch.Generator().manual_seed(1)]))
-    found = attack(detector, images, labels, targets=targets, generator=generator)
-    assert (found.shape, found.dtype, found.device) == (images.shape, images.dtype, images.device)
+    attacked = attack(detector, images, labels, targets=targets, generator=generator)
+    assert (attacked.shape, attacked.dtype, attacked.device) == (images.shape, images.dtype, images.device)
     assert torch.equal(images, before)
-    assert not found.requires_grad
-    assert ((found >= 0) & (found <= 1) | (found == images)).all()
-    if len(found):
+    assert not attacked.requires_grad
+    assert ((attacked >= 0) & (attacked <= 1) | (attacked == images)).all()
+    if len(attacked):
         norm, eps = get_norm(attack.norm), attack.eps
-        assert (norm.size(found - images) <= eps * (1 + 1e-5) + 2e-4 * (images.min() < 0) * SIZE[attack.norm]).all()
+        assert (norm.size(attacked - images) <= eps * (1 + 1e-5) + 2e-4 * (images.min() < 0) * SIZE[attack.norm]).all()
 
 
 SIZE = {"linf": 1, "l2": 4, "l1": 16, "l0": 16}  # of the box, for images that leave it within the checks' tolerance
@@ -87,9 +87,9 @@ def test_attacks_stay_in_odd_budgets(name, norm):
     for eps in (math.inf, -math.inf, math.nan, -1, 0, 1e-45, 1e30, 1e39, True):
         with contextlib.suppress(ClusterGuardError):
             attack = IN_NORMS[name](norm=norm, eps=eps)
-            found = attack(DETECTORS["pixels" if name not in ("match", "repel") else "guard"], images, labels)
-            assert ((found >= 0) & (found <= 1)).all(), eps
-            assert (get_norm(attack.norm).size(found - images) <= eps).all(), eps
+            attacked = attack(DETECTORS["pixels" if name not in ("match", "repel") else "guard"], images, labels)
+            assert ((attacked >= 0) & (attacked <= 1)).all(), eps
+            assert (get_norm(attack.norm).size(attacked - images) <= eps).all(), eps
 
 
 @pytest.mark.parametrize("name", sorted(IN_NORMS.keys() - {"Boundary", "transfer"}))

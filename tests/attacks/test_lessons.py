@@ -90,7 +90,7 @@ def test_modes_gradients_and_weights_stay_as_they_were(guard, cases, attack):
     """torchattacks #21, Foolbox #74, ART #484: train mode came back for frozen modules too; advertorch #113: gradients
     piled up in the parameters, and images came back attached to the graph."""
     before = copy.deepcopy(guard)
-    gradients = [None if own.grad is None else own.grad.clone() for own in guard.parameters()]
+    gradients = [None if weight.grad is None else weight.grad.clone() for weight in guard.parameters()]
     attacked = attack(guard, *cases, generator=seeded())
     assert not attacked.requires_grad
     for old, new in zip(before.modules(), guard.modules(), strict=True):
@@ -178,8 +178,8 @@ def test_an_image_that_cannot_be_judged_does_not_fail_the_others(guard, cases, a
 
     def sick(self, batch):
         ill = batch.flatten(1).mean(dim=1) < images.flatten(1).mean(dim=1).min() + 1e-3
-        found = distances(self, batch)
-        return found / (~ill[:, None]).to(found.dtype)
+        usual = distances(self, batch)
+        return usual / (~ill[:, None]).to(usual.dtype)
 
     monkeypatch.setattr(ClusterGuard, "distances", sick)
     attacked = attack(guard, images, labels, generator=seeded())

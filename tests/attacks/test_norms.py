@@ -181,13 +181,27 @@ def test_the_gpu_agrees(name):
 
 
 @each_norm
-def test_no_change_of_that_size_raises_a_linear_function_by_more_than_its_dual_norm(name):
+def test_no_change_of_that_size_raises_a_linear_function_by_more_than_the_slope(name):
     norm, gradient = get_norm(name), torch.randn(8, 3, 4, 4)
     changes = torch.randn(8, 3, 4, 4).clamp(-1, 1) * (torch.rand(8, 3, 4, 4) < 0.3)
     rise = (gradient * changes).flatten(1).sum(dim=1)
     # For l0 the bound holds a channel at a time: three in a pixel.
-    bound = get_norm(norm.dual).size(gradient) * norm.size(changes) * (3 if norm.grain else 1)
+    bound = norm.slope(gradient) * norm.size(changes) * (3 if norm.grain else 1)
     assert (rise <= bound * (1 + 1e-5)).all()
+
+
+@each_convex_norm
+def test_the_slope_is_that_of_the_steepest_step(name):
+    norm, gradient = get_norm(name), torch.randn(8, 3, 4, 4)
+    torch.testing.assert_close(norm.slope(gradient), Norm.slope(norm, gradient))
+
+
+@each_norm
+def test_distances_are_the_sizes_of_all_differences(name):
+    norm, images, others = get_norm(name), torch.rand(5, 3, 4, 4), torch.rand(7, 3, 4, 4)
+    expected = torch.stack([norm.size(image - others) for image in images])
+    torch.testing.assert_close(norm.distances(images, others), expected)
+    assert norm.distances(images, others[:0]).shape == (5, 0)
 
 
 @each_norm

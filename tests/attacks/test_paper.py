@@ -58,9 +58,9 @@ def test_step_sizes_in_one_batch_find_what_each_finds_alone(small_guard, kind, n
     targets = (labels + 1) % 3
     together = at_step_sizes(attack, sizes, small_guard, images, labels, targets=targets)
     assert len(together) == len(sizes)
-    for size, found in zip(sizes, together, strict=True):
+    for size, attacked in zip(sizes, together, strict=True):
         alone = kind(norm=norm, eps=eps, step_size=size, steps=6, stop_early=stop_early, sparsity=None)
-        torch.testing.assert_close(found, alone(small_guard, images, labels, targets=targets), rtol=0, atol=1e-5)
+        torch.testing.assert_close(attacked, alone(small_guard, images, labels, targets=targets), rtol=0, atol=1e-5)
     assert not torch.allclose(together[0], together[1])
 
 

@@ -75,8 +75,8 @@ def test_peers_attack_a_guard_as_a_classifier(trained_guard, images, labels, ref
 def scores_margin(guard, images, labels):
     """The true class's score minus the best wrong one's, which is what attacks on a classifier lower."""
     scores = guard.evidence(images).class_scores.detach()
-    own = scores.gather(1, labels[:, None])
-    return own.squeeze(1) - scores.scatter(1, labels[:, None], -torch.inf).amax(1)
+    right = scores.gather(1, labels[:, None])
+    return right.squeeze(1) - scores.scatter(1, labels[:, None], -torch.inf).amax(1)
 
 
 @pytest.mark.parametrize("make", AIMED.values(), ids=AIMED)
@@ -109,8 +109,8 @@ def test_without_targets_a_rejecting_attack_tries_every_wrong_class(trained_guar
         torchattacks("PGD", "linf", alpha=0.02, steps=15, random_start=False)(rejecting=rejecting)
         for rejecting in (False, True)
     )
-    found = [broken(trained_guard, attack(trained_guard, images, labels), labels).sum() for attack in (blind, seeing)]
-    assert found[1] > found[0]
+    counts = [broken(trained_guard, attack(trained_guard, images, labels), labels).sum() for attack in (blind, seeing)]
+    assert counts[1] > counts[0]
     every = MultiTarget(attack=seeing)
     assert torch.equal(seeing(trained_guard, images, labels), every(trained_guard, images, labels))
 

@@ -99,7 +99,7 @@ def test_l0_projection_is_the_best_of_all_subsets(problem):
     images, candidates, share = problem
     eps = radii("l0", images, share)
     projected = get_norm("l0").project(images, candidates, eps)
-    found = (projected - candidates).double().flatten(1).norm(dim=1)
+    lengths = (projected - candidates).double().flatten(1).norm(dim=1)
     boxed, pixels = candidates.clamp(0, 1), images.shape[2] * images.shape[3]
     for i in range(len(images)):
         for chosen in combinations(range(pixels), min(int(eps[i]), pixels)):
@@ -107,7 +107,7 @@ def test_l0_projection_is_the_best_of_all_subsets(problem):
             mask[list(chosen)] = True
             point = torch.where(mask.reshape(images.shape[2:]), boxed[i], images[i])
             distance = float((point - candidates[i]).double().norm())
-            assert float(found[i]) <= distance * (1 + 1e-6) + 1e-12
+            assert float(lengths[i]) <= distance * (1 + 1e-6) + 1e-12
 
 
 @each_norm
@@ -271,8 +271,8 @@ def test_a_prepared_projection_is_the_projection(name, data):
     images = torch.rand(3, 2, 4, 4, generator=generator).pow(data.draw(st.sampled_from([1, 12])))
     candidates = images + torch.randn(images.shape, generator=generator) * data.draw(st.sampled_from([1e-7, 0.3, 4.0]))
     norm, radius = get_norm(name), float(round(eps)) if name == "l0" else eps
-    found, expected = norm.projection(images, radius)(candidates), norm.project(images, candidates, radius)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-7)
-    assert (norm.size(found - images) <= radius).all()
-    assert ((found >= 0) & (found <= 1)).all()
-    assert torch.equal(norm.projection(images, radius)(found), found)
+    projected, expected = norm.projection(images, radius)(candidates), norm.project(images, candidates, radius)
+    torch.testing.assert_close(projected, expected, rtol=0, atol=2e-7)
+    assert (norm.size(projected - images) <= radius).all()
+    assert ((projected >= 0) & (projected <= 1)).all()
+    assert torch.equal(norm.projection(images, radius)(projected), projected)

@@ -131,8 +131,8 @@ def test_matching_breaks_evidence_without_gradient(wide_guard, references):
 def test_without_a_fitting_reference_the_clean_image_comes_back(wide_guard, references):
     images, _ = clean()
     labels = torch.zeros(len(images), dtype=torch.long)
-    own = references.labels == 0
-    for unfit in (Towards(references.images[own], references.labels[own]), Towards(images[:0], labels[:0])):
+    is_zero = references.labels == 0
+    for unfit in (Towards(references.images[is_zero], references.labels[is_zero]), Towards(images[:0], labels[:0])):
         attack = RepresentationMatching(references=unfit, **options())
         assert torch.equal(attack(wide_guard, images, labels), images)
 

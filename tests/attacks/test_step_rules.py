@@ -95,9 +95,9 @@ def test_a_halved_image_goes_on_from_its_best_iterate_with_its_gradient():
         # The first image is best at step 5, at 0.9, where alone its gradient is positive; the second always improves.
         iterates = torch.tensor([0.9 if step == 5 else 0.2, 0.4]).view(2, 1, 1, 1)
         gradient = torch.tensor([1.0 if step == 5 else -1.0, 1.0]).view(2, 1, 1, 1)
-        found = rule.step(task, iterates, evaluation([-1.0 if step == 5 else 0.0, -float(step)], gradient))
-    assert found[0].item() == pytest.approx(0.9 - 0.75 * 0.5)  # half of 2 eps, no momentum
-    assert found[1].item() == pytest.approx(0.4 - 0.75 * 0.4)  # 2 eps, down to the box
+        stepped = rule.step(task, iterates, evaluation([-1.0 if step == 5 else 0.0, -float(step)], gradient))
+    assert stepped[0].item() == pytest.approx(0.9 - 0.75 * 0.5)  # half of 2 eps, no momentum
+    assert stepped[1].item() == pytest.approx(0.4 - 0.75 * 0.4)  # 2 eps, down to the box
 
 
 def test_l1_steps_follow_the_sparsity_of_the_best_perturbation():
@@ -109,8 +109,8 @@ def test_l1_steps_follow_the_sparsity_of_the_best_perturbation():
     best = image - torch.tensor([0.01] * 3 + [0] * 7).view(1, 1, 2, 5)  # three coordinates
     for step in range(30):
         iterates = best if step == 2 else image
-        found = rule.step(task, iterates, evaluation([0.0 if step == 2 else 1.0], gradient))
-        moves.append(found - image)
+        stepped = rule.step(task, iterates, evaluation([0.0 if step == 2 else 1.0], gradient))
+        moves.append(stepped - image)
         sizes.append(rule.step_size.item())
     assert (moves[0] != 0).sum() == 2  # a fifth of the coordinates to begin with
     torch.testing.assert_close(moves[0].flatten()[-2:], torch.full((2,), -0.05))
@@ -134,13 +134,13 @@ def test_rules_go_on_as_before_for_the_images_that_stay(norm):
             part.step(task, iterates, look)
         if step == 9:
             part.select(chosen)
-        found = whole.step(task, iterates, look)
+        stepped = whole.step(task, iterates, look)
         if step >= 9:
             alone = part.step(
                 task.select(chosen), iterates[chosen], ObjectiveValues(*(value[chosen] for value in look))
             )
-            assert torch.equal(alone, found[chosen])
-        iterates = found
+            assert torch.equal(alone, stepped[chosen])
+        iterates = stepped
 
 
 @pytest.mark.parametrize("norm", RULES)

@@ -32,15 +32,15 @@ def test_no_single_attack_beats_the_suite(small_guard, cases, norm):
     images, labels = cases
     suite = WorstCaseSuite(norm, eps=EPS[norm], budget="quick")
     result = suite.run(small_guard, images, labels, generator=torch.Generator().manual_seed(0))
-    found = broken(small_guard, result.images, labels)
-    assert 0 < found.sum() < len(labels)
+    hit = broken(small_guard, result.images, labels)
+    assert 0 < hit.sum() < len(labels)
     assert (get_norm(norm).size(result.images - images) <= EPS[norm] * (1 + 1e-5) + 1e-6).all()
     assert result.images.min() >= 0
     assert result.images.max() <= 1
     references = Towards.accepted(small_guard, images, labels)
     for name, attack in suite.stages(small_guard, references).items():
         single = attack(small_guard, images, labels, generator=torch.Generator().manual_seed(0))
-        assert not (broken(small_guard, single, labels) & ~found).any(), name
+        assert not (broken(small_guard, single, labels) & ~hit).any(), name
 
 
 class OnePixel(nn.Module):
@@ -160,7 +160,7 @@ def test_a_second_suite_on_the_same_checkpoint_is_told_so(small_guard, cases, tm
             suite.run(small_guard, *cases, checkpoint=file)
 
     suite.run(small_guard, *cases, checkpoint=file, on_stage=begin_another)
-    assert sorted(own.name for own in file.parent.iterdir()) == ["suite.pt", "suite.pt.previous"]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["suite.pt", "suite.pt.previous"]
 
 
 def test_the_whole_box_breaks_everything(small_guard, cases):
@@ -199,8 +199,8 @@ def test_what_is_thorough_ends_with_decisions_alone_where_they_can_be_attacked(s
     assert list(thorough)[: len(thorough) - (norm in ("linf", "l2"))][-1] == list(standard)[-1]
     assert ("boundary" in thorough, "boundary" in standard) == (norm in ("linf", "l2"), False)
     if "boundary" in thorough:
-        found = replace(thorough["boundary"], queries=20)(small_guard, images, labels)
-        assert (get_norm(norm).size(found - images) <= EPS[norm] * (1 + 1e-5)).all()
+        attacked = replace(thorough["boundary"], queries=20)(small_guard, images, labels)
+        assert (get_norm(norm).size(attacked - images) <= EPS[norm] * (1 + 1e-5)).all()
 
 
 def test_wrapped_guards_keep_their_representations(small_guard):

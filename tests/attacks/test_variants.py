@@ -157,10 +157,10 @@ def test_starts_towards_accepted_images_go_to_the_nearest_of_a_fitting_class(sma
     labels, reference_labels = torch.arange(8) % 3, torch.arange(30) % 3
     targets = (labels + 1) % 3 if targeted else None
     start = Towards(references, reference_labels)(problem(small_guard, images, labels, targets))
-    for image, label, found in zip(images, labels, start, strict=True):
+    for image, label, begun in zip(images, labels, start, strict=True):
         fitting = reference_labels == (label + 1) % 3 if targeted else reference_labels != label
         nearest = references[fitting][(references[fitting] - image).flatten(1).norm(dim=1).argmin()]
-        torch.testing.assert_close(found, image + (nearest - image).clamp(-0.2, 0.2))
+        torch.testing.assert_close(begun, image + (nearest - image).clamp(-0.2, 0.2))
 
 
 def test_only_images_accepted_under_their_own_label_are_references(small_guard):

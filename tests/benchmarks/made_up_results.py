@@ -15,13 +15,13 @@ def made_up(broken, *, eligible="11111111", eroc=0.5, rates=("0.01",), **more):
     """A result as the runner writes it; `broken` by variant, an image a digit."""
     at = {
         name: {
-            "success": [int((bits(own) & bits(eligible)).sum()), int(bits(eligible).sum())],
+            "success": [int((bits(mask) & bits(eligible)).sum()), int(bits(eligible).sum())],
             "false_positives": [1, 8],
             "invalid": 0,
             "eligible": to_hex(bits(eligible)),
-            "broken": to_hex(bits(own) & bits(eligible)),
+            "broken": to_hex(bits(mask) & bits(eligible)),
         }
-        for name, own in broken.items()
+        for name, mask in broken.items()
     }
     areas = eroc if isinstance(eroc, dict) else dict.fromkeys(broken, eroc)
     variants = {name: {"eroc": areas[name], "rates": dict.fromkeys(rates, at[name])} for name in broken}
@@ -45,8 +45,9 @@ def points(*accepted):
 
 def load_table(address, profile="full"):
     """A table by its address, such as "seeds-mnist/strict"."""
-    (found,) = (own for own in load_experiment(address.partition("/")[0], profile).tables if own.address == address)
-    return found
+    tables = load_experiment(address.partition("/")[0], profile).tables
+    (wanted,) = (table for table in tables if table.address == address)
+    return wanted
 
 
 def find(name, profile="full", **wanted):
@@ -54,11 +55,11 @@ def find(name, profile="full", **wanted):
     return [cell for cell in cells if all(getattr(cell, key) == value for key, value in wanted.items())]
 
 
-def read(name, found, profile="full"):
+def read(name, made, profile="full"):
     """A table of which `found` is all that has been run: (detector, attack) -> result."""
-    own = load_table(name, profile)
-    keys = {cell.key: found.get((cell.detector, cell.attack)) for cell in own.cells}
-    return Results(own, keys.get)
+    table = load_table(name, profile)
+    keys = {cell.key: made.get((cell.detector, cell.attack)) for cell in table.cells}
+    return Results(table, keys.get)
 
 
 def rows(table):

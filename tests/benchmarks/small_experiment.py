@@ -41,8 +41,8 @@ attack = { norm = "linf", eps = 0.2, step_size = 0.1, steps = 2 }
 
 
 def run_all(chosen, root, clock=None):
-    own = Trainings(Store(root), device=torch.device("cpu"), clock=clock)
-    return [run_cell(cell, own) for cell in chosen]
+    trainings = Trainings(Store(root), device=torch.device("cpu"), clock=clock)
+    return [run_cell(cell, trainings) for cell in chosen]
 
 
 def comparable(result):

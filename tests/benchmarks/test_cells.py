@@ -22,15 +22,15 @@ TABLES = [f"table{table}-{dataset}" for table in (2, 3, 4) for dataset in ("mnis
 @pytest.mark.parametrize("profile", get_args(cells.Profile))
 def test_every_experiment_says_what_it_is(name, profile):
     experiment = load_experiment(name, profile)
-    assert {cell.key for cell in experiment.cells} == {cell.key for own in experiment.tables for cell in own.cells}
+    assert {cell.key for cell in experiment.cells} == {cell.key for table in experiment.tables for cell in table.cells}
     assert len({cell.key for cell in experiment.cells}) == len(experiment.cells)
-    for own in experiment.tables:
-        keys = Counter(cell.key for cell in own.cells)
+    for table in experiment.tables:
+        keys = Counter(cell.key for cell in table.cells)
         assert max(keys.values()) == 1
-        seeded = {(cell.variant, cell.seed) for cell in own.cells}
-        assert {variant for variant, _ in seeded} == set(own.variants)
-        assert len(keys) == len(own.detectors) * len(own.attacks) * len(seeded)
-        assert own.dataset == experiment.dataset
+        seeded = {(cell.variant, cell.seed) for cell in table.cells}
+        assert {variant for variant, _ in seeded} == set(table.variants)
+        assert len(keys) == len(table.detectors) * len(table.attacks) * len(seeded)
+        assert table.dataset == experiment.dataset
     for cell in experiment.cells:
         make_recipe(cell.detector, cell.training.options)
         small = cell.training.model in ("tiny-cnn", "wrn-10-1", "wide-cnn")
@@ -182,8 +182,8 @@ def test_variants_and_seeds_multiply(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "FOLDER", tmp_path)
     variants = 'variants = [{ name = "a" }, { name = "b", training.options.center_scale = 5.0 }]\n'
     write(tmp_path, 'detectors = ["ours"]\n' + variants + ATTACK + TRAINING)
-    found = load_experiment("mine").cells
-    assert [(cell.variant, cell.seed, cell.training.options) for cell in found] == [
+    multiplied = load_experiment("mine").cells
+    assert [(cell.variant, cell.seed, cell.training.options) for cell in multiplied] == [
         ("a", 0, {}),
         ("a", 1, {}),
         ("b", 0, {"center_scale": 5.0}),
@@ -199,17 +199,17 @@ def test_a_profile_may_have_fewer_seeds(tmp_path, monkeypatch):
 
 def test_tables_of_an_experiment_share_what_they_do_not_say(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "FOLDER", tmp_path)
-    own = (
+    settings = (
         '[[tables]]\nname = "suite"\nimages = 4\n'
         '[[tables]]\nname = "beside"\nattacks_of = "_more"\n'
         'form = "comparison"\npaper = "table2-mnist"\nsuite = "suite"\n'
     )
-    write(tmp_path, 'detectors = ["ours"]\n' + ATTACK + own + TRAINING + "[quick]\nimages = 3\n")
+    write(tmp_path, 'detectors = ["ours"]\n' + ATTACK + settings + TRAINING + "[quick]\nimages = 3\n")
     (tmp_path / "_more.toml").write_text(ATTACK.replace('"a"', '"b"').replace("0.1", "0.2"))
     experiment = load_experiment("mine")
     first, second = experiment.tables
     assert [first.address, second.address, second.suite] == ["mine/suite", "mine/beside", "mine/suite"]
-    assert [(own.form, own.title, own.attacks) for own in experiment.tables] == [
+    assert [(table.form, table.title, table.attacks) for table in experiment.tables] == [
         ("attacks", "t", ("a",)),
         ("comparison", "t", ("b",)),
     ]
@@ -224,7 +224,7 @@ def test_a_comparison_names_a_table_of_suites_on_its_detectors():
     for table in compared:
         suite = every[table.suite]
         assert {cell.kind for cell in suite.cells} == {"suite"}
-        trained = ({(cell.detector, cell.training.key) for cell in own.cells} for own in (table, suite))
+        trained = ({(cell.detector, cell.training.key) for cell in part.cells} for part in (table, suite))
         assert next(trained) <= next(trained)
 
 

@@ -57,12 +57,12 @@ def test_whether_compiling_pays_is_measured_once_a_network_and_recorded(tmp_path
     seen, compiled = [], []
     monkeypatch.setattr(networks, "quickest_mode", lambda network, images: seen.append(images.shape) or "default")
     monkeypatch.setattr(networks.Features, "compile", lambda network, mode: compiled.append((network, mode)))
-    own = Trainings(Store(tmp_path), device=torch.device("cpu"), compiled="auto")
+    trainings = Trainings(Store(tmp_path), device=torch.device("cpu"), compiled="auto")
     chosen = [cell for cell in load_experiment("small").cells if cell.attack == "FGSM"]
     chosen = [replace(cell, training=replace(cell.training, epochs=1)) for cell in chosen]
-    results = [run_cell(cell, own) for cell in chosen]
+    results = [run_cell(cell, trainings) for cell in chosen]
     assert [result["provenance"]["compiled"] for result in results] == ["default", "default"]
-    inner = [network for cell in chosen for network in networks_in(own.detector(cell)[0])]
+    inner = [network for cell in chosen for network in networks_in(trainings.detector(cell)[0])]
     assert compiled == [(network, "default") for network in inner]
     assert seen == [(50, 1, 28, 28)]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.data import datasets, fetch
-from benchmarks.data.datasets import Batches, Images, cover, crop_and_flip
+from benchmarks.data.datasets import FloatBatches, Images, cover, crop_and_flip
 
 
 def some_images(count, channels=1, side=8):
@@ -22,7 +22,7 @@ def some_images(count, channels=1, side=8):
 @given(st.integers(1, 40), st.integers(1, 12), st.booleans())
 def test_a_pass_shows_every_image_once(count, size, shuffle):
     images = some_images(count)
-    batches = Batches(images, size, shuffle=shuffle, generator=torch.Generator().manual_seed(1))
+    batches = FloatBatches(images, size, shuffle=shuffle, generator=torch.Generator().manual_seed(1))
     seen = list(batches)
     assert len(seen) == len(batches)
     labels = torch.cat([labels for _, labels in seen])
@@ -32,7 +32,7 @@ def test_a_pass_shows_every_image_once(count, size, shuffle):
 
 def test_orders_follow_the_generator_and_differ_from_pass_to_pass():
     def passes(seed):
-        batches = Batches(some_images(50), 50, shuffle=True, generator=torch.Generator().manual_seed(seed))
+        batches = FloatBatches(some_images(50), 50, shuffle=True, generator=torch.Generator().manual_seed(seed))
         return [next(iter(batches))[1].tolist() for _ in range(2)]
 
     assert passes(0) == passes(0)
@@ -45,9 +45,9 @@ def test_a_crop_is_a_window_of_the_padded_image_perhaps_flipped(count, channels,
     images = torch.rand(count, channels, 5, 7)
     cropped = crop_and_flip(images, torch.Generator().manual_seed(seed), padding=2)
     padded = np.pad(images.numpy(), [(0, 0), (0, 0), (2, 2), (2, 2)])
-    for own, found in zip(padded, cropped.numpy(), strict=True):
-        windows = [own[:, top : top + 5, left : left + 7] for top in range(5) for left in range(5)]
-        assert any(np.array_equal(found, w) or np.array_equal(found, w[:, :, ::-1]) for w in windows)
+    for picture, piece in zip(padded, cropped.numpy(), strict=True):
+        windows = [picture[:, top : top + 5, left : left + 7] for top in range(5) for left in range(5)]
+        assert any(np.array_equal(piece, w) or np.array_equal(piece, w[:, :, ::-1]) for w in windows)
 
 
 @given(st.integers(1, 6), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 100))
@@ -55,13 +55,13 @@ def test_a_covered_image_is_its_own_but_for_a_box_of_one_other(count, largest, s
     images = torch.rand(count, 2, 9, 7)
     mixed = cover(images, largest, torch.Generator().manual_seed(seed))
     sources = (mixed[:, None] == images[None]).all(dim=2)  # (B, B, H, W): whose pixel it is
-    for index, own in enumerate(sources):
-        assert own.any(dim=0).all()
-        foreign = ~own[index]
+    for index, source in enumerate(sources):
+        assert source.any(dim=0).all()
+        foreign = ~source[index]
         rows, columns = foreign.any(dim=1), foreign.any(dim=0)
         assert torch.equal(foreign, rows[:, None] & columns)
         assert foreign.double().mean() <= largest
-        assert not foreign.any() or own[:, foreign].all(dim=1).sum() == 1
+        assert not foreign.any() or source[:, foreign].all(dim=1).sum() == 1
 
 
 def test_boxes_are_of_every_size_and_everywhere():
@@ -74,11 +74,11 @@ def test_boxes_are_of_every_size_and_everywhere():
 
 
 def test_batches_are_covered_only_if_asked():
-    plain, mixed = (Batches(some_images(40), 20, cutmix=part, generator=torch.Generator()) for part in (0.0, 0.5))
+    plain, mixed = (FloatBatches(some_images(40), 20, cutmix=part, generator=torch.Generator()) for part in (0.0, 0.5))
     assert all(torch.equal(one[1], other[1]) for one, other in zip(plain, mixed, strict=True))
     assert not torch.equal(next(iter(plain))[0], next(iter(mixed))[0])
     with pytest.raises(ConfigurationError, match="labels stay true"):
-        list(Batches(some_images(4), 4, cutmix=0.6))
+        list(FloatBatches(some_images(4), 4, cutmix=0.6))
 
 
 def test_crops_differ_between_images_and_flip_half_of_them():
@@ -123,7 +123,7 @@ def unreachable(name, folder):
 
 def bring(files, asked=None):
     def source(name, folder):
-        return {file: lambda file=file, own=content: (asked.append(file) if asked is not None else None) or own
+        return {file: lambda file=file, value=content: (asked.append(file) if asked is not None else None) or value
                 for file, content in files.items()}  # fmt: skip
 
     return source

@@ -84,8 +84,8 @@ def test_dimensionality_grows_with_the_dimension_that_features_fill():
     torch.manual_seed(0)
     for filled in (2, 4, 8):  # of 16
         cloud = torch.rand(5000, filled) @ torch.eye(16)[:filled]
-        found = lid.local_dimensionality(torch.eye(16)[:filled].sum(dim=0).expand(1, 16) / 2, cloud)
-        assert found.item() == pytest.approx(filled, rel=0.4)
+        dimension = lid.local_dimensionality(torch.eye(16)[:filled].sum(dim=0).expand(1, 16) / 2, cloud)
+        assert dimension.item() == pytest.approx(filled, rel=0.4)
 
 
 def test_dimensionality_of_a_reference_is_a_number_with_a_slope():
@@ -174,13 +174,13 @@ def test_ccat_loss_by_hand():
     detector = WithThresholds(trained("ccat"), INFINITE)
     images, labels = IMAGES[:11], LABELS[:11]
     log_p = detector.evidence(images).class_scores.log_softmax(dim=1)
-    own = log_p.gather(1, labels[:, None]).squeeze(1)
+    right = log_p.gather(1, labels[:, None]).squeeze(1)
     # A step too small to matter that reaches the radius all the same: six benign images, five of no class.
     attack = PGD(eps=1e-5, step_size=1e-3, steps=1)
     loss = ccat.loss(detector, images, labels, attack, None).loss
-    torch.testing.assert_close(loss, -(own[:6].sum() + log_p[6:].mean(dim=1).sum()) / 11, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(loss, -(right[:6].sum() + log_p[6:].mean(dim=1).sum()) / 11, rtol=1e-3, atol=1e-3)
     unattacked = ccat.loss(detector, images, labels, dataclasses.replace(attack, eps=0.0), None).loss
-    torch.testing.assert_close(unattacked, -own.mean())
+    torch.testing.assert_close(unattacked, -right.mean())
 
 
 def test_ccat_is_less_sure_of_attacked_digits_and_others_are_not():

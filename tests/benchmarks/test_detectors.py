@@ -50,9 +50,9 @@ def test_every_ingredient_of_a_recipe_reaches_the_trainer():
         assert value in (getattr(part, name, None) for part in (trainer, trainer.options, trainer.attack)), name
     mixed = RECIPES["l-ben"].variant(radii={"linf": 0.3, "l1": 15.0}, targets=2)
     attack = mixed.trainer(mixed.build(network()), schedule()).attack
-    assert [own.max_targets for own in attack.attacks] == [2, 2]
-    inner = [own.attack for own in attack.attacks]
-    assert [(own.norm, own.eps, own.step_size) for own in inner] == [("linf", 0.3, 0.15), ("l1", 15.0, 7.5)]
+    assert [member.max_targets for member in attack.attacks] == [2, 2]
+    inner = [member.attack for member in attack.attacks]
+    assert [(member.norm, member.eps, member.step_size) for member in inner] == [("linf", 0.3, 0.15), ("l1", 15.0, 7.5)]
     finding = RECIPES["ours"].variant(method="apgd", start="random", objective="margin", targets=2)
     wanted = APGD(norm="linf", eps=ATTACK.eps, steps=ATTACK.steps, start="random", objective="margin")
     assert finding.trainer(finding.build(network()), schedule()).attack == MultiTarget(attack=wanted, max_targets=2)

@@ -11,12 +11,12 @@ from benchmarks.reporting import figures
 
 def lines_of(name, run):
     """A figure of lines, of which the attacks that `run` accepts have been run."""
-    own = load_table(name)
-    found = {}
-    for cell in own.cells:
+    table = load_table(name)
+    made = {}
+    for cell in table.cells:
         variants = dict.fromkeys((f"step {size:g}" for size in cell.options["step_sizes"]), "11100000")
-        found[cell.detector, cell.attack] = made_up(variants) if run(cell.attack) else None
-    return read(name, found)
+        made[cell.detector, cell.attack] = made_up(variants) if run(cell.attack) else None
+    return read(name, made)
 
 
 FIGURES = {

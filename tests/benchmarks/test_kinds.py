@@ -12,7 +12,7 @@ from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError
 
 import benchmarks
-from benchmarks.data.datasets import Batches, load
+from benchmarks.data.datasets import FloatBatches, load
 from benchmarks.detectors import RECIPES, networks
 from benchmarks.experiments.kinds import KINDS, Scene
 from benchmarks.running.judging import count_unproved, to_hex
@@ -36,7 +36,7 @@ def case(request):
     recipe, data = RECIPES[request.param], load("digits")
     torch.manual_seed(0)
     trained = recipe.build(networks.build("tiny-cnn", data.image_shape)).eval()
-    detector = recipe.finish(trained, Batches(data.train.head(1500), 500)).eval().requires_grad_(False)
+    detector = recipe.finish(trained, FloatBatches(data.train.head(1500), 500)).eval().requires_grad_(False)
     return recipe, WithThresholds(detector, torch.full((10,), 50.0)), data.calibration.head(8).floats()
 
 
@@ -100,9 +100,9 @@ def test_a_certificate_is_of_a_guard_and_of_the_thresholds_in_question(case, tmp
 
 def test_what_is_not_proved_counts_as_broken_where_it_counts_at_all():
     at = {"success": [0, 2], "eligible": to_hex(torch.tensor([True, True, False])), "broken": "0"}
-    found = {"": {"eroc": 0.5, "rates": {"0.01": at}}}
-    count_unproved(found, torch.tensor([True, False, True]))
-    assert found == {"": {"eroc": None, "rates": {"0.01": {"success": [1, 2], "eligible": "c", "broken": "8"}}}}
+    verdicts = {"": {"eroc": 0.5, "rates": {"0.01": at}}}
+    count_unproved(verdicts, torch.tensor([True, False, True]))
+    assert verdicts == {"": {"eroc": None, "rates": {"0.01": {"success": [1, 2], "eligible": "c", "broken": "8"}}}}
 
 
 def literals(path):

@@ -40,8 +40,8 @@ def test_a_guard_that_ships_does_what_its_card_says(shipped):
     assert false_positive_rate(Verdicts(verdict, labels)).value < 0.03
     said = training["on the test set"]
     for radius in (0.3, 0.4):
-        found = certified_success_rate(guard, [(images[:300], labels[:300])], eps=radius)
-        low, high = found.interval
+        bound = certified_success_rate(guard, [(images[:300], labels[:300])], eps=radius)
+        low, high = bound.interval
         assert low <= float(said[f"any attack of linf {radius:g} breaks at most"].split()[0]) <= high
 
 
@@ -50,10 +50,10 @@ def test_in_bfloat16_an_attack_finds_about_as_much(shipped, eps):
     guard, _ = shipped
     images, labels = (part[:100] for part in load_digits("test").tensors)
     attack = PGD(norm="linf", eps=eps, step_size=eps / 10)
-    found = attack(guard, images, labels)
+    attacked = attack(guard, images, labels)
     with torch.autocast("cpu", torch.bfloat16):
         halved = attack(guard, images, labels)
-    broken, also = (int(is_broken(Verdicts(guard.detect(x), labels)).sum()) for x in (found, halved))
+    broken, also = (int(is_broken(Verdicts(guard.detect(x), labels)).sum()) for x in (attacked, halved))
     assert broken > 0
     assert also >= 0.8 * broken
     assert ((halved - images).abs() <= eps + 1e-6).all()

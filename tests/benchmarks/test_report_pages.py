@@ -35,18 +35,18 @@ def test_other_seeds_and_networks_stand_beside_the_papers_numbers_and_under_thei
     for cell in (attack, suite):
         store.write_cell(cell, made_up({"": "11110000"}, rates=("0.01", "0.02", "0.05", "0.1")))
     page = render(read_results(store, "full")["cifar10.md"])
-    own = page.partition("with the network and the schedule of the paper\n")[2].partition("\n## ")[0]
-    found = rows("\n".join(line for line in own.partition("EROC")[0].splitlines() if line.startswith("|")))
-    assert found["PGD ℓ∞ 0.03 T"]["Ours"][-1] == f"({PAPER['table2-cifar10']['PGD linf 0.03 T']['ASR-1'][0]:.2f})"
-    assert "suite" not in own  # that one attacked another network
+    section = page.partition("with the network and the schedule of the paper\n")[2].partition("\n## ")[0]
+    shown = rows("\n".join(line for line in section.partition("EROC")[0].splitlines() if line.startswith("|")))
+    assert shown["PGD ℓ∞ 0.03 T"]["Ours"][-1] == f"({PAPER['table2-cifar10']['PGD linf 0.03 T']['ASR-1'][0]:.2f})"
+    assert "suite" not in section  # that one attacked another network
 
     seeds = [cell for name in ("table2", "strict") for cell in find(f"seeds-mnist/{name}", detector="ours")]
     for cell in seeds:
         store.write_cell(cell, made_up({"": "11110000"}, rates=("0.01", "0.02", "0.05", "0.1")))
     page = render(read_results(store, "full")["mnist.md"])
-    own = page.partition("three seeds, MNIST: adaptive")[2].partition("\n## ")[0]
-    assert "*suite ℓ∞ 0.3*" in own
-    assert "3 of 3 seeds" in own
+    section = page.partition("three seeds, MNIST: adaptive")[2].partition("\n## ")[0]
+    assert "*suite ℓ∞ 0.3*" in section
+    assert "3 of 3 seeds" in section
 
 
 def test_a_page_says_what_it_rests_on_and_what_is_missing(store):

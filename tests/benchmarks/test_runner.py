@@ -59,10 +59,10 @@ def test_every_kind_of_attack_runs_on_any_detector_through_one_code_path(finishe
         assert result["definition"] == json.loads(json.dumps(cell.definition))
         variants = result["results"]
         assert len(variants) == len(cell.options.get("step_sizes", [0]))
-        for own in variants.values():
-            assert own["eroc"] is None or 0 <= own["eroc"] <= 1
-            assert list(own["rates"]) == ["0.05", "0.2"]
-            for rate in own["rates"].values():
+        for verdict in variants.values():
+            assert verdict["eroc"] is None or 0 <= verdict["eroc"] <= 1
+            assert list(verdict["rates"]) == ["0.05", "0.2"]
+            for rate in verdict["rates"].values():
                 count, total = rate["success"]
                 eligible, broken = (from_hex(rate[name], cell.images) for name in ("eligible", "broken"))
                 assert (int(broken.sum()), int(eligible.sum())) == (count, total)
@@ -84,7 +84,7 @@ def test_a_second_look_needs_no_second_training(experiment, tmp_path):
     cell = next(cell for cell in experiment.cells if cell.detector == "ours" and cell.attack == "PGD")
     again = replace(cell, consistency={"radius": 0.05, "steps": 1})
     store = Store(tmp_path)
-    plain, looked = (run_cell(own, Trainings(store, device=torch.device("cpu"))) for own in (cell, again))
+    plain, looked = (run_cell(chosen, Trainings(store, device=torch.device("cpu"))) for chosen in (cell, again))
     assert plain["training"] == looked["training"]
     assert len(list((tmp_path / "models").glob("*.json"))) == 1
     assert looked["definition"]["consistency"] == {"radius": 0.05, "steps": 1}
@@ -130,16 +130,16 @@ def test_goals_of_one_attack_share_batches_and_find_the_same(finished, experimen
     alone = [run_cell(cell, fresh(cell.attack))["results"] for cell in (targeted, untargeted)]
     changed = {"run": None} if case == "both fit" else {"run_both": out_of_memory}  # neither would be called in vain
     monkeypatch.setitem(KINDS, "pgd", replace(KINDS["pgd"], **changed))
-    own, stops = fresh("together"), 0
+    trainings, stops = fresh("together"), 0
     while not (tmp_path / "together" / "cells").exists():  # stopped after every chunk
-        own.clock = Impatient(looks=1)
+        trainings.clock = Impatient(looks=1)
         try:
-            run_cell(targeted, own, untargeted)
+            run_cell(targeted, trainings, untargeted)
         except OutOfTimeError:
             stops += 1
     assert stops == 2  # 12 images, 5 at a time
-    own.clock = Clock()
-    assert [run_cell(targeted, own, untargeted)["results"], run_cell(untargeted, own)["results"]] == alone
+    trainings.clock = Clock()
+    assert [run_cell(targeted, trainings, untargeted)["results"], run_cell(untargeted, trainings)["results"]] == alone
     assert alone[0] != alone[1]
     assert not list((tmp_path / "together" / "work").glob("*"))
 
@@ -198,23 +198,23 @@ def test_what_is_done_is_not_done_again(finished, experiment, monkeypatch):
 
 
 def test_training_and_calibration_never_touch_the_test_set(experiment, tmp_path, monkeypatch):
-    own = Trainings(Store(tmp_path), device=torch.device("cpu"))
+    trainings = Trainings(Store(tmp_path), device=torch.device("cpu"))
     opened = []
-    data = own.dataset("digits")
-    own._sets["digits"] = replace(data, open_test=lambda: opened.append(1) or data.open_test())
+    data = trainings.dataset("digits")
+    trainings._sets["digits"] = replace(data, open_test=lambda: opened.append(1) or data.open_test())
     cell = experiment.cells[0]
-    own.detector(cell)
+    trainings.detector(cell)
     assert not opened
-    run_cell(cell, own)
+    run_cell(cell, trainings)
     assert len(opened) == 1
 
 
 def test_recipes_are_chosen_without_the_test_set_and_judged_on_images_that_nothing_was_fitted_to(experiment, tmp_path):
-    own = Trainings(Store(tmp_path), device=torch.device("cpu"))
-    data = own.dataset("digits")
-    own._sets["digits"] = replace(data, open_test=lambda: pytest.fail("opened the test set"))
+    trainings = Trainings(Store(tmp_path), device=torch.device("cpu"))
+    data = trainings.dataset("digits")
+    trainings._sets["digits"] = replace(data, open_test=lambda: pytest.fail("opened the test set"))
     cell = replace(experiment.cells[0], split="validation")
-    assert run_cell(cell, own)["images"] == cell.images
+    assert run_cell(cell, trainings)["images"] == cell.images
     assert cell.key != experiment.cells[0].key
     calibration, validation = data.held_out()
     assert len(calibration.labels) + len(validation.labels) == len(data.calibration.labels)
@@ -238,28 +238,28 @@ def test_half_precision_weights_are_the_ones_that_get_evaluated(experiment, tmp_
 def test_compiled_networks_give_the_same_results(finished, experiment, tmp_path):
     pytest.importorskip("torch._inductor")
     chosen = [cell for cell in experiment.cells if cell.attack in ("PGD", "FGSM")]
-    own = Trainings(Store(tmp_path), device=torch.device("cpu"), compiled="default")
+    trainings = Trainings(Store(tmp_path), device=torch.device("cpu"), compiled="default")
     torch._dynamo.utils.counters.clear()
     for cell in chosen:
-        result, expected = run_cell(cell, own), Store(finished[0]).read_cell(cell.key)
+        result, expected = run_cell(cell, trainings), Store(finished[0]).read_cell(cell.key)
         assert result["provenance"]["compiled"] == "default"
         assert set(Store(tmp_path).load_weights(cell.training.key)[0]) == set(
             Store(finished[0]).load_weights(cell.training.key)[0]
         )
         for variant, rates in expected["results"].items():
             for rate, counts in rates["rates"].items():
-                found = result["results"][variant]["rates"][rate]["success"]
-                assert abs(found[0] - counts["success"][0]) <= 2  # rounding moves an image or two
+                success = result["results"][variant]["rates"][rate]["success"]
+                assert abs(success[0] - counts["success"][0]) <= 2  # rounding moves an image or two
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # with and without gradients
 
 
 @pytest.mark.parametrize("attack", [line.split('"')[1] for line in SMALL.splitlines() if "kind" in line])
 def test_no_attack_costs_more_than_planned(experiment, tmp_path_factory, finished, attack, tmp_path):
-    own = Trainings(Store(finished[0]), device=torch.device("cpu"))
+    trainings = Trainings(Store(finished[0]), device=torch.device("cpu"))
     cell = next(cell for cell in experiment.cells if cell.attack == attack)
-    detector, _ = own.detector(cell)
+    detector, _ = trainings.detector(cell)
     metered = Metered(WithThresholds(detector, torch.full((10,), 12.0)))
-    images, labels = own.dataset("digits").calibration.head(6).floats()
+    images, labels = trainings.dataset("digits").calibration.head(6).floats()
     scene = Scene(
         detector=metered,
         images=images,

@@ -20,13 +20,13 @@ def test_the_faster_side_wins_whichever_it_is():
     ("pairs", "skipped"), [(5, 0), (6, 0), (8, 0), (9, 1), (12, 2), (21, 5)]
 )  # of sign-test tables
 def test_intervals_are_those_of_the_sign_test(pairs, skipped):
-    found = interval([float(value) for value in range(pairs)])
-    assert (found.low, found.high) == (skipped, pairs - 1 - skipped)
-    assert found.median == (pairs - 1) / 2
+    span = interval([float(value) for value in range(pairs)])
+    assert (span.low, span.high) == (skipped, pairs - 1 - skipped)
+    assert span.median == (pairs - 1) / 2
 
 
 def test_more_pairs_make_narrower_intervals():
-    widths = [(found := interval(torch.linspace(0, 1, n).tolist())).high - found.low for n in (7, 21, 101)]
+    widths = [(span := interval(torch.linspace(0, 1, n).tolist())).high - span.low for n in (7, 21, 101)]
     assert all(wide > narrow for wide, narrow in pairwise(widths))
 
 

@@ -26,34 +26,34 @@ def test_a_cell_shows_the_worst_step_size_its_interval_and_the_paper():
 
 
 def test_a_detector_that_has_not_learned_is_said_to_mean_nothing():
-    found = {("madry", "PGD linf 0.3 U"): made_up({"": "00000000"}) | {"accuracy": [3, 8]}}
-    assert "Madry has not learned" in comparison_table(read("table2-mnist", found), PAPER["table2-mnist"], "ASR-1")
-    found["madry", "PGD linf 0.3 U"]["accuracy"] = [5, 8]
-    assert "not learned" not in comparison_table(read("table2-mnist", found), PAPER["table2-mnist"], "ASR-1")
+    made = {("madry", "PGD linf 0.3 U"): made_up({"": "00000000"}) | {"accuracy": [3, 8]}}
+    assert "Madry has not learned" in comparison_table(read("table2-mnist", made), PAPER["table2-mnist"], "ASR-1")
+    made["madry", "PGD linf 0.3 U"]["accuracy"] = [5, 8]
+    assert "not learned" not in comparison_table(read("table2-mnist", made), PAPER["table2-mnist"], "ASR-1")
 
 
 def test_an_area_is_the_smallest_of_the_step_sizes_and_may_be_undefined():
     made = made_up({"a": "1" * 8, "b": "1" * 8}, eroc={"a": 0.9, "b": 0.7})
     undefined = made_up({"a": "1" * 8}, eroc=None)
     results = read("table2-mnist", {("ours", "PGD l1 15 U"): made, ("fs", "PGD l1 15 U"): undefined})
-    found = rows(comparison_table(results, PAPER["table2-mnist"], "EROC"))
-    assert found["PGD ℓ1 15 U"]["Ours"] == ["**0.70**", "(0.99)"]
-    assert found["PGD ℓ1 15 U"]["FS"] == ["–", "(0.72)"]
-    assert found["**worst row**"]["Ours"] == ["**≤ 0.70**", "(0.97)"]
+    shown = rows(comparison_table(results, PAPER["table2-mnist"], "EROC"))
+    assert shown["PGD ℓ1 15 U"]["Ours"] == ["**0.70**", "(0.99)"]
+    assert shown["PGD ℓ1 15 U"]["FS"] == ["–", "(0.72)"]
+    assert shown["**worst row**"]["Ours"] == ["**≤ 0.70**", "(0.97)"]
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_number_of_the_paper_stands_in_its_place_and_the_rest_is_said_not_to_be_run(name):
     paper, results = PAPER[name], read(name, {})
     for metric in {metric for row in paper.values() if isinstance(row, dict) for metric in row}:
-        found = rows(comparison_table(results, paper, metric))
+        shown = rows(comparison_table(results, paper, metric))
         printed = {attack: row[metric] for attack, row in paper.items() if isinstance(row, dict) and metric in row}
         for attack, values in printed.items():
             place = (
                 "**worst row**" if attack == "worst case" else re.sub("linf", "ℓ∞", re.sub(r"l(\d)", r"ℓ\1", attack))
             )
             for detector, value in zip(paper["detectors"], values, strict=True):
-                assert found[place][RECIPES[detector].title] == ["not run", f"({value:.2f})"]
+                assert shown[place][RECIPES[detector].title] == ["not run", f"({value:.2f})"]
 
 
 def test_numbers_of_the_paper_as_they_are_printed_there():
@@ -76,14 +76,14 @@ def test_worst_rows_are_those_of_the_paper_and_image_by_image():
     }
     every["ours", "PGD l2 2.0 T"] = made_up({"a": "11000000", "b": "00100000"}, eligible="11111110")
     every["ours", "PGD l0 25 U"] = made_up({"a": "10010000", "b": "00000001"}, eligible="11111110")
-    found = rows(comparison_table(read("table2-mnist", every), PAPER["table2-mnist"], "ASR-1"))
-    assert found["images counted"]["Ours"] == ["7"]
-    assert found["**worst row**"]["Ours"][0] == "**0.29**"  # 2 of 7
-    assert found["**worst per image**"]["Ours"][0] == "**0.57**"  # images 1 to 4
+    shown = rows(comparison_table(read("table2-mnist", every), PAPER["table2-mnist"], "ASR-1"))
+    assert shown["images counted"]["Ours"] == ["7"]
+    assert shown["**worst row**"]["Ours"][0] == "**0.29**"  # 2 of 7
+    assert shown["**worst per image**"]["Ours"][0] == "**0.57**"  # images 1 to 4
     del every["ours", "PGD l1 15 T"]
-    found = rows(comparison_table(read("table2-mnist", every), PAPER["table2-mnist"], "ASR-1"))
-    assert found["**worst row**"]["Ours"][0] == "**≥ 0.29**"
-    assert found["**worst per image**"]["Ours"][0] == "**≥ 0.57**"
+    shown = rows(comparison_table(read("table2-mnist", every), PAPER["table2-mnist"], "ASR-1"))
+    assert shown["**worst row**"]["Ours"][0] == "**≥ 0.29**"
+    assert shown["**worst per image**"]["Ours"][0] == "**≥ 0.57**"
 
 
 def test_the_suite_stands_below_the_rows_of_its_norm_and_radius_and_only_at_its_rate():
@@ -98,11 +98,11 @@ def test_the_suite_stands_below_the_rows_of_its_norm_and_radius_and_only_at_its_
 
 def test_several_seeds_are_averaged_and_their_range_is_shown():
     slot = [made_up({"": "10000000"}), made_up({"": "11100000"}), None]
-    found = estimate(slot, success(0.01))
-    assert found.mean == pytest.approx(2 / 8)
-    assert found.interval == (wilson_interval(1, 8)[0], wilson_interval(3, 8)[1])
-    assert show(found, 0.5) == "**0.25**<br><small>.02–.69</small><br><small>2 of 3 seeds: .12–.38</small><br>(0.50)"
-    assert worst_row([found]).bound == "≥ "
+    measured = estimate(slot, success(0.01))
+    assert measured.mean == pytest.approx(2 / 8)
+    assert measured.interval == (wilson_interval(1, 8)[0], wilson_interval(3, 8)[1])
+    assert show(measured, 0.5) == "**0.25**<br><small>.02–.69</small><br><small>2 of 3 seeds: .12–.38</small><br>(0.50)"
+    assert worst_row([measured]).bound == "≥ "
     table2 = load_table("table2-mnist")
     seeds = tuple(replace(cell, seed=seed) for seed in (0, 1) for cell in table2.cells)
     both = Results(replace(table2, cells=seeds), lambda key: None)
@@ -112,10 +112,10 @@ def test_several_seeds_are_averaged_and_their_range_is_shown():
 
 def test_unions_are_of_images_and_not_of_rates():
     slots = [[made_up({"": "11000000"})], [made_up({"": "01100000"})], [None]]
-    found = worst_per_image(slots, 0.01)
-    assert found.values == (3 / 8,)
-    assert found.intervals == (wilson_interval(3, 8),)
-    assert found.bound == "≥ "
+    measured = worst_per_image(slots, 0.01)
+    assert measured.values == (3 / 8,)
+    assert measured.intervals == (wilson_interval(3, 8),)
+    assert measured.bound == "≥ "
 
 
 def test_what_others_broke_within_the_suites_radius_is_counted_beside_it():
@@ -125,8 +125,8 @@ def test_what_others_broke_within_the_suites_radius_is_counted_beside_it():
     cells = [pair for pair in suite.cells if pair[0].detector == "ours"]
     small, large = ([pair for pair in cells if pair[0].attack == f"suite linf {eps}"] for eps in (0.3, 0.4))
     assert worst_within(small, [table, suite])[0].values == (2 / 8,)
-    found, left = worst_within(large, [table, suite])
-    assert (found.values, left) == ((4 / 8,), 2)
+    measured, left = worst_within(large, [table, suite])
+    assert (measured.values, left) == ((4 / 8,), 2)
     shown = rows(union_table(suite, [table, suite]))
     assert shown["Ours"]["ℓ∞ 0.4"][0] == "**0.50**"
     assert shown["Ours"]["ℓ∞ 0.4"][-1] == "+2"
@@ -142,18 +142,18 @@ def test_stages_of_the_suite_are_shown_in_the_order_they_ran():
         ("ours", "suite linf 0.3"): made_up({"": "1" * 8}, **stages(APGD=5, Square=1)),
         ("ours", "suite l2 2.0"): made_up({"": "1" * 8}, **stages(APGD=3, CW=2, Square=0)),
     }
-    found = rows(stages_table(read("strict-mnist", made), "ours"))
-    assert list(found) == ["images attacked", "APGD", "CW", "Square"]
-    assert [found[name]["ℓ2 2.0"] for name in found] == [["8"], ["3"], ["2"], ["0"]]
-    assert found["CW"]["ℓ∞ 0.3"] == [""]
-    assert found["CW"]["ℓ1 15"] == ["not run"]
+    shown = rows(stages_table(read("strict-mnist", made), "ours"))
+    assert list(shown) == ["images attacked", "APGD", "CW", "Square"]
+    assert [shown[name]["ℓ2 2.0"] for name in shown] == [["8"], ["3"], ["2"], ["0"]]
+    assert shown["CW"]["ℓ∞ 0.3"] == [""]
+    assert shown["CW"]["ℓ1 15"] == ["not run"]
 
 
 def test_ablations_have_a_row_a_variant():
     cell = find("ablation-mnist", variant="M = 5", attack="suite l2 2.0")[0]
     results = Results(load_table("ablation-mnist"), {cell.key: made_up({"": "11000000"})}.get)
-    found = rows(attack_table(results))
-    assert found["M = 5"]["suite ℓ2 2.0"] == ["**0.25**", "<small>.07–.59</small>"]
-    assert found["M = 5"]["accuracy"][0] == "**0.88**"
-    assert found["M = 20"]["suite ℓ2 2.0"] == ["not run"]
+    shown = rows(attack_table(results))
+    assert shown["M = 5"]["suite ℓ2 2.0"] == ["**0.25**", "<small>.07–.59</small>"]
+    assert shown["M = 5"]["accuracy"][0] == "**0.88**"
+    assert shown["M = 20"]["suite ℓ2 2.0"] == ["not run"]
     assert not [attack for attack in rows(area_table(results))["M = 5"] if "suite" in attack]

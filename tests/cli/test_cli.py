@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import clusterguard
 import pytest
 import torch
 from clusterguard import ClusterGuard, load_onnx
-from clusterguard.cli import app
+from clusterguard.attacks import NORMS
+from clusterguard.cli import _options, app
 from clusterguard.cli._data import load_part
 from typer.testing import CliRunner
 
@@ -23,7 +25,7 @@ SMALL += ["--batch-size", "32", "--learning-rate", "0.003", "--false-positive-ra
 
 
 def run(*arguments: object):
-    return CliRunner().invoke(app, [str(own) for own in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def fails(message: str, *arguments: object) -> None:
@@ -55,16 +57,21 @@ def test_help_shows_an_example(command):
     assert f"Example: clusterguard {command} " in result.stdout
 
 
+def test_the_norms_that_commands_offer_are_those_that_attacks_know():
+    # They are written twice, because --help would load torch if the options asked for them.
+    assert get_args(get_args(_options.NormOption)[0]) == tuple(NORMS)
+
+
 def test_the_version_is_shown():
     assert run("--version").stdout == f"clusterguard {clusterguard.__version__}\n"
 
 
 def test_the_manual_names_options_that_exist():
-    known = "".join(CliRunner().invoke(app, [own, "--help"], terminal_width=200).stdout for own in COMMANDS)
+    known = "".join(CliRunner().invoke(app, [command, "--help"], terminal_width=200).stdout for command in COMMANDS)
     manual = (Path(__file__).parents[2] / "docs" / "how-to" / "command-line.md").read_text()
     named = set(re.findall(r"--[a-z][a-z-]+", manual)) - {"--help"}
     assert len(named) > 10
-    assert {own for own in named if f"{own} " not in known} == set()
+    assert {name for name in named if f"{name} " not in known} == set()
 
 
 def test_training_saves_a_calibrated_guard_with_its_record(trained):
@@ -82,7 +89,7 @@ def test_training_saves_a_calibrated_guard_with_its_record(trained):
 def test_training_sums_up_its_images(trained):
     _, result = trained
     images = result["images"]
-    assert sum(sum(own.values()) for own in images["counts"].values()) == 360
+    assert sum(sum(part.values()) for part in images["counts"].values()) == 360
     assert (images["modes"], images["sizes"], images["warnings"]) == ({"L": 360}, [[28, 28], [28, 28]], [])
 
 
@@ -108,7 +115,7 @@ def test_a_guard_of_an_older_version_has_its_names_from_its_record_and_refuses_i
     detector = ClusterGuard.from_pretrained(guard)
     detector.class_names = None
     record = trained[1]["training"]
-    older = {key: own for key, own in record["data"].items() if key != "divided_by"}
+    older = {key: value for key, value in record["data"].items() if key != "divided_by"}
     detector.save_pretrained(guard, training=record | {"data": older})
     fails("an older version of clusterguard divided it", "calibrate", guard, "--data", photos)
     shutil.copytree(photos, tmp_path / "parts" / "val")
@@ -168,7 +175,7 @@ def test_calibrate_changes_thresholds_and_nothing_else(guard, photos):
     assert (after["calibration"]["false_positive_rate"], after["calibration"]["method"]) == (0.2, "quantile")
     assert after["training"] == before["training"]
     again = ClusterGuard.from_pretrained(guard)
-    assert all(torch.equal(own, again.get_parameter(name)) for name, own in weights.named_parameters())
+    assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in weights.named_parameters())
 
 
 def test_calibrate_that_fails_leaves_the_guard_as_it_was(guard, photos):
@@ -209,10 +216,10 @@ def test_evaluate_proves_what_no_attack_exceeds(guard, photos, tmp_path):
     report = tmp_path / "report.json"
     result = run("evaluate", guard, *options, "--output", report)
     told = json.loads(report.read_text())
-    proved, found = told["certified"]["success"], told["results"][0]["success"]
+    proved, attacked = told["certified"]["success"], told["results"][0]["success"]
     assert told["certified"]["eps"] == 0.01
-    assert found["total"] == proved["total"]
-    assert found["count"] <= proved["count"]
+    assert attacked["total"] == proved["total"]
+    assert attacked["count"] <= proved["count"]
     assert "| proved upper bound, linf 0.01 |" in result.stdout
     fails("expected --norm linf together with --certify, got l2", "evaluate", guard, *options, "--norm", "l2")
 

@@ -16,7 +16,10 @@ def test_a_folder_is_split_into_parts_that_are_disjoint_complete_and_stay_when_i
             part: load_part(str(folder), part, image_size=8, channels=1, seed=3)
             for part in ("train", "calibration", "test")
         }
-        return {part: {path.removeprefix(str(folder)) for path, _ in own.items.samples} for part, own in parts.items()}
+        return {
+            part: {path.removeprefix(str(folder)) for path, _ in pictures.items.samples}
+            for part, pictures in parts.items()
+        }
 
     before = paths(photos)
     assert sum(map(len, before.values())) == len(set().union(*before.values())) == 3 * 120

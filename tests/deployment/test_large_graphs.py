@@ -45,7 +45,7 @@ def test_weights_lie_beside_the_graph_and_thresholds_in_it(large):
     assert sorted(file.name for file in path.parent.iterdir()) == [path.name, weights_of(path).name]
     assert_same(run_alone(path, images), guard.detect(images))
     graph = onnx.load(path, load_external_data=False).graph
-    outside = {own.name for own in graph.initializer if own.data_location == onnx.TensorProto.EXTERNAL}
+    outside = {tensor.name for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
     assert outside
     assert "thresholds" not in outside
     detector = load_onnx(path)
@@ -138,8 +138,8 @@ def test_weights_are_read_from_nowhere_but_beside_the_graph(large, place):
     (path.parent / "sub" / "weights").write_bytes(content)
     (path.parent / "link").symlink_to(path.parent.parent / "secret")
     model = onnx.load(path, load_external_data=False)
-    for own in model.graph.initializer:
-        for entry in own.external_data:
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = place
     path.write_bytes(model.SerializeToString())

@@ -24,13 +24,13 @@ def test_the_file_says_what_it_is_and_nothing_of_this_machine(calibrated):
     guard, path, _ = calibrated
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
-    properties = {own.key: own.value for own in model.metadata_props}
+    properties = {entry.key: entry.value for entry in model.metadata_props}
     assert properties["clusterguard"] == clusterguard.__version__
     assert properties["num_classes"] == "3"
     assert properties["false_positive_rate"] == "0.1"
     assert properties["method"] == "conformal"
     assert str(Path(clusterguard.__file__).parent).encode() not in path.read_bytes()
-    shapes = [own.type.tensor_type.shape.dim for own in [*model.graph.input, *model.graph.output]]
+    shapes = [value.type.tensor_type.shape.dim for value in [*model.graph.input, *model.graph.output]]
     assert [shape[0].dim_param for shape in shapes] == ["batch"] * 4
     detector = load_onnx(path)
     assert torch.equal(detector.thresholds, guard.thresholds)
@@ -42,11 +42,11 @@ def test_an_exported_graph_can_be_calibrated_again(calibrated, tmp_path):
     guard, path, loader = calibrated
     guard, detector = copy.deepcopy(guard), load_onnx(path)
     expected = Calibrator(0.3).fit(guard, loader)
-    found = Calibrator(0.3).fit(detector, loader)
-    assert found.counts == expected.counts
-    np.testing.assert_allclose(found.thresholds, expected.thresholds, rtol=1e-5)
+    fitted = Calibrator(0.3).fit(detector, loader)
+    assert fitted.counts == expected.counts
+    np.testing.assert_allclose(fitted.thresholds, expected.thresholds, rtol=1e-5)
     saved = detector.save(tmp_path / "again.onnx")
-    assert load_onnx(saved).calibration == found
+    assert load_onnx(saved).calibration == fitted
     images = loader[0][0]
     assert_same(run_alone(saved, images), detector.detect(images), rtol=0)
     assert not torch.equal(run_alone(saved, images).is_adversarial, run_alone(path, images).is_adversarial)
@@ -55,7 +55,7 @@ def test_an_exported_graph_can_be_calibrated_again(calibrated, tmp_path):
         detector.detect(images)
     with pytest.raises(NotCalibratedError):
         detector.save(saved)
-    assert load_onnx(saved).calibration == found
+    assert load_onnx(saved).calibration == fitted
 
 
 @pytest.mark.parametrize("thresholds", [[5.0, 6.0, 7.0], [torch.inf] * 3, [torch.nan, 10.0, torch.inf], [0.0] * 3])
@@ -130,13 +130,13 @@ def test_any_flipped_bit_is_harmless_or_refused(calibrated, tmp_path):
 
 def test_a_graph_without_a_digest_as_older_versions_wrote_it_is_read(calibrated, tmp_path):
     model = onnx.load(calibrated[1])
-    properties = {own.key: own.value for own in model.metadata_props}
+    properties = {entry.key: entry.value for entry in model.metadata_props}
     assert properties.pop("digest")
     onnx.helper.set_model_props(model, properties)
     onnx.save(model, tmp_path / "old.onnx")
     detector = load_onnx(tmp_path / "old.onnx")
     assert torch.equal(detector.thresholds, calibrated[0].thresholds)
-    assert {own.key for own in onnx.load(detector.save(tmp_path / "new.onnx")).metadata_props} > {"digest"}
+    assert {entry.key for entry in onnx.load(detector.save(tmp_path / "new.onnx")).metadata_props} > {"digest"}
 
 
 def test_a_graph_whose_weights_another_tool_moved_out_keeps_its_digest(calibrated, tmp_path):
@@ -188,5 +188,6 @@ def test_threads_of_a_graph_need_not_spin(calibrated):
     _, path, loader = calibrated
     plain, quiet = load_onnx(path), load_onnx(path, spinning=False)
     key = "session.intra_op.allow_spinning"
-    assert [own._session.get_session_options().get_session_config_entry(key) for own in (plain, quiet)] == ["1", "0"]
+    options = [detector._session.get_session_options() for detector in (plain, quiet)]
+    assert [entries.get_session_config_entry(key) for entries in options] == ["1", "0"]
     assert_same(plain.detect(loader[0][0]), quiet.detect(loader[0][0]), rtol=0)

@@ -127,7 +127,7 @@ def png(picture: Image.Image | torch.Tensor, kind: str = "PNG", **options: objec
 
 
 def files(*contents: bytes, media_type: str = "image/png") -> dict[str, object]:
-    return {"files": [("images", ("image", own, media_type)) for own in contents]}
+    return {"files": [("images", ("image", content, media_type)) for content in contents]}
 
 
 def text(body: str | bytes, kind: str = "application/json") -> dict[str, object]:
@@ -138,7 +138,7 @@ def batch(*values: str) -> str:
     """A JSON batch of one digit in which these values stand for its first pixels."""
     row = [*values, *["0"] * (28 - len(values))]
     rows = [row, *[["0"] * 28] * 27]
-    return f'{{"images": [[[{",".join("[" + ",".join(own) + "]" for own in rows)}]]]}}'
+    return f'{{"images": [[[{",".join("[" + ",".join(line) + "]" for line in rows)}]]]}}'
 
 
 def with_gamma(content: bytes, gamma: int) -> bytes:
@@ -214,8 +214,8 @@ async def ask(address: str, requests: list[dict[str, object]]) -> list[httpx2.Re
     """All at once, over at most 50 connections."""
     limits = httpx2.Limits(max_connections=50)
     async with httpx2.AsyncClient(base_url=address, limits=limits, timeout=None, trust_env=False) as client:
-        bodies = [own if own.get("content", b"") is not None else own | {"content": stream(10**6)} for own in requests]
-        return await asyncio.gather(*(client.post("/detect", **own) for own in bodies))
+        bodies = [body | ({"content": stream(10**6)} if body.get("content", b"") is None else {}) for body in requests]
+        return await asyncio.gather(*(client.post("/detect", **body) for body in bodies))
 
 
 def test_a_thousand_concurrent_requests_are_all_answered_as_the_guard_says(address, guard):
@@ -284,7 +284,7 @@ def test_ordinary_traffic_raises_no_alarm_and_images_of_another_size_are_fitted(
     large = Image.fromarray((digits[0, 0] * 255).byte().numpy()).resize((84, 56)).convert("RGB")
     jpeg = files(png(large, "JPEG"), media_type="image/jpeg")
     answers = asyncio.run(ask(address, [files(*map(png, digits[:50])), jpeg]))
-    assert [len(own.json()["verdicts"]) for own in answers] == [50, 1]
+    assert [len(answer.json()["verdicts"]) for answer in answers] == [50, 1]
     assert "clusterguard_monitor_alarm 0.0" in httpx2.get(f"{address}/metrics", trust_env=False).text
 
 
@@ -303,8 +303,8 @@ def test_what_people_see_is_what_is_judged(address, guard):
         requests.append(files(*contents))
     for response in asyncio.run(ask(address, requests)):
         verdicts = response.json()["verdicts"]
-        assert [own["is_adversarial"] for own in verdicts] == expected[0]
-        assert all(own["label"] in (None, label) for own, label in zip(verdicts, expected[1], strict=True))
+        assert [verdict["is_adversarial"] for verdict in verdicts] == expected[0]
+        assert all(verdict["label"] in (None, label) for verdict, label in zip(verdicts, expected[1], strict=True))
 
 
 def test_an_error_says_what_is_wrong_with_the_picture(address):
@@ -361,30 +361,30 @@ def test_a_graph_without_a_calibration_record_is_not_served(graph, app, tmp_path
 def test_a_png_without_its_last_bytes_is_damage(address):
     whole = png(cg.samples.load_digits("test").tensors[0][0])
     responses = asyncio.run(ask(address, [files(whole[:-cut]) for cut in range(1, 40)]))
-    assert {own.status_code for own in responses} == {422}
+    assert {response.status_code for response in responses} == {422}
 
 
 def test_a_verdict_does_not_depend_on_who_shares_the_batch(address, guard, gate, judging):
     digits = cg.samples.load_digits("test").tensors[0][:30]
     noise = torch.rand(30, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     images = torch.stack([digits, (noise * 255).round() / 255], dim=1).flatten(0, 1)
-    requests, sizes, judged = [files(png(own)) for own in images], [], judging.Judge._judge
+    requests, sizes, judged = [files(png(image)) for image in images], [], judging.Judge._judge
 
     def watch(self, batch, futures):
         sizes.append(sum(map(len, batch)))
         return judged(self, batch, futures)
 
     gate.set()
-    alone = [asyncio.run(ask(address, [own]))[0].json()["verdicts"] for own in requests]
+    alone = [asyncio.run(ask(address, [request]))[0].json()["verdicts"] for request in requests]
     gate.clear()
     gate.is_reached.clear()
     threading.Timer(0.5, gate.set).start()  # until then all but the first wait
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judging.Judge, "_judge", watch)
         patch.setattr(judging, "BATCH_SECONDS", 60)
-        together = [own.json()["verdicts"] for own in asyncio.run(ask(address, requests))]
+        together = [answer.json()["verdicts"] for answer in asyncio.run(ask(address, requests))]
     assert together == alone
-    assert [own[0]["is_adversarial"] for own in alone] == guard.detect(images).is_adversarial.tolist()
+    assert [answer[0]["is_adversarial"] for answer in alone] == guard.detect(images).is_adversarial.tolist()
     assert max(sizes) > 10
 
 
@@ -392,7 +392,7 @@ def test_a_request_whose_judging_fails_does_not_take_others_of_its_batch_along(a
     good = files(png(cg.samples.load_digits("test").tensors[0][0]))
     threading.Timer(0.3, gate.set).start()
     responses = asyncio.run(ask(address, [good, files(b"no image"), good, text("[]"), good]))
-    assert [own.status_code for own in responses] == [200, 422, 200, 422, 200]
+    assert [response.status_code for response in responses] == [200, 422, 200, 422, 200]
 
 
 def test_a_full_queue_answers_at_once_and_health_while_images_are_judged(address, gate, judging, monkeypatch):
@@ -402,16 +402,16 @@ def test_a_full_queue_answers_at_once_and_health_while_images_are_judged(address
     async def crowd() -> list[httpx2.Response]:
         async with httpx2.AsyncClient(base_url=address, timeout=None, trust_env=False) as client:
             asked = [asyncio.create_task(client.post("/detect", **files(whole))) for _ in range(8)]
-            while sum(own.done() for own in asked) < 5:
+            while sum(task.done() for task in asked) < 5:
                 await asyncio.sleep(0.01)
-            turned_away = [own.result() for own in asked if own.done()]
-            assert {(own.status_code, own.headers["retry-after"]) for own in turned_away} == {(503, "1")}
+            turned_away = [task.result() for task in asked if task.done()]
+            assert {(response.status_code, response.headers["retry-after"]) for response in turned_away} == {(503, "1")}
             assert (await client.get("/health")).status_code == 200
             gate.set()
             judged = await asyncio.gather(*asked)
             return [*judged, await client.post("/detect", **files(whole))]  # there is room again
 
-    assert Counter(own.status_code for own in asyncio.run(crowd())) == {503: 5, 200: 4}
+    assert Counter(answer.status_code for answer in asyncio.run(crowd())) == {503: 5, 200: 4}
 
 
 def test_a_slow_client_is_dropped(address, app, monkeypatch):
@@ -429,7 +429,7 @@ def test_the_api_describes_bodies_and_errors(address):
     detect = api["paths"]["/detect"]["post"]
     assert set(detect["requestBody"]["content"]) == {"multipart/form-data", "application/json"}
     assert set(detect["responses"]) == {"200", "400", "408", "413", "415", "422", "503"}
-    problem, answer = ({"$ref": f"#/components/schemas/{own}"} for own in ("Problem", "Answer"))
+    problem, answer = ({"$ref": f"#/components/schemas/{kind}"} for kind in ("Problem", "Answer"))
     for status, response in detect["responses"].items():
         assert response["content"]["application/json"]["schema"] == (answer if status == "200" else problem)
     assert set(api["components"]["schemas"]) >= {"Problem", "Answer", "Verdict"}
@@ -448,7 +448,7 @@ def test_the_monitor_goes_on_after_a_restart(app, graph, tmp_path, monkeypatch, 
         asyncio.run(ask(place, [noise]))  # saved at the shutdown
     saved = json.loads(state.read_text())
     assert (saved["monitor"]["seen"], saved["monitor"]["alarm"]) == (80, True)
-    assert [own.name for own in tmp_path.iterdir()] == ["monitor.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["monitor.json"]
     with served(app.create_app(str(graph), str(state))) as place:
         assert "clusterguard_monitor_alarm 1.0" in httpx2.get(f"{place}/metrics", trust_env=False).text
     assert json.loads(state.read_text()) == saved
@@ -474,7 +474,7 @@ def test_text_from_outside_cannot_write_into_answers_and_metrics(address, app, g
         assert "\u202e" not in response.json()["detail"]
     httpx2.get(f"{address}/%0A%22%7D", trust_env=False)
     families = list(text_string_to_metric_families(httpx2.get(f"{address}/metrics", trust_env=False).text))
-    paths = {own.labels["path"] for family in families for own in family.samples if "path" in own.labels}
+    paths = {sample.labels["path"] for family in families for sample in family.samples if "path" in sample.labels}
     assert paths == {"/detect", "other"}
 
     guard = copy.deepcopy(guard)
@@ -488,13 +488,13 @@ def test_text_from_outside_cannot_write_into_answers_and_metrics(address, app, g
 def test_the_commands_of_the_readme_make_a_service(app, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^clusterguard (.*)$", (EXAMPLE / "README.md").read_text(), flags=re.MULTILINE)
-    assert [own.split()[0] for own in commands] == ["train", "export"]
+    assert [command.split()[0] for command in commands] == ["train", "export"]
     for command in commands:
         assert CliRunner().invoke(cli, command.split()).exit_code == 0
     images = cg.samples.load_digits("test").tensors[0]
     detector = cg.load_onnx("runs/digits/guard.onnx")
     expected = cg.ClusterGuard.from_pretrained("runs/digits").detect(images)
-    found = detector.detect(images)
-    assert torch.equal(found.labels, expected.labels)
-    assert torch.equal(found.is_adversarial, expected.is_adversarial)
+    verdict = detector.detect(images)
+    assert torch.equal(verdict.labels, expected.labels)
+    assert torch.equal(verdict.is_adversarial, expected.is_adversarial)
     assert app.create_app("runs/digits/guard.onnx").routes

@@ -37,9 +37,9 @@ def decide(draw):
     count = draw(counts)
     evidence, thresholds = draw_evidence(draw, count), draw_thresholds(draw)
     verdict = cg.decide(evidence, thresholds)
-    if any(own.is_meta for own in verdict):
+    if any(part.is_meta for part in verdict):
         return
-    assert [own.shape for own in verdict] == [(count,)] * 3
+    assert [part.shape for part in verdict] == [(count,)] * 3
     for row, (label, distance, refused) in enumerate(zip(*verdict, strict=True)):
         finite = torch.cat([evidence.class_scores[row], evidence.suspicion[row]]).isfinite().all()
         assert bool(refused) == (not finite or not bool(distance <= thresholds[label]))
@@ -47,24 +47,24 @@ def decide(draw):
 
 def margins(draw):
     evidence, thresholds = draw_evidence(draw, draw(counts)), draw_thresholds(draw)
-    found = class_margins(evidence, thresholds)
-    if found.is_meta:
+    margins = class_margins(evidence, thresholds)
+    if margins.is_meta:
         return
     verdict = cg.decide(evidence, thresholds)
     accepted = nn.functional.one_hot(verdict.labels, CLASSES).bool() & ~verdict.is_adversarial[:, None]
-    assert torch.equal(found <= 0, accepted)
+    assert torch.equal(margins <= 0, accepted)
 
 
 def success_margin(draw):
     count = draw(counts)
     evidence, thresholds, labels = draw_evidence(draw, count), draw_thresholds(draw), draw_labels(draw, count)
     targets = draw_targets(draw, labels)
-    found = cg.success_margin(evidence, thresholds, labels, targets)
-    if found.is_meta:
+    margins = cg.success_margin(evidence, thresholds, labels, targets)
+    if margins.is_meta:
         return
     verdict = cg.decide(evidence, thresholds)
     right = verdict.labels != labels if targets is None else verdict.labels == targets
-    assert torch.equal(found <= 0, right & ~verdict.is_adversarial)
+    assert torch.equal(margins <= 0, right & ~verdict.is_adversarial)
 
 
 def objective(draw):
@@ -107,11 +107,11 @@ def thresholds(draw):
     count, rate = draw(st.sampled_from([0, 1, 40])), draw(st.sampled_from([0.1, 0.5, draw_number(draw)]))
     options = {"method": draw(st.sampled_from(["conformal", "quantile", "nonsense"]))}
     suspicion = spoil(draw, random(draw, count), *NUMBERS, *FLOATS)
-    found = fit_threshold(suspicion, rate, **options)
-    assert math.isfinite(found)
+    threshold = fit_threshold(suspicion, rate, **options)
+    assert math.isfinite(threshold)
     assert count >= minimum_examples(rate)
     benign = suspicion.double()
-    assert float((~(benign <= found) | ~benign.isfinite()).double().mean()) <= rate + 1 / count
+    assert float((~(benign <= threshold) | ~benign.isfinite()).double().mean()) <= rate + 1 / count
 
 
 def thresholds_by_class(draw):
@@ -119,7 +119,7 @@ def thresholds_by_class(draw):
     labels = draw_labels(draw, count)
     predicted = draw(st.sampled_from([labels, draw_labels(draw, count)]))
     suspicion = spoil(draw, random(draw, count), *NUMBERS, *FLOATS)
-    found = fit_thresholds(
+    fitted = fit_thresholds(
         suspicion,
         predicted,
         labels,
@@ -127,8 +127,8 @@ def thresholds_by_class(draw):
         false_positive_rate=draw(st.sampled_from([0.2, 0.5])),
         scarce=draw(st.sampled_from(["error", "pool", "nonsense"])),
     )
-    assert all(map(math.isfinite, found.thresholds))
-    assert sum(found.counts) == int((predicted == labels).sum())
+    assert all(map(math.isfinite, fitted.thresholds))
+    assert sum(fitted.counts) == int((predicted == labels).sum())
 
 
 def minimum(draw):
@@ -142,9 +142,9 @@ def calibrate(draw):
     batches = [(draw_images(draw, count), draw_labels(draw, count)) for _ in range(draw(st.integers(0, 2)))]
     calibrator = cg.Calibrator(draw(st.sampled_from([0.5, draw_number(draw)])), scarce="pool")
     calibrator.check_counts(batches, CLASSES)
-    found = calibrator.fit(detector, batches)
+    calibration = calibrator.fit(detector, batches)
     assert all(map(math.isfinite, detector.thresholds.tolist()))
-    assert found.images == sum(len(labels) for _, labels in batches)
+    assert calibration.images == sum(len(labels) for _, labels in batches)
 
 
 def judged(draw):

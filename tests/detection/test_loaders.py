@@ -67,7 +67,7 @@ def test_a_batch_that_can_be_read_in_two_ways_or_none_asks_for_unpack(batch):
 def test_unpack_reads_any_order(order):
     parts = {"images": IMAGES, "labels": LABELS, "index": torch.arange(4), "path": list("abcd")}
     batch = tuple(parts[name] for name in order)
-    images, labels = unpack_batch(batch, lambda own: (own[order.index("images")], own[order.index("labels")]))
+    images, labels = unpack_batch(batch, lambda fields: (fields[order.index("images")], fields[order.index("labels")]))
     assert images is IMAGES
     assert labels is LABELS
 
@@ -84,12 +84,12 @@ def test_every_function_of_a_loader_takes_unpack_and_gives_the_same(small_guard)
     small_guard.thresholds = torch.full((3,), 50.0)
     attack = FGSM(eps=0.1)
     for function in (
-        lambda loader, **own: judge(small_guard, loader, **own).detection.distances.tolist(),
-        lambda loader, **own: (
-            evaluate(small_guard, attack, loader, calibration_loader=loader, sanity_images=0, **own).accuracy
+        lambda loader, **options: judge(small_guard, loader, **options).detection.distances.tolist(),
+        lambda loader, **options: (
+            evaluate(small_guard, attack, loader, calibration_loader=loader, sanity_images=0, **options).accuracy
         ),
-        lambda loader, **own: certified_success_rate(small_guard, loader, eps=0.01, **own),
-        lambda loader, **own: Calibrator(0.5, scarce="pool").fit(small_guard, loader, **own).thresholds,
+        lambda loader, **options: certified_success_rate(small_guard, loader, eps=0.01, **options),
+        lambda loader, **options: Calibrator(0.5, scarce="pool").fit(small_guard, loader, **options).thresholds,
     ):
         with pytest.warns() if "Calibrator" in function.__code__.co_names else contextlib.nullcontext():
             assert function(other, **unpack) == function(pairs)

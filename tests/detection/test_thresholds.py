@@ -30,18 +30,18 @@ def test_a_threshold_lies_exactly_at_its_rank(rate, extra, method):
     count = minimum_examples(rate) + extra
     exact = Fraction(round(rate * 10_000), 10_000)
     rank = math.ceil((count + 1) * (1 - exact)) if method == "conformal" else 1 + (count - 1) * (1 - exact)
-    found = fit_threshold(torch.arange(1.0, count + 1)[torch.randperm(count)], rate, method=method)
-    assert found == pytest.approx(float(rank), rel=1e-12)
+    threshold = fit_threshold(torch.arange(1.0, count + 1)[torch.randperm(count)], rate, method=method)
+    assert threshold == pytest.approx(float(rank), rel=1e-12)
 
 
 def by_definition(suspicion, labels, classes, rate, method):
     """A threshold per class as the definitions say, class by class, in numpy."""
-    found = []
+    thresholds = []
     for index in range(classes):
         values = np.sort(suspicion[labels == index].double().numpy())
         rank = len(values) - math.floor((len(values) + 1) * Fraction(str(rate)))
-        found.append(values[rank] if method == "conformal" else np.quantile(values, 1 - rate))
-    return found
+        thresholds.append(values[rank] if method == "conformal" else np.quantile(values, 1 - rate))
+    return thresholds
 
 
 @given(
@@ -62,12 +62,12 @@ def test_every_class_gets_what_it_would_get_alone(rate, classes, seed, method):
     right = predicted == labels
     expected = by_definition(suspicion[right], labels[right], classes, rate, method)
     assert calibration.thresholds == pytest.approx(expected, rel=1e-5, abs=1e-9)
-    assert all(own >= wanted for own, wanted in zip(calibration.thresholds, expected, strict=True))
+    assert all(threshold >= wanted for threshold, wanted in zip(calibration.thresholds, expected, strict=True))
     over = suspicion.double() > torch.tensor(calibration.thresholds, dtype=torch.float64)[labels]
     for index in range(classes):
-        own = right & (labels == index)
-        assert calibration.counts[index] == int(own.sum())
-        assert calibration.realised_rates[index] == pytest.approx(float(over[own].double().mean()))
+        of_class = right & (labels == index)
+        assert calibration.counts[index] == int(of_class.sum())
+        assert calibration.realised_rates[index] == pytest.approx(float(over[of_class].double().mean()))
 
 
 SIZES = st.lists(st.integers(0, 14), min_size=1, max_size=5).filter(any)

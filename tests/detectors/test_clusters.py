@@ -129,11 +129,11 @@ def scattered(classes: int, block: int, seed: int) -> tuple[GaussianClusters, to
 
 @given(st.integers(2, 9), st.integers(1, 3), st.integers(0, 99))
 def test_the_opposite_of_a_class_is_its_centre_across_the_origin(classes, block, seed):
-    clusters, z, labels, found = scattered(classes, block, seed)
+    clusters, z, labels, predicted = scattered(classes, block, seed)
     infinite = torch.full((classes,), torch.inf)
-    energy = Opposite().energy(clusters, z, labels, found, infinite)
+    energy = Opposite().energy(clusters, z, labels, predicted, infinite)
     torch.testing.assert_close(energy, (z + clusters.centers[labels]).square().sum(dim=1), rtol=1e-4, atol=1e-3)
-    there = Opposite().energy(clusters, -clusters.centers[labels], labels, found, infinite)
+    there = Opposite().energy(clusters, -clusters.centers[labels], labels, predicted, infinite)
     assert not there.any()
 
 
@@ -145,16 +145,16 @@ def test_the_opposite_of_a_class_is_its_centre_across_the_origin(classes, block,
     st.sampled_from([0.5, 5.0, 60.0, math.inf]),
 )
 def test_one_step_down_the_hinge_leaves_the_accepted_region_and_goes_nowhere_else(classes, block, seed, margin, tau):
-    clusters, z, labels, found = scattered(classes, block, seed)
+    clusters, z, labels, predicted = scattered(classes, block, seed)
     thresholds = torch.full((classes,), tau)
     z = z.double().requires_grad_()
     half_way = 0.5 * (clusters.centers[0] - clusters.centers[1]).norm().item()
     edge = (1 + margin) * (half_way if tau == math.inf else tau)
 
     def distance(z):
-        return clusters.distances(z).gather(1, found[:, None]).squeeze(1)
+        return clusters.distances(z).gather(1, predicted[:, None]).squeeze(1)
 
-    energy = Outside(margin).energy(clusters, z, labels, found, thresholds)
+    energy = Outside(margin).energy(clusters, z, labels, predicted, thresholds)
     assert energy.isfinite().all()
     (gradient,) = torch.autograd.grad(0.5 * energy.sum(), z)
     stepped = z.detach() - gradient
@@ -164,7 +164,7 @@ def test_one_step_down_the_hinge_leaves_the_accepted_region_and_goes_nowhere_els
     assert torch.equal(stepped[~inside], z.detach()[~inside])
     # A step of length 1 down ½(r − d)² ends at distance r, straight away from the centre.
     torch.testing.assert_close(distance(stepped)[inside], torch.full_like(energy[inside], edge), **close)
-    centres = clusters.centers[found].double()
+    centres = clusters.centers[predicted].double()
     away, before = stepped - centres, z.detach() - centres
     torch.testing.assert_close(functional.cosine_similarity(away, before), torch.ones(6).double())
 
@@ -172,8 +172,8 @@ def test_one_step_down_the_hinge_leaves_the_accepted_region_and_goes_nowhere_els
 def test_at_a_centre_the_hinge_has_a_finite_gradient():
     clusters = GaussianClusters(3)
     z = clusters.centers[:1].clone().requires_grad_()
-    thresholds, label, found = torch.ones(3), torch.tensor([1]), torch.tensor([0])
-    energy = Outside().energy(clusters, z, label, found, thresholds)
+    thresholds, label, predicted = torch.ones(3), torch.tensor([1]), torch.tensor([0])
+    energy = Outside().energy(clusters, z, label, predicted, thresholds)
     assert energy.item() == pytest.approx(1.21)
     assert torch.autograd.grad(energy.sum(), z)[0].isfinite().all()
 

@@ -62,13 +62,13 @@ def test_of_a_linear_detector_the_worst_neighbour_is_a_corner_of_the_ball(seed, 
     generator = torch.Generator().manual_seed(seed)
     linear = LinearDetector(torch.randn(1, 4, 4, generator=generator))
     images = 0.2 + 0.6 * torch.rand(5, 1, 4, 4, generator=generator)  # the box is out of reach
-    found, own = ConsistentDetector(linear, radius=radius, steps=steps).evidence(images), linear.evidence(images)
-    label = own.class_scores.argmax(dim=1, keepdim=True)
+    consistent, plain = ConsistentDetector(linear, radius=radius, steps=steps).evidence(images), linear.evidence(images)
+    label = plain.class_scores.argmax(dim=1, keepdim=True)
     rise = radius * linear.weight.abs().sum()
-    torch.testing.assert_close(found.suspicion.gather(1, label), own.suspicion.gather(1, label) + rise)
+    torch.testing.assert_close(consistent.suspicion.gather(1, label), plain.suspicion.gather(1, label) + rise)
     other = 1 - label  # which has nothing to fear from being further from this label
-    torch.testing.assert_close(found.suspicion.gather(1, other), own.suspicion.gather(1, other))
-    assert torch.equal(found.class_scores, own.class_scores)
+    torch.testing.assert_close(consistent.suspicion.gather(1, other), plain.suspicion.gather(1, other))
+    assert torch.equal(consistent.class_scores, plain.class_scores)
 
 
 @pytest.mark.parametrize("radius", [0.02, 0.5, 2.0])
@@ -84,13 +84,13 @@ def test_neighbours_stay_in_ball_and_box(small_guard, images, radius):
 
 
 def test_it_is_never_less_suspicious_and_never_labels_otherwise(small_guard, images):
-    own = small_guard.evidence(images)
+    plain = small_guard.evidence(images)
     for steps in (1, 3, 8):
-        found = ConsistentDetector(small_guard, radius=0.1, steps=steps).evidence(images)
-        assert (found.suspicion >= own.suspicion).all()
-        assert torch.equal(found.class_scores, own.class_scores)
-        label = own.class_scores.argmax(dim=1, keepdim=True)
-        assert (found.suspicion > own.suspicion).gather(1, label).all()
+        consistent = ConsistentDetector(small_guard, radius=0.1, steps=steps).evidence(images)
+        assert (consistent.suspicion >= plain.suspicion).all()
+        assert torch.equal(consistent.class_scores, plain.class_scores)
+        label = plain.class_scores.argmax(dim=1, keepdim=True)
+        assert (consistent.suspicion > plain.suspicion).gather(1, label).all()
 
 
 def test_margins_and_decisions_agree(trained, images):
@@ -113,7 +113,7 @@ def test_what_it_says_does_not_depend_on_the_batch_or_on_autograd(trained, image
         torch.testing.assert_close(torch.cat([one[index] for one in alone]), whole[index])
         assert torch.equal(inside[index], whole[index])
     assert torch.equal(trained.detect(images).distances, trained.detect(images).distances)
-    assert all(own.grad is None for own in trained.parameters())
+    assert all(weight.grad is None for weight in trained.parameters())
 
 
 def test_an_image_that_is_not_finite_is_refused_and_its_neighbours_in_the_batch_are_not(trained, blobs):
@@ -137,8 +137,8 @@ class Steps(DetectorModule):
 
 
 def test_without_a_way_up_the_neighbour_is_the_image(images):
-    found, own = ConsistentDetector(Steps(2), radius=0.2).evidence(images), Steps(2).evidence(images)
-    assert torch.equal(found.suspicion, own.suspicion)
+    consistent, plain = ConsistentDetector(Steps(2), radius=0.2).evidence(images), Steps(2).evidence(images)
+    assert torch.equal(consistent.suspicion, plain.suspicion)
 
 
 def test_it_is_calibrated_like_any_other(trained, blobs):

@@ -30,8 +30,8 @@ def flip_a_bit(folder: Path) -> None:
 
 
 def lose_a_class(folder: Path) -> None:
-    own = json.loads((folder / "config.json").read_text())["guard"]
-    edit_config(folder, guard={**own, "num_classes": 1})
+    settings = json.loads((folder / "config.json").read_text())["guard"]
+    edit_config(folder, guard={**settings, "num_classes": 1})
 
 
 @pytest.mark.parametrize(

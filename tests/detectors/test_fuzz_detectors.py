@@ -88,9 +88,9 @@ def mixture(draw):
         draw(st.sampled_from([3, 3, 2, 1, 0])), draw(st.sampled_from([None, 6, 4, 0])), center_scale=draw_number(draw)
     )
     representations = spoil(draw, random(draw, 2, clusters.representation_dim), *NUMBERS, *FLOATS)
-    found = clusters.distances(representations)
+    distances = clusters.distances(representations)
     shape = (len(representations), clusters.num_classes)
-    assert found.shape == clusters.squared_distances(representations).shape == shape
+    assert distances.shape == clusters.squared_distances(representations).shape == shape
     assert clusters.posterior(representations).shape == clusters.log_likelihood(representations).shape == shape
     assert clusters.logits(representations).shape == shape
     assert clusters.adversarial_energy(representations).shape == shape[:1]
@@ -104,13 +104,13 @@ def norm(draw):
     images, candidates = draw_images(draw, count), draw_images(draw, count)
     each = draw(st.sampled_from([*NUMBERS, lambda x: x[:1], lambda x: x[:, None]]))(random(draw, count))
     eps = draw(st.sampled_from([draw_number(draw), random(draw, count), each]))
-    found = {
+    shown = {
         "projected": wanted.project(images, candidates, eps),
         "random": wanted.random_start(images, eps),
     }
     assert wanted.direction(candidates).shape == dense_l1_direction(candidates).shape == candidates.shape
     is_image = ((images >= 0) & (images <= 1) & candidates.isfinite()).flatten(1).all(dim=1)
-    for what, points in found.items():
+    for what, points in shown.items():
         assert ((points >= 0) & (points <= 1))[is_image].all(), what
         radius = torch.as_tensor(eps).nan_to_num(nan=0, posinf=math.inf)
         assert (wanted.size(points - images) <= radius)[is_image].all(), what
@@ -161,15 +161,15 @@ def shown(draw):
 
 def targets_at_random(draw):
     labels = draw_labels(draw, draw(counts))
-    found = random_targets(labels, draw(st.integers(-1, CLASSES)))
-    assert found.is_meta or (found != labels).all()
+    targets = random_targets(labels, draw(st.integers(-1, CLASSES)))
+    assert targets.is_meta or (targets != labels).all()
 
 
 def references(draw):
     count = draw(counts)
     images, labels = draw_images(draw, count), draw_labels(draw, count)
-    found = cg.attacks.Towards.accepted(draw_detector(draw), images, labels, batch_size=draw(st.integers(-1, 3)))
-    assert len(found.images) == len(found.labels) <= count
+    starts = cg.attacks.Towards.accepted(draw_detector(draw), images, labels, batch_size=draw(st.integers(-1, 3)))
+    assert len(starts.images) == len(starts.labels) <= count
 
 
 def evaluate(draw):
@@ -178,19 +178,19 @@ def evaluate(draw):
         st.sampled_from([cg.FGSM(eps=0.1), {"a": cg.attacks.NES(eps=0.1, step_size=0.1, steps=1, samples=2)}, {}])
     )
     batches = [(draw_images(draw, count), draw_labels(draw, count)) for _ in range(draw(st.sampled_from([1, 1, 2, 0])))]
-    found = cg.evaluate(detector, tried, batches, sanity_images=draw(st.sampled_from([0, 0, 2, -1])))
-    assert found.worst_case.total <= found.images == sum(len(labels) for _, labels in batches)
-    assert str(found)
+    report = cg.evaluate(detector, tried, batches, sanity_images=draw(st.sampled_from([0, 0, 2, -1])))
+    assert report.worst_case.total <= report.images == sum(len(labels) for _, labels in batches)
+    assert str(report)
 
 
 def evaluate_liar(draw):
     """Attacks of users may return anything."""
     images, labels = random(draw, 2, *SHAPE), torch.tensor([0, 1])
     attacked = draw_images(draw, 2)
-    found = cg.evaluate(
+    report = cg.evaluate(
         DETECTORS["pixels"], lambda *_, **__: attacked, [(images, labels)], sanity_images=0, generator=None
     )
-    assert not found.worst_case.count or (attacked.isfinite().all() or found.worst_case.count < 2)
+    assert not report.worst_case.count or (attacked.isfinite().all() or report.worst_case.count < 2)
 
 
 def probe(draw):

@@ -157,8 +157,8 @@ def test_representations_outlive_the_next_call_of_a_graph_that_reuses_its_memory
     def reusing(graph, inputs):
         memory = torch.empty(4, small_guard.head.representation_dim)
 
-        def run(*own):
-            (output,) = graph(*own)
+        def run(*given):
+            (output,) = graph(*given)
             return (memory.copy_(output),)
 
         return run
@@ -167,8 +167,8 @@ def test_representations_outlive_the_next_call_of_a_graph_that_reuses_its_memory
     with torch.no_grad():
         expected = [small_guard.represent(images) for images in batches]
         small_guard.compile(backend=reusing)
-        found = [small_guard.represent(images) for images in batches]
-    assert all(map(torch.equal, found, expected))
+        actual = [small_guard.represent(images) for images in batches]
+    assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports what torch deprecates
@@ -225,7 +225,7 @@ def test_a_compiler_that_gets_gradients_wrong_is_found_out_before_an_attack_beli
             return factor * gradient
 
     def miscompile(graph, inputs):
-        return lambda *arguments: tuple(Distort.apply(own) for own in graph(*arguments))
+        return lambda *arguments: tuple(Distort.apply(output) for output in graph(*arguments))
 
     small_guard.compile(backend=miscompile)
     small_guard.detect(images)  # no gradient, no harm

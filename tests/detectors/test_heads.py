@@ -4,8 +4,18 @@ import warnings
 
 import pytest
 import torch
-from clusterguard import PGD, AdversarialClusterTrainer, Calibrator, ClusterGuard, certify, export_onnx, load_onnx
-from clusterguard.detectors import Head
+from clusterguard import (
+    PGD,
+    AdversarialClusterTrainer,
+    Calibrator,
+    CertifiedTrainer,
+    ClusterGuard,
+    certify,
+    export_onnx,
+    load_onnx,
+)
+from clusterguard.certification import Interval, certified_radius
+from clusterguard.detectors import Bounds, Head, RepresentationBox
 from clusterguard.errors import ConfigurationError, PersistenceError
 from torch import Tensor, nn
 
@@ -36,6 +46,20 @@ class DiagonalGaussians(Head):
 
     def options(self) -> dict[str, object]:
         return {**super().options(), "scale": self.scale}
+
+    def bound_distances(self, box: RepresentationBox, labels: Tensor) -> Bounds:
+        error = torch.zeros_like(box.lower) if box.error is None else box.error
+        lower, upper = (box.lower - error)[:, None], (box.upper + error)[:, None]
+        centers, factors = self.centers.to(lower), (-self.log_deviations).exp().to(lower)
+        nearest = (torch.maximum(lower - centers, centers - upper).clamp_min(0) * factors).square().sum(dim=2)
+        farthest = (torch.maximum(upper - centers, centers - lower) * factors).square().sum(dim=2)
+        if box.arithmetic is not None:  # every computed term is at least 0, so errors are relative ones
+            share, smallest = box.arithmetic.gamma(self.representation_dim + 12), box.arithmetic.smallest
+            nearest = nearest * (1 - share) - self.representation_dim * smallest
+            farthest = farthest * (1 + share) + self.representation_dim * smallest
+            farthest = torch.where(farthest < box.arithmetic.largest, farthest, torch.inf)
+        low, high = nearest.clamp_min(1e-30).sqrt(), farthest.clamp_min(1e-30).sqrt()
+        return Bounds.between(low * (1 - 1e-7), high * (1 + 1e-7), labels)
 
     def _squared(self, representations: Tensor) -> Tensor:
         gaps = (representations[:, None] - self.centers) * (-self.log_deviations).exp()
@@ -83,14 +107,72 @@ def test_another_head_is_saved_with_its_card_and_loaded(trained, blobs, tmp_path
 def test_another_head_is_exported(trained, blobs, tmp_path):
     images, _ = next(iter(blobs))
     export_onnx(trained, tmp_path / "guard.onnx")
-    found, expected = load_onnx(tmp_path / "guard.onnx").detect(images), trained.detect(images)
-    assert torch.equal(found.labels, expected.labels)
-    assert torch.equal(found.is_adversarial, expected.is_adversarial)
+    exported, expected = load_onnx(tmp_path / "guard.onnx").detect(images), trained.detect(images)
+    assert torch.equal(exported.labels, expected.labels)
+    assert torch.equal(exported.is_adversarial, expected.is_adversarial)
 
 
-def test_what_has_no_bounds_is_not_certified(trained, blobs):
-    with pytest.raises(ConfigurationError, match="head"):
-        certify(trained, *next(iter(blobs)), eps=0.1)
+def test_another_head_is_certified_by_its_own_bounds(trained, blobs):
+    images, labels = next(iter(blobs))
+    radii = certified_radius(trained, images, labels)
+    assert (radii > 0).float().mean() > 0.5
+    for objective in ("margin", "cross_entropy"):
+        attacked = PGD(eps=1.0, step_size=0.02, steps=1, objective=objective, keep="last")(trained, images, labels)
+        inside = (images + (attacked - images).clamp(-radii.view(-1, 1, 1, 1), radii.view(-1, 1, 1, 1))).float()
+        verdict = trained.detect(inside)
+        assert ((verdict.labels == labels) | verdict.is_adversarial)[radii > 0].all()
+
+
+def test_bounds_of_another_head_hold_for_points_of_a_box(trained):
+    head, labels = trained.head, torch.arange(3)
+    lower = 10 * torch.eye(3, 5, dtype=torch.float64) - 1.5
+    box = Interval(lower, lower + torch.rand(3, 5, dtype=torch.float64))
+    bounds = head.bound_distances(box, labels)
+    for share in torch.rand(100, 3, 5, dtype=torch.float64).round(decimals=1):
+        distances = head.distances(box.lower + (box.upper - box.lower) * share)
+        near = distances.gather(1, labels[:, None])
+        assert (distances >= bounds.nearest).all()
+        assert (near.squeeze(1) <= bounds.farthest).all()
+        assert (distances.square() - near.square() >= bounds.leads - 1e-9).all()
+
+
+def test_another_head_is_trained_for_certificates(blobs):
+    torch.manual_seed(0)
+    guard = ClusterGuard(network(), head=DiagonalGaussians(3, 5))
+    optimizer = torch.optim.Adam(guard.parameters(), lr=1e-2)
+    trainer = CertifiedTrainer(guard, eps=0.02, warmup_epochs=1, ramp_epochs=2, optimizer=optimizer)
+    trainer.fit(blobs, blobs, epochs=4, calibrate=False, progress=False)
+    Calibrator(0.05).fit(guard, blobs)
+    assert certify(guard, *next(iter(blobs)), eps=0.01).is_secure.any()
+
+
+class Doubled(DiagonalGaussians):
+    def distances(self, representations: Tensor) -> Tensor:
+        return 2 * super().distances(representations)
+
+
+class Boundless(DiagonalGaussians):
+    bound_distances = Head.bound_distances
+
+
+@pytest.mark.parametrize("kind", [Doubled, Boundless])
+def test_what_has_no_bounds_is_not_certified(kind, blobs):
+    guard = ClusterGuard(network(), head=kind(3, 5))
+    guard.thresholds = torch.ones(3)
+    with pytest.raises(ConfigurationError, match=f"no bounds are known for the head {kind.__name__}"):
+        certify(guard, *next(iter(blobs)), eps=0.1)
+
+
+class Optimist(DiagonalGaussians):
+    def bound_distances(self, box: RepresentationBox, labels: Tensor) -> Bounds:
+        return Bounds.between(*2 * [self.distances(box.lower) + 3], labels)
+
+
+def test_bounds_that_do_not_hold_are_noticed(blobs):
+    guard = ClusterGuard(network(), head=Optimist(3, 5))
+    guard.thresholds = torch.ones(3)
+    with pytest.raises(ConfigurationError, match="outside the bounds"):
+        certify(guard, *next(iter(blobs)), eps=0.1)
 
 
 def test_a_head_is_copied_and_brings_its_own_options():

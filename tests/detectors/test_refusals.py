@@ -66,7 +66,7 @@ MAKERS = {
     "compiled": compiled,
     "confidence": lambda: with_thresholds(cg.detectors.ConfidenceDetector(network(CLASSES), CLASSES)),
     "consistent": lambda: with_thresholds(cg.detectors.ConsistentDetector(a_guard(), radius=0.1)),
-    "own": lambda: with_thresholds(Brightness(CLASSES)),
+    "subclass": lambda: with_thresholds(Brightness(CLASSES)),
     "inherited": lambda: with_thresholds(InheritedBrightness(CLASSES)),
     "borrowed": lambda: with_thresholds(Borrowed(CLASSES)),
 }

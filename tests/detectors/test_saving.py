@@ -139,7 +139,7 @@ def test_readers_beside_saves_see_a_whole_guard(tmp_path):
 
 
 def test_two_saves_at_once_leave_one_of_the_guards(tmp_path):
-    writers = [threading.Thread(target=numbered(own).save_pretrained, args=(tmp_path,)) for own in range(6)]
+    writers = [threading.Thread(target=numbered(number).save_pretrained, args=(tmp_path,)) for number in range(6)]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -46,8 +46,8 @@ def from_timm(original, tmp_path):
 
 
 def put_option(folder: Path, **options: object) -> None:
-    own = json.loads((folder / "config.json").read_text())["guard"]
-    edit_config(folder, guard=own | options)
+    settings = json.loads((folder / "config.json").read_text())["guard"]
+    edit_config(folder, guard=settings | options)
 
 
 @pytest.mark.parametrize(("source", "name", "arguments"), HEAVIER, ids=str)
@@ -86,8 +86,8 @@ def test_no_number_takes_memory_and_no_word_names_a_function(option, value, save
 def test_weights_of_another_kind_are_refused(name, dtype, saved):
     if (name, dtype) == ("normalize.mean", torch.float16):
         return
-    own = load((saved / "model.safetensors").read_bytes())[name]
-    put_weights(saved, **{name: own.to(dtype)})
+    tensor = load((saved / "model.safetensors").read_bytes())[name]
+    put_weights(saved, **{name: tensor.to(dtype)})
     assert_refused(saved, "does not fit .*expected (torch.float32|thresholds of float32) for", network())
 
 

@@ -402,7 +402,7 @@ def test_a_recorded_graph_tells_neither_normalisation_nor_classifier(way: str, l
         guard = ClusterGuard(graph, 3, example=images)
     assert guard(images).shape == (2, 3)
     for lost in ("normalisation", "classifier"):
-        (text,) = [str(own.message) for own in given if str(own.message).startswith(lost)]
+        (text,) = [str(warning.message) for warning in given if str(warning.message).startswith(lost)]
         assert f"{lost} not found inside {GRAPHS[way][0]}" in text
         assert text.endswith("or the model that the graph was made from")
     with pytest.warns(UserWarning, match="normalisation not found inside"):
@@ -453,7 +453,7 @@ def test_a_graph_whose_normalisation_is_given_lacks_the_classifier_alone() -> No
     graph = record(build("torchvision"), "fx")
     with pytest.warns(UserWarning, match="not found inside") as given:
         ClusterGuard(graph, 3, mean=[0.5], std=[0.5])
-    assert [str(own.message).split()[0] for own in given] == ["classifier"]
+    assert [str(warning.message).split()[0] for warning in given] == ["classifier"]
 
 
 def test_an_extractor_of_features_has_left_the_classifier_out_on_purpose() -> None:

@@ -63,9 +63,9 @@ def main(folder: Path) -> None:
     report = cg.evaluate(guard, attacks, test, generator=generator, accelerator=accelerator, sanity_images=10)
     result = {
         "weights": guard.state_dict(),
-        "moved": {name: own.detach() for name, own in moving.named_parameters()},
-        "accumulated": {name: own.detach() for name, own in accumulated.named_parameters()},
-        "proved": {name: own.detach() for name, own in proved.named_parameters()},
+        "moved": {name: weight.detach() for name, weight in moving.named_parameters()},
+        "accumulated": {name: weight.detach() for name, weight in accumulated.named_parameters()},
+        "proved": {name: weight.detach() for name, weight in proved.named_parameters()},
         "thresholds": trainer.thresholds,
         "history": [[record.loss, record.accuracy, record.attack_success_rate] for record in history],
         "calibration": [*fitted.thresholds, *fitted.counts],

@@ -12,7 +12,7 @@ HOSTILE = st.text(st.sampled_from("ab1 |`*_~\\<>&;#-+=.)([]!\n\r\t\x00\x1b\u2028
 
 
 def one_line(text):
-    return " ".join("".join(own if own.isprintable() else " " for own in text).split())
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def shown(page):

@@ -36,7 +36,7 @@ def test_every_batch_of_an_epoch_moves_the_weights_as_part_of_a_larger_batch(blo
     trainer = fit(small, DataLoader(data, 60), accumulate=group)
     assert trainer.engine.steps == steps
     torch.testing.assert_close(weights(small), weights(large), rtol=1e-4, atol=1e-6)
-    assert all(own.grad is None for own in small.parameters())
+    assert all(weight.grad is None for weight in small.parameters())
 
 
 def test_gradients_of_before_a_training_have_no_part_in_it(blobs):

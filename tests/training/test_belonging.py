@@ -223,16 +223,16 @@ def options_without_names():
 def test_descriptions_are_the_same_in_every_process():
     code = "import json, test_belonging as t; print(json.dumps(t.describe(t.options_without_names())))"
     path = os.pathsep.join(path for path in sys.path if path)
-    found = []
+    descriptions = []
     for seed in "12":
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
-        found.append(json.loads(done.stdout))
-    assert found[0] == found[1]
-    assert not any("0x" in text for text in found[0].values())
-    assert found[0]["in a dataclass"] == "Holding"
-    assert found[0]["in a dataclass.inner"] == "Plain"
-    assert found[0]["mixed.attacks.0.eps"] == "0.1"
+        descriptions.append(json.loads(done.stdout))
+    assert descriptions[0] == descriptions[1]
+    assert not any("0x" in text for text in descriptions[0].values())
+    assert descriptions[0]["in a dataclass"] == "Holding"
+    assert descriptions[0]["in a dataclass.inner"] == "Plain"
+    assert descriptions[0]["mixed.attacks.0.eps"] == "0.1"
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,9 @@ def test_the_certified_rate_is_above_what_an_attack_finds_and_grows_with_the_rad
     assert rates[0].count == 0
     assert [rate.count for rate in rates] == sorted(rate.count for rate in rates)
     assert len({rate.total for rate in rates}) == 1
-    found = clusterguard.evaluate(trained, APGD(norm="linf", eps=0.1, steps=10), batches, sanity_images=0)
-    assert found.results[0].success.count <= rates[2].count
-    assert found.results[0].success.total == rates[2].total
+    report = clusterguard.evaluate(trained, APGD(norm="linf", eps=0.1, steps=10), batches, sanity_images=0)
+    assert report.results[0].success.count <= rates[2].count
+    assert report.results[0].success.total == rates[2].total
 
 
 def test_initial_weights_keep_the_width_of_intervals_and_leave_other_layers_alone():
@@ -85,7 +85,7 @@ def test_initial_weights_keep_the_width_of_intervals_and_leave_other_layers_alon
     assert all(torch.equal(statistics[name], value) for name, value in model[1].state_dict().items())
     assert not any(layer.bias.any() for layer in (model[0], model[4], model[6]))
     box = Interval(*(torch.full((4, *SHAPE), end) for end in (0.4, 0.6)))
-    widths = [(found.upper - found.lower).mean().item() for found in (model[:3](box), model[:6](box))]
+    widths = [(bounds.upper - bounds.lower).mean().item() for bounds in (model[:3](box), model[:6](box))]
     assert all(0.1 < width < 0.4 for width in widths)
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     drawn = [initialise(model, generator=generator) or model[4].weight.clone() for generator in generators]
@@ -98,8 +98,8 @@ def test_without_bounds_the_loss_is_that_of_benign_images_and_with_them_that_of_
     options = {"eps": 0.2, "center_weight": 0.5, "temperature": 2.0, "ramp_epochs": 2, "bound_weight": 0.4}
     trainer = CertifiedTrainer(guard, warmup_epochs=1, **options)
     distances = guard.distances(images).square()
-    own = distances.gather(1, labels[:, None]).mean() / 2
-    benign = nn.functional.cross_entropy(-distances / 4, labels) + 0.5 * own
+    spread = distances.gather(1, labels[:, None]).mean() / 2
+    benign = nn.functional.cross_entropy(-distances / 4, labels) + 0.5 * spread
     monkeypatch.setattr(type(trainer), "epochs_done", 0.5)
     torch.testing.assert_close(trainer.training_step(images, labels, None).loss, benign)
     monkeypatch.setattr(type(trainer), "epochs_done", 2.0)  # half the radius, half the weight

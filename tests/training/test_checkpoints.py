@@ -32,9 +32,9 @@ def path(tmp_path):
 
 
 def test_the_last_checkpoint_is_read_back(path):
-    found = parts()
-    assert load_checkpoint(path, parts=found) == {"step": 2}
-    assert torch.equal(found["guard"].weight, parts(2)["guard"].weight)
+    fresh = parts()
+    assert load_checkpoint(path, parts=fresh) == {"step": 2}
+    assert torch.equal(fresh["guard"].weight, parts(2)["guard"].weight)
     assert sorted(file.name for file in path.parent.iterdir()) == ["run.pt", "run.pt.previous"]
 
 
@@ -47,23 +47,23 @@ def test_a_flipped_bit_is_noticed_or_harmless(path, where):
     content = bytearray(path.read_bytes())
     content[where] ^= 0x10
     path.write_bytes(content)
-    found = parts()
+    fresh = parts()
     try:
-        values = load_checkpoint(path, parts=found)
+        values = load_checkpoint(path, parts=fresh)
     except UserWarning:  # warnings are errors here
         return
     assert values == {"step": 2}
-    assert torch.equal(found["guard"].weight, parts(2)["guard"].weight)
+    assert torch.equal(fresh["guard"].weight, parts(2)["guard"].weight)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.99])
 def test_a_truncated_file_gives_way_to_the_one_before_with_a_warning(path, kept):
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    found = parts()
+    fresh = parts()
     with pytest.warns(UserWarning, match="run.pt is damaged; going on from .*run.pt.previous"):
-        assert load_checkpoint(path, parts=found) == {"step": 1}
-    assert torch.equal(found["guard"].weight, parts(1)["guard"].weight)
+        assert load_checkpoint(path, parts=fresh) == {"step": 1}
+    assert torch.equal(fresh["guard"].weight, parts(1)["guard"].weight)
 
 
 def test_killed_between_the_two_moves_the_previous_one_stands(path):
@@ -74,10 +74,10 @@ def test_killed_between_the_two_moves_the_previous_one_stands(path):
 def test_nothing_whole_is_an_error_and_changes_nothing(path):
     for file in (path, previous(path)):
         file.write_bytes(b"not a checkpoint")
-    found = parts()
+    fresh = parts()
     with pytest.raises(PersistenceError, match=r"run.pt is damaged.*delete it"):
-        load_checkpoint(path, parts=found)
-    assert torch.equal(found["guard"].weight, parts()["guard"].weight)
+        load_checkpoint(path, parts=fresh)
+    assert torch.equal(fresh["guard"].weight, parts()["guard"].weight)
 
 
 def test_another_runs_checkpoint_is_refused_and_changes_nothing(path):
@@ -94,16 +94,16 @@ def test_another_runs_checkpoint_is_refused_and_changes_nothing(path):
 
 @pytest.mark.parametrize("failure", [InputError, KeyboardInterrupt])
 def test_what_fails_while_restoring_undoes_it(path, failure):
-    found = parts()
+    fresh = parts()
 
     def fail():
-        with read_checkpoint(path).restored(found):
-            assert torch.equal(found["guard"].weight, parts(2)["guard"].weight)
+        with read_checkpoint(path).restored(fresh):
+            assert torch.equal(fresh["guard"].weight, parts(2)["guard"].weight)
             raise failure
 
     with pytest.raises(failure):
         fail()
-    assert torch.equal(found["guard"].weight, parts()["guard"].weight)
+    assert torch.equal(fresh["guard"].weight, parts()["guard"].weight)
 
 
 def test_a_part_that_refuses_in_its_own_way_undoes_the_others(path):
@@ -112,10 +112,10 @@ def test_a_part_that_refuses_in_its_own_way_undoes_the_others(path):
             if state_dict:
                 raise TypeError("not mine")
 
-    found = parts() | {"optimizer": Picky()}
+    fresh = parts() | {"optimizer": Picky()}
     with pytest.raises(PersistenceError, match="does not fit"):
-        read_checkpoint(path).restored(found).__enter__()
-    assert torch.equal(found["guard"].weight, parts()["guard"].weight)
+        read_checkpoint(path).restored(fresh).__enter__()
+    assert torch.equal(fresh["guard"].weight, parts()["guard"].weight)
 
 
 def test_a_failing_write_leaves_the_old_ones(path):

@@ -38,7 +38,7 @@ def test_an_optimizer_of_some_parameters_is_told_which_it_lacks(blobs):
     guard = new_guard()
     bias = guard.encoder[0][1].bias
     before = bias.detach().clone()
-    rest = [own for own in guard.parameters() if own is not bias]
+    rest = [weight for weight in guard.parameters() if weight is not bias]
     with pytest.warns(UserWarning, match=r"lacks 1 of .* trainable parameters.*: encoder\.0\.1\.bias; pass"):
         fit(guard, blobs, optimizer=SGD(rest, lr=1e-3))
     assert torch.equal(bias, before)
@@ -75,11 +75,11 @@ def test_nothing_to_train_is_refused(blobs):
     [
         ({"optimizer": torch.optim.LBFGS}, "needs no closure"),
         ({"scheduler": CosineAnnealingLR(SGD([nn.Parameter(torch.ones(1))], lr=1.0), 3)}, "of another one"),
-        ({"scheduler": lambda own: ReduceLROnPlateau(own, mode="max")}, "mode='min'"),
+        ({"scheduler": lambda optimizer: ReduceLROnPlateau(optimizer, mode="max")}, "mode='min'"),
         ({"scheduler": ReduceLROnPlateau, "options": TrainingOptions(schedule_every="step")}, "schedule_every='epoch'"),
         (
             {
-                "scheduler": lambda own: OneCycleLR(own, 1.0, total_steps=5),
+                "scheduler": lambda optimizer: OneCycleLR(optimizer, 1.0, total_steps=5),
                 "options": TrainingOptions(schedule_every="step"),
             },
             "total_steps of at least the 10 steps",
@@ -99,12 +99,12 @@ def in_turn(optimizer, *, total):
     return SequentialLR(optimizer, [first, second], milestones=[1])
 
 
-@pytest.mark.parametrize("chain", [lambda own: own, lambda own: ChainedScheduler([own])])
+@pytest.mark.parametrize("chain", [lambda scheduler: scheduler, lambda scheduler: ChainedScheduler([scheduler])])
 def test_a_cycle_within_a_schedule_must_last_to_the_end(chain, blobs):
     options = TrainingOptions(schedule_every="step")
     with pytest.raises(ConfigurationError, match="total_steps of at least the 9 steps"):
-        fit(new_guard(), blobs, scheduler=lambda own: chain(in_turn(own, total=8)), options=options)
-    fit(new_guard(), blobs, scheduler=lambda own: chain(in_turn(own, total=9)), options=options)
+        fit(new_guard(), blobs, scheduler=lambda optimizer: chain(in_turn(optimizer, total=8)), options=options)
+    fit(new_guard(), blobs, scheduler=lambda optimizer: chain(in_turn(optimizer, total=9)), options=options)
 
 
 def test_a_cycle_that_another_schedule_follows_may_end_before_the_training(blobs):
@@ -115,10 +115,10 @@ def test_a_cycle_that_another_schedule_follows_may_end_before_the_training(blobs
     options = TrainingOptions(schedule_every="step")
     fit(new_guard(), blobs, scheduler=first_a_cycle, options=options)
     with pytest.raises(ConfigurationError, match="total_steps of at least the 3 steps"):
-        fit(new_guard(), blobs, scheduler=lambda own: first_a_cycle(own, total=2), options=options)
+        fit(new_guard(), blobs, scheduler=lambda optimizer: first_a_cycle(optimizer, total=2), options=options)
 
 
-@pytest.mark.parametrize("options", [{"optimizer": lambda own: None}, {"scheduler": lambda own: None}])
+@pytest.mark.parametrize("options", [{"optimizer": lambda parameters: None}, {"scheduler": lambda parameters: None}])
 def test_a_factory_that_makes_nothing_is_named(options):
     with pytest.raises(ConfigurationError, match="a function"):
         AdversarialClusterTrainer(new_guard(), ATTACK, **options)
@@ -159,14 +159,16 @@ def test_timms_schedulers_are_told_of_epochs_and_steps(blobs, tmp_path):
             trainer = AdversarialClusterTrainer(
                 new_guard(),
                 ATTACK,
-                optimizer=lambda own: SGD(own, lr=1e-3),
-                scheduler=lambda own: CosineLRScheduler(own, t_initial=4 if in_epochs else 40, t_in_epochs=in_epochs),
+                optimizer=lambda parameters: SGD(parameters, lr=1e-3),
+                scheduler=lambda optimizer: CosineLRScheduler(
+                    optimizer, t_initial=4 if in_epochs else 40, t_in_epochs=in_epochs
+                ),
             )
             trainer.fit(
                 blobs,
                 blobs,
                 epochs=epochs,
-                on_epoch_end=lambda _, own=trainer: seen.append(own.optimizer.param_groups[0]["lr"]),
+                on_epoch_end=lambda _, fitted=trainer: seen.append(fitted.optimizer.param_groups[0]["lr"]),
                 checkpoint=checkpoint,
                 calibrate=False,
                 progress=False,
@@ -182,14 +184,14 @@ def test_timms_schedulers_are_told_of_epochs_and_steps(blobs, tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_scheduler_that_does_not_keep_its_state_is_refused(blobs):
     with pytest.raises(ConfigurationError, match="ReduceLROnPlateau, got a PlateauLRScheduler"):
-        fit(new_guard(), blobs, scheduler=lambda own: PlateauLRScheduler(own, mode="min"))
+        fit(new_guard(), blobs, scheduler=lambda optimizer: PlateauLRScheduler(optimizer, mode="min"))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"optimizer": lambda own: SGD(own, lr=np.float64(1e-3))},
-        {"scheduler": lambda own: StepLR(own, 1, gamma=np.float64(0.5))},
+        {"optimizer": lambda parameters: SGD(parameters, lr=np.float64(1e-3))},
+        {"scheduler": lambda optimizer: StepLR(optimizer, 1, gamma=np.float64(0.5))},
     ],
 )
 def test_what_a_checkpoint_cannot_keep_is_refused_before_training(blobs, tmp_path, options):

@@ -34,9 +34,9 @@ def test_all_random_states_come_back():
 
 
 @given(st.integers(0, 9), st.booleans(), st.integers(0, 3))
-def test_a_replay_goes_on_with_the_batches_that_would_have_come(taken, own_generator, noise):
+def test_a_replay_goes_on_with_the_batches_that_would_have_come(taken, has_generator, noise):
     def loader(seed):
-        generator = torch.Generator().manual_seed(seed) if own_generator else None
+        generator = torch.Generator().manual_seed(seed) if has_generator else None
         return DataLoader(Noisy(), batch_size=3, shuffle=True, generator=generator)
 
     torch.manual_seed(1)
@@ -51,8 +51,8 @@ def test_a_replay_goes_on_with_the_batches_that_would_have_come(taken, own_gener
     fresh = Replay(loader(7), CPU)
     fresh.load_state_dict(state)
     set_random_states(states, CPU)
-    found = [[part.tolist() for part in batch] for _ in range(2) for batch in fresh]
-    assert found == expected
+    replayed = [[part.tolist() for part in batch] for _ in range(2) for batch in fresh]
+    assert replayed == expected
 
 
 def test_passes_follow_each_other_and_positions_are_known():

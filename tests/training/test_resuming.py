@@ -127,16 +127,19 @@ LOADERS = {
     "sampler of an array": lambda: DataLoader(DATA, 10, sampler=ShufflesInPlace(np.arange(60))),
     "sampler of a tensor": lambda: DataLoader(DATA, 10, sampler=ShufflesInPlace(torch.arange(60))),
     "torch's in data": lambda: DataLoader(
-        noisy(lambda own: torch.rand(1, generator=own.generator), generator=seeded()), 10
+        noisy(lambda data: torch.rand(1, generator=data.generator), generator=seeded()), 10
     ),
-    "numpy's in data": lambda: DataLoader(noisy(lambda own: own.rng.random(), rng=np.random.default_rng(5)), 10),
-    "numpy's old one in data": lambda: DataLoader(noisy(lambda own: own.rng.rand(), rng=np.random.RandomState(5)), 10),
+    "numpy's in data": lambda: DataLoader(noisy(lambda data: data.rng.random(), rng=np.random.default_rng(5)), 10),
+    "numpy's old in data": lambda: DataLoader(noisy(lambda data: data.rng.rand(), rng=np.random.RandomState(5)), 10),
     "numpy's other bits in data": lambda: DataLoader(
-        noisy(lambda own: own.rng.random(), rng=np.random.Generator(np.random.Philox(5))), 10
+        noisy(lambda data: data.rng.random(), rng=np.random.Generator(np.random.Philox(5))), 10
     ),
     "python's in nested data": lambda: DataLoader(
         ConcatDataset(
-            [Subset(noisy(lambda own: own.rng.random(), rng=random.Random(5)), range(30)), Subset(DATA, range(30, 60))]
+            [
+                Subset(noisy(lambda data: data.rng.random(), rng=random.Random(5)), range(30)),
+                Subset(DATA, range(30, 60)),
+            ]
         ),
         10,
         shuffle=True,
@@ -144,14 +147,14 @@ LOADERS = {
     "a closure's": lambda: DataLoader(
         (lambda generator: noisy(lambda _: torch.rand(1, generator=generator)))(seeded()), 10
     ),
-    "a slot's": lambda: DataLoader(noisy(lambda own: own.inner.generator.random(), inner=Slotted()), 10),
+    "a slot's": lambda: DataLoader(noisy(lambda data: data.inner.generator.random(), inner=Slotted()), 10),
     "a module's": lambda: DataLoader(DrawsFromItsModule(), 10),
     "stream": lambda: DataLoader(Stream(), 10),
     "workers, generator in data": lambda: DataLoader(
-        noisy(lambda own: torch.rand(1, generator=own.generator), generator=seeded()), 10, num_workers=1
+        noisy(lambda data: torch.rand(1, generator=data.generator), generator=seeded()), 10, num_workers=1
     ),
     "persistent workers": lambda: DataLoader(
-        noisy(lambda own: torch.rand(1)), 10, shuffle=True, num_workers=1, persistent_workers=True
+        noisy(lambda data: torch.rand(1)), 10, shuffle=True, num_workers=1, persistent_workers=True
     ),
 }
 
@@ -195,8 +198,11 @@ def test_a_resumed_training_is_bit_by_bit_the_uninterrupted_one(name, tmp_path):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: DataLoader(noisy(lambda own: own.rng.random(), rng=random.SystemRandom()), 10), "operating system"),
-        (lambda: DataLoader(noisy(lambda own: next(own.places) % 2, places=count()), 10), "is an iterator"),
+        (
+            lambda: DataLoader(noisy(lambda data: data.rng.random(), rng=random.SystemRandom()), 10),
+            "operating system",
+        ),
+        (lambda: DataLoader(noisy(lambda data: next(data.places) % 2, places=count()), 10), "is an iterator"),
         (lambda: DataLoader(DATA, 10, num_workers=1, in_order=False), "in_order=False"),
     ],
 )
@@ -228,31 +234,31 @@ def carrying(change, *, of_class=None, **held):
     return DataLoader(type("Own", (Carrying,), of_class or {})(change, **held), 2)
 
 
-def add_to_itself(own):
-    own.count += 1
-    return own.count
+def add_to_itself(data):
+    data.count += 1
+    return data.count
 
 
-def add_to_its_class(own):
-    type(own).count += 1
-    return own.count
+def add_to_its_class(data):
+    type(data).count += 1
+    return data.count
 
 
-def add_to_first(own):
-    own.count[0] += 1
-    return own.count[0]
+def add_to_first(data):
+    data.count[0] += 1
+    return data.count[0]
 
 
-def make_if_none(own):
-    own.rng = own.rng or np.random.default_rng(5)
-    return own.rng.random()
+def make_if_none(data):
+    data.rng = data.rng or np.random.default_rng(5)
+    return data.rng.random()
 
 
 def make_if_absent(make):
-    def change(own):
-        if not hasattr(own, "rng"):
-            own.rng = make()
-        return own.rng.random() if isinstance(own.rng, random.Random) else torch.rand(1, generator=own.rng)
+    def change(data):
+        if not hasattr(data, "rng"):
+            data.rng = make()
+        return data.rng.random() if isinstance(data.rng, random.Random) else torch.rand(1, generator=data.rng)
 
     return change
 
@@ -261,18 +267,18 @@ helpers = ModuleType("helpers")
 exec("def noise():\n    return RNG.random()", vars(helpers))
 
 
-def draw_from_a_module(own):
+def draw_from_a_module(data):
     return helpers.RNG.random()
 
 
-def call_a_module(own):
+def call_a_module(data):
     return helpers.noise()
 
 
-def turn(own):
-    own.order.rotate(1)
-    own.order = type(own.order)(own.order)
-    return own.order[0]
+def turn(data):
+    data.order.rotate(1)
+    data.order = type(data.order)(data.order)
+    return data.order[0]
 
 
 class LazyStream(IterableDataset):
@@ -314,9 +320,9 @@ CARRIED = {
     "list of the class": lambda: carrying(add_to_first, of_class={"count": [0]}),
     "another module's": lambda: carrying(draw_from_a_module),
     "another module's function": lambda: carrying(call_a_module),
-    "many": lambda: carrying(lambda own: own.rngs[299].random(), rngs=[random.Random(index) for index in range(300)]),
+    "many": lambda: carrying(lambda data: data.rngs[299].random(), rngs=[random.Random(index) for index in range(300)]),
     "many by name": lambda: carrying(
-        lambda own: own.rngs["299"].random(), rngs={str(index): random.Random(index) for index in range(300)}
+        lambda data: data.rngs["299"].random(), rngs={str(index): random.Random(index) for index in range(300)}
     ),
     "list": lambda: carrying(add_to_first, count=[0, "name"]),
     "dict": lambda: carrying(add_to_first, count={0: 0, "deeper": [(1, 2)]}),
@@ -324,7 +330,7 @@ CARRIED = {
     "array": lambda: carrying(add_to_first, count=np.zeros(2)),
     "number of numpy's": lambda: carrying(add_to_itself, count=np.int64(0)),
     "deque": lambda: carrying(turn, order=deque(range(7), maxlen=9)),
-    "slot": lambda: carrying(lambda own: add_to_itself(own.inner), inner=SlottedCount()),
+    "slot": lambda: carrying(lambda data: add_to_itself(data.inner), inner=SlottedCount()),
     "order in a tuple": lambda: ordered(order=tuple(range(6))),
     "order in a deque": lambda: ordered(order=deque(range(6))),
     "epoch in a dict": lambda: ordered(state={"epoch": 0}),
@@ -374,7 +380,7 @@ def test_what_is_drawn_undisturbed_leaves_no_trace_in_what_a_loader_carries(name
 def counts_where_nobody_looks():
     count = 0
 
-    def change(own):
+    def change(data):
         nonlocal count
         count += 1
         return count
@@ -386,7 +392,7 @@ def counts_where_nobody_looks():
     "make",
     [
         counts_where_nobody_looks,
-        lambda: carrying(lambda own: torch.rand(1, generator=torch.Generator().manual_seed(secrets.randbits(40)))),
+        lambda: carrying(lambda data: torch.rand(1, generator=torch.Generator().manual_seed(secrets.randbits(40)))),
     ],
 )
 def test_a_loader_that_differs_from_itself_is_noticed_before_and_after_an_interruption(make):

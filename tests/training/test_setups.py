@@ -26,10 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*too few correctly classified")
 
 
 def fit(guard, loader, calibration=None, *, epochs=1, attack=ATTACK, **options):
-    own = {name: options.pop(name) for name in ("unpack", "calibrate") if name in options}
+    fit_options = {name: options.pop(name) for name in ("unpack", "calibrate") if name in options}
     trainer = AdversarialClusterTrainer(guard, attack, calibrator=CALIBRATOR, **options)
     calibration = list(loader) if calibration is None else calibration
-    trainer.fit(loader, calibration, epochs=epochs, progress=False, **{"calibrate": False, **own})
+    trainer.fit(loader, calibration, epochs=epochs, progress=False, **{"calibrate": False, **fit_options})
     return trainer
 
 
@@ -141,7 +141,7 @@ def test_weights_that_somebody_has_changed_between_two_trainings_stay(blobs):
     guard = new_guard()
     options = TrainingOptions(average_decay=0.9)
     trainer = fit(guard, blobs, options=options, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
-    guard.load_state_dict({name: own + 1 for name, own in guard.state_dict().items()})
+    guard.load_state_dict({name: tensor + 1 for name, tensor in guard.state_dict().items()})
     changed = weights(guard)
     trainer.fit(blobs, blobs, epochs=2, calibrate=False, progress=False)
     assert (weights(guard) - changed).abs().max() < 1  # the average of old and new, by a step of length 0
@@ -174,7 +174,7 @@ def test_a_guard_of_inference_mode_is_refused(blobs):
         fit(guard, blobs)
 
 
-@pytest.mark.parametrize("make", [lambda own: own, lambda own: DataLoader(own.dataset, 50)])
+@pytest.mark.parametrize("make", [lambda loader: loader, lambda loader: DataLoader(loader.dataset, 50)])
 def test_calibration_with_the_training_images_is_warned_of(blobs, make):
     with pytest.warns(UserWarning, match="images that are trained on"):
         fit(new_guard(), blobs, make(blobs), calibrate=True)

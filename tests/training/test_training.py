@@ -39,8 +39,8 @@ def test_one_epoch_on_real_digits_lowers_the_loss():
 
     def record(detector, images, labels, *, targets=None, generator=None):
         with torch.no_grad():
-            own = guard.head.squared_distances(guard.represent(images)).gather(1, labels[:, None])
-        losses.append(own.mean().item())
+            squared = guard.head.squared_distances(guard.represent(images)).gather(1, labels[:, None])
+        losses.append(squared.mean().item())
         return FGSM(eps=0.1)(detector, images, labels)
 
     loader = DataLoader(data, batch_size=100, shuffle=True)

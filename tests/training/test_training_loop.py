@@ -65,7 +65,7 @@ def test_a_run_stopped_after_every_few_steps_ends_where_an_uninterrupted_one_doe
         with pytest.raises(TrainingStoppedError, match=rf"after {steps} steps; fit with .*run.pt goes on"):
             fit(checkpoint=tmp_path / "run.pt")
     stopped = fit(checkpoint=tmp_path / "run.pt")
-    ends = [{**own.detector.state_dict(), "tau": own.thresholds} for own in (stopped, straight)]
+    ends = [{**trainer.detector.state_dict(), "tau": trainer.thresholds} for trainer in (stopped, straight)]
     torch.testing.assert_close(*ends, rtol=0, atol=0, equal_nan=True)
     assert [record.loss for record in stopped.history] == [record.loss for record in straight.history]
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_where_no_file_can_be_is_refused_before_training(blobs, tmp
     ):
         train(guard, blobs, checkpoint=tmp_path / place)
     assert torch.equal(weights(guard), before)
-    assert [own.name for own in tmp_path.iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_second_training_on_the_file_of_one_that_is_going_on_is_told_so(blobs, tmp_path):

@@ -122,7 +122,7 @@ def test_trackers_are_told_what_matters(blobs, fresh_accelerate):
     last = notebook.pages[30]
     assert set(last) == {
         "loss",
-        "loss/own",
+        "loss/classes",
         "loss/adversarial",
         "accuracy",
         "attack_success_rate",
@@ -131,7 +131,7 @@ def test_trackers_are_told_what_matters(blobs, fresh_accelerate):
         "false_positive_rate",
         *(f"threshold/{index}" for index in range(3)),
     }
-    assert last["loss"] == pytest.approx(last["loss/own"] + last["loss/adversarial"], rel=1e-5)
+    assert last["loss"] == pytest.approx(last["loss/classes"] + last["loss/adversarial"], rel=1e-5)
     assert 0 <= last["false_positive_rate"] <= 1
     assert last["learning_rate"] == 1e-3
 
@@ -163,8 +163,8 @@ def test_a_mixed_attack_takes_each_in_turn_at_random_and_scales_them_all(linear_
     mixed = MixedAttack(attacks=(FGSM(eps=0.1), FGSM(norm="l2", eps=0.3)))
     each = [attack(linear_detector, images, labels) for attack in mixed.attacks]
     generator = torch.Generator().manual_seed(0)
-    found = [mixed(linear_detector, images, labels, generator=generator) for _ in range(20)]
-    chosen = [[torch.equal(attacked, own) for own in each] for attacked in found]
+    runs = [mixed(linear_detector, images, labels, generator=generator) for _ in range(20)]
+    chosen = [[torch.equal(attacked, single) for single in each] for attacked in runs]
     assert all(sum(one) == 1 for one in chosen)
     assert 4 < sum(one[0] for one in chosen) < 16
     assert [attack.eps for attack in mixed.scaled(0.5).attacks] == [0.05, 0.15]

@@ -30,9 +30,9 @@ def moved_up(guard, loss_of, share):
     above = copy.deepcopy(guard)
     loss_of(above).backward()
     with torch.no_grad():
-        for own in above.parameters():
-            if own.ndim > 1:
-                own += share * own.norm() * own.grad / own.grad.norm()
+        for weight in above.parameters():
+            if weight.ndim > 1:
+                weight += share * weight.norm() * weight.grad / weight.grad.norm()
     above.zero_grad()
     return above
 
@@ -47,8 +47,8 @@ def test_perturbed_weights_give_the_gradient_and_the_old_ones_take_the_step(blob
     above = moved_up(expected, loss_of, 0.05)
     loss_of(above).backward()
     with torch.no_grad():
-        for own, other in zip(expected.parameters(), above.parameters(), strict=True):
-            own -= 0.1 * other.grad
+        for weight, other in zip(expected.parameters(), above.parameters(), strict=True):
+            weight -= 0.1 * other.grad
     for model, options in ((guard, TrainingOptions(weight_perturbation=0.05)), (plain, TrainingOptions())):
         trainer = Plain(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), options=options)
         trainer.fit([(images, labels)], blobs, epochs=1, calibrate=False, progress=False)
@@ -78,8 +78,8 @@ def test_without_a_gradient_nothing_moves(blobs):
 def test_where_only_biases_are_trained_nothing_moves(blobs):
     guards = [new_guard(), new_guard()]
     for guard, options in zip(guards, (TrainingOptions(weight_perturbation=0.1), None), strict=True):
-        for own in guard.parameters():
-            own.requires_grad_(own.ndim == 1)
+        for weight in guard.parameters():
+            weight.requires_grad_(weight.ndim == 1)
         fit(guard, blobs, epochs=1, options=options)
     assert torch.equal(weights(guards[0]), weights(guards[1]))
     assert not torch.equal(weights(guards[0]), weights(new_guard()))
@@ -137,7 +137,7 @@ def test_a_loss_that_explodes_at_perturbed_weights_leaves_the_ones_before(blobs)
     with pytest.raises(TrainingDivergedError, match="inf at step 0"):
         trainer.fit(blobs, blobs, epochs=1, calibrate=False, progress=False)
     assert torch.equal(weights(guard), before)
-    assert all(own.grad is None or own.grad.isfinite().all() for own in guard.parameters())
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in guard.parameters())
 
 
 def test_weight_perturbation_goes_on_from_within_an_epoch_to_the_same_weights(blobs, tmp_path):
@@ -162,7 +162,9 @@ def test_weight_perturbation_goes_on_from_within_an_epoch_to_the_same_weights(bl
     with pytest.raises(KeyboardInterrupt):
         stopped.fit(loader, blobs, epochs=2, **options)
     resumed.fit(loader, blobs, epochs=2, **options)
-    ends = [{**dict(own.guard.named_buffers()), "weights": weights(own.guard)} for own in (straight, resumed)]
+    ends = [
+        {**dict(trainer.guard.named_buffers()), "weights": weights(trainer.guard)} for trainer in (straight, resumed)
+    ]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0] if name != "thresholds")
 
 
@@ -171,17 +173,17 @@ def test_accumulated_batches_are_each_perturbed_on_their_own(blobs, fresh_accele
     halves = [(images[:30], labels[:30]), (images[30:], labels[30:])]
     expected = copy.deepcopy(guard)
     gradients = []
-    for own_images, own_labels in halves:
+    for half_images, half_labels in halves:
 
-        def loss_of(model, own_images=own_images, own_labels=own_labels):
-            return nn.functional.cross_entropy(model(own_images), own_labels)
+        def loss_of(model, half_images=half_images, half_labels=half_labels):
+            return nn.functional.cross_entropy(model(half_images), half_labels)
 
         above = moved_up(expected, loss_of, 0.05)
         loss_of(above).backward()
-        gradients.append([own.grad for own in above.parameters()])
+        gradients.append([weight.grad for weight in above.parameters()])
     with torch.no_grad():
-        for own, first, second in zip(expected.parameters(), *gradients, strict=True):
-            own -= 0.1 * (first + second) / 2
+        for weight, first, second in zip(expected.parameters(), *gradients, strict=True):
+            weight -= 0.1 * (first + second) / 2
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     options = TrainingOptions(weight_perturbation=0.05, accelerator=accelerator)
     trainer = Plain(guard, optimizer=torch.optim.SGD(guard.parameters(), lr=0.1), options=options)

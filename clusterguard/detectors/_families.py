@@ -1,0 +1,357 @@
+"""Families of backbones: all that is done differently for models of timm, of torchvision, and for any other module.
+
+To add a family, write a subclass of `Family` and enter it in `FAMILIES`. No library is imported until a model of it is
+built. A model is recognised by the modules in which its class and their bases are defined, so a user's subclass is
+recognised too.
+"""
+
+import inspect
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from itertools import dropwhile
+from typing import Any, ClassVar, final
+
+from clusterguard.detectors._dense_layers import (
+    Dense,
+    count_outputs,
+    dense_layers,
+    last_parameter,
+    make_layer_like,
+    put_in_place,
+)
+from clusterguard.detectors._layers import build_layers, describe_layers
+from clusterguard.detectors._outputs import has_width
+from clusterguard.detectors._recipe_settings import may_be_set
+from clusterguard.detectors._wrappers import Normalization
+from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
+from einops.layers.torch import Reduce
+from torch import nn
+from torch.fx import GraphModule
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Family(ABC):
+    """A kind of backbones, with all that differs between kinds.
+
+    Attributes:
+        name: name of the family in recipes of saved guards.
+        rebuilds: whether people may expect that a saved model of this family is built again from its recipe.
+    """
+
+    name: ClassVar[str]
+    rebuilds: ClassVar[bool] = True
+
+    @abstractmethod
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a module is of this family. It may be a part of a model only."""
+
+    @abstractmethod
+    def is_model(self, module: nn.Module) -> bool:
+        """Whether a module of this family is a whole model, not one of the blocks that models are made of."""
+
+    @abstractmethod
+    def num_classes(self, model: nn.Module) -> int | None:
+        """The number K of classes that a model distinguishes now, the width of its classifier; None without one."""
+
+    @abstractmethod
+    def trained_normalization(self, model: nn.Module) -> Normalization | None:
+        """Mean and standard deviation, one value per channel, that a model was trained with; None if nobody knows."""
+
+    def normalization(self, model: nn.Module) -> Normalization | None:
+        """The same for the channels that a model takes now. Built for one channel, it gets the averages."""
+        trained = self.trained_normalization(model)
+        first = next((layer for layer in dense_layers(model) if isinstance(layer, nn.Conv2d)), None)
+        # timm's attribute covers linear patch embeddings, and the layer covers a stem that a user replaced.
+        if trained is None or 1 not in (getattr(model, "in_chans", None), getattr(first, "in_channels", None)):
+            return trained
+        mean, std = trained
+        return (sum(mean) / len(mean),), (sum(std) / len(std),)
+
+    def image_shape(self, model: nn.Module) -> tuple[int, ...] | None:
+        """The shape (C, H, W) of images that a model was made for; None if it does not tell."""
+        settings: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})  # timm's, which others have taken up
+        return (getattr(model, "in_chans", 3), *settings["input_size"][1:]) if "input_size" in settings else None
+
+    @abstractmethod
+    def keep_main_output(self, model: nn.Module) -> None:
+        """Let a model that returns several outputs in train mode, such as those of auxiliary heads, return one."""
+
+    @abstractmethod
+    def replace_classifier(self, model: nn.Module, out_features: int) -> bool:
+        """Put a new layer in the place of the classifier.
+
+        Args:
+            model: model of this family, which is changed.
+            out_features: number of outputs of the new layer.
+
+        Returns:
+            Whether there was a classifier that could be replaced.
+        """
+
+    def pooling(self, model: nn.Module) -> nn.Module | None:
+        """The module that makes (B, D) of what a model without a classifier returns; None if none is needed."""
+        return None
+
+    @abstractmethod
+    def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Names and arguments with which `build` may have built a model; none if another family built it."""
+
+    def may_be_set(self, name: str, value: object) -> bool:
+        """Whether a recipe may hold this argument."""
+        return may_be_set(name, value)
+
+    def build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+        """Build a model with random weights; nothing is downloaded and no checkpoint is read.
+
+        Args:
+            name: name of the model, perhaps a stranger's.
+            arguments: arguments of the model, perhaps a stranger's.
+
+        Raises:
+            ConfigurationError: it is no name of a classifier, or an argument is one that no recipe may set.
+        """
+        refused = [key for key, value in arguments.items() if not self.may_be_set(key, value)]
+        if refused:
+            raise ConfigurationError(f"expected settings that a recipe may hold, got {refused!s:.100}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about initial weights and old names
+            return self._build(name, arguments)
+
+    @abstractmethod
+    def _build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+        """The model of this name, of which only the arguments have been checked."""
+
+
+@final
+class Timm(Family):
+    """Models of timm."""
+
+    name = "timm"
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a base of its class is timm's."""
+        return any(cls.__module__.startswith("timm.") for cls in type(module).__mro__)
+
+    def is_model(self, module: nn.Module) -> bool:
+        """Whether it has a classifier to reset, or timm's configuration."""
+        return hasattr(module, "reset_classifier") or isinstance(getattr(module, "pretrained_cfg", None), dict)
+
+    def num_classes(self, model: nn.Module) -> int | None:
+        """The width of the classifier, or else timm's own attribute."""
+        num_classes = int(getattr(model, "num_classes", 0))
+        classifier = getattr(model, "get_classifier", nn.Identity)()
+        layers = dense_layers(nn.ModuleList(classifier if isinstance(classifier, tuple) else [classifier]))
+        # The layer counts more than the attribute, because a user may have replaced it. If the attribute is 0, the
+        # layer is not a classifier.
+        return count_outputs(layers[-1]) if layers and num_classes else num_classes or None
+
+    def trained_normalization(self, model: nn.Module) -> Normalization | None:
+        """The values of timm's configuration."""
+        settings = getattr(model, "pretrained_cfg", None)
+        if not (isinstance(settings, dict) and settings.get("mean") and settings.get("std")):
+            return None
+        return tuple(map(float, settings["mean"])), tuple(map(float, settings["std"]))
+
+    def keep_main_output(self, model: nn.Module) -> None:
+        """Switch off distilled and auxiliary heads."""
+        _drop_auxiliary_outputs(model)
+
+    def replace_classifier(self, model: Any, out_features: int) -> bool:
+        """Let timm reset the classifier, with pooling in front of it."""
+        if not hasattr(model, "reset_classifier"):
+            return False
+        like = last_parameter(model)
+        pools = [getattr(owner, "global_pool", None) for owner in (getattr(model, "head", None), model)]
+        # Without pooling, a model that returns its feature map would apply the layer at every position of the map.
+        unpooled = "" in [getattr(pool, "pool_type", pool) for pool in pools]
+        before = set(model.modules())
+        model.reset_classifier(out_features, *(["avg"] if unpooled else []))
+        for module in set(model.modules()) - before:
+            module.to(like).training = model.training
+        return True
+
+    def pooling(self, model: nn.Module) -> nn.Module | None:
+        """The mean over positions, for encoders of vision-language models."""
+        if not hasattr(model, "forward_features"):
+            return None
+        is_map = getattr(model, "output_fmt", "NCHW") == "NCHW"
+        return Reduce("b d ... -> b d" if is_map else "b ... d -> b d", "mean")
+
+    def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The architecture that timm's configuration names."""
+        settings = getattr(model, "pretrained_cfg", None)
+        if isinstance(settings, dict) and settings.get("architecture"):
+            name = ".".join(filter(None, (settings["architecture"], settings.get("tag"))))
+            yield name, getattr(model, "_model_args", {})  # newer versions of timm keep them
+
+    def _build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+        import timm
+
+        if not (re.fullmatch(r"[\w.]+", name) and timm.is_model(name)):
+            raise ConfigurationError(f"{name!r:.100} is no name of a timm model")
+        off: dict[str, Any] = {"pretrained": False, "checkpoint_path": "", "pretrained_cfg": None}
+        return timm.create_model(name, **off, pretrained_cfg_overlay=None, **arguments)
+
+
+@final
+class Torchvision(Family):
+    """Classification models of torchvision."""
+
+    name = "torchvision"
+    _heads = ("fc", "classifier", "head", "heads")
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a base of its class is torchvision's, and not one for another task."""
+        homes = (cls.__module__.split(".") for cls in type(module).__mro__)
+        home = next((home for home in homes if home[:2] == ["torchvision", "models"]), None)
+        return home is not None and home[2] not in {"detection", "optical_flow", "segmentation", "video"}
+
+    def is_model(self, module: nn.Module) -> bool:
+        """Whether it has a head, or is a feature extractor."""
+        return any(hasattr(module, name) for name in self._heads) or isinstance(module, GraphModule)
+
+    def num_classes(self, model: nn.Module) -> int | None:
+        """The width of the head's last layer."""
+        head = self._find_head(model)
+        return None if head is None else count_outputs(head[1])
+
+    def trained_normalization(self, model: nn.Module) -> Normalization | None:
+        """ImageNet's values, because a model does not tell which weights it has; efficientnet_v2_l has others."""
+        convolutions = [layer for layer in dense_layers(model) if isinstance(layer, nn.Conv2d)]
+        ends = [tuple(layer.weight.shape[:2]) for layer in convolutions[:1] + convolutions[-1:]]
+        return ((0.5,) * 3, (0.5,) * 3) if ends == [(32, 3), (1280, 640)] else _IMAGENET
+
+    def keep_main_output(self, model: nn.Module) -> None:
+        """Remove auxiliary heads."""
+        _drop_auxiliary_outputs(model)
+
+    def replace_classifier(self, model: nn.Module, out_features: int) -> bool:
+        """Replace the last layer of the head, and remove activations after it.
+
+        Raises:
+            UnsupportedBackboneError: the head is a user's own, and no layer in it makes the output.
+        """
+        ending = self._find_head(model)
+        if ending is None:
+            return False
+        head, layer = ending
+        fresh, first = make_layer_like(layer, out_features), dense_layers(head)[0]
+        for path, module in dropwhile(lambda item: item[1] is not layer, list(head.named_modules())):
+            # Remove activations after the classifier, such as SqueezeNet's ReLU. Representations scatter around centres
+            # whose coordinates are mostly zero, so they must be able to become negative.
+            if type(module).__module__ == "torch.nn.modules.activation":
+                head.set_submodule(path, nn.Identity().train(module.training))
+        put_in_place(model, layer, fresh)
+        if all(type(part).__module__.split(".")[0] in ("torch", "torchvision") for part in head.modules()):
+            return True
+        # In a user's head, such as an adapter beside its base, the last layer need not be the one that makes the
+        # output.
+        if not has_width(model, out_features):
+            put_in_place(model, head, make_layer_like(first, out_features))
+            if not has_width(model, out_features):
+                raise UnsupportedBackboneError(
+                    f"expected a classifier that one linear layer can replace, got {type(head).__name__}; put such a "
+                    "layer in its place"
+                )
+        return True
+
+    def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The functions that build models of this class."""
+        if type(model).__module__.startswith("torchvision.models."):
+            from torchvision import models
+
+            for name in models.list_models(module=models):
+                if inspect.signature(models.get_model_builder(name)).return_annotation is type(model):
+                    yield name, {}
+
+    def _build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+        from torchvision import models
+
+        # Models for detection and segmentation fetch weights of a backbone unless they are told not to.
+        if name not in models.list_models(module=models):
+            raise ConfigurationError(f"{name!r:.100} is no name of a classifier of torchvision")
+        return models.get_model_builder(name)(weights=None, **arguments)  # type: ignore[no-any-return]
+
+    def _find_head(self, model: nn.Module) -> tuple[nn.Module, Dense] | None:
+        """The head and its last layer; None for a model without a classifier."""
+        for name in self._heads:
+            head = getattr(model, name, nn.Identity())
+            if layers := dense_layers(head):
+                return head, layers[-1]
+        return None
+
+
+@final
+class PlainModules(Family):
+    """All other modules. They keep what they have, and get a layer on top; those of torch's own layers are rebuilt."""
+
+    name = "layers"
+    rebuilds = False
+
+    def fits(self, module: nn.Module) -> bool:
+        """False, because these are the modules that no other family fits."""
+        return False
+
+    def is_model(self, module: nn.Module) -> bool:
+        """False, because nothing tells a model from a part of it."""
+        return False
+
+    def num_classes(self, model: nn.Module) -> int | None:
+        """None, because nothing tells a classifier from another layer."""
+        return None
+
+    def trained_normalization(self, model: nn.Module) -> Normalization | None:
+        """None, because nothing tells it."""
+        return None
+
+    def keep_main_output(self, model: nn.Module) -> None:
+        """Nothing is changed."""
+
+    def replace_classifier(self, model: nn.Module, out_features: int) -> bool:
+        """False, and nothing is changed."""
+        return False
+
+    def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The layers, if all of them are torch's own."""
+        if (layers := describe_layers(model)) is not None:
+            yield type(model).__name__, layers
+
+    def may_be_set(self, name: str, value: object) -> bool:
+        """True, because `build_layers` checks every layer."""
+        return True
+
+    def build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+        """The module of these layers.
+
+        Args:
+            name: name of the module's class, which is not used.
+            arguments: layers as `describe_layers` gives them.
+
+        Raises:
+            ConfigurationError: a layer is not known, or does not take its options.
+        """
+        return self._build(name, arguments)
+
+    def _build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+        return build_layers(arguments)
+
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (Timm(), Torchvision(), PlainModules())}
+"""All families by name. A module that fits none of them is a plain module."""
+
+
+def family_of(module: nn.Module) -> Family:
+    """The family of a module, or of a part of a model."""
+    return next((family for family in FAMILIES.values() if family.fits(module)), FAMILIES[PlainModules.name])
+
+
+def _drop_auxiliary_outputs(model: Any) -> None:
+    for module in model.modules():
+        if getattr(module, "distilled_training", False):
+            module.distilled_training = False
+    for name in {"AuxLogits", "aux1", "aux2"}.intersection(model._modules):
+        setattr(model, name, None)
+        model.aux_logits = False

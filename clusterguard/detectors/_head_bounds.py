@@ -1,0 +1,78 @@
+"""What a head says about all representations in a box, so that certificates can ask it."""
+
+from typing import NamedTuple, Protocol
+
+from clusterguard.detection import Arithmetic
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+
+class RepresentationBox(Protocol):
+    """A box of representations, as certificates pass it to a head; `clusterguard.certification.Interval` is one."""
+
+    @property
+    def lower(self) -> Tensor:
+        """Smallest exact values (B, m)."""
+        ...
+
+    @property
+    def upper(self) -> Tensor:
+        """Largest exact values (B, m)."""
+        ...
+
+    @property
+    def error(self) -> Tensor | None:
+        """Largest distance (B, m) from a computed representation to the box; None for exact numbers."""
+        ...
+
+    @property
+    def arithmetic(self) -> Arithmetic | None:
+        """Arithmetic in which the guard computes, while bounds are in float64; None for exact numbers."""
+        ...
+
+    def lowest(self, directions: Tensor) -> Tensor:
+        """The smallest exact ⟨direction, z⟩ over z in the box, for directions (B, S, m): (B, S).
+
+        It is often larger than what `lower` and `upper` tell, because the network's last layer is taken into account.
+        """
+        ...
+
+    def slack(self, directions: Tensor) -> Tensor:
+        """How far rounding may take ⟨direction, z⟩ below `lowest`, for directions (B, S, m): (B, S)."""
+        ...
+
+
+class Bounds(NamedTuple):
+    """Bounds on a guard's distances for all images within a radius of an image.
+
+    Attributes:
+        nearest: (B, K) lower bound of the distance to each centre.
+        leads: (B, K) lower bound of each centre's squared distance less that of the label's centre; 0 for the label.
+        farthest: (B,) upper bound of the distance to the label's centre.
+    """
+
+    nearest: Tensor
+    leads: Tensor
+    farthest: Tensor
+
+    @classmethod
+    def between(cls, nearest: Tensor, farthest: Tensor, labels: Tensor) -> "Bounds":
+        """Bounds that follow from those of each distance alone.
+
+        Args:
+            nearest: (B, K) lower bounds of the distances, at least 0.
+            farthest: (B, K) upper bounds of the distances.
+            labels: (B,) class labels.
+
+        Returns:
+            Bounds of which the leads are differences of the two.
+
+        Example:
+            >>> import torch
+            >>> Bounds.between(torch.tensor([[1.0, 4.0]]), torch.tensor([[2.0, 5.0]]), torch.tensor([0])).leads
+            tensor([[ 0., 12.]])
+        """
+        label_farthest = farthest.gather(1, labels[:, None].long())
+        leads = nearest.square() - label_farthest.square()
+        is_label = one_hot(labels.long(), nearest.shape[1]).bool()
+        return cls(nearest, leads.masked_fill(is_label, 0), label_farthest.squeeze(1))
