@@ -207,13 +207,17 @@ def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) 
     """The cost of a suite that breaks no image.
 
     It counts nine single stages, the random starts, three stages for each target, and two more for each target that
-    take three times as many steps.
+    take three times as many steps in sparse norms. Polish does as many rounds for all images together as if each had
+    four times its first rounds; a round is 128 proposals and 48 steps.
     """
     effort = EFFORTS[budget]
     targets = min(classes - 1, effort.targets or classes)
-    passes = effort.steps * (9 + effort.restarts + (3 + 2 * 3) * targets + (5 if norm == CarliniWagner.norm else 0))
+    per_target = 3 + 2 * (3 if get_norm(norm).is_sparse else 1)
+    passes = effort.steps * (9 + effort.restarts + per_target * targets + (5 if norm == CarliniWagner.norm else 0))
+    rounds = 4 * max(1, effort.steps // 20)
+    passes += 48 * rounds
     boundary = effort.queries if budget == "thorough" and not get_norm(norm).is_sparse else 0
-    return PlannedCost(passes + effort.queries + boundary, passes)
+    return PlannedCost(passes + effort.queries + 128 * rounds + boundary, passes)
 
 
 KINDS: dict[str, Kind] = {

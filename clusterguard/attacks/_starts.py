@@ -128,7 +128,7 @@ class AtPoints:
     points: Tensor
 
     def __call__(self, problem: Problem) -> Tensor:
-        """The projected points."""
+        """The points, projected onto the balls of the problem's images."""
         return problem.project(self.points)
 
     def __repr__(self) -> str:

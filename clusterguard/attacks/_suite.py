@@ -257,6 +257,7 @@ class WorstCaseSuite(BuiltInAttack):
         def apgd(start: str | Start, objective: str = "margin") -> APGD:
             return APGD(start=start, objective=objective, steps=effort.steps, **searched)
 
+        slow = effort.steps * (3 if norm.is_sparse else 1)  # in l1 and l0 fast minimum norm converges slowly
         pixels = 0 if norm.grain else norm.pixels_inside(self.eps, references.images.shape[1:])
         within: dict[str, Any] = {"eps": pixels, "queries": effort.queries, "batch_size": self.batch_size}
         stages: dict[str, Attack] = {
@@ -272,12 +273,10 @@ class WorstCaseSuite(BuiltInAttack):
             ),
             "MIM": MIM(objective="margin", **iterated),
             "PGD towards accepted images": PGD(objective="suspicion", start=references, **iterated),
-            # Each of the two step lengths breaks images that the other misses. The attack converges slowly, so it gets
-            # more steps.
+            # Each of the two step lengths breaks images that the other misses.
             **{
                 f"multi-target fast minimum norm, step {length:g}": MultiTarget(
-                    attack=FastMinimumNorm(step_size=length, steps=3 * effort.steps, **searched),
-                    max_targets=effort.targets,
+                    attack=FastMinimumNorm(step_size=length, steps=slow, **searched), max_targets=effort.targets
                 )
                 for length in ((10.0, 1.0) if norm.grain else (1.0, 0.3))
             },
@@ -295,16 +294,17 @@ class WorstCaseSuite(BuiltInAttack):
             stages["orthogonal PGD"] = OrthogonalPGD(strategy="orthogonal", **iterated)
         for index, surrogate in enumerate(self.surrogates):
             stages[f"transfer {index + 1}"] = Transfer(surrogate=surrogate, attack=apgd("image"))
+        return stages | self._searches(effort, options, references)
+
+    def _searches(self, effort: Effort, options: dict[str, Any], references: Towards) -> dict[str, Attack]:
+        """The last stages, which search without gradients or hardly need them."""
         search = random_search(queries=effort.queries, **options)
-        stages["Square" if isinstance(search, Square) else "Sparse-RS"] = search
-        stages["polish"] = Polish(
-            norm=self.norm,
-            eps=self.eps,
-            rounds=max(1, effort.steps // 20),
-            batch_size=self.batch_size,
-            precision=self.precision,
-        )
-        if self.budget == "thorough" and not norm.is_sparse:
+        polish = Polish(rounds=max(1, effort.steps // 20), precision=self.precision, **options)
+        stages: dict[str, Attack] = {
+            "Square" if isinstance(search, Square) else "Sparse-RS": search,
+            "polish": polish,
+        }
+        if self.budget == "thorough" and not get_norm(self.norm).is_sparse:
             stages["boundary"] = Boundary(queries=effort.queries, references=references, stop_early=True, **options)
         return stages
 

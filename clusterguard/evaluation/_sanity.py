@@ -220,7 +220,7 @@ def _judgements(report: Sanity, only_black: int, missed: int) -> list[tuple[bool
     ]
 
 
-def _unfinished(result: Result) -> tuple[bool, str]:
+def _unfinished(result: EvaluatedAttack) -> tuple[bool, str]:
     """Whether the last stage of a suite broke some of its images and left others, and what this means."""
     last = result.stages[-1] if result.stages else StageRecord("", 0, 0, 0, 0)
     return 0 < last.broken < last.attacked, (
