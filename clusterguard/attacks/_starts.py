@@ -47,6 +47,33 @@ def output_diversified(problem: Problem) -> Tensor:
     return iterates
 
 
+@torch.no_grad()
+def is_accepted(detector: Detector, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> Tensor:
+    """Whether a detector accepts images under their labels, (B,).
+
+    Args:
+        detector: calibrated detector.
+        images: (B, C, H, W) benign images in [0, 1].
+        labels: (B,) true labels.
+        batch_size: number of images to judge at a time, at least 1.
+
+    Raises:
+        ConfigurationError: `batch_size` is below 1.
+    """
+    check_detector(detector)
+    check_images(images)
+    check_labels(labels, images, len(detector.thresholds))
+    if batch_size < 1:
+        raise ConfigurationError(f"expected a batch_size of at least 1, got {batch_size}")
+    if not len(images):
+        return torch.zeros(0, dtype=torch.bool, device=images.device)
+    with evaluation_mode(detector):
+        verdicts = [decide(detector.evidence(part), detector.thresholds) for part in images.split(batch_size)]
+    predicted = torch.cat([verdict.labels for verdict in verdicts])
+    refused = torch.cat([verdict.is_adversarial for verdict in verdicts])
+    return ~refused & (predicted == labels)
+
+
 @dataclass(frozen=True, eq=False)
 class Towards:
     """A start at the nearest accepted benign image of a wrong class, or of the target, projected onto the ball.
@@ -69,7 +96,6 @@ class Towards:
     labels: Tensor
 
     @classmethod
-    @torch.no_grad()
     def accepted(cls, detector: Detector, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> "Towards":
         """A start from those images that the detector accepts under their labels.
 
@@ -82,16 +108,7 @@ class Towards:
         Returns:
             The start with the accepted images.
         """
-        check_detector(detector)
-        check_images(images)
-        check_labels(labels, images, len(detector.thresholds))
-        if batch_size < 1:
-            raise ConfigurationError(f"expected a batch_size of at least 1, got {batch_size}")
-        with evaluation_mode(detector):
-            verdicts = [decide(detector.evidence(part), detector.thresholds) for part in images.split(batch_size)]
-        predicted = torch.cat([verdict.labels for verdict in verdicts])
-        refused = torch.cat([verdict.is_adversarial for verdict in verdicts])
-        usable = ~refused & (predicted == labels)
+        usable = is_accepted(detector, images, labels, batch_size=batch_size)
         return cls(images[usable], labels[usable])
 
     def __call__(self, problem: Problem) -> Tensor:

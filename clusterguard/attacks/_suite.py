@@ -27,7 +27,7 @@ from clusterguard.attacks._polish import Polish
 from clusterguard.attacks._precision import Precision, check_precision, choose_precision
 from clusterguard.attacks._random_search import SparseRS, Square, random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
-from clusterguard.attacks._starts import AtPoints, Start, Towards
+from clusterguard.attacks._starts import AtPoints, Start, Towards, is_accepted
 from clusterguard.attacks._wrapping import MultiTarget, Transfer
 from clusterguard.detection import Detector, success_margin
 from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
@@ -44,7 +44,8 @@ class StageRecord:
 
     Attributes:
         name: name of the stage.
-        attacked: number of images that were unbroken before the stage.
+        attacked: number of images that were unbroken before the stage. Images that are refused or labelled wrongly when
+            clean are attacked too but not counted, because they count in no attack success rate.
         broken: number of these images that the stage broke.
         forward: number of images judged.
         backward: number of gradients taken.
@@ -84,6 +85,7 @@ class SuiteState:
         best: (B, C, H, W) attacked images with the smallest success margins so far.
         margins: (B,) success margins of these images.
         records: records of the finished stages.
+        eligible: (B,) whether the clean image is accepted under its true label; it is not saved.
         runs: number of runs, including this one.
     """
 
@@ -92,6 +94,7 @@ class SuiteState:
     best: Tensor
     margins: Tensor
     records: list[StageRecord]
+    eligible: Tensor
     runs: int = 1
 
     def save(self, path: str | Path, generator: Generator | None) -> None:
@@ -361,7 +364,7 @@ class WorstCaseSuite(BuiltInAttack):
                     continue
                 record = self._run_stage(name, attack, state, rows, detector, images, labels, targets, generator)
                 state.records.append(record)
-                bar.set_postfix(broken=int((state.margins <= 0).sum()))
+                bar.set_postfix(broken=int((state.eligible & (state.margins <= 0)).sum()))
                 if checkpoint is not None:
                     state.save(checkpoint, generator)
                 if on_stage is not None:
@@ -416,7 +419,8 @@ class WorstCaseSuite(BuiltInAttack):
         margins = margins.masked_fill(~inside, torch.inf)
         better = margins < state.margins[rows]
         state.best[rows[better]], state.margins[rows[better]] = attacked[better], margins[better]
-        return StageRecord(name, len(rows), int((margins <= 0).sum()), *metered.cost)
+        counted = state.eligible[rows]
+        return StageRecord(name, int(counted.sum()), int((counted & (margins <= 0)).sum()), *metered.cost)
 
     def _polish(
         self,
@@ -466,7 +470,8 @@ class WorstCaseSuite(BuiltInAttack):
         generator: Generator | None,
     ) -> "SuiteState":
         clean = self._margins(detector, images, labels, targets)
-        state = SuiteState(repr(self), clean, images.clone(), clean.clone(), [])
+        eligible = is_accepted(detector, images, labels, batch_size=self.batch_size or 500)
+        state = SuiteState(repr(self), clean, images.clone(), clean.clone(), [], eligible)
         if checkpoint is not None:
             state.load(checkpoint, generator)
         return state

@@ -5,7 +5,7 @@ import torch
 from clusterguard import PGD, Evidence, WorstCaseSuite, decide, evaluate
 from clusterguard._support import read_progress, save_progress
 from clusterguard.attacks import Cost, Metered, Towards, get_norm
-from clusterguard.detection import Verdicts, is_broken
+from clusterguard.detection import Verdicts, is_broken, is_eligible
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError, PersistenceError
 from torch import nn
@@ -68,12 +68,14 @@ def test_stages_work_on_survivors_and_count_what_they_broke_and_cost(small_guard
     suite = WorstCaseSuite("linf", eps=0.05, budget="quick", batch_size=16)
     result = suite.run(small_guard, images, labels, on_stage=records.append)
     assert tuple(records) == result.stages
-    survivors = len(labels) - int(broken(small_guard, images, labels).sum())
+    eligible = is_eligible(Verdicts(decide(small_guard.evidence(images), small_guard.thresholds), labels))
+    assert 0 < eligible.sum() < len(labels)  # what is refused when clean is attacked and not counted
+    survivors = int(eligible.sum())
     for record in result.stages:
         assert record.attacked == survivors
         assert record.forward > 0
         survivors -= record.broken
-    assert survivors == int((~broken(small_guard, result.images, labels)).sum())
+    assert survivors == int((eligible & ~broken(small_guard, result.images, labels)).sum())
     assert next(record for record in result.stages if record.name == "Square").backward == 0
 
 

@@ -59,6 +59,14 @@ def test_images_outside_box_or_budget_do_not_count(small_guard, loader):
     assert report.results[1].invalid == report.results[2].invalid == 90
 
 
+def test_stages_of_a_suite_and_its_success_count_the_same_images(small_guard, loader, light_suites):
+    suite = WorstCaseSuite("linf", eps=0.1, budget="quick")
+    (result,) = evaluate(small_guard, suite, loader, sanity_images=0).results
+    assert result.success.total < 85  # some are refused or labelled wrongly when clean
+    assert result.stages[0].attacked == result.success.total
+    assert sum(stage.broken for stage in result.stages) == result.success.count
+
+
 def test_success_is_monotone_in_eps_and_complete_for_the_whole_box(small_guard, loader):
     attacks = {
         str(eps): PGD(eps=eps, step_size=max(eps, 0.01) / 5, steps=30, objective="margin")
