@@ -1,6 +1,6 @@
 """The command line, `clusterguard --help`. Results go to stdout, and everything else goes to stderr.
 
-Exit codes: 0 for success, 1 for an error that says what to do, 2 for wrong usage, 130 for an interruption.
+Exit codes: 0 for success, 1 for an error that says what to do, 2 for wrong usage, 130 or 143 for an interruption.
 """
 
 import math
@@ -309,7 +309,7 @@ def evaluate(
         skip_unreadable=skip_unreadable,
     )
     if not detector.is_calibrated:
-        raise NotCalibratedError(f"{guard} has no thresholds yet; run: clusterguard calibrate {guard}")
+        raise NotCalibratedError(f"{guard} has no thresholds yet; run: clusterguard calibrate {guard} --data {data}")
     for doubt in (*describe_unreadable(pictures), *find_copies(pictures.folder, "test")):
         say(f"warning: {doubt}")
     chosen = DataLoader(sample(pictures, images, seed), batch_size)

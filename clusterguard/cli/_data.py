@@ -285,7 +285,8 @@ def check_classes(pictures: Pictures, classes: tuple[str, ...]) -> None:
         raise InputError(f"expected images of at least two classes, one subfolder each, got {pictures.classes[0]} only")
     if pictures.classes != classes:
         raise ConfigurationError(
-            f"expected images of the classes that were trained, {', '.join(classes)}; got {', '.join(pictures.classes)}"
+            f"expected images of the classes that were trained, {', '.join(classes)}; got "
+            f"{', '.join(pictures.classes)}; choose the folder of images by --data"
         )
 
 
@@ -315,7 +316,9 @@ def _describe(folder: Path, config: dict[str, Any], thresholds: Tensor) -> tuple
     backbone, measured = config["backbone"], config.get("evaluation")
     names = config["guard"].get("class_names") or recorded_images(config["training"]).get("classes")
     names = names or range(len(thresholds))
-    missing = f"none, so every image is refused; run: clusterguard calibrate {folder}"
+    is_of_digits = recorded_images(config["training"]).get("divided_by") == "package"
+    data = "" if is_of_digits else " --data FOLDER"
+    missing = f"none, so every image is refused; run: clusterguard calibrate {folder}{data}"
     lines = [
         f"guard       {folder}, format {config['format_version']}",
         f"backbone    {backbone['source']}:{backbone.get('name', backbone.get('type'))}",
@@ -337,7 +340,7 @@ def _describe(folder: Path, config: dict[str, Any], thresholds: Tensor) -> tuple
         figures = "; ".join(f"{name} {Rate(rate['count'], rate['total'])}" for name, rate in rates.items())
         lines.append(f"measured    on {measured['images']} images: {figures}")
     else:
-        lines.append("measured    nothing recorded; run: clusterguard evaluate --record")
+        lines.append(f"measured    nothing recorded; run: clusterguard evaluate {folder}{data} --record")
     lines.append(f"versions    {', '.join(f'{name} {number}' for name, number in config['versions'].items())}")
     return {**config, "is_calibrated": calibrated, "thresholds": thresholds.tolist()}, "\n".join(lines)
 

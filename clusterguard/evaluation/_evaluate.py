@@ -1,7 +1,9 @@
 """Evaluate a detector: run attacks, check every image that they return, and count those that get through."""
 
+import inspect
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -38,7 +40,7 @@ from clusterguard.detection import (
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.evaluation._batches import Batches, attack_batches
 from clusterguard.evaluation._results import AttackResult, Evaluation, Gallery
-from clusterguard.evaluation._sanity import examine
+from clusterguard.evaluation._sanity import Sanity, examine
 from torch import Generator, Tensor
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def evaluate(
         loader: batches of clean test images (B, C, H, W) in [0, 1] and labels (B,).
         calibration_loader: batches of the benign images that EROC compares with; None takes those of `loader`.
         generator: randomness of the attacks, on the detector's device.
-        sanity_images: number of images that the sanity probe examines, see `Sanity`; 0 switches it off.
+        sanity_images: largest number of images that the sanity probe examines, see `Sanity`; 0 switches it off.
         checkpoint: folder in which suites keep their progress, so that an interrupted run can continue.
         precision: precision in which attacks search that have this option, "float32", "bf16", or "auto", which decides
             once for all of them; None leaves them as they are. Verdicts are in the detector's own precision.
@@ -137,7 +139,7 @@ def evaluate(
         budget = result.norm or "attacks without a stated norm"
         broken[budget] = broken.get(budget, torch.zeros_like(hits)) | hits
         ratios = result.verdict.distances / detector.thresholds.cpu()[result.verdict.labels]
-        shown = Gallery(_head(batches)[0], attacked, labels, result.verdict.labels, ratios)
+        shown = Gallery(_join(batches)[0], attacked, labels, result.verdict.labels, ratios)
         gallery = _worst_broken(gallery, shown, hits)
     total = int(eligible.sum())
     return Evaluation(
@@ -152,7 +154,7 @@ def evaluate(
         benign_reference="evaluated" if calibration_loader is None else "calibration",
         thresholds=tuple(detector.thresholds.tolist()),
         seed=None if generator is None else generator.initial_seed(),
-        sanity=examine(detector, *_head(batches, sanity_images), results, generator) if sanity_images else None,
+        sanity=_probe(detector, batches, eligible, sanity_images, results, generator) if sanity_images else None,
         clean=clean.detection,
         labels=labels,
         gallery=gallery,
@@ -166,6 +168,15 @@ def _by_name(attacks: Attack | Mapping[str, Attack]) -> dict[str, Attack]:
     for name, attack in named.items():
         if not callable(attack):
             raise ConfigurationError(f"expected an attack, or a dict of attacks by name, got {attack!r:.200}")
+        try:
+            inspect.signature(attack).bind(None, None, None, generator=None)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"expected attack {name} to take (detector, images, labels, *, targets=None, generator=None), got "
+                f"another signature: {error}"
+            ) from None
+        except ValueError:  # a callable that does not tell its signature
+            pass
         if not isinstance(name, str) or not name.strip() or not is_unicode(name):
             raise ConfigurationError(
                 f"expected a name for each attack, of characters that UTF-8 can write, got {name!r}; rename it"
@@ -263,7 +274,7 @@ def _false_positives_by_class(clean: Verdicts, num_classes: int) -> tuple[Rate, 
 
 def _is_valid(attack: Attack, images: Tensor, attacked: Tensor) -> Tensor:
     """(B,) whether attacked images lie in [0, 1] and within the budget that the attack states."""
-    check_tensor(attacked, "what the attack returns", *images.shape, like=images)
+    check_tensor(attacked, "attacked images", *images.shape, like=images)
     in_box = ((attacked >= 0) & (attacked <= 1)).flatten(1).all(dim=1)
     norm, eps = getattr(attack, "norm", None), getattr(attack, "eps", None)
     if norm is None or eps is None:
@@ -273,9 +284,28 @@ def _is_valid(attack: Attack, images: Tensor, attacked: Tensor) -> Tensor:
     return (in_box & in_budget).cpu()
 
 
-def _head(batches: Batches, count: int | None = None) -> tuple[Tensor, Tensor]:
+def _join(batches: Batches) -> tuple[Tensor, Tensor]:
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    return images[:count], labels[:count]
+    return images, labels
+
+
+def _probe(
+    detector: Detector,
+    batches: Batches,
+    eligible: Tensor,
+    count: int,
+    results: list[AttackResult],
+    generator: Generator | None,
+) -> Sanity | None:
+    """The sanity report on images that can be broken, evenly taken from all of them, as loaders may be sorted."""
+    usable = eligible.nonzero().squeeze(1)
+    if not len(usable):
+        return None
+    rows = usable[torch.linspace(0, len(usable) - 1, min(count, len(usable))).round().long()]
+    images, labels = _join(batches)
+    probed = [replace(result, verdict=Detection(*(part[rows] for part in result.verdict))) for result in results]
+    rows = rows.to(images.device)
+    return examine(detector, images[rows], labels[rows], probed, generator)
 
 
 def _worst_broken(best: Gallery | None, fresh: Gallery, hits: Tensor, count: int = 12) -> Gallery:

@@ -67,6 +67,18 @@ def test_stages_of_a_suite_and_its_success_count_the_same_images(small_guard, lo
     assert sum(stage.broken for stage in result.stages) == result.success.count
 
 
+def test_an_attack_of_another_signature_is_named_before_anything_runs(small_guard, loader):
+    ran = []
+
+    def first(detector, images, labels, **options):
+        ran.append(images)
+        return images
+
+    with pytest.raises(ConfigurationError, match=r"expected attack second to take .*generator=None"):
+        evaluate(small_guard, {"first": first, "second": lambda detector, images, labels: images}, loader)
+    assert not ran
+
+
 def test_success_is_monotone_in_eps_and_complete_for_the_whole_box(small_guard, loader):
     attacks = {
         str(eps): PGD(eps=eps, step_size=max(eps, 0.01) / 5, steps=30, objective="margin")
@@ -142,5 +154,5 @@ def test_everything_is_checked_before_the_first_attack(small_guard, loader):
 
 
 def test_an_attack_that_returns_another_shape_is_named(small_guard, loader):
-    with pytest.raises(InputError, match="what the attack returns of shape"):
+    with pytest.raises(InputError, match="attacked images of shape"):
         evaluate(small_guard, lambda detector, images, labels, **_: images[:1], loader)

@@ -70,3 +70,19 @@ def test_a_suite_whose_last_stage_still_breaks_images_has_not_converged(small_gu
 def test_without_a_stated_budget_there_is_no_probe(small_guard, loader):
     assert evaluate(small_guard, lambda detector, images, labels, **_: images, loader).sanity is None
     assert evaluate(small_guard, PGD(eps=0.1, step_size=0.02), loader, sanity_images=0).sanity is None
+
+
+def test_the_probe_takes_images_that_can_be_broken_from_all_of_a_sorted_loader(small_guard, loader):
+    images, labels = loader.dataset.tensors
+    order = labels.argsort()
+    wrong = torch.arange(50) < 10
+    labels = torch.where(wrong, (labels[order] + 1) % 3, labels[order])  # the first ones count in no success rate
+    batches = [(images[order], labels)]
+
+    def idle(detector, images, labels, **_):
+        return images
+
+    idle.norm, idle.eps = "linf", 0.1
+    report = evaluate(small_guard, idle, batches, sanity_images=12)
+    assert report.sanity.images == 12
+    assert evaluate(small_guard, idle, batches, sanity_images=500).sanity.images == report.results[0].success.total
