@@ -289,7 +289,7 @@ def evaluate(
     from clusterguard._support import write_atomically
     from clusterguard.attacks import LInf, WorstCaseSuite
     from clusterguard.certification import certified_success_rate
-    from clusterguard.cli._data import describe_unreadable, open_guard, sample
+    from clusterguard.cli._data import describe_other_radius, describe_unreadable, open_guard, sample
     from clusterguard.cli._image_folders import find_copies
     from clusterguard.evaluation import CertifiedBound, to_html
     from clusterguard.evaluation import evaluate as run
@@ -310,7 +310,8 @@ def evaluate(
     )
     if not detector.is_calibrated:
         raise NotCalibratedError(f"{guard} has no thresholds yet; run: clusterguard calibrate {guard} --data {data}")
-    for doubt in (*describe_unreadable(pictures), *find_copies(pictures.folder, "test")):
+    doubts = (*describe_unreadable(pictures), *find_copies(pictures.folder, "test"))
+    for doubt in (*doubts, *describe_other_radius(training, norm, eps)):
         say(f"warning: {doubt}")
     chosen = DataLoader(sample(pictures, images, seed), batch_size)
     _settle_threads(pictures, detector)

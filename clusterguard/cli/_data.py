@@ -1,6 +1,7 @@
 """Finds what the command line names: images, backbones, guards, and trainings to continue."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -251,6 +252,15 @@ def describe_unreadable(pictures: Pictures) -> list[str]:
     """A list with a warning about images that were left out because they cannot be read; empty if there are none."""
     paths = () if pictures.folder is None else pictures.folder.unreadable
     return [f"{len(paths)} images that cannot be read are left out: {listed_paths(paths)}"] if paths else []
+
+
+def describe_other_radius(training: Any, norm: str, eps: float) -> list[str]:
+    """A list with a warning if a guard was trained against attacks of another norm or radius; empty if not."""
+    recorded = str(training.get("attack", "")) if isinstance(training, dict) else ""
+    trained = re.search(r"norm='(\w+)', eps=([0-9.e+-]+)", recorded)
+    if trained is None or (trained[1], float(trained[2])) == (norm, eps):
+        return []
+    return [f"attacks at {norm} {eps:g}, but the guard was trained at {trained[1]} {float(trained[2]):g}"]
 
 
 def divided_by(pictures: Pictures) -> str:

@@ -211,6 +211,13 @@ def test_evaluate_says_in_which_precision_it_searched(guard, photos):
     assert run("evaluate", guard, *options, "--precision", "half").exit_code == 2
 
 
+def test_evaluate_tells_that_a_guard_was_trained_at_another_radius(guard, photos):
+    options = ("--data", photos, "--budget", "quick", "--images", 2, "--sanity-images", 0)
+    warning = "warning: attacks at linf 0.02, but the guard was trained at linf 0.05"
+    assert warning in run("evaluate", guard, *options, "--eps", 0.02).stderr
+    assert "was trained at" not in run("evaluate", guard, *options, "--eps", 0.05).stderr
+
+
 def test_evaluate_proves_what_no_attack_exceeds(guard, photos, tmp_path):
     options = ("--data", photos, "--budget", "quick", "--eps", 0.01, "--images", 4, "--sanity-images", 0, "--certify")
     report = tmp_path / "report.json"
