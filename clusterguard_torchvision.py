@@ -5,7 +5,8 @@ A torchvision wheel built for CUDA cannot load its extension beside a CPU-only t
 that the extension would have declared. Classification uses neither, so declaring their schemas is enough.
 
 `on_torch_import` is an entry point of the group `torch.backends`, so `import torch` runs it. This allows timm to be
-imported before clusterguard. The module lies outside the package, so that importing torch does not import clusterguard
+imported before clusterguard. It waits for an import of torchvision, so that a program may still declare the operators
+itself. The module lies outside the package, so that importing torch does not import clusterguard
 and stays as fast as before.
 """
 
@@ -43,13 +44,29 @@ def declare_missing_operators() -> None:
             raise OSError("torchvision has no compiled operators")
         torch.ops.load_library(str(extensions[0]))  # torchvision will load it again, which costs nothing
     except OSError:
-        _library = torch.library.Library("torchvision", "DEF")
+        # A fragment, because another program's workaround may declare the namespace itself, before or after.
+        _library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
-            _library.define(operator + _SCHEMA)
+            with suppress(RuntimeError):  # it is declared already
+                _library.define(operator + _SCHEMA)
+
+
+class _BeforeTorchvision:
+    """Declares the operators when torchvision is about to be imported; it finds no module itself."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Look at the name of a module that is being imported."""
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            with suppress(Exception):
+                declare_missing_operators()
 
 
 def on_torch_import() -> None:
-    """Declare the operators if torch has no CUDA. No error in here may make `import torch` fail."""
-    if torch.version.cuda is None:
-        with suppress(Exception):
-            declare_missing_operators()
+    """Prepare for an import of torchvision if torch has no CUDA; programs without torchvision notice nothing."""
+    if torch.version.cuda is not None or any(isinstance(finder, _BeforeTorchvision) for finder in sys.meta_path):
+        return
+    waiting = _BeforeTorchvision()
+    sys.meta_path.insert(0, waiting)
+    if "torchvision" in sys.modules:  # it is being imported, and imports torch
+        waiting.find_spec("torchvision")

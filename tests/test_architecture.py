@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -140,7 +141,7 @@ def test_a_package_hands_on_what_it_says(package):
         name for name, value in vars(module).items() if not name.startswith("_") and not isinstance(value, ModuleType)
     }
     modules = {name for name in names if isinstance(getattr(module, name), ModuleType)}
-    assert {*names} == known - {"declare_missing_operators", "version"} | modules
+    assert {*names} == known - {"on_torch_import", "version"} | modules
     assert all(getattr(module, name).__doc__ for name in names if inspect.isroutine(getattr(module, name)))
 
 
@@ -199,3 +200,39 @@ def test_a_name_that_has_moved_is_said_to_have():
         clusterguard.MIM  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         clusterguard.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("autoload", ["0", "1"])
+def test_a_program_may_declare_the_operators_of_torchvision_itself(autoload):
+    code = (
+        "import torch; library = torch.library.Library('torchvision', 'DEF'); "
+        "library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'); "
+        "import clusterguard, timm, torchvision"
+    )
+    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_modules_within_packages_are_private():
+    """A package's face says what is public; its modules begin with an underscore."""
+    loose = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "clusterguard").rglob("*.py")
+        if path.parent != ROOT / "clusterguard" and not path.name.startswith("_")
+    }
+    nested = {path.parent.name for path in (ROOT / "clusterguard").glob("*/*/__init__.py")}
+    assert (loose, nested) == (set(), set())
+
+
+def test_private_names_stay_in_their_package():
+    crossing = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {name.name}"
+        for path in (*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "clusterguard").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module
+        for name in node.names
+        if name.name.startswith("_") and not name.name.startswith("__")
+        if Path(*node.module.split(".")[:2]).as_posix() not in path.relative_to(ROOT).as_posix()
+        if node.module.split(".")[0] in ("clusterguard", "benchmarks")
+    ]
+    assert crossing == []

@@ -30,7 +30,7 @@ from clusterguard._support._markdown import code_in_markdown, escape_markdown
 from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
 from clusterguard._support._processes import OneProcess, collect, share
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
-from clusterguard_torchvision import declare_missing_operators
+from clusterguard_torchvision import on_torch_import
 
 __all__ = [
     "IN_GREY_LEVELS",
@@ -76,4 +76,4 @@ __all__ = [
     "write_atomically",
 ]
 
-declare_missing_operators()  # here too, before any import of torchvision: torch may not have run the entry point
+on_torch_import()  # here too: torch may not have run the entry point

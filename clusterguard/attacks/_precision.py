@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from clusterguard.attacks._base import Attack
-from clusterguard.attacks._working_copy import cast_weights, fold_batch_norms, working_copy
+from clusterguard.attacks._working_copy import cast_weights, choose_layout, fold_batch_norms, working_copy
 from clusterguard.detection import Detector, Evidence, success_margin
-from clusterguard.errors import ConfigurationError, InputError
+from clusterguard.errors import ConfigurationError
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,15 +44,17 @@ class InBfloat16:
         self.detector = working_copy(detector)
         self.thresholds = detector.thresholds
         self._is_ready = self.detector is detector  # what is shared stays as it is
+        self._format = torch.contiguous_format
 
     def evidence(self, images: Tensor) -> Evidence:
         """The evidence on images (B, C, H, W), computed in bfloat16 and returned in float32."""
         if not self._is_ready:
+            self._format = choose_layout(self.detector, images.detach())
             fold_batch_norms(self.detector, images.detach())
             cast_weights(self.detector, images.detach())
             self._is_ready = True
         with torch.autocast(images.device.type, torch.bfloat16):
-            scores, suspicion = self.detector.evidence(images.contiguous(memory_format=torch.channels_last))
+            scores, suspicion = self.detector.evidence(images.contiguous(memory_format=self._format))
         return Evidence(scores.float(), suspicion.float())
 
 
@@ -125,7 +127,7 @@ def choose_precision(detector: Detector, images: Tensor, labels: Tensor) -> Lite
         return "float32"
     try:
         rough = _try_out(InBfloat16(detector), detector, images, labels)
-    except (RuntimeError, InputError):  # a layer that does not know bfloat16
+    except Exception:  # whatever a network or its layers raise that do not know bfloat16
         return "float32"
     cosine = functional.cosine_similarity(exact.gradient.flatten(1), rough.gradient.flatten(1))
     agrees = bool(cosine.isfinite().all()) and float(cosine.mean()) >= _AGREES

@@ -18,7 +18,7 @@ _TOLERANCE = 1e-3  # relative to the largest value; folding changes the rounding
 def working_copy(detector: Detector) -> Detector:
     """A copy of a detector for searching in bfloat16; the detector itself if it cannot be copied or is compiled.
 
-    The copy has frozen weights in channels-last layout.
+    The copy has frozen weights.
 
     Args:
         detector: detector in eval mode; it is not changed. Costs counted at its copy are counted at the detector.
@@ -41,10 +41,39 @@ def working_copy(detector: Detector) -> Detector:
         return detector
     try:
         copied = copy_module(detector)
-    except (ClusterGuardError, RuntimeError, TypeError, ValueError, AttributeError):
+    except Exception:  # whatever a class raises that does not want to be copied
         return detector
-    _freeze(copied)
-    return copied
+    return copied.requires_grad_(False)
+
+
+@torch.no_grad()
+def choose_layout(detector: Detector, images: Tensor) -> torch.memory_format:
+    """The layout for images, channels last if the network works with it; the weights get the same.
+
+    A network that flattens its feature maps with `view` does not.
+
+    Args:
+        detector: working copy, which is changed.
+        images: (B, C, H, W), of which a few are tried.
+    """
+    detector = _without_meter(detector)
+    if not isinstance(detector, nn.Module):
+        return torch.contiguous_format
+    arrange_weights(detector, torch.channels_last)
+    try:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            detector.evidence(images[:_FEW].contiguous(memory_format=torch.channels_last))
+    except (ClusterGuardError, RuntimeError):
+        arrange_weights(detector, torch.contiguous_format)
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def arrange_weights(module: nn.Module, layout: torch.memory_format) -> None:
+    """Put the weights of convolutions into a layout."""
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 @torch.no_grad()
@@ -88,8 +117,9 @@ def fold_batch_norms(detector: Detector, images: Tensor) -> None:
         parents = {child: (parent, name) for parent in detector.modules() for name, child in parent.named_children()}
         changed: list[tuple[nn.Module, str, nn.Module]] = []
         for convolution, norm in pairs:
-            folded = fuse_conv_bn_eval(convolution, norm)
-            _freeze(folded)
+            folded = fuse_conv_bn_eval(convolution, norm).requires_grad_(False)
+            if convolution.weight.is_contiguous(memory_format=torch.channels_last):
+                arrange_weights(folded, torch.channels_last)
             replaced: tuple[tuple[nn.Module, nn.Module], ...] = ((convolution, folded), (norm, nn.Identity()))
             for module, other in replaced:
                 parent, name = parents[module]
@@ -98,14 +128,6 @@ def fold_batch_norms(detector: Detector, images: Tensor) -> None:
         if not _agree(before, detector.evidence(images)):
             for parent, name, module in changed:
                 setattr(parent, name, module)
-
-
-def _freeze(module: nn.Module) -> None:
-    """Let the weights of a copy need no gradients, and put them into channels-last layout."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _without_meter(detector: Detector) -> Detector:

@@ -161,6 +161,12 @@ def _check(guard: ClusterGuard, images: Tensor, labels: Tensor) -> None:
     check_images(images)
     if images.dtype not in (torch.float32, torch.float64):
         raise InputError(f"expected images in float32 or float64, like the guard, got {images.dtype}")
+    dtypes = {weight.dtype for weight in guard.parameters()}
+    if dtypes in ({torch.float32}, {torch.float64}) and images.dtype not in dtypes:
+        # Pixels would be rounded otherwise than the verdict, by more than proofs allow for, or could not be judged.
+        raise InputError(
+            f"expected images in {dtypes.pop()}, like the guard, got {images.dtype}; convert them by .to()"
+        )
     check_labels(labels, images, guard.num_classes)
     guard.check_image_shape(images)
     check_calibrated(guard.thresholds)

@@ -174,7 +174,7 @@ def read_json(text: bytes) -> Any:
     if len(text) > _LARGEST_JSON:
         raise ValueError(f"expected at most {_LARGEST_JSON} bytes of JSON, got more")
     value = json.loads(text)
-    level, depth = [value], 0
+    level, depth = [part for part in [value] if isinstance(part, dict | list)], 0
     while level:
         level = [
             part for container in level for part in (container.values() if isinstance(container, dict) else container)

@@ -107,7 +107,7 @@ class TrainingEngine:
                 "Launch without it; accelerate then uses DDP"
             )
         self.steps = 0
-        self.precision = StepPrecision(detector, options, self.accelerator)
+        self.precision = StepPrecision(detector, optimizer, options, self.accelerator)
         step = _WholeStep(detector, training_step, self.precision)
         self._module: nn.Module = self.accelerator.prepare_model(step)
         self._bare_optimizer = optimizer

@@ -7,9 +7,10 @@ import torch
 from clusterguard._support import OneProcess, collect, evaluation_mode
 from clusterguard.attacks import Precision, choose_precision
 from clusterguard.detectors import DetectorModule, WithThresholds
-from clusterguard.errors import ConfigurationError
+from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.training._options import TrainingOptions
 from torch import Tensor
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -20,6 +21,7 @@ class StepPrecision:
 
     Args:
         detector: detector to train.
+        optimizer: optimizer of its weights.
         options: options of the steps.
         accelerator: accelerator of the training.
 
@@ -31,7 +33,11 @@ class StepPrecision:
     """
 
     def __init__(
-        self, detector: DetectorModule, options: TrainingOptions, accelerator: "Accelerator | OneProcess"
+        self,
+        detector: DetectorModule,
+        optimizer: Optimizer,
+        options: TrainingOptions,
+        accelerator: "Accelerator | OneProcess",
     ) -> None:
         is_theirs = accelerator.mixed_precision != "no"
         if options.precision == "bf16" and is_theirs:
@@ -40,9 +46,10 @@ class StepPrecision:
                 f"mixed_precision={accelerator.mixed_precision!r}, got precision='bf16'"
             )
         self.name: Precision = "float32" if is_theirs else options.precision
-        self._detector, self._accelerator = detector, accelerator
+        self._detector, self._optimizer, self._accelerator = detector, optimizer, accelerator
         self._memory_format = options.memory_format
         self._rearranged: list[Tensor] = []  # weights that were contiguous before the training
+        self._layout: torch.memory_format | None = None  # of images; None until the first batch has decided
 
     @property
     def in_use(self) -> str:
@@ -66,24 +73,53 @@ class StepPrecision:
         self.name = "bf16" if set(collect({self._accelerator.process_index: choice}, one)) == {"bf16"} else "float32"
 
     def arrange(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in the layout of the options. Weights get it too, until `restore` is called."""
-        if self._memory_format == "contiguous" or (self._memory_format == "auto" and self.name == "float32"):
-            return images
-        # DDP keeps gradients in the layout that weights had when it wrapped them.
-        if not self._rearranged and isinstance(self._accelerator, OneProcess):
-            kernels: list[Tensor] = [
+        """Images (B, C, H, W) in the layout of the options. Weights get it too, until `restore` is called.
+
+        Raises:
+            ConfigurationError: channels last is asked for, and the network does not work with it.
+        """
+        if self._layout is None:
+            self._layout = self._choose_layout(images)
+        return images.contiguous(memory_format=self._layout) if self._layout == torch.channels_last else images
+
+    def _choose_layout(self, images: Tensor) -> torch.memory_format:
+        """The layout of the options; "auto" is channels last in bfloat16 if the network works with it."""
+        wanted = self._memory_format
+        if wanted == "contiguous" or (wanted == "auto" and self.name == "float32"):
+            return torch.contiguous_format
+        if isinstance(self._accelerator, OneProcess):  # DDP keeps gradients in the layout that weights had at first
+            self._rearranged = [
                 weight for weight in self._detector.parameters() if weight.ndim == 4 and weight.is_contiguous()
             ]
-            for weight in kernels:
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            self._rearranged = kernels
-        return images.contiguous(memory_format=torch.channels_last)
+            self._put_weights(torch.channels_last)
+        few = images[:2].contiguous(memory_format=torch.channels_last)
+        try:
+            with torch.no_grad(), evaluation_mode(self._detector), self.rounding(images.device):
+                self._detector.evidence(few)
+        except (InputError, RuntimeError) as error:  # such as a network that flattens feature maps with `view`
+            self.restore()
+            if wanted == "auto":
+                return torch.contiguous_format
+            raise ConfigurationError(
+                f"expected memory_format='contiguous', because the network fails with channels last: {error}"
+            ) from error
+        return torch.channels_last
 
     def restore(self) -> None:
         """Make the weights contiguous again that `arrange` has rearranged."""
+        self._put_weights(torch.contiguous_format)
+        self._rearranged, self._layout = [], None
+
+    def _put_weights(self, layout: torch.memory_format) -> None:
+        """Put rearranged weights, their gradients and the optimizer's moments into a layout; all must have the same."""
         for weight in self._rearranged:
-            weight.data = weight.data.contiguous()
-        self._rearranged = []
+            weight.data = weight.data.contiguous(memory_format=layout)
+            if weight.grad is not None:
+                weight.grad = weight.grad.contiguous(memory_format=layout)
+            state = self._optimizer.state.get(weight, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    state[name] = value.contiguous(memory_format=layout)
 
     def rounding(self, device: torch.device) -> AbstractContextManager[object]:
         """The context of a training step on a device."""

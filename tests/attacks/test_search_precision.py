@@ -120,3 +120,38 @@ def test_other_precisions_are_refused():
         PGD(eps=0.1, step_size=0.1, precision="fp16")
     with pytest.raises(ConfigurationError, match="precision"):
         WorstCaseSuite("linf", eps=0.1, precision="half")
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, AssertionError, KeyError, RuntimeError])
+def test_auto_is_float32_whatever_a_network_raises_in_bfloat16(trained_guard, images, labels, monkeypatch, error):
+    monkeypatch.setattr(_precision, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(_precision, "_TOO_SHORT", 0)
+
+    class Picky(nn.Module):
+        def __init__(self, guard):
+            super().__init__()
+            self.guard, self.thresholds = guard, guard.thresholds
+
+        def evidence(self, images):
+            if torch.is_autocast_enabled("cpu"):
+                raise error("only float32")
+            return self.guard.evidence(images)
+
+    assert choose_precision(Picky(trained_guard), images, labels) == "float32"
+
+
+def test_a_detector_that_cannot_be_copied_for_any_reason_is_shared(trained_guard, images):
+    class Single(nn.Module):
+        def __init__(self, guard):
+            super().__init__()
+            self.guard, self.thresholds = guard, guard.thresholds
+
+        def evidence(self, images):
+            return self.guard.evidence(images)
+
+        def __deepcopy__(self, memo):
+            raise KeyError("there is one of me")
+
+    single = Single(trained_guard)
+    assert InBfloat16(single).detector is single
+    assert InBfloat16(single).evidence(images).suspicion.shape == trained_guard.evidence(images).suspicion.shape

@@ -97,8 +97,21 @@ def test_bounds_that_overflow_prove_nothing():
     with torch.no_grad():
         for weight in guard.encoder.parameters():
             weight.fill_(1e200)
-    proved = certify(guard, torch.rand(2, 1, 2, 2), torch.tensor([0, 1]), eps=1.0)
+    proved = certify(guard, torch.rand(2, 1, 2, 2).double(), torch.tensor([0, 1]), eps=1.0)
     assert not (proved.is_secure | proved.is_kept).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_of_another_dtype_than_the_guards_are_refused(dtype):
+    """Their rounding would be another than what the bounds allow for."""
+    guard = guard_of(dtype=torch.float32).to(dtype)
+    images, labels = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+    assert certify(guard, images.to(dtype), labels, eps=0.1).is_secure.shape == (2,)
+    for prove in (certify, certified_radius):
+        options = {"eps": 0.1} if prove is certify else {}
+        with pytest.raises(InputError, match=f"expected images in {dtype}, like the guard, got {other}"):
+            prove(guard, images.to(other), labels, **options)
 
 
 def test_certifying_leaves_the_guard_as_it_was():

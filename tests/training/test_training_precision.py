@@ -142,3 +142,45 @@ def test_options_that_cannot_work_are_refused(blobs, fresh_accelerate):
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     with pytest.raises(ConfigurationError, match="beside an accelerator that sets the precision"):
         fit(new_guard(), blobs, options=TrainingOptions(accelerator=accelerator, precision="bf16"))
+
+
+class Viewing(nn.Module):
+    """Flattens feature maps with `view`, which contiguous maps alone allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3))
+
+    def forward(self, images):
+        maps = self.convolutions(images)
+        return maps.view(maps.size(0), -1)
+
+
+def viewing_guard():
+    torch.manual_seed(0)
+    return ClusterGuard(Viewing(), num_classes=3, example=torch.rand(2, 1, 8, 8))
+
+
+def test_a_network_that_needs_contiguous_maps_trains_in_bfloat16_and_is_attacked_in_it(blobs):
+    guard = viewing_guard()
+    trainer = fit(guard, blobs, options=TrainingOptions(precision="bf16"))
+    assert trainer.history[-1].loss < trainer.history[0].loss
+    guard.thresholds = torch.full((3,), 9.0)
+    images, labels = next(iter(blobs))
+    attacked = PGD(eps=0.1, step_size=0.02, steps=3, precision="bf16")(guard, images, labels)
+    assert not torch.equal(attacked, images)
+    with pytest.raises(ConfigurationError, match="memory_format='contiguous', because the network fails"):
+        fit(viewing_guard(), blobs, options=TrainingOptions(memory_format="channels_last"))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_with_moments_goes_on_from_them_in_another_layout(blobs, fused):
+    """Fused kernels read weights and moments as flat memory, so both must have the same layout."""
+    ends = []
+    for layout in ("contiguous", "channels_last"):
+        guard = new_guard()
+        optimizer = torch.optim.SGD(guard.parameters(), lr=1e-3, momentum=0.9, fused=fused)
+        for memory_format in ("contiguous", layout, "contiguous"):
+            fit(guard, blobs, epochs=1, optimizer=optimizer, options=TrainingOptions(memory_format=memory_format))
+        ends.append(weights(guard))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-6)
