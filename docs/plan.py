@@ -21,7 +21,7 @@ def read_imports() -> tuple[dict[str, int], dict[str, set[str]]]:
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "clusterguard":
                 other = _room(tuple(node.module.split(".")))
                 names = {alias.name for alias in node.names} if other == "clusterguard" else set()
-                rooms = {name for name in names if (ROOT / "clusterguard" / name).exists()}
+                rooms = {name for name in names if any((ROOT / "clusterguard").glob(f"{name}*"))}
                 below.setdefault(room, set()).update((rooms or {other}) - {room})
     return lines, below
 

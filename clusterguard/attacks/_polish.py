@@ -139,7 +139,7 @@ class Polish(BuiltInAttack):
         return (along(height)[:, :, None] & along(width)[:, None, :])[:, None]
 
     def _colours(self, problem: Problem) -> Tensor:
-        """What to paint: for each image and channel 0 or 1, or the clean image, or it plus or minus the radius."""
+        """Draw a colour for each image and channel: 0, 1, the clean value, or that plus or minus the radius."""
         images = problem.images
         paint = (_uniform(problem, 1, 1, 1) * _PAINTS).floor()
         signs = torch.where(_uniform(problem, images.shape[1], 1, 1) < 0.5, -1.0, 1.0).to(images)

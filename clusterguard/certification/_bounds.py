@@ -95,10 +95,10 @@ def _forgetting(network: nn.Module) -> Iterator[None]:
 
     That covers its attributes, its buffers, and the lists and dicts that are among or within them.
     """
-    found: dict[int, Any] = {}
+    containers: dict[int, Any] = {}
     for part in network.modules():
-        _collect_containers(vars(part), found)
-    before = [(container, copy.copy(container)) for container in found.values()]
+        _collect_containers(vars(part), containers)
+    before = [(container, copy.copy(container)) for container in containers.values()]
     try:
         yield
     finally:
@@ -106,14 +106,14 @@ def _forgetting(network: nn.Module) -> Iterator[None]:
             _restore(container, content)
 
 
-def _collect_containers(value: Any, found: dict[int, Any]) -> None:
+def _collect_containers(value: Any, containers: dict[int, Any]) -> None:
     """Add a list or dict, and those within it, to those that were found before."""
-    if id(value) in found or not isinstance(value, dict | list | deque | tuple):
+    if id(value) in containers or not isinstance(value, dict | list | deque | tuple):
         return
     if not isinstance(value, tuple):
-        found[id(value)] = value
+        containers[id(value)] = value
     for part in value.values() if isinstance(value, dict) else value:
-        _collect_containers(part, found)
+        _collect_containers(part, containers)
 
 
 def _restore(container: Any, content: Any) -> None:

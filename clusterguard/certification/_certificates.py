@@ -75,7 +75,7 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
 
 @torch.no_grad()
 def certified_radius(
-    guard: ClusterGuard, images: Tensor, labels: Tensor, *, largest: float = 1.0, precision: float = 1e-3
+    guard: ClusterGuard, images: Tensor, labels: Tensor, *, largest: float = 1.0, tolerance: float = 1e-3
 ) -> Tensor:
     """The largest radius at which each image is proved secure, by bisection.
 
@@ -84,13 +84,13 @@ def certified_radius(
         images: (B, C, H, W) in [0, 1].
         labels: (B,) true labels, or the guard's labels.
         largest: largest radius to try, in (0, 1].
-        precision: precision of the radius, positive.
+        tolerance: largest error of the radius, positive.
 
     Returns:
         (B,) radii in l∞ at which `certify` proves the image secure; 0 where it proves it at none of the tried radii.
 
     Raises:
-        ConfigurationError: `largest` or `precision` is out of its range.
+        ConfigurationError: `largest` or `tolerance` is out of its range.
         ClusterGuardError: any error of `certify`.
 
     Example:
@@ -99,9 +99,9 @@ def certified_radius(
         >>> certified_radius(guard, torch.rand(4, 1, 1, 2), torch.tensor([0, 1, 0, 1])).shape
         torch.Size([4])
     """
-    if not (0 < precision < torch.inf and 0 < largest <= 1):
+    if not (0 < tolerance < torch.inf and 0 < largest <= 1):
         raise ConfigurationError(
-            f"expected a positive precision and a largest radius in (0, 1], got {precision} and {largest}; "
+            f"expected a positive tolerance and a largest radius in (0, 1], got {tolerance} and {largest}; "
             f"{IN_GREY_LEVELS}"
         )
     _check(guard, images, labels)
@@ -110,7 +110,7 @@ def certified_radius(
         return radii
     proved, open_end, tried = torch.zeros_like(radii), radii, radii
     with as_in_service(guard):
-        for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(precision)))):
+        for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(tolerance)))):
             secure = bound_in_service(guard, images, labels, tried).certificate.is_secure
             proved, open_end = torch.where(secure, tried, proved), torch.where(secure, open_end, tried)
             tried = (proved + open_end) / 2

@@ -425,7 +425,7 @@ def check_output(folder: Path, *ours: str) -> None:
 
 
 def _tells_a_training(record: Path) -> bool:
-    """Whether `training.json` is of `begin_run`."""
+    """Whether `begin_run` wrote this file."""
     try:
         return "calibrator" in json.loads(record.read_text()) if record.is_file() else False
     except (OSError, ValueError, RecursionError, TypeError):

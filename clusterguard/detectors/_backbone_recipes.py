@@ -105,7 +105,7 @@ def at_most(modules: int) -> Iterator[None]:
 
 
 def _recipes(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """What may have built a model, as the first family tells that may have."""
+    """Yield the recipes of the first family that offers any for a model."""
     for family in FAMILIES.values():
         recipe = None
         for name, arguments in family.recipes(model):

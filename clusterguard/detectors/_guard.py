@@ -1,5 +1,6 @@
 """ClusterGuard, the module that users work with: a backbone followed by a head such as a Gaussian mixture."""
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, 
 from clusterguard.detectors._folders import find_folder, load_guard, save_guard
 from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._model_card import CardDetails, Measured
-from clusterguard.errors import ConfigurationError
+from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
@@ -198,10 +199,12 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         """
         records: dict[str, Any] = {"training": config if training is None else training}
         records |= {"evaluation": evaluation, "card": card}
-        options = {
+        of_head = _plain_options(self.head)
+        named = {"type": type(self.head).__qualname__, "description": self.head.describe(), "options": of_head}
+        options: dict[str, Any] = {
             "num_classes": self.num_classes,
-            "head": {"type": type(self.head).__qualname__, "description": self.head.describe()},
-            **self.head.options(),
+            "head": named,
+            **{name: of_head[name] for name in ("representation_dim", "center_scale") if name in of_head},
             "mean": self.normalize.mean.flatten().tolist(),
             "std": self.normalize.std.flatten().tolist(),
         }
@@ -304,13 +307,38 @@ def _num_classes_of(head: Head | None, num_classes: int | None, *options: object
     return head.num_classes
 
 
+def _plain_options(head: Head) -> dict[str, Any]:
+    """The options of a head as they will be read from JSON.
+
+    Raises:
+        ConfigurationError: JSON has no such values.
+    """
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(head.options(), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"expected options() of the head {type(head).__name__} to hold numbers, strings, lists and dicts that JSON "
+            f"has, got {in_one_line(error)}; learned values belong to its state dict"
+        ) from None
+    return plain
+
+
 def _head_options(options: Mapping[str, Any], head: Head | None) -> dict[str, Any]:
     """Options of `ClusterGuard` that rebuild the head of a saved guard."""
-    name = options.get("head", {}).get("type", GaussianClusters.__qualname__)
+    saved = options.get("head", {})
+    name = saved.get("type", GaussianClusters.__qualname__)
     if head is not None and type(head).__qualname__ == name:
+        before, now = saved.get("options", {}), _plain_options(head)
+        changed = [f"{key} {before[key]!r}, now {now.get(key)!r}" for key in before if before[key] != now.get(key)]
+        if changed:
+            raise PersistenceError(
+                f"this guard was saved with a head of other options ({', '.join(changed)}), so its distances were "
+                "others; pass a head that was made with the same options as head="
+            )
         return {"head": head}
     if head is not None or name != GaussianClusters.__qualname__:
-        raise ConfigurationError(
-            f"this guard was saved with the head {name}; pass a head that was made like it as head="
+        raise PersistenceError(
+            f"this guard was saved with the head {name}; pass a head that was made like it as head= to "
+            "ClusterGuard.from_pretrained, which the command line cannot do"
         )
     return {"representation_dim": options["representation_dim"], "center_scale": options["center_scale"]}

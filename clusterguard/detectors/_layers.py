@@ -44,7 +44,7 @@ _DEPTH, _LARGEST = 20, 2**24
 
 
 def describe_layers(module: nn.Module) -> dict[str, Any] | None:
-    """What `build_layers` makes such a module of, weights aside.
+    """Describe a module's layers as plain values that `build_layers` takes, without weights.
 
     Args:
         module: `nn.Sequential` of layers that this module knows, nested or not, or one such layer.

@@ -132,9 +132,11 @@ def model_card(
     head = escape_markdown(guard["head"]["description"])
     builds = (details.backbone or ("your_module" if is_module else "")).strip()
     imports = "\n\n".join(["from clusterguard import ClusterGuard", *filter(None, [details.imports.strip()])])
+    is_own_head = guard["head"].get("type", "GaussianClusters") != "GaussianClusters"
+    arguments_of_loading = (f", backbone={builds}" if builds else "") + ", head=your_head" * is_own_head
     code = (
         f"{imports}\n\n"
-        f'guard = ClusterGuard.from_pretrained("this folder or id"{f", backbone={builds}" if builds else ""})\n'
+        f'guard = ClusterGuard.from_pretrained("this folder or id"{arguments_of_loading})\n'
         "labels, distances, is_adversarial = guard.detect(images)  # images (B, C, H, W), float, in [0, 1]"
     )
     versions = ", ".join(f"{package} {number}" for package, number in config["versions"].items())

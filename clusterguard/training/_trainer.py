@@ -493,7 +493,7 @@ class DetectorTrainer(ABC):
         return True
 
     def _describe(self, run: Run) -> dict[str, str]:
-        """What a run that goes on from this one's checkpoint must have in common with it."""
+        """Describe the settings that a resumed run must share with this one."""
         described = {"trainer": type(self), **self.defining_options(), "calibrator": self.calibrator}
         options = describe_options(self.options, self.engine.accelerator.mixed_precision)
         return describe(described) | self._steps_at_first | options | run.describe()

@@ -264,7 +264,7 @@ def describe_model(path: Path, detector: cg.deployment.OnnxDetector) -> Model:
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         clusterguard=cg.__version__,
         num_classes=detector.num_classes,
-        class_names=detector.class_names and [printable(own) for own in detector.class_names],
+        class_names=detector.class_names and [printable(name) for name in detector.class_names],
         image_shape=detector.image_shape,
         false_positive_rate=detector.calibration.false_positive_rate,
         card=detector.card,
@@ -274,10 +274,11 @@ def describe_model(path: Path, detector: cg.deployment.OnnxDetector) -> Model:
 def printable(text: str) -> str:
     """A text from outside without characters that end lines, move cursors or reorder what is around them."""
     return "".join(
-        own.encode("unicode_escape").decode()
-        if unicodedata.category(own) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(own) in BIDIRECTIONAL
-        else own
-        for own in text
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+        or unicodedata.bidirectional(character) in BIDIRECTIONAL
+        else character
+        for character in text
     )
 
 

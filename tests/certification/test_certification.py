@@ -60,7 +60,7 @@ def test_the_certified_radius_is_where_certificates_end(seed, largest):
     guard = guard_of(seed, dtype=torch.float32)
     images = torch.rand(10, 1, 2, 2)
     labels = guard.detect(images).labels
-    radius = certified_radius(guard, images, labels, largest=largest, precision=1e-4)
+    radius = certified_radius(guard, images, labels, largest=largest, tolerance=1e-4)
     proved = radius > 0
     assert certify(guard, images, labels, eps=radius).is_secure[proved].all()
     ends = proved & (radius < largest)
@@ -71,7 +71,7 @@ def test_the_certified_radius_is_where_certificates_end(seed, largest):
 def test_a_search_finer_than_floats_ends():
     guard = guard_of(dtype=torch.float32)
     images, labels = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
-    fine, coarse = (certified_radius(guard, images, labels, precision=precision) for precision in (1e-300, 1e-6))
+    fine, coarse = (certified_radius(guard, images, labels, tolerance=tolerance) for tolerance in (1e-300, 1e-6))
     torch.testing.assert_close(fine, coarse, rtol=0, atol=1e-6)
 
 
@@ -150,7 +150,7 @@ def test_without_thresholds_there_is_nothing_to_prove():
         certified_radius(guard, torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
 
 
-@pytest.mark.parametrize("options", [{"largest": 0.0}, {"precision": -1.0}, {"largest": math.inf}])
+@pytest.mark.parametrize("options", [{"largest": 0.0}, {"tolerance": -1.0}, {"largest": math.inf}])
 def test_a_search_without_end_is_refused(options):
     with pytest.raises(ConfigurationError, match="positive"):
         certified_radius(guard_of(dtype=torch.float32), torch.rand(2, 1, 2, 2), torch.tensor([0, 1]), **options)

@@ -192,3 +192,43 @@ def test_state_dicts_of_guards_that_had_clusters_load():
     old = {name.replace("head.", "clusters."): value for name, value in guard.state_dict().items()}
     other.load_state_dict(old)
     assert float(other.head.center_scale) == 2.0
+
+
+def test_a_saved_guard_tells_a_head_of_other_options(tmp_path, blobs):
+    def new_guard(scale):
+        torch.manual_seed(0)
+        layers = nn.Flatten(), nn.Linear(64, 16), nn.ReLU()
+        return ClusterGuard(nn.Sequential(*layers), head=DiagonalGaussians(3, 6, scale=scale))
+
+    guard = new_guard(10.0)
+    guard.save_pretrained(tmp_path)
+    again = ClusterGuard.from_pretrained(tmp_path, head=DiagonalGaussians(3, 6, scale=10.0))
+    images, _ = next(iter(blobs))
+    assert torch.equal(again.distances(images), guard.distances(images))
+    with pytest.raises(PersistenceError, match=r"of other options \(scale 10.0, now 5.0\)"):
+        ClusterGuard.from_pretrained(tmp_path, head=DiagonalGaussians(3, 6, scale=5.0))
+    with pytest.raises(PersistenceError, match="saved with the head DiagonalGaussians; pass a head"):
+        ClusterGuard.from_pretrained(tmp_path)
+    assert "head=your_head" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), float("nan"), {1, 2}], ids=["tensor", "nan", "set"])
+def test_options_of_a_head_that_json_does_not_have_are_refused_before_anything_is_written(tmp_path, value):
+    class Odd(DiagonalGaussians):
+        def options(self):
+            return {**super().options(), "odd": value}
+
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(64, 16)), head=Odd(3, 6))
+    with pytest.raises(ConfigurationError, match=r"expected options\(\) of the head Odd to hold"):
+        guard.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_named_like_those_of_the_guard_do_not_get_in_their_way(tmp_path):
+    class Named(DiagonalGaussians):
+        def options(self):
+            return {**super().options(), "mean": [1.0], "num_classes": 7}
+
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(64, 16)), head=Named(3, 6))
+    guard.save_pretrained(tmp_path)
+    assert ClusterGuard.from_pretrained(tmp_path, head=Named(3, 6)).num_classes == 3
