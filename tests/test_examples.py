@@ -59,7 +59,9 @@ def test_examples_run_as_scripts(script, tmp_path):
 
 def test_the_readme_shows_the_example_that_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert blocks == [(ROOT / "examples" / "drop_in.py").read_text()]
+    of_demo, of_example = blocks
+    assert of_example == (ROOT / "examples" / "drop_in.py").read_text()
+    assert 'from_pretrained("runs/demo/guard")' in of_demo  # which tests/cli/test_demo.py runs
 
 
 def test_the_quickstart_includes_the_example_that_runs():

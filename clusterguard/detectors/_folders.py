@@ -117,6 +117,10 @@ def load_guard(
     return guard
 
 
+class OtherHeadError(ConfigurationError):
+    """A guard was saved with another head than it is loaded with."""
+
+
 def _load(
     build: Callable[[nn.Module, Mapping[str, Any]], Loaded],
     config: Mapping[str, Any],
@@ -148,6 +152,9 @@ def _load(
             guard.calibration = Calibration.from_dict(config["calibration"], guard.thresholds)
     except PersistenceError:
         raise
+    except OtherHeadError as error:
+        weights.check_digest()  # a damaged file is called that
+        raise PersistenceError(f"{folder / CONFIG}: {error}") from error
     except Exception as error:  # an edited config or another version of timm may raise anything
         if isinstance(error, UnsupportedBackboneError) and backbone is not None:
             raise

@@ -12,10 +12,10 @@ from clusterguard.detection import Evidence
 from clusterguard.detectors._backbone_recipes import describe_backbone
 from clusterguard.detectors._backbones import choose_normalization, choose_num_classes, make_encoder
 from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network, valid_images
-from clusterguard.detectors._folders import find_folder, load_guard, save_guard
+from clusterguard.detectors._folders import OtherHeadError, find_folder, load_guard, save_guard
 from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._model_card import CardDetails, Measured
-from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
+from clusterguard.errors import ConfigurationError, in_one_line
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
@@ -331,13 +331,13 @@ def _head_options(options: Mapping[str, Any], head: Head | None) -> dict[str, An
         before, now = saved.get("options", {}), _plain_options(head)
         changed = [f"{key} {before[key]!r}, now {now.get(key)!r}" for key in before if before[key] != now.get(key)]
         if changed:
-            raise PersistenceError(
+            raise OtherHeadError(
                 f"this guard was saved with a head of other options ({', '.join(changed)}), so its distances were "
                 "others; pass a head that was made with the same options as head="
             )
         return {"head": head}
     if head is not None or name != GaussianClusters.__qualname__:
-        raise PersistenceError(
+        raise OtherHeadError(
             f"this guard was saved with the head {name}; pass a head that was made like it as head= to "
             "ClusterGuard.from_pretrained, which the command line cannot do"
         )

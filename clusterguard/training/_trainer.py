@@ -133,7 +133,7 @@ class DetectorTrainer(ABC):
 
         Example:
             >>> from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard
-            >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 2)
+            >>> guard = ClusterGuard(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), 2)
             >>> trainer = AdversarialClusterTrainer(guard, PGD(eps=0.1, step_size=0.05), warmup_epochs=3)
             >>> trainer.defining_options()["warmup_epochs"]
             3

@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 from clusterguard import FGSM, ClusterGuard, WorstCaseSuite, certify, load_onnx
@@ -41,6 +42,13 @@ def test_its_guard_loads_without_code_and_goes_every_way_from_there(dry_run, tmp
         result = CliRunner().invoke(app, [command[0], str(folder / "guard"), *command[1:]], catch_exceptions=False)
         assert result.exit_code == 0
     assert load_onnx(tmp_path / "guard.onnx").detect(images).labels.equal(guard.detect(images).labels)
+
+
+def test_the_lines_of_the_readme_load_its_guard(dry_run, capsys):
+    folder, _ = dry_run
+    block = re.search(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)[1]
+    exec(block.replace("runs/demo/guard", str(folder / "guard")), {})
+    assert "Detection(" in capsys.readouterr().out
 
 
 def test_its_table_says_what_it_measured_and_its_text_how_little_that_is(dry_run):

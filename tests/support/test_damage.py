@@ -39,7 +39,8 @@ def test_a_checkpoint(tmp_path):
 def suite_state():
     torch.manual_seed(0)
     clean = torch.tensor([0.1, 0.2])
-    return SuiteState("a suite", clean, torch.rand(2, 1, 4, 4), clean.clone(), [StageRecord("first", 2, 0, 10, 10)])
+    records = [StageRecord("first", 2, 0, 10, 10)]
+    return SuiteState("a suite", clean, torch.rand(2, 1, 4, 4), clean.clone(), records, torch.ones(2, dtype=torch.bool))
 
 
 def test_a_suite_state(tmp_path):
