@@ -24,7 +24,7 @@ from clusterguard.attacks._precision import InBfloat16, Precision, check_precisi
 from clusterguard.attacks._starts import Start, get_start
 from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,11 @@ class IteratedAttack(BuiltInAttack):
         targets: Tensor | None,
         generator: Generator | None,
     ) -> Tensor:
+        if isinstance(detector, nn.Module) and any(weight.is_inference() for weight in detector.parameters()):
+            raise ConfigurationError(
+                "expected a detector that gradients can pass through, got one that was made inside "
+                "torch.inference_mode(); make it outside, or attack copy.deepcopy(detector)"
+            )
         objective = get_objective(self.objective)
         precision = choose_precision(detector, images, labels) if self.precision == "auto" else self.precision
         search = InBfloat16(detector) if precision == "bf16" else None

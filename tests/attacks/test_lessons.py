@@ -27,6 +27,7 @@ from clusterguard.attacks import (
     get_norm,
 )
 from clusterguard.detectors import ConfidenceDetector, WithThresholds
+from clusterguard.errors import ConfigurationError
 from torch import nn
 
 REFERENCES = Towards(torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(9)), torch.arange(30) % 3)
@@ -277,3 +278,14 @@ def test_an_attack_holds_no_more_images_at_a_time_than_asked_to(attack, guard):
     watched.inner = guard  # so that it is put into eval mode
     bounded(watched, images, labels, generator=torch.Generator().manual_seed(0))
     assert max(seen) <= 3
+
+
+def test_a_detector_made_in_inference_mode_is_refused_and_its_copy_is_attacked():
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        made = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(64, 16)), 3, representation_dim=6).eval()
+        made.thresholds = torch.full((3,), 9.0)
+    images, labels = torch.rand(4, 1, 8, 8), torch.arange(4) % 3
+    with pytest.raises(ConfigurationError, match="made inside torch"):
+        PGD(**STEPPED)(made, images, labels)
+    assert PGD(**STEPPED)(copy.deepcopy(made), images, labels).shape == images.shape
