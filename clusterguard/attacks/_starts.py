@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from clusterguard._support import check_detector, check_images, check_labels, evaluation_mode
+from clusterguard._support import check_detector, check_images, check_labels, check_tensor, evaluation_mode
 from clusterguard.attacks._descent import Problem, backpropagate
 from clusterguard.detection import Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError
@@ -135,7 +135,8 @@ class AtPoints:
     """A start at given points, such as what another attack has returned, projected onto the ball.
 
     Args:
-        points: (B, C, H, W), one for each image of the batch.
+        points: (B, C, H, W) in [0, 1], one for each image of the attack. One with a smaller `batch_size`
+            takes the images in parts, which this start does not know.
 
     Example:
         >>> AtPoints(torch.rand(5, 1, 2, 2))
@@ -145,7 +146,12 @@ class AtPoints:
     points: Tensor
 
     def __call__(self, problem: Problem) -> Tensor:
-        """The points, projected onto the balls of the problem's images."""
+        """The points, projected onto the balls of the problem's images.
+
+        Raises:
+            InputError: there are not as many points as images, or they have another shape, dtype or device.
+        """
+        check_tensor(self.points, "points, one for each image of a batch,", *problem.images.shape, like=problem.images)
         return problem.project(self.points)
 
     def __repr__(self) -> str:

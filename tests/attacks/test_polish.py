@@ -4,7 +4,7 @@ import pytest
 import torch
 from clusterguard import PGD, WorstCaseSuite, success_margin
 from clusterguard.attacks import AtPoints, Metered, Polish, get_norm
-from clusterguard.errors import ConfigurationError
+from clusterguard.errors import ConfigurationError, InputError
 
 RADII = {"linf": 0.1, "l2": 0.8, "l1": 4.0, "l0": 6}
 FEW = {"rounds": 2, "halvings": 2, "tries": 2, "steps": 3}
@@ -92,6 +92,13 @@ def test_a_suite_hands_its_best_images_to_the_polish(small_guard, cases, monkeyp
     assert [len(points) for points in starts] == [8, 8, 4]
     points = torch.cat(starts)
     assert (margins_of(small_guard, points, labels) < margins_of(small_guard, images, labels)).double().mean() > 0.9
+
+
+def test_points_that_are_not_one_for_each_image_are_refused(small_guard, cases):
+    images, labels = cases
+    for options in ({"start": AtPoints(images[:3])}, {"start": AtPoints(images), "batch_size": 8}):
+        with pytest.raises(InputError, match="points, one for each image"):
+            Polish(eps=0.1, **options, **FEW)(small_guard, images, labels)
 
 
 @pytest.mark.parametrize(
