@@ -1,0 +1,3 @@
+"""The experiments of the paper. `python -m benchmarks` runs them."""
+
+__all__: list[str] = []

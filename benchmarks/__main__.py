@@ -10,20 +10,28 @@ import torch
 import typer
 from clusterguard.errors import ClusterGuardError, ConfigurationError
 
-from benchmarks.data import fetch as sources
-from benchmarks.detectors.networks import CompileChoice
-from benchmarks.experiments.cells import Cell, Profile, all_cells, list_experiments, load_experiment
-from benchmarks.reporting.report import write_report
-from benchmarks.running import plan as planning
-from benchmarks.running.attacking import pair_goals
-from benchmarks.running.clock import Clock, OutOfTimeError
-from benchmarks.running.publish import publish as publish_guard
-from benchmarks.running.runner import run_cell
-from benchmarks.running.store import RESULTS, Store
-from benchmarks.running.training import Trainings
+from benchmarks.data import DATA_SETS, fetch_data_set
+from benchmarks.detectors import CompileChoice
+from benchmarks.experiments import Cell, Profile, all_cells, list_experiments, load_experiment
+from benchmarks.reporting import write_report
+from benchmarks.running import (
+    RESULTS,
+    Clock,
+    OutOfTimeError,
+    Store,
+    Trainings,
+    attack_cost,
+    find_throughput,
+    measure_throughput,
+    pair_goals,
+    print_plan,
+    publish_guard,
+    run_cell,
+)
 
+DOWNLOADED = ", ".join(name for name, data_set in DATA_SETS.items() if data_set.downloads)
 UNFINISHED = 3  # exit status of a run that stopped in time, with work left
-Names = Annotated[list[str], typer.Argument(help=f"all, mnist, cifar10, or of {', '.join(list_experiments())}.")]
+Names = Annotated[list[str], typer.Argument(help=f"all, {DOWNLOADED}, or of {', '.join(list_experiments())}.")]
 ProfileOption = Annotated[Profile, typer.Option(help="quick: wiring; cpu, short: for a CPU, a GPU; full: the paper's.")]
 OutOption = Annotated[Path | None, typer.Option(help="Folder of results; else benchmarks/results or runs/quick.")]
 OnlyOption = Annotated[str, typer.Option(help="Cells whose title matches, such as 'ours*linf*'.")]
@@ -33,13 +41,13 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__d
 
 
 @app.command()
-def data(names: Annotated[list[str], typer.Argument(help="mnist, cifar10.")], data: DataOption = None) -> None:
+def data(names: Annotated[list[str], typer.Argument(help=f"{DOWNLOADED}.")], data: DataOption = None) -> None:
     """Fetch data sets and verify their checksums.
 
     Example: python -m benchmarks data mnist cifar10
     """
     for name in names:
-        print(f"{name}: complete in {sources.fetch(name, data)}")
+        print(f"{name}: complete in {fetch_data_set(name, data)}")
 
 
 @app.command()
@@ -66,7 +74,7 @@ def run(
     clock = Clock(time_budget)
 
     def cost(group: tuple[Cell, ...]) -> int:
-        return sum(map(planning.passes, group))
+        return sum(map(attack_cost, group))
 
     place = torch.device(device)
     trainings = Trainings(store, device=place, data=data, clock=clock, progress=progress, compiled=compiled)
@@ -95,7 +103,7 @@ def run(
                 pace[training.model] = (time.perf_counter() - begun) / cost(group)
     except OutOfTimeError:
         print(f"out of time; {len(left)} of {len(cells)} cells are left, and will go on where they were")
-        planning.print_plan(left, planning.throughput(device), trained=store.has_weights)
+        print_plan(left, find_throughput(device), trained=store.has_weights)
         raise typer.Exit(UNFINISHED) from None
     print(f"{len(cells)} cells run, nothing is left")
 
@@ -132,8 +140,8 @@ def plan(
     store = Store(_folder(out, profile), profile)
     cells = [cell for cell in _cells(names, profile, only) if store.read_cell(cell.key) is None]
     if calibrate:
-        planning.calibrate(cells, torch.device(device))
-    planning.print_plan(cells, planning.throughput(device), trained=store.has_weights)
+        measure_throughput(cells, torch.device(device))
+    print_plan(cells, find_throughput(device), trained=store.has_weights)
 
 
 @app.command()

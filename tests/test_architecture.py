@@ -6,6 +6,8 @@ import inspect
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
@@ -44,7 +46,10 @@ FLOORS = {
 FLOORS |= {"": {*FLOORS} - {"_support"}}  # the top level hands on what users need most
 FLOORS |= {"cli": {*FLOORS}}
 PACKAGES = [name for name in FLOORS if (PACKAGE / name / "__init__.py").is_file()]
-BENCHMARK_FLOORS = ["data", "detectors", "experiments", "running", "reporting", "studies"]  # from the ground up
+# From the ground up. "" is what stands beside the packages, which is the command line.
+BENCHMARK_FLOORS = ["_support", "data", "detectors", "experiments", "running", "reporting", "studies", ""]
+# What the benchmarks take from inside the library, for want of a public name. The list may only become shorter.
+PRIVATE_IN_BENCHMARKS = {"CompiledCall", "read_progress", "save_progress"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 EVERY = [
     *(
@@ -55,6 +60,9 @@ EVERY = [
     ROOT / "clusterguard_torchvision.py",
 ]
 BENCHMARKS = [path for path in EVERY if path.is_relative_to(ROOT / "benchmarks")]
+BENCHMARK_PACKAGES = [
+    ".".join(path.relative_to(ROOT).parent.parts) for path in BENCHMARKS if path.name == "__init__.py"
+]
 
 
 def name_of(path: Path) -> str:
@@ -114,13 +122,36 @@ def test_what_declares_torchvision_operators_stands_below_everything():
     assert not inner_imports(ROOT / "clusterguard_torchvision.py")
 
 
-@pytest.mark.parametrize("path", [path for path in BENCHMARKS if path.parent.name != "benchmarks"], ids=name_of)
-def test_packages_of_the_benchmarks_import_only_what_stands_below_them(path):
-    here = BENCHMARK_FLOORS.index(path.relative_to(ROOT / "benchmarks").parts[0])
+def benchmark_room(parts: Sequence[str]) -> str:
+    """The package of the benchmarks that a path or a module name, without "benchmarks", lies in."""
+    return parts[0] if parts and parts[0] in BENCHMARK_FLOORS else ""
+
+
+def benchmark_package(path: Path) -> str:
+    """The dotted name of the package that holds a file of the benchmarks."""
+    return ".".join(path.relative_to(ROOT).parent.parts)
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=name_of)
+def test_packages_of_the_benchmarks_import_only_faces_that_stand_below_them(path):
+    here = benchmark_room(path.relative_to(ROOT / "benchmarks").parts[:-1])
     for module, name in imports(path):
-        if module.split(".")[0] == "benchmarks":
-            other = [*module.split(".")[1:], name][0]
-            assert BENCHMARK_FLOORS.index(other) <= here, other
+        if module.split(".")[0] != "benchmarks":
+            continue
+        other = benchmark_room(module.split(".")[1:])
+        assert BENCHMARK_FLOORS.index(other) <= BENCHMARK_FLOORS.index(here), module
+        package, _, inner = module.rpartition(".")
+        if inner.startswith("_") and package == benchmark_package(path):
+            continue  # a module of the same package
+        assert module in BENCHMARK_PACKAGES, f"{module} is private"
+        assert module != benchmark_package(path), "a package does not import its own face"
+        assert name in importlib.import_module(module).__all__, f"{module}.{name}"
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=name_of)
+def test_a_module_of_the_benchmarks_is_private_or_a_command(path):
+    if not path.name.startswith("_"):
+        assert '\nif __name__ == "__main__":\n' in path.read_text()
 
 
 @pytest.mark.parametrize("path", [*FILES, *BENCHMARKS], ids=name_of)
@@ -130,11 +161,18 @@ def test_only_what_a_package_hands_on_is_imported_from_outside(path):
         if other != here and (other in PACKAGES or other == ""):
             assert not inner
             assert name in face(other), f"{other}.{name}"
+        if here == "benchmarks" and other.startswith("_"):
+            assert name in PRIVATE_IN_BENCHMARKS, f"{other}.{name}"
 
 
-@pytest.mark.parametrize("package", [*PACKAGES, ""])
+def test_what_the_benchmarks_may_take_from_inside_the_library_they_do_take():
+    taken = {name for path in BENCHMARKS for other, _, name in inner_imports(path) if other.startswith("_")}
+    assert taken == PRIVATE_IN_BENCHMARKS
+
+
+@pytest.mark.parametrize("package", [*(f"clusterguard.{name}".rstrip(".") for name in PACKAGES), *BENCHMARK_PACKAGES])
 def test_a_package_hands_on_what_it_says(package):
-    module = importlib.import_module(f"clusterguard.{package}".rstrip("."))
+    module = importlib.import_module(package)
     names = module.__all__
     assert names == sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
     known = {
@@ -236,3 +274,26 @@ def test_private_names_stay_in_their_package():
         if node.module.split(".")[0] in ("clusterguard", "benchmarks")
     ]
     assert crossing == []
+
+
+def public_definitions(path: Path) -> Iterator[str]:
+    """The public functions, classes and constants that a file defines."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+        else:
+            continue
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def test_no_two_public_things_of_the_benchmarks_share_a_name():
+    places: dict[str, list[str]] = defaultdict(list)
+    for path in BENCHMARKS:
+        is_command = path.name == "__main__.py" or not path.name.startswith("_")
+        for name in public_definitions(path):
+            if not (is_command and name in {"app", "main", "run"}):  # each command line has its own
+                places[name].append(name_of(path))
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}

@@ -7,31 +7,32 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from clusterguard._support import write_atomically
 from numpy.typing import NDArray
 
-SEED = 2012_03483
-SIZES = {"train": 6_000, "calibration": 1_500, "test": 1_000}
-MD5 = {
+from benchmarks._support import write_atomically
+
+_SEED = 2012_03483
+_SIZES = {"train": 6_000, "calibration": 1_500, "test": 1_000}
+_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-OUTPUT = Path(__file__).parents[2] / "clusterguard" / "data"
+_OUTPUT = Path(__file__).parents[2] / "clusterguard" / "data"
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """Read an IDX file of bytes as an array, after checking that it is the original file."""
     content = path.read_bytes()
-    if hashlib.md5(content).hexdigest() != MD5[path.name]:
-        raise SystemExit(f"{path} is not the original MNIST file: its md5 differs from {MD5[path.name]}")
+    if hashlib.md5(content).hexdigest() != _MD5[path.name]:
+        raise SystemExit(f"{path} is not the original MNIST file: its md5 differs from {_MD5[path.name]}")
     rank = content[3]
     shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-def stratified(labels: NDArray[np.uint8], size: int, generator: np.random.Generator) -> NDArray[np.int64]:
+def draw_stratified(labels: NDArray[np.uint8], size: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """Draw the indices of `size` examples in random order, each class in proportion by the largest remainders."""
     exact = np.bincount(labels) * size / len(labels)
     counts = np.floor(exact).astype(int)
@@ -43,7 +44,7 @@ def stratified(labels: NDArray[np.uint8], size: int, generator: np.random.Genera
 
 
 def main(raw: Path) -> None:
-    generator = np.random.default_rng(SEED)
+    generator = np.random.default_rng(_SEED)
     train_images, train_labels = (
         read_idx(raw / "train-images-idx3-ubyte"),
         read_idx(raw / "train-labels-idx1-ubyte"),
@@ -52,14 +53,14 @@ def main(raw: Path) -> None:
         read_idx(raw / "t10k-images-idx3-ubyte"),
         read_idx(raw / "t10k-labels-idx1-ubyte"),
     )
-    both = stratified(train_labels, SIZES["train"] + SIZES["calibration"], generator)
-    calibration = both[stratified(train_labels[both], SIZES["calibration"], generator)]
+    both = draw_stratified(train_labels, _SIZES["train"] + _SIZES["calibration"], generator)
+    calibration = both[draw_stratified(train_labels[both], _SIZES["calibration"], generator)]
     train = np.setdiff1d(both, calibration)
     generator.shuffle(train)
     indices = {
         "train": train,
         "calibration": calibration,
-        "test": stratified(test_labels, SIZES["test"], generator),
+        "test": draw_stratified(test_labels, _SIZES["test"], generator),
     }
     arrays: dict[str, NDArray[np.generic]] = {}
     for split, chosen in indices.items():
@@ -74,8 +75,8 @@ def main(raw: Path) -> None:
         with path.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
-    output = write_atomically(OUTPUT / "digits.npz", write)
-    print(json.dumps({"bytes": output.stat().st_size, "seed": SEED, "sizes": {k: len(v) for k, v in indices.items()}}))
+    output = write_atomically(_OUTPUT / "digits.npz", write)
+    print(json.dumps({"bytes": output.stat().st_size, "seed": _SEED, "sizes": {k: len(v) for k, v in indices.items()}}))
 
 
 if __name__ == "__main__":

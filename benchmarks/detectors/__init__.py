@@ -1,52 +1,26 @@
-"""The recipes of all detectors of the comparison, by the names that experiments use."""
+"""The detectors of the comparison: recipes that build, train and finish them, and the networks that they share."""
 
-from typing import Any
+from benchmarks.detectors._all_recipes import RECIPES, make_recipe
+from benchmarks.detectors._networks import (
+    MODELS,
+    CompileChoice,
+    CompileMode,
+    Features,
+    build_network,
+    quickest_mode,
+)
+from benchmarks.detectors._recipe import Recipe, Schedule, add_classifier
 
-from clusterguard.errors import ConfigurationError
-
-from benchmarks.detectors.ccat import CCAT
-from benchmarks.detectors.certified import CERTIFIED
-from benchmarks.detectors.fs import FS
-from benchmarks.detectors.lid import LID
-from benchmarks.detectors.madry import MADRY
-from benchmarks.detectors.maha import MAHA
-from benchmarks.detectors.ours import L_BEN, OURS
-from benchmarks.detectors.recipe import Recipe
-from benchmarks.detectors.rectified_rejection import RECTIFIED_REJECTION
-from benchmarks.detectors.resisting import RESISTING
-from benchmarks.detectors.trades import TRADES
-from benchmarks.detectors.vanilla import VANILLA
-
-RECIPES: dict[str, Recipe] = {
-    "ours": OURS,
-    "l-ben": L_BEN,
-    "vanilla": VANILLA,
-    "resisting": RESISTING,
-    "fs": FS,
-    "lid": LID,
-    "madry": MADRY,
-    "trades": TRADES,
-    "maha": MAHA,
-    "ccat": CCAT,
-    "rectified-rejection": RECTIFIED_REJECTION,
-    "certified": CERTIFIED,
-}
-
-
-def make_recipe(name: str, options: dict[str, Any]) -> Recipe:
-    """A recipe by name, with the options of an ablation.
-
-    Raises:
-        ConfigurationError: the name is unknown, or the recipe does not have the options.
-    """
-    if name not in RECIPES:
-        raise ConfigurationError(f"expected a detector among {', '.join(RECIPES)}, got {name!r}")
-    recipe = RECIPES[name]
-    if not options:
-        return recipe
-    if recipe.variant is None:
-        raise ConfigurationError(f"{name} has no options, got {options}")
-    try:
-        return recipe.variant(**options)
-    except TypeError as error:
-        raise ConfigurationError(f"{name}: {error}") from error
+__all__ = [
+    "MODELS",
+    "RECIPES",
+    "CompileChoice",
+    "CompileMode",
+    "Features",
+    "Recipe",
+    "Schedule",
+    "add_classifier",
+    "build_network",
+    "make_recipe",
+    "quickest_mode",
+]

@@ -1,1 +1,6 @@
-"""Pages, tables and figures from results alone."""
+"""Pages with tables and figures, made from results."""
+
+from benchmarks.reporting._estimates import Results
+from benchmarks.reporting._report import read_results, render_page, write_report
+
+__all__ = ["Results", "read_results", "render_page", "write_report"]

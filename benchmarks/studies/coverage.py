@@ -17,22 +17,23 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from clusterguard._support import write_atomically
 from clusterguard.detectors import find_normalization, find_num_classes, make_encoder
 from torch import Tensor, nn
 from tqdm import tqdm
 
-OUTPUT = Path(__file__).parents[1] / "results" / "coverage.json"
+from benchmarks._support import write_atomically
+
+COVERAGE_FILE = Path(__file__).parents[1] / "results" / "coverage.json"
 LIBRARIES = ("timm", "torchvision")
-WIDTH = 20
-BATCH = 2
-SMALL = 30_000_000  # largest number of parameters of a model that a CPU runs in seconds
-SAVE_EVERY = 50
+_WIDTH = 20
+_BATCH = 2
+_SMALL = 30_000_000  # largest number of parameters of a model that a CPU runs in seconds
+_SAVE_EVERY = 50
 CHECKS = [
     "the number of classes is found, and a mean and a standard deviation for every channel",
-    f"the encoder maps {BATCH} images of the model's own size to a tensor of shape ({BATCH}, {WIDTH}) in eval mode",
+    f"the encoder maps {_BATCH} images of the model's own size to a tensor of shape ({_BATCH}, {_WIDTH}) in eval mode",
     "its gradient in the images has their shape",
-    f"in train mode too it returns a tensor of shape ({BATCH}, {WIDTH}), and nothing else",
+    f"in train mode too it returns a tensor of shape ({_BATCH}, {_WIDTH}), and nothing else",
 ]
 # By library, by "passed" or "failed", and by the name of the model: the place or the reason.
 Outcomes = dict[str, dict[str, dict[str, str]]]
@@ -92,14 +93,14 @@ def describe(output: object) -> str:
     return f"tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
 
 
-def check(candidate: Candidate) -> None:
+def check_encoder(candidate: Candidate) -> None:
     """Raise `CheckError` unless the model becomes an encoder. Errors that the model raises are passed on."""
     model, shape, num_classes = candidate
     expect("number of classes", num_classes, find_num_classes(model))
     expect("length of mean and std", [shape[0]] * 2, [len(values) for values in find_normalization(model)])
-    encoder = make_encoder(model, WIDTH).eval()
-    images = torch.rand(BATCH, *shape, requires_grad=True)
-    wanted = describe(torch.empty(BATCH, WIDTH))
+    encoder = make_encoder(model, _WIDTH).eval()
+    images = torch.rand(_BATCH, *shape, requires_grad=True)
+    wanted = describe(torch.empty(_BATCH, _WIDTH))
     representations = encoder(images)
     expect("eval mode", wanted, describe(representations))
     (gradient,) = torch.autograd.grad(representations.sum(), images)
@@ -122,12 +123,12 @@ def find_place(make: Callable[[], Candidate]) -> tuple[str | None, str]:
             with torch.device(home):
                 candidate = make()
             parameters = sum(parameter.numel() for parameter in candidate.model.parameters())
-            if arena == "cpu" and parameters > SMALL:
+            if arena == "cpu" and parameters > _SMALL:
                 reasons.append(f"{place}: not tried with {parameters / 1e6:.0f} million parameters")
                 continue
             candidate.model.to(arena)
             with torch.device(arena):
-                check(candidate)
+                check_encoder(candidate)
             return place, ""
         except CheckError as error:
             return None, f"{place}: {error}"
@@ -171,7 +172,7 @@ def save_outcomes(path: Path, outcomes: Outcomes, names: dict[str, list[str]], v
 def main(
     resume: Annotated[bool, typer.Option("--resume", help="Keep what has passed, try the rest.")] = False,
     only: Annotated[str, typer.Option(help="Try the names that match, such as 'vit_*', keep the rest.")] = "*",
-    output: Annotated[Path, typer.Option(help="The JSON file.")] = OUTPUT,
+    output: Annotated[Path, typer.Option(help="The JSON file.")] = COVERAGE_FILE,
 ) -> None:
     """Try every model of timm and torchvision as a backbone."""
     versions = {package: version(package) for package in ("torch", *LIBRARIES)}
@@ -194,7 +195,7 @@ def main(
             outcomes[library]["failed" if place is None else "passed"][name] = place or reason
             if place is None:
                 progress.write(f"{library} {name}: {reason}")
-            if done % SAVE_EVERY == 0:
+            if done % _SAVE_EVERY == 0:
                 gc.collect()  # modules and their hooks form cycles
                 save_outcomes(output, outcomes, names, versions)
     finally:

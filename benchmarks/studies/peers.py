@@ -20,14 +20,15 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from clusterguard import PGD, ClusterGuard, WorstCaseSuite, evaluate
-from clusterguard._support import write_atomically
 from clusterguard.attacks import Attack, Towards, from_art, from_autoattack, from_foolbox, from_torchattacks, get_norm
 from clusterguard.detection import Rate, Verdicts, is_broken
 from clusterguard.samples import load_digits
 from tqdm import tqdm
 
-OUTPUT = Path(__file__).parents[1] / "results" / "peers.json"
-PACKAGES = ("torch", "clusterguard", "torchattacks", "foolbox", "adversarial-robustness-toolbox", "pyautoattack")
+from benchmarks._support import write_atomically
+
+PEERS_FILE = Path(__file__).parents[1] / "results" / "peers.json"
+_PACKAGES = ("torch", "clusterguard", "torchattacks", "foolbox", "adversarial-robustness-toolbox", "pyautoattack")
 RADII = {"linf": 0.2, "l2": 2.0, "l1": 15.0, "l0": 25.0}
 SUITE, PLAIN = "clusterguard WorstCaseSuite", "clusterguard PGD"
 
@@ -170,7 +171,7 @@ def main(
     ),
     images: Annotated[int, typer.Option(help="How many accepted test images to attack.", min=1)] = 100,
     only: Annotated[str, typer.Option(help="Norms to run, such as 'l0'.")] = "*",
-    output: Annotated[Path, typer.Option(help="The JSON file.")] = OUTPUT,
+    output: Annotated[Path, typer.Option(help="The JSON file.")] = PEERS_FILE,
 ) -> None:
     """Run every peer and our suite on the demo's guard, norm by norm."""
     torch.set_num_threads(1)
@@ -185,7 +186,7 @@ def main(
         "images": images,
         "references": len(references.labels),
         "seed": 0,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in _PACKAGES},
     }
     content: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
     if content.get("setting") != setting:

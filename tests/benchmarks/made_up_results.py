@@ -2,9 +2,9 @@
 
 import torch
 
-from benchmarks.experiments.cells import load_experiment
-from benchmarks.reporting.estimates import Results
-from benchmarks.running.judging import to_hex
+from benchmarks.experiments import load_experiment
+from benchmarks.reporting._estimates import Results
+from benchmarks.running._judging import to_hex
 
 
 def bits(text):

@@ -4,9 +4,7 @@ import json
 
 import torch
 
-from benchmarks.running.runner import run_cell
-from benchmarks.running.store import Store
-from benchmarks.running.training import Trainings
+from benchmarks.running import Store, Trainings, run_cell
 
 SMALL = """
 title = "Everything once"

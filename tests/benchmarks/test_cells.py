@@ -8,13 +8,14 @@ import pytest
 from clusterguard.errors import ConfigurationError
 from made_up_results import find, load_table
 
-from benchmarks.detectors import RECIPES, make_recipe
-from benchmarks.detectors.networks import build
-from benchmarks.experiments import cells
-from benchmarks.experiments.cells import list_experiments, load_experiment, merge
-from benchmarks.running.store import RESULTS, Store
+from benchmarks._support import read_toml
+from benchmarks.detectors import RECIPES, build_network, make_recipe
+from benchmarks.experiments import _cells as cells
+from benchmarks.experiments import list_experiments, load_experiment
+from benchmarks.experiments._cells import merge
+from benchmarks.running import RESULTS, Store
 
-PAPER = cells.tomllib.loads((Path(cells.__file__).parents[1] / "reporting" / "paper.toml").read_text())
+PAPER = read_toml(Path(cells.__file__).parents[1] / "reporting" / "paper.toml")
 TABLES = [f"table{table}-{dataset}" for table in (2, 3, 4) for dataset in ("mnist", "cifar10")]
 
 
@@ -92,7 +93,7 @@ def test_weights_that_ship_are_those_of_tables_and_figures():
         cell = (tables["cpu"] | tables["short"])[key]
         state, record = store.load_weights(key)
         recipe = make_recipe(cell.detector, cell.training.options)
-        recipe.build(build(cell.training.model, (1, 28, 28))).load_state_dict(state)
+        recipe.build(build_network(cell.training.model, (1, 28, 28))).load_state_dict(state)
         assert record["record"]["epochs"] == cell.training.epochs
 
 

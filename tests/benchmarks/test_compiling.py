@@ -7,12 +7,13 @@ from clusterguard.errors import ConfigurationError
 from small_experiment import SMALL
 from torch import nn
 
-from benchmarks.detectors import RECIPES, networks
-from benchmarks.experiments import cells
-from benchmarks.experiments.cells import load_experiment
-from benchmarks.running.runner import run_cell
-from benchmarks.running.store import Store
-from benchmarks.running.training import Trainings, networks_in
+from benchmarks.detectors import RECIPES
+from benchmarks.detectors import _networks as networks
+from benchmarks.experiments import _cells as cells
+from benchmarks.experiments import load_experiment
+from benchmarks.running import Store, Trainings, run_cell
+from benchmarks.running import _training as training
+from benchmarks.running._training import networks_in
 
 
 class Compilable(nn.Module):
@@ -55,7 +56,7 @@ def test_whether_compiling_pays_is_measured_once_a_network_and_recorded(tmp_path
     (tmp_path / "small.toml").write_text(SMALL)
     monkeypatch.setattr(cells, "FOLDER", tmp_path)
     seen, compiled = [], []
-    monkeypatch.setattr(networks, "quickest_mode", lambda network, images: seen.append(images.shape) or "default")
+    monkeypatch.setattr(training, "quickest_mode", lambda network, images: seen.append(images.shape) or "default")
     monkeypatch.setattr(networks.Features, "compile", lambda network, mode: compiled.append((network, mode)))
     trainings = Trainings(Store(tmp_path), device=torch.device("cpu"), compiled="auto")
     chosen = [cell for cell in load_experiment("small").cells if cell.attack == "FGSM"]
@@ -70,7 +71,7 @@ def test_whether_compiling_pays_is_measured_once_a_network_and_recorded(tmp_path
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_a_training_compiles_is_what_the_detector_runs(name):
     """A guard runs a copy of the network it was built from: to compile that one would change nothing."""
-    detector = RECIPES[name].build(networks.build("tiny-cnn", (1, 28, 28))).eval()
+    detector = RECIPES[name].build(networks.build_network("tiny-cnn", (1, 28, 28))).eval()
     (network,) = networks_in(detector)
     runs = []
     network._call = lambda body, images: runs.append(images.shape) or body(images)

@@ -17,7 +17,16 @@ from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, TensorDataset
 from trained_detectors import ATTACK, IMAGES, INFINITE, LABELS, TRAINING, trained
 
-from benchmarks.detectors import RECIPES, ccat, fs, lid, madry, maha, networks, rectified_rejection, trades, vanilla
+from benchmarks.detectors import RECIPES
+from benchmarks.detectors import _ccat as ccat
+from benchmarks.detectors import _fs as fs
+from benchmarks.detectors import _lid as lid
+from benchmarks.detectors import _madry as madry
+from benchmarks.detectors import _maha as maha
+from benchmarks.detectors import _networks as networks
+from benchmarks.detectors import _rectified_rejection as rectified_rejection
+from benchmarks.detectors import _trades as trades
+from benchmarks.detectors import _vanilla as vanilla
 
 
 def test_trades_without_a_budget_is_cross_entropy_and_with_one_is_more():
@@ -26,9 +35,9 @@ def test_trades_without_a_budget_is_cross_entropy_and_with_one_is_more():
 
     def loss(eps, **options):
         attack = dataclasses.replace(ATTACK, eps=eps, **options)
-        return trades.loss(detector, images, labels, attack, torch.Generator().manual_seed(0)).loss.item()
+        return trades.trades_loss(detector, images, labels, attack, torch.Generator().manual_seed(0)).loss.item()
 
-    plain = vanilla.loss(detector, images, labels, None, None).loss.item()
+    plain = vanilla.vanilla_loss(detector, images, labels, None, None).loss.item()
     assert loss(0.0) == pytest.approx(plain, abs=1e-6)
     assert loss(0.2) > plain + 0.1
     # Options that would split the batch, or drop images from it, do not reach an objective with a row per image.
@@ -39,7 +48,7 @@ def test_trades_attack_moves_predictions_further_than_noise_does():
     detector = WithThresholds(trained("trades"), INFINITE)
     with torch.no_grad():
         benign = detector.evidence(IMAGES[:40]).class_scores.log_softmax(dim=1)
-    attack = dataclasses.replace(ATTACK, objective=trades.away_from(benign), start=trades.near_image, keep="last")
+    attack = dataclasses.replace(ATTACK, objective=trades.away_from(benign), start=trades.start_near_image, keep="last")
     noise = dataclasses.replace(ATTACK, eps=0.2, steps=1, step_size=1e-9, start="random", keep="last")
     moved = []
     for way in (attack, noise):
@@ -58,7 +67,7 @@ def test_trades_divergence_by_hand():
 def test_the_median_is_that_of_scipy():
     images = torch.rand(3, 2, 7, 9)
     expected = median_filter(images.numpy(), size=(1, 1, 2, 2), mode="reflect")
-    assert np.array_equal(fs.median(images).numpy(), expected)
+    assert np.array_equal(fs.median_filter(images).numpy(), expected)
 
 
 def test_feature_squeezing_by_hand():
@@ -163,7 +172,7 @@ def test_ccat_starts_at_images_and_all_over_the_ball(norm, eps):
         get_objective("suspicion"),
         torch.Generator().manual_seed(0),
     )
-    sizes = problem.norm.size(ccat.of_any_size(problem) - problem.images) / eps
+    sizes = problem.norm.size(ccat.start_of_any_size(problem) - problem.images) / eps
     assert 0.3 < (sizes == 0).float().mean() < 0.7
     assert sizes.max() <= 1
     assert sizes.max() > 0.5  # the box takes its share, most of all from the dark pixels of a digit
@@ -177,9 +186,9 @@ def test_ccat_loss_by_hand():
     right = log_p.gather(1, labels[:, None]).squeeze(1)
     # A step too small to matter that reaches the radius all the same: six benign images, five of no class.
     attack = PGD(eps=1e-5, step_size=1e-3, steps=1)
-    loss = ccat.loss(detector, images, labels, attack, None).loss
+    loss = ccat.ccat_loss(detector, images, labels, attack, None).loss
     torch.testing.assert_close(loss, -(right[:6].sum() + log_p[6:].mean(dim=1).sum()) / 11, rtol=1e-3, atol=1e-3)
-    unattacked = ccat.loss(detector, images, labels, dataclasses.replace(attack, eps=0.0), None).loss
+    unattacked = ccat.ccat_loss(detector, images, labels, dataclasses.replace(attack, eps=0.0), None).loss
     torch.testing.assert_close(unattacked, -right.mean())
 
 
@@ -218,7 +227,7 @@ def test_rectified_confidence_learns_the_true_class_probability():
 def test_rectified_suspicion_is_a_product_of_probabilities():
     detector = trained("rectified-rejection")
     with torch.no_grad():
-        logits, trust = detector.read(IMAGES[:20])
+        logits, trust = detector.logits_and_trust(IMAGES[:20])
         suspicion = detector.evidence(IMAGES[:20]).suspicion
     assert torch.allclose((-suspicion).exp(), logits.softmax(dim=1) * trust.sigmoid(), atol=1e-6)
     assert trust.sigmoid().std() > 0.01
@@ -227,7 +236,8 @@ def test_rectified_suspicion_is_a_product_of_probabilities():
 def test_madry_attacks_from_a_random_start_with_cross_entropy():
     detector = WithThresholds(trained("madry"), INFINITE)
     generators = (torch.Generator().manual_seed(seed) for seed in (0, 0, 1))
-    runs = [madry.attack_labels(detector, IMAGES[:20], LABELS[:20], ATTACK, generator) for generator in generators]
+    attack = madry.attack_with_cross_entropy
+    runs = [attack(detector, IMAGES[:20], LABELS[:20], ATTACK, generator) for generator in generators]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 

@@ -23,10 +23,10 @@ from clusterguard.training import ClusterLoss, Graded
 from torch.utils.data import DataLoader
 from trained_detectors import ATTACK, CALIBRATION, IMAGES, INFINITE, LABELS, TRAINING, network, schedule, trained
 
-from benchmarks.detectors import RECIPES, make_recipe, vanilla
-from benchmarks.detectors.recipe import Recipe
-from benchmarks.experiments.cells import load_experiment
-from benchmarks.running.training import make_schedule
+from benchmarks.detectors import RECIPES, Recipe, make_recipe
+from benchmarks.detectors import _vanilla as vanilla
+from benchmarks.experiments import load_experiment
+from benchmarks.running._training import make_schedule
 
 
 def test_every_ingredient_of_a_recipe_reaches_the_trainer():
@@ -78,7 +78,7 @@ class Case:
     recipe: Recipe
 
     def __post_init__(self):
-        detector = copy.deepcopy(trained(self.recipe.training))
+        detector = copy.deepcopy(trained(self.recipe.training_name))
         self.detector = self.recipe.finish(detector, DataLoader(TRAINING, batch_size=100))
         Calibrator(false_positive_rate=0.05).fit(self.detector, CALIBRATION)
         self.benign, _ = judge(self.detector, [(IMAGES, LABELS)])
@@ -199,10 +199,10 @@ def test_half_precision_costs_no_decisions(case):
 
 def test_detectors_that_are_trained_once_are_trained_alike():
     shared = {name: RECIPES[name] for name in ("fs", "lid", "maha")}
-    assert {recipe.training for recipe in shared.values()} == {"vanilla"}
+    assert {recipe.training_name for recipe in shared.values()} == {"vanilla"}
     assert all(recipe.trainer is vanilla.VANILLA.trainer for recipe in shared.values())
     assert all(recipe.build is vanilla.VANILLA.build for recipe in shared.values())
-    assert len({recipe.training for recipe in RECIPES.values()}) == len(RECIPES) - 3
+    assert len({recipe.training_name for recipe in RECIPES.values()}) == len(RECIPES) - 3
 
 
 @pytest.mark.parametrize("name", ["madry", "trades", "ccat", "rectified-rejection", "ours", "vanilla", "resisting"])

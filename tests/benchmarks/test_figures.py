@@ -6,7 +6,7 @@ pytest.importorskip("matplotlib")
 
 from made_up_results import load_table, made_up, points, read
 
-from benchmarks.reporting import figures
+from benchmarks.reporting import _figures as figures
 
 
 def lines_of(name, run):
@@ -39,7 +39,7 @@ def test_figures_are_drawn_whatever_has_been_run(name, tmp_path, monkeypatch):
     drawn = []
     save = figures._save
     monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure) or save(figure, path))
-    png, svg = figures.draw(FIGURES[name](), tmp_path / "figure")
+    png, svg = figures.draw_figure(FIGURES[name](), tmp_path / "figure")
     assert png.read_bytes().startswith(b"\x89PNG")
     assert ElementTree.parse(svg).getroot().tag.endswith("svg")
     texts = {text.get_text() for axis in drawn[0].axes for text in axis.texts}
@@ -54,14 +54,14 @@ def test_figures_are_drawn_whatever_has_been_run(name, tmp_path, monkeypatch):
 
 def test_a_figure_is_the_same_file_every_time(tmp_path):
     results = FIGURES["full lines"]()
-    first = [path.read_bytes() for path in figures.draw(results, tmp_path / "a")]
-    assert first == [path.read_bytes() for path in figures.draw(results, tmp_path / "b")]
+    first = [path.read_bytes() for path in figures.draw_figure(results, tmp_path / "a")]
+    assert first == [path.read_bytes() for path in figures.draw_figure(results, tmp_path / "b")]
 
 
 def test_points_of_figures_are_where_the_attack_was():
-    sizes = figures.step_sizes(FIGURES["full lines"]())
+    sizes = figures.lines_by_step_size(FIGURES["full lines"]())
     assert [point.x for point in sizes["PGD ℓ1 15 U"]] == [0.5, 1, 2, 4, 8, 16]
     assert {point.rate.mean for point in sizes["PGD ℓ1 15 U"]} == {3 / 8}
-    steps = figures.iterations(FIGURES["partial lines"]())
+    steps = figures.lines_by_iterations(FIGURES["partial lines"]())
     assert [point.x for point in steps["PGD ℓ2 2.0 U"]] == [1, 3, 10, 30, 100, 300, 1000, 2000]
     assert [len(point.rate.values) for point in steps["PGD ℓ2 2.0 U"]] == [1, 1, 1, 1, 1, 0, 1, 1]

@@ -12,10 +12,11 @@ from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError
 
 import benchmarks
-from benchmarks.data.datasets import FloatBatches, load
-from benchmarks.detectors import RECIPES, networks
-from benchmarks.experiments.kinds import KINDS, Scene
-from benchmarks.running.judging import count_unproved, to_hex
+from benchmarks.data import FloatBatches, load_data_set
+from benchmarks.detectors import RECIPES
+from benchmarks.detectors import _networks as networks
+from benchmarks.experiments import KINDS, Scene
+from benchmarks.running._judging import count_unproved, to_hex
 
 ROOM = Path(benchmarks.__file__).parent
 OPTIONS = {
@@ -33,9 +34,9 @@ OPTIONS = {
 @pytest.fixture(scope="module", params=RECIPES)
 def case(request):
     """An untrained detector of each recipe, as its finished self, and some digits."""
-    recipe, data = RECIPES[request.param], load("digits")
+    recipe, data = RECIPES[request.param], load_data_set("digits")
     torch.manual_seed(0)
-    trained = recipe.build(networks.build("tiny-cnn", data.image_shape)).eval()
+    trained = recipe.build(networks.build_network("tiny-cnn", data.image_shape)).eval()
     detector = recipe.finish(trained, FloatBatches(data.train.head(1500), 500)).eval().requires_grad_(False)
     return recipe, WithThresholds(detector, torch.full((10,), 50.0)), data.calibration.head(8).floats()
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from clusterguard.errors import ConfigurationError
 
-from benchmarks.detectors import networks
-from benchmarks.running import plan
+from benchmarks.detectors import _networks as networks
+from benchmarks.running import _plan as plan
 
 SIZES = {  # parameters without the classifier, as published with it less its own
     "tiny-cnn": 165_380,
@@ -21,7 +21,7 @@ SIZES = {  # parameters without the classifier, as published with it less its ow
 @pytest.mark.parametrize("name", networks.MODELS)
 def test_images_become_features_with_a_gradient(name):
     shape = (1, 28, 28) if name.endswith("-cnn") else (3, 32, 32)
-    network = networks.build(name, shape).eval()
+    network = networks.build_network(name, shape).eval()
     if not name.startswith("wrn-"):
         images = torch.rand(2, *shape, requires_grad=True)
         features = network(images)
@@ -39,7 +39,7 @@ def test_the_cost_of_every_network_can_be_estimated():
 
 @pytest.mark.parametrize("name", ["tiny-cnn", "wide-cnn", "small-cnn", "released-cnn"])
 def test_small_networks_take_colour_images_too(name):
-    assert networks.build(name, (3, 32, 32))(torch.rand(2, 3, 32, 32)).shape[0] == 2
+    assert networks.build_network(name, (3, 32, 32))(torch.rand(2, 3, 32, 32)).shape[0] == 2
 
 
 def test_a_wide_block_halves_the_image_where_it_should():
@@ -49,11 +49,11 @@ def test_a_wide_block_halves_the_image_where_it_should():
 
 
 def test_equal_seeds_give_equal_networks():
-    first, second = (torch.manual_seed(0) and networks.build("tiny-cnn", (1, 28, 28)) for _ in range(2))
+    first, second = (torch.manual_seed(0) and networks.build_network("tiny-cnn", (1, 28, 28)) for _ in range(2))
     images = torch.rand(3, 1, 28, 28)
     assert torch.equal(first(images), second(images))
 
 
 def test_an_unknown_model_is_named():
     with pytest.raises(ConfigurationError, match="lenet"):
-        networks.build("lenet", (1, 28, 28))
+        networks.build_network("lenet", (1, 28, 28))

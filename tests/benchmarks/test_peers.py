@@ -5,14 +5,14 @@ import pytest
 
 pytest.importorskip("foolbox")
 
-from benchmarks.studies.peers import OUTPUT, PEERS, RADII, SUITE, list_attacks, summarise
+from benchmarks.studies.peers import PEERS, PEERS_FILE, RADII, SUITE, list_attacks, summarise
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 
 @pytest.fixture
 def measured():
-    return json.loads(OUTPUT.read_text())["norms"]
+    return json.loads(PEERS_FILE.read_text())["norms"]
 
 
 def test_the_page_shows_what_was_measured(measured):

@@ -4,11 +4,10 @@ from small_experiment import SMALL
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.experiments import cells
-from benchmarks.experiments.cells import load_experiment
-from benchmarks.running import plan
-from benchmarks.running.clock import OutOfTimeError
-from benchmarks.running.store import Store
+from benchmarks.experiments import _cells as cells
+from benchmarks.experiments import load_experiment
+from benchmarks.running import OutOfTimeError, Store
+from benchmarks.running import _plan as plan
 
 
 @pytest.fixture
@@ -30,18 +29,18 @@ def test_the_plan_adds_up(experiment, capsys):
 
 @pytest.mark.parametrize("device", ["h200", "cpu", "cuda:0"])
 def test_devices_that_were_never_measured_get_stated_assumptions(device, monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "FILE", tmp_path / "none.json")
-    speed = plan.throughput(device)
+    monkeypatch.setattr(plan, "THROUGHPUT_FILE", tmp_path / "none.json")
+    speed = plan.find_throughput(device)
     assert "assumed" in speed.source
     forward, both = speed.seconds("small-cnn", "mnist", 1000)
     assert 0 < forward < both < 0.1
 
 
 def test_measured_throughput_is_found_again(experiment, monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "FILE", tmp_path / "throughput.json")
+    monkeypatch.setattr(plan, "THROUGHPUT_FILE", tmp_path / "throughput.json")
     monkeypatch.setattr(plan, "PATIENCE", 0.05)
-    plan.calibrate(experiment.cells[:1], torch.device("cpu"))
-    speed = plan.throughput("cpu")
+    plan.measure_throughput(experiment.cells[:1], torch.device("cpu"))
+    speed = plan.find_throughput("cpu")
     assert "measured" in speed.source
     assert speed.seconds("tiny-cnn", "digits", 10_000)[1] > 0
     assert speed.seconds("small-cnn", "mnist", 1000)[1] > 0  # assumed: it was not measured
@@ -52,17 +51,17 @@ def test_near_the_end_of_the_budget_cells_that_fit_come_first(experiment, tmp_pa
     now, order = [0.0], []
 
     def run(cell, trainings):
-        now[0] += 0.001 * plan.passes(cell)
+        now[0] += 0.001 * plan.attack_cost(cell)
         if now[0] > 4.0:
             raise OutOfTimeError
         order.append(cell.attack)
 
     monkeypatch.setattr("benchmarks.__main__.run_cell", run)
-    monkeypatch.setattr("benchmarks.running.clock.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("benchmarks.running._clock.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(Store, "has_weights", lambda self, key: True)
     command = ["run", "small", "--device", "cpu", "--out", str(tmp_path), "--time-budget", "4", "--only", "ours*"]
     assert CliRunner().invoke(app, command).exit_code == 3
-    costs = {cell.attack: 0.001 * plan.passes(cell) for cell in experiment.cells if cell.detector == "ours"}
+    costs = {cell.attack: 0.001 * plan.attack_cost(cell) for cell in experiment.cells if cell.detector == "ours"}
     assert costs["suite"] > 4  # it does not fit, so all others are whole before it is begun
     assert order == [name for name in costs if name != "suite"][: len(order)]
     assert sum(costs[name] for name in order) <= 4

@@ -11,11 +11,9 @@ from clusterguard.detection import Verdicts, accuracy, false_positive_rate, is_b
 from clusterguard.errors import ConfigurationError
 from clusterguard.samples import load_digits
 
-from benchmarks.detectors import networks
-from benchmarks.experiments.cells import load_experiment
-from benchmarks.running.publish import publish
-from benchmarks.running.store import RESULTS, Store
-from benchmarks.running.training import Trainings
+from benchmarks.detectors import _networks as networks
+from benchmarks.experiments import load_experiment
+from benchmarks.running import RESULTS, Store, Trainings, publish_guard
 
 FOLDERS = sorted((RESULTS / "checkpoints").iterdir())
 
@@ -28,7 +26,7 @@ def shipped_folder(request):
 @pytest.fixture
 def shipped(shipped_folder):
     training = json.loads((shipped_folder / "config.json").read_text())["training"]
-    network = networks.build(training["definition"]["model"], (1, 28, 28))
+    network = networks.build_network(training["definition"]["model"], (1, 28, 28))
     return ClusterGuard.from_pretrained(shipped_folder, backbone=network), training
 
 
@@ -67,8 +65,8 @@ def trainings(tmp_path_factory):
 def test_publishing_saves_a_calibrated_guard_with_its_figures(trainings, tmp_path):
     cell = load_experiment("certified-mnist", "quick").cells[0]
     cell = replace(cell, training=replace(cell.training, epochs=3, warmup_epochs=3))
-    publish(cell, trainings, tmp_path / "guard", images=50, attacked=5)
-    network = networks.build(cell.training.model, (1, 28, 28))
+    publish_guard(cell, trainings, tmp_path / "guard", images=50, attacked=5)
+    network = networks.build_network(cell.training.model, (1, 28, 28))
     guard = ClusterGuard.from_pretrained(tmp_path / "guard", backbone=network)
     assert guard.is_calibrated
     images, labels = (part[:5] for part in load_digits("test").tensors)
@@ -76,7 +74,7 @@ def test_publishing_saves_a_calibrated_guard_with_its_figures(trainings, tmp_pat
     card = (tmp_path / "guard" / "README.md").read_text()
     assert "any attack of linf 0.4 breaks at most" in card
     assert "suite linf 0.4" in card
-    assert 'backbone=networks.build("tiny-cnn", (1, 28, 28))' in card
+    assert 'backbone=build_network("tiny-cnn", (1, 28, 28))' in card
     assert "\nlicense: mit\n" in card
 
 
@@ -92,5 +90,5 @@ def test_cards_that_ship_say_how_to_load_their_guards(shipped_folder):
 def test_only_guards_can_be_published(trainings, tmp_path, monkeypatch):
     monkeypatch.setattr(trainings, "detector", lambda cell: (torch.nn.Identity(), {}))
     with pytest.raises(ConfigurationError, match="guard"):
-        publish(load_experiment("certified-mnist", "quick").cells[0], trainings, tmp_path)
+        publish_guard(load_experiment("certified-mnist", "quick").cells[0], trainings, tmp_path)
     assert not list(tmp_path.iterdir())

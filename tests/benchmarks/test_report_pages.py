@@ -11,17 +11,19 @@ from clusterguard.cli._demo import HONESTY
 from clusterguard.errors import ConfigurationError
 from made_up_results import find, load_table, made_up, points, rows
 
-from benchmarks.detectors.networks import build
-from benchmarks.experiments import cells
-from benchmarks.experiments.cells import load_experiment, tomllib
-from benchmarks.reporting import figures
-from benchmarks.reporting.estimates import Results, estimate, success
-from benchmarks.reporting.report import read_results, render, write_report
-from benchmarks.running.store import RESULTS, Store
+from benchmarks._support import read_toml
+from benchmarks.detectors import build_network
+from benchmarks.experiments import _cells as cells
+from benchmarks.experiments import load_experiment
+from benchmarks.reporting import _figures as figures
+from benchmarks.reporting import write_report
+from benchmarks.reporting._estimates import Results, estimate, measure_success
+from benchmarks.reporting._report import read_results, render_page
+from benchmarks.running import RESULTS, Store
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "benchmarks" / "experiments"
-PAPER = tomllib.loads((ROOT / "benchmarks" / "reporting" / "paper.toml").read_text())
+PAPER = read_toml(ROOT / "benchmarks" / "reporting" / "paper.toml")
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def test_other_seeds_and_networks_stand_beside_the_papers_numbers_and_under_thei
     (suite,) = find("strict-cifar10", detector="ours", attack="suite linf 0.03")
     for cell in (attack, suite):
         store.write_cell(cell, made_up({"": "11110000"}, rates=("0.01", "0.02", "0.05", "0.1")))
-    page = render(read_results(store, "full")["cifar10.md"])
+    page = render_page(read_results(store, "full")["cifar10.md"])
     section = page.partition("with the network and the schedule of the paper\n")[2].partition("\n## ")[0]
     shown = rows("\n".join(line for line in section.partition("EROC")[0].splitlines() if line.startswith("|")))
     assert shown["PGD ℓ∞ 0.03 T"]["Ours"][-1] == f"({PAPER['table2-cifar10']['PGD linf 0.03 T']['ASR-1'][0]:.2f})"
@@ -43,7 +45,7 @@ def test_other_seeds_and_networks_stand_beside_the_papers_numbers_and_under_thei
     seeds = [cell for name in ("table2", "strict") for cell in find(f"seeds-mnist/{name}", detector="ours")]
     for cell in seeds:
         store.write_cell(cell, made_up({"": "11110000"}, rates=("0.01", "0.02", "0.05", "0.1")))
-    page = render(read_results(store, "full")["mnist.md"])
+    page = render_page(read_results(store, "full")["mnist.md"])
     section = page.partition("three seeds, MNIST: adaptive")[2].partition("\n## ")[0]
     assert "*suite ℓ∞ 0.3*" in section
     assert "3 of 3 seeds" in section
@@ -54,7 +56,7 @@ def test_a_page_says_what_it_rests_on_and_what_is_missing(store):
     wrong = made_up({"step 0.1": "10000000"}, rates=("0.01", "0.02", "0.05", "0.1"))
     wrong["results"]["step 0.1"]["rates"]["0.01"]["invalid"] = 3
     store.write_cell(first, wrong)
-    text = render(read_results(store, "full")["mnist.md"])
+    text = render_page(read_results(store, "full")["mnist.md"])
     assert text.startswith("<!-- Generated from results by `python -m benchmarks report`;")
     assert re.search(r"^1 of \d+ cells are run", text, flags=re.MULTILINE)
     assert "Computed on a machine, at `abc`." in text
@@ -65,15 +67,15 @@ def test_a_page_says_what_it_rests_on_and_what_is_missing(store):
     assert "\n## Table 3" not in text
     assert re.search(r"^Not run yet: `python -m benchmarks run table3-mnist .*figure7-mnist`.$", text, re.MULTILINE)
     nothing = read_results(store, "full")["cifar10.md"]
-    assert "|" not in render(nothing)  # no empty tables
-    assert render(nothing).count("Not run yet: `python -m benchmarks run ") == len(nothing)
+    assert "|" not in render_page(nothing)  # no empty tables
+    assert render_page(nothing).count("Not run yet: `python -m benchmarks run ") == len(nothing)
 
 
 def test_the_cpu_profile_has_pages_of_its_own(store):
     pages = read_results(store, "cpu")
     assert "mnist-cpu.md" in pages
     assert not {"mnist.md", "cifar10.md"} & set(pages)
-    assert "`python -m benchmarks report --profile cpu`" in render(pages["mnist-cpu.md"])
+    assert "`python -m benchmarks report --profile cpu`" in render_page(pages["mnist-cpu.md"])
 
 
 def test_quick_pages_say_quick_everywhere(store, tmp_path, monkeypatch):
@@ -117,7 +119,7 @@ def test_a_page_is_the_same_whatever_files_and_attacks_are_called(store, tmp_pat
                 text = text.replace(old, new)
             (folder / f"{changes.get(name, name)}.toml").write_text(text)
         monkeypatch.setattr(cells, "FOLDER", folder)
-        return render(read_results(store, "full")["mnist.md"])
+        return render_page(read_results(store, "full")["mnist.md"])
 
     other = read(chosen | {'"suite l': '"worst l', '"PGD l': '"descent l', ' steps", kind': ' times", kind'})
     for old, new in [*chosen.items(), ("suite ℓ", "worst ℓ"), ("PGD ℓ", "descent ℓ")]:
@@ -128,7 +130,7 @@ def test_a_page_is_the_same_whatever_files_and_attacks_are_called(store, tmp_pat
 def test_a_table_that_the_paper_does_not_have_is_named(store):
     results = Results(replace(load_table("table2-mnist"), paper="table9-mnist"), lambda key: made_up({"": "1" * 8}))
     with pytest.raises(ConfigurationError, match=r"table2-mnist, .* 'table9-mnist'"):
-        render([results])
+        render_page([results])
 
 
 def test_pages_end_in_a_newline_and_have_no_trailing_blanks(store, tmp_path):
@@ -150,7 +152,7 @@ def test_the_pages_in_the_repository_are_made_from_the_results_in_it(profile):
     for name, every in read_results(Store(RESULTS), profile).items():
         page = ROOT / "docs" / "results" / name
         if profile == "full" or page.exists():
-            assert page.read_text() == render(every), f"python -m benchmarks report --profile {profile}"
+            assert page.read_text() == render_page(every), f"python -m benchmarks report --profile {profile}"
 
 
 def test_the_readme_says_what_the_results_say():
@@ -172,10 +174,12 @@ def test_the_readme_says_what_the_results_say():
 def test_the_demos_reference_values_are_those_of_the_results():
     def mean(name, attack):
         read = Store(RESULTS).read_cell
-        return estimate(Results(load_table(name, "cpu"), read).slot("ours", attack), success(0.01)).mean
+        return estimate(Results(load_table(name, "cpu"), read).slot("ours", attack), measure_success(0.01)).mean
 
     pgd, suite = mean("seeds-mnist/table2", "PGD linf 0.3 U"), mean("seeds-mnist/strict", "suite linf 0.3")
     assert f"PGD-100 breaks {pgd:.2f} at linf 0.3 and the suite {suite:.2f}." in HONESTY
     (cell,) = find("seeds-mnist/table2", "cpu", detector="ours", attack="PGD linf 0.3 U", seed=0)
     assert (cell.images, cell.options["steps"], cell.training.model) == (300, 100, "tiny-cnn")
-    assert [str(layer) for layer in digit_network()] == [str(layer) for layer in build("tiny-cnn", (1, 28, 28)).body]
+    assert [str(layer) for layer in digit_network()] == [
+        str(layer) for layer in build_network("tiny-cnn", (1, 28, 28)).body
+    ]

@@ -17,16 +17,12 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.detectors import RECIPES
-from benchmarks.experiments import cells
-from benchmarks.experiments.cells import load_experiment
-from benchmarks.experiments.kinds import KINDS, Scene
-from benchmarks.running import plan, training
-from benchmarks.running.attacking import pair_goals
-from benchmarks.running.clock import Clock, OutOfTimeError
-from benchmarks.running.judging import from_hex, to_hex
-from benchmarks.running.runner import run_cell
-from benchmarks.running.store import Store
-from benchmarks.running.training import Trainings
+from benchmarks.experiments import KINDS, Scene, load_experiment
+from benchmarks.experiments import _cells as cells
+from benchmarks.running import Clock, OutOfTimeError, Store, Trainings, from_hex, pair_goals, run_cell
+from benchmarks.running import _plan as plan
+from benchmarks.running import _training as training
+from benchmarks.running._judging import to_hex
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +168,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_results(finished, expe
 @pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_results(finished, folder, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from benchmarks.experiments import cells;"
+        "import sys; from pathlib import Path; from benchmarks.experiments import _cells as cells;"
         "cells.FOLDER = Path(sys.argv[1]);"
         "import torch; torch.set_num_threads(1);"  # as here: sums round by the number of threads
         "from clusterguard.attacks import EFFORTS; Effort = type(EFFORTS['quick']);"
@@ -192,7 +188,7 @@ def test_a_killed_process_goes_on_to_the_same_results(finished, folder, tmp_path
 
 
 def test_what_is_done_is_not_done_again(finished, experiment, monkeypatch):
-    monkeypatch.setattr(training, "train", None)
+    monkeypatch.setattr(training, "train_detector", None)
     results = run_all(experiment.cells, finished[0])
     assert [comparable(result) for result in results] == finished[1]
 

@@ -5,7 +5,8 @@ import torch
 from clusterguard.errors import PersistenceError
 from made_up_results import find, made_up
 
-from benchmarks.running.store import Store, read_chunk, save_chunk
+from benchmarks.running import Store
+from benchmarks.running._store import read_chunk, save_chunk
 
 
 def test_large_weights_come_in_parts(tmp_path):

@@ -6,14 +6,21 @@ import pytest
 from clusterguard.detection import wilson_interval
 from made_up_results import find, load_table, made_up, read, rows
 
+from benchmarks._support import read_toml
 from benchmarks.detectors import RECIPES
-from benchmarks.experiments.cells import tomllib
-from benchmarks.reporting import report
-from benchmarks.reporting.estimates import Results, estimate, success, worst_per_image, worst_row, worst_within
-from benchmarks.reporting.tables import area_table, attack_table, comparison_table, show, stages_table, union_table
+from benchmarks.reporting import _report as report
+from benchmarks.reporting._estimates import Results, estimate, measure_success, worst_per_image, worst_row, worst_within
+from benchmarks.reporting._tables import (
+    area_table,
+    attack_table,
+    comparison_table,
+    show_estimate,
+    stages_table,
+    union_table,
+)
 
 ROOT = Path(__file__).parents[2]
-PAPER = tomllib.loads((ROOT / "benchmarks" / "reporting" / "paper.toml").read_text())
+PAPER = read_toml(ROOT / "benchmarks" / "reporting" / "paper.toml")
 TABLES = [name for name in PAPER if name.startswith("table")]
 
 
@@ -98,10 +105,13 @@ def test_the_suite_stands_below_the_rows_of_its_norm_and_radius_and_only_at_its_
 
 def test_several_seeds_are_averaged_and_their_range_is_shown():
     slot = [made_up({"": "10000000"}), made_up({"": "11100000"}), None]
-    measured = estimate(slot, success(0.01))
+    measured = estimate(slot, measure_success(0.01))
     assert measured.mean == pytest.approx(2 / 8)
     assert measured.interval == (wilson_interval(1, 8)[0], wilson_interval(3, 8)[1])
-    assert show(measured, 0.5) == "**0.25**<br><small>.02–.69</small><br><small>2 of 3 seeds: .12–.38</small><br>(0.50)"
+    assert (
+        show_estimate(measured, 0.5)
+        == "**0.25**<br><small>.02–.69</small><br><small>2 of 3 seeds: .12–.38</small><br>(0.50)"
+    )
     assert worst_row([measured]).bound == "≥ "
     table2 = load_table("table2-mnist")
     seeds = tuple(replace(cell, seed=seed) for seed in (0, 1) for cell in table2.cells)

@@ -7,8 +7,8 @@ from clusterguard import PGD
 from clusterguard.samples import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.detectors import RECIPES, networks
-from benchmarks.detectors.recipe import Schedule
+from benchmarks.detectors import RECIPES, Schedule
+from benchmarks.detectors import _networks as networks
 
 SHAPE = 1, 28, 28
 IMAGES, LABELS = load_digits("test").tensors
@@ -20,7 +20,7 @@ INFINITE = torch.full((10,), torch.inf)
 
 def network(seed=0):
     torch.manual_seed(seed)
-    return networks.build("tiny-cnn", SHAPE)
+    return networks.build_network("tiny-cnn", SHAPE)
 
 
 def schedule(attack=ATTACK):
@@ -29,7 +29,7 @@ def schedule(attack=ATTACK):
 
 @cache
 def trained(training):
-    recipe = next(recipe for recipe in RECIPES.values() if recipe.training == training)
+    recipe = next(recipe for recipe in RECIPES.values() if recipe.training_name == training)
     detector = recipe.build(network())
     loader = DataLoader(TRAINING, batch_size=100, shuffle=True, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)

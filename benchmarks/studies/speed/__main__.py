@@ -2,33 +2,45 @@
 
 import json
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Annotated
 
 import torch
 import typer
-from clusterguard._support import write_atomically
 
-from benchmarks.studies.speed.measure import FOLDER, measure
-from benchmarks.studies.speed.memory import BATCHES, measure_memory
+from benchmarks._support import write_atomically
+from benchmarks.studies.speed._attack import compare_attacks
+from benchmarks.studies.speed._detection import compare_detection
+from benchmarks.studies.speed._head import compare_heads
+from benchmarks.studies.speed._measure import SPEED_RESULTS, measure_group
+from benchmarks.studies.speed._memory import BATCHES, measure_memory
+from benchmarks.studies.speed._projection import compare_projections
+from benchmarks.studies.speed._suite import compare_suites
+from benchmarks.studies.speed._training import compare_training_steps
 
-ROWS = ("attack", "suite", "training", "head", "projection", "detection")
-TABLE = FOLDER / "table.md"
+GROUPS = {
+    "attack": compare_attacks,
+    "suite": compare_suites,
+    "training": compare_training_steps,
+    "head": compare_heads,
+    "projection": compare_projections,
+    "detection": compare_detection,
+}
+TABLE = SPEED_RESULTS / "table.md"
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
 @app.command()
 def run(
-    names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(ROWS)}; else all.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(GROUPS)}; else all.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Time rows on a device, each side by side with its alternative.
 
     Example: python -m benchmarks.studies.speed run head --device cpu
     """
-    for name in names or ROWS:
-        measure(name, import_module(f"benchmarks.studies.speed.{name}").rows, torch.device(device))
+    for name in names or GROUPS:
+        measure_group(name, GROUPS[name], torch.device(device))
 
 
 @app.command()
@@ -46,10 +58,10 @@ def table() -> None:
 
     Example: python -m benchmarks.studies.speed table
     """
-    write_atomically(TABLE, lambda file: file.write_text("\n".join(lines()) + "\n"))
+    write_atomically(TABLE, lambda file: file.write_text("\n".join(table_lines()) + "\n"))
 
 
-def lines() -> Iterator[str]:
+def table_lines() -> Iterator[str]:
     """The lines of the tables in Markdown."""
     yield from _ratios()
     yield ""
@@ -60,7 +72,7 @@ def _memory() -> Iterator[str]:
     yield f"| peak megabytes, ResNet-50 at 224 | {' | '.join(f'batch {batch}' for batch in BATCHES)} |"
     yield "| --- |" + " --- |" * len(BATCHES)
     for device in ("cpu", "cuda"):
-        file = FOLDER / f"memory-{device}.json"
+        file = SPEED_RESULTS / f"memory-{device}.json"
         if not file.exists():
             yield f"| *{device}* | not run |" + " |" * (len(BATCHES) - 1)
             continue
@@ -72,8 +84,8 @@ def _ratios() -> Iterator[str]:
     yield "| comparison | their time over ours | target | operators or gradients, ours and theirs | MB allocated |"
     yield "| --- | --- | --- | --- | --- |"
     for device in ("cpu", "cuda"):
-        for name in ROWS:
-            file = FOLDER / f"{name}-{device}.json"
+        for name in GROUPS:
+            file = SPEED_RESULTS / f"{name}-{device}.json"
             if not file.exists():
                 yield f"| *{name}, {device}* | not run | | | |"
                 continue

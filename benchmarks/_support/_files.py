@@ -1,0 +1,28 @@
+"""Files that are written completely or not at all."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+
+    If writing fails, an older file at `path` stays as it was.
+
+    Args:
+        path: path of the file. Its folder is created if it does not exist.
+        write: function that writes the content to the temporary path that it gets.
+
+    Returns:
+        The path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # or a crash of the machine could leave an empty file under the new name
+        temporary.replace(path)
+    return path

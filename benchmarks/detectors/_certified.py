@@ -1,0 +1,65 @@
+"""Our guard, trained for certificates instead of against attacks. A certificate holds for every attack."""
+
+from dataclasses import replace
+
+from clusterguard import CertifiedTrainer, ClusterGuard, DetectorModule, DetectorTrainer
+from clusterguard.training import initialise
+from torch import nn
+
+from benchmarks.detectors._ours import OURS
+from benchmarks.detectors._recipe import Recipe, Schedule
+
+
+def make_certified(
+    *,
+    ramp_epochs: float = 10.0,
+    bound_weight: float = 0.5,
+    center_weight: float = 0.02,
+    temperature: float = 1.0,
+) -> Recipe:
+    """A recipe for the guard of the library with the certified trainer of the library.
+
+    The radius is that of the experiment's training attack.
+
+    Args:
+        ramp_epochs: number of epochs over which the radius grows.
+        bound_weight: weight of the loss of the bounds.
+        center_weight: weight of the distance to the centres.
+        temperature: temperature of the cross-entropies.
+    """
+
+    def build(network: nn.Module) -> DetectorModule:
+        guard = OURS.build(network)
+        initialise(guard)
+        return guard
+
+    def make_trainer(detector: DetectorModule, schedule: Schedule) -> DetectorTrainer:
+        assert isinstance(detector, ClusterGuard)  # tells the type checker
+        optimizer = schedule.optimizer(detector)
+        return CertifiedTrainer(
+            detector,
+            eps=schedule.attack.eps,
+            optimizer=optimizer,
+            scheduler=None if schedule.scheduler is None else schedule.scheduler(optimizer),
+            warmup_epochs=schedule.warmup_epochs,
+            ramp_epochs=ramp_epochs,
+            bound_weight=bound_weight,
+            center_weight=center_weight,
+            temperature=temperature,
+            options=schedule.options,
+        )
+
+    return replace(
+        OURS,
+        title="Certified",
+        reference="Gowal et al., On the effectiveness of interval bound propagation (2018)",
+        training_name="certified",
+        build=build,
+        trainer=make_trainer,
+        attacked=False,
+        passes=3,  # one for the image, and one each for the centre and the radius of its box
+        variant=make_certified,
+    )
+
+
+CERTIFIED = make_certified()

@@ -1,0 +1,197 @@
+"""The networks of the comparison. They map images to features, and each detector adds a head."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from clusterguard._support import CompiledCall
+from clusterguard.errors import ConfigurationError
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.benchmark import Timer
+
+ImageShape = tuple[int, int, int]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+CompileChoice = Literal["auto", CompileMode]
+_WORTHWHILE = 0.9  # largest share of the eager time at which compiling is worth its cost
+
+
+class Features(nn.Module):
+    """A network body, with the number of its features and the shape of its images.
+
+    Args:
+        body: module that maps images (B, C, H, W) to features (B, D).
+        image_shape: shape (C, H, W) of an image.
+
+    Attributes:
+        num_features: number D of features.
+    """
+
+    def __init__(self, body: nn.Module, image_shape: ImageShape) -> None:
+        super().__init__()
+        self.body = body
+        self.image_shape = image_shape
+        self._call: Callable[[nn.Module, Tensor], Tensor] = _run_body
+        with torch.no_grad():
+            was_training = body.training
+            self.num_features: int = body.eval()(torch.zeros(1, *image_shape)).shape[1]
+            body.train(was_training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, num_features) of images (B, C, H, W) in [0, 1]."""
+        return self._call(self.body, images)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Run the body through `torch.compile`, as `ClusterGuard.compile` does."""
+        self._call = CompiledCall(*args, **kwargs)
+
+
+def _run_body(body: nn.Module, images: Tensor) -> Tensor:
+    features: Tensor = body(images)
+    return features
+
+
+def strided_cnn(shape: ImageShape, *, width: int, features: int) -> nn.Module:
+    """Two strided convolutions of `width` and twice `width` channels, then a linear layer.
+
+    With 16 channels, as in the tiny network, a digit takes about 1 MFLOP.
+    """
+    size = (shape[1] // 4) * (shape[2] // 4)
+    convolutions = [nn.Conv2d(shape[0], width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU()]
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(2 * width * size, features), nn.ReLU())
+
+
+def small_cnn(shape: ImageShape) -> nn.Module:
+    """The network of TRADES for MNIST by Zhang et al. (2019): 32-32-pool-64-64-pool, then 200-200."""
+
+    def block(inside: int, outside: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(inside, outside, 3),
+            nn.ReLU(),
+            nn.Conv2d(outside, outside, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+
+    size = (((shape[1] - 4) // 2 - 4) // 2) * (((shape[2] - 4) // 2 - 4) // 2)
+    dense = [nn.Linear(64 * size, 200), nn.ReLU(), nn.Dropout(0.5), nn.Linear(200, 200), nn.ReLU()]
+    return nn.Sequential(*block(shape[0], 32), *block(32, 64), nn.Flatten(), *dense)
+
+
+def released_cnn(shape: ImageShape) -> nn.Module:
+    """The network of the paper's released code: 64-pool-128-pool, then 1,024."""
+    size = (shape[1] // 4) * (shape[2] // 4)
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 128, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128 * size, 1024),
+        nn.ReLU(),
+    )
+
+
+def resnet18(shape: ImageShape) -> nn.Module:
+    """ResNet-18 of timm with a stem for images of 32 × 32 pixels: one 3 × 3 convolution and no pooling."""
+    import timm
+
+    model: nn.Module = timm.create_model("resnet18", num_classes=0, in_chans=shape[0])
+    model.conv1 = nn.Conv2d(shape[0], 64, kernel_size=3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+class WideBlock(nn.Module):
+    """A pre-activation residual block of two 3 × 3 convolutions."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(inside), nn.BatchNorm2d(outside)
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inside, outside, 1, stride, bias=False) if inside != outside else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map feature maps (B, inside, H, W) to (B, outside, H/stride, W/stride)."""
+        active = functional.relu(self.norm1(images))
+        kept = images if self.shortcut is None else self.shortcut(active)
+        change: Tensor = self.conv2(functional.relu(self.norm2(self.conv1(active))))
+        return kept + change
+
+
+def wide_resnet(shape: ImageShape, *, depth: int, width: int) -> nn.Module:
+    """The wide residual network of Zagoruyko & Komodakis (2016)."""
+    blocks, channels = (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
+    layers: list[nn.Module] = [nn.Conv2d(shape[0], channels[0], 3, 1, 1, bias=False)]
+    for group in range(3):
+        for index in range(blocks):
+            inside = channels[group] if index == 0 else channels[group + 1]
+            layers.append(WideBlock(inside, channels[group + 1], 2 if group and index == 0 else 1))
+    body = nn.Sequential(*layers, nn.BatchNorm2d(channels[3]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    return body
+
+
+MODELS: dict[str, Callable[[ImageShape], nn.Module]] = {
+    "tiny-cnn": partial(strided_cnn, width=16, features=100),
+    "wide-cnn": partial(strided_cnn, width=32, features=256),
+    "small-cnn": small_cnn,
+    "released-cnn": released_cnn,
+    "resnet18": resnet18,
+    "wrn-10-1": partial(wide_resnet, depth=10, width=1),
+    "wrn-16-4": partial(wide_resnet, depth=16, width=4),
+    "wrn-28-10": partial(wide_resnet, depth=28, width=10),
+    "wrn-34-10": partial(wide_resnet, depth=34, width=10),
+}
+
+
+def build_network(name: str, image_shape: ImageShape) -> Features:
+    """Build a network without a classifier. Its weights are drawn from torch's global generator.
+
+    Args:
+        name: key of `MODELS`.
+        image_shape: shape (C, H, W) of an image.
+
+    Raises:
+        ConfigurationError: the name is unknown.
+    """
+    if name not in MODELS:
+        raise ConfigurationError(f"expected a model among {', '.join(MODELS)}, got {name!r}")
+    return Features(MODELS[name](image_shape), image_shape)
+
+
+def quickest_mode(network: Features, images: Tensor) -> CompileMode | None:
+    """The mode of torch.compile that computes input gradients fastest on this device. None if eager mode is best.
+
+    Modes whose gradient differs from the eager one, and modes that fail on this machine, are left out.
+
+    Args:
+        network: network to measure. It may be compiled in any mode afterwards, so it should not be used further.
+        images: batch (B, C, H, W).
+    """
+    timer = Timer("gradient(network, images)", globals={"gradient": _gradient, "network": network, "images": images})
+    timer.timeit(2)
+    limit = _WORTHWHILE * timer.blocked_autorange(min_run_time=0.5).median
+    quickest: CompileMode | None = None
+    modes: tuple[CompileMode, ...] = ("default", "reduce-overhead") if images.is_cuda else ("default",)
+    for mode in modes:
+        network.compile(mode=mode)
+        try:
+            timer.timeit(5)  # the first calls compile and record CUDA graphs
+            seconds = timer.blocked_autorange(min_run_time=0.5).median
+        except (ConfigurationError, RuntimeError):  # errors of the compiler are RuntimeErrors
+            continue
+        if seconds < limit:
+            quickest, limit = mode, seconds
+    return quickest
+
+
+def _gradient(network: nn.Module, images: Tensor) -> Tensor:
+    leaf = images.clone().requires_grad_()
+    return torch.autograd.grad(network(leaf).sum(), leaf)[0]
