@@ -44,9 +44,9 @@ def make_recipe(name: str, options: dict[str, Any]) -> Recipe:
     recipe = RECIPES[name]
     if not options:
         return recipe
-    if recipe.variant is None:
+    if recipe.with_options is None:
         raise ConfigurationError(f"{name} has no options, got {options}")
     try:
-        return recipe.variant(**options)
+        return recipe.with_options(**options)
     except TypeError as error:
         raise ConfigurationError(f"{name}: {error}") from error

@@ -58,7 +58,7 @@ def make_certified(
         trainer=make_trainer,
         attacked=False,
         passes=3,  # one for the image, and one each for the centre and the radius of its box
-        variant=make_certified,
+        with_options=make_certified,
     )
 
 

@@ -112,7 +112,8 @@ class Recipe:
         objective: objective of an attacker who knows the detector, as in the paper's Table 1.
         attacked: whether training runs an attack. Estimates of the cost use it.
         passes: number of passes of an image in a step of training, without the attack. Estimates of the cost use it.
-        variant: function that makes the recipe with other options, for ablations. None if the recipe has no options.
+        with_options: function that makes the recipe with the options that an experiment names. None if the recipe has
+            no options.
     """
 
     title: str
@@ -124,7 +125,7 @@ class Recipe:
     objective: str | Objective = "adaptive"
     attacked: bool = True
     passes: int = 1
-    variant: Callable[..., "Recipe"] | None = None
+    with_options: Callable[..., "Recipe"] | None = None
 
 
 def with_loss(recipe: Recipe, loss: Loss, *, ramp_epochs: float = 0.0) -> Recipe:
@@ -133,10 +134,11 @@ def with_loss(recipe: Recipe, loss: Loss, *, ramp_epochs: float = 0.0) -> Recipe
     Args:
         recipe: recipe to copy.
         loss: loss of a batch.
-        ramp_epochs: number of epochs over which the radius of the attack grows. It is the option of the variants.
+        ramp_epochs: number of epochs over which the radius of the attack grows. Experiments
+            can name it as an option.
     """
     return replace(
         recipe,
         trainer=lambda detector, schedule: LossTrainer(detector, loss, schedule, ramp_epochs=ramp_epochs),
-        variant=partial(with_loss, recipe, loss),
+        with_options=partial(with_loss, recipe, loss),
     )

@@ -48,7 +48,7 @@ class Training:
         dataset: key of `benchmarks.data.DATA_SETS`.
         model: key of `benchmarks.detectors.MODELS`.
         recipe: name in the attribute `training` of a recipe.
-        options: keyword arguments for the variant of that recipe.
+        options: options of that recipe, see `Recipe.with_options`.
         seed: seed of the weights, the batches and the training attack.
         epochs: number of passes over the training set.
         batch_size: number of images in a step.

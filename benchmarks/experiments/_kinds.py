@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
     """What an attack returns for a batch of images.
 
     Attributes:
-        attacked: attacked images (B, C, H, W) by variant. A variant is, for example, a step size.
+        attacked: attacked images (B, C, H, W) by setting. A setting is a step size, or "" for attacks without.
         stages: records of the stages of a suite. Other attacks have none.
         unproved: boolean mask (B,) of the images that a certificate does not prove secure. Other attacks have None.
     """
@@ -101,9 +101,9 @@ class Kind:
     takes_precision: bool = False
 
 
-def _call(scene: Scene, attack: Attack, variant: str = "") -> Outcome:
+def _call(scene: Scene, attack: Attack, setting: str = "") -> Outcome:
     attacked = attack(scene.detector, scene.images, scene.labels, generator=scene.generator)
-    return Outcome({variant: attacked})
+    return Outcome({setting: attacked})
 
 
 def _at_step_sizes(

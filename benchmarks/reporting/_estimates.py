@@ -89,16 +89,16 @@ def estimate(slot: Slot, measure: Measure) -> Estimate:
     return Estimate(values, tuple(figure.interval for figure in figures if isinstance(figure, Rate)), len(slot))
 
 
-def measure_success(rate: float, variant: str | None = None) -> Callable[[Result], Rate]:
+def measure_success(rate: float, setting: str | None = None) -> Callable[[Result], Rate]:
     """Measure ASR at a false-positive rate.
 
     Args:
         rate: false-positive rate.
-        variant: variant to measure, such as a step size. None takes the largest ASR over variants.
+        setting: setting to measure, such as a step size. None takes the largest ASR over settings.
     """
 
     def measure(result: Result) -> Rate:
-        chosen = [verdict for name, verdict in result["results"].items() if variant in (None, name)]
+        chosen = [verdict for name, verdict in result["results"].items() if setting in (None, name)]
         return max(
             (Rate(*verdict["rates"][f"{rate:g}"]["success"]) for verdict in chosen), key=lambda share: share.value
         )
@@ -106,15 +106,15 @@ def measure_success(rate: float, variant: str | None = None) -> Callable[[Result
     return measure
 
 
-def measure_area(variant: str | None = None) -> Callable[[Result], float]:
+def measure_area(setting: str | None = None) -> Callable[[Result], float]:
     """Measure EROC, which is NaN where it is undefined.
 
     Args:
-        variant: variant to measure, such as a step size. None takes the smallest EROC over variants.
+        setting: setting to measure, such as a step size. None takes the smallest EROC over settings.
     """
 
     def measure(result: Result) -> float:
-        areas = [verdict["eroc"] for name, verdict in result["results"].items() if variant in (None, name)]
+        areas = [verdict["eroc"] for name, verdict in result["results"].items() if setting in (None, name)]
         return min((value for value in areas if value is not None), default=math.nan)
 
     return measure
@@ -193,7 +193,7 @@ def _over(rates: Sequence[Rate], seeds: int, missing: bool) -> Estimate:
 
 
 def union_of(results: Iterable[Result], rate: float) -> Rate:
-    """The share of images that at least one variant of at least one attack broke.
+    """The share of images that at least one setting of at least one attack broke.
 
     Args:
         results: results of one detector under several attacks on the same images.

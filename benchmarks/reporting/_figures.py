@@ -91,10 +91,10 @@ def lines_by_step_size(results: Results) -> dict[str, list[Point]]:
     for attack in results.table.attacks:
         cell = _cell(results, attack)
         slot = results.slot(cell.detector, attack)
-        variants = {size: f"step {size:g}" for size in sorted(cell.options["step_sizes"])}
+        settings = {size: f"step {size:g}" for size in sorted(cell.options["step_sizes"])}
         lines[show_attack(attack)] = [
             Point(size, estimate(slot, measure_success(ONE_PERCENT, name)), estimate(slot, measure_area(name)))
-            for size, name in variants.items()
+            for size, name in settings.items()
         ]
     return lines
 

@@ -73,7 +73,7 @@ def judge_attacked(
     Args:
         detector: detector under attack.
         thresholds: thresholds (K,) by false-positive rate.
-        attacked: attacked images (n, C, H, W) by variant.
+        attacked: attacked images (n, C, H, W) by setting.
         images: clean images (n, C, H, W).
         labels: true classes (n,).
         norm: norm of the budget.
@@ -81,11 +81,11 @@ def judge_attacked(
         calibration: benign images that the areas under the ROC curve compare with.
 
     Returns:
-        The evaluation at the first rate, and the verdicts by variant. A verdict holds the area, and for each rate the
+        The evaluation at the first rate, and the verdicts by setting. A verdict holds the area, and for each rate the
         counts and the eligible and broken images as hexadecimal bits.
     """
-    # The variant of an attack that has only one is named "", which `evaluate` takes for no name.
-    attacks = {f"variant {name}": StoredImages(images=kept, norm=norm, eps=eps) for name, kept in attacked.items()}
+    # The setting of an attack that has only one is named "", which `evaluate` takes for no name.
+    attacks = {f"setting {name}": StoredImages(images=kept, norm=norm, eps=eps) for name, kept in attacked.items()}
     first: Evaluation | None = None
     verdicts: dict[str, Any] = {name: {"rates": {}} for name in attacked}
     for rate, at_rate in thresholds.items():
@@ -97,11 +97,11 @@ def judge_attacked(
             sanity_images=0,
         )
         eligible = is_eligible(Verdicts(report.clean, report.labels))
-        for variant, result in zip(attacked, report.results, strict=True):
+        for setting, result in zip(attacked, report.results, strict=True):
             area = result.expected_roc_auc
             if first is None:
-                verdicts[variant]["eroc"] = area if math.isfinite(area) else None
-            verdicts[variant]["rates"][f"{rate:g}"] = {
+                verdicts[setting]["eroc"] = area if math.isfinite(area) else None
+            verdicts[setting]["rates"][f"{rate:g}"] = {
                 "success": [result.success.count, result.success.total],
                 "false_positives": [report.false_positives.count, report.false_positives.total],
                 "invalid": result.invalid,

@@ -114,8 +114,8 @@ def _judge(
             count_unproved(verdicts, outcome.unproved)
         first = first or report
         stages += [{"rate": rates[0], **asdict(stage)} for stage in outcome.stages]
-        for variant, verdict in verdicts.items():
-            results.setdefault(variant, {"eroc": verdict["eroc"], "rates": {}})["rates"] |= verdict["rates"]
+        for setting, verdict in verdicts.items():
+            results.setdefault(setting, {"eroc": verdict["eroc"], "rates": {}})["rates"] |= verdict["rates"]
     assert first is not None  # there is at least one rate
     judged = {"accuracy": [first.accuracy.count, first.accuracy.total], "results": results, "stages": stages}
     if cell.points:

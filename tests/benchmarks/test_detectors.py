@@ -19,7 +19,8 @@ from clusterguard.attacks import (
 )
 from clusterguard.detection import Verdicts, accuracy, attack_success_rate, false_positive_rate, judge, roc_auc
 from clusterguard.detectors import WithThresholds
-from clusterguard.training import ClusterLoss, Graded
+from clusterguard.errors import ConfigurationError
+from clusterguard.training import ClusterLoss, Graded, Original, Outside, Separate
 from torch.utils.data import DataLoader
 from trained_detectors import ATTACK, CALIBRATION, IMAGES, INFINITE, LABELS, TRAINING, network, schedule, trained
 
@@ -41,19 +42,19 @@ def test_every_ingredient_of_a_recipe_reaches_the_trainer():
         "adversarial_weight": 0.5,
         "refresh_every": 7,
     }
-    recipe = RECIPES["ours"].variant(**options)
+    recipe = RECIPES["ours"].with_options(**options)
     trainer = recipe.trainer(recipe.build(network()), schedule())
     assert trainer.relabel == Graded(options.pop("grading_power"))
     assert options.pop("relabel") == "graded"
     assert trainer.loss == ClusterLoss(weight=options.pop("adversarial_weight"))
     for name, value in options.items():
         assert value in (getattr(part, name, None) for part in (trainer, trainer.options, trainer.attack)), name
-    mixed = RECIPES["l-ben"].variant(radii={"linf": 0.3, "l1": 15.0}, targets=2)
+    mixed = RECIPES["l-ben"].with_options(radii={"linf": 0.3, "l1": 15.0}, targets=2)
     attack = mixed.trainer(mixed.build(network()), schedule()).attack
     assert [member.max_targets for member in attack.attacks] == [2, 2]
     inner = [member.attack for member in attack.attacks]
     assert [(member.norm, member.eps, member.step_size) for member in inner] == [("linf", 0.3, 0.15), ("l1", 15.0, 7.5)]
-    finding = RECIPES["ours"].variant(method="apgd", start="random", objective="margin", targets=2)
+    finding = RECIPES["ours"].with_options(method="apgd", start="random", objective="margin", targets=2)
     wanted = APGD(norm="linf", eps=ATTACK.eps, steps=ATTACK.steps, start="random", objective="margin")
     assert finding.trainer(finding.build(network()), schedule()).attack == MultiTarget(attack=wanted, max_targets=2)
 
@@ -61,7 +62,7 @@ def test_every_ingredient_of_a_recipe_reaches_the_trainer():
 def test_the_librarys_robust_recipe_is_the_one_that_was_measured():
     loader = DataLoader(TRAINING, batch_size=100)
     training = load_experiment("recipe-tables-mnist", "cpu").cells[0].training
-    recipe = RECIPES["ours"].variant(**training.options)
+    recipe = RECIPES["ours"].with_options(**training.options)
     measured = recipe.trainer(guard := recipe.build(network()), make_schedule(training, len(loader)))
     trainer = recipes.robust(guard, loader, epochs=training.epochs, eps=training.attack["eps"])
     for name in ("attack", "ramp_epochs", "warmup_epochs", "relabel", "loss", "refresh_every"):
@@ -241,3 +242,25 @@ def test_attacks_on_representations_find_the_representation(case):
     attacked, _ = judge(case.detector, [(attack(case.detector, IMAGES[:50], LABELS[:50]), LABELS[:50])])
     clean, _ = judge(case.detector, [(IMAGES[:50], LABELS[:50])])
     assert attack_success_rate(Verdicts(clean, LABELS[:50]), Verdicts(attacked, LABELS[:50])).value > 0.2
+
+
+def test_values_that_a_recipe_does_not_know_are_named():
+    for options in ({"relabel": "both"}, {"adversarial_target": "nowhere"}, {"colour": "red", "block": 2}):
+        with pytest.raises(ConfigurationError, match=r"both|nowhere|colour"):
+            make_recipe("ours", options)
+
+
+@pytest.mark.parametrize("name", ["ours", "l-ben"])
+def test_options_of_definitions_stand_for_values_of_the_library(name):
+    target = {"adversarial_target": "outside", "adversarial_margin": 0.2}
+    recipe = make_recipe(
+        name, {**target, "adversarial_floor": 0.1, "temperature": 10.0, "center_scale": 5.0, "block": 2}
+    )
+    guard = recipe.build(network())
+    trainer = recipe.trainer(guard, schedule())
+    assert trainer.loss == ClusterLoss(target=Outside(0.2), floor=0.1, temperature=10.0)
+    assert trainer.relabel == (Separate() if name == "ours" else Original())
+    assert (guard.head.center_scale, guard.head.representation_dim) == (5.0, 20)
+    assert (recipe.title, recipe.training_name) == (RECIPES[name].title, name)
+    assert make_recipe(name, {"relabel": "original"}).title == "L-Ben"
+    assert make_recipe(name, {"relabel": "separate"}).title == "Ours"
