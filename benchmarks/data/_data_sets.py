@@ -152,7 +152,11 @@ DATA_SETS: dict[str, DataSetDefinition] = {
         read=_read_digits,
     ),
 }
-"""All data sets by the names that experiments use. Each has a page in the report if an experiment is about it."""
+"""All data sets by the names that experiments use.
+
+A data set has a page in the report if an experiment is about it. Every data set has ten classes, because the detectors
+of the comparison have.
+"""
 
 
 def find_data_set(name: str) -> DataSetDefinition:

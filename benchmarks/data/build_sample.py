@@ -33,7 +33,18 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def draw_stratified(labels: NDArray[np.uint8], size: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Draw the indices of `size` examples in random order, each class in proportion by the largest remainders."""
+    """Draw examples at random so that every class keeps its share.
+
+    Shares are rounded by the method of largest remainders.
+
+    Args:
+        labels: classes (n,) of the examples to draw from.
+        size: number of examples to draw.
+        generator: source of randomness.
+
+    Returns:
+        The indices (size,) of the drawn examples, in random order.
+    """
     exact = np.bincount(labels) * size / len(labels)
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact)[: size - counts.sum()]] += 1
@@ -44,6 +55,7 @@ def draw_stratified(labels: NDArray[np.uint8], size: int, generator: np.random.G
 
 
 def main(raw: Path) -> None:
+    """Draw the sample from the raw files of MNIST in a folder, and write it into the package."""
     generator = np.random.default_rng(_SEED)
     train_images, train_labels = (
         read_idx(raw / "train-images-idx3-ubyte"),

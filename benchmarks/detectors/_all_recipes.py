@@ -34,7 +34,11 @@ RECIPES: dict[str, Recipe] = {
 
 
 def make_recipe(name: str, options: dict[str, Any]) -> Recipe:
-    """A recipe by name, with the options of an ablation.
+    """Make the recipe of a detector.
+
+    Args:
+        name: key of `RECIPES`.
+        options: options that an experiment names. {} takes the recipe as it is.
 
     Raises:
         ConfigurationError: the name is unknown, or the recipe does not have the options.

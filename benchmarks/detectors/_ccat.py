@@ -1,7 +1,8 @@
-"""Confidence-calibrated adversarial training: the larger the perturbation, the lower the confidence shall be.
+"""Confidence-calibrated adversarial training: the larger a perturbation is, the lower the confidence should be.
 
-Stutz et al. train on momentum PGD with backtracking. Here it is the attack of the experiment, with their objective and
-start. Their attack on the finished detector maximises the confidence of a wrong class, too.
+Stutz et al. train against momentum PGD with backtracking. Here, training takes the attack of the experiment, with their
+objective and their start. As in their paper, the attack on the finished detector maximises the confidence of a wrong
+class.
 """
 
 from dataclasses import replace
@@ -22,7 +23,10 @@ RHO = 10  # power with which confidence falls, as in Stutz et al.
 
 
 def start_of_any_size(problem: Problem) -> Tensor:
-    """The start of Stutz et al.: half of the images, at random, are perturbed to a random share of the radius."""
+    """The start of Stutz et al. Each image is left as it is with probability ½, or else perturbed at random.
+
+    The size of the perturbation is a random share of the radius.
+    """
     share = torch.empty_like(problem.images[:, 0, 0, 0]).uniform_(-1, 1, generator=problem.generator).clamp_min(0)
     return problem.norm.random_start(problem.images, problem.eps * share, problem.generator)
 

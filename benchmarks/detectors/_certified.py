@@ -1,4 +1,4 @@
-"""Our guard, trained for certificates instead of against attacks. A certificate holds for every attack."""
+"""The guard of the library, trained so that certificates hold for it. A certificate holds for every attack."""
 
 from dataclasses import replace
 

@@ -16,7 +16,7 @@ from benchmarks.detectors._recipe import Finish
 
 
 class FeatureDetector(DetectorModule):
-    """A classifier that is judged by another metric than its confidence. Subclasses define `evidence`.
+    """A classifier whose suspicion is computed from its features. Subclasses define `evidence`.
 
     Args:
         trained: `ConfidenceDetector` around a network and a linear layer. Its modules are shared, not copied.
@@ -37,11 +37,17 @@ class FeatureDetector(DetectorModule):
         return at_least_float32(features), at_least_float32(self.head(features))
 
     def represent(self, images: Tensor) -> Tensor:
-        """The features (B, D) of images (B, C, H, W) in [0, 1]. Attacks that match another image's use them."""
+        """The features (B, D) of images (B, C, H, W) in [0, 1].
+
+        Attacks that imitate the representation of another image call this function.
+        """
         return self.features_and_logits(images)[0]
 
     def fit(self, batches: Loader) -> None:
-        """Fit the metric to training batches, in eval mode and without gradients. The base class fits nothing."""
+        """Fit what the suspicion needs to training batches. The base class fits nothing.
+
+        The function is called in eval mode and without gradients.
+        """
 
     def all_features(self, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (B, D) and labels (B,), batch by batch, on the detector's device."""
@@ -50,7 +56,13 @@ class FeatureDetector(DetectorModule):
 
 
 def fit_after_training(kind: type[FeatureDetector]) -> Finish:
-    """A function for `finish` of a recipe, which makes a detector of this kind from a trained one and fits it."""
+    """Make the function `finish` of a recipe.
+
+    The function takes a trained classifier, makes a detector of this kind from it, and fits the detector.
+
+    Args:
+        kind: class of the detector.
+    """
     return partial(_fit, kind)
 
 

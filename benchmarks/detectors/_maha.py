@@ -1,8 +1,9 @@
-"""Mahalanobis distance of the features to the classes, which share one covariance.
+"""Mahalanobis distance of an image's features to the mean of its class. All classes share one covariance.
 
-The label is that of the classifier, as in Lee et al. Their suspicion is the smallest distance to any class. Ours is the
-distance to the class that the image is labelled as, like that of the paper's other detectors. Lee et al. also combine
-the distances of all layers by a logistic regression and add noise to the input. The paper's Table 1 does neither.
+As in Lee et al., the label is that of the classifier. Their suspicion is the smallest distance to any class. Here it is
+the distance to the class that the image is labelled as, like that of the paper's other detectors. Lee et al. also
+combine the distances of all layers by a logistic regression and add noise to the input. The paper's Table 1 does
+neither.
 """
 
 from dataclasses import replace

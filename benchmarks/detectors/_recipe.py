@@ -89,6 +89,7 @@ Build: TypeAlias = Callable[[nn.Module], DetectorModule]
 """A function that makes an untrained detector of 10 classes around an untrained `Network`."""
 
 MakeTrainer: TypeAlias = Callable[[DetectorModule, Schedule], DetectorTrainer]
+"""A function that makes the trainer of a detector."""
 Finish: TypeAlias = Callable[[DetectorModule, Loader], DetectorModule]
 """A function of a trained detector and training batches. It returns the detector that is calibrated and attacked."""
 
@@ -105,13 +106,15 @@ class Recipe:
     Attributes:
         title: heading of the column in tables.
         reference: publication of the detector.
-        training_name: name for `build` and `trainer` together. Detectors that share it are trained once.
+        training_name: name of the training, which consists of `build` and `trainer`. Detectors that share a name share
+            one training.
         build: function that makes the untrained detector.
         trainer: function that makes the trainer of a detector.
-        finish: function that fits what remains after training, without gradients.
+        finish: function that completes the trained detector without gradients, for example by statistics of features.
         objective: objective of an attacker who knows the detector, as in the paper's Table 1.
-        attacked: whether training runs an attack. Estimates of the cost use it.
-        passes: number of passes of an image in a step of training, without the attack. Estimates of the cost use it.
+        attacked: whether training runs an attack. Estimates of the cost depend on it.
+        passes: number of forward and backward passes of an image in a training step, without those of the attack.
+            Estimates of the cost depend on it.
         with_options: function that makes the recipe with the options that an experiment names. None if the recipe has
             no options.
     """
@@ -129,7 +132,7 @@ class Recipe:
 
 
 def with_loss(recipe: Recipe, loss: Loss, *, ramp_epochs: float = 0.0) -> Recipe:
-    """A copy of a recipe that trains on a loss.
+    """Copy a recipe, and let the copy train on a loss.
 
     Args:
         recipe: recipe to copy.

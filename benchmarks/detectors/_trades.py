@@ -1,4 +1,4 @@
-"""TRADES: training for correct predictions on benign images that an attack changes little."""
+"""TRADES: a classifier learns to label benign images correctly, and to change its predictions little under attack."""
 
 from dataclasses import replace
 

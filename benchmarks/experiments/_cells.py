@@ -269,7 +269,16 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
 
 
 def _expand(name: str, tables: Sequence[str], profile: Profile, dataset: str, table: Options, limits: Options) -> Table:
-    """Make one table of the experiment `name`. `tables` are the names of all its tables."""
+    """Make a table with all its cells.
+
+    Args:
+        name: name of the experiment.
+        tables: names of all tables of the experiment.
+        profile: profile of the cells.
+        dataset: data set that the experiment is about.
+        table: settings of the table, those that it shares with others included.
+        limits: largest values of options of attacks in this profile.
+    """
     table = dict(table)
     table_name, title, detectors = table.pop("name"), table.pop("title"), table.pop("detectors")
     section, form = (_choose(name, key, kinds, table) for key, kinds in (("section", Section), ("form", Form)))
@@ -393,6 +402,7 @@ def digest(definition: Options) -> str:
 
 
 def _read(path: Path) -> Options:
+    """Read a definition, together with the files that its keys `extends` and `attacks_of` name."""
     table = read_toml(path)
     for part in (table, *table.get("tables", [])):
         if rows := part.pop("attacks_of", None):

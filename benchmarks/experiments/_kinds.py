@@ -206,9 +206,9 @@ def _certificate(scene: Scene, *, norm: str, eps: float) -> Outcome:
 def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) -> PlannedCost:
     """The cost of a suite that breaks no image.
 
-    It counts nine single stages, the random starts, three stages for each target, and two more for each target that
-    take three times as many steps in sparse norms. Polish does as many rounds for all images together as if each had
-    four times its first rounds; a round is 128 proposals and 48 steps.
+    The stages are nine single ones, one for each random start, and five for each target, of which two take three times
+    as many steps in sparse norms. Carlini & Wagner's attack adds five in its norm. Polish comes last. It may take four
+    times its first rounds for each image, and a round takes 128 forward passes for proposals and 48 steps.
     """
     effort = EFFORTS[budget]
     targets = min(classes - 1, effort.targets or classes)

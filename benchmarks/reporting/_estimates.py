@@ -144,7 +144,7 @@ def worst_per_image(slots: Sequence[Slot], rate: float) -> Estimate:
     """The share of images that at least one of several attacks broke. A bound if results are missing."""
     seeds = [[result for result in seed if result is not None] for seed in zip(*slots, strict=True)]
     missing = any(len(seed) < len(slots) for seed in seeds)
-    return _over([union_of(seed, rate) for seed in seeds if seed], len(seeds), missing)
+    return _estimate_over_seeds([union_of(seed, rate) for seed in seeds if seed], len(seeds), missing)
 
 
 def worst_within(suite: Sequence[tuple[Cell, Result | None]], every: Iterable[Results]) -> tuple[Estimate, int]:
@@ -171,7 +171,7 @@ def worst_within(suite: Sequence[tuple[Cell, Result | None]], every: Iterable[Re
             ]
             unions.append(union_of([*others, *(result for _, result in finished.values())], ONE_PERCENT))
             left += unions[-1].count - union_of([result for _, result in finished.values()], ONE_PERCENT).count
-    return _over(unions, len(seeds), any(result is None for _, result in suite)), left
+    return _estimate_over_seeds(unions, len(seeds), any(result is None for _, result in suite)), left
 
 
 def _is_within(cell: Cell, suite: Cell) -> bool:
@@ -187,7 +187,7 @@ def _is_within(cell: Cell, suite: Cell) -> bool:
     return (cell.images, cell.seed, norm) == (suite.images, suite.seed, suite_norm) and eps <= radius
 
 
-def _over(rates: Sequence[Rate], seeds: int, missing: bool) -> Estimate:
+def _estimate_over_seeds(rates: Sequence[Rate], seeds: int, missing: bool) -> Estimate:
     values, intervals = tuple(rate.value for rate in rates), tuple(rate.interval for rate in rates)
     return Estimate(values, intervals, seeds, "≥ " if missing else "")
 

@@ -227,7 +227,10 @@ def _say_not_run(axis: "Axes") -> None:
 
 
 def _figure(columns: int, *, width: float, height: float, rows: int = 1) -> "tuple[Figure, list[Axes]]":
-    """Make a figure. It is to be eight inches wide, so that text has the same size on a page of 800 pixels."""
+    """Make an empty figure with axes.
+
+    All figures should be eight inches wide, so that their text has the same size on a page.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -237,7 +240,7 @@ def _figure(columns: int, *, width: float, height: float, rows: int = 1) -> "tup
 
 
 def _save(figure: "Figure", path: Path) -> list[Path]:
-    """Save a figure so that the same results give the same bytes: without dates and random names of SVG elements."""
+    """Save a figure as PNG and SVG, without dates and random names, so that the same results give the same bytes."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "clusterguard"}):

@@ -76,7 +76,7 @@ def write_report(store: Store, profile: Profile, pages: Path) -> list[Path]:
         written.append(write_atomically(pages / name, partial(Path.write_text, data=text, encoding="utf-8")))
         for results in every:
             if results.table.is_figure and results.finished:
-                written += draw_figure(results, pages / _figure(results), REMARKS[profile])
+                written += draw_figure(results, pages / _figure_path(results), REMARKS[profile])
     return written
 
 
@@ -101,59 +101,61 @@ def render_page(every: Sequence[Results]) -> str:
     profile = every[0].table.profile
     remark = REMARKS[profile]
     run = [results for results in every if results.finished]
+    command = f"python -m benchmarks report{_profile_option(profile)}"
     asked = {cell.key: result is not None for results in every for cell, result in results.cells}
     parts = [
-        f"<!-- Generated from results by `python -m benchmarks report{_option(profile)}`; edits would be lost. -->",
+        f"<!-- Generated from results by `{command}`; edits would be lost. -->",
         f"# {find_data_set(every[0].table.dataset).title}" + (f", {remark}" if remark else ""),
     ]
     if profile == "quick":
         parts.append(f'!!! danger "{remark}"\n    {WARNING}')
     parts.append(f"{sum(asked.values())} of {len(asked)} cells are run; a cell is one detector under one attack.")
-    parts.append("\n".join(f"- {line}" for line in _setting(run or every)))
+    parts.append("\n".join(f"- {line}" for line in _list_settings(run or every)))
     if any(asked.values()):
         parts.append(LEGEND.strip())
-    if profile == "cpu":  # all of it was measured with the suite of version 0.1
+    if any(map(_has_old_suite, every)):
         parts.append(WITHDRAWN.strip())
     for results in run or every:
-        parts += _section(results, every)
+        parts += _render_section(results, every)
     left = dict.fromkeys(results.table.experiment for results in every if not results.finished)
     if run and left:
-        parts.append(f"Not run yet: `python -m benchmarks run {' '.join(left)}{_option(profile)}`.")
+        parts.append(f"Not run yet: `python -m benchmarks run {' '.join(left)}{_profile_option(profile)}`.")
     return "\n\n".join(parts) + "\n"
 
 
-def _section(results: Results, every: Sequence[Results]) -> Iterator[str]:
+def _render_section(results: Results, every: Sequence[Results]) -> Iterator[str]:
+    """The paragraphs about one table. `every` has the results of all tables on the page."""
     table = results.table
     yield f"## {show_attack(table.title)}" + (f" ({table.profile})" if REMARKS[table.profile] else "")
-    command = f"`python -m benchmarks run {table.experiment}{_option(table.profile)}`"
+    command = f"`python -m benchmarks run {table.experiment}{_profile_option(table.profile)}`"
     if not results.finished:
         yield f"Not run yet: {command}."
         return
     if len(results.finished) < len(results.cells):
         yield f"{len(results.finished)} of {len(results.cells)} cells are run, {command} runs the rest."
     if table.form == "comparison":
-        yield from _compared(results, _printed(table), _suite(table, every))
+        yield from _render_comparison(results, _find_paper_table(table), _find_suite(table, every))
     elif table.is_figure:
-        figure = _figure(results)
+        figure = _figure_path(results)
         yield f"[![{table.title}]({figure}.png)]({figure}.svg)"
         yield _caption(results, _figure_text(table))
     else:
-        yield _caption(results, f"{_asr(ONE_PERCENT)}.")
+        yield _caption(results, f"{_describe_rate(ONE_PERCENT)}.")
         yield attack_table(results)
         if table.form == "unions":
-            yield from _strict(results, every)
+            yield from _render_unions(results, every)
         elif table.form == "areas":
             yield _caption(results, "EROC.")
             yield area_table(results)
         elif any(cell.kind == "certificate" for cell in table.cells):
             yield "A certificate's share is of images not proved secure: no attack, known or not, breaks more of them."
-    invalid = sum(_invalid(result) for result in results.finished)
+    invalid = sum(_count_invalid(result) for result in results.finished)
     if invalid:
         yield f"**{invalid} attacked images left their budget or [0, 1] and were not counted.**"
 
 
-def _printed(table: Table) -> Result:
-    """The table of the paper that a table repeats, perhaps with other networks or seeds."""
+def _find_paper_table(table: Table) -> Result:
+    """The printed table of the paper that a table of ours repeats, perhaps with other networks or seeds."""
     if table.paper not in PAPER:
         raise ConfigurationError(
             f"{table.address}: expected a table of the paper among {', '.join(PAPER)}, got {table.paper!r}"
@@ -161,16 +163,17 @@ def _printed(table: Table) -> Result:
     return PAPER[table.paper]
 
 
-def _suite(table: Table, every: Sequence[Results]) -> Results | None:
+def _find_suite(table: Table, every: Sequence[Results]) -> Results | None:
     """The results of the worst-case suite on the detectors of a table. None if they are not on this page."""
     return next((other for other in every if other.table.address == table.suite), None)
 
 
-def _compared(results: Results, paper: Result, suite: Results | None) -> Iterator[str]:
+def _render_comparison(results: Results, paper: Result, suite: Results | None) -> Iterator[str]:
+    """Our results beside a table of the paper: one table of ours for each metric that the paper prints."""
     for metric in list_metrics(paper):
         rate = metric_rate(metric)
-        text = "EROC, the smallest over step sizes." if rate is None else f"{_asr(rate)}, the largest over step sizes."
-        yield _caption(results, text)
+        shown = "EROC, the smallest" if rate is None else f"{_describe_rate(rate)}, the largest"
+        yield _caption(results, f"{shown} over step sizes.")
         yield comparison_table(results, paper, metric, suite)
     threats = dict.fromkeys(map(results.threat, results.table.attacks))
     for norm, eps in (threat for threat in threats if threat[1] >= get_norm(threat[0]).limit):
@@ -178,13 +181,14 @@ def _compared(results: Results, paper: Result, suite: Results | None) -> Iterato
         yield f"{reach}: where fewer than all images are broken, the attack fails."
 
 
-def _strict(results: Results, every: Sequence[Results]) -> Iterator[str]:
+def _render_unions(results: Results, every: Sequence[Results]) -> Iterator[str]:
+    """What any attack within the suite's radii broke, and what the stages of the suite broke one after the other."""
     text = "ASR-1 per image: broken by any attack on this page of the same norm and at most this radius; "
     yield _caption(results, text + '"+k": k of these images the suite had left.')
     yield union_table(results, every)
     detector = results.table.detectors[0]
     text = f"{RECIPES[detector].title}, stage by stage: images that each broke of those left by the stages before it"
-    if results.table.profile == "cpu":  # all of it was measured with the suite of version 0.1
+    if _has_old_suite(results):
         text += ", also images refused or labelled wrongly to begin with, which ASR does not count"
     yield _caption(results, f"{text}.")
     yield stages_table(results, detector)
@@ -193,21 +197,32 @@ def _strict(results: Results, every: Sequence[Results]) -> Iterator[str]:
 def _caption(results: Results, text: str) -> str:
     """The caption of a table: what it shows, and everything that a reader must not overlook."""
     cells, remark = results.table.cells, REMARKS[results.table.profile]
-    network, paper = _list(f"`{cell.training.model}`" for cell in cells), find_data_set(results.table.dataset)
+    network, paper = _join_by_or(f"`{cell.training.model}`" for cell in cells), find_data_set(results.table.dataset)
     theirs = f"`{paper.paper_network}`"
     told = f" ({'as in the paper' if network == theirs else f'the paper: {theirs}'})" if paper.paper_network else ""
-    images = _list(cell.points or cell.images for cell in cells)
+    images = _join_by_or(cell.points or cell.images for cell in cells)
     warning = f"{remark[0].upper()}{remark[1:]}. " if remark else ""
-    split = _list("test" if cell.split == "test" else "held-out training" for cell in cells)
-    rough = " Attacks search in bfloat16, verdicts are in float32." * any(map(_is_rough, cells))
-    return f"**{warning}{text}** The first {images} {split} images, {_seeds(cells)}, network {network}{told}.{rough}"
+    split = _join_by_or("test" if cell.split == "test" else "held-out training" for cell in cells)
+    rough = " Attacks search in bfloat16, verdicts are in float32." * any(map(_is_in_bfloat16, cells))
+    shown = f"The first {images} {split} images, {_describe_seeds(cells)}, network {network}{told}."
+    return f"**{warning}{text}** {shown}{rough}"
 
 
-def _is_rough(cell: Cell) -> bool:
+def _has_old_suite(results: Results) -> bool:
+    """Whether results of the worst-case suite are from version 0.1."""
+    versions = [
+        result["provenance"].get("versions", {}).get("clusterguard", "")
+        for cell, result in results.cells
+        if cell.kind == "suite" and result is not None
+    ]
+    return any(version.startswith("0.1.") for version in versions)
+
+
+def _is_in_bfloat16(cell: Cell) -> bool:
     return cell.options.get("precision") == "bf16"
 
 
-def _asr(rate: float) -> str:
+def _describe_rate(rate: float) -> str:
     return f"ASR-{100 * rate:g}: images broken at {100 * rate:g} % false positives"
 
 
@@ -223,17 +238,18 @@ def _figure_text(table: Table) -> str:
     return f"{titles}: ASR-1, with 95 % intervals as bands, and EROC against the {against}."
 
 
-def _setting(every: Sequence[Results]) -> Iterator[str]:
-    """The setting that all results on the page share."""
+def _list_settings(every: Sequence[Results]) -> Iterator[str]:
+    """Sentences about the data, the networks and the trainings behind the results of a page."""
     cells = [cell for results in every for cell, _ in results.cells]
     data = cells[0].training.dataset
     source, paper = find_data_set(data), find_data_set(every[0].table.dataset)
-    images = _list(cell.images for cell in cells if cell.split == "test")
-    yield f"Data: {source.title}; attacked are the first {images} test images, unless said otherwise; {_seeds(cells)}."
-    yield f"Network: {_list(f'`{cell.training.model}`' for cell in cells)}. {paper.paper_training}".rstrip()
-    for schedule, trained in _schedules(every).items():
+    images = _join_by_or(cell.images for cell in cells if cell.split == "test")
+    seeds = _describe_seeds(cells)
+    yield f"Data: {source.title}; attacked are the first {images} test images, unless said otherwise; {seeds}."
+    yield f"Network: {_join_by_or(f'`{cell.training.model}`' for cell in cells)}. {paper.paper_training}".rstrip()
+    for schedule, trained in _group_by_schedule(every).items():
         yield f"Training of {', '.join(trained)}: {schedule}."
-    attack = _list(_attack(cell.training) for cell in cells)
+    attack = _join_by_or(_describe_attack(cell.training) for cell in cells)
     yield f"Training attack, where a detector is trained against one: {attack}."
     held_out = source.calibration_images
     yield f"Thresholds: conformal, one a class, from {held_out:,} images held out of training (paper: percentiles)."
@@ -244,31 +260,33 @@ def _setting(every: Sequence[Results]) -> Iterator[str]:
         devices = Counter(made["device"] for made in provenances.values())
         commits = Counter(f"`{made['commit']}`" for made in provenances.values())
         changed = " (+: with changes not committed)" if any("+" in commit for commit in commits) else ""
-        yield f"Computed on {_counts(devices)}, at {_counts(commits)}{changed}."
+        yield f"Computed on {_join_counts(devices)}, at {_join_counts(commits)}{changed}."
 
 
-def _counts(counter: Counter[str]) -> str:
+def _join_counts(counter: Counter[str]) -> str:
     return ", ".join(f"{name}: {count} cells" if len(counter) > 1 else name for name, count in sorted(counter.items()))
 
 
-def _list(values: Iterable[object]) -> str:
+def _join_by_or(values: Iterable[object]) -> str:
     """Join values by "or", each value once and numbers with commas."""
     return " or ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in dict.fromkeys(values))
 
 
-def _seeds(cells: Iterable[Cell]) -> str:
+def _describe_seeds(cells: Iterable[Cell]) -> str:
     seeds = sorted({cell.seed for cell in cells})
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
-def _schedules(every: Sequence[Results]) -> dict[str, list[str]]:
-    """The detectors that each schedule trains.
+def _group_by_schedule(every: Sequence[Results]) -> dict[str, list[str]]:
+    """The names of the detectors that are trained with each schedule.
 
-    An experiment is named if it trains a detector with another schedule than most experiments.
+    If experiments train a detector in different ways, the less usual ones are named behind it.
     """
     by_detector: dict[str, dict[str, list[str]]] = {}
     for results in every:
-        for detector, schedule in dict.fromkeys((cell.detector, _schedule(cell.training)) for cell, _ in results.cells):
+        for detector, schedule in dict.fromkeys(
+            (cell.detector, _describe_schedule(cell.training)) for cell, _ in results.cells
+        ):
             by_detector.setdefault(detector, {}).setdefault(schedule, []).append(results.table.experiment)
     schedules: dict[str, list[str]] = {}
     for detector, by_schedule in by_detector.items():
@@ -279,7 +297,7 @@ def _schedules(every: Sequence[Results]) -> dict[str, list[str]]:
     return schedules
 
 
-def _schedule(training: Training) -> str:
+def _describe_schedule(training: Training) -> str:
     optimizer = {"adam": "Adam", "sgd": "SGD with momentum"}[training.optimizer]
     parts = [
         f"{training.epochs} epochs of {optimizer}, learning rate {training.learning_rate:g}, {training.schedule}",
@@ -296,7 +314,7 @@ def _schedule(training: Training) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _attack(training: Training) -> str:
+def _describe_attack(training: Training) -> str:
     attack = training.attack
     name, length = (
         ("APGD", "") if training.options.get("method") == "apgd" else ("PGD", f" step {attack['step_size']:g},")
@@ -304,12 +322,15 @@ def _attack(training: Training) -> str:
     return f"{name} {show_attack(attack['norm'])} {attack['eps']:g},{length} {attack['steps']} steps"
 
 
-def _invalid(result: Result) -> int:
-    """The number of images that were not counted, the largest over rates, as they are mostly the same images."""
+def _count_invalid(result: Result) -> int:
+    """The number of attacked images that left their budget, and so were not counted.
+
+    Of several false-positive rates the largest number is taken, because the images are mostly the same.
+    """
     return sum(max(at["invalid"] for at in verdict["rates"].values()) for verdict in result["results"].values())
 
 
-def _figure(results: Results) -> str:
+def _figure_path(results: Results) -> str:
     table = results.table
     return f"figures/{table.address.replace('/', '-')}{_suffix(table.profile)}"
 
@@ -318,5 +339,5 @@ def _suffix(profile: Profile) -> str:
     return f"-{profile}" if profile in REDUCED else ""
 
 
-def _option(profile: Profile) -> str:
+def _profile_option(profile: Profile) -> str:
     return "" if profile == "full" else f" --profile {profile}"

@@ -41,19 +41,18 @@ def show_estimate(measured: Estimate, paper: float | None = None) -> str:
     else:
         lines = [f"**{measured.bound}{measured.mean:.2f}**"]
         if measured.intervals:
-            lines.append(f"<small>{_span(*measured.interval)}</small>")
+            lines.append(f"<small>{_show_interval(*measured.interval)}</small>")
         if measured.seeds > 1:
-            lines.append(
-                f"<small>{len(measured.values)} of {measured.seeds} seeds: {_span(*_range(measured.values))}</small>"
-            )
+            spread = _show_interval(*_smallest_and_largest(measured.values))
+            lines.append(f"<small>{len(measured.values)} of {measured.seeds} seeds: {spread}</small>")
     return "<br>".join(lines if paper is None else [*lines, f"({paper:.2f})"])
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
+def _smallest_and_largest(values: Sequence[float]) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def _span(low: float, high: float) -> str:
+def _show_interval(low: float, high: float) -> str:
     return "–".join(f"{end:.2f}".removeprefix("0") for end in (low, high))
 
 
@@ -115,10 +114,10 @@ def comparison_table(results: Results, paper: Result, metric: str, suite: Result
         return [name, *(show_estimate(find(detector), known.get(detector)) for detector in table.detectors)]
 
     def before(rate: float) -> Iterator[list[str]]:
-        clean = {detector: _any(slots[detector]) for detector in table.detectors}
+        clean = {detector: _first_of_each_seed(slots[detector]) for detector in table.detectors}
         yield row("accuracy", lambda detector: estimate(clean[detector], measure_accuracy), paper.get("accuracy", ()))
         yield row("false positives", lambda detector: estimate(clean[detector], measure_false_positives(rate)))
-        yield ["images counted", *(_counted(clean[detector], rate) for detector in table.detectors)]
+        yield ["images counted", *(_count_images(clean[detector], rate) for detector in table.detectors)]
 
     def stronger(wanted: tuple[str, float]) -> Iterator[list[str]]:
         if suite is None or not suite.finished:
@@ -143,9 +142,10 @@ def comparison_table(results: Results, paper: Result, metric: str, suite: Result
     if rate is not None:
         rows.append(row("**worst per image**", lambda detector: worst_per_image(slots[detector], rate)))
     learned = {
-        RECIPES[detector].title: estimate(_any(slots[detector]), measure_accuracy) for detector in table.detectors
+        RECIPES[detector].title: estimate(_first_of_each_seed(slots[detector]), measure_accuracy)
+        for detector in table.detectors
     }
-    return markdown_table(["", *learned], rows) + _beginners(learned)
+    return markdown_table(["", *learned], rows) + _warn_of_untrained(learned)
 
 
 def attack_table(results: Results) -> str:
@@ -155,24 +155,24 @@ def attack_table(results: Results) -> str:
     is_of_suites = all(cell.kind == "suite" for cell in table.cells)
     # The form "unions" shows the union in a second table.
     union = ["any of these"] if is_of_suites and table.form != "unions" else []
-    for name, slots in _lines(results, table.attacks):
-        clean = _any(slots)
+    for name, slots in _slots_by_name(results, table.attacks):
+        clean = _first_of_each_seed(slots)
         learned[name] = estimate(clean, measure_accuracy)
         shares = [show_estimate(estimate(slot, measure_success(ONE_PERCENT))) for slot in slots]
         shares += [show_estimate(worst_per_image(slots, ONE_PERCENT)) for _ in union]
-        counted = _counted([result for slot in slots for result in slot], ONE_PERCENT)
+        counted = _count_images([result for slot in slots for result in slot], ONE_PERCENT)
         rows.append([name, show_estimate(estimate(clean, measure_accuracy)), counted, *shares])
     return markdown_table(
         ["", "accuracy", "images counted", *map(show_attack, table.attacks), *union], rows
-    ) + _beginners(learned)
+    ) + _warn_of_untrained(learned)
 
 
 def area_table(results: Results) -> str:
-    """EROC of all attacks but the suite, which stops at success, so that its EROC says little."""
+    """EROC of all attacks except the suite. The suite stops as soon as it succeeds, so its EROC says little."""
     attacks = list(dict.fromkeys(cell.attack for cell in results.table.cells if cell.kind != "suite"))
     rows = [
         [name, *(show_estimate(estimate(slot, measure_area())) for slot in slots)]
-        for name, slots in _lines(results, attacks)
+        for name, slots in _slots_by_name(results, attacks)
     ]
     return markdown_table(["", *map(show_attack, attacks)], rows)
 
@@ -203,7 +203,7 @@ def stages_table(suite: Results, detector: str) -> str:
     table = suite.table
     columns: list[dict[str, int]] = []
     for attack in table.attacks:
-        stages = (_either(suite.slot(detector, attack)) or {}).get("stages", [])
+        stages = (_first_finished(suite.slot(detector, attack)) or {}).get("stages", [])
         counts = {"images attacked": stages[0]["attacked"]} if stages else {}
         for stage in stages:
             counts[stage["name"]] = counts.get(stage["name"], 0) + stage["broken"]
@@ -219,7 +219,7 @@ def stages_table(suite: Results, detector: str) -> str:
     return markdown_table(["", *(show_threat(*suite.threat(attack)) for attack in table.attacks)], rows)
 
 
-def _lines(results: Results, attacks: Sequence[str]) -> Iterator[tuple[str, list[Slot]]]:
+def _slots_by_name(results: Results, attacks: Sequence[str]) -> Iterator[tuple[str, list[Slot]]]:
     for variant in results.table.variants:
         for detector in results.table.detectors:
             title = RECIPES[detector].title
@@ -228,22 +228,22 @@ def _lines(results: Results, attacks: Sequence[str]) -> Iterator[tuple[str, list
             yield name, [results.slot(detector, attack, variant) for attack in attacks]
 
 
-def _any(slots: Sequence[Slot]) -> Slot:
-    """The first result of each seed, for figures that do not depend on the attack."""
-    return [_either(seed) for seed in zip(*slots, strict=True)]
+def _first_of_each_seed(slots: Sequence[Slot]) -> Slot:
+    """One result of each seed under any attack, for numbers that do not depend on the attack."""
+    return [_first_finished(seed) for seed in zip(*slots, strict=True)]
 
 
-def _either(results: Iterable[Result | None]) -> Result | None:
+def _first_finished(results: Iterable[Result | None]) -> Result | None:
     return next((result for result in results if result is not None), None)
 
 
-def _counted(slot: Slot, rate: float) -> str:
+def _count_images(slot: Slot, rate: float) -> str:
     totals = [measure_success(rate)(result).total for result in slot if result is not None]
-    return "–".join(str(total) for total in sorted({*_range(totals)})) if totals else NOT_RUN
+    return "–".join(str(total) for total in sorted({*_smallest_and_largest(totals)})) if totals else NOT_RUN
 
 
-def _beginners(learned: Mapping[str, Estimate]) -> str:
-    """A warning below a table about detectors of low accuracy, which leave too few images to be attacked."""
+def _warn_of_untrained(learned: Mapping[str, Estimate]) -> str:
+    """A warning below a table if detectors have a low accuracy, so that too few images are left to be attacked."""
     names = [name for name, share in learned.items() if share.mean < 0.5]
     if not names:
         return ""

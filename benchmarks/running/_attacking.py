@@ -136,7 +136,7 @@ def pair_goals(cells: Iterable[Cell]) -> list[tuple[Cell, ...]]:
     left, groups = {cell.key: cell for cell in cells}, list[tuple[Cell, ...]]()
     for cell in list(left.values()):
         if left.pop(cell.key, None) is None:
-            continue  # is in the group of its twin
+            continue  # the cell is in the group of its twin
         options = dict(cell.options)
         if not options.pop("targeted", False):
             options["targeted"] = True

@@ -84,7 +84,7 @@ def judge_attacked(
         The evaluation at the first rate, and the verdicts by setting. A verdict holds the area, and for each rate the
         counts and the eligible and broken images as hexadecimal bits.
     """
-    # The setting of an attack that has only one is named "", which `evaluate` takes for no name.
+    # An attack without settings has the setting "", which `evaluate` would refuse as the name of an attack.
     attacks = {f"setting {name}": StoredImages(images=kept, norm=norm, eps=eps) for name, kept in attacked.items()}
     first: Evaluation | None = None
     verdicts: dict[str, Any] = {name: {"rates": {}} for name in attacked}

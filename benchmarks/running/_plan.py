@@ -25,7 +25,7 @@ THROUGHPUT_FILE = RESULTS / "throughput.json"
 # and kernels that eager PyTorch launches in a second.
 _ASSUMED = {"h200": (15e12, 100_000.0), "cpu": (20e9, 50_000.0)}
 PATIENCE = 2.0  # seconds that a measurement lasts at least
-KERNELS = {
+KERNELS = {  # numbers of kernels that a forward pass launches, by network
     "tiny-cnn": 25,
     "wide-cnn": 25,
     "small-cnn": 50,
@@ -119,7 +119,7 @@ def _nearest(
 
 
 def _assumed(flops: float, launches: float, model: str, dataset: str, batch: int) -> tuple[float, float]:
-    """The seconds if either arithmetic or launching kernels takes all the time, whichever is longer."""
+    """The seconds that arithmetic or the launching of kernels takes, whichever takes longer."""
     forward = max(_flops(model, find_data_set(dataset).image_shape) / flops, KERNELS[model] / launches / batch)
     return forward, 3 * forward
 

@@ -108,7 +108,10 @@ class Store:
             yield self._read[file][1]
 
     def save_weights(self, key: str, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write weights in parts of at most 15 MiB, and then a record, whose presence says that they are complete."""
+        """Write the weights of a training, in files of at most 15 MiB, and then its record.
+
+        The record is written last, so that its presence says that the weights are complete.
+        """
         parts: list[dict[str, Tensor]] = [{}]
         size = 0
         for name, tensor in state.items():
@@ -150,8 +153,8 @@ class Store:
                 state |= load(content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise PersistenceError(
-                f"the weights that {self._record(key)} is of are damaged ({in_one_line(error)}); restore the files, or "
-                "delete that one and train again"
+                f"the weights of the record {self._record(key)} are damaged ({in_one_line(error)}); restore the files, "
+                "or delete the record and train again"
             ) from error
         return state, record
 
@@ -180,6 +183,7 @@ def read_chunk(file: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _sealed(line: dict[str, Any]) -> str:
+    """A line of a file of results, with a digest of its content at the end."""
     return json.dumps(line | {"digest": digest(line)}, allow_nan=False) + "\n"
 
 
@@ -207,6 +211,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _by_cell(file: Path) -> dict[str, dict[str, Any]]:
+    """The results in a file by the keys of their cells, each with the record of its training."""
     records, results = dict[str, Any](), dict[str, dict[str, Any]]()
     for line in _lines(file):
         if "training" in line:
@@ -237,7 +242,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout. "+" says that files differ from it."""
+    """The commit of the checkout. A "+" behind it says that files have been changed since."""
     command = [
         "git",
         "-C",

@@ -27,7 +27,7 @@ from benchmarks.experiments import Cell, Training
 from benchmarks.running._clock import Clock, OutOfTimeError
 from benchmarks.running._store import Store, provenance
 
-JUDGED_AT_ONCE = 500
+JUDGED_AT_ONCE = 500  # images in a batch that is judged without gradients
 STEPS_AT_RISK = 100  # steps that a killed training repeats at most
 DETECTORS_KEPT = 4  # few are kept in memory, since cells of one training follow each other
 

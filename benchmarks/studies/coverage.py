@@ -1,7 +1,7 @@
 """Which models of timm and torchvision can be guarded.
 
-`python -m benchmarks.studies.coverage` builds each model on torch's meta device, so without weights or arithmetic, and
-checks that it becomes an encoder. It writes the results to benchmarks/results/coverage.json.
+`python -m benchmarks.studies.coverage` builds each model on torch's meta device, where tensors have shapes but no
+values, and checks that it becomes an encoder. It writes the results to benchmarks/results/coverage.json.
 """
 
 import datetime
@@ -35,15 +35,15 @@ CHECKS = [
     "its gradient in the images has their shape",
     f"in train mode too it returns a tensor of shape ({_BATCH}, {_WIDTH}), and nothing else",
 ]
-# By library, by "passed" or "failed", and by the name of the model: the place or the reason.
+# Where a model ran, or why it failed, by library, by "passed" or "failed", and by the model's name.
 Outcomes = dict[str, dict[str, dict[str, str]]]
-# Devices to build a model on and to run it on, cheapest first. Some constructors and forward passes look at the values
-# of tensors, which the meta device does not have.
+# Pairs of a device to build a model on and a device to run it on, cheapest first. Some constructors and forward passes
+# look at the values of tensors, which the meta device does not have.
 PLACES = {"meta": ("meta", "meta"), "meta, built on the CPU": ("cpu", "meta"), "CPU": ("cpu", "cpu")}
 
 
 class CheckError(Exception):
-    """The encoder ran, but its output or its gradient is not as expected."""
+    """An encoder ran, but its output or its gradient is not as expected."""
 
 
 class Candidate(NamedTuple):
@@ -83,7 +83,7 @@ def build_candidate(library: str, name: str) -> Candidate:
 
 
 def expect(what: str, expected: object, got: object) -> None:
-    """Raise `CheckError` unless the expected and the actual value of `what` are equal."""
+    """Raise `CheckError` if two values differ. `what` names the values in the message."""
     if expected != got:
         raise CheckError(f"{what}: expected {expected}, got {got}")
 
@@ -94,7 +94,11 @@ def describe(output: object) -> str:
 
 
 def check_encoder(candidate: Candidate) -> None:
-    """Raise `CheckError` unless the model becomes an encoder. Errors that the model raises are passed on."""
+    """Check that a model becomes an encoder.
+
+    Raises:
+        CheckError: it does not. Errors that the model itself raises are passed on.
+    """
     model, shape, num_classes = candidate
     expect("number of classes", num_classes, find_num_classes(model))
     expect("length of mean and std", [shape[0]] * 2, [len(values) for values in find_normalization(model)])
@@ -109,7 +113,7 @@ def check_encoder(candidate: Candidate) -> None:
 
 
 def find_place(make: Callable[[], Candidate]) -> tuple[str | None, str]:
-    """Check a model in the first place that can run it.
+    """Find the first place where a model can run, and check the model there.
 
     Args:
         make: function that builds the model on the default device.
@@ -118,16 +122,16 @@ def find_place(make: Callable[[], Candidate]) -> tuple[str | None, str]:
         The place and an empty reason, or None and the reasons for each place.
     """
     reasons: list[str] = []
-    for place, (home, arena) in PLACES.items():
+    for place, (build_device, run_device) in PLACES.items():
         try:
-            with torch.device(home):
+            with torch.device(build_device):
                 candidate = make()
             parameters = sum(parameter.numel() for parameter in candidate.model.parameters())
-            if arena == "cpu" and parameters > _SMALL:
+            if run_device == "cpu" and parameters > _SMALL:
                 reasons.append(f"{place}: not tried with {parameters / 1e6:.0f} million parameters")
                 continue
-            candidate.model.to(arena)
-            with torch.device(arena):
+            candidate.model.to(run_device)
+            with torch.device(run_device):
                 check_encoder(candidate)
             return place, ""
         except CheckError as error:

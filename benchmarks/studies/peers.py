@@ -1,4 +1,6 @@
-"""Attacks of other libraries and our suite on one guard. No peer should break an image that the suite did not.
+"""Attacks of other libraries, called peers, and our suite on one guard.
+
+No peer should break an image that the suite did not.
 
 `python -m benchmarks.studies.peers` takes the guard that `make demo` trains. `evaluate` judges the attacked images.
 Results are written image by image to benchmarks/results/peers.json. An interrupted run resumes from there.
@@ -34,16 +36,16 @@ SUITE, PLAIN = "clusterguard WorstCaseSuite", "clusterguard PGD"
 
 
 class Peer(NamedTuple):
-    """An attack of another library with the settings of a determined user.
+    """An attack of another library, with settings that a determined user would take.
 
     Attributes:
         library: "torchattacks", "Foolbox" or "ART".
         attack: name of its class.
         options: arguments for the class.
-        aimed: whether the attack has a targeted mode. If so, it sees the guard as a classifier that may refuse, and
-            tries all nine wrong classes. Else it sees distances only, at the temperature where cross-entropy works
-            best.
-        starts: whether the attack begins at accepted images of other classes.
+        aimed: whether the attack can aim at a class. If so, it sees the guard as a classifier with one more class for
+            refused images, and it tries all nine wrong classes. Otherwise it sees distances only, at the
+            temperature where cross-entropy works best.
+        starts: whether the attack has to begin at accepted images of other classes.
     """
 
     library: str
@@ -100,7 +102,13 @@ PEERS = {
 
 
 def build_peer(peer: Peer, norm: str, references: Towards) -> Attack:
-    """Make an attack of clusterguard from a peer."""
+    """Wrap a peer so that it can be called like an attack of clusterguard.
+
+    Args:
+        peer: attack of another library.
+        norm: name of the norm. `RADII` has its radius.
+        references: accepted images that some attacks begin at.
+    """
     budget: dict[str, Any] = {"norm": norm, "eps": RADII[norm]}
     if peer.library == "Foolbox":
         attack = getattr(import_module("foolbox.attacks"), peer.attack)(**peer.options)
@@ -118,7 +126,7 @@ def build_peer(peer: Peer, norm: str, references: Towards) -> Attack:
 
 
 def build_all(norm: str, references: Towards) -> dict[str, Attack]:
-    """Make our suite, our PGD and all peers of a norm, by name."""
+    """Make our suite, our PGD and all peers for one norm, by name."""
     eps = RADII[norm]
     step_size = get_norm(norm).step_size(eps, (1, 28, 28), share=0.1)
     attacks: dict[str, Attack] = {
@@ -134,7 +142,7 @@ def build_all(norm: str, references: Towards) -> dict[str, Attack]:
 def list_attacks(results: dict[str, dict[str, Any]]) -> str:
     """The attacks of one norm as rows of Markdown, the strongest attack first.
 
-    A row has the success, the number of broken images that the suite missed, and the seconds.
+    The columns are the success rate, the number of broken images that the suite missed, and the seconds.
     """
     suite = set(results[SUITE]["broken"])
     lines = []
@@ -147,9 +155,9 @@ def list_attacks(results: dict[str, dict[str, Any]]) -> str:
 
 
 def summarise(norms: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """A row of Markdown for each norm.
+    """One row of Markdown for each norm.
 
-    It shows our PGD, the strongest peer, our suite, and the number of images that only peers broke.
+    The columns are our PGD, the strongest peer, our suite, and the number of images that only peers broke.
     """
     lines = []
     for norm, results in norms.items():

@@ -1,7 +1,8 @@
-"""False-positive rates with ``scarce="pool"`` on simulated suspicion: `python -m benchmarks.studies.pooling`.
+"""Simulate which share of images is refused if a class has few calibration images: `fit_thresholds(scarce="pool")`.
 
-Nine classes have about 550 of 5,000 calibration examples each, the tenth has 45 with a far larger suspicion. New
-examples are drawn from the same mix, and the thresholds are fitted anew each time.
+`python -m benchmarks.studies.pooling` prints the share. Nine classes have about 550 of 5,000 calibration examples each.
+The tenth class has 45, and their suspicion is far larger. Each repetition draws calibration examples, fits thresholds,
+and counts what they refuse of new examples from the same distribution.
 """
 
 import torch
@@ -13,13 +14,20 @@ SHIFTS = torch.tensor([0.0] * 9 + [50.0])
 
 
 def draw_examples(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Draw the suspicion and the labels of examples, (count,) each."""
+    """Draw examples at random, and return their suspicion and their labels, each (count,)."""
     labels = torch.multinomial(SHARES, count, True, generator=generator)
     return torch.randn(count, generator=generator) + SHIFTS[labels], labels
 
 
 def main(*, rate: float = 0.01, repetitions: int = 300) -> None:
-    """Print the mean rate over all classes, with pooled thresholds and with a threshold shared with all classes."""
+    """Print the share of refused images, for two ways to fit the threshold of the small class.
+
+    One is ``scarce="pool"``. The other gives the small class the threshold that fits all examples together.
+
+    Args:
+        rate: false-positive rate that is asked for.
+        repetitions: number of repetitions.
+    """
     generator = torch.Generator().manual_seed(0)
     rates: dict[str, list[Tensor]] = {"pool": [], "shared with all": []}
     for _ in range(repetitions):

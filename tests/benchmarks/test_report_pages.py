@@ -78,6 +78,20 @@ def test_the_cpu_profile_has_pages_of_its_own(store):
     assert "`python -m benchmarks report --profile cpu`" in render_page(pages["mnist-cpu.md"])
 
 
+def test_results_of_the_suite_of_version_0_1_are_said_to_be(store):
+    (cell,) = find("strict-mnist", "cpu", detector="ours", attack="suite linf 0.3")
+    pages = {}
+    for version in ("0.1.0", "0.2.0"):
+        made = made_up({"": "11000000"})
+        made["provenance"] |= {"versions": {"clusterguard": version}}
+        store.write_cell(cell, made)
+        pages[version] = render_page(read_results(store, "cpu")["mnist-cpu.md"])
+    assert "withdrawn" in pages["0.1.0"]
+    assert "which ASR does not count" in pages["0.1.0"]
+    assert "withdrawn" not in pages["0.2.0"]
+    assert "which ASR does not count" not in pages["0.2.0"]
+
+
 def test_quick_pages_say_quick_everywhere(store, tmp_path, monkeypatch):
     rates = ("0.01", "0.02", "0.05", "0.1")
     for results in read_results(store, "quick")["mnist.md"]:

@@ -31,7 +31,7 @@ def test_no_flipped_bit_changes_weights_silently(tmp_path):
         damaged = bytearray(whole)
         damaged[position // 8] ^= 1 << position % 8
         file.write_bytes(damaged)
-        with pytest.raises(PersistenceError, match=r"key\.json is of are damaged .*; restore the files, or delete"):
+        with pytest.raises(PersistenceError, match=r"record .*key\.json are damaged .*; restore the files, or delete"):
             store.load_weights("key")
     file.unlink()
     with pytest.raises(PersistenceError, match=r"key-1\.safetensors"):

@@ -1,4 +1,4 @@
-"""Speed as the ratio of two ways to do the same, measured side by side. Each module makes one group of comparisons."""
+"""How fast clusterguard is compared with other ways to do the same. Both are timed in turns in one process."""
 
 from benchmarks.studies.speed._measure import (
     Comparison,

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.studies.speed`: time rows, measure memory, and write the tables of the results."""
+"""`python -m benchmarks.studies.speed`: time comparisons, measure memory, and write tables of the results."""
 
 import json
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def run(
     names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(GROUPS)}; else all.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
-    """Time rows on a device, each side by side with its alternative.
+    """Time groups of comparisons on a device.
 
     Example: python -m benchmarks.studies.speed run head --device cpu
     """
@@ -54,7 +54,7 @@ def memory(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu") ->
 
 @app.command()
 def table() -> None:
-    """Write the tables in docs/performance.md. Rows that have not been measured are shown as not run.
+    """Write the tables that docs/performance.md shows. Comparisons that have not been measured are shown as not run.
 
     Example: python -m benchmarks.studies.speed table
     """

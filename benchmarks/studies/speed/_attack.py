@@ -1,4 +1,4 @@
-"""PGD against a bare loop of forward passes and input gradients, and against the same attack of the peers."""
+"""PGD compared with a bare loop of forward passes and input gradients, and with the same attack of other libraries."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +32,10 @@ def run_gradients(model: nn.Module, images: Tensor, labels: Tensor, steps: int) 
 
 
 def build_peer_attacks(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> dict[str, Callable[[], Any]]:
-    """The same attack of each peer, by name: no random start, the same step size, the last iterate."""
+    """Make the same attack with each other library, by its name.
+
+    All start at the image, take the same steps and return the last iterate.
+    """
     theirs = import_module("torchattacks").PGD(model, eps=_EPS, alpha=_STEP, steps=steps, random_start=False)
     foolbox = import_module("foolbox")
     attack = foolbox.attacks.LinfPGD(abs_stepsize=_STEP, steps=steps, random_start=False)
@@ -57,7 +60,7 @@ def build_peer_attacks(model: nn.Module, images: Tensor, labels: Tensor, steps: 
 
 
 def compare_attacks(device: torch.device) -> list[Comparison]:
-    """The comparisons on a device."""
+    """Compare PGD with a bare loop and with the peers, in float32, in bfloat16 and compiled."""
     comparisons = []
     for title, (name, shape, sizes) in _CASES.items():
         batch, steps = sizes[device.type]
@@ -109,15 +112,18 @@ def run_attack(attack: PGD, detector: Detector, images: Tensor, labels: Tensor, 
 
 @torch.no_grad()
 def check_same_harm(model: nn.Module, images: Tensor, labels: Tensor, ours: Tensor, theirs: Tensor) -> None:
-    """Check that our attack raises the float32 loss by at least 95 % of what theirs does.
+    """Check that our attack raises the loss in float32 by at least 95 % of what the other attack does.
 
-    The images themselves differ, as both attacks round differently.
+    The images themselves differ, because the attacks round differently.
     """
     clean, mine, other = (nn.functional.cross_entropy(model(x), labels).item() for x in (images, ours, theirs))
     assert mine - clean > 0.95 * (other - clean), f"the loss went from {clean} to {mine} instead of {other}"
 
 
 def check_same_images(ours: Tensor, theirs: Tensor) -> None:
-    """Check that images are equal but for pixels where a gradient is so close to 0 that rounding decides its sign."""
+    """Check that attacked images are equal in at least 99 % of their pixels.
+
+    In the others, a gradient is so close to 0 that rounding decides its sign.
+    """
     differ = ((ours - theirs).abs() > 1e-5).float().mean()
     assert differ < 1e-2, f"{differ:.2%} of pixels differ"

@@ -1,4 +1,4 @@
-"""The cost of a guard: detection against the bare backbone, and calibration against plain inference."""
+"""The cost of a guard: detection compared with the bare backbone, and calibration with plain inference."""
 
 import warnings
 from functools import partial
@@ -22,7 +22,7 @@ def infer(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_same_number_of_labels(ours: Detection, theirs: Tensor) -> None:
-    """Check that both give the same number of labels. The labels differ, since both networks are untrained."""
+    """Check that both give as many labels. The labels themselves differ, because the networks are untrained."""
     assert ours.labels.shape == theirs.shape
 
 
@@ -40,7 +40,7 @@ def infer_all(guard: ClusterGuard, loader: list[tuple[Tensor, Tensor]]) -> Any:
 
 
 def compare_detection(device: torch.device) -> list[Comparison]:
-    """The comparisons on a device."""
+    """Compare detection with the bare backbone, and calibration with one pass of inference."""
     import timm
 
     torch.manual_seed(0)

@@ -1,4 +1,7 @@
-"""The head against `torch.cdist` to all centres, at the sizes of ImageNet and of ImageNet-21k, with m = K."""
+"""Distances to all class centres, compared with `torch.cdist`.
+
+There are as many classes as in ImageNet and in ImageNet-21k, and representations have a dimension for each class.
+"""
 
 from functools import partial
 
@@ -11,7 +14,7 @@ from benchmarks.studies.speed._measure import Comparison
 def compare_heads(
     device: torch.device, sizes: tuple[tuple[int, int], ...] = ((1000, 64), (21_841, 8))
 ) -> list[Comparison]:
-    """The comparisons on a device. `sizes` are pairs of a number of classes and a number of images."""
+    """Compare the head with `torch.cdist`. `sizes` are pairs of a number of classes and a number of images."""
     comparisons = []
     for classes, batch in sizes:
         clusters = GaussianClusters(classes).to(device)

@@ -1,4 +1,4 @@
-"""Time two ways to do the same side by side, so that a change in the speed of the machine favours neither."""
+"""Time two ways to do the same in turns, so that a machine that becomes slower or faster favours neither."""
 
 import json
 import math
@@ -18,21 +18,23 @@ SPEED_RESULTS = RESULTS / "speed"
 _MINIMUM = 0.02  # seconds that a measurement lasts at least
 _REPEATS = 21  # pairs of measurements
 Work = Callable[[], Any]
+"""What is timed. Its result is only used to check and to count."""
 Check = Callable[[Any, Any], None]
+"""A function that raises an error unless two results are the same, or as good as each other."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two ways to do the same, which are one row of the table.
+    """Two ways to do the same. They are one row of the table.
 
     Attributes:
-        name: name of the row.
-        ours: our way.
-        theirs: other way.
-        target: ratio of their time to ours that we want to reach.
-        check: function that compares the results of the two. None if there is nothing to compare.
-        gradients: function that counts the gradients behind a result. None counts operators by profiling, which takes
-            longer.
+        name: name of the comparison.
+        ours: work of clusterguard.
+        theirs: work of the other side, such as another library.
+        target: ratio of the other side's time to ours that we want to reach.
+        check: function that gets both results and checks that they agree. None does not check.
+        gradients: function that returns how many gradients a result took. If it is None, the operators of torch are
+            counted instead.
     """
 
     name: str
@@ -43,13 +45,13 @@ class Comparison:
     gradients: Callable[[Any], int] | None = None
 
 
-Rows = Callable[[torch.device], list[Comparison]]
-"""The comparisons on a device, at sizes that it bears."""
+Compare = Callable[[torch.device], list[Comparison]]
+"""A function that makes a group of comparisons for a device, at sizes that suit the device."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The ratio of their time to ours.
+    """The ratio of the other side's time to ours.
 
     Attributes:
         median: median of the ratios of all pairs.
@@ -68,7 +70,9 @@ class Ratio:
 
 
 def time_in_pairs(ours: Work, theirs: Work, *, repeats: int) -> Ratio:
-    """Time the two in pairs whose order alternates, and compare each pair.
+    """Time both works again and again, and take the ratio of their times in each pair.
+
+    The order within the pairs alternates.
 
     Example:
         >>> slow = lambda: sum(range(200_000))
@@ -85,7 +89,7 @@ def time_in_pairs(ours: Work, theirs: Work, *, repeats: int) -> Ratio:
 
 
 def median_ratio(ratios: Sequence[float]) -> Ratio:
-    """The median of ratios, and the order statistics that enclose it with a probability of at least 95 %.
+    """The median of ratios with an interval for it, which has a level of at least 95 % by the sign test.
 
     Example:
         >>> median_ratio([3.0, 1.0, 2.0, 5.0, 4.0, 7.0, 6.0])
@@ -116,22 +120,32 @@ def count_operators(work: Work) -> dict[str, float]:
     return {"operators": operators, "kernels": kernels, "megabytes": round(megabytes, 2)}
 
 
-def measure_group(name: str, rows: Rows, device: torch.device) -> None:
-    """Check, time and count rows. Print them, and write a file for the device to benchmarks/results/speed."""
+def measure_group(name: str, compare: Compare, device: torch.device) -> None:
+    """Check and time a group of comparisons. Print them, and write them to a file in benchmarks/results/speed.
+
+    Args:
+        name: name of the group.
+        compare: function that makes the comparisons.
+        device: device to run them on. Its type is a part of the file's name.
+    """
     torch.set_num_threads(1)
     measured = {}
-    for row in rows(device):
-        ours, theirs = row.ours(), row.theirs()  # warm-up, too
-        if row.check is not None:
-            row.check(ours, theirs)
-        ratio = time_in_pairs(row.ours, row.theirs, repeats=_REPEATS)
-        reached = "reached" if ratio.median >= row.target else "missed"
-        print(f"{row.name}: {ratio}, target {row.target:.3g} {reached}", flush=True)
-        measured[row.name] = {
+    for comparison in compare(device):
+        ours, theirs = comparison.ours(), comparison.theirs()  # warm-up, too
+        if comparison.check is not None:
+            comparison.check(ours, theirs)
+        ratio = time_in_pairs(comparison.ours, comparison.theirs, repeats=_REPEATS)
+        reached = "reached" if ratio.median >= comparison.target else "missed"
+        print(f"{comparison.name}: {ratio}, target {comparison.target:.3g} {reached}", flush=True)
+        measured[comparison.name] = {
             "ratio": asdict(ratio),
-            "target": row.target,
-            "ours": {"gradients": row.gradients(ours)} if row.gradients else count_operators(row.ours),
-            "theirs": {"gradients": row.gradients(theirs)} if row.gradients else count_operators(row.theirs),
+            "target": comparison.target,
+            "ours": {"gradients": comparison.gradients(ours)}
+            if comparison.gradients
+            else count_operators(comparison.ours),
+            "theirs": {"gradients": comparison.gradients(theirs)}
+            if comparison.gradients
+            else count_operators(comparison.theirs),
         }
     content = {"rows": measured, "provenance": provenance(device)}
     file = SPEED_RESULTS / f"{name}-{device.type}.json"

@@ -43,10 +43,15 @@ WORKS: dict[str, Callable[[ClusterGuard, Tensor, int], None]] = {
 }
 
 
-def peak(work: str, batch: int, device_type: str) -> float:
-    """The peak memory of a work in megabytes, beyond the memory that was in use when it began.
+def peak_memory(work: str, batch: int, device_type: str) -> float:
+    """The largest memory in megabytes that a work takes, beyond what was in use when it began.
 
-    It has to be called in a fresh process.
+    Args:
+        work: key of `WORKS`.
+        batch: number of images in a batch.
+        device_type: "cpu" or "cuda".
+
+    This function has to be called in a fresh process.
     """
     import timm
 
@@ -69,18 +74,18 @@ def peak(work: str, batch: int, device_type: str) -> float:
 
 
 def _resident(name: str) -> int:
-    """A memory figure of this process in kilobytes, as Linux reports it."""
+    """One of the memory figures that Linux reports for this process, in kilobytes."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1])
 
 
 def measure_memory(device: torch.device) -> None:
-    """Measure every work at every batch size. Write one file for the device to benchmarks/results/speed."""
+    """Measure every work at every batch size, and write the figures to a file in benchmarks/results/speed."""
     peaks: dict[str, dict[str, float]] = {}
     # Two run at a time, each in a fresh process.
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         asked = [(work, batch, device.type) for work in WORKS for batch in BATCHES]
-        for (work, batch, _), megabytes in zip(asked, pool.starmap(peak, asked, chunksize=1), strict=True):
+        for (work, batch, _), megabytes in zip(asked, pool.starmap(peak_memory, asked, chunksize=1), strict=True):
             peaks.setdefault(work, {})[str(batch)] = megabytes
             print(f"{work}, batch {batch}: {megabytes:,.0f} MB", flush=True)
     content = {"images": IMAGES, "megabytes": peaks, "provenance": provenance(device)}

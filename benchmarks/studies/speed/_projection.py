@@ -1,4 +1,4 @@
-"""Our exact projection onto l1 ball ∩ box, against NumPy row by row and against Foolbox's, which is not exact."""
+"""Our exact projection onto the intersection of an l1 ball and the box [0, 1], compared with two others."""
 
 from importlib import import_module
 
@@ -13,7 +13,7 @@ _AT_ONCE = 250  # images in a compiled call, so few that intermediate tensors st
 
 
 def project_rows(images: np.ndarray, candidates: np.ndarray, eps: float) -> np.ndarray:
-    """Project each row by bisection on the multiplier, in float64, as one does without a batched projection."""
+    """Project images (n, D) one by one, by bisection on the multiplier in float64."""
     projected = np.empty_like(images)
     for row, (image, candidate) in enumerate(zip(images, candidates, strict=True)):
         change, low, high = candidate - image, 0.0, np.abs(candidate - image).max()
@@ -26,7 +26,7 @@ def project_rows(images: np.ndarray, candidates: np.ndarray, eps: float) -> np.n
 
 
 def compare_projections(device: torch.device) -> list[Comparison]:
-    """The comparisons on a device."""
+    """Compare our projection with NumPy image by image, and with that of Foolbox, which is not exact."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(_BATCH, 3, 32, 32, generator=generator).to(device)
     candidates = images + 0.05 * torch.randn(_BATCH, 3, 32, 32, generator=generator).to(device)

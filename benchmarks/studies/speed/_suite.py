@@ -1,4 +1,4 @@
-"""The worst-case suite, against all its stages on every image without early stopping."""
+"""The worst-case suite, compared with running all its stages to the end on every image."""
 
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ def train_guard(device: torch.device) -> ClusterGuard:
 
 
 def without_early_stopping(attack: Attack) -> Attack:
-    """A copy of the attack, and of the attacks that it wraps, without early stopping."""
+    """Copy an attack, and the attacks that it wraps, with early stopping switched off."""
     changes: dict[str, Any] = {}
     if hasattr(attack, "attack"):
         changes["attack"] = without_early_stopping(attack.attack)
@@ -42,7 +42,11 @@ def without_early_stopping(attack: Attack) -> Attack:
 
 
 def run_all(guard: ClusterGuard, suite: WorstCaseSuite, images: Tensor, labels: Tensor) -> tuple[Metered, Tensor]:
-    """Run every stage on every image. Return the metered guard and which images (B,) some stage broke."""
+    """Run every stage of a suite on every image.
+
+    Returns:
+        The guard with the costs that it has counted, and a boolean mask (B,) of the images that some stage broke.
+    """
     metered = Metered(guard)
     broken = torch.zeros_like(labels, dtype=torch.bool)
     for attack in suite.stages(guard, Towards.accepted(guard, images, labels)).values():
@@ -53,20 +57,27 @@ def run_all(guard: ClusterGuard, suite: WorstCaseSuite, images: Tensor, labels: 
 
 
 def run_suite(guard: ClusterGuard, suite: WorstCaseSuite, images: Tensor, labels: Tensor) -> tuple[Metered, Tensor]:
-    """Run the suite. Return the metered guard and which images (B,) the suite broke."""
+    """Run a suite.
+
+    Returns:
+        The guard with the costs that it has counted, and a boolean mask (B,) of the images that the suite broke.
+    """
     metered = Metered(guard)
     verdict = guard.detect(suite(metered, images, labels, generator=torch.Generator(images.device).manual_seed(0)))
     return metered, ~verdict.is_adversarial & (verdict.labels != labels)
 
 
 def check_same_broken(ours: tuple[Metered, Tensor], theirs: tuple[Metered, Tensor]) -> None:
-    """Print the costs, and check that both break the same images but for a few that depend on randomness."""
+    """Print the costs, and check that both break the same images.
+
+    One image in twenty may differ, because the attacks draw random numbers.
+    """
     print("broken", int(ours[1].sum()), int(theirs[1].sum()), "of", len(ours[1]), ours[0].cost, theirs[0].cost)
     assert int((ours[1] != theirs[1]).sum()) <= len(ours[1]) // 20
 
 
 def compare_suites(device: torch.device) -> list[Comparison]:
-    """The comparisons on a device."""
+    """Compare the suite with all its stages, at two radii."""
     guard = train_guard(device)
     comparisons = []
     for eps, count in _CASES.items():

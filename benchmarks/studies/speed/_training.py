@@ -1,4 +1,4 @@
-"""A step of the paper's training against the passes that such a step needs at least."""
+"""A step of the paper's training, compared with the passes that such a step cannot do without."""
 
 import torch
 from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard
@@ -12,7 +12,7 @@ _CASES = {"SmallCNN": ("small-cnn", (1, 28, 28), {"cpu": 32}), "ResNet-18": ("re
 
 
 def run_passes(guard: ClusterGuard, images: Tensor, labels: Tensor) -> None:
-    """Run the passes of a training step: one input gradient for each attack step, then all gradients of two batches.
+    """Run the passes of a training step: one input gradient for each attack step, then the gradients of all weights.
 
     The input gradients are computed in eval mode.
     """
@@ -26,7 +26,7 @@ def run_passes(guard: ClusterGuard, images: Tensor, labels: Tensor) -> None:
 
 
 def compare_training_steps(device: torch.device) -> list[Comparison]:
-    """The comparisons on a device."""
+    """Compare a training step with its passes, for a small and a larger network."""
     comparisons = []
     for title, (name, shape, batches) in _CASES.items():
         batch = batches.get(device.type, 128)
