@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-SMALLER = "batch_size=100", "batch_size=40"
-FEW = {"train": 400, "calibration": 600, "test": 20}
+SMALLER = "batch_size=100", "batch_size=25"
+FEW = {"train": 400, "calibration": 1500, "test": 20}
 
 
 def on_few_digits(monkeypatch):

@@ -7,14 +7,16 @@ top. `_families` tells what differs between these kinds of modules, and `_wrappe
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from clusterguard._support import check_numbers, copy_backbone, refuse_unusable
-from clusterguard.detectors._dense_layers import last_parameter
-from clusterguard.detectors._families import family_of
+from clusterguard.detectors._dense_layers import last_parameter, take_over
+from clusterguard.detectors._families import Replacement, family_of
 from clusterguard.detectors._outputs import PASS_EXAMPLE, find_output, run_once
 from clusterguard.detectors._wrappers import Normalization, unwrap, warn_of_graph
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
+from einops import repeat
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -199,6 +201,60 @@ def make_encoder(
         >>> encoder(torch.rand(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
+    return adapt_backbone(backbone, out_features, example=example, image_shape=image_shape).encoder
+
+
+class KeptLogits(NamedTuple):
+    """What a new last layer returns at first: the logits that the backbone has, times a scale.
+
+    With l·K outputs, each of the K logits is repeated l times.
+    """
+
+    num_classes: int
+    scale: float
+
+
+class Adapted(NamedTuple):
+    """An encoder, and whether it had a classifier and returns its logits."""
+
+    encoder: nn.Module
+    had_classifier: bool
+    keeps_logits: bool
+
+
+def adapt_backbone(
+    backbone: nn.Module,
+    out_features: int,
+    *,
+    keep: KeptLogits | None = None,
+    example: Tensor | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> Adapted:
+    """Copy a backbone into an encoder, as `make_encoder` does, and let it return the old logits if it can.
+
+    Args:
+        backbone: module as in `make_encoder`.
+        out_features: width m of the representation.
+        keep: logits that the new layer returns at first; None draws its weights.
+        example: images as in `make_encoder`.
+        image_shape: shape as in `make_encoder`.
+
+    Returns:
+        The encoder. Any other module than a model of a family is taken for a classifier if it returns K numbers.
+
+    Raises:
+        ConfigurationError: as in `make_encoder`.
+        UnsupportedBackboneError: as in `make_encoder`.
+
+    Warns:
+        UserWarning: as in `make_encoder`.
+
+    Example:
+        >>> classifier, images = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), torch.rand(2, 1, 28, 28)
+        >>> encoder = adapt_backbone(classifier, 10, keep=KeptLogits(10, scale=2.0)).encoder
+        >>> torch.equal(encoder(images), 2 * classifier(images))
+        True
+    """
     if out_features < 1:
         raise ConfigurationError(f"expected a positive out_features, got {out_features}")
     refuse_unusable(backbone)
@@ -207,12 +263,32 @@ def make_encoder(
         _initialize(encoder, example)
     family = family_of(encoder)
     family.keep_main_output(encoder)
-    if not family.replace_classifier(encoder, out_features):
+    classes = family.num_classes(encoder)
+    replaced = family.replace_classifier(encoder, out_features)
+    if replaced is None:
+        layered = _append_layer(encoder, out_features, _blank(image_shape) if example is None else example)
+        last = layered[-1]
+        if keep is not None and isinstance(last, nn.Linear) and last.in_features == keep.num_classes:
+            _repeat_inputs(last, keep.scale)
+            return Adapted(layered, had_classifier=True, keeps_logits=True)
         _warn_of_classifier(backbone, encoder)
-        return _append_layer(encoder, out_features, _blank(image_shape) if example is None else example)
+        return Adapted(layered, had_classifier=False, keeps_logits=False)
+    keeps = keep is not None and classes == keep.num_classes and _take_over_all(replaced, keep.scale)
     if example is not None:
         run_once(encoder, example)
-    return encoder
+    return Adapted(encoder, had_classifier=True, keeps_logits=keeps)
+
+
+def _take_over_all(replaced: Replacement, scale: float) -> bool:
+    return bool(replaced) and all(take_over(old, new, scale) for old, new in replaced)
+
+
+def _repeat_inputs(layer: nn.Linear, scale: float) -> None:
+    """Let a linear layer return its inputs times a scale, each as often as it has more outputs than inputs."""
+    with torch.no_grad():
+        identity = torch.eye(layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+        layer.weight.copy_(scale * repeat(identity, "k j -> (k l) j", l=layer.out_features // layer.in_features))
+        layer.bias.zero_()
 
 
 def _is_model(module: nn.Module) -> bool:
@@ -276,7 +352,7 @@ def _blank(image_shape: tuple[int, int, int] | None) -> Tensor | None:
     return None if image_shape is None else torch.zeros(1, *image_shape)
 
 
-def _append_layer(module: nn.Module, out_features: int, example: Tensor | None) -> nn.Module:
+def _append_layer(module: nn.Module, out_features: int, example: Tensor | None) -> nn.Sequential:
     features, like = nn.Sequential(module), last_parameter(module)
     family = family_of(module)
     if (pooling := family.pooling(module)) is not None:

@@ -2,10 +2,15 @@
 
 from typing import Any, TypeAlias
 
+import torch
+from einops import repeat
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 Dense: TypeAlias = nn.Linear | nn.Conv2d
+
+# Modules that change no label if they come after a classifier, or before its layer.
+_HARMLESS = (nn.Identity, nn.Flatten, nn.Dropout, nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.Tanh)
 
 
 def count_outputs(layer: Dense) -> int:
@@ -23,6 +28,17 @@ def dense_layers(module: nn.Module) -> list[Dense]:
         for path, layer in module.named_modules()
         if isinstance(layer, Dense) and "parametrizations" not in path.split(".")  # layers there compute a weight
     ]
+
+
+def changes_no_label(module: nn.Module) -> bool:
+    """Whether a module without dense layers can follow a classifier without changing which output is the largest."""
+    return isinstance(module, _HARMLESS)
+
+
+def is_one_layer(head: nn.Module) -> bool:
+    """Whether the labels of a head are those of the only dense layer in it."""
+    parts = [part for part in head.modules() if not any(part.children())]
+    return len(dense_layers(head)) == 1 and all(isinstance(part, (*_HARMLESS, nn.Linear, nn.Conv2d)) for part in parts)
 
 
 def last_parameter(module: nn.Module) -> Tensor | None:
@@ -43,6 +59,48 @@ def make_layer_like(layer: Dense, out_features: int) -> Dense:
         fresh = nn.Conv2d(layer.in_channels, out_features, **options, **{name: getattr(layer, name) for name in names})
     fresh.training = layer.training
     return fresh
+
+
+def take_over(old: nn.Module, new: nn.Module, scale: float) -> bool:
+    """Let a new classifier compute the outputs of an old one, times a scale, each of them several times.
+
+    Args:
+        old: classifier with K outputs, which may have further layers, such as a normalisation.
+        new: classifier of the same layers with m outputs, a multiple of K. Output i of the old one becomes the outputs
+            i·m/K to (i + 1)·m/K − 1.
+        scale: factor of all outputs.
+
+    Returns:
+        Whether the layers correspond. If they do not, the new classifier is unchanged.
+    """
+    pairs = list(zip(dense_layers(old), dense_layers(new), strict=False))
+    if not pairs or len(pairs) != len(dense_layers(old)) or len(pairs) != len(dense_layers(new)):
+        return False
+    if any(len(n.weight) % len(o.weight) or n.weight.shape[1:] != o.weight.shape[1:] for o, n in pairs):
+        return False
+    if any(n.bias is None and o.bias is not None for o, n in pairs):
+        return False
+    if any(o._forward_hooks or o._forward_pre_hooks for o, _ in pairs):  # they may change what the layer computes
+        return False
+    others, fresh = _other_tensors(old), _other_tensors(new)
+    if {name: value.shape for name, value in others.items()} != {name: value.shape for name, value in fresh.items()}:
+        return False
+    with torch.no_grad():
+        for name, value in others.items():
+            fresh[name].copy_(value)
+        for before, after in pairs:
+            copies = len(after.weight) // len(before.weight)
+            after.weight.copy_(scale * repeat(before.weight, "k ... -> (k l) ...", l=copies))
+            if after.bias is not None:
+                bias = torch.zeros_like(before.weight[:, 0]) if before.bias is None else before.bias
+                after.bias.copy_(scale * repeat(bias, "k -> (k l)", l=copies))
+    return True
+
+
+def _other_tensors(classifier: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a classifier that are not those of its dense layers, such as the statistics of a BatchNorm."""
+    dense = {id(tensor) for layer in dense_layers(classifier) for tensor in layer.state_dict(keep_vars=True).values()}
+    return {name: value for name, value in classifier.state_dict(keep_vars=True).items() if id(value) not in dense}
 
 
 def put_in_place(encoder: nn.Module, old: nn.Module, new: nn.Module) -> None:

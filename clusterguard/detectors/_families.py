@@ -9,14 +9,16 @@ import inspect
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import dropwhile
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, TypeAlias, final
 
 from clusterguard.detectors._dense_layers import (
     Dense,
+    changes_no_label,
     count_outputs,
     dense_layers,
+    is_one_layer,
     last_parameter,
     make_layer_like,
     put_in_place,
@@ -29,6 +31,10 @@ from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
 from einops.layers.torch import Reduce
 from torch import nn
 from torch.fx import GraphModule
+
+Replacement: TypeAlias = Sequence[tuple[nn.Module, nn.Module]]
+"""Pairs of an old and a new module with the same inputs. If the new ones get the weights of the old ones, the model
+returns its old logits. There is no pair if it may return others. Most models have one classifier, hence one pair."""
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -80,7 +86,7 @@ class Family(ABC):
         """Let a model that returns several outputs in train mode, such as those of auxiliary heads, return one."""
 
     @abstractmethod
-    def replace_classifier(self, model: nn.Module, out_features: int) -> bool:
+    def replace_classifier(self, model: nn.Module, out_features: int) -> Replacement | None:
         """Put a new layer in the place of the classifier.
 
         Args:
@@ -88,7 +94,7 @@ class Family(ABC):
             out_features: number of outputs of the new layer.
 
         Returns:
-            Whether there was a classifier that could be replaced.
+            The old classifier and the new one; None if there was no classifier that could be replaced.
         """
 
     def pooling(self, model: nn.Module) -> nn.Module | None:
@@ -159,19 +165,25 @@ class Timm(Family):
         """Switch off distilled and auxiliary heads."""
         _drop_auxiliary_outputs(model)
 
-    def replace_classifier(self, model: Any, out_features: int) -> bool:
+    def replace_classifier(self, model: Any, out_features: int) -> Replacement | None:
         """Let timm reset the classifier, with pooling in front of it."""
         if not hasattr(model, "reset_classifier"):
-            return False
+            return None
+        classifier = getattr(model, "get_classifier", nn.Identity)()
+        if _is_users_sequence(classifier):
+            return _replace_end(model, classifier, out_features)
         like = last_parameter(model)
         pools = [getattr(owner, "global_pool", None) for owner in (getattr(model, "head", None), model)]
         # Without pooling, a model that returns its feature map would apply the layer at every position of the map.
         unpooled = "" in [getattr(pool, "pool_type", pool) for pool in pools]
-        before = set(model.modules())
+        before = dict(model.named_modules())
         model.reset_classifier(out_features, *(["avg"] if unpooled else []))
-        for module in set(model.modules()) - before:
+        for module in set(model.modules()) - set(before.values()):
             module.to(like).training = model.training
-        return True
+        # Some models have more than one classifier, and timm does not tell all of them.
+        pairs = [(before.get(path, nn.Identity()), new) for path, new in _new_modules(model, set(before.values()))]
+        # The classifier of a user may compute anything; that of timm computes the same with the same weights.
+        return pairs if all(type(old) is type(new) or is_one_layer(old) for old, new in pairs) else []
 
     def pooling(self, model: nn.Module) -> nn.Module | None:
         """The mean over positions, for encoders of vision-language models."""
@@ -228,7 +240,7 @@ class Torchvision(Family):
         """Remove auxiliary heads."""
         _drop_auxiliary_outputs(model)
 
-    def replace_classifier(self, model: nn.Module, out_features: int) -> bool:
+    def replace_classifier(self, model: nn.Module, out_features: int) -> Replacement | None:
         """Replace the last layer of the head, and remove activations after it.
 
         Raises:
@@ -236,27 +248,22 @@ class Torchvision(Family):
         """
         ending = self._find_head(model)
         if ending is None:
-            return False
-        head, layer = ending
-        fresh, first = make_layer_like(layer, out_features), dense_layers(head)[0]
-        for path, module in dropwhile(lambda item: item[1] is not layer, list(head.named_modules())):
-            # Remove activations after the classifier, such as SqueezeNet's ReLU. Representations scatter around centres
-            # whose coordinates are mostly zero, so they must be able to become negative.
-            if type(module).__module__ == "torch.nn.modules.activation":
-                head.set_submodule(path, nn.Identity().train(module.training))
-        put_in_place(model, layer, fresh)
+            return None
+        head = ending[0]
+        is_simple, replacement = is_one_layer(head), _replace_end(model, head, out_features)
         if all(type(part).__module__.split(".")[0] in ("torch", "torchvision") for part in head.modules()):
-            return True
+            return replacement
         # In a user's head, such as an adapter beside its base, the last layer need not be the one that makes the
         # output.
         if not has_width(model, out_features):
-            put_in_place(model, head, make_layer_like(first, out_features))
+            put_in_place(model, head, make_layer_like(dense_layers(head)[0], out_features))
             if not has_width(model, out_features):
                 raise UnsupportedBackboneError(
                     f"expected a classifier that one linear layer can replace, got {type(head).__name__}; put such a "
                     "layer in its place"
                 )
-        return True
+            return []
+        return replacement if is_simple else []
 
     def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """The functions that build models of this class."""
@@ -310,9 +317,9 @@ class PlainModules(Family):
     def keep_main_output(self, model: nn.Module) -> None:
         """Nothing is changed."""
 
-    def replace_classifier(self, model: nn.Module, out_features: int) -> bool:
-        """False, and nothing is changed."""
-        return False
+    def replace_classifier(self, model: nn.Module, out_features: int) -> Replacement | None:
+        """None, and nothing is changed."""
+        return None
 
     def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """The layers, if all of them are torch's own."""
@@ -346,6 +353,39 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (Timm(), Torchv
 def family_of(module: nn.Module) -> Family:
     """The family of a module, or of a part of a model."""
     return next((family for family in FAMILIES.values() if family.fits(module)), FAMILIES[PlainModules.name])
+
+
+def _is_users_sequence(classifier: object) -> bool:
+    """Whether a user put several layers of torch in the place of a classifier."""
+    return (
+        isinstance(classifier, nn.Sequential)
+        and len(dense_layers(classifier)) > 1
+        and all(type(part).__module__.startswith("torch.nn.") for part in classifier.modules())
+    )
+
+
+def _replace_end(model: nn.Module, head: nn.Module, out_features: int) -> Replacement:
+    """Replace the last layer of a head, and remove activations after it."""
+    layer = dense_layers(head)[-1]
+    fresh = make_layer_like(layer, out_features)
+    rest = list(dropwhile(lambda item: item[1] is not layer, list(head.named_modules())))
+    after = [(path, module) for path, module in rest if module not in set(layer.modules())]
+    for path, module in after:
+        # Remove activations after the classifier, such as SqueezeNet's ReLU. Representations scatter around centres
+        # whose coordinates are mostly zero, so they must be able to become negative.
+        if type(module).__module__ == "torch.nn.modules.activation":
+            head.set_submodule(path, nn.Identity().train(module.training))
+    put_in_place(model, layer, fresh)
+    return [(layer, fresh)] if all(changes_no_label(module) for _, module in after) else []
+
+
+def _new_modules(module: nn.Module, old: Set[nn.Module], path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules with weights that are not among the old ones, except for those inside of others, with their paths."""
+    for name, child in module.named_children():
+        if child in old:
+            yield from _new_modules(child, old, f"{path}{name}.")
+        elif any(True for _ in child.parameters()):
+            yield path + name, child
 
 
 def _drop_auxiliary_outputs(model: Any) -> None:

@@ -1,16 +1,23 @@
 """ClusterGuard, the module that users work with: a backbone followed by a head such as a Gaussian mixture."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from clusterguard._support import Call, CompiledCall, call, copy_module, names_in_eval_mode, to_eval_mode
 from clusterguard.detection import Evidence
 from clusterguard.detectors._backbone_recipes import describe_backbone
-from clusterguard.detectors._backbones import choose_normalization, choose_num_classes, make_encoder
+from clusterguard.detectors._backbones import (
+    KeptLogits,
+    adapt_backbone,
+    choose_normalization,
+    choose_num_classes,
+    find_num_classes,
+)
 from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network, valid_images
 from clusterguard.detectors._folders import OtherHeadError, find_folder, load_guard, save_guard
 from clusterguard.detectors._heads import GaussianClusters, Head
@@ -23,13 +30,19 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_USUAL_LOGIT = 10  # of the label, from a trained classifier
+_KNOWS_NOTHING = "its new classifier knows nothing yet, so train the guard before use"
+
+
 class ClusterGuard(DetectorModule, ModelHubMixin):
     """An image classifier that notices adversarial examples. It can replace the classifier that it wraps.
 
     The classifier of the backbone is replaced by a layer with m outputs, the representation. An image gets the label of
     the closest of K Gaussian clusters. It is refused if its distance to the centre of this cluster is larger than the
-    threshold. A new guard must be trained before use: fine-tune it with `AdversarialClusterTrainer`, then fit
-    thresholds with `Calibrator`.
+    threshold. If the backbone is a classifier of K classes, the new layer starts with its weights, and the nearest
+    cluster is that of the largest logit. So a new guard gives every image the label that it had before. Fit its
+    thresholds with `Calibrator`. Only training with `AdversarialClusterTrainer` makes it notice adversarial examples
+    that were made against it.
 
     A new guard is in eval mode, and training leaves it in eval mode. If the backbone is in train mode but some of its
     modules are in eval mode, such as a frozen BatchNorm, these stay in eval mode while the guard is trained. Their
@@ -48,8 +61,13 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             configuration of the model, ImageNet's mean for torchvision, and 0 for other modules.
         std: standard deviation per channel, by which images are divided after that. None is as for `mean`, with 1 for
             other modules.
+        classifier: what becomes of the backbone's classifier. "keep": the representation starts as its logits times
+            M/10, because the largest logit of a trained classifier is about 10. A module that returns K numbers is
+            taken for a classifier. "new": the last layer starts with random weights. "auto": keep it if that is
+            possible.
         head: module that compares representations with classes; it is copied. None takes the `GaussianClusters` of the
-            paper, made with `representation_dim` and `center_scale`. Another head does not allow these two options.
+            paper, made with `representation_dim` and `center_scale`. A head that is passed does not allow these two
+            options, and no classifier is kept for one of another class.
         example: (B, C, H, W) images for a module whose output width cannot be found without running it. Their shape
             becomes the `image_shape`, unless one is passed.
         image_shape: shape (C, H, W) of the images that the guard takes; images of another shape are an error. None
@@ -59,14 +77,16 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             they are not known.
 
     Raises:
-        ConfigurationError: an option cannot work, or num_classes is None and the backbone does not tell it either.
+        ConfigurationError: an option cannot work, num_classes is None and the backbone does not tell it either, or the
+            classifier should be kept and cannot be.
         InputError: the example has another shape than image_shape.
         UnsupportedBackboneError: the backbone has no classifier to replace and no (B, D) output, or its weights cannot
             be trained here.
 
     Warns:
-        UserWarning: num_classes differs from the number that the backbone has, or the normalisation or classifier of a
-            model inside it is not found because the module around this model may do more than call it.
+        UserWarning: the classifier is lost, because num_classes differs from the number that the backbone has or one
+            linear layer cannot stand for it; or the normalisation or classifier of a model inside the backbone is not
+            found because the module around this model may do more than call it.
 
     Reference:
         arXiv 2012.03483, section 3.2 and figure 4.
@@ -89,12 +109,19 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         center_scale: float | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        classifier: Literal["auto", "keep", "new"] = "auto",
         head: Head | None = None,
         example: Tensor | None = None,
         image_shape: ImageShape | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        replaced = "the guard replaces that classifier anyway, and has as many classes as you asked for"
+        if classifier not in ("auto", "keep", "new"):
+            raise ConfigurationError(f'expected classifier to be "auto", "keep" or "new", got {classifier!r}')
+        if classifier == "keep" and head and type(head) is not GaussianClusters:
+            raise ConfigurationError(
+                f'expected GaussianClusters as the head beside classifier="keep", got {type(head).__name__}'
+            )
+        replaced = f"the guard has as many classes as you asked for, and {_KNOWS_NOTHING}"
         wanted = _num_classes_of(head, num_classes, representation_dim, center_scale)
         classes = choose_num_classes(backbone, wanted, consequence=replaced)
         super().__init__(classes, image_shape=image_shape)
@@ -103,13 +130,34 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         scale = 10.0 if center_scale is None else center_scale
         self.head = copy_module(head) if head else GaussianClusters(classes, representation_dim, center_scale=scale)
         shape = self.image_shape if isinstance(self.image_shape, tuple) else None
-        self.encoder = make_encoder(backbone, self.head.representation_dim, example=example, image_shape=shape)
+        self.encoder = self._adapt(backbone, classifier, example, shape)
         self._encode: Call = call
         if example is not None:
             self.learn_image_shape(example)
         if self.encoder.training:  # then a module in eval mode was frozen on purpose
             self.frozen = names_in_eval_mode(self)
         to_eval_mode(self)
+
+    def _adapt(
+        self, backbone: nn.Module, classifier: str, example: Tensor | None, shape: tuple[int, int, int] | None
+    ) -> nn.Module:
+        """The encoder, which keeps the logits of a classifier if it was asked to and can."""
+        keep, dim = None, self.head.representation_dim
+        if type(self.head) is GaussianClusters and classifier != "new":
+            keep = KeptLogits(self.num_classes, float(self.head.center_scale) / _USUAL_LOGIT)
+        encoder, had_classifier, keeps = adapt_backbone(backbone, dim, keep=keep, example=example, image_shape=shape)
+        if classifier == "keep" and not keeps:
+            raise ConfigurationError(
+                f"expected a classifier of {self.num_classes} classes whose last layer is linear, got a "
+                f'{type(backbone).__name__} without one; leave out classifier="keep", and train the guard before use'
+            )
+        if keep and had_classifier and not keeps and find_num_classes(backbone) == self.num_classes:
+            warnings.warn(
+                f"expected a classifier whose last layer is linear, got a {type(backbone).__name__} that has another "
+                f"one; {_KNOWS_NOTHING}",
+                stacklevel=3,
+            )
+        return encoder
 
     def represent(self, images: Tensor) -> Tensor:
         """The representation z: images (B, C, H, W) in [0, 1] -> (B, m)."""
@@ -273,6 +321,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
                 **_head_options(options, head),
                 mean=options["mean"],
                 std=options["std"],
+                classifier="new",  # its weights are read after that
                 example=None if example is None else example.to(_device_of(module, example)),
                 image_shape=options.get("image_shape"),  # guards of version 0.1 have no image_shape
             ),

@@ -76,7 +76,7 @@ def test_a_sample_is_of_all_classes_and_always_the_same():
 
 
 def test_backbones_of_torchvision_are_found_by_name():
-    network = make_backbone("torchvision:squeezenet1_1", num_classes=4, channels=3, pretrained=False)
+    network = make_backbone("torchvision:resnet18", num_classes=4, channels=3, pretrained=False)
     assert ClusterGuard(network, num_classes=4).num_classes == 4
     with pytest.raises(ConfigurationError, match="got 'fasterrcnn_resnet50_fpn'"):
         make_backbone("torchvision:fasterrcnn_resnet50_fpn", num_classes=4, channels=3, pretrained=False)

@@ -17,7 +17,7 @@ from torch import nn
 def exported(tmp_path_factory):
     """A guard with more classes than fit into a small tensor, its graph in two files, and images."""
     torch.manual_seed(0)
-    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 300), nn.ReLU()), 300)
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 300), nn.ReLU()), 300, classifier="new")
     images = torch.rand(300, 1, 4, 4)
     spread(guard, images)
     set_thresholds(guard, images)

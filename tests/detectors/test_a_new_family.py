@@ -43,8 +43,8 @@ class TowerFamily(Family):
         pass
 
     def replace_classifier(self, model, out_features):
-        model.verdict = nn.Linear(model.embed_dim, out_features)
-        return True
+        old, model.verdict = model.verdict, nn.Linear(model.embed_dim, out_features)
+        return [(old, model.verdict)]
 
     def recipes(self, model):
         if isinstance(model, Towers):

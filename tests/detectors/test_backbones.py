@@ -107,7 +107,7 @@ def test_images_become_representations_that_have_a_gradient(made: Made) -> None:
 
 
 def test_a_guard_around_it_gives_logits_and_a_gradient(made: Made) -> None:
-    guard = ClusterGuard(made.backbone).eval()
+    guard = ClusterGuard(made.backbone, classifier="new").eval()
     images = made.images.clone().requires_grad_()
     logits = guard(images)
     assert logits.shape == (2, K)
