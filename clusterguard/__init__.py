@@ -12,7 +12,7 @@ from clusterguard.attacks import APGD, FGSM, PGD, WorstCaseSuite
 from clusterguard.certification import certified_success_rate, certify
 from clusterguard.deployment import FalsePositiveMonitor, export_onnx, load_onnx
 from clusterguard.detection import Calibration, Calibrator, Detection, Detector, Evidence, decide, success_margin
-from clusterguard.detectors import ClusterGuard, DetectorModule
+from clusterguard.detectors import ClusterGuard, DetectorModule, align
 from clusterguard.evaluation import Evaluation, evaluate
 from clusterguard.training import AdversarialClusterTrainer, CertifiedTrainer, DetectorTrainer, TrainingOptions, recipes
 
@@ -45,6 +45,7 @@ __all__ = [
     "FalsePositiveMonitor",
     "TrainingOptions",
     "WorstCaseSuite",
+    "align",
     "attacks",
     "certified_success_rate",
     "certify",

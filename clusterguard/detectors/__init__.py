@@ -1,5 +1,6 @@
 """Detectors that are modules: the guard, its heads and backbones, and two detectors that it is compared with."""
 
+from clusterguard.detectors._alignment import Alignment, align
 from clusterguard.detectors._backbones import find_normalization, find_num_classes, make_encoder
 from clusterguard.detectors._base import DetectorModule, Normalize, WithThresholds
 from clusterguard.detectors._confidence import ConfidenceDetector
@@ -13,6 +14,7 @@ from clusterguard.detectors._model_card import CardDetails, describe_thresholds
 __all__ = [
     "CARD",
     "CONFIG",
+    "Alignment",
     "Bounds",
     "CardDetails",
     "ClusterGuard",
@@ -24,6 +26,7 @@ __all__ = [
     "Normalize",
     "RepresentationBox",
     "WithThresholds",
+    "align",
     "describe_thresholds",
     "find_normalization",
     "find_num_classes",

@@ -1,0 +1,283 @@
+"""Fits the last layer of a guard to its class centres in closed form, without training anything else."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from clusterguard._support import check_images, check_labels, evaluation_mode
+from clusterguard.detection import Loader, Pairs, Unpack, full_precision, number_of_batches
+from clusterguard.detectors._dense_layers import Dense, dense_layers
+from clusterguard.detectors._guard import ClusterGuard
+from clusterguard.detectors._heads import GaussianClusters
+from clusterguard.errors import ConfigurationError, InputError
+from einops import repeat
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+from tqdm.auto import tqdm
+
+_HELD_OUT_EVERY = 5
+_MOST_HELD_OUT = 5000
+_RIDGES = tuple(10.0**power for power in range(-8, 3))  # as multiples of the mean variance of a feature
+_SHARES = tuple(step / 10 for step in range(11))
+_TOLERATED_LOSS = 0.005  # of accuracy
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What `align` did.
+
+    Attributes:
+        accuracy_before: accuracy on the held-out images with the old layer.
+        accuracy_after: accuracy on the same images with the new layer, fitted to the other images.
+        distance_before: mean distance of held-out images to the centre of their class, with the old layer.
+        distance_after: the same with the new layer.
+        images: number of all images.
+        held_out: number of held-out images.
+        share: share of the regression in the new layer, from 0 to 1; the rest is the old layer, scaled.
+        is_changed: whether the guard has the new layer.
+    """
+
+    accuracy_before: float
+    accuracy_after: float
+    distance_before: float
+    distance_after: float
+    images: int
+    held_out: int
+    share: float
+    is_changed: bool
+
+
+def align(guard: ClusterGuard, loader: Loader, *, unpack: Unpack | None = None, progress: str = "") -> Alignment:
+    """Fit the last layer of a guard to its class centres by ridge regression. Nothing else is trained.
+
+    A guard that wraps a classifier labels images as before, but its representations lie anywhere. After this, those of
+    a class lie closer to its centre. The new layer is a mixture of the old one, scaled, and of the linear layer that
+    brings the frozen features of all images nearest to their centres. It takes one pass over the images and one
+    decomposition of a (D, D) matrix in float64. A fifth of the images, 5,000 at most, is held out. On them the penalty
+    of the regression and the mixture are chosen: the smallest distances for which the accuracy falls by 0.005 at most.
+    The regression is then fitted to all images. Calibrate the guard on other images after that.
+
+    This helps against noise and corruptions. It does not help against an attacker who knows the guard; for that, train
+    it.
+
+    Args:
+        guard: guard with `GaussianClusters`, whose representation is the output of one linear layer. Its thresholds are
+            forgotten.
+        loader: batches of images (B, C, H, W) in [0, 1] and labels (B,), at least five images and one of every class.
+        unpack: function that finds images and labels in batches of another form.
+        progress: title of the progress bar; an empty title shows no bar.
+
+    Returns:
+        Accuracy and distances before and after.
+
+    Raises:
+        ConfigurationError: the guard has another head, or its representation is not the output of one linear layer.
+        InputError: images or labels have a wrong shape, dtype or range, there are too few, or a class is missing.
+
+    Warns:
+        UserWarning: the accuracy would fall by more than 0.005 with each of the layers, so the guard stays as it is.
+
+    Example:
+        >>> import torch
+        >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), num_classes=2)
+        >>> labels = torch.arange(100) % 2
+        >>> images = (labels[:, None, None, None] * 0.5 + torch.rand(100, 1, 4, 4) / 2)
+        >>> alignment = align(guard, [(images, labels)])
+        >>> alignment.accuracy_after, alignment.distance_after < alignment.distance_before
+        (1.0, True)
+    """
+    head = guard.head
+    if not isinstance(head, GaussianClusters):
+        raise ConfigurationError(f"expected a guard with GaussianClusters as its head, got {type(head).__name__}")
+    with evaluation_mode(guard), full_precision(), torch.no_grad():
+        layers: _LastLayers | None = None
+        sums: _Sums | None = None
+        kept: list[tuple[Tensor, Tensor]] = []
+        seen = 0
+        pairs, batches = Pairs(loader, unpack), number_of_batches(loader)
+        for images, labels in tqdm(pairs, desc=progress, total=batches, disable=not progress, leave=False):
+            check_images(images)
+            check_labels(labels, images, guard.num_classes)
+            images, labels = images.to(guard.thresholds.device), labels.to(guard.thresholds.device).long()
+            layers = layers or _find_last_layers(guard, images)
+            features = layers.read(guard, images)
+            sums = sums or _Sums(features, guard.num_classes)
+            is_kept = (torch.arange(seen, seen + len(labels), device=labels.device) + 1) % _HELD_OUT_EVERY == 0
+            is_kept &= sum(len(part) for _, part in kept) < _MOST_HELD_OUT
+            kept.append((features[is_kept], labels[is_kept]))
+            sums.add(features[~is_kept], labels[~is_kept])
+            seen += len(labels)
+        if layers is None or sums is None or seen < _HELD_OUT_EVERY:
+            raise InputError(f"expected at least {_HELD_OUT_EVERY} images, got {seen}")
+        features, labels = map(torch.cat, zip(*kept, strict=True))
+        return _fit(guard, head, layers, sums, features, labels)
+
+
+@dataclass
+class _LastLayers:
+    """The linear layer that makes the logits or the representation, and one that only repeats them, if any."""
+
+    fitted: Dense
+    repeater: nn.Linear | None
+
+    def read(self, guard: ClusterGuard, images: Tensor) -> Tensor:
+        """The features (B, D) of images, which are the inputs of the fitted layer."""
+        with _recording([self.fitted]) as calls:
+            guard.represent(images)
+        return calls[-1][1].flatten(1)
+
+    def targets(self, head: GaussianClusters) -> Tensor:
+        """What the fitted layer should return for each class, (K, outputs)."""
+        if self.repeater is None:
+            return head.centers.double()
+        return torch.eye(head.num_classes, device=head.center_scale.device).double() * head.center_scale
+
+    def represent(self, outputs: Tensor) -> Tensor:
+        """The representation (B, m) that outputs of the fitted layer become."""
+        copies = 1 if self.repeater is None else self.repeater.out_features // self.repeater.in_features
+        return repeat(outputs, "b k -> b (k l)", l=copies)
+
+    def put(self, weight: Tensor, bias: Tensor) -> None:
+        """Give the fitted layer a weight (outputs, D) and a bias (outputs,)."""
+        if self.fitted.bias is None:
+            self.fitted.bias = nn.Parameter(_bias_of(self.fitted))
+        self.fitted.weight.copy_(weight.reshape(self.fitted.weight.shape))
+        self.fitted.bias.copy_(bias)
+        if self.repeater is not None:
+            identity = torch.eye(self.repeater.in_features, device=weight.device)
+            copies = self.repeater.out_features // self.repeater.in_features
+            self.repeater.weight.copy_(repeat(identity, "k j -> (k l) j", l=copies))
+            self.repeater.bias.zero_()
+
+
+class _Sums:
+    """Sums over images from which a linear regression follows, in float64.
+
+    Args:
+        features: (B, D) features, which tell D and the device.
+        num_classes: number K of classes.
+    """
+
+    def __init__(self, features: Tensor, num_classes: int) -> None:
+        width = features.shape[1]
+        self.squares = torch.zeros(width, width, dtype=torch.float64, device=features.device)
+        self.by_class = torch.zeros(num_classes, width, dtype=torch.float64, device=features.device)
+        self.counts = torch.zeros(num_classes, dtype=torch.float64, device=features.device)
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Count images with features (B, D) and labels (B,)."""
+        wide, members = features.double(), one_hot(labels, len(self.counts)).double()
+        self.squares += wide.T @ wide
+        self.by_class += members.T @ wide
+        self.counts += members.sum(dim=0)
+
+    def solve(self, targets: Tensor, ridges: tuple[float, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each penalty the weight (outputs, D) and the bias (outputs,) that bring features nearest to targets.
+
+        Args:
+            targets: (K, outputs) what the layer should return for each class.
+            ridges: penalties of the squared weight, as multiples of the mean variance of a feature.
+        """
+        number = self.counts.sum()
+        mean, mean_target = self.by_class.sum(dim=0) / number, self.counts @ targets / number
+        covariance = self.squares / number - mean.outer(mean)
+        shared = targets.T @ self.by_class / number - mean_target.outer(mean)
+        variances, directions = torch.linalg.eigh(covariance)
+        rotated, usual = shared @ directions, variances.clamp_min(0).mean()
+        for ridge in ridges:
+            penalised = (variances.clamp_min(0) + ridge * usual).clamp_min(torch.finfo(torch.float64).tiny)
+            weight = (rotated / penalised) @ directions.T
+            yield weight, mean_target - weight @ mean
+
+
+def _fit(
+    guard: ClusterGuard, head: GaussianClusters, layers: _LastLayers, sums: _Sums, features: Tensor, labels: Tensor
+) -> Alignment:
+    """Choose the penalty by the distance of held-out images to their centres, and give the guard the layer."""
+    if not sums.counts.all():
+        missing = ", ".join(str(index) for index in (sums.counts == 0).nonzero().flatten().tolist())
+        raise InputError(f"expected images of every class, got none of class {missing} beside those that are held out")
+    targets = layers.targets(head)
+    old = layers.fitted.weight.flatten(1).double(), _bias_of(layers.fitted).double()
+    now = features.double() @ old[0].T + old[1]
+    before = now if layers.repeater is None else now @ layers.repeater.weight.double().T + layers.repeater.bias
+    # The factor that brings the old outputs nearest to the targets. A negative one would change labels.
+    factor = ((now * targets[labels]).sum() / now.square().sum().clamp_min(1e-30)).clamp_min(1e-3)
+
+    def judge_layer(outputs: Tensor) -> tuple[float, float]:
+        """Accuracy, and mean distance to the centre of the class."""
+        distances = head.distances(outputs)
+        is_right = distances.argmin(dim=1) == labels
+        return float(is_right.double().mean()), float(distances.gather(1, labels[:, None]).mean())
+
+    accuracy, distance = judge_layer(before)
+    best = (0.0, distance, 0.0, 0.0)  # accuracy, distance, penalty and share
+    for ridge, (weight, bias) in zip(_RIDGES, sums.solve(targets, _RIDGES), strict=True):
+        new = features.double() @ weight.T + bias
+        for share in _SHARES:
+            result = judge_layer(layers.represent(torch.lerp(factor * now, new, share)))
+            if result[0] >= accuracy - _TOLERATED_LOSS and (not best[0] or result[1] < best[1]):
+                best = (*result, ridge, share)
+    images = int(sums.counts.sum()) + len(labels)
+    if not best[0]:
+        warnings.warn(
+            f"expected a layer that keeps the accuracy of {accuracy:.3f} ({len(labels)} held-out images), found none, "
+            "so the guard stays as it is; pass more images",
+            stacklevel=3,
+        )
+        return Alignment(accuracy, accuracy, distance, distance, images, len(labels), 0.0, is_changed=False)
+    sums.add(features, labels)
+    (fitted,) = sums.solve(targets, best[2:3])
+    layers.put(*(torch.lerp(factor * part, other, best[3]) for part, other in zip(old, fitted, strict=True)))
+    guard.reset_calibration()
+    return Alignment(accuracy, best[0], distance, best[1], images, len(labels), best[3], is_changed=True)
+
+
+def _bias_of(layer: Dense) -> Tensor:
+    return torch.zeros_like(layer.weight[:, 0]).flatten() if layer.bias is None else layer.bias
+
+
+def _find_last_layers(guard: ClusterGuard, images: Tensor) -> _LastLayers:
+    """The layers of an encoder that its representation comes from, found by a look at what they take and return."""
+    with _recording(dense_layers(guard.encoder)) as calls:
+        representation = guard.represent(images[:2])
+    after = representation
+    chain: list[Dense] = []
+    for layer, inputs, outputs in reversed(calls):
+        flat = inputs.flatten(1)
+        is_linear = flat.shape[1] == layer.weight[0].numel()  # a convolution at one position only
+        is_linear &= sum(layer is called for called, *_ in calls) == 1
+        if is_linear and outputs.flatten(1).shape == after.shape and torch.equal(outputs.flatten(1), after):
+            chain.append(layer)
+            after = flat
+    if not chain:
+        raise ConfigurationError(
+            f"expected a representation that one linear layer makes, got that of {type(guard.encoder).__name__}, which "
+            "is made otherwise; train the guard instead"
+        )
+    for last, before in pairwise(chain):
+        is_repeater = isinstance(last, nn.Linear) and last.in_features == guard.num_classes == len(before.weight)
+        if is_repeater and isinstance(last, nn.Linear) and before.weight[0].numel() > guard.num_classes:
+            return _LastLayers(before, last)
+        break
+    return _LastLayers(chain[0], None)
+
+
+@contextmanager
+def _recording(layers: list[Dense]) -> Iterator[list[tuple[Dense, Tensor, Tensor]]]:
+    """Context in which each call of a layer is listed, with its inputs and outputs."""
+    calls: list[tuple[Dense, Tensor, Tensor]] = []
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        assert isinstance(layer, Dense)
+        calls.append((layer, inputs[0], outputs))
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
