@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from clusterguard.detectors._backbones import make_encoder
-from clusterguard.detectors._families import FAMILIES, Family
+from clusterguard.detectors._families import FAMILIES
+from clusterguard.detectors._family import Family
+from clusterguard.detectors._hugging_face import MainLogits
 from clusterguard.detectors._recipe_settings import is_plain
 from clusterguard.errors import ConfigurationError
 from torch import nn
@@ -121,7 +123,9 @@ def _recipe(family: Family, name: str, arguments: Mapping[str, Any]) -> dict[str
 
 
 def _inner(encoder: nn.Module) -> nn.Module:
-    """The model that got a layer on top, or the encoder itself."""
+    """The model that got a layer on top, or whose logits are taken, or the encoder itself."""
+    if type(encoder) is MainLogits:
+        return encoder.model
     return encoder[0] if type(encoder) is nn.Sequential else encoder
 
 

@@ -1,7 +1,8 @@
 """Turns an image classifier into an encoder, images (B, C, H, W) -> (B, out_features), and keeps its weights.
 
-The classifier of timm and torchvision models is replaced. Any other module that returns (B, D) gets a linear layer on
-top. `_families` tells what differs between these kinds of modules, and `_wrappers` removes wrappers around a model.
+The classifier of timm, torchvision and transformers models is replaced. Any other module that returns (B, D) gets a
+linear layer on top. `_families` tells what differs between these kinds of modules, and `_wrappers` removes wrappers
+around a model.
 """
 
 import math
@@ -12,7 +13,8 @@ from typing import NamedTuple
 import torch
 from clusterguard._support import check_numbers, copy_backbone, refuse_unusable
 from clusterguard.detectors._dense_layers import last_parameter, take_over
-from clusterguard.detectors._families import Replacement, family_of
+from clusterguard.detectors._families import family_of
+from clusterguard.detectors._family import Replacement
 from clusterguard.detectors._outputs import PASS_EXAMPLE, find_output, run_once
 from clusterguard.detectors._wrappers import Normalization, unwrap, warn_of_graph
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
@@ -41,6 +43,21 @@ def find_num_classes(backbone: nn.Module) -> int | None:
     """
     model = unwrap(backbone, _is_model).module
     return family_of(model).num_classes(model)
+
+
+def find_class_names(backbone: nn.Module, num_classes: int) -> list[str] | None:
+    """The names of the classes of a backbone.
+
+    Args:
+        backbone: module as in `find_num_classes`.
+        num_classes: number K of classes of the guard.
+
+    Returns:
+        K names; None if the backbone tells none, or as many as another number of classes has.
+    """
+    model = unwrap(backbone, _is_model).module
+    names = family_of(model).class_names(model)
+    return names if names and len(names) == num_classes else None
 
 
 def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, consequence: str) -> int:
@@ -274,6 +291,7 @@ def adapt_backbone(
         _warn_of_classifier(backbone, encoder)
         return Adapted(layered, had_classifier=False, keeps_logits=False)
     keeps = keep is not None and classes == keep.num_classes and _take_over_all(replaced, keep.scale)
+    encoder = family.as_function(encoder)
     if example is not None:
         run_once(encoder, example)
     return Adapted(encoder, had_classifier=True, keeps_logits=keeps)

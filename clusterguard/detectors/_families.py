@@ -1,4 +1,4 @@
-"""Families of backbones: all that is done differently for models of timm, of torchvision, and for any other module.
+"""Families of backbones: all that is done differently for models of timm, torchvision and transformers, and for others.
 
 To add a family, write a subclass of `Family` and enter it in `FAMILIES`. No library is imported until a model of it is
 built. A model is recognised by the modules in which its class and their bases are defined, so a user's subclass is
@@ -7,15 +7,11 @@ recognised too.
 
 import inspect
 import re
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence, Set
-from itertools import dropwhile
-from typing import Any, ClassVar, TypeAlias, final
+from collections.abc import Iterator, Mapping, Set
+from typing import Any, final
 
 from clusterguard.detectors._dense_layers import (
     Dense,
-    changes_no_label,
     count_outputs,
     dense_layers,
     is_one_layer,
@@ -23,112 +19,17 @@ from clusterguard.detectors._dense_layers import (
     make_layer_like,
     put_in_place,
 )
+from clusterguard.detectors._family import Family, Replacement, replace_end
+from clusterguard.detectors._hugging_face import HuggingFace
 from clusterguard.detectors._layers import build_layers, describe_layers
 from clusterguard.detectors._outputs import has_width
-from clusterguard.detectors._recipe_settings import may_be_set
 from clusterguard.detectors._wrappers import Normalization
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
 from einops.layers.torch import Reduce
 from torch import nn
 from torch.fx import GraphModule
 
-Replacement: TypeAlias = Sequence[tuple[nn.Module, nn.Module]]
-"""Pairs of an old and a new module with the same inputs. If the new ones get the weights of the old ones, the model
-returns its old logits. There is no pair if it may return others. Most models have one classifier, hence one pair."""
-
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-class Family(ABC):
-    """A kind of backbones, with all that differs between kinds.
-
-    Attributes:
-        name: name of the family in recipes of saved guards.
-        rebuilds: whether people may expect that a saved model of this family is built again from its recipe.
-    """
-
-    name: ClassVar[str]
-    rebuilds: ClassVar[bool] = True
-
-    @abstractmethod
-    def fits(self, module: nn.Module) -> bool:
-        """Whether a module is of this family. It may be a part of a model only."""
-
-    @abstractmethod
-    def is_model(self, module: nn.Module) -> bool:
-        """Whether a module of this family is a whole model, not one of the blocks that models are made of."""
-
-    @abstractmethod
-    def num_classes(self, model: nn.Module) -> int | None:
-        """The number K of classes that a model distinguishes now, the width of its classifier; None without one."""
-
-    @abstractmethod
-    def trained_normalization(self, model: nn.Module) -> Normalization | None:
-        """Mean and standard deviation, one value per channel, that a model was trained with; None if nobody knows."""
-
-    def normalization(self, model: nn.Module) -> Normalization | None:
-        """The same for the channels that a model takes now. Built for one channel, it gets the averages."""
-        trained = self.trained_normalization(model)
-        first = next((layer for layer in dense_layers(model) if isinstance(layer, nn.Conv2d)), None)
-        # timm's attribute covers linear patch embeddings, and the layer covers a stem that a user replaced.
-        if trained is None or 1 not in (getattr(model, "in_chans", None), getattr(first, "in_channels", None)):
-            return trained
-        mean, std = trained
-        return (sum(mean) / len(mean),), (sum(std) / len(std),)
-
-    def image_shape(self, model: nn.Module) -> tuple[int, ...] | None:
-        """The shape (C, H, W) of images that a model was made for; None if it does not tell."""
-        settings: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})  # timm's, which others have taken up
-        return (getattr(model, "in_chans", 3), *settings["input_size"][1:]) if "input_size" in settings else None
-
-    @abstractmethod
-    def keep_main_output(self, model: nn.Module) -> None:
-        """Let a model that returns several outputs in train mode, such as those of auxiliary heads, return one."""
-
-    @abstractmethod
-    def replace_classifier(self, model: nn.Module, out_features: int) -> Replacement | None:
-        """Put a new layer in the place of the classifier.
-
-        Args:
-            model: model of this family, which is changed.
-            out_features: number of outputs of the new layer.
-
-        Returns:
-            The old classifier and the new one; None if there was no classifier that could be replaced.
-        """
-
-    def pooling(self, model: nn.Module) -> nn.Module | None:
-        """The module that makes (B, D) of what a model without a classifier returns; None if none is needed."""
-        return None
-
-    @abstractmethod
-    def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Names and arguments with which `build` may have built a model; none if another family built it."""
-
-    def may_be_set(self, name: str, value: object) -> bool:
-        """Whether a recipe may hold this argument."""
-        return may_be_set(name, value)
-
-    def build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
-        """Build a model with random weights; nothing is downloaded and no checkpoint is read.
-
-        Args:
-            name: name of the model, perhaps a stranger's.
-            arguments: arguments of the model, perhaps a stranger's.
-
-        Raises:
-            ConfigurationError: it is no name of a classifier, or an argument is one that no recipe may set.
-        """
-        refused = [key for key, value in arguments.items() if not self.may_be_set(key, value)]
-        if refused:
-            raise ConfigurationError(f"expected settings that a recipe may hold, got {refused!s:.100}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about initial weights and old names
-            return self._build(name, arguments)
-
-    @abstractmethod
-    def _build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
-        """The model of this name, of which only the arguments have been checked."""
 
 
 @final
@@ -171,7 +72,7 @@ class Timm(Family):
             return None
         classifier = getattr(model, "get_classifier", nn.Identity)()
         if _is_users_sequence(classifier):
-            return _replace_end(model, classifier, out_features)
+            return replace_end(model, classifier, out_features)
         like = last_parameter(model)
         pools = [getattr(owner, "global_pool", None) for owner in (getattr(model, "head", None), model)]
         # Without pooling, a model that returns its feature map would apply the layer at every position of the map.
@@ -250,7 +151,7 @@ class Torchvision(Family):
         if ending is None:
             return None
         head = ending[0]
-        is_simple, replacement = is_one_layer(head), _replace_end(model, head, out_features)
+        is_simple, replacement = is_one_layer(head), replace_end(model, head, out_features)
         if all(type(part).__module__.split(".")[0] in ("torch", "torchvision") for part in head.modules()):
             return replacement
         # In a user's head, such as an adapter beside its base, the last layer need not be the one that makes the
@@ -346,7 +247,7 @@ class PlainModules(Family):
         return build_layers(arguments)
 
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Timm(), Torchvision(), PlainModules())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (Timm(), Torchvision(), HuggingFace(), PlainModules())}
 """All families by name. A module that fits none of them is a plain module."""
 
 
@@ -362,21 +263,6 @@ def _is_users_sequence(classifier: object) -> bool:
         and len(dense_layers(classifier)) > 1
         and all(type(part).__module__.startswith("torch.nn.") for part in classifier.modules())
     )
-
-
-def _replace_end(model: nn.Module, head: nn.Module, out_features: int) -> Replacement:
-    """Replace the last layer of a head, and remove activations after it."""
-    layer = dense_layers(head)[-1]
-    fresh = make_layer_like(layer, out_features)
-    rest = list(dropwhile(lambda item: item[1] is not layer, list(head.named_modules())))
-    after = [(path, module) for path, module in rest if module not in set(layer.modules())]
-    for path, module in after:
-        # Remove activations after the classifier, such as SqueezeNet's ReLU. Representations scatter around centres
-        # whose coordinates are mostly zero, so they must be able to become negative.
-        if type(module).__module__ == "torch.nn.modules.activation":
-            head.set_submodule(path, nn.Identity().train(module.training))
-    put_in_place(model, layer, fresh)
-    return [(layer, fresh)] if all(changes_no_label(module) for _, module in after) else []
 
 
 def _new_modules(module: nn.Module, old: Set[nn.Module], path: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -16,6 +16,7 @@ from clusterguard.detectors._backbones import (
     adapt_backbone,
     choose_normalization,
     choose_num_classes,
+    find_class_names,
     find_num_classes,
 )
 from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network, valid_images
@@ -49,16 +50,17 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     names are in `frozen`.
 
     Args:
-        backbone: timm model, torchvision classification model, or any module that maps images to (B, D). It is copied
-            with its weights, and the original is not changed. Wrappers that compute the same as the model inside them
-            are left out: `nn.DataParallel`, a compiled or averaged model, an `nn.Sequential` that only normalises
-            images before the model, and a module that only calls the model.
+        backbone: timm model, torchvision classification model, image classifier of transformers, or any module that
+            maps images to (B, D). It is copied with its weights, and the original is not changed. Wrappers that compute
+            the same as the model inside them are left out: `nn.DataParallel`, a compiled or averaged model, an
+            `nn.Sequential` that only normalises images before the model, and a module that only calls the model.
         num_classes: number K of classes; None takes the number that the backbone has.
         representation_dim: width m of the representation, a multiple of K; None means K.
         center_scale: scale M of the class centres, which lie at M on each of their m/K coordinates and at 0 on all
             others; None means 10.
         mean: mean per channel, subtracted from images in [0, 1]. None takes what the backbone was trained with: timm's
-            configuration of the model, ImageNet's mean for torchvision, and 0 for other modules.
+            configuration of the model, ImageNet's mean for torchvision, that of the image processor for transformers,
+            and 0 for other modules.
         std: standard deviation per channel, by which images are divided after that. None is as for `mean`, with 1 for
             other modules.
         classifier: what becomes of the backbone's classifier. "keep": the representation starts as its logits times
@@ -73,8 +75,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         image_shape: shape (C, H, W) of the images that the guard takes; images of another shape are an error. None
             takes the shape of the example, or else that of the first images that the guard is trained or calibrated on.
             "any" allows all shapes.
-        class_names: K different names in the order of the labels, which are saved and exported with the guard; None if
-            they are not known.
+        class_names: K different names in the order of the labels, which are saved and exported with the guard; None
+            takes those of the configuration of a transformers model, if there are any.
 
     Raises:
         ConfigurationError: an option cannot work, num_classes is None and the backbone does not tell it either, or the
@@ -125,7 +127,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         wanted = _num_classes_of(head, num_classes, representation_dim, center_scale)
         classes = choose_num_classes(backbone, wanted, consequence=replaced)
         super().__init__(classes, image_shape=image_shape)
-        self.class_names = class_names
+        self.class_names = find_class_names(backbone, classes) if class_names is None else class_names
         self.normalize = Normalize(*choose_normalization(backbone, mean, std))
         scale = 10.0 if center_scale is None else center_scale
         self.head = copy_module(head) if head else GaussianClusters(classes, representation_dim, center_scale=scale)
@@ -232,8 +234,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
                 other thresholds.
 
         Warns:
-            UserWarning: nothing rebuilds the backbone, so loading will need the module. Models of timm and torchvision
-                can be rebuilt, and so can an `nn.Sequential` of torch's own layers.
+            UserWarning: nothing rebuilds the backbone, so loading will need the module. Models of timm, torchvision
+                and transformers can be rebuilt, and so can an `nn.Sequential` of torch's own layers.
 
         Example:
             >>> import tempfile, torch

@@ -3,8 +3,9 @@
 import re
 from typing import Any
 
+# What a recipe may set: sizes, rates and kinds of layers. Other things that constructors take might read a file.
 _LONGEST, _LARGEST, _LARGEST_SIDE = 200, 65536, 4096  # some networks take time in the square of an image's sides
-_SETTINGS = """
+_OPTIONS = """
     act_layer aa_layer alpha always_partition attention_dropout attn_drop_rate aux_logits avg_down base_width
     block_channels block_config block_layers block_reduce_first bn_size cardinality channels class_token conv_mlp depth
     depths dilated dims distilled down_kernel_size drop_block_rate drop_path_rate drop_rate dropout dropout_aux
@@ -18,13 +19,38 @@ _SETTINGS = """
     squeeze_ratio stem_channels stem_chs stem_size stem_type stem_width stochastic_depth_prob strict_img_size
     transform_input use_grn use_pos_embed version weight_init width width_mult width_per_group widths window_size
     zero_init_last zero_init_residual
-    """
-"""What a recipe may set: sizes, rates and kinds of layers. Other things that constructors take might read a file."""
+    """  # of timm and torchvision
+_CONFIGURATIONS = """
+    add_fpn apply_layernorm aspp_dropout_prob aspp_out_channels atrous_rates attention_drop_rate
+    attention_probs_dropout_prob attention_ratio attn_dropout auxiliary_channels auxiliary_concat_input
+    auxiliary_loss_weight auxiliary_num_convs base_attn_unit_dims batch_norm_eps batch_norm_momentum
+    classifier_dropout_prob cls_token conv_kernel_size decoder_depth decoder_hidden_size decoder_num_heads
+    depth_coefficient depth_divisible_by depth_divisor depth_multiplier depthwise_padding down_ops down_pad
+    down_patch_size down_stride downsample_in_bottleneck downsample_in_first_stage downsamples drop_connect_rate
+    drop_conv_encoder_rate drop_mlp_rate dropout_rate embed_dim_multiplier embedding_dynamic_padding embedding_size
+    encoder_stride expand_ratios ffn_dropout ffn_multiplier finegrained_output first_layer_is_expansion focal_levels
+    focal_windows global_padding groups_width hidden_act hidden_dropout_prob hidden_size hidden_sizes in_channels
+    initializer_range intermediate_size kernel_qkv kernel_sizes key_dim layer_norm_eps layer_norm_init layer_type
+    layerscale_value linear_attention mask_ratio masked_unit_attention masked_unit_size min_depth n_attn_blocks
+    neck_hidden_sizes normalize_modulator normalize_pixel_loss num_attention_heads num_block_repeats num_channels
+    num_encoder_blocks num_groups num_hidden_layers num_labels num_query_pool num_register_tokens num_stages
+    out_channels out_indices padding padding_kv padding_q patch_padding patch_sizes patch_stride pool_scales
+    pool_size pooler_act pooler_output_size pooling_type pretrained_window_sizes qkv_projection_method query_stride
+    reshape_hidden_states reshape_last_stage semantic_loss_ignore_index sequence_reduction_ratios
+    squeeze_expansion_ratio sr_ratios stage_downsample stage_downsample_strides stage_in_channels stage_kernel_size
+    stage_light_block stage_mid_channels stage_num_blocks stage_numb_of_layers stage_out_channels stem_strides
+    stride stride_kv stride_q strides tf_padding use_absolute_embeddings use_absolute_position_embeddings
+    use_auxiliary_head use_conv_embed use_layer_scale use_layerscale use_learnable_affine_block use_mask_token
+    use_mean_pooling use_post_layernorm use_post_layernorm_in_modulation use_relative_position_bias
+    use_shared_relative_position_bias use_swiglu_ffn width_coefficient width_factor width_multiplier
+    """  # of the configurations of transformers
+OPTIONS = frozenset(_OPTIONS.split())
+CONFIGURATIONS = OPTIONS | frozenset(_CONFIGURATIONS.split())
 
 
-def may_be_set(name: str, value: object) -> bool:
+def may_be_set(name: str, value: object, known: frozenset[str] = OPTIONS) -> bool:
     """Whether a recipe may hold a setting: numbers and short words, few of them, under names that are known."""
-    plain = name in _SETTINGS.split() and is_plain(value)
+    plain = name in known and is_plain(value)
     values = _flat(value) if plain else []
     largest = _LARGEST_SIDE if name.endswith("_size") else _LARGEST
     return plain and len(values) <= _LONGEST and all(_is_small(item, largest) for item in values)

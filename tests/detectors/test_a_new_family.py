@@ -6,7 +6,8 @@ import pytest
 import torch
 from clusterguard import ClusterGuard
 from clusterguard.detectors import find_normalization, find_num_classes, make_encoder
-from clusterguard.detectors._families import FAMILIES, Family
+from clusterguard.detectors._families import FAMILIES
+from clusterguard.detectors._family import Family
 from clusterguard.errors import ConfigurationError, PersistenceError
 from torch import nn
 
@@ -85,5 +86,7 @@ def test_its_recipes_set_no_more_than_others():
 def test_a_folder_of_a_family_that_is_not_there_is_refused(tmp_path, monkeypatch):
     ClusterGuard(Towers()).save_pretrained(tmp_path)
     monkeypatch.delitem(FAMILIES, "towers")
-    with pytest.raises(PersistenceError, match="expected a source among timm, torchvision, layers, got 'towers'"):
+    with pytest.raises(
+        PersistenceError, match="expected a source among timm, torchvision, transformers, layers, got 'towers'"
+    ):
         ClusterGuard.from_pretrained(tmp_path)

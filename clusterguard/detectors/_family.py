@@ -1,0 +1,132 @@
+"""What differs between kinds of backbones, as a base class."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import dropwhile
+from typing import Any, ClassVar, TypeAlias
+
+from clusterguard.detectors._dense_layers import changes_no_label, dense_layers, make_layer_like, put_in_place
+from clusterguard.detectors._recipe_settings import may_be_set
+from clusterguard.detectors._wrappers import Normalization
+from clusterguard.errors import ConfigurationError
+from torch import nn
+
+Replacement: TypeAlias = Sequence[tuple[nn.Module, nn.Module]]
+"""Pairs of an old and a new module with the same inputs. If the new ones get the weights of the old ones, the model
+returns its old logits. There is no pair if it may return others. Most models have one classifier, hence one pair."""
+
+
+class Family(ABC):
+    """A kind of backbones, with all that differs between kinds.
+
+    Attributes:
+        name: name of the family in recipes of saved guards.
+        rebuilds: whether people may expect that a saved model of this family is built again from its recipe.
+    """
+
+    name: ClassVar[str]
+    rebuilds: ClassVar[bool] = True
+
+    @abstractmethod
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a module is of this family. It may be a part of a model only."""
+
+    @abstractmethod
+    def is_model(self, module: nn.Module) -> bool:
+        """Whether a module of this family is a whole model, not one of the blocks that models are made of."""
+
+    @abstractmethod
+    def num_classes(self, model: nn.Module) -> int | None:
+        """The number K of classes that a model distinguishes now, the width of its classifier; None without one."""
+
+    @abstractmethod
+    def trained_normalization(self, model: nn.Module) -> Normalization | None:
+        """Mean and standard deviation, one value per channel, that a model was trained with; None if nobody knows."""
+
+    def normalization(self, model: nn.Module) -> Normalization | None:
+        """The same for the channels that a model takes now. Built for one channel, it gets the averages."""
+        trained = self.trained_normalization(model)
+        first = next((layer for layer in dense_layers(model) if isinstance(layer, nn.Conv2d)), None)
+        # timm's attribute covers linear patch embeddings, and the layer covers a stem that a user replaced.
+        if trained is None or 1 not in (getattr(model, "in_chans", None), getattr(first, "in_channels", None)):
+            return trained
+        mean, std = trained
+        return (sum(mean) / len(mean),), (sum(std) / len(std),)
+
+    def image_shape(self, model: nn.Module) -> tuple[int, ...] | None:
+        """The shape (C, H, W) of images that a model was made for; None if it does not tell."""
+        settings: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})  # timm's, which others have taken up
+        return (getattr(model, "in_chans", 3), *settings["input_size"][1:]) if "input_size" in settings else None
+
+    @abstractmethod
+    def keep_main_output(self, model: nn.Module) -> None:
+        """Let a model that returns several outputs in train mode, such as those of auxiliary heads, return one."""
+
+    @abstractmethod
+    def replace_classifier(self, model: nn.Module, out_features: int) -> Replacement | None:
+        """Put a new layer in the place of the classifier.
+
+        Args:
+            model: model of this family, which is changed.
+            out_features: number of outputs of the new layer.
+
+        Returns:
+            The old classifier and the new one; None if there was no classifier that could be replaced.
+        """
+
+    def as_function(self, model: nn.Module) -> nn.Module:
+        """A module that returns one tensor. It is the model itself, unless that returns something else."""
+        return model
+
+    def class_names(self, model: nn.Module) -> list[str] | None:
+        """The names of the classes in the order of the logits; None for a model that does not tell."""
+        return None
+
+    def pooling(self, model: nn.Module) -> nn.Module | None:
+        """The module that makes (B, D) of what a model without a classifier returns; None if none is needed."""
+        return None
+
+    @abstractmethod
+    def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Names and arguments with which `build` may have built a model; none if another family built it."""
+
+    def may_be_set(self, name: str, value: object) -> bool:
+        """Whether a recipe may hold this argument."""
+        return may_be_set(name, value)
+
+    def build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+        """Build a model with random weights; nothing is downloaded and no checkpoint is read.
+
+        Args:
+            name: name of the model, perhaps a stranger's.
+            arguments: arguments of the model, perhaps a stranger's.
+
+        Raises:
+            ConfigurationError: it is no name of a classifier, or an argument is one that no recipe may set.
+        """
+        refused = [key for key, value in arguments.items() if not self.may_be_set(key, value)]
+        if refused:
+            raise ConfigurationError(f"expected settings that a recipe may hold, got {refused!s:.100}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about initial weights and old names
+            return self._build(name, arguments)
+
+    @abstractmethod
+    def _build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+        """The model of this name, of which only the arguments have been checked."""
+
+
+def replace_end(model: nn.Module, head: nn.Module, out_features: int) -> Replacement:
+    """Replace the last layer of a head, and remove activations after it."""
+    layer = dense_layers(head)[-1]
+    fresh = make_layer_like(layer, out_features)
+    rest = list(dropwhile(lambda item: item[1] is not layer, list(head.named_modules())))
+    after = [(path, module) for path, module in rest if module not in set(layer.modules())]
+    for path, module in after:
+        # Remove activations after the classifier, such as SqueezeNet's ReLU. Representations scatter around centres
+        # whose coordinates are mostly zero, so they must be able to become negative.
+        if type(module).__module__ == "torch.nn.modules.activation":
+            head.set_submodule(path, nn.Identity().train(module.training))
+    put_in_place(model, layer, fresh)
+    return [(layer, fresh)] if all(changes_no_label(module) for _, module in after) else []
