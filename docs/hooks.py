@@ -13,14 +13,16 @@ from urllib.parse import unquote, urlsplit
 from latex2mathml.converter import convert
 
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads this file by its path
+from licences_table import draw_licences
 from plan import draw_plan
 
 _LOG = logging.getLogger("mkdocs.hooks.links")  # mkdocs counts what is logged under its name, and fails if it is strict
 
 
 def on_page_content(content: str, **_: object) -> str:
-    """Replace what arithmatex has marked, inline and display formulas alike, and draw the plan where a page asks."""
-    content = content.replace("<!-- plan -->", draw_plan()) if "<!-- plan -->" in content else content
+    """Replace what arithmatex has marked, inline and display formulas alike, and draw what a page asks for."""
+    for mark, draw in (("<!-- plan -->", draw_plan), ("<!-- licences -->", draw_licences)):
+        content = content.replace(mark, draw()) if mark in content else content
     return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', _to_mathml, content, flags=re.DOTALL)
 
 
