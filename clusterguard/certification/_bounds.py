@@ -55,10 +55,10 @@ def bound(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float | T
         Gowal et al., "On the effectiveness of interval bound propagation for training verifiably robust models" (2018);
         the bounds on distances are the head's.
     """
-    return guard.head.bound_distances(_bound_representations(guard, Interval.around(images, eps)), labels)
+    return guard.head.bound_distances(bound_representations(guard, Interval.around(images, eps)), labels)
 
 
-def _bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
+def bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
     """The interval (B, m) of the guard's representations of a box of images (B, C, H, W) in [0, 1]."""
     lower, upper = guard.normalize(box.lower), guard.normalize(box.upper)
     error = None
@@ -205,7 +205,7 @@ def bound_in_service(guard: ClusterGuard, images: Tensor, labels: Tensor, radii:
     # Perturbing an image rounds it. The error covers each image whose distance, computed in its dtype, is within radii.
     error = torch.full_like(ball.lower, 2 * arithmetic.unit)
     ball = Interval(ball.lower, ball.upper, error=error, arithmetic=arithmetic)
-    representations = _bound_representations(guard, ball)
+    representations = bound_representations(guard, ball)
     if representations.arithmetic is None or representations.error is None:
         raise ConfigurationError("expected an interval that follows rounding, got one that does not")
     bounds = guard.head.bound_distances(representations, labels)

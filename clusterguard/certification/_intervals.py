@@ -22,6 +22,7 @@ from clusterguard.certification._interval_rules import (
     negate,
     subtract,
 )
+from clusterguard.certification._steps import record
 from clusterguard.detection import Arithmetic
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
@@ -327,6 +328,7 @@ for _name in sorted(f"__{name}__" for name in _REFUSED):
 
 def _call(name: str, rule: IntervalRule, *args: Any, inplace: bool = False, **options: Any) -> Interval:
     """Apply a rule to intervals, and refuse arguments that the rule does not take."""
+    record(name, args, {**options, "inplace": inplace}, Interval)
     base = next((value for value in (*args, *options.values()) if isinstance(value, Interval)), None)
     try:
         box = rule(*map(_unpack, args), **{key: _unpack(value) for key, value in options.items()})

@@ -1,6 +1,8 @@
 """A safety net for certificates: bounds are tried on the guard's own outputs before they are used."""
 
 import itertools
+import sys
+from contextlib import nullcontext
 
 import torch
 from clusterguard.certification._bounds import (
@@ -9,8 +11,10 @@ from clusterguard.certification._bounds import (
     arithmetic_of,
     as_in_service,
     bound_in_service,
+    bound_representations,
 )
 from clusterguard.certification._intervals import Interval
+from clusterguard.certification._steps import SameSteps, recorded_steps
 from clusterguard.detectors import Bounds, ClusterGuard
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
@@ -50,7 +54,7 @@ def try_out(
 
     A few images are checked at more points, and also in a ball of radius 0. A network may treat an interval differently
     from a tensor without any rule noticing, for instance if it asks for the type of its input, and do so only for some
-    images.
+    images. So the steps that it takes for both are compared, too.
     """
     chosen = _choose(is_proved)
     if not len(chosen):
@@ -71,6 +75,28 @@ def try_out(
     for count in (1, 2, 3):  # a network may treat small batches differently
         outputs = _run(guard, points[:1, :1].expand(1, count, *points.shape[2:]), alone=True)
         _check_outputs(guard, first, labels[:1], *outputs)
+    _check_steps(guard, images.to(dtype))
+
+
+def _check_steps(guard: ClusterGuard, images: Tensor) -> None:
+    """Check that the network does the same with a tensor as with an interval: the same functions of the same numbers.
+
+    Neither a type that it asks for nor an error that it catches can make a difference then. What torch does not tell
+    about stays unseen, such as a scripted function that changes its argument in place.
+    """
+    is_compiling = "torch._dynamo" in sys.modules  # which takes seconds to import
+    with torch.compiler.set_stance("force_eager") if is_compiling else nullcontext():
+        with recorded_steps() as steps:
+            bound_representations(guard, Interval.around(images, 0.0))
+        normalized = guard.normalize(images.clamp(0, 1))
+        with SameSteps(steps, normalized) as following:
+            following.finish(guard.encoder(normalized))
+    if following.difference is not None:
+        raise ConfigurationError(
+            "no bounds are known for this network: it takes other steps for a tensor than for the interval that bounds "
+            f"it, first at {following.difference}. It may ask for the type of its input, or catch an error that an "
+            "interval raises; let it compute the same for both"
+        )
 
 
 def _take(proofs: Proofs, rows: Tensor) -> Proofs:
