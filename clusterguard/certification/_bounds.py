@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 # Errors of memory or of the device, which say nothing about a network. Older torch has no AcceleratorError.
-DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+DEVICE_ERRORS = (
+    MemoryError,
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+)
 
 
 class Certificate(NamedTuple):
@@ -65,15 +69,8 @@ def bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
     if box.error is not None and box.arithmetic is not None:
         size = torch.maximum(lower.abs(), upper.abs())
         error = box.error / guard.normalize.std.to(lower) + box.arithmetic.gamma(3) * size + box.arithmetic.smallest
-    try:
-        with final_refusals(), _forgetting(guard.encoder):
-            representations = guard.encoder(Interval(lower, upper, error=error, arithmetic=box.arithmetic))
-    except ClusterGuardError:
-        raise
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, DEVICE_ERRORS):
-            raise
-        raise ConfigurationError(f"no bounds are known for this network: {in_one_line(error)}") from error
+    with errors_of_network(), final_refusals(), _forgetting(guard.encoder):
+        representations = guard.encoder(Interval(lower, upper, error=error, arithmetic=box.arithmetic))
     shape = (len(box.lower), guard.head.representation_dim)
     if (
         not isinstance(representations, Interval)
@@ -87,6 +84,17 @@ def bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
             "treat inputs that are not tensors differently?"
         )
     return representations
+
+
+@contextmanager
+def errors_of_network() -> Iterator[None]:
+    """Turn whatever a network raises, except for errors of memory or of the device, into an error of clusterguard."""
+    try:
+        yield
+    except (ClusterGuardError, *DEVICE_ERRORS):
+        raise
+    except Exception as error:
+        raise ConfigurationError(f"no bounds are known for this network: {in_one_line(error)}") from error
 
 
 @contextmanager

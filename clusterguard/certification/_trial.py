@@ -12,6 +12,7 @@ from clusterguard.certification._bounds import (
     as_in_service,
     bound_in_service,
     bound_representations,
+    errors_of_network,
 )
 from clusterguard.certification._intervals import Interval
 from clusterguard.certification._steps import SameSteps, recorded_steps
@@ -89,7 +90,7 @@ def _check_steps(guard: ClusterGuard, images: Tensor) -> None:
         with recorded_steps() as steps:
             bound_representations(guard, Interval.around(images, 0.0))
         normalized = guard.normalize(images.clamp(0, 1))
-        with SameSteps(steps, normalized) as following:
+        with errors_of_network(), SameSteps(steps, normalized) as following:
             following.finish(guard.encoder(normalized))
     if following.difference is not None:
         raise ConfigurationError(
@@ -117,7 +118,8 @@ def _run(guard: ClusterGuard, points: Tensor, *, alone: bool = False) -> tuple[T
     """
     flat = points.flatten(0, 1)
     batch = flat if alone else torch.cat([flat, torch.ones_like(flat[:1])])
-    outputs = guard.represent(batch), guard.evidence(batch).suspicion
+    with errors_of_network():
+        outputs = guard.represent(batch), guard.evidence(batch).suspicion
     representations, distances = (output[: len(flat)].double().unflatten(0, points.shape[:2]) for output in outputs)
     return representations, distances
 

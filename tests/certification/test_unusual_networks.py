@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 import pytest
 import torch
 from clusterguard import ClusterGuard, certified_success_rate, certify
-from clusterguard.certification import Interval, bound, certified_radius
+from clusterguard.certification import Interval, bound, certified_radius, check_bounds
 from clusterguard.errors import ConfigurationError
 from torch import nn
 
@@ -140,3 +140,47 @@ def test_a_branch_on_the_type_is_found_on_every_image_whose_radius_is_proved():
     guard = around(Rare(), threshold=0.5)
     with pytest.raises(ConfigurationError):
         certified_radius(guard, many, torch.zeros(40, dtype=torch.int64))
+
+
+class OwnError(Exception):
+    """An error of a network's own kind, as run-time type checkers raise."""
+
+
+class Checking(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, values):
+        if not isinstance(values, torch.Tensor):
+            raise self.error
+        return values.flatten(1)
+
+
+class Choosy(nn.Module):
+    """Takes no batch of another size than that of the example."""
+
+    def forward(self, values):
+        if values.shape[0] != 3:
+            raise OwnError("three images,\nplease")
+        return values.flatten(1)
+
+
+@pytest.mark.parametrize("error", [OwnError("no tensor"), StopIteration(), OSError(2, "gone"), Warning("a\nb")])
+@pytest.mark.parametrize("use", [certify, bound, check_bounds])
+def test_whatever_a_network_raises_is_the_cause_of_an_error_of_ours(error, use):
+    with pytest.raises(ConfigurationError, match=r"^no bounds are known for this network: [^\n]*$") as raised:
+        use(around(Checking(error)), images(), LABELS, eps=0.01)
+    assert type(raised.value.__cause__) is type(error)
+
+
+def test_an_error_of_a_network_about_other_batches_is_one_of_ours():
+    with pytest.raises(ConfigurationError, match="three images, please") as raised:
+        certify(around(Choosy(), threshold=100.0), images(), LABELS, eps=0.01)
+    assert isinstance(raised.value.__cause__, OwnError)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), torch.OutOfMemoryError("full")])
+def test_what_says_nothing_about_a_network_is_handed_on(error):
+    with pytest.raises(type(error)):
+        certify(around(Checking(error)), images(), LABELS, eps=0.01)
