@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,13 @@ from tqdm.auto import tqdm
 Part = Literal["train", "calibration", "test"]
 SHARES: dict[Part, float] = {"train": 0.6, "calibration": 0.2, "test": 0.2}
 _NAMES: dict[Part, str] = {
-    "train": "train training",
-    "calibration": "calibration calib cal validation valid val dev",
-    "test": "test testing eval evaluation",
+    "train": "train training trn",
+    "calibration": "calibration calib cal validation valid val vld dev",
+    "test": "test testing tst eval evaluation",
 }
-PARTS: dict[str, Part] = {
-    name + ending: part for part, names in _NAMES.items() for name in names.split() for ending in ("", "_set", "-set")
-}
+PARTS: dict[str, Part] = {name: part for part, names in _NAMES.items() for name in names.split()}
+_AFFIX = r"(?:data|set|images?|imgs?|pictures?|photos?|samples?|split|[\W\d_])*"  # as in "01_train" and "ValDataSet"
+_NAME_OF_PART = re.compile(f"{_AFFIX}({'|'.join(PARTS)}){_AFFIX}")
 _SUFFIXES = ".jpg .jpeg .jpe .jif .jfif .pjp .pjpeg .mpo .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm"
 SUFFIXES = {*_SUFFIXES.split(), *([".avif"] if "AVIF" in FORMATS else [])}
 _SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
@@ -86,10 +87,10 @@ def open_folder(root: Path, seed: int, *, skip_unreadable: bool = False) -> Imag
     """Find the parts and classes in a folder. Images are decoded only with `skip_unreadable`.
 
     Folders named `train`, `calibration` and `test`, or by another usual name, are parts if they hold folders of images.
-    Upper and lower case do not matter. If such a folder holds images directly, it is a class of that name. If there are
-    no parts, a hash of the seed and the content of an image decides to which part the image belongs. So copies of an
-    image stay together. If a class has copies and this would leave it without images in some part, names of files
-    decide instead of contents.
+    Upper and lower case do not matter, nor do numbers and words such as `data`, `set` or `images` around the name. If
+    such a folder holds images directly, it is a class of that name. If there are no parts, a hash of the seed and the
+    content of an image decides to which part the image belongs. So copies of an image stay together. If a class has
+    copies and this would leave it without images in some part, names of files decide instead of contents.
 
     Args:
         root: path of the folder.
@@ -101,8 +102,9 @@ def open_folder(root: Path, seed: int, *, skip_unreadable: bool = False) -> Imag
         The images of the folder. Hidden files and other files are only counted.
 
     Raises:
-        InputError: there are two folders for one part, or parts beside classes, or everything lies one folder deeper,
-            or the name of a class cannot be encoded as UTF-8.
+        InputError: there are two folders for one part, or parts beside classes, or folders by other names that look
+            like parts, since they hold the same classes, or everything lies one folder deeper, or the name of a class
+            cannot be encoded as UTF-8.
     """
     passed_over: Counter[str] = Counter()
     tree = _scan(root, passed_over, ())
@@ -149,7 +151,8 @@ def _scan(folder: str | Path, passed_over: Counter[str], above: tuple[str, ...])
 def _find_parts(root: Path, tree: _Tree, passed_over: Counter[str]) -> dict[Part, str]:
     """The folders that are parts, which have a usual name and hold folders of images."""
     filled = {name: subtree for name, subtree in tree.folders.items() if subtree.below()}
-    named = {name: PARTS[name.casefold()] for name in filled if name.casefold() in PARTS}
+    matches = {name: _NAME_OF_PART.fullmatch(name.casefold()) for name in filled}
+    named = {name: PARTS[match[1]] for name, match in matches.items() if match}
     nested = {name for name in named if any(subtree.below() for subtree in filled[name].folders.values())}
     if not nested:
         for name, subtree in filled.items():
@@ -159,6 +162,7 @@ def _find_parts(root: Path, tree: _Tree, passed_over: Counter[str]) -> dict[Part
                 and sum(bool(sub.below()) for sub in subtree.folders.values()) > 1
             ):
                 raise InputError(f"expected several classes in {root}, got {name} alone; pass {root / name} instead")
+        _check_classes(root, filled)
         return {}
     for name in nested:
         if filled[name].images:
@@ -183,6 +187,22 @@ def _find_parts(root: Path, tree: _Tree, passed_over: Counter[str]) -> dict[Part
     for name in set(named) - nested:  # for instance test images without labels
         passed_over["in no class"] += len(filled[name].images)
     return {part: parts[part] for part in SHARES if part in parts}
+
+
+def _check_classes(root: Path, filled: dict[str, _Tree]) -> None:
+    """Refuse folders that hold folders of the same names, which are more likely parts with classes than classes."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, subtree in filled.items():
+        inner = tuple(sub for sub in subtree.folders if subtree.folders[sub].below())
+        if len(inner) > 1 and not subtree.images:
+            alike.setdefault(inner, []).append(name)
+    for inner, names in alike.items():
+        if len(names) > 1:
+            raise InputError(
+                f"expected one folder per class in {root}, got {' and '.join(names[:2])}, which hold folders of the "
+                f"same names ({listed_paths(inner, 5)}); if they are parts of the data, rename them to "
+                f"{', '.join(SHARES)}; if they are classes, move their images out of the inner folders"
+            )
 
 
 def _classes(tree: _Tree) -> Classes:

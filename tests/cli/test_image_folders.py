@@ -51,6 +51,13 @@ def look(root):
         ("TRAINING", "valid", "eval"),
         ("train", "dev", "Evaluation"),
         ("training_set", "validation-set", "Test_Set"),
+        ("train_data", "val_data", "test_data"),
+        ("TrainSet", "ValSet", "TestSet"),
+        ("train-images", "calibration-images", "test-images"),
+        ("01_train", "02_val", "03_test"),
+        ("trn", "vld", "tst"),
+        ("train2017", "val2017", "test2017"),
+        ("images.train", "Data Dev", "dataset-evaluation_split"),
     ],
 )
 def test_parts_have_their_usual_names_in_any_case(tmp_path, names):
@@ -85,6 +92,14 @@ def test_images_of_a_class_may_lie_deeper(tmp_path):
         (("train/cat", "train"), "got both: move"),
         (("photos/cat", "photos/dog"), "photos alone; pass .*photos instead"),
         (("photos/train/cat", "photos/test/cat"), "photos alone; pass .*photos instead"),
+        (("train_1/cat", "train_2/cat"), "one folder for train .* got train_1 and train_2"),
+        (("train_data/cat", "extra/cat"), "got both: train_data .* beside extra"),
+        (("known/cat", "known/dog", "new/cat", "new/dog"), r"known and new, .*\(cat, dog\); .*rename them to train"),
+        (("trainval/cat", "trainval/dog", "b/cat", "b/dog", "c/cat"), "b and trainval, .*rename them to train"),
+        (
+            ("cat/train", "cat/test", "dog/train", "dog/test"),
+            r"cat and dog, .*\(test, train\); .*are classes, move",
+        ),
     ],
 )
 def test_what_may_mean_two_things_is_refused(tmp_path, folders, message):
@@ -93,12 +108,26 @@ def test_what_may_mean_two_things_is_refused(tmp_path, folders, message):
         load_part(str(tmp_path), "train", **OPTIONS)
 
 
+def test_names_in_which_a_part_is_only_a_piece_are_classes(tmp_path):
+    names = ("trainer", "contest", "devil", "medieval", "train_station", "set", "test_pattern", "latest", "01")
+    fill(tmp_path, *(f"{name}/{name} of {year}" for name in names for year in (2023, 2024)), count=20)
+    assert load_part(str(tmp_path), "train", **OPTIONS).classes == tuple(sorted(names))
+
+
+def test_classes_may_each_hold_one_folder_or_images_beside_folders(tmp_path):
+    fill(tmp_path / "one", "cat/images", "dog/images", count=40)
+    fill(tmp_path / "beside", "cat", "cat/new", "cat/old", "dog", "dog/new", "dog/old", count=40)
+    (tmp_path / "one" / "cat" / "empty").mkdir()
+    for name in ("one", "beside"):
+        assert load_part(str(tmp_path / name), "train", **OPTIONS).classes == ("cat", "dog")
+
+
 def test_missing_parts_and_empty_classes_are_named(tmp_path):
     fill(tmp_path, "train/cat", "train/dog", "val/cat")
     (tmp_path / "val" / "dog").mkdir()
     with pytest.raises(InputError, match="no image of dog"):
         load_part(str(tmp_path), "calibration", **OPTIONS)
-    with pytest.raises(InputError, match=r"test, testing, eval"):
+    with pytest.raises(InputError, match=r"test, testing, tst, eval"):
         load_part(str(tmp_path), "test", **OPTIONS)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no image of any class"):
