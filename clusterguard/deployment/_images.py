@@ -295,6 +295,10 @@ def _examine_jpeg(picture: Any, content: bytes) -> list[str]:
 
 
 def _examine_tiff(picture: Any, _: bytes) -> list[str]:
+    kinds = set(picture.tag_v2.get(339, (1,)))
+    if kinds != {1} and not (kinds == {3} and picture.mode == "F"):
+        kind = "signed numbers" if kinds == {2} else f"numbers of kind {', '.join(map(str, sorted(kinds)))}"
+        raise _RefusedError(f"its pixels are {kind}, which do not tell which value is white; store unsigned ones")
     bits, photometric = picture.tag_v2.get(258), picture.tag_v2.get(262)
     # Pillow does not convert these. It would read 12 bits as 16, and white as black.
     if picture.mode.startswith("I;16") and bits != (16,):

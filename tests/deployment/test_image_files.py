@@ -145,6 +145,41 @@ def test_a_tiff_that_pillow_would_misread_is_refused():
     refuses("white as zero", bytes(content))
 
 
+def tiff(pixels, sample_format, bits, *, order="<", extra=()):
+    """A grey TIFF without compression, around bytes of 16 × 12 pixels. Entries are (tag, type, count, value)."""
+    entries = [(256, 3, 1, 16), (257, 3, 1, 12), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
+    entries += [(278, 3, 1, 12), (279, 4, 1, len(pixels)), (339, 3, 1, sample_format), *extra]
+    entries = sorted([*entries, (273, 4, 1, 14 + 12 * (len(entries) + 1))])
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    for tag, kind, count, value in entries:
+        head += struct.pack(f"{order}HHI{'H2x' if kind == 3 else 'I'}", tag, kind, count, value)
+    return head + bytes(4) + pixels
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("sample_format", "values", "message"),
+    [
+        (1, (RAMP * 255).astype("u1"), None),
+        (1, (RAMP * 65535).astype("u2"), None),
+        (3, RAMP.astype("f4"), None),
+        (2, (RAMP * 127).astype("i1"), "signed"),
+        (2, (RAMP * 255 - 128).astype("i1"), "signed"),
+        (2, (RAMP * 32767).astype("i2"), "signed"),
+        (2, (RAMP * 32767).astype("i4"), "signed"),
+        (4, (RAMP * 255).astype("u1"), "kind 4|damaged or of none of the formats"),
+        (6, RAMP.astype("c8"), "kind 6|damaged or of none of the formats"),
+    ],
+)
+def test_pixels_of_a_tiff_are_unsigned_or_fractions_or_refused(sample_format, values, message, order):
+    stored = values.astype(values.dtype.newbyteorder(order))
+    content = tiff(stored.tobytes(), sample_format, 8 * values.itemsize, order=order)
+    if message is None:
+        assert np.allclose(np.asarray(read_image(content).image) / 255, RAMP, atol=1 / 255)
+    else:
+        refuses(message, content)
+
+
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
 def test_transparency_is_refused_unless_nothing_is_transparent(mode):
     picture = CORNER.convert("RGBA")
