@@ -150,14 +150,29 @@ def _doubt_metadata(picture: Image.Image) -> list[str]:
     every, plain = picture.getexif(), Image.Exif()
     plain.load(picture.info.get("exif", b""))
     tag = ExifTags.Base.Orientation
-    doubts = []
-    if every.get(tag, 1) in range(2, 9) and plain.get(tag) != every[tag]:
+    doubts = _doubt_orientation(picture.info.get("exif", b"").removeprefix(b"Exif\0\0"))
+    if not doubts and every.get(tag, 1) in range(2, 9) and plain.get(tag) != every[tag]:
         doubts.append("an orientation that is not in its EXIF data, where viewers look for it")
     adobe = every.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace) == 2
     adobe |= str(every.get_ifd(ExifTags.IFD.Interop).get(1, "")).startswith("R03")
     if adobe and not picture.info.get("icc_profile"):
         doubts.append("Adobe RGB colours without a profile")
     return doubts
+
+
+def _doubt_orientation(directory: bytes) -> list[str]:
+    """A doubt unless EXIF data, or a TIFF, states its orientation once and as one number of 16 bits, or not at all."""
+    if not directory:
+        return []
+    order = "<" if directory[:2] == b"II" else ">"
+    is_big = struct.unpack_from(f"{order}H", directory, 2) == (43,)  # BigTIFF, with longer numbers
+    offset, count, entry = ("8xQ", "Q", "HHQ8x") if is_big else ("4xI", "H", "HHI4x")
+    (start,) = struct.unpack_from(order + offset, directory)
+    (entries,) = struct.unpack_from(order + count, directory, start)
+    start, size = start + struct.calcsize(order + count), struct.calcsize(order + entry)
+    found = [struct.unpack_from(order + entry, directory, start + index * size) for index in range(entries)]
+    stated = [(kind, values) for tag, kind, values in found if tag == ExifTags.Base.Orientation]
+    return ["an orientation in an unusual form, which only some viewers follow"] if stated not in ([], [(3, 1)]) else []
 
 
 def _to_8_bits(picture: Image.Image, image: Image.Image) -> Image.Image:
@@ -294,7 +309,7 @@ def _examine_jpeg(picture: Any, content: bytes) -> list[str]:
     return doubts
 
 
-def _examine_tiff(picture: Any, _: bytes) -> list[str]:
+def _examine_tiff(picture: Any, content: bytes) -> list[str]:
     kinds = set(picture.tag_v2.get(339, (1,)))
     if kinds != {1} and not (kinds == {3} and picture.mode == "F"):
         kind = "signed numbers" if kinds == {2} else f"numbers of kind {', '.join(map(str, sorted(kinds)))}"
@@ -311,7 +326,7 @@ def _examine_tiff(picture: Any, _: bytes) -> list[str]:
     is_other = any(abs(float(value) * 100000 - want) > 200 for value, want in zip(primaries, usual, strict=False))
     if not has_profile and (301 in picture.tag_v2 or is_other):
         raise _RefusedError("it states colours other than sRGB, which few programs follow; save it as sRGB")
-    return []
+    return _doubt_orientation(content)
 
 
 def _examine_avif(_: Image.Image, content: bytes) -> list[str]:

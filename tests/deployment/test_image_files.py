@@ -85,6 +85,59 @@ def test_an_orientation_that_only_some_viewers_know_is_a_doubt():
     assert read_image(encode(CORNER, "JPEG", xmp=xmp, exif=exif)).doubts == ()
 
 
+def exif_of(*entries, order="<"):
+    """EXIF data with these entries (type, count, bytes) for the orientation."""
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    return (
+        b"Exif\0\0"
+        + head
+        + b"".join(
+            struct.pack(f"{order}HHI", ExifTags.Base.Orientation, kind, count) + value.ljust(4, b"\0")
+            for kind, count, value in entries
+        )
+        + bytes(16)
+    )
+
+
+UNUSUAL = {
+    "long": [(4, 1, b"\6")],
+    "signed": [(8, 1, b"\6")],
+    "byte": [(1, 1, b"\6")],
+    "undefined": [(7, 1, b"\6")],
+    "text": [(2, 2, b"6")],
+    "fraction": [(11, 1, struct.pack("<f", 6))],
+    "two": [(3, 2, b"\6\0\1\0")],
+    "none": [(3, 0, b"\6")],
+    "twice": [(3, 1, b"\6"), (3, 1, b"\1")],
+    "unknown": [(77, 1, b"\6")],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Metadata Warning:UserWarning")  # of Pillow, which takes the first number of several
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_an_orientation_that_is_stored_in_an_unusual_way_is_a_doubt(kind, name):
+    (doubt,) = read_image(encode(CORNER, kind, exif=exif_of(*UNUSUAL[name]))).doubts
+    assert "orientation" in doubt
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_an_orientation_that_is_stored_as_it_should_be_is_followed_in_either_order_of_bytes(order):
+    read = read_image(encode(CORNER, "JPEG", exif=exif_of((3, 1, struct.pack(f"{order}H", 6)), order=order)))
+    assert (read.image.size, read.doubts) == ((12, 16), ())
+    assert read_image(encode(CORNER, "JPEG", exif=exif_of())).doubts == ()
+
+
+@pytest.mark.parametrize(("order", "is_big"), [("<", False), (">", False), ("<", True)])
+def test_an_orientation_of_a_tiff_is_followed_or_doubted(order, is_big):
+    usual, long = (274, 3, 1, 6), (274, 4, 1, 6)
+    pixels = (RAMP * 255).astype("u1").tobytes()
+    for entry, doubts in ((usual, 0), (long, 1)):
+        read = read_image(tiff(pixels, 1, 8, order=order, extra=[entry], is_big=is_big))
+        assert read.image.size == (12, 16)
+        assert len(read.doubts) == doubts
+
+
 @pytest.mark.parametrize(
     ("values", "kind"),
     [
@@ -145,15 +198,19 @@ def test_a_tiff_that_pillow_would_misread_is_refused():
     refuses("white as zero", bytes(content))
 
 
-def tiff(pixels, sample_format, bits, *, order="<", extra=()):
+def tiff(pixels, sample_format, bits, *, order="<", extra=(), is_big=False):
     """A grey TIFF without compression, around bytes of 16 × 12 pixels. Entries are (tag, type, count, value)."""
     entries = [(256, 3, 1, 16), (257, 3, 1, 12), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
     entries += [(278, 3, 1, 12), (279, 4, 1, len(pixels)), (339, 3, 1, sample_format), *extra]
-    entries = sorted([*entries, (273, 4, 1, 14 + 12 * (len(entries) + 1))])
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    size = 24 + 20 * (len(entries) + 1) + 8 if is_big else 10 + 12 * (len(entries) + 1) + 4
+    entries = sorted([*entries, (273, 4, 1, size)])
+    magic, start, word = (43, (8, 0, 16, len(entries)), "Q") if is_big else (42, (8, len(entries)), "I")
+    content = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}H", magic)
+    content += struct.pack(f"{order}{'HHQQ' if is_big else 'IH'}", *start)
     for tag, kind, count, value in entries:
-        head += struct.pack(f"{order}HHI{'H2x' if kind == 3 else 'I'}", tag, kind, count, value)
-    return head + bytes(4) + pixels
+        content += struct.pack(f"{order}HH{word}", tag, kind, count)
+        content += struct.pack(order + {3: "H", 4: "I"}[kind], value).ljust(8 if is_big else 4, b"\0")
+    return content + bytes(8 if is_big else 4) + pixels
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
