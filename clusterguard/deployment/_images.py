@@ -329,6 +329,12 @@ def _examine_tiff(picture: Any, content: bytes) -> list[str]:
     return _doubt_orientation(content)
 
 
+def _examine_gif(picture: Any, content: bytes) -> list[str]:
+    screen = struct.unpack_from("<HH", content, 6)
+    is_full = tuple(picture.tile[0][1]) == (0, 0, *screen)
+    return [] if is_full else ["a picture that does not fill its screen, so that programs show more or less around it"]
+
+
 def _examine_avif(_: Image.Image, content: bytes) -> list[str]:
     start = content.find(b"colrnclx")
     if start >= 0:
@@ -344,4 +350,5 @@ _EXAMINE: dict[str, Callable[[Any, bytes], list[str]]] = {
     "MPO": _examine_jpeg,
     "TIFF": _examine_tiff,
     "AVIF": _examine_avif,
+    "GIF": _examine_gif,
 }

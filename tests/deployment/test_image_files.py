@@ -336,6 +336,19 @@ def test_second_pictures_and_data_after_the_end_are_doubts():
     assert read_image(encode(CORNER) + b"PK").doubts == ("data after its end",)
 
 
+@pytest.mark.parametrize("screen", [(16, 12), (20, 12), (16, 30), (15, 12), (16, 4), (0, 0)])
+@pytest.mark.parametrize("corner", [(0, 0), (0, 1), (4, 0)])
+@pytest.mark.parametrize("palette", [None, 4])
+def test_a_gif_that_does_not_fill_its_screen_is_a_doubt(screen, corner, palette):
+    """Programs show what is left of the screen transparent, in the background's colour, or not at all."""
+    content = bytearray(encode(GREY if palette is None else CORNER.quantize(palette), "GIF"))
+    content[6:10] = struct.pack("<HH", *screen)
+    frame = content.rindex(b"," + struct.pack("<4H", 0, 0, 16, 12))
+    content[frame + 1 : frame + 5] = struct.pack("<HH", *corner)
+    doubts = read_image(bytes(content)).doubts
+    assert [*doubts] == [] if (screen, corner) == ((16, 12), (0, 0)) else "screen" in doubts[0]
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM", "GIF"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.98])
 def test_truncated_files_are_refused(kind, share):
