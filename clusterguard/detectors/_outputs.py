@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from clusterguard._support import shorten
+from clusterguard.detection import without_autocast
 from clusterguard.detectors._dense_layers import dense_layers, last_parameter
 from clusterguard.errors import UnsupportedBackboneError
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ def run_once(module: nn.Module, images: Tensor) -> Tensor:
         shadow = copy.deepcopy(module, memo)
         for submodule in shadow.modules():
             submodule.training = False  # not eval(), which some modules override to change their weights
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast():  # a new layer takes the data type of the output
             output = shadow(images)
     except Exception as error:
         raise UnsupportedBackboneError(f"{expected}, got {shorten(error)}; {PASS_EXAMPLE}") from error

@@ -136,3 +136,27 @@ def test_a_lazy_backbone_stays_lazy_and_its_encoder_does_not() -> None:
     encoder = make_encoder(module, M, example=torch.rand(2, 1, 4, 4))
     assert isinstance(module[1].weight, nn.UninitializedParameter)
     assert sum(parameter.numel() for parameter in encoder.parameters()) == 16 * 5 + 5 + 5 * M + M
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.ReLU()),
+        lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        lambda: timm.create_model("resnet10t", num_classes=0),
+        lambda: torchvision.models.resnet18(num_classes=4),
+    ],
+)
+@pytest.mark.parametrize("has_example", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_encoder_that_is_made_under_autocast_has_the_data_type_of_its_backbone(
+    build: Callable[[], nn.Module], has_example: bool, dtype: torch.dtype
+) -> None:
+    images = torch.rand(2, 3, 32, 32, dtype=dtype)
+    backbone = build().to(dtype).eval()
+    if not has_example:
+        backbone(images)  # a lazy layer needs images from somewhere
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder = make_encoder(backbone, 5, example=images if has_example else None)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {dtype}
+    assert encoder.eval()(images).dtype == dtype
