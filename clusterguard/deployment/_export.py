@@ -7,7 +7,6 @@ import importlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from clusterguard._support import (
     to_eval_mode,
     write_atomically,
 )
-from clusterguard.detection import Calibration, Detection, Evidence, check_repeated, decide, without_autocast
+from clusterguard.deployment._exporters import exporting, quiet
+from clusterguard.detection import Calibration, Detection, Evidence, check_repeated, decide
 from clusterguard.detectors import DetectorModule
 from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError, in_one_line
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def export_program(detector: DetectorModule, example: Tensor | None = None) -> E
         torch.Size([7])
     """
     decision, images = _prepare(detector, example)
-    with _exporting():
+    with exporting():
         return torch.export.export(decision, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
 
 
@@ -126,7 +126,7 @@ def export_onnx(
             "copy.deepcopy(detector).float() and calibrate the graph, because its distances will differ"
         )
     thresholds, shapes = detector.thresholds.cpu(), ({0: Dim("batch")}, None)
-    with _exporting():
+    with exporting():
         program = torch.export.export(
             decision.cpu(), (images.cpu(), thresholds), dynamic_shapes=shapes, strict=False
         ).run_decompositions({torch.ops.aten.clamp_min.default: _clamp_min})
@@ -315,7 +315,7 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
     like = next((weight for weight in decision.parameters() if weight.is_floating_point()), detector.thresholds)
     images = like.new_zeros(2, *(_configured_shape(detector) if example is None else example.shape[1:]))
     noise = torch.rand(8, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         decision(images)  # work that a detector does only at its first batch must not become part of the graph
         check_repeated(decision.detector, noise)
     if detector.image_shape == "any":
@@ -473,25 +473,3 @@ def _import(*names: str) -> list[Any]:
         raise MissingDependencyError(
             f'{" and ".join(names)} are needed for this; run: pip install "clusterguard[export]"'
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Disable warnings, which exporters give about their own code, and autocast, whose casts the graph would keep."""
-    with warnings.catch_warnings(), without_autocast():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def _exporting() -> Iterator[None]:
-    with _quiet():
-        try:
-            yield
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # the errors of torch's exporters have no common base class
-            raise ConfigurationError(
-                "expected a network that torch.export can follow for any number of images, got one that it cannot; "
-                f"use plain modules, without TorchScript or branches on images. What went wrong: {in_one_line(error)}"
-            ) from error

@@ -1,4 +1,5 @@
 import copy
+import logging
 import sys
 import warnings
 
@@ -186,7 +187,9 @@ class Branching(nn.Module):
 
 
 @pytest.mark.parametrize("of_images", [True, False])
-def test_a_network_that_torch_cannot_follow_is_refused_in_a_sentence(of_images, tmp_path):
+def test_a_network_that_torch_cannot_follow_is_refused_in_a_sentence(of_images, tmp_path, capfd, caplog, monkeypatch):
+    for name in ("torch.fx.experimental.symbolic_shapes", "torch.export"):  # which hand nothing on
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [caplog.handler])
     images = torch.rand(2, 1, 4, 4)
     guard = ClusterGuard(Branching(of_images), 2, example=images)
     guard.thresholds = torch.full((2,), 9.0)
@@ -195,6 +198,8 @@ def test_a_network_that_torch_cannot_follow_is_refused_in_a_sentence(of_images, 
             export(guard, images)
         assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_a_graph_of_a_detector_for_every_shape_says_that_it_takes_one():

@@ -1,0 +1,51 @@
+"""What is done around torch's exporters: their warnings, what they write, and their errors."""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+
+import torch
+from clusterguard.detection import without_autocast
+from clusterguard.errors import ConfigurationError, in_one_line
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Disable warnings, which exporters give about their own code, and autocast, whose casts the graph would keep."""
+    with warnings.catch_warnings(), without_autocast():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.export")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Hold back what torch.export writes about a network that it cannot follow: graphs of a hundred lines."""
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, _LOGGERS)]
+    try:
+        for logger, _ in levels:
+            logger.setLevel(logging.CRITICAL)
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """Do as `quiet` and `_silent` do, and turn an exporter's error into one of clusterguard."""
+    with quiet(), _silent():
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the errors of torch's exporters have no common base class
+            raise ConfigurationError(
+                "expected a network that torch.export can follow for any number of images, got one that it cannot; "
+                f"use plain modules, without TorchScript or branches on images. What went wrong: {in_one_line(error)}"
+            ) from error
