@@ -154,7 +154,8 @@ def _load(
         raise
     except OtherHeadError as error:
         weights.check_digest()  # a damaged file is called that
-        raise PersistenceError(f"{folder / CONFIG}: {error}") from error
+        sentence = in_one_line(error).removeprefix(f"{type(error).__name__}: ")  # it tells names from the config
+        raise PersistenceError(f"{folder / CONFIG}: {sentence}") from error
     except Exception as error:  # an edited config or another version of timm may raise anything
         if isinstance(error, UnsupportedBackboneError) and backbone is not None:
             raise

@@ -9,7 +9,7 @@ import torch
 from clusterguard import ClusterGuard
 from clusterguard.errors import PersistenceError
 from safetensors.torch import save
-from saving import edit_config, make_guard, network
+from saving import assert_refused, edit_config, make_guard, network
 from torch import nn
 
 
@@ -101,3 +101,36 @@ def test_the_folder_around_a_guard_names_the_guard(small_guard, tmp_path):
     small_guard.save_pretrained(tmp_path / "night")
     with pytest.raises(PersistenceError, match=r"found none; is .*night meant\?"):
         ClusterGuard.from_pretrained(tmp_path)
+
+
+def places(value, before=()):
+    """The path of each value inside a config, and whether it is that of a name."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from (((*before, key), False), *([((*before, key), True)] if isinstance(value, dict) else []))
+        yield from places(inner, (*before, key))
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "two\u2028lines\x1b[2J", {"two\nlines": "two\nlines"}])
+@pytest.mark.parametrize("backbone", [network, lambda: None])
+def test_an_error_is_one_line_whatever_a_config_holds(saved, text, backbone):
+    whole, messages = (saved / "config.json").read_text(), []
+    for path, is_name in [*places(json.loads(whole))]:
+        config = json.loads(whole)
+        holder = config
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[str(text) if is_name else path[-1]] = holder.pop(path[-1]) if is_name else text
+        (saved / "config.json").write_text(json.dumps(config))
+        try:
+            ClusterGuard.from_pretrained(saved, backbone=backbone())
+        except PersistenceError as error:
+            messages.append(str(error))
+    assert len(messages) > 10
+    assert [message for message in messages if not message.isprintable()] == []
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "two\u2028lines"])
+def test_a_head_of_any_name_is_an_error_of_one_line_that_says_what_to_do(saved, name):
+    settings = json.loads((saved / "config.json").read_text())["guard"]
+    edit_config(saved, guard={**settings, "head": {**settings["head"], "type": name}})
+    assert_refused(saved, r"the head two lines; pass a head", network())
