@@ -213,6 +213,68 @@ def train(
 
 
 @app.command()
+def guard(
+    output: Annotated[Path, typer.Option(help="Folder for the guard, which is empty or not there.")],
+    model: Annotated[str, typer.Option(help="The classifier, timm:NAME or torchvision:NAME.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="File of its weights, .safetensors or a state dict of torch."),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Download weights; its classes are lost.")] = False,
+    data: Data = "digits",
+    image_size: ImageSize = None,
+    channels: Channels = None,
+    skip_unreadable: SkipUnreadable = False,
+    batch_size: BatchSize = 100,
+    false_positive_rate: RateOption = 0.01,
+    scarce: ScarceOption = "error",
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Guard a trained classifier without training it: align its last layer, calibrate it, and save it as a folder.
+
+    Example: clusterguard guard --model timm:resnet18 --weights mine.safetensors --data photos --output runs/guard
+    """
+    from clusterguard.cli import _data as cli_data
+    from clusterguard.detection import Calibrator
+    from clusterguard.detectors import ClusterGuard, align
+    from clusterguard.evaluation import plain
+    from torch.utils.data import DataLoader
+
+    if (weights is None) is not pretrained:
+        raise typer.BadParameter("expected either --weights FILE or --pretrained, so that the model knows something")
+    target, images = find_device(device), cli_data.image_options(data, image_size, channels)
+    calibrator = Calibrator(false_positive_rate, scarce=scarce)
+    cli_data.check_output(output)
+    pictures, calibration = cli_data.load_pair(data, seed=seed, skip_unreadable=skip_unreadable, **images)
+    depth, classes = images["channels"], pictures.classes
+    network = cli_data.make_backbone(model, num_classes=len(classes), channels=depth, pretrained=pretrained)
+    if weights:
+        cli_data.load_weights(network, weights)
+    wrapped = ClusterGuard(network, num_classes=len(classes), class_names=classes).to(target)
+    _introduce(pictures, wrapped)
+    bar = "aligning" if is_watched() else ""
+    alignment = align(wrapped, DataLoader(pictures, batch_size), progress=bar)
+    say(
+        f"aligned on {alignment.images} images; on {alignment.held_out} held-out ones: accuracy "
+        f"{alignment.accuracy_before:.3f} before, {alignment.accuracy_after:.3f} after; distance to the class "
+        f"{alignment.distance_before:.2f} before, {alignment.distance_after:.2f} after"
+    )
+    calibrator.fit(wrapped, DataLoader(calibration, batch_size), progress=is_watched())
+    record = {
+        "data": {**cli_data.describe_images(pictures), "seed": seed, **images},
+        "backbone": model,
+        "weights": "pretrained" if weights is None else weights.name,
+        "calibrator": repr(calibrator),
+        "alignment": plain(alignment),
+    }
+    wrapped.save_pretrained(output, training=record)
+    result, text = cli_data.describe_guard(output)
+    show(as_json, {**result, "alignment": alignment}, text)
+
+
+@app.command()
 def calibrate(
     guard: GuardFolder,
     data: Data = "digits",

@@ -25,6 +25,7 @@ from clusterguard.detectors import (
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError, in_one_line
 from clusterguard.samples import load_digits
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -188,6 +189,28 @@ def make_backbone(name: str, *, num_classes: int, channels: int, pretrained: boo
     if pretrained:  # the downloaded classifier has other classes
         return make_encoder(models.get_model(model, weights="DEFAULT"), num_classes)
     return models.get_model(model, weights=None, num_classes=num_classes)  # type: ignore[no-any-return]
+
+
+def load_weights(network: nn.Module, file: Path) -> None:
+    """Give a network the weights in a file. Nothing in the file is run.
+
+    Args:
+        network: network whose weights are replaced.
+        file: file of safetensors, or a state dict that `torch.save` wrote, perhaps under the name "state_dict" or
+            "model" in a checkpoint, or with the prefix "module." of a parallel training.
+
+    Raises:
+        PersistenceError: the file is damaged, holds no state dict, or does not fit the network.
+    """
+    try:
+        found: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        found = next((found[name] for name in ("state_dict", "model") if isinstance(found.get(name), dict)), found)
+        network.load_state_dict({name.removeprefix("module."): value for name, value in found.items()})
+    except Exception as error:  # safetensors, pickle and torch have errors of many kinds
+        raise PersistenceError(
+            f"{file} does not fit {type(network).__name__} with as many classes as the images have; name the model "
+            f"that was trained. What went wrong: {in_one_line(error)}"
+        ) from error
 
 
 def open_guard(

@@ -1,0 +1,94 @@
+"""`clusterguard guard`: from a file of weights to a calibrated guard, without training."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from clusterguard import ClusterGuard
+from clusterguard.cli import app
+from clusterguard.cli._data import load_part
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+
+OPTIONS = ["--model", "timm:test_resnet", "--image-size", 16, "--channels", 1, "--false-positive-rate", 0.1]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["guard", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def model(photos):
+    """A classifier of the photos, trained in the usual way."""
+    torch.manual_seed(0)
+    pictures = load_part(str(photos), "train", image_size=16, channels=1, seed=0)
+    network = timm.create_model("test_resnet", in_chans=1, num_classes=len(pictures.classes))
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(10):
+        for images, labels in DataLoader(pictures, 32, shuffle=True, drop_last=True):
+            normalised = (images - 0.45) / 0.225  # the mean of timm's three channels
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(normalised), labels).backward()
+            optimizer.step()
+    return network.eval()
+
+
+@pytest.fixture
+def weights(model, tmp_path):
+    save_file(model.state_dict(), tmp_path / "mine.safetensors")
+    return tmp_path / "mine.safetensors"
+
+
+def test_a_trained_classifier_becomes_a_calibrated_guard(photos, weights, tmp_path):
+    result = run("--data", photos, "--weights", weights, "--output", tmp_path / "guard", *OPTIONS, "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["is_calibrated"]
+    assert told["training"]["weights"] == "mine.safetensors"
+    assert told["alignment"]["distance_after"] < told["alignment"]["distance_before"]
+    assert re.search(r"accuracy \d\.\d+ before, \d\.\d+ after", result.stderr)
+    guard = ClusterGuard.from_pretrained(tmp_path / "guard")
+    images, labels = next(iter(DataLoader(load_part(str(photos), "test", image_size=16, channels=1, seed=0), 1000)))
+    assert (guard.detect(images).labels == labels).double().mean() > 0.9
+    assert list(guard.class_names) == told["guard"]["class_names"]
+
+
+@pytest.mark.parametrize(
+    "wrap", [dict, lambda state: {"state_dict": state}, lambda state: {"model": state, "epoch": 3}]
+)
+def test_checkpoints_of_torch_are_read(wrap, photos, model, tmp_path):
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save(wrap(state), tmp_path / "last.pth")
+    result = run("--data", photos, "--weights", tmp_path / "last.pth", "--output", tmp_path / "guard", *OPTIONS)
+    assert result.exit_code == 0, result.output
+
+
+def test_what_does_not_fit_is_said_in_one_line_and_leaves_nothing(photos, model, tmp_path):
+    torch.save({"head.weight": torch.ones(3)}, tmp_path / "other.pt")
+    torch.save(nn.Linear(2, 2), tmp_path / "code.pt")  # a pickled module, which could run code
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("other.pt", "code.pt", "list.pt", "text.safetensors"):
+        result = run("--data", photos, "--weights", tmp_path / name, "--output", tmp_path / "guard", *OPTIONS)
+        assert result.exit_code == 1
+        assert re.fullmatch(rf"error: \S*{name} does not fit ResNet .*\n", result.stderr), result.stderr
+        assert not (tmp_path / "guard").exists()
+
+
+def test_a_model_that_knows_nothing_is_refused(photos, weights, tmp_path):
+    for choice in ([], ["--weights", weights, "--pretrained"]):
+        result = run("--data", photos, "--output", tmp_path / "guard", *OPTIONS, *choice)
+        assert result.exit_code == 2
+        assert "either --weights FILE or" in result.stderr
+
+
+def test_another_guard_is_not_overwritten(photos, weights, tmp_path):
+    (tmp_path / "guard").mkdir()
+    (tmp_path / "guard" / "config.json").write_text("{}")
+    result = run("--data", photos, "--weights", weights, "--output", tmp_path / "guard", *OPTIONS)
+    assert result.exit_code == 1
+    assert "choose another folder" in result.stderr
