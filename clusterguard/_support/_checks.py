@@ -76,6 +76,20 @@ def in_range(images: Tensor) -> Tensor:
     return (images >= -_TOLERANCE) & (images <= 1 + _TOLERANCE)
 
 
+_ADVICE = {  # by the type's name or its library's
+    "numpy": "torch.from_numpy converts an array",
+    "PIL": "torchvision.transforms.functional.to_tensor(image)[None] converts one, in [0, 1]",
+    "list": "torch.stack makes a batch of tensors",
+    "tuple": "pass the images alone, such as batch[0]",
+    "dict": 'pass the images alone, such as batch["pixel_values"]',
+    "BatchFeature": 'pass the images alone, batch["pixel_values"]',
+}
+
+
+def _advice_for(kind: type) -> str:
+    return _ADVICE.get(kind.__name__, _ADVICE.get(kind.__module__.split(".")[0], "pass the images alone"))
+
+
 def check_images(images: Tensor) -> None:
     """Check that images are (B, C, H, W), floating point and in [0, 1].
 
@@ -86,8 +100,7 @@ def check_images(images: Tensor) -> None:
     """
     if not isinstance(images, Tensor):
         raise InputError(
-            f"expected images as a tensor of shape (B, C, H, W), got {type(images).__name__}; torch.from_numpy "
-            "converts an array"
+            f"expected images as a tensor of shape (B, C, H, W), got {type(images).__name__}; {_advice_for(type(images))}"
         )
     if images.ndim != 4:
         shape = tuple(images.shape)

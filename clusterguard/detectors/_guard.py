@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from clusterguard._support import Call, CompiledCall, call, copy_module, names_in_eval_mode, to_eval_mode
+from clusterguard._support import Call, CompiledCall, call, check_images, copy_module, names_in_eval_mode, to_eval_mode
 from clusterguard.detection import Evidence
 from clusterguard.detectors._backbone_recipes import describe_backbone
 from clusterguard.detectors._backbones import (
@@ -168,7 +168,14 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         return run_network(partial(self._encode, self.encoder), normalised)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits: images (B, C, H, W) in [0, 1] -> (B, K). Their softmax is the mixture's posterior."""
+        """Logits: images (B, C, H, W) in [0, 1] -> (B, K). Their softmax is the mixture's posterior.
+
+        Raises:
+            InputError: pixels are outside of [0, 1], as those of images that were normalised already. Where gradients
+                are recorded they are not looked at, which would cost time in every step of a training or an attack.
+        """
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            check_images(images)
         return self.head.logits(self.represent(images))
 
     def distances(self, images: Tensor) -> Tensor:
