@@ -23,7 +23,7 @@ from clusterguard._support import (
     write_atomically,
 )
 from clusterguard.deployment._exporters import exporting, quiet
-from clusterguard.detection import Calibration, Detection, Evidence, check_repeated, decide
+from clusterguard.detection import Calibration, Detection, Evidence, check_evidence, decide
 from clusterguard.detectors import DetectorModule
 from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError, in_one_line
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def export_program(detector: DetectorModule, example: Tensor | None = None) -> E
         NotCalibratedError: the detector has no thresholds.
         InputError: the example has a wrong shape, dtype or range.
         ConfigurationError: there is no example, and neither the detector nor a timm backbone tells the size of the
-            images; or the detector gives different evidence for the same images from call to call; or torch.export
+            images; or the detector's evidence for an image differs between calls or with its batch; or torch.export
             cannot follow its network.
 
     Warns:
@@ -169,6 +169,7 @@ class OnnxDetector(DetectorModule):
         self.card = card
         self._model, self._session, self._folder = model, session, folder
         self._shape, self._dtype = images.shape[1:], _DTYPES[images.type]
+        self.has_dynamic_scales = any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
 
     def check_image_shape(self, images: Tensor) -> None:
         """Check that images have the shape that the graph was exported for. This shape cannot be changed.
@@ -317,7 +318,7 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
     noise = torch.rand(8, *images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
     with quiet(), torch.no_grad():
         decision(images)  # work that a detector does only at its first batch must not become part of the graph
-        check_repeated(decision.detector, noise)
+        check_evidence(decision.detector, noise)
     if detector.image_shape == "any":
         warnings.warn(
             f"this detector takes images of every shape, but the graph will take those of shape {(*images.shape[1:],)} "

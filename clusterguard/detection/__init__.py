@@ -17,7 +17,7 @@ from clusterguard.detection._decision import (
     decide,
     success_margin,
 )
-from clusterguard.detection._judging import check_repeated, judge
+from clusterguard.detection._judging import check_evidence, judge
 from clusterguard.detection._loaders import (
     Loader,
     Pairs,
@@ -61,10 +61,10 @@ __all__ = [
     "accuracy_after_rejection",
     "allowed_refusals",
     "attack_success_rate",
+    "check_evidence",
     "check_goal",
     "check_loader",
     "check_passes",
-    "check_repeated",
     "class_margins",
     "decide",
     "expected_roc_auc",

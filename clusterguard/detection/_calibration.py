@@ -356,7 +356,7 @@ class Calibrator:
         Raises:
             InputError: images or labels have a wrong shape, dtype or range, or the loader is empty.
             TooFewCalibrationExamplesError: too few examples. The message names the classes and their counts.
-            ConfigurationError: the detector gives different evidence for the same images from call to call.
+            ConfigurationError: the detector's evidence for an image differs between calls or with its batch.
         """
         batches = CalibrationBatches(loader, detector, unpack)
         with image_shape_kept_on_failure(detector):

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from clusterguard._support import evaluation_mode
 from clusterguard.detection._decision import Detector
-from clusterguard.detection._judging import check_repeated
+from clusterguard.detection._judging import check_evidence
 from clusterguard.detection._loaders import Loader, Pairs, Unpack
 from clusterguard.detection._precision import full_precision
 from torch import Tensor
@@ -28,7 +28,8 @@ class CalibrationBatches:
     """A loader's batches, which also teach a detector the shape of its images.
 
     After the detector has judged the first batch, it learns the shape of these images. It must then give the same
-    images the same evidence again. The first 16 images that have the shape of the first one are kept in `images`.
+    images the same evidence again, whatever other images are in the batch. The first 16 images that have the shape of
+    the first one are kept in `images`.
 
     Args:
         loader: batches as for `judge`.
@@ -50,7 +51,7 @@ class CalibrationBatches:
                 self.images = kept
                 if isinstance(self.detector, KeepsCalibration):
                     self.detector.learn_image_shape(images)
-                check_repeated(self.detector, images.to(self.detector.thresholds.device))
+                check_evidence(self.detector, images.to(self.detector.thresholds.device))
             elif kept.shape[1:] == self.images.shape[1:]:
                 self.images = torch.cat([self.images, kept])
 
@@ -76,8 +77,8 @@ def measure_rounding(detector: Detector, images: Tensor) -> float:
     The change depends on the network and its precision, so it cannot be derived from the thresholds. If clusters are
     much tighter than the distance between their centres, it is many units in the last place of a threshold. The
     suspicion of every class counts, because the suspicion of the label may happen to round to the same number in both
-    cases. The slack is limited to 1 % of an image's largest suspicion. A larger change is not rounding: it means that
-    the images of a batch influence each other, and such a slack would make the guard accept too much.
+    cases. The slack is limited to 1 % of an image's largest suspicion, because a larger one would make the guard accept
+    too much. `check_evidence` refuses detectors whose images influence each other.
     """
     if not len(images):
         return 0.0

@@ -1,0 +1,95 @@
+"""Whether images are judged one by one: what mixes the images of a batch is refused, what only rounds is not."""
+
+import clusterguard as cg
+import pytest
+import torch
+from clusterguard.deployment import export_program
+from clusterguard.detection import check_evidence
+from clusterguard.errors import ConfigurationError
+from torch import nn
+
+SHAPE = (3, 8, 8)
+
+
+class Mixing(nn.Module):
+    """Hands images on, changed by a function of the whole batch."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, images):
+        return self.change(images)
+
+
+MIXING = {
+    "batch statistics": lambda: nn.BatchNorm2d(3, track_running_stats=False),
+    "the mean": lambda: Mixing(lambda x: x - x.mean(0)),
+    "a hundredth of the mean": lambda: Mixing(lambda x: x - 0.01 * x.mean(0)),
+    "the largest": lambda: Mixing(lambda x: x / x.amax().clamp_min(0.1)),
+    "the image before": lambda: Mixing(lambda x: x + x.roll(1, 0)),
+    "all images before": lambda: Mixing(lambda x: x.cumsum(0)),
+    "all images after": lambda: Mixing(lambda x: x.flip(0).cumsum(0).flip(0)),
+    "the number of images": lambda: Mixing(lambda x: x / len(x)),
+    "whether it is alone": lambda: Mixing(lambda x: x * (1 + (len(x) == 1))),
+}
+HONEST = {
+    "convolution": lambda: nn.Conv2d(3, 3, 3, padding=1),
+    "running statistics": lambda: nn.BatchNorm2d(3),
+    "statistics of an image": lambda: nn.GroupNorm(1, 3),
+    "statistics of a channel": lambda: nn.InstanceNorm2d(3),
+    "attention": lambda: Mixing(lambda x: (x.flatten(2) @ x.flatten(2).mT).softmax(-1) @ x.flatten(2)),
+    "other kernels for one image": lambda: Mixing(lambda x: x * (1 + 4 * (len(x) == 1) * torch.finfo(x.dtype).eps)),
+}
+
+
+def guard_with(layer, dtype=torch.float32):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), layer, nn.Flatten(), nn.Linear(192, 16), nn.GELU())
+    return cg.ClusterGuard(backbone, num_classes=3, example=torch.rand(2, *SHAPE)).to(dtype)
+
+
+def batches(guard, count=90):
+    images = torch.rand(count, *SHAPE).to(guard.encoder[0][0].weight.dtype)
+    return [(images, guard.detect(images, check=False).labels)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, torch.float32) for kind in MIXING]
+    + [(kind, dtype) for kind in ("batch statistics", "the mean") for dtype in (torch.bfloat16, torch.float16)],
+)
+def test_a_guard_that_mixes_images_is_not_calibrated(kind, dtype):
+    guard = guard_with(MIXING[kind](), dtype)
+    with pytest.raises(ConfigurationError, match="whatever other images are in the batch"):
+        cg.Calibrator(0.2, scarce="pool").fit(guard, batches(guard))
+    assert not guard.is_calibrated
+    assert guard.image_shape == SHAPE  # that of the example
+
+
+@pytest.mark.parametrize("kind", MIXING)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_guard_that_mixes_images_is_not_exported(kind, tmp_path):
+    guard = guard_with(MIXING[kind]())
+    guard.thresholds = torch.full((3,), 20.0)
+    for export in (export_program, lambda detector: cg.export_onnx(detector, tmp_path / "guard.onnx")):
+        with pytest.raises(ConfigurationError, match="whatever other images are in the batch"):
+            export(guard)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25, 0.5, 1.0])
+def test_mixing_shows_in_images_of_any_brightness_and_in_a_batch_of_one(value):
+    for images in (torch.full((1, *SHAPE), value), torch.full((9, *SHAPE), value)):
+        with torch.no_grad(), pytest.raises(ConfigurationError, match="whatever other images"):
+            check_evidence(guard_with(MIXING["the mean"]()).eval(), images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", HONEST)
+@pytest.mark.filterwarnings("ignore:classes .* pooled threshold")
+def test_rounding_is_no_mixing(kind, layout, dtype):
+    guard = guard_with(HONEST[kind](), dtype).to(memory_format=layout)
+    cg.Calibrator(0.2, scarce="pool").fit(guard, batches(guard))
+    assert guard.is_calibrated
