@@ -285,10 +285,11 @@ def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return network(images)
+    raised = (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError)
     try:
         return network(images)
-    except (RuntimeError, AssertionError) as error:
-        if type(error) not in (RuntimeError, NotImplementedError, AssertionError):
+    except raised as error:
+        if type(error) not in raised:
             raise  # an error of memory or the device, for which the images are not to blame
         raise InputError(
             f"expected images that the network can take, got {images.dtype} of shape {tuple(images.shape)} on "

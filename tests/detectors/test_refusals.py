@@ -230,6 +230,35 @@ def test_what_is_no_batch_of_images_is_named(images):
             detector.evidence(images)
 
 
+class Failing(nn.Module):
+    """Raises what torch raises for images that a layer cannot take."""
+
+    def __init__(self, fail):
+        super().__init__()
+        self.fail = fail
+
+    def forward(self, images):
+        self.fail(images)
+        return images.flatten(1)
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        nn.BatchNorm1d(4, track_running_stats=False),  # a ValueError, for features of another number of dimensions
+        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16, track_running_stats=False)),  # a ValueError, for one image
+        lambda images: images.mean(4),  # an IndexError
+        lambda images: images @ torch.ones(99),  # a RuntimeError
+    ],
+)
+def test_errors_of_torch_for_images_that_a_network_cannot_take_are_ours(fail):
+    guard = cg.ClusterGuard(Failing(lambda images: None), CLASSES, example=some_images(), image_shape="any")
+    guard.thresholds = torch.ones(CLASSES)
+    guard.encoder[0].fail = fail
+    with pytest.raises(InputError, match="images that the network can take"):
+        guard.detect(some_images(1))
+
+
 class Noisy(nn.Module):
     def __init__(self, size):
         super().__init__()
