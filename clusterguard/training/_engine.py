@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from clusterguard.detectors import DetectorModule
 from clusterguard.errors import ConfigurationError, TrainingDivergedError
 from clusterguard.training import _optimizers as optimizers
 from clusterguard.training._checkpoints import EpochTotals, Stateful
+from clusterguard.training._loader_state import LoaderState
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._precision import StepPrecision
 from torch import Generator, Tensor, nn
@@ -129,6 +131,11 @@ class TrainingEngine:
     def device(self) -> torch.device:
         """The device of the detector."""
         return self.detector.thresholds.device
+
+    @cached_property
+    def kept(self) -> LoaderState:
+        """The detector's state outside of its state dict. Asked for before training, it knows what changes then."""
+        return LoaderState(dict(self.detector.named_modules()), name="detector")
 
     @property
     def parts(self) -> dict[str, Stateful | None]:

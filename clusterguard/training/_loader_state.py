@@ -1,6 +1,5 @@
-"""The state that a loader keeps from one pass to the next, such as random generators and counters in its sampler."""
+"""The state that loaders and modules keep outside of state dicts, such as random generators and counters."""
 
-import copy
 import dis
 import functools
 import itertools
@@ -29,6 +28,7 @@ _LIBRARIES = ("builtins", "torch", "numpy", "random", "torchvision", "accelerate
 _KINDS = "iufbc"  # kinds of NumPy types that are numbers
 _CLASS = "class "  # prefix of a class name in paths
 _NOTHING = object()
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _SCALARS = (bool, int, float, str, type(None))
 _LEAVES = (*_SCALARS, bytes, complex, type, ModuleType, BuiltinFunctionType, PurePath, np.generic)
 
@@ -42,7 +42,9 @@ class LoaderState:
     elements.
 
     Args:
-        loader: loader of any kind.
+        loader: loader of any kind, or a dict of modules by name. Of modules, attributes and buffers count that are in
+            no state dict.
+        name: name of the loader in messages.
 
     Example:
         >>> from torch.utils.data import RandomSampler
@@ -54,19 +56,19 @@ class LoaderState:
         True
     """
 
-    def __init__(self, loader: object) -> None:
-        self._loader = loader
-        self._search = _Search(loader)  # the latest one
+    def __init__(self, loader: object, *, name: str = "loader") -> None:
+        self._loader, self._name = loader, name
+        self._search = _Search(loader, name)  # the latest one
         self._first, self._generators_at_first = self._search.values(), set(self._search.generators)
 
     @property
     def obstacles(self) -> list[str]:
         """Known reasons why the loader's state cannot be restored, in words; empty if there are none."""
-        return [reason for path, value in _reachable(self._loader) for reason in _obstacles(path, value)]
+        return [reason for path, value in _reachable(self._loader, self._name) for reason in _obstacles(path, value)]
 
     def get(self) -> dict[str, Any]:
         """The present state, as numbers, strings, tensors, and lists and dicts of them."""
-        search = self._search = _Search(self._loader)
+        search = self._search = _Search(self._loader, self._name)
         generators = search.generators
         return {
             "generators": {path: _get(generator) for path, generator in generators.items()},
@@ -101,11 +103,11 @@ class LoaderState:
         Warns:
             UserWarning: a generator that the loader makes during a pass cannot be restored.
         """
-        search, made = _Search(self._loader), state.get("made", {})
+        search, made = _Search(self._loader, self._name), state.get("made", {})
         missing = set(state["generators"]) - set(search.generators)
         if missing - set(made) or (search.generators.keys() & self._generators_at_first) - state["generators"].keys():
             raise PersistenceError(
-                f"expected a loader with the generators that it had when it was interrupted "
+                f"expected a {self._name} with the generators that it had when it was interrupted "
                 f"({_listed(state['generators'])}), got one with {_listed(search.generators)}"
             )
         for path, names in state.get("names", {}).items():
@@ -122,15 +124,15 @@ class LoaderState:
 class _Search:
     """The generators, and the objects with attributes, that a loader holds at this moment, by their paths."""
 
-    def __init__(self, loader: object) -> None:
+    def __init__(self, loader: object, name: str) -> None:
         self.generators: dict[str, Any] = {}
         self.owners: dict[str, Any] = {}
         classes: set[type] = set()
-        for path, value in _reachable(loader):
+        for path, value in _reachable(loader, name):
             if isinstance(value, _GENERATORS):
                 if not _is_of_the_system(value):
                     self.generators[path] = value
-            elif not isinstance(value, FunctionType | nn.Module) and _has_attributes(value) and not _is_shared(value):
+            elif not isinstance(value, FunctionType) and _has_attributes(value) and not _is_shared(value):
                 self.owners[path] = value
                 new = {kind for kind in _custom_classes(value) if _is_user_module(kind.__module__)} - classes
                 self.owners |= {f"{path}.{_CLASS}{kind.__name__}": kind for kind in new}
@@ -141,8 +143,8 @@ class _Search:
         return {
             f"{path}.{name}": _kept(value)
             for path, owner in self.owners.items()
-            for name, value in _attributes(owner).items()
-            if _is_state(value, limit=None if isinstance(owner, Sampler) else _LARGEST)
+            for name, value in (_outside_state_dict if isinstance(owner, nn.Module) else _attributes)(owner).items()
+            if _is_state(value, limit=None if isinstance(owner, Sampler | nn.Module) else _LARGEST)
         }
 
     def put(self, path: str, value: Any) -> None:
@@ -181,23 +183,9 @@ class _Search:
             )
 
 
-def restarting_workers(loader: Any) -> Any:
-    """The same loader without persistent workers, because their random states cannot be saved.
-
-    Example:
-        >>> restarting_workers(DataLoader(range(3), num_workers=1, persistent_workers=True)).persistent_workers
-        False
-    """
-    if not isinstance(loader, DataLoader) or not loader.persistent_workers:
-        return loader
-    same = copy.copy(loader)
-    same.__dict__["persistent_workers"] = False  # DataLoader forbids setting the attribute itself
-    return same
-
-
-def _reachable(root: object) -> Iterator[tuple[str, Any]]:
+def _reachable(root: object, name: str) -> Iterator[tuple[str, Any]]:
     """All objects that a loader holds, each once, with their paths; breadth first, with large containers last."""
-    queue, visited = deque([("loader", root, 0)]), {id(root): root}
+    queue, visited = deque([(name, root, 0)]), {id(root): root}
     rest: deque[tuple[str, Iterator[tuple[str, Any]], int]] = deque()  # remaining elements of large containers
     while queue or rest:
         if queue:
@@ -321,6 +309,12 @@ def _attributes(owner: Any) -> dict[str, Any]:
     return {name: getattr(owner, name) for name in names if hasattr(owner, name)} | getattr(owner, "__dict__", {})
 
 
+def _outside_state_dict(module: nn.Module) -> dict[str, Any]:
+    """The attributes and buffers of a module that its state dict leaves out, by name."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    return own | {name: getattr(module, name) for name in vars(module).get("_non_persistent_buffers_set", ())}
+
+
 def _obstacles(path: str, value: Any) -> Iterator[str]:
     if _is_of_the_system(value):
         yield f"{path} draws from the operating system's randomness"
@@ -395,7 +389,7 @@ def _replace(owner: Any, name: str, present: Any, value: Any) -> None:
     elif isinstance(present, np.ndarray) and np.shape(value) == present.shape and present.flags.writeable:
         present[...] = value
     else:
-        setattr(owner, name, value)
+        setattr(owner, name, value.to(present.device) if isinstance(present, Tensor) else value)
 
 
 def _kind(generator: Any) -> str:

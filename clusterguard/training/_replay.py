@@ -1,5 +1,6 @@
 """Replay of random states and loaders, so that a resumed training continues with exactly the next batch."""
 
+import copy
 import random
 import warnings
 import zlib
@@ -16,6 +17,7 @@ from clusterguard.errors import InputError, PersistenceError
 from clusterguard.training._descriptions import describe, describe_data
 from clusterguard.training._loader_state import LoaderState
 from torch import Generator, Tensor
+from torch.utils.data import DataLoader
 
 UNKNOWN = (
     "it has a random generator or a counter that cannot be found; keep generators and counters in attributes of the "
@@ -52,6 +54,20 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(states["device"], device)
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     random.setstate(states["python"])
+
+
+def restarting_workers(loader: Any) -> Any:
+    """The same loader without persistent workers, because their random states cannot be saved.
+
+    Example:
+        >>> restarting_workers(DataLoader(range(3), num_workers=1, persistent_workers=True)).persistent_workers
+        False
+    """
+    if not isinstance(loader, DataLoader) or not loader.persistent_workers:
+        return loader
+    same = copy.copy(loader)
+    same.__dict__["persistent_workers"] = False  # DataLoader forbids setting the attribute itself
+    return same
 
 
 class Replay:
@@ -263,6 +279,29 @@ class Run:
         training = describe_data("training", self.train.loader)
         calibration = describe_data("calibration", self.calibration.loader)
         return describe({"seed of the generator": seed}) | training | calibration
+
+    def warn_of_obstacles(self, known: list[str], *, begin: bool) -> None:
+        """Warn once before training about state that no checkpoint can keep.
+
+        Args:
+            known: reasons that lie outside of the loaders, in words.
+            begin: whether passes may be begun to look for more reasons. Several processes must all finish a pass that
+                they begin.
+        """
+        obstacles = [*known, *self.train.obstacles, *self.calibration.obstacles]
+        if not obstacles and begin:
+            loaders = {"training": self.train, "calibration": self.calibration}
+            obstacles = [
+                f"the {name} loader, begun again from the same random states, gives another first batch: {UNKNOWN}"
+                for name, replay in loaders.items()
+                if not replay.is_repeatable()
+            ]
+        if obstacles:
+            warnings.warn(
+                "training that goes on from its checkpoint will not be the same as without the interruption, because "
+                + "; ".join(dict.fromkeys(obstacles)),
+                stacklevel=4,
+            )
 
     def state_dict(self, device: torch.device) -> dict[str, Any]:
         """The positions and random states of this process."""

@@ -45,10 +45,9 @@ from clusterguard.errors import (
 from clusterguard.training._checkpoints import EpochRecord, EpochTotals, read_checkpoint, save_checkpoint
 from clusterguard.training._descriptions import describe, describe_options, describe_steps, differences, listed
 from clusterguard.training._engine import TrainingEngine, TrainingStep, frozen_batch_norms
-from clusterguard.training._loader_state import restarting_workers
 from clusterguard.training._optimizers import MakeOptimizer, MakeScheduler, make_optimizer, make_scheduler
 from clusterguard.training._options import TrainingOptions
-from clusterguard.training._replay import UNKNOWN, Replay, Run
+from clusterguard.training._replay import Replay, Run, restarting_workers
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
@@ -289,7 +288,7 @@ class DetectorTrainer(ABC):
         """Check everything that could fail after the first step."""
         self.engine.check(run.train.length, epochs, resumable=run.checkpoint is not None)
         if run.checkpoint is not None:
-            self._warn_of_obstacles(run)
+            run.warn_of_obstacles(self.engine.kept.obstacles, begin=self.engine.shared is None)
         if calibrate:
             with run.calibration.undisturbed():
                 self.calibrator.check_counts(self._first_judged(run.calibration.loader), self.detector.num_classes)
@@ -306,23 +305,6 @@ class DetectorTrainer(ABC):
         if self.detector.training:
             self.detector.frozen = names_in_eval_mode(self.detector)
         to_eval_mode(self.detector)
-
-    def _warn_of_obstacles(self, run: Run) -> None:
-        """Warn once before training about state in the loaders that no checkpoint can keep."""
-        obstacles = [*run.train.obstacles, *run.calibration.obstacles]
-        if not obstacles and self.engine.shared is None:  # several processes must all finish a pass that they begin
-            loaders = {"training": run.train, "calibration": run.calibration}
-            obstacles = [
-                f"the {name} loader, begun again from the same random states, gives another first batch: {UNKNOWN}"
-                for name, replay in loaders.items()
-                if not replay.is_repeatable()
-            ]
-        if obstacles:
-            warnings.warn(
-                "training that goes on from its checkpoint will not be the same as without the interruption, because "
-                + "; ".join(dict.fromkeys(obstacles)),
-                stacklevel=4,
-            )
 
     def _first_judged(self, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches, checked; the detector judges the first one, so that it fails before training and not after."""
@@ -433,7 +415,8 @@ class DetectorTrainer(ABC):
         if run.checkpoint is None:
             return
         accelerator = self.engine.accelerator
-        state = run.state_dict(self.engine.device) | {"totals": asdict(self._totals)}
+        kept = self.engine.kept.changed(self.engine.kept.get())
+        state = run.state_dict(self.engine.device) | {"totals": asdict(self._totals), "detector": kept}
         values = {
             "thresholds": self.thresholds,
             "history": [asdict(record) for record in self.history],
@@ -483,6 +466,8 @@ class DetectorTrainer(ABC):
                 "start anew"
             )
         with checkpoint.restored(self.engine.parts):
+            if "detector" in state:
+                self.engine.kept.set(state["detector"])
             run.load_state_dict(state, self.engine.device)
             if self.engine.shared is None:  # or a pass would have to be ended
                 run.train.look_back()
