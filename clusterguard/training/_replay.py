@@ -4,20 +4,21 @@ import copy
 import random
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from clusterguard.detection import Loader, number_of_batches
+from clusterguard.detection import Loader, Pairs, number_of_batches
 from clusterguard.errors import InputError, PersistenceError
 from clusterguard.training._descriptions import describe, describe_data
 from clusterguard.training._loader_state import LoaderState
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 UNKNOWN = (
     "it has a random generator or a counter that cannot be found; keep generators and counters in attributes of the "
@@ -156,12 +157,21 @@ class Replay:
         return self._loader_state.obstacles
 
     def is_repeatable(self) -> bool:
-        """Whether two passes from the present random states begin with the same batch."""
-        digests = set()
-        for _ in range(2):
-            with self.undisturbed():
-                digests.add(_digest(next(iter(self.loader), None)))
-        return len(digests) == 1
+        """Whether passes from the present random states have the same first batch, and the same four further on.
+
+        Further on are the batches after a quarter, half and three quarters of a pass and at its end, of loaders that
+        take items by an index. Each is drawn alone.
+        """
+        with self.undisturbed():
+            further = _further_on(self.loader)
+        for batches, count in ((self.loader, 1), (further, 4)):
+            digests = set()
+            for _ in range(2):
+                with self.undisturbed():
+                    digests.add(tuple(map(_digest, islice(batches, count))))
+            if len(digests) > 1:
+                return False
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """The states at the start of the pass, the number of batches taken since, and a digest of the first batch.
@@ -235,6 +245,19 @@ class Replay:
         return number_of_batches(self.loader)
 
 
+def _further_on(loader: object) -> Iterable[Any]:
+    """The batches after each quarter of a pass, as a loader; none if the loader does not take items by an index."""
+    source = loader.loader if isinstance(loader, Pairs) else loader
+    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+        return []
+    name = "sampler" if source.batch_sampler is None else "batch_sampler"
+    items = [*islice(getattr(source, name), number_of_batches(source) or 0)]  # of each batch; a sampler may be endless
+    places = sorted({len(items) * part // 4 for part in (1, 2, 3)} | {len(items) - 1})
+    same = copy.copy(source)
+    same.__dict__[name] = [items[place] for place in places if place > 0]  # DataLoader forbids setting the attribute
+    return Pairs(same, loader.unpack) if isinstance(loader, Pairs) else same
+
+
 def _digest(batch: Any, before: int = 0) -> int:
     """A checksum of a batch, over a sample of each tensor's elements, to recognise the batch again.
 
@@ -292,7 +315,7 @@ class Run:
         if not obstacles and begin:
             loaders = {"training": self.train, "calibration": self.calibration}
             obstacles = [
-                f"the {name} loader, begun again from the same random states, gives another first batch: {UNKNOWN}"
+                f"the {name} loader, begun again from the same random states, gives other batches: {UNKNOWN}"
                 for name, replay in loaders.items()
                 if not replay.is_repeatable()
             ]

@@ -197,8 +197,8 @@ class DetectorTrainer(ABC):
                 must be the same as before; epochs, devices and callbacks need not be. The checkpoint before it is kept
                 next to it under the suffix ``.previous``, and a file ``.lock`` keeps a second training from writing at
                 the same time. Persistent workers of loaders are restarted for every pass, because their random states
-                cannot be kept. The first batch of each loader is drawn twice before training, to check that it can be
-                repeated.
+                cannot be kept. Before training, the first batch of each loader is drawn twice, and four batches further
+                on if the loader takes items by an index, to check that they can be repeated.
             checkpoint_every: number of optimizer steps between two further checkpoints; None writes them after epochs
                 only.
             stop_when: function to call after every optimizer step. When it returns True in any process, the checkpoint

@@ -412,9 +412,7 @@ def test_a_loader_whose_first_batch_does_not_come_again_is_warned_of_once_before
         return drawn % 7 / 7
 
     trainer = AdversarialClusterTrainer(new_guard(), ATTACK, warmup_epochs=1)
-    with pytest.warns(
-        UserWarning, match="because the training loader, begun again .* gives another first batch"
-    ) as warned:
+    with pytest.warns(UserWarning, match="because the training loader, begun again .* gives other batches") as warned:
         trainer.fit(
             DataLoader(noisy(draw), 10),
             [DATA[:10]],
