@@ -1,6 +1,5 @@
 """Optimizer steps on one or many devices, with gradient clipping, weight averaging and a way back from divergence."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +12,7 @@ from clusterguard.detection import Loader
 from clusterguard.detectors import DetectorModule
 from clusterguard.errors import ConfigurationError, TrainingDivergedError
 from clusterguard.training import _optimizers as optimizers
+from clusterguard.training._batch_norm import single_image
 from clusterguard.training._checkpoints import EpochTotals, Stateful
 from clusterguard.training._loader_state import LoaderState
 from clusterguard.training._options import TrainingOptions
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _REMEMBER_EVERY = 10  # steps between two copies of weights whose loss is finite
+_NOTHING_MOVES = "raise the learning rate, which may be 0 or too small, and check that the gradients are not 0"
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names; they compare equal to strings
 
 
@@ -119,6 +120,7 @@ class TrainingEngine:
         decay = options.average_decay
         average = None if decay is None else get_ema_multi_avg_fn(decay)
         self._average = None if decay is None else AveragedModel(detector, multi_avg_fn=average, use_buffers=True)
+        self._at_first: dict[nn.Parameter, Tensor] = {}  # weights before the first step, until one has moved
         self._last_good: tuple[int, dict[str, Tensor]] = (0, {})
         self._before_average: dict[str, Tensor] | None = None
 
@@ -246,15 +248,22 @@ class TrainingEngine:
             self._complete_group()
         if self.options.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.detector.parameters(), self.options.clip_norm)
+        if not self.steps:
+            self._at_first = {weight: weight.detach().clone() for weight in self._trainable()}
         with self._in_sync():
             self._optimizer.step()
             self._optimizer.zero_grad()
         self._gathered = 0
         self.steps += 1
+        if any(not torch.equal(weight, before) for weight, before in self._at_first.items()):
+            self._at_first = {}
         if self._average is not None:
             self._average.update_parameters(self.detector)
         optimizers.after_step(self.scheduler, every=self.options.schedule_every, steps=self.steps)
         return True
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [weight for weight in self.detector.parameters() if weight.requires_grad]
 
     def _of_one_image(self) -> AbstractContextManager[None]:
         def warn() -> None:
@@ -266,7 +275,7 @@ class TrainingEngine:
                 )
             self._has_warned = True
 
-        return _single_image(self.detector, synchronised=self.accelerator.num_processes > 1, warn=warn)
+        return single_image(self.detector, synchronised=self.accelerator.num_processes > 1, warn=warn)
 
     def _add_gradients(self, loss: Tensor) -> None:
         # accelerate's backward would divide by the number of batches of the newest accelerator, not of this one.
@@ -326,10 +335,15 @@ class TrainingEngine:
 
         Returns:
             The totals of all processes.
+
+        Warns:
+            UserWarning: this was the first epoch, and no weight has changed.
         """
         totals = self._sum(totals)
         loss = totals.loss / max(1, totals.steps)
         optimizers.after_epoch(self.scheduler, every=self.options.schedule_every, epochs=epochs, loss=loss)
+        if self._at_first and epochs == 1:
+            warnings.warn(f"no weight has changed in the first epoch; {_NOTHING_MOVES}", stacklevel=2)
         return totals
 
     def _sum(self, totals: EpochTotals) -> EpochTotals:
@@ -342,7 +356,15 @@ class TrainingEngine:
         return EpochTotals(steps, loss, images, correct, attacked, successes, totals.seconds)
 
     def finish(self) -> None:
-        """Put the averaged weights, if any, into the detector; a further training continues from the trained ones."""
+        """Put the averaged weights, if any, into the detector; a further training continues from the trained ones.
+
+        Raises:
+            ConfigurationError: no step since the first one has changed a weight.
+        """
+        if self._at_first:
+            raise ConfigurationError(
+                f"expected a training that changes weights, got none changed in {self.steps} step(s); {_NOTHING_MOVES}"
+            )
         if self._average is not None and self._average.n_averaged:
             self._before_average = {name: tensor.clone() for name, tensor in self.detector.state_dict().items()}
             self.detector.load_state_dict(self._average.module.state_dict())
@@ -420,54 +442,3 @@ def _named_tensors(detector: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _usable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it if it was made in inference mode, because autograd refuses such tensors."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-@contextmanager
-def _single_image(detector: nn.Module, *, synchronised: bool, warn: Callable[[], None]) -> Iterator[None]:
-    """Let batch normalisation take a batch of one image.
-
-    Layers use the image's own statistics where feature maps have several pixels, and their running statistics
-    elsewhere.
-
-    Args:
-        detector: detector whose batch normalisation in train mode is changed within the block.
-        synchronised: whether `SyncBatchNorm` also gets the images of other processes.
-        warn: function to call when a layer uses its running statistics.
-    """
-    layers = {
-        name: layer
-        for name, layer in detector.named_modules()
-        if isinstance(layer, _BatchNorm) and not (synchronised and isinstance(layer, nn.SyncBatchNorm))
-    }
-    names = {layer: name for name, layer in layers.items()}
-    switched: set[nn.Module] = set()
-
-    def before(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        values: Tensor = [*inputs, *named.values()][0]
-        if (
-            math.prod(values.shape[2:]) > 1 or len(values) > 2
-        ):  # 2: an image may share the batch with its attacked version
-            return
-        if layer.running_mean is None:
-            raise ConfigurationError(
-                f"expected batches of at least two images, because {names[layer]} with track_running_stats=False has "
-                "no running statistics to use in place of those of a single image, got a batch of one; pass "
-                "drop_last=True to the DataLoader"
-            )
-        if layer.training:
-            layer.training = False
-            switched.add(layer)
-            warn()
-
-    def after(layer: nn.Module, *_: Any) -> None:
-        if layer in switched:
-            switched.remove(layer)
-            layer.training = True
-
-    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in names]
-    hooks += [layer.register_forward_hook(after, always_call=True) for layer in names]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

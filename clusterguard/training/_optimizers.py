@@ -141,7 +141,7 @@ def check_optimizer(optimizer: Any, detector: nn.Module) -> None:
 def check_scheduler(
     scheduler: Any, optimizer: Optimizer, *, every: Literal["epoch", "step"], steps: int | None, resumable: bool
 ) -> None:
-    """Check that a scheduler sets this optimizer's learning rate, and can do so until the training ends.
+    """Check that the learning rate is not always 0, and that a scheduler can set it until the training ends.
 
     Args:
         scheduler: scheduler to check, or None.
@@ -151,10 +151,15 @@ def check_scheduler(
         resumable: whether a checkpoint must keep the scheduler's state.
 
     Raises:
-        ConfigurationError: the scheduler belongs to another optimizer, its step needs values that a training does not
-            have, it ends too early, or its state cannot be kept.
+        ConfigurationError: all learning rates are 0 and nothing will change them; or the scheduler belongs to another
+            optimizer, its step needs values that a training does not have, it ends too early, or its state cannot be
+            kept.
     """
     if scheduler is None:
+        if not any(float(group.get("lr", 1)) for group in optimizer.param_groups):
+            raise ConfigurationError(
+                f"expected a learning rate above 0, got 0 and no scheduler that raises it; pass {_FACTORY}"
+            )
         return
     name, needed = type(scheduler).__name__, _needed(scheduler.step)
     theirs = getattr(scheduler, "optimizer", None)

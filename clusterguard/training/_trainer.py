@@ -216,8 +216,9 @@ class DetectorTrainer(ABC):
 
         Raises:
             ConfigurationError: `epochs` or `checkpoint_every` is below 1; a loader allows one pass only, or cannot be
-                split between processes; the optimizer or the scheduler would change nothing; nothing is trainable; no
-                file can be written at the checkpoint's path; or `stop_when` comes without a checkpoint.
+                split between processes; the optimizer or the scheduler would change nothing, or has changed nothing at
+                the end; nothing is trainable; no file can be written at the checkpoint's path; or `stop_when` comes
+                without a checkpoint.
             PersistenceError: the checkpoint and the one before it are damaged or belong to another run, or another run
                 writes the checkpoint at the moment; in these cases nothing has changed. Or the checkpoint could not
                 be written.
@@ -227,8 +228,9 @@ class DetectorTrainer(ABC):
             TrainingStoppedError: `stop_when` returned True, and the checkpoint is written.
 
         Warns:
-            UserWarning: calibration images are also trained on; the optimizer lacks parameters; a loader has
-                randomness that no checkpoint can keep; or a batch of one image meets batch normalisation.
+            UserWarning: calibration images are also trained on; the optimizer lacks parameters; the first epoch has
+                changed no weight; a loader has randomness that no checkpoint can keep; or a batch of one image meets
+                batch normalisation.
         """
         check_numbers(whole=True, epochs=epochs, checkpoint_every=1 if checkpoint_every is None else checkpoint_every)
         if epochs < 1:

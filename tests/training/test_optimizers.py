@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from clusterguard import AdversarialClusterTrainer, ClusterGuard, TrainingOptions
+from clusterguard import AdversarialClusterTrainer, Calibrator, ClusterGuard, TrainingOptions
 from clusterguard.errors import ConfigurationError
 from timm.scheduler import CosineLRScheduler, PlateauLRScheduler
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
+    ConstantLR,
     CosineAnnealingLR,
+    LambdaLR,
     OneCycleLR,
     ReduceLROnPlateau,
     SequentialLR,
@@ -74,6 +76,8 @@ def test_nothing_to_train_is_refused(blobs):
     ("options", "message"),
     [
         ({"optimizer": torch.optim.LBFGS}, "needs no closure"),
+        ({"optimizer": lambda parameters: SGD(parameters, lr=0.0)}, "learning rate above 0"),
+        ({"optimizer": lambda parameters: Adam(parameters, lr=torch.tensor(0.0))}, "learning rate above 0"),
         ({"scheduler": CosineAnnealingLR(SGD([nn.Parameter(torch.ones(1))], lr=1.0), 3)}, "of another one"),
         ({"scheduler": lambda optimizer: ReduceLROnPlateau(optimizer, mode="max")}, "mode='min'"),
         ({"scheduler": ReduceLROnPlateau, "options": TrainingOptions(schedule_every="step")}, "schedule_every='epoch'"),
@@ -91,6 +95,39 @@ def test_what_cannot_take_the_steps_is_refused_before_the_first(blobs, options, 
     with pytest.raises(ConfigurationError, match=message):
         trainer.fit(blobs, blobs, epochs=1, calibrate=False, progress=False)
     assert not trainer.engine.steps
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "optimizer": lambda parameters: SGD(parameters, lr=0.1),
+            "scheduler": lambda optimizer: ConstantLR(optimizer, 0.0, total_iters=99),
+        },
+        {"optimizer": lambda parameters: SGD(parameters, lr=1e-30)},
+    ],
+)
+def test_a_training_that_changes_no_weight_is_said_after_an_epoch_and_leaves_the_guard_uncalibrated(blobs, options):
+    trainer = AdversarialClusterTrainer(new_guard(), ATTACK, calibrator=Calibrator(0.2, scarce="pool"), **options)
+    with (
+        pytest.warns(UserWarning, match="no weight has changed in the first epoch; raise the learning rate"),
+        pytest.raises(ConfigurationError, match="none changed in 20 step"),
+    ):
+        trainer.fit(blobs, held_out(blobs), epochs=2, progress=False)
+    assert not trainer.detector.is_calibrated
+
+
+def test_a_learning_rate_may_begin_and_end_at_0(blobs):
+    def rising(optimizer):
+        return LambdaLR(optimizer, lambda epoch: [0.0, 1.0, 0.0, 0.0][epoch])
+
+    options = {"optimizer": lambda parameters: SGD(parameters, lr=0.01), "scheduler": rising}
+    with pytest.warns(UserWarning, match="no weight has changed in the first epoch"):
+        trainer = fit(new_guard(), blobs, epochs=2, **options)
+    trainer.fit(blobs, held_out(blobs), epochs=3, calibrate=False, progress=False)  # at 0
+    guard = new_guard()
+    groups = [{"params": [weight], "lr": 0.01 * place} for place, weight in enumerate(guard.parameters())]
+    fit(guard, blobs, optimizer=SGD(groups))
 
 
 def in_turn(optimizer, *, total):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from clusterguard import AdversarialClusterTrainer, DetectorTrainer, TrainingOptions
-from clusterguard.errors import TrainingDivergedError
+from clusterguard.errors import ConfigurationError, TrainingDivergedError
 from clusterguard.training import TrainingStep
 from torch import nn
 from torch.utils.data import DataLoader
@@ -70,7 +70,11 @@ def test_without_a_gradient_nothing_moves(blobs):
     guard = new_guard()
     optimizer = torch.optim.SGD(guard.parameters(), lr=0.1)
     trainer = Flat(guard, optimizer=optimizer, options=TrainingOptions(weight_perturbation=100.0))
-    trainer.fit([next(iter(blobs))], blobs, epochs=1, calibrate=False, progress=False)
+    with (
+        pytest.warns(UserWarning, match="no weight has changed in the first epoch"),
+        pytest.raises(ConfigurationError, match="none changed in 1 step"),
+    ):
+        trainer.fit([next(iter(blobs))], blobs, epochs=1, calibrate=False, progress=False)
     assert trainer.losses[0] == trainer.losses[1]
     assert torch.equal(weights(guard), weights(new_guard()))
 
