@@ -10,7 +10,7 @@ import torch
 from clusterguard._support import OneProcess
 from clusterguard.detection import Loader
 from clusterguard.detectors import DetectorModule
-from clusterguard.errors import ConfigurationError, TrainingDivergedError
+from clusterguard.errors import ConfigurationError, TrainingDivergedError, in_one_line
 from clusterguard.training import _optimizers as optimizers
 from clusterguard.training._batch_norm import single_image
 from clusterguard.training._checkpoints import EpochTotals, Stateful
@@ -251,7 +251,7 @@ class TrainingEngine:
         if not self.steps:
             self._at_first = {weight: weight.detach().clone() for weight in self._trainable()}
         with self._in_sync():
-            self._optimizer.step()
+            self._step()
             self._optimizer.zero_grad()
         self._gathered = 0
         self.steps += 1
@@ -264,6 +264,18 @@ class TrainingEngine:
 
     def _trainable(self) -> list[nn.Parameter]:
         return [weight for weight in self.detector.parameters() if weight.requires_grad]
+
+    def _step(self) -> None:
+        try:
+            self._optimizer.step()
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise  # an error of memory or the device
+            raise ConfigurationError(
+                f"expected an optimizer that can use this detector's gradients, got {type(self._bare_optimizer)}, "
+                "whose step failed; take Adam or SGD, and layers with dense gradients. What went wrong: "
+                f"{in_one_line(error)}"
+            ) from error
 
     def _of_one_image(self) -> AbstractContextManager[None]:
         def warn() -> None:

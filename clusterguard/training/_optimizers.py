@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from clusterguard.errors import ConfigurationError
 from torch import nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 MakeOptimizer: TypeAlias = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -106,7 +106,7 @@ def check_optimizer(optimizer: Any, detector: nn.Module) -> None:
 
     Raises:
         ConfigurationError: all parameters are frozen, the optimizer holds no trainable parameter, or its step needs a
-            closure.
+            closure or sparse gradients.
 
     Warns:
         UserWarning: the optimizer holds only some of the trainable parameters.
@@ -132,6 +132,8 @@ def check_optimizer(optimizer: Any, detector: nn.Module) -> None:
             f"stay as they are: {listed}; pass {_FACTORY} to train them, or freeze them with requires_grad_(False)",
             stacklevel=2,
         )
+    if isinstance(optimizer, SparseAdam):
+        raise ConfigurationError("expected an optimizer of dense gradients, got SparseAdam; take Adam or SGD")
     if "closure" in _needed(optimizer.step):
         raise ConfigurationError(
             f"expected an optimizer whose step() needs no closure, got {type(optimizer).__name__}; take Adam or SGD"

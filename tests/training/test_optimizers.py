@@ -76,6 +76,7 @@ def test_nothing_to_train_is_refused(blobs):
     ("options", "message"),
     [
         ({"optimizer": torch.optim.LBFGS}, "needs no closure"),
+        ({"optimizer": torch.optim.SparseAdam}, "dense gradients, got SparseAdam; take Adam"),
         ({"optimizer": lambda parameters: SGD(parameters, lr=0.0)}, "learning rate above 0"),
         ({"optimizer": lambda parameters: Adam(parameters, lr=torch.tensor(0.0))}, "learning rate above 0"),
         ({"scheduler": CosineAnnealingLR(SGD([nn.Parameter(torch.ones(1))], lr=1.0), 3)}, "of another one"),
@@ -128,6 +129,22 @@ def test_a_learning_rate_may_begin_and_end_at_0(blobs):
     guard = new_guard()
     groups = [{"params": [weight], "lr": 0.01 * place} for place, weight in enumerate(guard.parameters())]
     fit(guard, blobs, optimizer=SGD(groups))
+
+
+class SparseGradients(nn.Module):
+    """Adds a row of a table, whose gradient has no other rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 16, sparse=True)
+
+    def forward(self, features):
+        return features + self.table(torch.zeros(len(features), dtype=torch.long))
+
+
+def test_an_optimizer_that_cannot_use_the_gradients_is_named(blobs):
+    with pytest.raises(ConfigurationError, match=r"use this detector's gradients, got .*Adam.*sparse"):
+        fit(new_guard(SparseGradients()), blobs)
 
 
 def in_turn(optimizer, *, total):
