@@ -18,7 +18,6 @@ from clusterguard.training._loader_state import LoaderState
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._precision import StepPrecision
 from torch import Generator, Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -414,13 +413,13 @@ class TrainingEngine:
         )
 
 
-def frozen_batch_norms(detector: nn.Module) -> frozenset[str]:
-    """The names of batch normalisation layers whose parameters, or those of a module around them, are all frozen."""
+def frozen_modules(detector: nn.Module) -> frozenset[str]:
+    """The names of modules whose parameters are all frozen, and of all modules inside them."""
     frozen: set[nn.Module] = set()
     for module in detector.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
-            frozen |= {layer for layer in module.modules() if isinstance(layer, _BatchNorm)}
+            frozen |= {*module.modules()}
     return frozenset(name for name, module in detector.named_modules() if module in frozen)
 
 

@@ -44,7 +44,7 @@ from clusterguard.errors import (
 )
 from clusterguard.training._checkpoints import EpochRecord, EpochTotals, read_checkpoint, save_checkpoint
 from clusterguard.training._descriptions import describe, describe_options, describe_steps, differences, listed
-from clusterguard.training._engine import TrainingEngine, TrainingStep, frozen_batch_norms
+from clusterguard.training._engine import TrainingEngine, TrainingStep, frozen_modules
 from clusterguard.training._optimizers import MakeOptimizer, MakeScheduler, make_optimizer, make_scheduler
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._replay import Replay, Run, restarting_workers
@@ -179,10 +179,12 @@ class DetectorTrainer(ABC):
         The detector is uncalibrated during training, and stays so if training fails. It is in train mode within epochs,
         and in eval mode afterwards, also if training fails. Modules that the detector's attribute `frozen` names stay
         in eval mode. If the detector is in train mode when `fit` is called, these are its modules that are in eval
-        mode, such as a frozen BatchNorm. Batch normalisation also stays in eval mode if all its parameters are frozen,
-        or all parameters of a module that contains it, so that its statistics do not change. Equal seeds of torch's
-        global generator, of the loaders and of `generator` give equal weights on the same machine. Several processes
-        take the batches of the training loader in turn.
+        mode, such as a frozen BatchNorm. A module whose parameters are all frozen stays in eval mode too, with all
+        modules in it, so that it does not change: neither running statistics nor spectral normalisation move, and
+        dropout is off. A norm layer without parameters is frozen only as a part of such a module. Beside frozen layers
+        its statistics move; `frozen` can name it. Equal seeds of torch's global generator, of the loaders and of
+        `generator` give equal weights on the same machine. Several processes take the batches of the training loader
+        in turn.
 
         Args:
             train_loader: batches of images (B, C, H, W) in [0, 1] and labels (B,), in any form that
@@ -279,7 +281,7 @@ class DetectorTrainer(ABC):
 
     def _train(self, run: Run, epochs: int, on_epoch_end: Callable[[EpochRecord], None] | None, progress: bool) -> None:
         while len(self.history) < epochs:
-            frozen = self.detector.frozen | frozen_batch_norms(self.detector)
+            frozen = self.detector.frozen | frozen_modules(self.detector)
             with training_mode(self.detector, frozen=frozen):
                 is_stopped = self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" * progress)
             self._end_epoch(run, on_epoch_end)

@@ -124,6 +124,56 @@ def test_frozen_batch_normalisation_does_not_move_and_keeps_its_mode(blobs, whol
     assert frozen.training == free.training == guard.training
 
 
+class Counting(nn.Module):
+    """Changes with every batch that it sees in train mode, in a buffer and in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, features):
+        self.seen += self.training
+        self.calls += self.training
+        return features * (1 + self.seen / 9)
+
+
+MOVING = {
+    "batch norm": lambda: nn.BatchNorm2d(2),
+    "batch norm without parameters": lambda: nn.BatchNorm2d(2, affine=False),
+    "instance norm": lambda: nn.InstanceNorm2d(2, affine=True, track_running_stats=True),
+    "instance norm without parameters": lambda: nn.InstanceNorm2d(2, track_running_stats=True),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 2, 3)),
+    "old spectral norm": lambda: nn.utils.spectral_norm(nn.Conv2d(2, 2, 3)),
+    "counter": Counting,
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_module_that_is_wholly_frozen_does_not_change(blobs, name):
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Sequential(MOVING[name](), nn.Dropout(0.5)))
+    guard = ClusterGuard(nn.Sequential(block, nn.Flatten(), nn.LazyLinear(8)), 3, example=torch.rand(2, 1, 8, 8))
+    frozen, images = guard.encoder[0][0].requires_grad_(False), torch.rand(2, 1, 8, 8)
+    before, state = frozen(images), copy.deepcopy(frozen.state_dict())
+    fit(guard, blobs)
+    torch.testing.assert_close(frozen.state_dict(), state, rtol=0, atol=0)
+    assert torch.equal(frozen(images), before)
+    frozen.requires_grad_(True)
+    fit(guard, blobs)
+    assert not torch.equal(frozen(images), before)
+
+
+def test_a_norm_without_parameters_beside_frozen_layers_moves_unless_it_is_named(blobs):
+    for names in (frozenset(), frozenset({"encoder.0.3"})):
+        guard = new_guard(nn.BatchNorm1d(16, affine=False), nn.Linear(16, 16))
+        guard.encoder[0][1].requires_grad_(False)
+        guard.frozen = names
+        fit(guard, blobs)
+        assert bool(guard.encoder[0][3].num_batches_tracked) != bool(names)
+
+
 @pytest.mark.parametrize("parts", [(2, 4), (1, 2, 3, 4), (4, 4)])
 def test_averaged_training_in_parts_is_training_at_once(blobs, parts):
     at_once, in_parts = new_guard(nn.BatchNorm1d(16)), new_guard(nn.BatchNorm1d(16))
