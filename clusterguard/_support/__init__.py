@@ -28,7 +28,7 @@ from clusterguard._support._files import check_place, read_archive, write_atomic
 from clusterguard._support._locks import only_writer
 from clusterguard._support._markdown import code_in_markdown, escape_markdown
 from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
-from clusterguard._support._processes import OneProcess, collect, share
+from clusterguard._support._processes import OneProcess, check_accelerator, collect, share
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
 from clusterguard_torchvision import on_torch_import
 
@@ -39,6 +39,7 @@ __all__ = [
     "OneProcess",
     "Progress",
     "call",
+    "check_accelerator",
     "check_calibrated",
     "check_detector",
     "check_gradients",

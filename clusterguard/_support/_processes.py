@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,6 +14,28 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Collected = TypeVar("Collected")
+
+
+def check_accelerator(accelerator: object) -> None:
+    """Check that accelerate's state, which all accelerators share, still is that of this accelerator.
+
+    Args:
+        accelerator: accelerator, or None.
+
+    Raises:
+        ConfigurationError: it was reset after the accelerator was made.
+
+    Example:
+        >>> check_accelerator(None)
+    """
+    states = {"distributed_type": "state", "sync_gradients": "gradient_state"}
+    for needed, name in states.items():
+        state = getattr(accelerator, name, None)
+        if state is not None and not hasattr(state, needed):
+            raise ConfigurationError(
+                f"expected an accelerator in use, got one without its state, which {type(state).__name__}._reset_state "
+                "has deleted; make a new Accelerator, and a new trainer with it"
+            )
 
 
 def share(items: Iterable[Item], accelerator: "Accelerator | None") -> Iterator[tuple[int, Item]]:
@@ -26,6 +49,7 @@ def share(items: Iterable[Item], accelerator: "Accelerator | None") -> Iterator[
         >>> list(share("abc", None))
         [(0, 'a'), (1, 'b'), (2, 'c')]
     """
+    check_accelerator(accelerator)
     numbered = enumerate(items)
     if accelerator is None:
         return numbered
@@ -43,6 +67,7 @@ def collect(results: Mapping[int, Collected], accelerator: "Accelerator | None")
         >>> collect({1: "b", 0: "a"}, None)
         ['a', 'b']
     """
+    check_accelerator(accelerator)
     parts = [results]
     if accelerator is not None and accelerator.num_processes > 1:
         from accelerate.utils import gather_object

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from clusterguard._support import OneProcess
+from clusterguard._support import OneProcess, check_accelerator
 from clusterguard.detection import Loader
 from clusterguard.detectors import DetectorModule
 from clusterguard.errors import ConfigurationError, TrainingDivergedError, in_one_line
@@ -195,8 +195,9 @@ class TrainingEngine:
 
         Raises:
             ConfigurationError: there are several processes, and the loader is not a DataLoader, which accelerate can
-                split.
+                split; or the state of the accelerator is gone.
         """
+        check_accelerator(self.accelerator)
         if isinstance(self.accelerator, OneProcess) or self.accelerator.num_processes == 1:
             return loader
         if not isinstance(loader, DataLoader):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from clusterguard._support import OneProcess, check_numbers
+from clusterguard._support import OneProcess, check_accelerator, check_numbers
 from clusterguard.attacks import Precision, check_precision
 from clusterguard.errors import ConfigurationError
 
@@ -53,7 +53,7 @@ class TrainingOptions:
             to be fast, "contiguous", or "auto", which is channels_last in bfloat16 and contiguous in float32.
 
     Raises:
-        ConfigurationError: an option has a wrong type or is out of its range.
+        ConfigurationError: an option has a wrong type or is out of its range, or the state of the accelerator is gone.
 
     Warns:
         UserWarning: `accumulate` is None, and a newer accelerator may have changed the number of this accelerator.
@@ -95,6 +95,7 @@ class TrainingOptions:
         if self.log_every < 1:
             raise ConfigurationError(f"expected log_every of at least 1, got {self.log_every}")
         check_precision(self.precision)
+        check_accelerator(self.accelerator)
         if self.memory_format not in ("auto", "contiguous", "channels_last"):
             raise ConfigurationError(
                 f"expected memory_format 'auto', 'contiguous' or 'channels_last', got {self.memory_format!r}"
@@ -108,9 +109,11 @@ class TrainingOptions:
         """The accelerator of the options, or a new one if a launcher started this script, or else a single process.
 
         Raises:
-            ConfigurationError: a launcher started this script, and the script made an accelerator of another precision.
+            ConfigurationError: the state of the accelerator is gone; or a launcher started this script, and the script
+                made an accelerator of another precision.
         """
         if self.accelerator is not None:
+            check_accelerator(self.accelerator)
             return self.accelerator
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # only accelerate's launchers set it
         if launched is None and int(os.environ.get("WORLD_SIZE", "1")) == 1:

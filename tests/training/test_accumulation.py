@@ -7,12 +7,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from clusterguard import AdversarialClusterTrainer, TrainingOptions, recipes
+from clusterguard import FGSM, AdversarialClusterTrainer, Calibrator, TrainingOptions, evaluate, recipes
+from clusterguard.detection import judge
 from clusterguard.errors import ConfigurationError, TrainingStoppedError
 from clusterguard.training import Original
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from trainings import ATTACK, new_guard, weights
+from trainings import ATTACK, held_out, new_guard, weights
 
 
 def fit(guard, batches, *, epochs=1, **options):
@@ -117,6 +118,33 @@ def test_a_training_with_an_accelerator_steps_whatever_the_script_has_told_accel
     assert trainer.engine.steps == len(blobs)
     assert torch.equal(weights(trainer.guard), weights(alone.guard))
     assert not accelerator.sync_gradients
+
+
+@pytest.mark.parametrize("reset", [lambda: AcceleratorState._reset_state(True), GradientState._reset_state])
+def test_an_accelerator_whose_state_is_gone_is_refused_in_a_sentence(blobs, fresh_accelerate, reset):
+    """As in a notebook, of which a cell runs again."""
+    guard = new_guard()
+    accelerator = Accelerator()
+    options = TrainingOptions(accelerator=accelerator)
+    trainer = AdversarialClusterTrainer(guard, ATTACK, options=options)
+    trainer.fit(blobs, held_out(blobs), epochs=1, calibrate=False, progress=False)
+    guard.thresholds = torch.full((3,), 9.0)
+    reset()
+    for use in (
+        lambda: trainer.fit(blobs, held_out(blobs), epochs=2, calibrate=False, progress=False),
+        lambda: AdversarialClusterTrainer(guard, ATTACK, options=options).engine,
+        lambda: TrainingOptions(accelerator=accelerator),
+        lambda: judge(guard, held_out(blobs), accelerator=accelerator),
+        lambda: Calibrator(0.1).fit(guard, held_out(blobs), accelerator=accelerator),
+        lambda: evaluate(guard, {"FGSM": FGSM(eps=0.1)}, list(held_out(blobs)), accelerator=accelerator),
+    ):
+        with pytest.raises(ConfigurationError, match=r"_reset_state has deleted; make a new Accelerator"):
+            use()
+    for kind in (AcceleratorState, GradientState):
+        kind._reset_state()
+    options = TrainingOptions(accelerator=Accelerator())
+    trainer = AdversarialClusterTrainer(guard, ATTACK, options=options)
+    trainer.fit(blobs, held_out(blobs), epochs=1, calibrate=False, progress=False)
 
 
 def test_a_launchers_precision_is_followed_and_another_of_the_script_refused(blobs, fresh_accelerate, monkeypatch):
