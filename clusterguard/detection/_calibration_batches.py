@@ -51,7 +51,7 @@ class CalibrationBatches:
                 self.images = kept
                 if isinstance(self.detector, KeepsCalibration):
                     self.detector.learn_image_shape(images)
-                check_evidence(self.detector, images.to(self.detector.thresholds.device))
+                check_evidence(self.detector, images)
             elif kept.shape[1:] == self.images.shape[1:]:
                 self.images = torch.cat([self.images, kept])
 

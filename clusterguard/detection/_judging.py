@@ -71,6 +71,7 @@ def judge(
     return Verdicts(Detection(*judged), all_labels)
 
 
+@torch.no_grad()
 def check_evidence(detector: Detector, images: Tensor) -> None:
     """Check that a detector gives the same evidence for the same images, in every call and whatever their batch.
 
@@ -82,17 +83,19 @@ def check_evidence(detector: Detector, images: Tensor) -> None:
     The batches of graphs with dynamic quantisation are not checked, because their scales depend on them by design.
 
     Args:
-        detector: detector in eval mode.
+        detector: detector, which is put into eval mode for the check.
         images: (B, C, H, W) images in [0, 1].
 
     Raises:
         ConfigurationError: if the check fails.
     """
-    first, *others = (detector.evidence(images[:100]) for _ in range(4))
-    for other in others:
-        _check_same(first, other, _repeated(first), "at every call", _CHANGING)
-    if not getattr(detector, "has_dynamic_scales", False):
-        _check_independent(detector, images[:4])
+    images = images.to(detector.thresholds.device)
+    with evaluation_mode(detector), full_precision():
+        first, *others = (detector.evidence(images[:100]) for _ in range(4))
+        for other in others:
+            _check_same(first, other, _repeated(first), "at every call", _CHANGING)
+        if not getattr(detector, "has_dynamic_scales", False):
+            _check_independent(detector, images[:4])
 
 
 def _check_independent(detector: Detector, images: Tensor) -> None:

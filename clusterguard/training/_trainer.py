@@ -27,6 +27,7 @@ from clusterguard.detection import (
     Loader,
     Pairs,
     Unpack,
+    check_evidence,
     check_loader,
     check_passes,
     give_the_same_images,
@@ -218,7 +219,8 @@ class DetectorTrainer(ABC):
 
         Raises:
             ConfigurationError: `epochs` or `checkpoint_every` is below 1; a loader allows one pass only, or cannot be
-                split between processes; the optimizer or the scheduler would change nothing, or has changed nothing at
+                split between processes; a detector to be calibrated gives the same image different evidence;
+                the optimizer or the scheduler would change nothing, or has changed nothing at
                 the end; nothing is trainable; no file can be written at the checkpoint's path; or `stop_when` comes
                 without a checkpoint.
             PersistenceError: the checkpoint and the one before it are damaged or belong to another run, or another run
@@ -316,6 +318,7 @@ class DetectorTrainer(ABC):
             check_images(images)
             if not position:
                 judge(self.detector, [(images, labels)])
+                check_evidence(self.detector, images)
             yield images, labels
 
     def _finish_epoch(self, run: Run, title: str) -> bool:

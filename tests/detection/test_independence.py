@@ -68,6 +68,16 @@ def test_a_guard_that_mixes_images_is_not_calibrated(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", MIXING)
+def test_a_guard_that_mixes_images_is_not_trained_to_be_calibrated(kind):
+    guard = guard_with(MIXING[kind]())
+    trainer = cg.AdversarialClusterTrainer(guard, cg.FGSM(eps=0.1), calibrator=cg.Calibrator(0.2, scarce="pool"))
+    before = guard.encoder[0][0].weight.clone()
+    with pytest.raises(ConfigurationError, match="whatever other images are in the batch"):
+        trainer.fit(batches(guard), batches(guard), epochs=1, progress=False)
+    assert torch.equal(guard.encoder[0][0].weight, before)
+
+
+@pytest.mark.parametrize("kind", MIXING)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_guard_that_mixes_images_is_not_exported(kind, tmp_path):
     guard = guard_with(MIXING[kind]())
