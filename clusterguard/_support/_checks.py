@@ -100,7 +100,8 @@ def check_images(images: Tensor) -> None:
     """
     if not isinstance(images, Tensor):
         raise InputError(
-            f"expected images as a tensor of shape (B, C, H, W), got {type(images).__name__}; {_advice_for(type(images))}"
+            f"expected images as a tensor of shape (B, C, H, W), got {type(images).__name__}; "
+            f"{_advice_for(type(images))}"
         )
     if images.ndim != 4:
         shape = tuple(images.shape)
