@@ -20,6 +20,7 @@ from clusterguard.detection._calibration_batches import (
 from clusterguard.detection._decision import Detector
 from clusterguard.detection._judging import judge
 from clusterguard.detection._loaders import Loader, Pairs, Unpack
+from clusterguard.detection._metrics import doubt_labels
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError, in_one_line
 from torch import Tensor
 
@@ -246,10 +247,11 @@ def fit_thresholds(
     needed = minimum_examples(false_positive_rate)
     is_scarce = counts < needed
     if is_scarce.any() and (scarce == "error" or len(values) < needed):
+        doubt = doubt_labels(len(values), len(labels), num_classes)
+        advice = doubt or "add examples, allow a higher rate, or pass scarce='pool'"
         raise TooFewCalibrationExamplesError(
             f"a false-positive rate of {false_positive_rate} needs at least {needed} correctly classified calibration "
-            f"examples of every class, got {_listing(counts, is_scarce)}; add examples, allow a higher rate, or pass "
-            "scarce='pool'"
+            f"examples of every class, got {_listing(counts, is_scarce)}; {advice}"
         )
     thresholds = _class_thresholds(values_by_class, classes, counts, false_positive_rate, method, scarce)
     _check_finite(thresholds)

@@ -119,6 +119,29 @@ class Verdicts:
         return self.detection.labels == self.labels
 
 
+def doubt_labels(right: int, total: int, num_classes: int) -> str:
+    """A sentence about an accuracy that is no better than guessing; empty if it is better, or if it is uncertain.
+
+    Args:
+        right: number of images that are labelled correctly.
+        total: number of all images.
+        num_classes: number K of classes.
+
+    Example:
+        >>> doubt_labels(280, 300, num_classes=10)
+        ''
+        >>> doubt_labels(3, 300, num_classes=10)[:48]
+        'only 3 of 300 images are labelled correctly, no '
+    """
+    guessed = 1 / num_classes
+    if not total or wilson_interval(right, total)[1] > min(1.5 * guessed, guessed + 0.05):
+        return ""
+    return (
+        f"only {right} of {total} images are labelled correctly, no more than by guessing: are their classes numbered "
+        "as they were in training, and is the detector trained?"
+    )
+
+
 def accuracy(clean: Verdicts) -> Rate:
     """The share of images that are labelled correctly, whether they are refused or not.
 

@@ -2,6 +2,7 @@
 
 import inspect
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from clusterguard.detection import (
     accuracy_after_rejection,
     attack_success_rate,
     decide,
+    doubt_labels,
     expected_roc_auc,
     false_positive_rate,
     is_broken,
@@ -92,6 +94,9 @@ def evaluate(
         ConfigurationError: there are no attacks, one of them is no attack, has a name that is empty or not UTF-8, or a
             radius that covers all images, `sanity_images` is negative, or the precision is unknown.
 
+    Warns:
+        UserWarning: no more images are labelled correctly than by guessing.
+
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".
 
@@ -116,6 +121,8 @@ def evaluate(
     named = _settled(named, detector, *batches[0], accelerator)
     clean = judge(detector, batches, accelerator=accelerator)
     benign, labels, eligible = clean, clean.labels, is_eligible(clean)
+    if doubt := doubt_labels(accuracy(clean).count, len(labels), num_classes):
+        warnings.warn(doubt, stacklevel=2)
     if calibration_loader is not None:
         benign = judge(detector, calibration_loader, accelerator=accelerator, unpack=unpack)
     results: list[AttackResult] = []

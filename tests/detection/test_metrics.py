@@ -1,5 +1,6 @@
 import math
 
+import clusterguard as cg
 import pytest
 import torch
 from clusterguard import Detection
@@ -9,11 +10,13 @@ from clusterguard.detection import (
     accuracy,
     accuracy_after_rejection,
     attack_success_rate,
+    doubt_labels,
     expected_roc_auc,
     false_positive_rate,
     roc_auc,
     wilson_interval,
 )
+from clusterguard.errors import TooFewCalibrationExamplesError
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
@@ -80,3 +83,29 @@ def test_wilson_intervals_hold_the_share(count, more):
 def test_nothing_counted_is_nan_not_zero():
     assert math.isnan(Rate(0, 0).value)
     assert Rate(0, 0).interval == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "num_classes", "is_doubted"),
+    [(0, 300, 10, True), (30, 300, 10, True), (60, 300, 10, False), (0, 9, 10, False), (150, 300, 2, False),
+     (700, 1000, 2, False), (480, 1000, 2, True), (0, 0, 2, False), (1, 10_000, 1000, True)],
+)  # fmt: skip
+def test_an_accuracy_that_guessing_reaches_is_doubted(right, total, num_classes, is_doubted):
+    assert bool(doubt_labels(right, total, num_classes)) == is_doubted
+
+
+def test_classes_in_another_order_are_said_at_calibration_and_evaluation():
+    class Nearest(cg.DetectorModule):
+        def evidence(self, images):
+            distances = (images.flatten(1).mean(dim=1, keepdim=True) - torch.tensor([0.2, 0.5, 0.8])).abs()
+            return cg.Evidence(-distances, distances)
+
+    labels = torch.arange(300) % 3
+    images = (0.2 + 0.3 * labels[:, None, None, None] + 0.05 * torch.rand(300, 1, 2, 2)).clamp(0, 1)
+    shifted = [(images, (labels + 1) % 3)]
+    detector = Nearest(3)
+    with pytest.raises(TooFewCalibrationExamplesError, match=r"are their classes numbered as they were in training"):
+        cg.Calibrator(0.1).fit(detector, shifted)
+    detector.thresholds = torch.ones(3)
+    with pytest.warns(UserWarning, match="only 0 of 300 images are labelled correctly"):
+        cg.evaluate(detector, cg.FGSM(eps=0.01), shifted, sanity_images=0)
