@@ -212,6 +212,13 @@ def train(
     show(as_json, {**result, "history": history, "images": summary}, text)
 
 
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers such as 0.49,0.48,0.45, got {text}") from None
+
+
 @app.command()
 def guard(
     output: Annotated[Path, typer.Option(help="Folder for the guard, which is empty or not there.")],
@@ -221,6 +228,11 @@ def guard(
         typer.Option(exists=True, dir_okay=False, help="File of its weights, .safetensors or a state dict of torch."),
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Download weights; its classes are lost.")] = False,
+    mean: Annotated[
+        str | None,
+        typer.Option(help="Mean that it was trained with, such as 0.5 or 0.49,0.48,0.45; else as its library."),
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation, in the same form.")] = None,
     data: Data = "digits",
     image_size: ImageSize = None,
     channels: Channels = None,
@@ -252,7 +264,8 @@ def guard(
     network = cli_data.make_backbone(model, num_classes=len(classes), channels=depth, pretrained=pretrained)
     if weights:
         cli_data.load_weights(network, weights)
-    wrapped = ClusterGuard(network, num_classes=len(classes), class_names=classes).to(target)
+    values = _numbers(mean), _numbers(std)
+    wrapped = ClusterGuard(network, len(classes), mean=values[0], std=values[1], class_names=classes).to(target)
     _introduce(pictures, wrapped)
     bar = "aligning" if is_watched() else ""
     alignment = align(wrapped, DataLoader(pictures, batch_size), progress=bar)

@@ -2,10 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -177,7 +179,8 @@ def make_backbone(name: str, *, num_classes: int, channels: int, pretrained: boo
 
         if not timm.is_model(model):
             raise ConfigurationError(f"expected a model of timm, got {model!r}; timm.list_models() lists them")
-        return timm.create_model(model, pretrained=pretrained, num_classes=num_classes, in_chans=channels)
+        with _explained_downloads(name):
+            return timm.create_model(model, pretrained=pretrained, num_classes=num_classes, in_chans=channels)
     if library != "torchvision":
         raise ConfigurationError(f"expected a backbone such as timm:resnet18 or torchvision:resnet50, got {name!r}")
     from torchvision import models
@@ -187,8 +190,21 @@ def make_backbone(name: str, *, num_classes: int, channels: int, pretrained: boo
     if channels != 3:
         raise ConfigurationError(f"torchvision's models take 3 channels, got {channels}; pass --channels 3")
     if pretrained:  # the downloaded classifier has other classes
-        return make_encoder(models.get_model(model, weights="DEFAULT"), num_classes)
+        with _explained_downloads(name):
+            return make_encoder(models.get_model(model, weights="DEFAULT"), num_classes)
     return models.get_model(model, weights=None, num_classes=num_classes)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _explained_downloads(name: str) -> Iterator[None]:
+    """Context in which a download that fails becomes an error that says what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # those of urllib and of the Hub are OSErrors
+        raise ConfigurationError(
+            f"the weights of {name} cannot be downloaded ({in_one_line(error)}); go online, or leave out --pretrained "
+            "(`clusterguard guard` takes --weights FILE)"
+        ) from error
 
 
 def load_weights(network: nn.Module, file: Path) -> None:
@@ -206,7 +222,12 @@ def load_weights(network: nn.Module, file: Path) -> None:
         found: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         found = next((found[name] for name in ("state_dict", "model") if isinstance(found.get(name), dict)), found)
         network.load_state_dict({name.removeprefix("module."): value for name, value in found.items()})
-    except Exception as error:  # safetensors, pickle and torch have errors of many kinds
+    except UnpicklingError as error:
+        raise PersistenceError(
+            f"{file} holds other things than tensors, such as a whole model, which could run code; save "
+            "model.state_dict() instead"
+        ) from error
+    except Exception as error:  # safetensors and torch have errors of many kinds
         raise PersistenceError(
             f"{file} does not fit {type(network).__name__} with as many classes as the images have; name the model "
             f"that was trained. What went wrong: {in_one_line(error)}"

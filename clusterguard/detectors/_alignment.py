@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 from clusterguard._support import check_images, check_labels, evaluation_mode
-from clusterguard.detection import Loader, Pairs, Unpack, full_precision, number_of_batches
+from clusterguard.detection import Loader, Pairs, Unpack, doubt_labels, full_precision, number_of_batches
 from clusterguard.detectors._dense_layers import Dense, dense_layers
 from clusterguard.detectors._guard import ClusterGuard
 from clusterguard.detectors._heads import GaussianClusters
@@ -78,7 +78,9 @@ def align(guard: ClusterGuard, loader: Loader, *, unpack: Unpack | None = None, 
         InputError: images or labels have a wrong shape, dtype or range, there are too few, or a class is missing.
 
     Warns:
-        UserWarning: the accuracy would fall by more than 0.005 with each of the layers, so the guard stays as it is.
+        UserWarning: the accuracy would fall by more than 0.005 with each of the layers, so the guard stays as it is; or
+            no more held-out images are labelled correctly before than by guessing, which is as it should be only for
+            a classifier that is new.
 
     Example:
         >>> import torch
@@ -222,6 +224,8 @@ def _fit(
             if result[0] >= accuracy - _TOLERATED_LOSS and (not best[0] or result[1] < best[1]):
                 best = (*result, ridge, share)
     images = int(sums.counts.sum()) + len(labels)
+    if doubt := doubt_labels(round(accuracy * len(labels)), len(labels), head.num_classes):
+        warnings.warn(f"before the alignment {doubt}", stacklevel=3)
     if not best[0]:
         warnings.warn(
             f"expected a layer that keeps the accuracy of {accuracy:.3f} ({len(labels)} held-out images), found none, "

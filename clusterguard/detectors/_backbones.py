@@ -79,6 +79,11 @@ def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, conseque
         >>> choose_num_classes(nn.Flatten(), 10, consequence="")
         10
     """
+    if callable(backbone) and not isinstance(backbone, nn.Module):
+        raise UnsupportedBackboneError(
+            f"expected a torch.nn.Module that maps images to (B, D), got {type(backbone).__name__}; call it if it "
+            "makes a model, such as resnet18()"
+        )
     if not isinstance(backbone, nn.Module):
         raise UnsupportedBackboneError(
             f"expected a torch.nn.Module that maps images to (B, D), got {type(backbone).__name__}; pass the module "
@@ -143,7 +148,11 @@ def find_normalization(backbone: nn.Module) -> Normalization:
 
 
 def choose_normalization(
-    backbone: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, *, keep: bool = False
+    backbone: nn.Module,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    *,
+    keep: bool = False,
 ) -> tuple[Sequence[float], Sequence[float]]:
     """The normalisation that the user asked for, or else the one that the backbone expects.
 
@@ -167,6 +176,7 @@ def choose_normalization(
         >>> choose_normalization(nn.Flatten(), [0.5], None)
         ([0.5], (1.0,))
     """
+    mean, std = ([value] if isinstance(value, int | float) else value for value in (mean, std))
     built_in = unwrap(backbone, _is_model).normalization
     if built_in is None or keep:
         is_settled = built_in is not None or (mean is not None and std is not None)

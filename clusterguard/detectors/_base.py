@@ -133,6 +133,8 @@ class DetectorModule(nn.Module, ABC):
         """
         shape = self._image_shape
         if shape is not None and shape != "any" and tuple(images.shape[1:]) != shape:
+            if tuple(images.shape[1:]) == (shape[1], shape[2], shape[0]):
+                raise InputError(f"expected images of shape {shape}, got {tuple(images.shape[1:])}; {_CHANNELS_FIRST}")
             raise InputError(
                 f"expected images of shape {shape}, as this detector was made for, got {tuple(images.shape[1:])}; "
                 "resize or convert them, or set detector.image_shape to None before you train or calibrate it at "
@@ -201,6 +203,10 @@ class DetectorModule(nn.Module, ABC):
         return self
 
 
+_CHANNELS_FIRST = "images.permute(0, 3, 1, 2) puts the channels first"
+_OTHER_CHANNELS = "make the backbone for that many, as timm's in_chans= does, or repeat the channel of grey images"
+
+
 class Normalize(nn.Module):
     """Normalises images to ``(images - mean) / std`` in each channel.
 
@@ -221,12 +227,18 @@ class Normalize(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
         super().__init__()
+        mean, std = ((value,) if isinstance(value, int | float) else value for value in (mean, std))
         lengths_fit = {len(mean), len(std)} <= {1, max(len(mean), len(std))} - {0}
         if not lengths_fit or not all(map(math.isfinite, (*mean, *std))) or not all(value > 0 for value in std):
             raise ConfigurationError(
                 f"expected mean and std with one finite number per channel, std positive, got {mean} and {std}"
+            )
+        if max(mean) > 1 and max(std) > 1:
+            raise ConfigurationError(
+                f"expected mean and std of pixels in [0, 1], got {mean} and {std}; divide both by 255, because images "
+                "come in [0, 1]"
             )
         self.register_buffer("mean", torch.tensor(tuple(map(float, mean))).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(tuple(map(float, std))).view(-1, 1, 1))
@@ -236,10 +248,8 @@ class Normalize(nn.Module):
         check_tensor(images, "images", "B", "C", "H", "W", like=self.mean)
         channels = max(len(self.mean), len(self.std))
         if channels not in (1, images.shape[1]):
-            raise InputError(
-                f"expected images with {channels} channels, got {images.shape[1]}; "
-                "make the backbone for that many, as timm's in_chans= does, or repeat the channel of grey images"
-            )
+            advice = _CHANNELS_FIRST if images.shape[3] == channels else _OTHER_CHANNELS
+            raise InputError(f"expected images with {channels} channels, got {images.shape[1]}; {advice}")
         images = images.to(torch.promote_types(images.dtype, self.mean.dtype))  # half the bits would move the verdict
         return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
 
@@ -291,9 +301,10 @@ def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     except raised as error:
         if type(error) not in raised:
             raise  # an error of memory or the device, for which the images are not to blame
+        advice = "images.float() makes float32 of them; " if images.dtype == torch.float64 else ""
         raise InputError(
             f"expected images that the network can take, got {images.dtype} of shape {tuple(images.shape)} on "
-            f"{images.device}; it failed with: {error}"
+            f"{images.device}; {advice}it failed with: {error}"
         ) from error
 
 

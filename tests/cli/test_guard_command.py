@@ -72,11 +72,40 @@ def test_what_does_not_fit_is_said_in_one_line_and_leaves_nothing(photos, model,
     torch.save(nn.Linear(2, 2), tmp_path / "code.pt")  # a pickled module, which could run code
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.safetensors").write_text("hello")
-    for name in ("other.pt", "code.pt", "list.pt", "text.safetensors"):
+    result = run("--data", photos, "--weights", tmp_path / "code.pt", "--output", tmp_path / "guard", *OPTIONS)
+    assert re.fullmatch(
+        r"error: \S*code.pt holds other things than tensors.* model.state_dict\(\) instead\n", result.stderr
+    )
+    for name in ("other.pt", "list.pt", "text.safetensors"):
         result = run("--data", photos, "--weights", tmp_path / name, "--output", tmp_path / "guard", *OPTIONS)
         assert result.exit_code == 1
         assert re.fullmatch(rf"error: \S*{name} does not fit ResNet .*\n", result.stderr), result.stderr
         assert not (tmp_path / "guard").exists()
+
+
+def test_the_normalisation_of_the_training_can_be_passed(photos, weights, tmp_path):
+    result = run(
+        *("--data", photos, "--weights", weights, "--output", tmp_path / "guard", *OPTIONS),
+        *("--mean", "0.4", "--std", "0.3", "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)["guard"]
+    assert (told["mean"], told["std"]) == (pytest.approx([0.4]), pytest.approx([0.3]))
+    result = run("--data", photos, "--weights", weights, "--output", tmp_path / "other", *OPTIONS, "--mean", "half")
+    assert result.exit_code == 2
+    assert "expected numbers such as" in result.stderr
+
+
+def test_a_download_that_fails_is_explained(photos, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    result = run("--data", photos, "--pretrained", "--output", tmp_path / "guard", *OPTIONS)
+    assert result.exit_code == 1
+    assert re.match(
+        r"error: the weights of timm:test_resnet cannot be downloaded .* leave out --pretrained", result.stderr
+    )
 
 
 def test_a_model_that_knows_nothing_is_refused(photos, weights, tmp_path):

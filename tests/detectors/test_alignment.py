@@ -65,6 +65,7 @@ def test_images_come_nearer_to_their_centres_and_keep_their_labels(copies, scale
     assert distance_to_own(guard, fresh, fresh_labels) == pytest.approx(done.distance_after, rel=0.15)
 
 
+@pytest.mark.filterwarnings("ignore:before the alignment only")
 def test_a_layer_that_knows_nothing_becomes_the_regression():
     torch.manual_seed(0)
     guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(D, D)), K)
@@ -124,6 +125,12 @@ def test_only_the_last_layer_changes(build):
     assert all(parameter.requires_grad for parameter in guard.parameters())
 
 
+def test_classes_in_another_order_are_said():
+    images, labels = problem()
+    with pytest.warns(UserWarning, match=r"before the alignment only \d+ of 80 images are labelled correctly"):
+        align(ClusterGuard(classifier(), K), [(images, (labels + 1) % K)])
+
+
 def test_a_layer_without_a_bias_gets_one():
     torch.manual_seed(0)
     model = models.resnet18(num_classes=K)
@@ -173,6 +180,7 @@ def test_representations_that_are_made_otherwise_are_refused():
         align(guard, [(torch.rand(8, 3, 32, 32), torch.arange(8) % K)])
 
 
+@pytest.mark.filterwarnings("ignore:before the alignment only")
 def test_a_plain_network_of_any_end_is_aligned_on_its_outputs():
     images, labels = problem()
     for build in (Averaged, Reused):  # they get a layer on top, which is fitted

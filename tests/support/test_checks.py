@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from clusterguard import ClusterGuard
-from clusterguard.errors import InputError
+from clusterguard.errors import ConfigurationError, InputError, UnsupportedBackboneError
 from PIL import Image
 from torch import nn
+from torchvision.models import resnet18
 
 
 @pytest.fixture
@@ -36,6 +37,25 @@ def test_mistakes_in_images_are_explained(guard, images, advice):
         guard.detect(images)
     with torch.no_grad(), pytest.raises(InputError, match=advice):
         guard(images)
+
+
+def test_channels_that_come_last_and_float64_are_explained():
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(24, 2)), 2, mean=[0.5] * 3, std=0.5)
+    guard.thresholds = torch.ones(2)
+    with pytest.raises(InputError, match=r"images.permute\(0, 3, 1, 2\)"):
+        guard.detect(torch.rand(1, 2, 4, 3))
+    guard.learn_image_shape(torch.rand(1, 3, 2, 4))
+    with pytest.raises(InputError, match=r"images.permute\(0, 3, 1, 2\)"):
+        guard.detect(torch.rand(1, 2, 4, 3))
+    with pytest.raises(InputError, match=r"images.float\(\)"):
+        guard.detect(torch.rand(1, 3, 2, 4, dtype=torch.float64))
+
+
+def test_a_normalisation_of_8_bit_values_and_a_function_are_refused():
+    with pytest.raises(ConfigurationError, match="divide both by 255"):
+        ClusterGuard(nn.Flatten(), 2, mean=[123.7], std=[58.4], example=torch.rand(1, 1, 2, 2))
+    with pytest.raises(UnsupportedBackboneError, match=r"got function; call it if it makes a model"):
+        ClusterGuard(resnet18)
 
 
 def test_the_logits_of_images_that_were_normalised_twice_are_refused_without_gradients_only(guard):
