@@ -13,9 +13,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import clusterguard as cg
 import timm
 import torch
+from clusterguard import (
+    PGD,
+    AdversarialClusterTrainer,
+    Calibrator,
+    ClusterGuard,
+    TrainingOptions,
+    WorstCaseSuite,
+    align,
+    evaluate,
+)
 from clusterguard.detection import Rate, accuracy, false_positive_rate, judge
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -54,11 +63,11 @@ def load_network() -> nn.Module:
     return network.eval()
 
 
-def measure(guard: cg.ClusterGuard, test: Enlarged, attacked: Enlarged) -> dict[str, Any]:
+def measure(guard: ClusterGuard, test: Enlarged, attacked: Enlarged) -> dict[str, Any]:
     """Accuracy, false positives and what the suite breaks."""
     verdicts = judge(guard, test)
-    suite = cg.WorstCaseSuite(norm="linf", eps=EPS, budget="quick", precision="auto")
-    evaluation = cg.evaluate(guard, suite, attacked, generator=torch.Generator().manual_seed(0))
+    suite = WorstCaseSuite(norm="linf", eps=EPS, budget="quick", precision="auto")
+    evaluation = evaluate(guard, suite, attacked, generator=torch.Generator().manual_seed(0))
     return {
         "accuracy": _plain(accuracy(verdicts)),
         "false_positives": _plain(false_positive_rate(verdicts)),
@@ -79,24 +88,24 @@ def main() -> None:
     train, calibration = batches(data.train, "train"), batches(data.calibration, "calibration")
     test, attacked = batches(test_images, "test"), batches(test_images, "attacked")
     torch.manual_seed(0)
-    guard = cg.ClusterGuard(load_network(), 10, classifier="new", image_shape=(3, SIDE, SIDE))
-    calibrator = cg.Calibrator(0.05, scarce="pool")
+    guard = ClusterGuard(load_network(), 10, classifier="new", image_shape=(3, SIDE, SIDE))
+    calibrator = Calibrator(0.05, scarce="pool")
     result: dict[str, Any] = {
         "protocol": {"eps": EPS, "side": SIDE, "epochs": EPOCHS, "seed": 0, "budget": "quick", **COUNTS},
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch_threads},
         "versions": {name: version(name) for name in ("clusterguard", "torch", "timm")},
     }
-    alignment = cg.align(guard, train)
+    alignment = align(guard, train)
     calibrator.fit(guard, calibration)
     result["aligned"] = {"held_out_accuracy": alignment.accuracy_after, **measure(guard, test, attacked)}
     _write(result, began)
-    attack = cg.PGD(eps=EPS, step_size=EPS / 2, steps=3, keep="last")
-    trainer = cg.AdversarialClusterTrainer(
+    attack = PGD(eps=EPS, step_size=EPS / 2, steps=3, keep="last")
+    trainer = AdversarialClusterTrainer(
         guard,
         attack,
         optimizer=torch.optim.Adam(guard.parameters(), 3e-4),
         calibrator=calibrator,
-        options=cg.TrainingOptions(precision="auto"),
+        options=TrainingOptions(precision="auto"),
     )
     shuffled = batches(data.train, "train", shuffle=True, generator=generator)
     history = trainer.fit(shuffled, calibration, epochs=EPOCHS, on_epoch_end=print)

@@ -93,7 +93,9 @@ class SameSteps(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         outputs = {id(value): value for value in _flatten([result]) if isinstance(value, Tensor)}
         if any(isinstance(value, _Dependent) for value in step.values) and (outputs or name not in _QUESTIONS):
-            if not (self._left and self._left.popleft().is_like(step)):
+            if self._left and self._left[0].is_like(step):
+                self._left.popleft()
+            elif step.name != "clone":  # bounds hold for a tensor and for its copy
                 self.difference = self.difference or step.name
             self._dependent |= outputs
         return result

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 _HELD_OUT_EVERY = 5
 _MOST_HELD_OUT = 5000
 _RIDGES = tuple(10.0**power for power in range(-8, 3))  # as multiples of the mean variance of a feature
+_GOLDEN = (5**0.5 - 1) / 2
 _SHARES = tuple(step / 10 for step in range(11))
 _TOLERATED_LOSS = 0.005  # of accuracy
 
@@ -102,12 +103,16 @@ def align(guard: ClusterGuard, loader: Loader, *, unpack: Unpack | None = None, 
         pairs, batches = Pairs(loader, unpack), number_of_batches(loader)
         for images, labels in tqdm(pairs, desc=progress, total=batches, disable=not progress, leave=False):
             check_images(images)
+            if not images.isfinite().all():
+                raise InputError("expected images whose pixels are finite, got NaN or infinity; leave such images out")
             check_labels(labels, images, guard.num_classes)
             images, labels = images.to(guard.thresholds.device), labels.to(guard.thresholds.device).long()
             layers = layers or _find_last_layers(guard, images)
             features = layers.read(guard, images)
             sums = sums or _Sums(features, guard.num_classes)
-            is_kept = (torch.arange(seen, seen + len(labels), device=labels.device) + 1) % _HELD_OUT_EVERY == 0
+            # Multiples of the golden ratio spread evenly, whatever the order of the classes.
+            spread = torch.arange(seen, seen + len(labels), device=labels.device, dtype=torch.float64) * _GOLDEN
+            is_kept = spread % 1 < 1 / _HELD_OUT_EVERY
             is_kept &= sum(len(part) for _, part in kept) < _MOST_HELD_OUT
             kept.append((features[is_kept], labels[is_kept]))
             sums.add(features[~is_kept], labels[~is_kept])
@@ -253,7 +258,7 @@ def _find_last_layers(guard: ClusterGuard, images: Tensor) -> _LastLayers:
     for layer, inputs, outputs in reversed(calls):
         flat = inputs.flatten(1)
         is_linear = flat.shape[1] == layer.weight[0].numel()  # a convolution at one position only
-        is_linear &= sum(layer is called for called, *_ in calls) == 1
+        is_linear &= sum(layer is called for called, *_ in calls) == 1 and _can_be_fitted(layer)
         if is_linear and outputs.flatten(1).shape == after.shape and torch.equal(outputs.flatten(1), after):
             chain.append(layer)
             after = flat
@@ -268,6 +273,12 @@ def _find_last_layers(guard: ClusterGuard, images: Tensor) -> _LastLayers:
             return _LastLayers(before, last)
         break
     return _LastLayers(chain[0], None)
+
+
+def _can_be_fitted(layer: Dense) -> bool:
+    """Whether the layer computes what its weight says, and its weight is not computed itself."""
+    hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks)  # one of them records calls at this moment
+    return type(layer) in (nn.Linear, nn.Conv2d) and hooks <= 1 and "weight" in layer._parameters
 
 
 @contextmanager

@@ -234,7 +234,7 @@ def make_encoder(
 class KeptLogits(NamedTuple):
     """What a new last layer returns at first: the logits that the backbone has, times a scale.
 
-    With l·K outputs, each of the K logits is repeated l times.
+    An offset that all logits share is left out. With l·K outputs, each of the K logits is repeated l times.
     """
 
     num_classes: int
@@ -279,7 +279,7 @@ def adapt_backbone(
     Example:
         >>> classifier, images = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), torch.rand(2, 1, 28, 28)
         >>> encoder = adapt_backbone(classifier, 10, keep=KeptLogits(10, scale=2.0)).encoder
-        >>> torch.equal(encoder(images), 2 * classifier(images))
+        >>> torch.equal(encoder(images).argmax(dim=1), classifier(images).argmax(dim=1))
         True
     """
     if out_features < 1:
@@ -312,10 +312,13 @@ def _take_over_all(replaced: Replacement, scale: float) -> bool:
 
 
 def _repeat_inputs(layer: nn.Linear, scale: float) -> None:
-    """Let a linear layer return its inputs times a scale, each as often as it has more outputs than inputs."""
+    """Let a linear layer return its inputs, less their mean, times a scale, each as often as there is room for it."""
     with torch.no_grad():
         identity = torch.eye(layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
-        layer.weight.copy_(scale * repeat(identity, "k j -> (k l) j", l=layer.out_features // layer.in_features))
+        layer.weight.copy_(
+            scale
+            * repeat(identity - 1 / layer.in_features, "k j -> (k l) j", l=layer.out_features // layer.in_features)
+        )
         layer.bias.zero_()
 
 

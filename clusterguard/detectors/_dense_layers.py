@@ -30,6 +30,12 @@ def dense_layers(module: nn.Module) -> list[Dense]:
     ]
 
 
+def is_usual(layer: Dense) -> bool:
+    """Whether a layer computes what its weight and its bias say; a subclass of a user or a hook may not."""
+    is_known = type(layer).__module__.split(".")[0] in ("torch", "timm", "torchvision", "transformers")
+    return is_known and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 def changes_no_label(module: nn.Module) -> bool:
     """Whether a module without dense layers can follow a classifier without changing which output is the largest."""
     return isinstance(module, _HARMLESS)
@@ -62,7 +68,9 @@ def make_layer_like(layer: Dense, out_features: int) -> Dense:
 
 
 def take_over(old: nn.Module, new: nn.Module, scale: float) -> bool:
-    """Let a new classifier compute the outputs of an old one, times a scale, each of them several times.
+    """Let a new classifier compute the outputs of an old one times a scale, each of them several times.
+
+    Only an offset that all outputs share is left out.
 
     Args:
         old: classifier with K outputs, which may have further layers, such as a normalisation.
@@ -80,7 +88,7 @@ def take_over(old: nn.Module, new: nn.Module, scale: float) -> bool:
         return False
     if any(n.bias is None and o.bias is not None for o, n in pairs):
         return False
-    if any(o._forward_hooks or o._forward_pre_hooks for o, _ in pairs):  # they may change what the layer computes
+    if not all(is_usual(before) for before, _ in pairs):
         return False
     others, fresh = _other_tensors(old), _other_tensors(new)
     if {name: value.shape for name, value in others.items()} != {name: value.shape for name, value in fresh.items()}:
@@ -92,7 +100,8 @@ def take_over(old: nn.Module, new: nn.Module, scale: float) -> bool:
             copies = len(after.weight) // len(before.weight)
             after.weight.copy_(scale * repeat(before.weight, "k ... -> (k l) ...", l=copies))
             if after.bias is not None:
-                bias = torch.zeros_like(before.weight[:, 0]) if before.bias is None else before.bias
+                bias = torch.zeros_like(before.weight[:, 0]).flatten() if before.bias is None else before.bias
+                bias = bias - bias.mean()  # moves no label, and distances do not drown in an offset of all logits
                 after.bias.copy_(scale * repeat(bias, "k -> (k l)", l=copies))
     return True
 

@@ -63,10 +63,10 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             and 0 for other modules.
         std: standard deviation per channel, by which images are divided after that. None is as for `mean`, with 1 for
             other modules.
-        classifier: what becomes of the backbone's classifier. "keep": the representation starts as its logits times
-            M/10, because the largest logit of a trained classifier is about 10. A module that returns K numbers is
-            taken for a classifier. "new": the last layer starts with random weights. "auto": keep it if that is
-            possible.
+        classifier: what becomes of the backbone's classifier. "keep": the representation starts as its logits, but
+            for an offset of all, times M/10, because the largest logit of a trained classifier is about 10. A module
+            that returns K numbers is taken for a classifier. "new": the last layer starts with random weights. "auto":
+            keep it if that is possible.
         head: module that compares representations with classes; it is copied. None takes the `GaussianClusters` of the
             paper, made with `representation_dim` and `center_scale`. A head that is passed does not allow these two
             options, and no classifier is kept for one of another class.

@@ -12,6 +12,7 @@ from clusterguard.detectors._wrappers import Normalization
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
 from torch import Tensor, nn
 
+_LARGEST_OF_LEVIT = 512
 _NOWHERE = "/nowhere"  # an empty path would be this folder
 _PRE_TRAINED = "transformers.modeling_utils.PreTrainedModel"
 _UNIMPORTANT = {  # settings of a configuration that do not change what an image classifier computes
@@ -43,7 +44,16 @@ class HuggingFace(Family):
 
     name = "transformers"
     # Distilled models have two classifiers, whose logits they average.
-    _heads = ("classifier", "cls_classifier", "distillation_classifier", "fc", "head", "dist_head", "score")
+    _heads = (
+        "classifier",
+        "cls_classifier",
+        "distillation_classifier",
+        "classifier_distill",
+        "fc",
+        "head",
+        "dist_head",
+        "score",
+    )
 
     def fits(self, module: nn.Module) -> bool:
         """Whether a base of its class is that of all models of transformers."""
@@ -70,12 +80,15 @@ class HuggingFace(Family):
             path = model.config._name_or_path or _NOWHERE
             load: Any = AutoImageProcessor.from_pretrained
             processor = load(path, local_files_only=True)
+            scale = getattr(processor, "rescale_factor", 1 / 255)
+            if not (processor.do_normalize and processor.do_rescale and abs(255 * scale - 1) < 1e-6):
+                raise ValueError("it does not normalise pixels in [0, 1]")
             return tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std))
         except Exception:  # of many kinds: nothing there, or a processor without these values
             warnings.warn(
-                f"the image processor of this {type(model).__name__} is not on this machine, so images reach the model "
-                "as they are; pass mean=processor.image_mean and std=processor.image_std, or [0.0] and [1.0] if it "
-                "takes pixels in [0, 1]",
+                f"no image processor of this {type(model).__name__} is on this machine that normalises pixels in [0, "
+                "1], so images reach the model as they are; pass mean=processor.image_mean and "
+                "std=processor.image_std, or [0.0] and [1.0] if it takes pixels in [0, 1]",
                 stacklevel=6,
             )
             return None
@@ -110,7 +123,8 @@ class HuggingFace(Family):
 
     def class_names(self, model: Any) -> list[str] | None:
         """The names in the configuration, unless they are the usual LABEL_0, LABEL_1 and so on."""
-        names = [str(name) for _, name in sorted((getattr(model.config, "id2label", None) or {}).items())]
+        told = getattr(model.config, "id2label", None) or {}
+        names = [str(told[index]) for index in sorted(told, key=int)]  # some configurations have "10" for 10
         is_usual = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
         return None if is_usual or len(set(names)) < len(names) else names
 
@@ -137,6 +151,8 @@ class HuggingFace(Family):
         is_classifier = re.fullmatch(r"[A-Za-z0-9]+ForImageClassification\w*", architecture) is not None
         if not (is_classifier and re.fullmatch(r"[\w-]+", kind) and hasattr(transformers, architecture)):
             raise ConfigurationError(f"{name!r:.100} is no name of an image classifier of transformers")
+        if kind == "levit" and max([*_numbers(arguments.get("image_size"))], default=0) > _LARGEST_OF_LEVIT:
+            raise ConfigurationError("expected a smaller image_size, because LeViT takes time in its fourth power")
         config = transformers.AutoConfig.for_model(kind, **arguments)
         model: nn.Module = getattr(transformers, architecture)(config)
         return model
@@ -144,3 +160,7 @@ class HuggingFace(Family):
     def _find_heads(self, model: nn.Module) -> list[nn.Module]:
         heads = (getattr(model, name, nn.Identity()) for name in self._heads)
         return [head for head in heads if dense_layers(head)]
+
+
+def _numbers(value: Any) -> list[float]:
+    return [float(side) for side in (value if isinstance(value, list | tuple) else [value or 0])]

@@ -158,7 +158,7 @@ def check_scheduler(
             kept.
     """
     if scheduler is None:
-        if not any(float(group.get("lr", 1)) for group in optimizer.param_groups):
+        if all(group.get("lr", 1) == 0 for group in optimizer.param_groups):  # some find their own, and have None
             raise ConfigurationError(
                 f"expected a learning rate above 0, got 0 and no scheduler that raises it; pass {_FACTORY}"
             )

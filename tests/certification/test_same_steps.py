@@ -158,3 +158,10 @@ def test_a_network_that_takes_the_same_steps_for_both_keeps_its_certificates():
     proved = certify(guard, batch, guard.detect(batch).labels, eps=0.0)
     assert proved.is_secure.shape == (5,)
     check_bounds(guard, batch, ZEROS[:5], eps=0.01)
+
+
+def test_a_copy_that_only_a_tensor_gets_is_no_other_step():
+    def copied(values):
+        return values.flatten(1).clone() if isinstance(values, torch.Tensor) else values.flatten(1)
+
+    assert certify(guard_of(Network(copied)), GREY, ZEROS, eps=0.01).is_secure.all()

@@ -57,7 +57,8 @@ def test_labels_stay_and_a_saved_guard_is_built_again(name, tmp_path):
     guard = ClusterGuard(model, **VALUES, classifier="keep")
     with torch.no_grad():
         logits = model(pixel_values=guard.normalize(images)).logits
-        assert torch.allclose(guard.represent(images), logits, atol=1e-4)
+        shifts = guard.represent(images) - logits
+        assert torch.allclose(shifts, shifts[:, :1], atol=1e-4)
         assert torch.equal(guard(images).argmax(dim=1), logits.argmax(dim=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -93,6 +94,31 @@ def test_its_class_names_come_along(tmp_path):
     assert ClusterGuard(MODELS["vit"](), **VALUES).class_names is None  # LABEL_0 and so on say nothing
     with pytest.warns(UserWarning, match="num_classes=5"):
         assert ClusterGuard(model, 3, **VALUES).class_names is None
+
+
+def test_names_under_text_keys_keep_their_order():
+    model = configured("vit", image_size=32, **VIT)
+    model.classifier = nn.Linear(16, 12)
+    model.config.__dict__["id2label"] = {str(index): f"n{index}" for index in range(12)}
+    assert list(ClusterGuard(model, **VALUES).class_names) == [f"n{index}" for index in range(12)]
+
+
+@pytest.mark.parametrize("options", [{"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}])
+def test_a_processor_that_does_something_else_is_not_followed(options, tmp_path):
+    MODELS["vit"]().save_pretrained(tmp_path)
+    values = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, **options}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="no image processor"):
+        assert find_normalization(model) == ((0.0,), (1.0,))
+
+
+def test_both_heads_of_a_distilled_levit_are_kept():
+    model, images = MODELS["levit"](), image_for("levit")
+    guard = ClusterGuard(model, **VALUES, representation_dim=2 * K, center_scale=40.0)
+    with torch.no_grad():
+        labels = model(pixel_values=guard.normalize(images)).logits.argmax(dim=1)
+        assert torch.equal(guard(images).argmax(dim=1), labels)
 
 
 def test_mean_and_std_come_from_the_image_processor_beside_the_model(tmp_path):
@@ -134,6 +160,7 @@ def test_models_without_a_linear_classifier_are_refused():
         ("vit:ViTForImageClassification", {"auto_map": {"AutoModel": "code.Model"}}),
         ("vit:ViTForImageClassification", {"attn_implementation": "somebody/kernels"}),
         ("vit:ViTForImageClassification", {"quantization_config": {"quant_method": "bitsandbytes"}}),
+        ("levit:LevitForImageClassification", {"image_size": 4096}),
         ("dinat:DinatForImageClassification", {"backbone": "resnet50", "use_timm_backbone": True}),
     ],
 )

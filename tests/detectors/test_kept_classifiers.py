@@ -93,7 +93,7 @@ def assert_kept(guard, model, images):
     with torch.no_grad():
         logits = model.eval()(guard.normalize(images))
         logits = logits[0] if isinstance(logits, tuple) else logits
-        shifts = guard(images) / factor_of(guard) - logits  # constant in a row if a LogSoftmax was removed
+        shifts = guard(images) / factor_of(guard) - logits  # constant in a row, as the mean of the logits is
         assert torch.allclose(shifts, shifts[:, :1], atol=1e-5 * float(logits.abs().max()))
         assert torch.equal(guard(images).argmax(dim=1), logits.argmax(dim=1))
         nearest = guard.distances(images).argmin(dim=1, keepdim=True)
@@ -128,7 +128,8 @@ def test_logits_are_kept_for_every_width_and_scale(classes, copies, scale, size,
     images = torch.rand(20, 3, 2, 2, dtype=dtype)
     with torch.no_grad():
         logits = model(images)
-        assert torch.allclose(guard(images).to(dtype) / factor_of(guard), logits, rtol=1e-4, atol=1e-4 * size)
+        centred = logits - logits.mean(dim=1, keepdim=True)
+        assert torch.allclose(guard(images).to(dtype) / factor_of(guard), centred, rtol=1e-4, atol=1e-4 * size)
         nearest = guard.distances(images).argmin(dim=1, keepdim=True)
     lost = logits.max(dim=1).values - logits.gather(1, nearest).squeeze(1)
     assert lost.max() <= 1e-5 * (10 + size * (1 + size))  # squared distances round as much
@@ -157,15 +158,42 @@ def with_hook(_=None):
     return model
 
 
+@pytest.mark.parametrize("offset", [30.0, 1000.0])
+def test_an_offset_of_all_logits_moves_no_label(offset):
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=100)
+    with torch.no_grad():
+        model.fc.weight.mul_(10)
+        model.fc.bias.add_(offset)
+    guard, images = ClusterGuard(model.eval()), torch.rand(20, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(guard.distances(images).argmin(dim=1), model(guard.normalize(images)).argmax(dim=1))
+
+
+class CosineLinear(nn.Linear):
+    """A layer of a user that computes something else than its weight says."""
+
+    def forward(self, features):
+        return nn.functional.linear(nn.functional.normalize(features), nn.functional.normalize(self.weight))
+
+
+def with_cosine(make):
+    model = make("resnet18", num_classes=K)
+    model.fc = CosineLinear(512, K)
+    return model
+
+
 @pytest.mark.parametrize(
     "build",
     [
+        lambda: with_cosine(timm.create_model),
+        lambda: with_cosine(get_model),
         lambda: models.squeezenet1_1(num_classes=K),  # a ReLU and a mean follow the classifier
         lambda: with_two_layers(timm.create_model),
         lambda: with_two_layers(get_model),
         with_hook,
     ],
-    ids=["squeezenet", "timm", "torchvision", "hook"],
+    ids=["timm-cosine", "torchvision-cosine", "squeezenet", "timm", "torchvision", "hook"],
 )
 def test_a_classifier_that_is_lost_is_said(build):
     model = build()
