@@ -26,7 +26,7 @@ def test_randomness_of_the_system_in_later_images_is_noticed_before_training_and
 
         def __getitem__(self, index):
             image, label = DATA[index]
-            image = image * (1 - os.urandom(1)[0] / 999 * (index >= first))
+            image = image * (1 - int.from_bytes(os.urandom(4), "big") / 2**34 * (index >= first))
             return (image[None], label[None]) if options.get("batch_size", 10) is None else (image, label)
 
     for epochs in (1, 2):
