@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -179,7 +179,7 @@ def make_backbone(name: str, *, num_classes: int, channels: int, pretrained: boo
 
         if not timm.is_model(model):
             raise ConfigurationError(f"expected a model of timm, got {model!r}; timm.list_models() lists them")
-        with _explained_downloads(name):
+        with _explained_downloads(name) if pretrained else nullcontext():
             return timm.create_model(model, pretrained=pretrained, num_classes=num_classes, in_chans=channels)
     if library != "torchvision":
         raise ConfigurationError(f"expected a backbone such as timm:resnet18 or torchvision:resnet50, got {name!r}")

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from clusterguard._support import check_images, check_labels, evaluation_mode
@@ -267,12 +266,11 @@ def _find_last_layers(guard: ClusterGuard, images: Tensor) -> _LastLayers:
             f"expected a representation that one linear layer makes, got that of {type(guard.encoder).__name__}, which "
             "is made otherwise; train the guard instead"
         )
-    for last, before in pairwise(chain):
-        is_repeater = isinstance(last, nn.Linear) and last.in_features == guard.num_classes == len(before.weight)
-        if is_repeater and isinstance(last, nn.Linear) and before.weight[0].numel() > guard.num_classes:
-            return _LastLayers(before, last)
-        break
-    return _LastLayers(chain[0], None)
+    last, *earlier = chain
+    is_repeater = bool(earlier) and last.weight.shape[1] == guard.num_classes < earlier[0].weight[0].numel()
+    if is_repeater and isinstance(last, nn.Linear):  # it repeats the logits of a classifier
+        return _LastLayers(earlier[0], last)
+    return _LastLayers(last, None)
 
 
 def _can_be_fitted(layer: Dense) -> bool:

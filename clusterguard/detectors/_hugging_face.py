@@ -1,4 +1,4 @@
-"""Image classifiers of transformers as backbones. The library is imported only to build a model."""
+"""Image classifiers of transformers as backbones. The library is imported to build a model or read its processor."""
 
 import re
 import warnings

@@ -8,7 +8,7 @@ import timm
 import torch
 from clusterguard import ClusterGuard
 from clusterguard.cli import app
-from clusterguard.cli._data import load_part
+from clusterguard.cli._data import load_part, make_backbone
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -106,6 +106,8 @@ def test_a_download_that_fails_is_explained(photos, tmp_path, monkeypatch):
     assert re.match(
         r"error: the weights of timm:test_resnet cannot be downloaded .* leave out --pretrained", result.stderr
     )
+    with pytest.raises(OSError, match="Name or service"):  # nothing is downloaded, so nothing is said of downloads
+        make_backbone("timm:test_resnet", num_classes=3, channels=1, pretrained=False)
 
 
 def test_a_model_that_knows_nothing_is_refused(photos, weights, tmp_path):
