@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ _NAMES: dict[Part, str] = {
 PARTS: dict[str, Part] = {name: part for part, names in _NAMES.items() for name in names.split()}
 _AFFIX = r"(?:data|set|images?|imgs?|pictures?|photos?|samples?|split|[\W\d_])*"  # as in "01_train" and "ValDataSet"
 _NAME_OF_PART = re.compile(f"{_AFFIX}({'|'.join(PARTS)}){_AFFIX}")
+_PART_AND_MORE = re.compile(rf"(|.*[\W\d_])({'|'.join(PARTS)})(|[\W\d_].*)")
 _SUFFIXES = ".jpg .jpeg .jpe .jif .jfif .pjp .pjpeg .mpo .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm"
 SUFFIXES = {*_SUFFIXES.split(), *([".avif"] if "AVIF" in FORMATS else [])}
 _SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
@@ -87,10 +88,11 @@ def open_folder(root: Path, seed: int, *, skip_unreadable: bool = False) -> Imag
     """Find the parts and classes in a folder. Images are decoded only with `skip_unreadable`.
 
     Folders named `train`, `calibration` and `test`, or by another usual name, are parts if they hold folders of images.
-    Upper and lower case do not matter, nor do numbers and words such as `data`, `set` or `images` around the name. If
-    such a folder holds images directly, it is a class of that name. If there are no parts, a hash of the seed and the
-    content of an image decides to which part the image belongs. So copies of an image stay together. If a class has
-    copies and this would leave it without images in some part, names of files decide instead of contents.
+    Upper and lower case do not matter, nor do numbers and words such as `data`, `set` or `images` around the name, nor
+    do other words that all folders share, as in `train_rgb` and `test_rgb`. If such a folder holds images directly, it
+    is a class of that name. If there are no parts, a hash of the seed and the content of an image decides to which part
+    the image belongs. So copies of an image stay together. If a class has copies and this would leave it without images
+    in some part, names of files decide instead of contents.
 
     Args:
         root: path of the folder.
@@ -152,7 +154,7 @@ def _find_parts(root: Path, tree: _Tree, passed_over: Counter[str]) -> dict[Part
     """The folders that are parts, which have a usual name and hold folders of images."""
     filled = {name: subtree for name, subtree in tree.folders.items() if subtree.below()}
     matches = {name: _NAME_OF_PART.fullmatch(name.casefold()) for name in filled}
-    named = {name: PARTS[match[1]] for name, match in matches.items() if match}
+    named = {name: PARTS[match[1]] for name, match in matches.items() if match} or _parts_with_one_addition(filled)
     nested = {name for name in named if any(subtree.below() for subtree in filled[name].folders.values())}
     if not nested:
         for name, subtree in filled.items():
@@ -187,6 +189,14 @@ def _find_parts(root: Path, tree: _Tree, passed_over: Counter[str]) -> dict[Part
     for name in set(named) - nested:  # for instance test images without labels
         passed_over["in no class"] += len(filled[name].images)
     return {part: parts[part] for part in SHARES if part in parts}
+
+
+def _parts_with_one_addition(filled: Collection[str]) -> dict[str, Part]:
+    """The parts of names such as `train_rgb` and `test_rgb`, which differ in nothing but the name of a part."""
+    matches = {name: _PART_AND_MORE.fullmatch(name.casefold()) for name in filled}
+    named = {name: PARTS[match[2]] for name, match in matches.items() if match}
+    around = {(match[1], match[3]) for match in matches.values() if match}
+    return named if len(named) == len(filled) > 1 and len(around) == 1 else {}
 
 
 def _check_classes(root: Path, filled: dict[str, _Tree]) -> None:

@@ -20,6 +20,7 @@ from clusterguard.detection import is_running
 from clusterguard.errors import PersistenceError
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 _DEPTH, _WIDTH, _MOST = 12, 256, 50_000  # limits of the search, which must end even in a data set of a million files
 _GENERATORS = (Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
@@ -282,7 +283,7 @@ def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
 def _held_by_object(value: Any) -> Iterator[tuple[str, Any]]:
     """The attributes of an object, and the generators and methods of its classes."""
     for name, child in _attributes(value).items():
-        if not (isinstance(value, DataLoader) and name == "_iterator"):  # belongs to the running pass alone
+        if not isinstance(child, _BaseDataLoaderIter):  # belongs to the running pass alone
             yield name, child
     for kind in _custom_classes(value):
         for name, member in vars(kind).items():

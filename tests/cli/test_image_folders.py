@@ -58,6 +58,8 @@ def look(root):
         ("trn", "vld", "tst"),
         ("train2017", "val2017", "test2017"),
         ("images.train", "Data Dev", "dataset-evaluation_split"),
+        ("train_rgb", "val_rgb", "Test_RGB"),
+        ("coco train v2", "coco val v2", "coco test v2"),
     ],
 )
 def test_parts_have_their_usual_names_in_any_case(tmp_path, names):
