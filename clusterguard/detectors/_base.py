@@ -1,6 +1,8 @@
 """The base class of detectors that are modules, with thresholds, a checked `detect` and the record of calibration."""
 
+import itertools
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -46,9 +48,11 @@ class DetectorModule(nn.Module, ABC):
         ConfigurationError: there are fewer than two classes, or the image shape is not valid.
 
     Attributes:
-        thresholds: (K,) float32 buffer, NaN until calibrated. It stays float32 under ``.half()``, because
-            rounding a threshold would void its calibration.
-        calibration: record of how the thresholds were fitted; None if they were not fitted by a `Calibrator`.
+        thresholds: (K,) float32 buffer, NaN until calibrated. It stays float32 under ``.half()``.
+        calibration: record of how the thresholds were fitted; None if they were not fitted by a `Calibrator`. The
+            record holds for one precision: a conversion to or from half precision, such as ``.half()``, removes it
+            with a warning, because other images are refused then. Float32 and float64 differ less than the slack for
+            rounding that a `Calibrator` adds to thresholds.
         frozen: names of submodules that stay in eval mode while the detector is trained, such as a BatchNorm whose
             statistics must not change.
         class_names: K different names in the order of the labels; None if they are not known. They are stored with a
@@ -196,11 +200,23 @@ class DetectorModule(nn.Module, ABC):
         return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
-        exact = self.thresholds
+        exact, before = self.thresholds, self._half_precisions()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
         if self.thresholds.dtype != exact.dtype:
             self.thresholds = exact.to(self.thresholds.device)
+        if self.calibration is not None and self._half_precisions() != before:
+            self.calibration = None
+            warnings.warn(
+                "the thresholds were fitted in another precision, so their false-positive rate does not hold any more; "
+                "calibrate the detector again after it is converted",
+                stacklevel=3,
+            )
         return self
+
+    def _half_precisions(self) -> set[torch.dtype]:
+        """The floating-point types of less than 32 bits in which this detector computes."""
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dtype.itemsize < 4}
 
 
 _CHANNELS_FIRST = "images.permute(0, 3, 1, 2) puts the channels first"

@@ -188,6 +188,7 @@ def test_its_state_makes_another_instance_the_same(case):
     assert torch.equal(other.thresholds, case.detector.thresholds)
 
 
+@pytest.mark.filterwarnings("ignore:the thresholds were fitted in another precision")
 def test_half_precision_costs_no_decisions(case):
     half = copy.deepcopy(case.detector).half()
     with torch.no_grad():

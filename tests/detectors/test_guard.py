@@ -5,6 +5,7 @@ import torch
 from clusterguard import PGD, ClusterGuard
 from clusterguard._support import check_detector
 from clusterguard.deployment import export_program
+from clusterguard.detection import Calibration
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from torch import nn
 
@@ -93,6 +94,19 @@ def test_thresholds_travel_in_the_state_dict_and_stay_exact_in_half_precision(sm
     small_guard.to(torch.bfloat16)
     assert torch.equal(small_guard.thresholds, exact)
     assert small_guard.detect(torch.rand(2, 1, 8, 8).bfloat16()).distances.dtype == torch.float32
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, lambda guard: guard.to(torch.bfloat16)])
+def test_a_rate_holds_only_in_the_precision_in_which_it_was_fitted(small_guard, convert):
+    record = Calibration((1.0, 2.0, 3.0), (90,) * 3, 300, (0.01,) * 3, 0.01, "conformal")
+    small_guard.calibration = record
+    assert small_guard.double().float().cpu().calibration == record
+    with pytest.warns(UserWarning, match=r"fitted in another precision.* calibrate the detector again"):
+        convert(small_guard)
+    assert small_guard.calibration is None
+    small_guard.calibration = record  # as if calibrated in this precision
+    with pytest.warns(UserWarning, match="fitted in another precision"):
+        small_guard.float()
 
 
 def test_normalisation_is_inside():
