@@ -170,7 +170,7 @@ def publish(
 ) -> None:
     """Save the guard of the first matching cell as a folder that `ClusterGuard.from_pretrained` loads.
 
-    Example: python -m benchmarks publish certified-mnist --profile cpu --to benchmarks/results/checkpoints/mnist
+    Example: python -m benchmarks publish certified-mnist --profile cpu --to guards/mnist-certified
     """
     cells = _cells([name], profile, only)
     if not cells:

@@ -1,14 +1,16 @@
 """Publish a trained guard of the benchmarks as a calibrated and evaluated folder with a model card."""
 
 from pathlib import Path
+from typing import cast
 
 from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, certified_success_rate, evaluate
 from clusterguard.detection import accuracy, false_positive_rate, judge
 from clusterguard.detectors import CardDetails
 from clusterguard.errors import ConfigurationError
-from torch import Generator
+from torch import Generator, nn
 
 from benchmarks.data import FloatBatches
+from benchmarks.detectors import Features
 from benchmarks.experiments import Cell
 from benchmarks.running._attacking import REFERENCE_IMAGES
 from benchmarks.running._training import JUDGED_AT_ONCE, Trainings
@@ -32,6 +34,9 @@ def publish_guard(
     guard, record = trainings.detector(cell)
     if not isinstance(guard, ClusterGuard):
         raise ConfigurationError(f"expected a guard to publish, got a {type(guard).__name__}")
+    encoder = cast(nn.Sequential, guard.encoder)
+    if isinstance(encoder[0], Features):
+        encoder[0] = encoder[0].body  # so that the folder loads where benchmarks is not installed
     data, eps = trainings.dataset(cell.training.dataset), cell.training.attack["eps"]
     Calibrator().fit(guard, FloatBatches(data.calibration, JUDGED_AT_ONCE), progress=trainings.progress)
     references = data.calibration.head(REFERENCE_IMAGES).floats()
@@ -52,12 +57,8 @@ def publish_guard(
         **{
             f"any attack of linf {share * eps:g} breaks at most": certified_success_rate(guard, judged, eps=share * eps)
             for share in (0.75, 1)
+            if cell.training.recipe == "certified"
         },
     }
     training = {**record, "on the test set": {name: str(rate) for name, rate in figures.items()}}
-    card = CardDetails(
-        licence="mit",
-        imports="from benchmarks.detectors import build_network",
-        backbone=f'build_network("{cell.training.model}", {data.image_shape})',
-    )
-    guard.save_pretrained(folder, training=training, evaluation=report, card=card)
+    guard.save_pretrained(folder, training=training, evaluation=report, card=CardDetails(licence="mit"))
