@@ -47,6 +47,7 @@ def publish_guard(
         FloatBatches(test.head(attacked).to(trainings.device), attacked),
         generator=Generator(trainings.device).manual_seed(cell.seed),
         sanity_images=0,
+        precision="auto",
         progress=trainings.progress,
     )
     judged = FloatBatches(test.head(images).to(trainings.device), JUDGED_AT_ONCE)
