@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,8 +45,16 @@ def assert_equal(guard: ClusterGuard, again: ClusterGuard, images: torch.Tensor)
         assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config without its digest, so that changes of it are taken for another save."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    del config["content_sha256"]
+    return config
+
+
 def edit_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
+    config.pop("content_sha256", None)  # an older version's config has none
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 

@@ -1,15 +1,15 @@
 """Files that are written completely or not at all."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+    """Let `write` fill a file beside `path`, then move it there in one step.
 
-    If writing fails, an older file at `path` stays as it was.
+    If writing fails, an older file at `path` stays as it was. What a killed process leaves is overwritten next time, so
+    only one process may write a file at a time.
 
     Args:
         path: path of the file. Its folder is created if it does not exist.
@@ -19,10 +19,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
         The path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
+    temporary = path.with_name(f".{path.stem}-part{path.suffix}")  # the suffix may decide how it is written
+    try:
         write(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())  # or a crash of the machine could leave an empty file under the new name
         temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path

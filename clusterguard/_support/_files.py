@@ -1,15 +1,23 @@
 """Files that are written completely or not at all, and archives that are read completely or not at all."""
 
+import glob
 import os
+import shutil
+import sys
 import tempfile
+import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -33,8 +41,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
+    with _staging(path) as folder:
+        temporary = folder / path.name
         temporary.touch()
         permissions = temporary.stat().st_mode
         write(temporary)
@@ -43,6 +51,35 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
             os.fsync(written.fileno())  # or a crash of the machine could leave an empty file under the new name
         temporary.replace(path)
     return path
+
+
+@contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """A folder beside a file for the block. Folders that killed writers of the file left behind are removed, too."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.????????/"):
+        with suppress(OSError), _locked(folder) as is_free:
+            if is_free and time.time() - folder.stat().st_mtime > 1:  # a younger one may not be locked yet
+                shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name, _locked(Path(name)):
+        yield Path(name)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Try to lock a folder for the block, and say whether that worked. A killed process loses its locks."""
+    if sys.platform == "win32":  # which locks no folders
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # somebody else has locked it, or the file system knows no locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
 
 
 def check_place(path: str | Path) -> None:

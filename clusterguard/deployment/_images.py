@@ -3,12 +3,15 @@
 import io
 import re
 import struct
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.ImageFile
 from clusterguard.errors import InputError
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -25,8 +28,12 @@ _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _PNG_WHOLE = ((0, 0, 1, 1),)  # passes over an image: first column and row, and the steps between these
 _PNG_INTERLACED = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # other bytes after 0xFF belong to the compressed data
+_JPEG_RESTART = re.compile(rb"\xff+[\xd0-\xd7]")
+_JPEG_PADDING = bytes((37 * index + 254) % 255 for index in range(64))  # any bytes but 0xFF
 _SRGB_GAMMA = 45455
 _SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+_lock = threading.Lock()
+_readers, _reads_truncated = 0, False
 
 
 class ImageFile(NamedTuple):
@@ -83,7 +90,8 @@ def read_image(
     try:
         content = file if isinstance(file, bytes) else Path(file).read_bytes()
         picture = Image.open(io.BytesIO(content), formats=formats)
-        return _read(picture, content, max_pixels)
+        with _refusing_truncated_images():
+            return _read(picture, content, max_pixels)
     except UnidentifiedImageError as error:
         raise InputError(
             f"expected a still, opaque image, got {name}, which is damaged or of none of the formats "
@@ -291,15 +299,31 @@ def _check_png_colours(parts: dict[bytes, bytes]) -> None:
 
 
 def _examine_jpeg(picture: Any, content: bytes) -> list[str]:
-    position, marker = 2, b""
+    position, marker, interval = 2, b"", 0
+    scans: list[bytes] = []  # headers
+    padded = content[:2]
     while marker != b"\xd9":
         match = _JPEG_MARKER.search(content, position)
         if match is None:
             raise _RefusedError("it is cut off before its end; save it again")
+        between = content[position : match.start()]
+        if marker == b"\xda":  # the pixels of a scan
+            restarts = len(_JPEG_RESTART.findall(between))
+            if interval and restarts != -(-_count_jpeg_units(picture, scans[-1]) // interval) - 1:
+                raise _RefusedError("its pixels end before their time; save it again")
+            between = _JPEG_RESTART.sub(_JPEG_PADDING + rb"\g<0>", between) + _JPEG_PADDING
         marker, position = match[1], match.end()
         if marker not in (b"\xd9", b"\x01"):  # only these have no length
             position += struct.unpack_from(">H", content, position)[0]
-    doubts = []
+        segment = content[match.end() + 2 : position]
+        padded += between + content[match.start() : position]
+        if marker == b"\xda":
+            scans.append(segment)
+        if marker == b"\xdd":
+            (interval,) = struct.unpack(">H", segment)
+    doubts = _doubt_jpeg_scans(picture, scans)
+    if picture.format == "JPEG" and not _shows(picture, padded):
+        raise _RefusedError("its pixels end before their time; save it again")
     if picture.format == "MPO" or "mp" in picture.info or any(b"hdrgm:" in segment for _, segment in picture.applist):
         doubts.append("several pictures in it; save the first one alone")
     elif position < len(content):
@@ -307,6 +331,54 @@ def _examine_jpeg(picture: Any, content: bytes) -> list[str]:
     if sum(segment.startswith(b"Exif\0\0") for _, segment in picture.applist) > 1:
         doubts.append("several blocks of EXIF data")
     return doubts
+
+
+def _count_jpeg_units(picture: Any, scan: bytes) -> int:
+    """The number of coded units in a scan with this header: of blocks of 8 × 8 pixels, or of groups of such blocks."""
+    across, down = (max(int(layer[axis]) for layer in picture.layer) for axis in (1, 2))
+    width, height = map(int, picture.size)
+    if scan[0] == 1:  # a single component, possibly of fewer pixels than the image
+        _, own_across, own_down, *_ = next(layer for layer in picture.layer if layer[0] == scan[1])
+        width, height = -(-width * own_across // across), -(-height * own_down // down)
+        across = down = 1
+    return -(-width // (8 * across)) * -(-height // (8 * down))
+
+
+def _doubt_jpeg_scans(picture: Any, scans: list[bytes]) -> list[str]:
+    """Whether the scans hold every coefficient of every component to its last bit. They may refine it step by step."""
+    missing = {component[0]: set(range(64)) for component in picture.layer}
+    for scan in scans:
+        first, last, precision = scan[-3:]
+        for component in scan[1 : 1 + 2 * scan[0] : 2]:
+            if precision & 15 == 0:
+                missing.get(component, set()).difference_update(range(first, last + 1))
+    return ["scans that are missing"] if any(missing.values()) else []
+
+
+def _shows(picture: Image.Image, padded: bytes) -> bool:
+    """Whether a JPEG shows the same with bytes added to its pixels, which are read only where others are missing."""
+    return np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(padded), formats=("JPEG",))))
+
+
+@contextmanager
+def _refusing_truncated_images() -> Iterator[None]:
+    """Let Pillow refuse files that are cut off, also where a program has told it to read them.
+
+    The setting belongs to the process. The first thread that enters switches it, and the last one restores it.
+    """
+    global _readers, _reads_truncated
+    with _lock:
+        if not _readers:
+            _reads_truncated = PIL.ImageFile.LOAD_TRUNCATED_IMAGES
+            PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _readers -= 1
+            if not _readers:
+                PIL.ImageFile.LOAD_TRUNCATED_IMAGES = _reads_truncated
 
 
 def _examine_tiff(picture: Any, content: bytes) -> list[str]:

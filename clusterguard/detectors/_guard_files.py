@@ -1,8 +1,8 @@
 """The files of a saved guard: how they are read from strangers, and replaced without a moment that has no guard.
 
-`config.json` tells the digest of the weights that belong to it. A save writes the weights under a name made of that
-digest, then replaces `config.json`, then moves the weights to `model.safetensors`. So at every moment `config.json` and
-one of the two files belong together, and a reader who saw the files change starts again.
+`config.json` tells the digest of the weights that belong to it, and that of its own content. A save writes the weights
+under a name made of their digest, then replaces `config.json`, then moves the weights to `model.safetensors`. So at
+every moment `config.json` and one of the two files belong together, and a reader who saw the files change starts again.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ T = TypeVar("T")
 FORMAT, FORMAT_VERSION = "clusterguard", 1
 WEIGHTS, CARD, CONFIG = "model.safetensors", "README.md", "config.json"
 _AGAIN = "download it or save the guard again"
+_DIGEST = "content_sha256"  # of everything else in config.json
 _LARGEST_JSON, _DEEPEST_JSON = 2**24, 50  # of a guard of 20,000 classes a fifth of that
 _TRIES = 20
 _NAMED = re.compile(r"model-[0-9a-f]{64}\.safetensors")
@@ -161,7 +162,16 @@ def read_config(file: Path) -> dict[str, Any]:
             f"expected format version {FORMAT_VERSION} or older in {file}, got {repr(version_there)[:50]}; "
             "upgrade clusterguard"
         )
+    if config.pop(_DIGEST, None) not in (None, digest_of_config(config)):  # 0.1 wrote none
+        raise PersistenceError(
+            f"{file} was edited or damaged after it was saved; {_AGAIN}, or delete {_DIGEST} in it if it was you"
+        )
     return config
+
+
+def digest_of_config(config: Mapping[str, Any]) -> str:
+    """The digest of a config's content, whatever its layout."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(text: bytes) -> Any:
@@ -199,9 +209,12 @@ def write_guard(folder: Path, config: Mapping[str, Any], weights: bytes, card: s
         ConfigurationError: a config that could not be read again.
     """
     digest = hashlib.sha256(weights).hexdigest()
-    text = json.dumps({**config, "weights_sha256": digest}, indent=2, allow_nan=False).encode() + b"\n"
+    content = {**config, "weights_sha256": digest}
+    text = json.dumps(content, allow_nan=False)
     try:
-        read_json(text)
+        whole = {**content, _DIGEST: digest_of_config(read_json(text.encode()))}  # JSON has no tuples
+        data = json.dumps(whole, indent=2).encode() + b"\n"
+        read_json(data)
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(
             f"expected training, evaluation and names that {CONFIG} has room for, got more ({in_one_line(error)}); "
@@ -212,8 +225,8 @@ def write_guard(folder: Path, config: Mapping[str, Any], weights: bytes, card: s
         _sweep(folder)
         try:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as staging:
-                for name, content in ((WEIGHTS, weights), (CONFIG, text), (CARD, card.encode())):
-                    _write_to_disk(Path(staging) / name, content)
+                for name, body in ((WEIGHTS, weights), (CONFIG, data), (CARD, card.encode())):
+                    _write_to_disk(Path(staging) / name, body)
                 named = folder / _named_by(digest)
                 (Path(staging) / WEIGHTS).replace(named)
                 (Path(staging) / CONFIG).replace(folder / CONFIG)

@@ -288,6 +288,8 @@ def restore(path: Path | None, sha256: str, limit: float) -> cg.FalsePositiveMon
         return cg.FalsePositiveMonitor(limit)
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["digest"] != digest_of(saved["sha256"], saved["monitor"]):
+            raise ValueError("a damaged state")
         if saved["sha256"] == sha256:
             return cg.FalsePositiveMonitor.from_state_dict(saved["monitor"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -298,12 +300,18 @@ def restore(path: Path | None, sha256: str, limit: float) -> cg.FalsePositiveMon
     return cg.FalsePositiveMonitor(limit)
 
 
+def digest_of(sha256: str, state: dict[str, Any]) -> str:
+    """A digest of a monitor's state and its graph, by which damage is noticed."""
+    return hashlib.sha256(json.dumps([sha256, state], sort_keys=True).encode()).hexdigest()
+
+
 def save(path: Path, sha256: str, monitor: cg.FalsePositiveMonitor) -> None:
     """Write the monitor's state beside its file, then move it there: a kill in between leaves the old one whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"sha256": sha256, "monitor": monitor.state_dict()}, file)
+            state = monitor.state_dict()
+            json.dump({"sha256": sha256, "monitor": state, "digest": digest_of(sha256, state)}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -453,10 +453,11 @@ def test_the_monitor_goes_on_after_a_restart(app, graph, tmp_path, monkeypatch, 
         assert "clusterguard_monitor_alarm 1.0" in httpx2.get(f"{place}/metrics", trust_env=False).text
     assert json.loads(state.read_text()) == saved
 
-    state.write_text(json.dumps(saved | {"sha256": "0" * 64}))  # of another graph
+    app.save(state, "0" * 64, cg.FalsePositiveMonitor(0.1))  # of another graph
     app.create_app(str(graph), str(state))
     assert app.restore(state, saved["sha256"], 0.1).report.seen == 0
-    for damaged in ("", "[]", "{", "null", json.dumps(saved | {"monitor": saved["monitor"] | {"alarm": "false"}})):
+    flipped = json.dumps(saved | {"monitor": saved["monitor"] | {"seen": 81}}), json.dumps(saved | {"sha256": "0" * 64})
+    for damaged in ("", "[]", "{", "null", *flipped):
         state.write_text(damaged)
         with pytest.raises(RuntimeError, match=r"monitor.json.*remove it"):
             app.create_app(str(graph), str(state))

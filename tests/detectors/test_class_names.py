@@ -9,7 +9,7 @@ from clusterguard.errors import ConfigurationError, PersistenceError
 from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saving import make_guard, network
+from saving import make_guard, network, read_config
 
 NAMES = ("cat", "Hund | *", "```\n<b>猫</b>")
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(str.strip)
@@ -56,7 +56,7 @@ def test_names_come_back_from_a_folder(names, tmp_path_factory):
 
 def test_a_folder_of_an_older_version_has_none_and_an_edited_one_is_refused(tmp_path):
     named_guard().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_config(tmp_path)
     del config["guard"]["class_names"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert ClusterGuard.from_pretrained(tmp_path, backbone=network()).class_names is None

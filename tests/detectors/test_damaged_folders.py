@@ -9,7 +9,7 @@ import torch
 from clusterguard import ClusterGuard
 from clusterguard.errors import PersistenceError
 from safetensors.torch import save
-from saving import assert_refused, edit_config, make_guard, network
+from saving import assert_refused, edit_config, make_guard, network, read_config
 from torch import nn
 
 
@@ -113,7 +113,7 @@ def places(value, before=()):
 @pytest.mark.parametrize("text", ["two\nlines", "two\u2028lines\x1b[2J", {"two\nlines": "two\nlines"}])
 @pytest.mark.parametrize("backbone", [network, lambda: None])
 def test_an_error_is_one_line_whatever_a_config_holds(saved, text, backbone):
-    whole, messages = (saved / "config.json").read_text(), []
+    whole, messages = json.dumps(read_config(saved)), []
     for path, is_name in [*places(json.loads(whole))]:
         config = json.loads(whole)
         holder = config

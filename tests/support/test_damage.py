@@ -26,7 +26,7 @@ from damaging import assert_refused_or_read
 from exporting import flat_guard
 from hypothesis import given
 from hypothesis import strategies as st
-from saving import edit_config, make_guard, network
+from saving import edit_config, make_guard, network, read_config
 from torch import nn
 
 
@@ -135,6 +135,22 @@ def test_a_guards_folder(saved, name):
     assert_refused_or_read(saved / name, lambda: ClusterGuard.from_pretrained(saved, backbone=network()))
 
 
+def test_any_flipped_bit_of_a_config_is_harmless_or_refused(saved):
+    file, guard = saved / "config.json", make_guard()
+    guard.calibration = Calibration((9.0, 10.0, 11.0), (120, 130, 140), 400, (0.01, 0.02, 0.03), 0.01, "conformal")
+    guard.save_pretrained(saved)
+    content, refused = file.read_bytes(), 0
+    for place in range(0, len(content), 3):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        try:
+            read = ClusterGuard.from_pretrained(saved, backbone=network())
+        except PersistenceError:
+            refused += 1
+        else:
+            assert (read.calibration, read.class_names) == (guard.calibration, guard.class_names), place
+    assert refused > len(content) / 4
+
+
 def test_weights_that_the_config_vouches_for(saved):
     file = saved / "model.safetensors"
 
@@ -163,7 +179,7 @@ def test_a_config_with_values_of_any_kind(tmp_path):
     )
     guard.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
-    content, refused = file.read_text(), []
+    content, refused = json.dumps(read_config(tmp_path)), []
     chosen = random.Random(0)
     for path in entries(json.loads(content)):
         for value in ["left out", *chosen.sample(NONSENSE, 3)]:

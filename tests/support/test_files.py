@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -28,3 +29,21 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path):
         write_atomically(path, fail)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no folders")
+def test_what_a_killed_writer_left_is_removed_by_the_next_one_but_not_what_another_one_uses(tmp_path):
+    left, young, foreign = (tmp_path / name for name in (".a*b.x12345_8", ".a*b.abcdefgh", ".other.x12345_8"))
+    for folder in (left, young, foreign):
+        folder.mkdir()
+    for folder in (left, foreign):
+        os.utime(folder, (0, 0))
+
+    def write(file):
+        os.utime(file.parent, (0, 0))
+        write_atomically(tmp_path / "a*b", lambda other: other.write_text("second"))
+        assert file.parent.exists()  # although it looks old
+        file.write_text("first")
+
+    write_atomically(tmp_path / "a*b", write)
+    assert {path.name for path in tmp_path.iterdir()} == {"a*b", young.name, foreign.name}
