@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -122,11 +123,23 @@ def open_folder(root: Path, seed: int, *, skip_unreadable: bool = False) -> Imag
         for name, paths in sort(tree).items():
             for path, part in zip(paths, _divide(paths, root, seed), strict=True):
                 parts[part][name].append(path)
-    for name in {name for classes in parts.values() for name in classes}:
-        if not is_unicode(name):
-            raise InputError(f"expected names of classes in UTF-8, got the folder {name!r} in {root}; rename it")
+    _check_names(root, sorted({name for classes in parts.values() for name in classes}))
     passed_over["unreadable"] = len(unreadable)
     return ImageFolder(root, bool(divided), parts, +passed_over, tuple(unreadable))
+
+
+def _check_names(root: Path, names: list[str]) -> None:
+    """Refuse names of classes that no text file could hold, and those that a person takes for the same class."""
+    first: dict[str, str] = {}
+    for name in names:
+        if not is_unicode(name):
+            raise InputError(f"expected names of classes in UTF-8, got the folder {name!r} in {root}; rename it")
+        other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise InputError(
+                f"expected classes of different names in {root}, got {other!r} and {name!r}, which differ in upper and "
+                "lower case or in the encoding of accents alone; put their images into one folder, or rename one"
+            )
 
 
 def _scan(folder: str | Path, passed_over: Counter[str], above: tuple[str, ...]) -> _Tree:
@@ -143,7 +156,7 @@ def _scan(folder: str | Path, passed_over: Counter[str], above: tuple[str, ...])
                 folders[entry.name] = _scan(entry.path, passed_over, above)
         elif name.startswith(".") or name in _SYSTEM_FILES:
             passed_over["hidden"] += 1
-        elif suffix in SUFFIXES and (entry.is_symlink() or entry.is_file()):
+        elif suffix in SUFFIXES and (entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())):
             images.append(entry.path)  # a broken link too, so that reading it raises an error
         else:
             passed_over[suffix or "without a suffix"] += 1

@@ -186,6 +186,21 @@ def test_names_that_are_no_unicode(tmp_path):
         load_part(str(tmp_path), "train", **OPTIONS)
 
 
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("caf\u00e9", "cafe\u0301")])
+@pytest.mark.parametrize("parts", [("", ""), ("train/", "test/")])
+def test_names_that_people_take_for_the_same_are_refused(tmp_path, names, parts):
+    fill(tmp_path, *(part + name for part, name in zip(parts, names, strict=True)), "train/b" if parts[0] else "b")
+    with pytest.raises(InputError, match=r"expected classes of different names .*; put their images into one folder"):
+        load_part(str(tmp_path), "train", **OPTIONS)
+
+
+def test_a_link_to_a_pipe_is_passed_over(tmp_path):
+    fill(tmp_path, "cat", "dog", count=30)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "cat" / "linked.png").symlink_to(tmp_path / "pipe")
+    assert sum(len(load_part(str(tmp_path), part, **OPTIONS)) for part in PARTS) == 60
+
+
 def test_a_division_follows_content_and_seed_alone(tmp_path):
     fill(tmp_path / "one", "cat", "dog", count=60)
     for index, path in enumerate(sorted((tmp_path / "one").rglob("*.png"))):
