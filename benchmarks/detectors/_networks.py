@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from clusterguard._support import CompiledCall
+from clusterguard.detectors import CompiledCall
 from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 from torch.nn import functional

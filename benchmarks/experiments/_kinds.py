@@ -22,9 +22,9 @@ from clusterguard.attacks import (
     Towards,
     Transfer,
     at_step_sizes,
+    draw_targets,
     get_norm,
     get_objective,
-    random_targets,
 )
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError
@@ -119,7 +119,7 @@ def _at_step_sizes(
     The attack returns its last iterate, as in the paper.
     """
     classes, objective = len(scene.detector.thresholds), scene.objective
-    targets = random_targets(scene.labels, classes, scene.generator) if any(goals) else None
+    targets = draw_targets(scene.labels, classes, scene.generator) if any(goals) else None
     if targets is not None and not all(goals):
         objective, targets = _each_its_goal(get_objective(objective), goals, targets, len(step_sizes)), None
     attacked = at_step_sizes(

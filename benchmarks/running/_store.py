@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clusterguard._support import read_progress, save_progress
 from clusterguard.errors import PersistenceError, in_one_line
+from clusterguard.evaluation import read_progress, save_progress
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor

@@ -15,7 +15,7 @@ from clusterguard._support._checks import (
     in_range,
     is_unicode,
 )
-from clusterguard._support._compiling import Call, CompiledCall, call, check_gradients
+from clusterguard._support._compiling import CompiledCall, NetworkCall, call_uncompiled, check_gradients
 from clusterguard._support._copying import (
     copy_backbone,
     copy_module,
@@ -34,11 +34,11 @@ from clusterguard_torchvision import on_torch_import
 
 __all__ = [
     "IN_GREY_LEVELS",
-    "Call",
     "CompiledCall",
+    "NetworkCall",
     "OneProcess",
     "Progress",
-    "call",
+    "call_uncompiled",
     "check_accelerator",
     "check_calibrated",
     "check_detector",

@@ -1,6 +1,7 @@
 """Calls that torch.compile has compiled. Their gradients are verified, as wrong ones make a detector look robust."""
 
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -9,20 +10,23 @@ from clusterguard._support._modes import evaluation_mode
 from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 
-Call = Callable[[nn.Module, Tensor], Tensor]
-"""A function from a module and its images to the module's output."""
+NetworkCall = Callable[[nn.Module, Tensor], Tensor]
+"""A function from a module and its images (B, C, H, W) to the module's output (B, D)."""
 
 
-def call(module: nn.Module, images: Tensor) -> Tensor:
+def call_uncompiled(module: nn.Module, images: Tensor) -> Tensor:
     """The module's output, without compilation."""
     output: Tensor = module(images)
     return output
 
 
 class CompiledCall:
-    """A compiled `call` whose input gradients are compared with the eager ones before their first use.
+    """A call of a network through `torch.compile`, for a detector of your own.
 
-    Copying or unpickling it gives the plain `call`, which is not compiled.
+    torch.compile silently gives some networks wrong gradients. Attacks on a detector then fail, and it looks robust. So
+    the first gradient with respect to images is compared with that of the same network without compilation. Keep the
+    object as an attribute of the detector: attacks that copy a detector recognise it, and copies of the detector call
+    their network without compilation. `ClusterGuard.compile` does this for a guard.
 
     Args:
         *args: positional arguments of `torch.compile`.
@@ -36,28 +40,32 @@ class CompiledCall:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # torch compiles each code object at most eight times, so every instance gets a code object of its own.
-        function = FunctionType(call.__code__.replace(), call.__globals__)
-        self.compiled: Call = torch.compile(function, *args, **kwargs)
+        function = FunctionType(call_uncompiled.__code__.replace(), call_uncompiled.__globals__)
+        self.compiled: NetworkCall = torch.compile(function, *args, **kwargs)
         self._is_checked = False
 
-    def __reduce__(self) -> tuple[Callable[[], Call], tuple[()]]:
+    def __reduce__(self) -> tuple[Callable[[], NetworkCall], tuple[()]]:
         return _not_compiled, ()
 
     def __call__(self, module: nn.Module, images: Tensor) -> Tensor:
-        """The compiled module's output.
+        """The output (B, D) of the compiled module.
+
+        Args:
+            module: network to call.
+            images: (B, C, H, W).
 
         Raises:
             ConfigurationError: the compiled gradient is wrong. This is checked at the first call that needs one.
         """
         if not self._is_checked and torch.is_grad_enabled() and images.requires_grad:
             with evaluation_mode(module):
-                check_gradients(lambda batch: self.compiled(module, batch), lambda batch: call(module, batch), images)
+                check_gradients(partial(self.compiled, module), partial(call_uncompiled, module), images)
             self._is_checked = True
         return self.compiled(module, images).clone()  # CUDA graphs overwrite this output at the next call
 
 
-def _not_compiled() -> Call:
-    return call
+def _not_compiled() -> NetworkCall:
+    return call_uncompiled
 
 
 def check_gradients(compiled: Callable[[Tensor], Tensor], eager: Callable[[Tensor], Tensor], images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Progress files: what long work goes on from, in one format for trainings, suites and benchmarks."""
+"""Files that keep the progress of long work. Trainings, attack suites and benchmarks share one format."""
 
 import hashlib
 import warnings
@@ -18,11 +18,11 @@ _KEYS = ("format", "version", "kind", "digest", "state")
 
 @dataclass(frozen=True)
 class Progress:
-    """What was read from a progress file.
+    """The content of a progress file.
 
     Attributes:
-        file: path that it was at: the one that was asked for, or that of the file before.
-        state: values that `save_progress` got.
+        file: path of the file that was read, which is that of the previous file if the last one is damaged.
+        state: values that were passed to `save_progress`.
     """
 
     file: Path
@@ -30,17 +30,19 @@ class Progress:
 
 
 def save_progress(path: str | Path, kind: str, state: Mapping[str, Any]) -> None:
-    """Write the progress of an interrupted task to a file, atomically; no code is pickled.
+    """Write the progress of a long task to a file, so that the task can continue after an interruption.
 
-    What was at the path stays beside it, as ``.previous``.
+    The file is written completely or not at all, and no code is pickled. An older file at the path is kept beside the
+    new one, under the suffix ``.previous``.
 
     Args:
         path: path of the file; its folder is created.
-        kind: kind of task, such as "training"; a file of one kind is not read as another.
-        state: tensors, numbers, strings, None, and lists and dicts of them.
+        kind: kind of task, such as "training". A file can only be read as the kind that it was written as.
+        state: values by name: tensors, numbers, strings, None, and lists and dicts of them.
 
     Raises:
-        PersistenceError: it cannot be written, for example because the disk is full, or holds something else.
+        PersistenceError: the state holds another type, or the file cannot be written, for example because the disk is
+            full.
 
     Example:
         >>> import tempfile
@@ -61,11 +63,11 @@ def save_progress(path: str | Path, kind: str, state: Mapping[str, Any]) -> None
     def write(temporary: Path) -> None:
         torch.save(record, temporary)
         if Path(path).exists():
-            Path(path).replace(previous(path))  # killed here, the work goes on from the previous one
+            Path(path).replace(previous(path))  # if the process is killed here, work continues from the previous file
 
     try:
         write_atomically(path, write)
-    except (OSError, RuntimeError) as error:  # torch's own of a disk that is full
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         raise PersistenceError(
             f"{path} could not be written ({in_one_line(error)}); make room, or choose another place, and start again: "
             "the work goes on from the last file that was written"
@@ -77,15 +79,15 @@ def read_progress(path: str | Path, kind: str, *, hint: str, device: torch.devic
 
     Args:
         path: path of the file.
-        kind: kind of task that the file must be of.
-        hint: advice for the error about a file that cannot be used.
-        device: device for its tensors.
+        kind: kind of task, as in `save_progress`.
+        hint: advice about what to do with a file that cannot be used. It ends the error message.
+        device: device on which the tensors are put.
 
     Returns:
-        The progress, or None if there is no such file.
+        The progress, or None if there is neither this file nor a previous one.
 
     Raises:
-        PersistenceError: there are files, but none is whole, of this kind and of a version that is known.
+        PersistenceError: no file can be used. Each is damaged, of another kind, or of a newer version.
 
     Warns:
         UserWarning: the last file is damaged, and the one before it is used.
@@ -107,7 +109,7 @@ def read_progress(path: str | Path, kind: str, *, hint: str, device: torch.devic
 
 
 def previous(path: str | Path) -> Path:
-    """Where the progress file before the last is kept."""
+    """The path at which `save_progress` keeps the previous file."""
     return Path(path).with_name(Path(path).name + ".previous")
 
 
@@ -131,13 +133,15 @@ def _read(file: Path, kind: str, device: torch.device | str) -> dict[str, Any]:
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 over values, shapes, data types, and the order of lists and dicts; devices do not count.
+    """The SHA-256 digest of a value, with the shapes and data types of its tensors and the order of its dicts.
+
+    The devices of tensors do not change the digest.
 
     Args:
-        value: tensors, numbers, strings, bytes, None, and lists, tuples and dicts of them.
+        value: tensor, number, string, bytes, None, or a list, tuple or dict of such values.
 
     Raises:
-        TypeError: anything else.
+        TypeError: the value, or a value in it, has another type.
 
     Example:
         >>> digest_of({"a": 1}) == digest_of({"a": 1}), digest_of([1]) == digest_of([True])

@@ -40,7 +40,7 @@ from clusterguard.attacks._objectives import (
     suspicion,
 )
 from clusterguard.attacks._orthogonal import OrthogonalPGD
-from clusterguard.attacks._paper import PaperProtocol, RandomTarget, at_step_sizes, random_targets
+from clusterguard.attacks._paper import PaperProtocol, RandomTarget, at_step_sizes, draw_targets
 from clusterguard.attacks._pgd import (
     BIM,
     FGSM,
@@ -54,7 +54,7 @@ from clusterguard.attacks._pgd import (
 )
 from clusterguard.attacks._polish import Polish
 from clusterguard.attacks._precision import Precision, check_precision, choose_precision, in_precision
-from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square, random_search
+from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square, make_random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._starts import (
     STARTS,
@@ -138,6 +138,7 @@ __all__ = [
     "cross_entropy",
     "dense_l1_direction",
     "descend",
+    "draw_targets",
     "find_representation",
     "from_art",
     "from_autoattack",
@@ -149,11 +150,10 @@ __all__ = [
     "has_representation",
     "in_precision",
     "logit",
+    "make_random_search",
     "margin",
     "output_diversified",
     "ramp",
-    "random_search",
-    "random_targets",
     "scale",
     "suspicion",
     "towards_batch",

@@ -14,14 +14,14 @@ from clusterguard.detection import Detector
 from torch import Generator, Tensor
 
 
-def checkpoints(steps: int) -> tuple[int, ...]:
+def halving_checkpoints(steps: int) -> tuple[int, ...]:
     """The numbers of steps, out of `steps` in all, after which APGD checks whether to halve an image's step size.
 
     Reference:
         Croce & Hein (2020), section 3.2.
 
     Example:
-        >>> checkpoints(100)
+        >>> halving_checkpoints(100)
         (22, 41, 57, 70, 80, 87, 93, 99)
     """
     positions, percent, gap = set(), 22, 22
@@ -97,7 +97,7 @@ class HalvingSteps(_FromTheBest):
 
     def __init__(self, problem: Problem, start: Tensor, *, steps: int) -> None:
         super().__init__(problem, start, first_step=2 * problem.norm.longest_step(problem.eps, start.shape[1:]))
-        self._checkpoints = (0, *checkpoints(steps))
+        self._checkpoints = (0, *halving_checkpoints(steps))
         self._checked = 0
         self._previous = start
         self._last_loss = self._checked_loss = self._loss

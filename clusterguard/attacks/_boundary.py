@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 
 @runtime_checkable
-class Judge(Protocol):
+class VerdictSource(Protocol):
     """A detector as a decision-based attack needs it; every `DetectorModule` is one."""
 
     def detect(self, images: Tensor, /) -> Detection:
@@ -85,7 +85,7 @@ class Boundary(BuiltInAttack):
     def _perturb(
         self, detector: Detector, images: Tensor, labels: Tensor, targets: Tensor | None, generator: Generator | None
     ) -> Tensor:
-        if not isinstance(detector, Judge):
+        if not isinstance(detector, VerdictSource):
             check_detector(detector)
         enough = self.eps if self.stop_early else 0.0
         search = _Search(detector, images, labels, targets, get_norm(self.norm), self.queries, enough)
@@ -132,7 +132,7 @@ class _Search:
         An adversarial candidate that is no farther than the closest so far replaces it.
         """
         self._left[rows] -= 1
-        if isinstance(self._detector, Judge):
+        if isinstance(self._detector, VerdictSource):
             verdict = self._detector.detect(candidates)
         else:
             verdict = decide(self._detector.evidence(candidates), self._detector.thresholds)

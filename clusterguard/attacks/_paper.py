@@ -13,7 +13,7 @@ from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
 
 
-def random_targets(labels: Tensor, num_classes: int, generator: Generator | None = None) -> Tensor:
+def draw_targets(labels: Tensor, num_classes: int, generator: Generator | None = None) -> Tensor:
     """A random wrong class for each label, with all wrong classes equally likely.
 
     Args:
@@ -29,7 +29,7 @@ def random_targets(labels: Tensor, num_classes: int, generator: Generator | None
         ConfigurationError: there are fewer than two classes.
 
     Example:
-        >>> bool((random_targets(torch.tensor([0, 1, 2]), num_classes=3) != torch.tensor([0, 1, 2])).all())
+        >>> bool((draw_targets(torch.tensor([0, 1, 2]), num_classes=3) != torch.tensor([0, 1, 2])).all())
         True
     """
     if num_classes < 2:
@@ -115,7 +115,7 @@ class RandomTarget(WrappingAttack):
         generator: Generator | None,
     ) -> Tensor:
         if targets is None:
-            targets = random_targets(labels, len(detector.thresholds), generator)
+            targets = draw_targets(labels, len(detector.thresholds), generator)
         return self.attack(detector, images, labels, targets=targets, generator=generator)
 
 

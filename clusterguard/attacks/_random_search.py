@@ -285,7 +285,7 @@ class Draws:
         return chosen.reshape(among.shape)
 
 
-def random_search(norm: str, *, eps: float, queries: int, batch_size: int | None = None) -> RandomSearch:
+def make_random_search(norm: str, *, eps: float, queries: int, batch_size: int | None = None) -> RandomSearch:
     """The random search that fits a norm: over pixels where radii count them, else over squares.
 
     Args:

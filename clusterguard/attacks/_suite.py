@@ -25,7 +25,7 @@ from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._pgd import MIM, PGD
 from clusterguard.attacks._polish import Polish
 from clusterguard.attacks._precision import Precision, check_precision, choose_precision
-from clusterguard.attacks._random_search import SparseRS, Square, random_search
+from clusterguard.attacks._random_search import SparseRS, Square, make_random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._starts import AtPoints, Start, Towards, is_accepted
 from clusterguard.attacks._wrapping import MultiTarget, Transfer
@@ -301,7 +301,7 @@ class WorstCaseSuite(BuiltInAttack):
 
     def _searches(self, effort: Effort, options: dict[str, Any], references: Towards) -> dict[str, Attack]:
         """The last stages, which search without gradients or hardly need them."""
-        search = random_search(queries=effort.queries, **options)
+        search = make_random_search(queries=effort.queries, **options)
         polish = Polish(rounds=max(1, effort.steps // 20), precision=self.precision, **options)
         stages: dict[str, Attack] = {
             "Square" if isinstance(search, Square) else "Sparse-RS": search,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from clusterguard._support import (
     CompiledCall,
-    call,
+    call_uncompiled,
     evaluation_mode,
 )
 from clusterguard.certification._intervals import Interval, final_refusals
@@ -169,7 +169,7 @@ def check_methods(guard: ClusterGuard) -> None:
         raise ConfigurationError(f"expected a ClusterGuard, got {type(guard).__name__}; nothing else has bounds")
     changed = [name for name in _METHODS if getattr(type(guard), name, None) is not getattr(ClusterGuard, name, None)]
     changed += _changed_in_place(guard)
-    if not (guard._encode is call or type(guard._encode) is CompiledCall):
+    if not (guard._encode is call_uncompiled or type(guard._encode) is CompiledCall):
         changed.append("_encode")
     # A head that inherits its bounds may have changed the distances that they are for.
     is_known = {"head": "bound_distances" in vars(type(guard.head)), "normalize": type(guard.normalize) is Normalize}

@@ -159,7 +159,7 @@ def check_passes(loader: object, name: str) -> None:
             sources += source.datasets
             continue
         first = iter(source)
-        if is_running(first) and iter(source) is first:
+        if is_one_pass_iterator(first) and iter(source) is first:
             _refuse_one_pass(name, source)
 
 
@@ -171,7 +171,7 @@ def _refuse_one_pass(name: str, source: object) -> NoReturn:
     )
 
 
-def is_running(value: object) -> bool:
+def is_one_pass_iterator(value: object) -> bool:
     """Whether a value is one of Python's built-in iterators, which run to their end once and never start again."""
     return isinstance(value, Iterator) and (
         isinstance(value, GeneratorType) or type(value).__module__ in ("builtins", "itertools")
@@ -209,7 +209,7 @@ def set_epoch(loader: object, epoch: int) -> None:
             tell(epoch)
 
 
-def give_the_same_images(first: object, second: object) -> bool:
+def have_common_images(first: object, second: object) -> bool:
     """Whether two loaders certainly share images.
 
     They do if they share batches, items of a data set, or memory that holds images.
@@ -225,7 +225,7 @@ def give_the_same_images(first: object, second: object) -> bool:
         >>> import torch
         >>> data = TensorDataset(torch.rand(4, 1, 2, 2), torch.arange(4))
         >>> halves = [DataLoader(Subset(data, part)) for part in ([0, 1], [2, 3])]
-        >>> give_the_same_images(*halves), give_the_same_images(halves[0], DataLoader(data))
+        >>> have_common_images(*halves), have_common_images(halves[0], DataLoader(data))
         (False, True)
     """
     if first is second:

@@ -1,5 +1,6 @@
 """Detectors that are modules: the guard, its heads and backbones, and two detectors that it is compared with."""
 
+from clusterguard._support import CompiledCall
 from clusterguard.detectors._alignment import Alignment, align
 from clusterguard.detectors._backbones import find_normalization, find_num_classes, make_encoder
 from clusterguard.detectors._base import DetectorModule, Normalize, WithThresholds
@@ -18,6 +19,7 @@ __all__ = [
     "Bounds",
     "CardDetails",
     "ClusterGuard",
+    "CompiledCall",
     "ConfidenceDetector",
     "ConsistentDetector",
     "DetectorModule",

@@ -26,7 +26,7 @@ from clusterguard.detectors._guard_files import (
     refuse_foreign,
     write_guard,
 )
-from clusterguard.detectors._model_card import CardDetails, Measured, model_card
+from clusterguard.detectors._model_card import CardDetails, EvaluationForCard, model_card
 from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError, in_one_line
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def save_guard(
     backbone: Mapping[str, Any],
     options: Mapping[str, Any],
     training: Mapping[str, Any] | None = None,
-    evaluation: Measured | None = None,
+    evaluation: EvaluationForCard | None = None,
     card: CardDetails | None = None,
 ) -> None:
     """Write a guard; see `ClusterGuard.save_pretrained`.

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from clusterguard._support import Call, CompiledCall, call, check_images, copy_module, names_in_eval_mode, to_eval_mode
+from clusterguard._support import (
+    CompiledCall,
+    NetworkCall,
+    call_uncompiled,
+    check_images,
+    copy_module,
+    names_in_eval_mode,
+    to_eval_mode,
+)
 from clusterguard.detection import Evidence
 from clusterguard.detectors._backbone_recipes import describe_backbone
 from clusterguard.detectors._backbones import (
@@ -22,7 +30,7 @@ from clusterguard.detectors._backbones import (
 from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network, valid_images
 from clusterguard.detectors._folders import OtherHeadError, find_folder, load_guard, save_guard
 from clusterguard.detectors._heads import GaussianClusters, Head
-from clusterguard.detectors._model_card import CardDetails, Measured
+from clusterguard.detectors._model_card import CardDetails, EvaluationForCard
 from clusterguard.errors import ConfigurationError, in_one_line
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
@@ -133,7 +141,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         self.head = copy_module(head) if head else GaussianClusters(classes, representation_dim, center_scale=scale)
         shape = self.image_shape if isinstance(self.image_shape, tuple) else None
         self.encoder = self._adapt(backbone, classifier, example, shape)
-        self._encode: Call = call
+        self._encode: NetworkCall = call_uncompiled
         if example is not None:
             self.learn_image_shape(example)
         if self.encoder.training:  # then a module in eval mode was frozen on purpose
@@ -217,7 +225,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         save_directory: str | Path,
         *,
         training: Mapping[str, Any] | None = None,
-        evaluation: Measured | None = None,
+        evaluation: EvaluationForCard | None = None,
         card: CardDetails | None = None,
         config: Mapping[str, Any] | None = None,
         model_card_kwargs: Mapping[str, Any] | None = None,

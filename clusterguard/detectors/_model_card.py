@@ -12,7 +12,7 @@ from clusterguard.detection import Calibration, Rate
 from clusterguard.errors import ConfigurationError
 
 
-class Measured(Protocol):
+class EvaluationForCard(Protocol):
     """The part of an evaluation that a model card and a saved guard use."""
 
     @property
@@ -100,7 +100,7 @@ def model_card(
     *,
     calibrated: bool,
     calibration: Calibration | None = None,
-    evaluation: Measured | None = None,
+    evaluation: EvaluationForCard | None = None,
     details: CardDetails | None = None,
 ) -> str:
     """Write a model card in Markdown, with a Hugging Face header.

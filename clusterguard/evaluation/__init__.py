@@ -1,5 +1,6 @@
 """Evaluation: how often attacks get past a detector, as figures, pages and plots."""
 
+from clusterguard._support import Progress, read_progress, save_progress
 from clusterguard.evaluation._evaluate import evaluate
 from clusterguard.evaluation._html import to_html
 from clusterguard.evaluation._plots import (
@@ -17,12 +18,15 @@ __all__ = [
     "CertifiedBound",
     "Evaluation",
     "Panel",
+    "Progress",
     "Sanity",
     "evaluate",
     "evaluation_figures",
     "plain",
     "plot_distances",
     "plot_representations",
+    "read_progress",
+    "save_progress",
     "star_coordinates",
     "to_html",
 ]

@@ -21,7 +21,7 @@ from clusterguard.attacks import (
     descend,
     get_norm,
     get_objective,
-    random_search,
+    make_random_search,
 )
 from clusterguard.detection import Detection, Detector, Rate, Verdicts, decide, is_broken, is_eligible
 from torch import Generator, Tensor
@@ -137,7 +137,7 @@ def examine(
     late = best[-1 - _STEPS // 10] - best[-1]
     ever = best[-1] <= 0
     white = ever | broken(pgd(eps, references)) | broken(MultiTarget(attack=pgd(eps, references), max_targets=5))
-    black = broken(random_search(norm, eps=eps, queries=200))
+    black = broken(make_random_search(norm, eps=eps, queries=200))
 
     whole = float(get_norm(norm).size(torch.ones_like(images[:1]))[0])
     smaller = [get_norm(norm).round_radius(radius) for radius in (eps / 4, eps / 2, eps * 3 / 4)]

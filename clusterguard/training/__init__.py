@@ -5,9 +5,17 @@ from clusterguard.training._adversarial import AdversarialClusterTrainer
 from clusterguard.training._certified import CertifiedTrainer, initialise
 from clusterguard.training._checkpoints import EpochRecord
 from clusterguard.training._engine import TrainingStep
-from clusterguard.training._losses import ClusterLoss, Opposite, Origin, Outside, Relabelled, Target, cluster_loss
+from clusterguard.training._losses import (
+    ClusterLoss,
+    Opposite,
+    Origin,
+    Outside,
+    RelabelledBatch,
+    Target,
+    negative_log_likelihood,
+)
 from clusterguard.training._options import TrainingOptions
-from clusterguard.training._relabelling import Graded, Original, Relabel, Separate
+from clusterguard.training._relabelling import Graded, KeepClass, Relabel, Separate
 from clusterguard.training._trainer import DetectorTrainer
 
 __all__ = [
@@ -17,17 +25,17 @@ __all__ = [
     "DetectorTrainer",
     "EpochRecord",
     "Graded",
+    "KeepClass",
     "Opposite",
     "Origin",
-    "Original",
     "Outside",
     "Relabel",
-    "Relabelled",
+    "RelabelledBatch",
     "Separate",
     "Target",
     "TrainingOptions",
     "TrainingStep",
-    "cluster_loss",
     "initialise",
+    "negative_log_likelihood",
     "recipes",
 ]

@@ -21,8 +21,8 @@ from clusterguard.detection import (
 from clusterguard.detectors import ClusterGuard, WithThresholds
 from clusterguard.errors import ConfigurationError, TooFewCalibrationExamplesError
 from clusterguard.training._engine import TrainingStep
-from clusterguard.training._losses import ClusterLoss, Relabelled, counts_of
-from clusterguard.training._optimizers import MakeOptimizer, MakeScheduler
+from clusterguard.training._losses import ClusterLoss, RelabelledBatch, counts_of
+from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._relabelling import Relabel, Separate
 from clusterguard.training._trainer import DetectorTrainer
@@ -46,7 +46,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         warmup_epochs: number of first epochs on benign images alone (equations 9 and 10).
         loss: loss to minimise, see `ClusterLoss`; None takes the paper's.
         relabel: rule that says which cluster attacked images belong to: `Separate()`, the paper's method, `Graded()`,
-            or `Original()`, the paper's ablation L-Ben; None takes the paper's method.
+            or `KeepClass()`, the paper's ablation L-Ben; None takes the paper's method.
         ramp_epochs: number of epochs after the warm-up over which the attack's radius and steps grow to full length.
         refresh_every: number of steps between refreshes of the thresholds that decide which attacked images get
             through. They are +inf before the first refresh, so every misclassified image then gets through.
@@ -77,8 +77,8 @@ class AdversarialClusterTrainer(DetectorTrainer):
         guard: ClusterGuard,
         attack: Attack,
         *,
-        optimizer: MakeOptimizer | None = None,
-        scheduler: MakeScheduler | None = None,
+        optimizer: OptimizerOrFactory | None = None,
+        scheduler: SchedulerOrFactory | None = None,
         warmup_epochs: int = 0,
         loss: ClusterLoss | None = None,
         relabel: Relabel | None = None,
@@ -92,7 +92,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         if not isinstance(loss, ClusterLoss):
             raise ConfigurationError(f"expected loss ClusterLoss(...), got {loss!r}")
         if not isinstance(relabel, Relabel):
-            raise ConfigurationError(f"expected relabel Separate(), Graded() or Original(), got {relabel!r}")
+            raise ConfigurationError(f"expected relabel Separate(), Graded() or KeepClass(), got {relabel!r}")
         _check_order(guard, attack)
         relabel.check(attack)
         check_numbers(ramp_epochs=ramp_epochs)
@@ -135,7 +135,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
             labels: class labels (B,).
             generator: randomness of the attack; None takes torch's global one.
         """
-        batch = Relabelled(images, labels, labels, torch.zeros(len(labels), device=labels.device))
+        batch = RelabelledBatch(images, labels, labels, torch.zeros(len(labels), device=labels.device))
         successes = None
         check_radius(self.attack, images)  # in the warm-up too, so that a wrong radius fails at once
         if not self._is_warming_up:
@@ -146,13 +146,13 @@ class AdversarialClusterTrainer(DetectorTrainer):
             got_through = is_broken(Verdicts(detection, labels))
             successes = got_through.sum()
             shares = self.relabel.shares(self.attack, images, attacked, got_through)
-            attacked_batch = Relabelled(attacked, labels, detection.labels, shares)
-            batch = Relabelled(*map(torch.cat, zip(batch, attacked_batch, strict=True)))
+            attacked_batch = RelabelledBatch(attacked, labels, detection.labels, shares)
+            batch = RelabelledBatch(*map(torch.cat, zip(batch, attacked_batch, strict=True)))
         loss, terms, logits = self._loss(batch)
         correct = (logits[: len(labels)].argmax(dim=1) == labels).sum()
         return TrainingStep(loss, correct, successes, terms, again=lambda: self._loss(batch)[0])
 
-    def _loss(self, batch: Relabelled) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _loss(self, batch: RelabelledBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss of a relabelled batch, its terms, and the logits (B, K)."""
         head, representations = self.guard.head, self.guard.represent(batch.images)
         # Means are over the images of all processes, so that the loss does not depend on how batches are distributed.

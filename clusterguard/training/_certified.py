@@ -10,7 +10,7 @@ from clusterguard.detection import Calibrator
 from clusterguard.detectors import ClusterGuard
 from clusterguard.errors import ConfigurationError
 from clusterguard.training._engine import TrainingStep
-from clusterguard.training._optimizers import MakeOptimizer, MakeScheduler
+from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._trainer import DetectorTrainer
 from torch import Generator, Tensor, nn
@@ -91,8 +91,8 @@ class CertifiedTrainer(DetectorTrainer):
         guard: ClusterGuard,
         *,
         eps: float,
-        optimizer: MakeOptimizer | None = None,
-        scheduler: MakeScheduler | None = None,
+        optimizer: OptimizerOrFactory | None = None,
+        scheduler: SchedulerOrFactory | None = None,
         warmup_epochs: float = 1.0,
         ramp_epochs: float = 10.0,
         bound_weight: float = 0.5,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from clusterguard.detection import is_running
+from clusterguard.detection import is_one_pass_iterator
 from clusterguard.errors import PersistenceError
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -319,7 +319,7 @@ def _outside_state_dict(module: nn.Module) -> dict[str, Any]:
 def _obstacles(path: str, value: Any) -> Iterator[str]:
     if _is_of_the_system(value):
         yield f"{path} draws from the operating system's randomness"
-    if is_running(value):
+    if is_one_pass_iterator(value):
         yield f"{path} is an iterator, whose position cannot be kept"
     if isinstance(value, DataLoader) and value.num_workers and not getattr(value, "in_order", True):
         yield f"{path} gives batches in the order in which its workers finish them (in_order=False)"

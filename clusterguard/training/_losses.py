@@ -111,7 +111,7 @@ class Outside(Target):
         return (reach[accepted_as.long()] - distance).clamp_min(0).square()
 
 
-class Relabelled(NamedTuple):
+class RelabelledBatch(NamedTuple):
     """A batch of benign and attacked images after relabelling.
 
     Attributes:
@@ -180,7 +180,7 @@ class ClusterLoss:
             raise ConfigurationError(f"expected a positive temperature, got {self.temperature}")
 
     def __call__(
-        self, head: Head, representations: Tensor, batch: Relabelled, thresholds: Tensor, counts: Tensor
+        self, head: Head, representations: Tensor, batch: RelabelledBatch, thresholds: Tensor, counts: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch and its terms.
 
@@ -208,7 +208,7 @@ class ClusterLoss:
         return loss, terms
 
 
-def cluster_loss(
+def negative_log_likelihood(
     head: Head,
     representations: Tensor,
     labels: Tensor,
@@ -240,9 +240,9 @@ def cluster_loss(
     Example:
         >>> from clusterguard.detectors import GaussianClusters
         >>> clusters = GaussianClusters(2, center_scale=2.0)
-        >>> cluster_loss(clusters, torch.zeros(1, 2), torch.tensor([0]), torch.tensor([False]))
+        >>> negative_log_likelihood(clusters, torch.zeros(1, 2), torch.tensor([0]), torch.tensor([False]))
         tensor(2.)
-        >>> cluster_loss(clusters, torch.zeros(1, 2), torch.tensor([0]), torch.tensor([True]))
+        >>> negative_log_likelihood(clusters, torch.zeros(1, 2), torch.tensor([0]), torch.tensor([True]))
         tensor(0.)
     """
     _check_shares(is_separate, len(representations), like=representations)
@@ -273,7 +273,7 @@ def cluster_terms(
     counts: Tensor,
     adversarial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The two means of `cluster_loss`, over images of their classes and over images of the adversarial cluster.
+    """The two means of `negative_log_likelihood`: over images of their classes, and over adversarial ones.
 
     Args:
         head: head that computes distances from representations to the classes.

@@ -13,17 +13,17 @@ from torch import nn
 from torch.optim import Adam, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
-MakeOptimizer: TypeAlias = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerOrFactory: TypeAlias = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
 """An optimizer, or a function that makes one from the detector's parameters."""
 
-MakeScheduler: TypeAlias = LRScheduler | Callable[[Optimizer], Any]
+SchedulerOrFactory: TypeAlias = LRScheduler | Callable[[Optimizer], Any]
 """A scheduler of torch or timm, or a function that makes one from the optimizer."""
 
 _FACTORY = "optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)"
 _SCHEDULER_FACTORY = "scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)"
 
 
-def make_optimizer(optimizer: MakeOptimizer | None, detector: nn.Module) -> Optimizer:
+def make_optimizer(optimizer: OptimizerOrFactory | None, detector: nn.Module) -> Optimizer:
     """The optimizer itself or the one that a factory makes; Adam with learning rate 1e-3 for None.
 
     Args:
@@ -56,7 +56,7 @@ def make_optimizer(optimizer: MakeOptimizer | None, detector: nn.Module) -> Opti
     return made
 
 
-def make_scheduler(scheduler: MakeScheduler | None, optimizer: Optimizer) -> Any:
+def make_scheduler(scheduler: SchedulerOrFactory | None, optimizer: Optimizer) -> Any:
     """The scheduler itself or the one that a factory makes; None for None.
 
     Args:

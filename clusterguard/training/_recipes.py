@@ -74,7 +74,7 @@ def robust(
     The growing radius matters most. If training starts at the full radius with random starts, the guard learns to mask
     its gradients instead of separating adversarial images. The training attack then almost never succeeds, but the
     worst-case suite breaks nearly all images. With this recipe for both, separating did not beat plain adversarial
-    training of the same head (``relabel=Original()``) against the suite at the training radius. The results pages have
+    training of the same head (``relabel=KeepClass()``) against the suite at the training radius. The results pages have
     the figures.
 
     Args:

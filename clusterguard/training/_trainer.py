@@ -30,7 +30,7 @@ from clusterguard.detection import (
     check_evidence,
     check_loader,
     check_passes,
-    give_the_same_images,
+    have_common_images,
     judge,
     set_epoch,
 )
@@ -46,7 +46,7 @@ from clusterguard.errors import (
 from clusterguard.training._checkpoints import EpochRecord, EpochTotals, read_checkpoint, save_checkpoint
 from clusterguard.training._descriptions import describe, describe_options, describe_steps, differences, listed
 from clusterguard.training._engine import TrainingEngine, TrainingStep, frozen_modules
-from clusterguard.training._optimizers import MakeOptimizer, MakeScheduler, make_optimizer, make_scheduler
+from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory, make_optimizer, make_scheduler
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._replay import Replay, Run, restarting_workers
 from torch import Generator, Tensor
@@ -91,8 +91,8 @@ class DetectorTrainer(ABC):
         self,
         detector: DetectorModule,
         *,
-        optimizer: MakeOptimizer | None = None,
-        scheduler: MakeScheduler | None = None,
+        optimizer: OptimizerOrFactory | None = None,
+        scheduler: SchedulerOrFactory | None = None,
         calibrator: Calibrator | None = None,
         options: TrainingOptions | None = None,
     ) -> None:
@@ -263,7 +263,7 @@ class DetectorTrainer(ABC):
             with run.train.undisturbed(), run.calibration.undisturbed():
                 check_passes(train_loader, "training loader")
                 check_passes(calibration_loader, "calibration loader")
-            if calibrate and give_the_same_images(train_loader, calibration_loader):
+            if calibrate and have_common_images(train_loader, calibration_loader):
                 warnings.warn(
                     "the calibration loader gives images that are trained on. Thresholds that are fitted to them "
                     "refuse too many new images; keep the calibration images out of training",

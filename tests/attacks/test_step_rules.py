@@ -1,7 +1,7 @@
 import pytest
 import torch
 from clusterguard.attacks import OBJECTIVES, ObjectiveValues, Problem, get_norm
-from clusterguard.attacks._auto_pgd import HalvingSteps, SparseSteps, checkpoints
+from clusterguard.attacks._auto_pgd import HalvingSteps, SparseSteps, halving_checkpoints
 
 RULES = {"linf": HalvingSteps, "l2": HalvingSteps, "l1": SparseSteps, "l0": HalvingSteps}
 
@@ -19,7 +19,7 @@ def problem(detector, images, labels, *, norm="linf", eps=0.1):
     [(100, (22, 41, 57, 70, 80, 87, 93, 99)), (10, (3, 5, 6, 7, 8, 9)), (1, ()), (2, (1,))],
 )
 def test_checkpoints_are_where_the_paper_puts_them(steps, expected):
-    assert checkpoints(steps) == expected
+    assert halving_checkpoints(steps) == expected
 
 
 def one_pixel(values, *, eps):
@@ -47,7 +47,7 @@ def step_sizes_after(losses, *, eps=0.1):
 def test_steps_halve_at_every_checkpoint_of_a_plateau_and_never_while_the_loss_falls():
     falling = torch.arange(100.0, 0, -1)
     sizes = step_sizes_after(torch.stack([torch.ones(100), falling, -falling], dim=1))
-    expected = torch.tensor([0.5 ** sum(step >= point for point in checkpoints(100)) for step in range(100)])
+    expected = torch.tensor([0.5 ** sum(step >= point for point in halving_checkpoints(100)) for step in range(100)])
     torch.testing.assert_close(sizes, torch.stack([expected, torch.ones(100), expected], dim=1))
 
 

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from clusterguard import FGSM, Calibrator, certified_success_rate, evaluate
-from clusterguard.detection import give_the_same_images, judge, number_of_batches, set_epoch, unpack_batch
+from clusterguard.detection import have_common_images, judge, number_of_batches, set_epoch, unpack_batch
 from clusterguard.errors import InputError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,14 +170,14 @@ def drawing(indices):
     ],
 )
 def test_shared_images_are_noticed_where_they_are_certain(first, second, shared):
-    assert give_the_same_images(first, second) == give_the_same_images(second, first) == shared
-    assert give_the_same_images(first, first)
+    assert have_common_images(first, second) == have_common_images(second, first) == shared
+    assert have_common_images(first, first)
 
 
 def test_lists_share_images_if_they_share_a_batch():
     batches = [(IMAGES, LABELS), (IMAGES.clone(), LABELS)]
-    assert give_the_same_images(batches, batches[1:])
-    assert not give_the_same_images(batches[:1], batches[1:])  # labels are often the same
+    assert have_common_images(batches, batches[1:])
+    assert not have_common_images(batches[:1], batches[1:])  # labels are often the same
 
 
 @pytest.mark.parametrize(
@@ -192,4 +192,4 @@ def test_lists_share_images_if_they_share_a_batch():
     ],
 )
 def test_lists_share_images_if_batches_of_theirs_share_the_images_memory(batch, shared):
-    assert give_the_same_images([(IMAGES, LABELS)], [batch]) == shared
+    assert have_common_images([(IMAGES, LABELS)], [batch]) == shared

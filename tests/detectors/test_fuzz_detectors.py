@@ -8,11 +8,11 @@ import tempfile
 import clusterguard as cg
 import pytest
 import torch
-from clusterguard.attacks import dense_l1_direction, get_norm, random_targets
+from clusterguard.attacks import dense_l1_direction, draw_targets, get_norm
 from clusterguard.detectors import GaussianClusters, Normalize
 from clusterguard.evaluation import star_coordinates
 from clusterguard.evaluation._sanity import examine
-from clusterguard.training import cluster_loss
+from clusterguard.training import negative_log_likelihood
 from fuzzing import (
     CLASSES,
     DETECTORS,
@@ -95,7 +95,7 @@ def mixture(draw):
     assert clusters.logits(representations).shape == shape
     assert clusters.adversarial_energy(representations).shape == shape[:1]
     separate = spoil(draw, torch.tensor([True, False]))
-    assert cluster_loss(clusters, representations, draw_labels(draw, 2), separate).shape == ()
+    assert negative_log_likelihood(clusters, representations, draw_labels(draw, 2), separate).shape == ()
 
 
 def norm(draw):
@@ -161,7 +161,7 @@ def shown(draw):
 
 def targets_at_random(draw):
     labels = draw_labels(draw, draw(counts))
-    targets = random_targets(labels, draw(st.integers(-1, CLASSES)))
+    targets = draw_targets(labels, draw(st.integers(-1, CLASSES)))
     assert targets.is_meta or (targets != labels).all()
 
 

@@ -7,7 +7,16 @@ from clusterguard import FGSM, PGD, AdversarialClusterTrainer, ClusterGuard
 from clusterguard.detectors import GaussianClusters, WithThresholds
 from clusterguard.errors import ConfigurationError
 from clusterguard.samples import load_digits
-from clusterguard.training import ClusterLoss, Graded, Opposite, Origin, Original, Outside, Separate, cluster_loss
+from clusterguard.training import (
+    ClusterLoss,
+    Graded,
+    KeepClass,
+    Opposite,
+    Origin,
+    Outside,
+    Separate,
+    negative_log_likelihood,
+)
 from clusterguard.training._losses import cluster_terms
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,7 +28,7 @@ def test_cluster_loss_by_hand():
     z = torch.tensor([[2.0, 1.0], [0.0, 0.0], [3.0, 4.0]])
     labels = torch.tensor([0, 1, 0])
     # Own centres: squared distances 1 and 4, mean 2.5; the third is adversarial: 25 from the origin.
-    loss = cluster_loss(clusters, z, labels, torch.tensor([False, False, True]), adversarial_weight=0.5)
+    loss = negative_log_likelihood(clusters, z, labels, torch.tensor([False, False, True]), adversarial_weight=0.5)
     assert loss.item() == pytest.approx(0.5 * (2.5 + 0.5 * 25))
 
 
@@ -28,7 +37,7 @@ def test_cluster_loss_of_equation_31_is_the_likelihoods_logarithm():
     z, labels = torch.randn(8, 6), torch.arange(8) % 3
     nothing = torch.zeros(8, dtype=torch.bool)
     expected = -clusters.log_likelihood(z).gather(1, labels[:, None]).mean() - 3 * math.log(2 * math.pi)
-    torch.testing.assert_close(cluster_loss(clusters, z, labels, nothing), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(negative_log_likelihood(clusters, z, labels, nothing), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_one_epoch_on_real_digits_lowers_the_loss():
@@ -87,7 +96,7 @@ def test_what_got_through_goes_to_the_origin_and_the_rest_keeps_its_class(blobs,
 
 def test_relabelling_to_the_original_class_never_uses_the_origin(blobs, monkeypatch):
     monkeypatch.setattr(GaussianClusters, "adversarial_energy", lambda self, z: z.new_full((len(z),), 1e9))
-    history = train(new_guard(), blobs, relabel=Original(), calibrate=False)
+    history = train(new_guard(), blobs, relabel=KeepClass(), calibrate=False)
     assert history[-1].loss < 1e3
     assert history[-1].attack_success_rate > 0
 
