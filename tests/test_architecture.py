@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -186,6 +187,22 @@ def test_no_package_has_a_circle(package):
         below[inner] = {name.removeprefix(f"{prefix}.") for name in wanted if name.startswith(f"{prefix}.")}
     order = [*TopologicalSorter(below).static_order()]  # raises CycleError
     assert {*below} <= {*order}
+
+
+def test_the_table_of_modules_names_each_module_once():
+    table = (ROOT / "docs" / "architecture.md").read_text().split("| package | modules |")[1].split("\n\n")[0]
+    named: dict[str, list[str]] = defaultdict(list)
+    package = ""
+    for row in table.splitlines()[2:]:
+        packages, modules = (re.findall(r"`([\w/]+)`", cell) for cell in row.split("|")[1:3])
+        package = packages[0] if modules and packages else package
+        named[package if modules else ""] += modules or packages
+    paths = {path for path in FILES if not path.name.startswith("__")}
+    actual = {name: {path.stem for path in paths if path.parent == PACKAGE / name} for name in PACKAGES}
+    actual["benchmarks/"] = {path.parent.name for path in (ROOT / "benchmarks").glob("*/__init__.py")}
+    assert {name: sorted(modules) for name, modules in named.items()} == {
+        name: sorted(modules) for name, modules in actual.items()
+    }
 
 
 def test_the_plan_is_small():
