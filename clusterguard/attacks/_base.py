@@ -108,6 +108,17 @@ class BuiltInAttack(ABC):
             ConfigurationError: the radius is so large that the ball around an image contains every other image.
         """
         check_attack_input(detector, images, labels, targets, needs_evidence=self._needs_evidence)
+        return self._attack_checked(detector, images, labels, targets, generator)
+
+    def _attack_checked(
+        self,
+        detector: Detector,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        generator: Generator | None,
+    ) -> Tensor:
+        """The attacked images (B, C, H, W) of a call whose input `check_attack_input` has accepted."""
         check_radius(self, images)
         if not len(images):
             return images
@@ -186,6 +197,24 @@ class WrappingAttack(BuiltInAttack):
     def precision(self) -> str | None:
         """The precision in which the inner attack searches; None if it has no such option."""
         return getattr(self.attack, "precision", None)
+
+
+def attack_checked_images(
+    attack: Attack,
+    detector: Detector,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    targets: Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Run an attack on input that `check_attack_input` has accepted. A built-in attack does not check it again.
+
+    The arguments and the result are those of a call of the attack.
+    """
+    if isinstance(attack, BuiltInAttack) and type(attack).__call__ is BuiltInAttack.__call__:
+        return attack._attack_checked(detector, images, labels, targets, generator)
+    return attack(detector, images, labels, targets=targets, generator=generator)
 
 
 def scale(attack: Attack, factor: float) -> Attack:

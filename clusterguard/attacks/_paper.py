@@ -6,7 +6,7 @@ from typing import final
 
 import torch
 from clusterguard._support import check_range, check_tensor
-from clusterguard.attacks._base import Attack, WrappingAttack
+from clusterguard.attacks._base import Attack, WrappingAttack, attack_checked_images
 from clusterguard.attacks._pgd import PGD, SteppedAttack
 from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError
@@ -116,7 +116,7 @@ class RandomTarget(WrappingAttack):
     ) -> Tensor:
         if targets is None:
             targets = draw_targets(labels, len(detector.thresholds), generator)
-        return self.attack(detector, images, labels, targets=targets, generator=generator)
+        return attack_checked_images(self.attack, detector, images, labels, targets=targets, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)

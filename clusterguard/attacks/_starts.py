@@ -48,23 +48,15 @@ def output_diversified(problem: Problem) -> Tensor:
 
 
 @torch.no_grad()
-def is_accepted(detector: Detector, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> Tensor:
+def is_accepted(detector: Detector, images: Tensor, labels: Tensor, *, batch_size: int) -> Tensor:
     """Whether a detector accepts images under their labels, (B,).
 
     Args:
         detector: calibrated detector.
-        images: (B, C, H, W) benign images in [0, 1].
+        images: (B, C, H, W) benign images in [0, 1], which have been checked.
         labels: (B,) true labels.
         batch_size: number of images to judge at a time, at least 1.
-
-    Raises:
-        ConfigurationError: `batch_size` is below 1.
     """
-    check_detector(detector)
-    check_images(images)
-    check_labels(labels, images, len(detector.thresholds))
-    if batch_size < 1:
-        raise ConfigurationError(f"expected a batch_size of at least 1, got {batch_size}")
     if not len(images):
         return torch.zeros(0, dtype=torch.bool, device=images.device)
     with evaluation_mode(detector):
@@ -107,7 +99,16 @@ class Towards:
 
         Returns:
             The start with the accepted images.
+
+        Raises:
+            InputError: images or labels have a wrong shape, dtype, range or device.
+            ConfigurationError: `batch_size` is below 1.
         """
+        check_detector(detector)
+        check_images(images)
+        check_labels(labels, images, len(detector.thresholds))
+        if batch_size < 1:
+            raise ConfigurationError(f"expected a batch_size of at least 1, got {batch_size}")
         usable = is_accepted(detector, images, labels, batch_size=batch_size)
         return cls(images[usable], labels[usable])
 

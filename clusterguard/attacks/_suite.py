@@ -11,6 +11,7 @@ from clusterguard.attacks._auto_pgd import APGD
 from clusterguard.attacks._base import (
     Attack,
     BuiltInAttack,
+    attack_checked_images,
     check_attack_input,
     check_budget,
     check_radius,
@@ -322,6 +323,7 @@ class WorstCaseSuite(BuiltInAttack):
         checkpoint: str | Path | None = None,
         progress: bool = False,
         on_stage: Callable[[StageRecord], None] | None = None,
+        check: bool = True,
     ) -> SuiteResult:
         """Run the stages and return the strongest images with a record of each stage.
 
@@ -334,6 +336,8 @@ class WorstCaseSuite(BuiltInAttack):
             checkpoint: file to write after every stage; if it exists, the run resumes from it.
             progress: whether to show a progress bar.
             on_stage: function to call with the record of each stage.
+            check: whether to check the detector, images, labels and targets first. Switch it off if they were checked
+                already.
 
         Returns:
             The strongest attacked version of each image, and one record for each stage.
@@ -345,16 +349,19 @@ class WorstCaseSuite(BuiltInAttack):
             PersistenceError: the checkpoint is damaged, is not the state of a suite, or is being written by
                 another run.
         """
-        check_attack_input(detector, images, labels, targets)
+        if check:
+            check_attack_input(detector, images, labels, targets)
         check_radius(self, images)
         with torch.inference_mode(False), evaluation_mode(detector), only_writer(checkpoint):
             images, labels = images.detach().clone(), labels.long().clone()
             targets = None if targets is None else targets.long().clone()
-            benign = (images, labels) if self.references is None else self.references
             chosen = choose_precision(detector, images, labels) if self.precision == "auto" else self.precision
-            accepted = Towards.accepted(detector, *benign, batch_size=self.batch_size or 500)
-            stages = replace(self, precision=chosen).stages(detector, accepted)
             state = self._begin(detector, images, labels, targets, checkpoint, generator)
+            if self.references is None:
+                accepted = Towards(images[state.eligible], labels[state.eligible])
+            else:
+                accepted = Towards.accepted(detector, *self.references, batch_size=self.batch_size or 500)
+            stages = replace(self, precision=chosen).stages(detector, accepted)
             bar = tqdm(stages.items(), desc=f"{self.norm} {self.eps:g}", disable=not progress, leave=False)
             for name, attack in bar:
                 rows = (state.margins > 0).nonzero().squeeze(1)
@@ -372,19 +379,7 @@ class WorstCaseSuite(BuiltInAttack):
         cost = sum((Cost(record.forward, record.backward) for record in state.records), Cost())
         return SuiteResult(state.best, tuple(state.records), cost, state.runs)
 
-    def __call__(
-        self,
-        detector: Detector,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        targets: Tensor | None = None,
-        generator: Generator | None = None,
-    ) -> Tensor:
-        """The attacked images of `run`."""
-        return self.run(detector, images, labels, targets=targets, generator=generator).images
-
-    def _perturb(
+    def _attack_checked(
         self,
         detector: Detector,
         images: Tensor,
@@ -392,7 +387,9 @@ class WorstCaseSuite(BuiltInAttack):
         targets: Tensor | None,
         generator: Generator | None,
     ) -> Tensor:
-        return self.run(detector, images, labels, targets=targets, generator=generator).images
+        return self.run(detector, images, labels, targets=targets, generator=generator, check=False).images
+
+    _perturb = _attack_checked  # a suite splits a batch itself, within each stage
 
     def _run_stage(
         self,
@@ -411,7 +408,9 @@ class WorstCaseSuite(BuiltInAttack):
         if isinstance(attack, Polish):
             attacked = self._polish(attack, state.best[rows], metered, images[rows], labels[rows], aims, generator)
         else:
-            attacked = attack(metered, images[rows], labels[rows], targets=aims, generator=generator)
+            attacked = attack_checked_images(
+                attack, metered, images[rows], labels[rows], targets=aims, generator=generator
+            )
         margins = self._margins(detector, attacked, labels[rows], aims)
         # A stage may return images outside ball or box, which must not count.
         size = get_norm(self.norm).size(attacked - images[rows])
@@ -436,7 +435,8 @@ class WorstCaseSuite(BuiltInAttack):
         parts = torch.arange(len(images), device=images.device).split(self.batch_size or len(images))
         return torch.cat(
             [
-                replace(polish, start=AtPoints(best[part]))(
+                attack_checked_images(
+                    replace(polish, start=AtPoints(best[part])),
                     detector,
                     images[part],
                     labels[part],

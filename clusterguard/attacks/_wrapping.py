@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from clusterguard._support import evaluation_mode
-from clusterguard.attacks._base import Attack, BuiltInAttack, WrappingAttack, check_attack_input, check_budget, scale
+from clusterguard.attacks._base import (
+    Attack,
+    BuiltInAttack,
+    WrappingAttack,
+    attack_checked_images,
+    check_attack_input,
+    check_budget,
+    scale,
+)
 from clusterguard.detection import Detector, class_margins, success_margin
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
@@ -51,7 +59,7 @@ class MultiTarget(WrappingAttack):
         generator: Generator | None,
     ) -> Tensor:
         if targets is not None:
-            return self.attack(detector, images, labels, targets=targets, generator=generator)
+            return attack_checked_images(self.attack, detector, images, labels, targets=targets, generator=generator)
         with torch.no_grad():
             promise = class_margins(detector.evidence(images), detector.thresholds)
             # An image that cannot be judged has infinite margins for all classes, and its label must still come last.
@@ -62,7 +70,9 @@ class MultiTarget(WrappingAttack):
             rows = (best_margin > 0).nonzero().squeeze(1)  # broken images stay as they are
             if not len(rows):
                 break
-            attacked = self.attack(detector, images[rows], labels[rows], targets=column[rows], generator=generator)
+            attacked = attack_checked_images(
+                self.attack, detector, images[rows], labels[rows], targets=column[rows], generator=generator
+            )
             with torch.no_grad():
                 margin = success_margin(detector.evidence(attacked), detector.thresholds, labels[rows])
             better = margin < best_margin[rows]
@@ -136,7 +146,8 @@ class MixedAttack(BuiltInAttack):
     ) -> Tensor:
         device = None if generator is None else generator.device
         chosen = int(torch.randint(len(self.attacks), (), generator=generator, device=device))
-        return self.attacks[chosen](detector, images, labels, targets=targets, generator=generator)
+        attack = self.attacks[chosen]
+        return attack_checked_images(attack, detector, images, labels, targets=targets, generator=generator)
 
 
 @final
@@ -188,4 +199,6 @@ class Transfer(WrappingAttack):
     ) -> Tensor:
         check_attack_input(self.surrogate, images, labels, targets)
         with evaluation_mode(self.surrogate):
-            return self.attack(self.surrogate, images, labels, targets=targets, generator=generator)
+            return attack_checked_images(
+                self.attack, self.surrogate, images, labels, targets=targets, generator=generator
+            )

@@ -34,6 +34,7 @@ def judge(
     accelerator: "Accelerator | None" = None,
     unpack: Unpack | None = None,
     progress: str = "",
+    check: bool = True,
 ) -> Verdicts:
     """Run a detector in eval mode over a whole loader.
 
@@ -46,6 +47,7 @@ def judge(
         accelerator: accelerator whose processes take the batches in turn; all of them get all verdicts.
         unpack: function that finds images and labels in batches of another form.
         progress: title of the progress bar; an empty title shows no bar.
+        check: whether to check images and labels. Switch it off if they were checked already.
 
     Returns:
         Verdicts on all n images, and the true labels (n,), on the CPU.
@@ -59,8 +61,9 @@ def judge(
         pairs, batches = Pairs(loader, unpack), number_of_batches(loader)
         bar = tqdm(pairs, desc=progress, total=batches, disable=not progress, leave=False)
         for position, (images, labels) in share(bar, accelerator):
-            check_images(images)
-            check_labels(labels, images, len(detector.thresholds))
+            if check:
+                check_images(images)
+                check_labels(labels, images, len(detector.thresholds))
             images = images.to(detector.thresholds.device)
             verdict = decide(detector.evidence(images), detector.thresholds)
             verdicts[position] = [part.cpu() for part in (*verdict, labels)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from clusterguard._support import collect, share
-from clusterguard.attacks import Attack, Cost, Metered, StageRecord, WorstCaseSuite
+from clusterguard.attacks import Attack, Cost, Metered, StageRecord, WorstCaseSuite, attack_checked_images
 from clusterguard.detection import Detector
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
@@ -64,13 +64,21 @@ def attack_batches(
     if accelerator is None and isinstance(attack, WorstCaseSuite):
         images, labels = _join(batches)
         result = attack.run(
-            detector, images, labels, generator=generator, checkpoint=checkpoint, progress=bool(progress)
+            detector,
+            images,
+            labels,
+            generator=generator,
+            checkpoint=checkpoint,
+            progress=bool(progress),
+            check=False,
         )
         parts = list(result.images.split([len(labels) for _, labels in batches]))
         return Attacked(parts, result.stages, result.cost, result.runs)
     bar = tqdm(batches, desc=progress, disable=not progress, leave=False)
     if accelerator is None:
-        attacked = [attack(metered, images, labels, generator=generator) for images, labels in bar]
+        attacked = [
+            attack_checked_images(attack, metered, images, labels, generator=generator) for images, labels in bar
+        ]
         return Attacked(attacked, (), metered.cost)
 
     if isinstance(attack, WorstCaseSuite) and attack.references is None:

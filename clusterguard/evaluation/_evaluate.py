@@ -119,7 +119,7 @@ def evaluate(
     num_classes = len(detector.thresholds)
     batches = _read_batches(detector, named.values(), Pairs(loader, unpack))
     named = _settled(named, detector, *batches[0], accelerator)
-    clean = judge(detector, batches, accelerator=accelerator)
+    clean = judge(detector, batches, accelerator=accelerator, check=False)
     benign, labels, eligible = clean, clean.labels, is_eligible(clean)
     if doubt := doubt_labels(accuracy(clean).count, len(labels), num_classes):
         warnings.warn(doubt, stacklevel=2)

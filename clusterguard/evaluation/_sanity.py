@@ -16,8 +16,8 @@ from clusterguard.attacks import (
     Start,
     SteepestDescent,
     Towards,
+    attack_checked_images,
     backpropagate,
-    check_attack_input,
     descend,
     get_norm,
     get_objective,
@@ -98,26 +98,25 @@ def examine(
 
     Args:
         detector: calibrated detector.
-        images: (B, C, H, W) clean images in [0, 1], the first B of the evaluated ones.
-        labels: (B,) labels of the images.
+        images: (B, C, H, W) clean images in [0, 1], a part of the evaluated ones. They have been checked.
+        labels: (B,) true labels of the images.
         results: results of the evaluated attacks.
         generator: randomness, on the images' device.
 
     Returns:
         The report; None if no attack states its norm and eps, or if no image is labelled correctly and accepted.
     """
-    check_attack_input(detector, images, labels)
     stated = [result for result in results if result.norm is not None and result.eps]
     with torch.no_grad(), evaluation_mode(detector):
         usable = is_eligible(Verdicts(decide(detector.evidence(images), detector.thresholds), labels))
     if not stated or not usable.any():
         return None
     norm, eps = str(stated[0].norm), float(stated[0].eps or 0)
-    references = Towards.accepted(detector, images, labels)
     probed, truth = images[usable], labels[usable]
+    references = Towards(probed, truth)
 
     def broken(attack: Attack) -> Tensor:
-        attacked = attack(detector, probed, truth, generator=generator)
+        attacked = attack_checked_images(attack, detector, probed, truth, generator=generator)
         with torch.no_grad(), evaluation_mode(detector):
             return is_broken(Verdicts(decide(detector.evidence(attacked), detector.thresholds), truth))
 

@@ -11,7 +11,6 @@ import torch
 from clusterguard.attacks import dense_l1_direction, draw_targets, get_norm
 from clusterguard.detectors import GaussianClusters, Normalize
 from clusterguard.evaluation import star_coordinates
-from clusterguard.evaluation._sanity import examine
 from clusterguard.training import negative_log_likelihood
 from fuzzing import (
     CLASSES,
@@ -193,11 +192,6 @@ def evaluate_liar(draw):
     assert not report.worst_case.count or (attacked.isfinite().all() or report.worst_case.count < 2)
 
 
-def probe(draw):
-    count = draw(st.integers(0, 2))
-    examine(draw_detector(draw), draw_images(draw, count), draw_labels(draw, count), [])
-
-
 def network_wrapped(draw):
     flat = nn.Sequential(nn.Flatten(), nn.Linear(16, 8))
     backbone = draw(st.sampled_from([flat, flat, flat, nn.Flatten(), nn.Linear(16, 8), nn.Identity(), nn.Module()]))
@@ -225,7 +219,6 @@ CALLS = [
     references,
     evaluate,
     evaluate_liar,
-    probe,
     network_wrapped,
 ]
 

@@ -3,9 +3,11 @@ import json
 import pytest
 import torch
 from clusterguard import FGSM, PGD, WorstCaseSuite, evaluate
+from clusterguard._support import _checks
+from clusterguard.attacks import MultiTarget
 from clusterguard.detection import Rate
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 
 @pytest.fixture
@@ -29,6 +31,16 @@ def test_figures_are_counted_from_the_images(small_guard, loader):
     assert report.results[0].success == Rate(int(broken.sum()), int(eligible.sum()))
     assert sum(rate.total for rate in report.false_positives_by_class) == 85
     assert sum(rate.count for rate in report.false_positives_by_class) == report.false_positives.count
+
+
+def test_each_image_is_checked_once(small_guard, loader, monkeypatch):
+    checked, in_range = [], _checks.in_range
+    monkeypatch.setattr(_checks, "in_range", lambda images: (checked.append(len(images)), in_range(images))[1])
+    pgd = PGD(eps=0.1, step_size=0.1, steps=1)
+    suite = WorstCaseSuite("linf", eps=0.1, budget="quick")
+    few = DataLoader(Subset(loader.dataset, range(5, 11)), batch_size=4)
+    evaluate(small_guard, {"pgd": pgd, "aimed": MultiTarget(attack=pgd), "suite": suite}, few, sanity_images=3)
+    assert checked == [4, 2]
 
 
 def test_the_worst_case_counts_an_image_that_any_attack_breaks(small_guard, loader):
