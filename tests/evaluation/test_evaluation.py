@@ -33,7 +33,7 @@ def test_figures_are_counted_from_the_images(small_guard, loader):
     assert sum(rate.count for rate in report.false_positives_by_class) == report.false_positives.count
 
 
-def test_each_image_is_checked_once(small_guard, loader, monkeypatch):
+def test_each_image_is_checked_once(small_guard, loader, monkeypatch, light_suites):
     checked, in_range = [], _checks.in_range
     monkeypatch.setattr(_checks, "in_range", lambda images: (checked.append(len(images)), in_range(images))[1])
     pgd = PGD(eps=0.1, step_size=0.1, steps=1)
