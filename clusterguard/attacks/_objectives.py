@@ -29,7 +29,7 @@ class Objective(Protocol):
 def suspicion(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
     """The suspicion of the target or, without targets, the smallest suspicion of any wrong class.
 
-    For a guard it is the distance to the nearest wrong centre. The nearest class is chosen again at every call, as in
+    For a guard it is the distance to the nearest wrong class. The nearest class is chosen again at every call, as in
     the paper's adaptive attack.
 
     Reference:

@@ -1,4 +1,4 @@
-"""Attacks on representations, which match that of another image or move it away from the adversarial centre."""
+"""Attacks on representations, which match that of another image or move it away from the origin."""
 
 import math
 from collections.abc import Callable
@@ -101,10 +101,11 @@ class RepresentationMatching(BuiltInAttack):
 @final
 @dataclass(frozen=True, kw_only=True)
 class RepelThenMinimise(SteppedAttack):
-    """An attack that first moves representations away from the adversarial centre, then minimises the objective.
+    """An attack that first moves representations away from the origin, then minimises the objective.
 
-    The objective is a plateau around the adversarial centre, which is the origin of the representations. The first
-    steps maximise the distance from the origin in any direction, and the others descend the objective from there. For
+    The paper's head has its adversarial centre at the origin of the representations, and the objective is a plateau
+    around it. The first steps maximise the distance from the origin in any direction, whatever the head, and the others
+    descend the objective from there. For
     an image that is still inside the cluster of its class, the first steps lead further into this cluster. Use a start
     such as "random" or `Towards` for such images. A step of the first phase costs two forward passes, one of them with
     a backward pass.
@@ -160,7 +161,7 @@ class _Matching:
 
 @dataclass
 class _RepelFirst:
-    """The gradient away from the adversarial centre for `steps_left` steps, and that of the objective afterwards."""
+    """The gradient away from the origin for `steps_left` steps, and that of the objective afterwards."""
 
     steps_left: int
 

@@ -27,8 +27,8 @@ from torch import Tensor
 def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float | Tensor) -> Certificate:
     """Prove that no perturbation within a radius changes the guard's decision to a wrong one.
 
-    An image is secure if, for every other class, each perturbed image is either too far from that class's centre to be
-    accepted or closer to the centre of its label. So the success rate of any attack, known or not, is at most the share
+    An image is secure if, for every other class, each perturbed image is either too far from that class to be accepted
+    or closer to the class of its label. So the success rate of any attack, known or not, is at most the share
     of images that are not secure.
 
     A proof is about the guard as `detect` runs it, in float32 or float64. It includes a bound on the rounding errors of

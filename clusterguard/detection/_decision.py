@@ -18,7 +18,8 @@ class Evidence(NamedTuple):
         class_scores: (B, K) scores. A larger score means that the image is more like class k, and the class with the
             largest score is the label.
         suspicion: (B, K) suspicion of each label. A larger value means that the image is more likely to be adversarial
-            if its label is k. For a `ClusterGuard` it is the Euclidean distance to the centre of class k.
+            if its label is k. For a `ClusterGuard` it is the head's distance to class k, which is the Euclidean
+            distance to the centre of the class for the paper's head.
     """
 
     class_scores: Tensor
@@ -30,7 +31,7 @@ class Detection(NamedTuple):
 
     Attributes:
         labels: (B,) int64 classes with the largest score.
-        distances: (B,) suspicion of these labels; for a `ClusterGuard` the distance to the centre of the label.
+        distances: (B,) suspicion of these labels; for a `ClusterGuard` the head's distance to the class.
         is_adversarial: (B,) bool, True for an image that is refused.
     """
 

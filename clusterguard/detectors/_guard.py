@@ -47,8 +47,9 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     """An image classifier that notices adversarial examples. It can replace the classifier that it wraps.
 
     The classifier of the backbone is replaced by a layer with m outputs, the representation. An image gets the label of
-    the closest of K Gaussian clusters. It is refused if its distance to the centre of this cluster is larger than the
-    threshold. If the backbone is a classifier of K classes, the new layer starts with its weights, and the nearest
+    the closest of K classes. It is refused if its distance to this class is larger than the threshold. The head says
+    what the distance is: that of the paper has a Gaussian cluster for each class, and takes the Euclidean distance to
+    its centre. If the backbone is a classifier of K classes, the new layer starts with its weights, and the nearest
     cluster is that of the largest logit. So a new guard gives every image the label that it had before. Fit its
     thresholds with `Calibrator`. Only training with `AdversarialClusterTrainer` makes it notice adversarial examples
     that were made against it.
@@ -176,7 +177,11 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         return run_network(partial(self._encode, self.encoder), normalised)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits: images (B, C, H, W) in [0, 1] -> (B, K). Their softmax is the mixture's posterior.
+        """The head's logits: images (B, C, H, W) in [0, 1] -> (B, K). Their softmax is the posterior of the classes.
+
+        With the paper's head, the largest logit is that of the label. Another head may have energies that are not
+        squared distances. Its largest logit may then be that of another class than the label, which has the smallest
+        distance.
 
         Raises:
             InputError: pixels are outside of [0, 1], as those of images that were normalised already. Where gradients

@@ -46,9 +46,10 @@ class Bounds(NamedTuple):
     """Bounds on a guard's distances for all images within a radius of an image.
 
     Attributes:
-        nearest: (B, K) lower bound of the distance to each centre.
-        leads: (B, K) lower bound of each centre's squared distance less that of the label's centre; 0 for the label.
-        farthest: (B,) upper bound of the distance to the label's centre.
+        nearest: (B, K) lower bound of the distance to each class.
+        leads: (B, K) lower bound of the squared distance to each class minus that to the label's class; 0 for the
+            label.
+        farthest: (B,) upper bound of the distance to the label's class.
     """
 
     nearest: Tensor

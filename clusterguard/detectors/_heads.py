@@ -59,8 +59,8 @@ class Head(nn.Module, ABC):
     def distances(self, representations: Tensor) -> Tensor:
         """The distance of representations to every class: (B, m) -> (B, K), at least 0, differentiable.
 
-        An image gets the label of the class with the smallest distance. It is accepted if this distance is at most the
-        threshold of the label.
+        Distances decide. An image gets the label of the class with the smallest distance. It is accepted if this
+        distance is at most the threshold of the label. Energies serve the training and the logits.
         """
 
     @abstractmethod
@@ -101,7 +101,11 @@ class Head(nn.Module, ABC):
         )
 
     def logits(self, representations: Tensor) -> Tensor:
-        """The log-likelihoods up to a constant per row: (B, m) -> (B, K). Their softmax is the posterior."""
+        """Half the energies with a minus sign, which are log-likelihoods up to a constant per row: (B, m) -> (B, K).
+
+        Their softmax is the posterior. The largest logit is that of the label if energies grow with distances in the
+        same way for all classes.
+        """
         return -0.5 * self.energies(representations)
 
     def options(self) -> dict[str, Any]:

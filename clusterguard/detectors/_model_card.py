@@ -132,8 +132,8 @@ def model_card(
     head = escape_markdown(guard["head"]["description"])
     builds = (details.backbone or ("your_module" if is_module else "")).strip()
     imports = "\n\n".join(["from clusterguard import ClusterGuard", *filter(None, [details.imports.strip()])])
-    is_own_head = guard["head"].get("type", "GaussianClusters") != "GaussianClusters"
-    arguments_of_loading = (f", backbone={builds}" if builds else "") + ", head=your_head" * is_own_head
+    has_other_head = guard["head"].get("type", "GaussianClusters") != "GaussianClusters"
+    arguments_of_loading = (f", backbone={builds}" if builds else "") + ", head=your_head" * has_other_head
     code = (
         f"{imports}\n\n"
         f'guard = ClusterGuard.from_pretrained("this folder or id"{arguments_of_loading})\n'
@@ -150,7 +150,9 @@ def model_card(
         f"```python\n{code}\n```",
         "## Model",
         f"Backbone {name}{arguments}; {head}, {guard['dtype']}. Saved with {versions}. The "
-        "backbone's name tells its architecture, not the weights that training started from.",
+        "backbone's name tells its architecture, not the weights that training started from."
+        + " The class of the head defines what `distances` are, and loading needs this class."
+        * has_other_head,
         *(["## Classes", f"In the order of their labels:\n\n```json\n{names}\n```"] if names else []),
         "## Thresholds",
         describe_thresholds(calibrated, calibration),

@@ -148,18 +148,18 @@ class AdversarialClusterTrainer(DetectorTrainer):
             shares = self.relabel.shares(self.attack, images, attacked, got_through)
             attacked_batch = RelabelledBatch(attacked, labels, detection.labels, shares)
             batch = RelabelledBatch(*map(torch.cat, zip(batch, attacked_batch, strict=True)))
-        loss, terms, logits = self._loss(batch)
-        correct = (logits[: len(labels)].argmax(dim=1) == labels).sum()
+        loss, terms, predicted = self._loss(batch)
+        correct = (predicted[: len(labels)] == labels).sum()
         return TrainingStep(loss, correct, successes, terms, again=lambda: self._loss(batch)[0])
 
     def _loss(self, batch: RelabelledBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss of a relabelled batch, its terms, and the logits (B, K)."""
+        """The loss of a relabelled batch, its terms, and the labels (B,) that the guard gives to the images."""
         head, representations = self.guard.head, self.guard.represent(batch.images)
         # Means are over the images of all processes, so that the loss does not depend on how batches are distributed.
         counts = self.engine.accelerator.reduce(counts_of(batch.is_separate), "mean")
         loss, terms = self.loss(head, representations, batch, self.thresholds, counts)
         measured = {f"loss/{name}": term.detach() for name, term in terms.items()}
-        return loss, measured, head.logits(representations.detach())
+        return loss, measured, head.distances(representations.detach()).argmin(dim=1)
 
     @property
     def _present_attack(self) -> Attack:

@@ -49,9 +49,10 @@ class CertifiedTrainer(DetectorTrainer):
     """Trains a guard to make decisions that `certify` can prove for every image within a radius in l∞.
 
     A step attacks nothing. It computes bounds over the whole ball, so it costs about three plain steps, however
-    expensive a strong attack would be. The loss is ``(1 − κ) · (cross-entropy + center_weight · mean ½d²) + κ ·
-    cross-entropy of the bounds``, where κ and the radius grow together. Both cross-entropies are those of the mixture's
-    posterior at a temperature. Before training from scratch, call `initialise` on the guard for a better result.
+    expensive a strong attack would be. The loss is ``(1 − κ) · (cross-entropy + center_weight · mean ½·energy) + κ ·
+    cross-entropy of the bounds``, where κ and the radius grow together. The energy is the head's, d² for the paper's
+    head. The first cross-entropy is that of the head's logits, the second that of −½d² with bounds on the distances d,
+    both at a temperature. Before training from scratch, call `initialise` on the guard for a better result.
 
     Args:
         guard: guard to train, in place and on its own device; its network is as in `certify`.
@@ -63,9 +64,9 @@ class CertifiedTrainer(DetectorTrainer):
         ramp_epochs: number of epochs after the warm-up over which the radius grows to full length. With too
             short a ramp, training ends at chance accuracy.
         bound_weight: largest value of κ, in (0, 1].
-        center_weight: factor of the distance of benign images to their centres, at least 0. A larger one gives tighter
+        center_weight: factor of the energy of benign images under their classes, at least 0. A larger one gives tighter
             clusters, and so better detection outside the ball, but fewer certificates.
-        temperature: divisor of the mixture's logits, positive.
+        temperature: divisor of the head's logits, positive.
         calibrator: calibrator that fits the final thresholds; None takes `Calibrator()`.
         options: options of the training steps; None takes `TrainingOptions()`.
 
@@ -142,7 +143,7 @@ class CertifiedTrainer(DetectorTrainer):
         logits = head.logits(representations)
         spread = 0.5 * head.energies(representations).gather(1, labels[:, None].long()).mean()
         loss = cross_entropy(logits / self.temperature, labels) + self.center_weight * spread
-        right = (logits.argmax(dim=1) == labels).sum()
+        right = (head.distances(representations.detach()).argmin(dim=1) == labels).sum()
         share = self._grown
         if not self.engine.steps:  # refuses a network without known bounds now, rather than after the warm-up
             with torch.autocast(images.device.type, enabled=False):

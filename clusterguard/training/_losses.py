@@ -20,24 +20,26 @@ class Target(ABC):
     def energy(
         self, head: Head, representations: Tensor, labels: Tensor, accepted_as: Tensor, thresholds: Tensor
     ) -> Tensor:
-        """The squared distance of attacked images to the target; 0 at the target.
+        """The energy of attacked images, which training reduces.
 
         Args:
-            head: head that computes distances from representations to the classes.
+            head: head of the guard, which computes distances and energies.
             representations: (B, m) representations of the attacked images.
             labels: (B,) original classes y of the images.
             accepted_as: (B,) labels ŷ that the guard gave to the images.
             thresholds: (K,) thresholds τ; a threshold that is not finite is not fitted yet.
 
         Returns:
-            Squared distances (B,).
+            Energies (B,), on the scale of the head's energies. With the paper's head they are squared distances.
         """
 
 
 @final
 @dataclass(frozen=True)
 class Origin(Target):
-    """The paper's adversarial centre at the origin, the same for all classes, with the energy ‖z‖².
+    """The head's adversarial cluster, the same for all classes, with its `adversarial_energy`.
+
+    The paper's head has it at the origin, with the energy ‖z‖².
 
     Example:
         >>> from clusterguard.detectors import GaussianClusters
@@ -56,9 +58,10 @@ class Origin(Target):
 @final
 @dataclass(frozen=True)
 class Opposite(Target):
-    """An adversarial centre for each class, opposite to the class's centre u(y), with the energy ‖z + u(y)‖².
+    """An adversarial cluster for each class, opposite to the cluster of the class: the energy of −z under class y.
 
-    With separate centres, attacks on different classes need not have similar representations.
+    With the paper's head this is ‖z + u(y)‖², where u(y) is the centre of the class. With separate clusters, attacks on
+    different classes need not have similar representations.
 
     Example:
         >>> from clusterguard.detectors import GaussianClusters
@@ -79,7 +82,7 @@ class Opposite(Target):
 class Outside(Target):
     """All points outside the region that is accepted as ŷ, with the energy max(0, (1 + margin) τ_ŷ − d_ŷ)².
 
-    A threshold τ that is not finite is replaced by half the distance between centres.
+    The distance d is the head's. A threshold τ that is not finite is replaced by the head's `half_way`.
 
     Args:
         margin: required distance beyond the threshold, as a fraction of the threshold; at least 0.
@@ -132,9 +135,10 @@ class RelabelledBatch(NamedTuple):
 class ClusterLoss:
     """The loss of the paper's training, with optional further terms.
 
-    The loss is ``mean of ½d² over the images that belong to their classes + weight · mean of ½·energy over the
-    adversarial images``. This is equation 31 as a negative log-likelihood. The likelihood itself underflows in float32
-    at the distances of an untrained network.
+    The loss is ``mean of ½·energy under their classes over the images that belong to them + weight · mean of ½·energy
+    of the target over the adversarial images``. The energies under classes are the head's, squared distances d² for the
+    paper's head. This is equation 31 as a negative log-likelihood. The likelihood itself underflows in float32 at the
+    distances of an untrained network.
 
     Args:
         target: place to which attacked images that got through are moved: `Origin()`, the paper's choice, `Opposite()`
@@ -142,9 +146,9 @@ class ClusterLoss:
         weight: factor of the adversarial term, at least 0.
         floor: smallest number of images that the adversarial mean divides by, as a share of all attacked images in
             [0, 1]. With the paper's 0, a single successful attack weighs as much as all other images together.
-        cross_entropy_weight: factor of a further term, at least 0, which is the cross-entropy of softmax(−½d² / T),
-            averaged over the images that belong to their classes. The likelihood pulls an image to the centre of its
-            class however far the other centres are, whereas cross-entropy only compares the distances.
+        cross_entropy_weight: factor of a further term, at least 0, which is the cross-entropy of softmax(−½·energy /
+            T), averaged over the images that belong to their classes. The likelihood pulls an image to its class
+            however far the other classes are, whereas cross-entropy only compares the energies.
         temperature: temperature T of the cross-entropy, positive. It is not learned, because the user's optimizer does
             not hold it. At 1 the cross-entropy is that of the guard's posterior, which is almost 0 except close to the
             decision boundary.
@@ -185,7 +189,7 @@ class ClusterLoss:
         """The loss of a batch and its terms.
 
         Args:
-            head: head that computes distances from representations to the classes.
+            head: head of the guard, which computes distances and energies.
             representations: (B, m) representations of the batch's images.
             batch: relabelled batch.
             thresholds: (K,) present thresholds.
@@ -218,11 +222,12 @@ def negative_log_likelihood(
 ) -> Tensor:
     """Equation 31 as a negative log-likelihood, without its constant.
 
-    The loss is ``adversarial_weight · mean over D_S of ½d²(adversarial centre) + mean over the rest of ½d²(centre of
-    the class)``. D_S are the images that belong to the adversarial cluster. The mean over an empty set is 0.
+    The loss is ``adversarial_weight · mean over D_S of ½·adversarial energy + mean over the rest of ½·energy under the
+    class``. With the paper's head, the energies are squared distances to the centres. D_S are the images that belong to
+    the adversarial cluster. The mean over an empty set is 0.
 
     Args:
-        head: head that computes distances from representations to the classes.
+        head: head of the guard, which computes energies.
         representations: (B, m) representations of the images.
         labels: (B,) class of each image; it is not used for images in D_S.
         is_separate: (B,) whether each image belongs to D_S, or the share of it, in [0, 1], that does.
@@ -276,7 +281,7 @@ def cluster_terms(
     """The two means of `negative_log_likelihood`: over images of their classes, and over adversarial ones.
 
     Args:
-        head: head that computes distances from representations to the classes.
+        head: head of the guard, which computes energies.
         representations: (B, m) representations of the images.
         labels: class labels (B,).
         is_separate: (B,) bools, or shares in [0, 1].
@@ -312,20 +317,20 @@ def class_cross_entropy(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    """The mean cross-entropy of softmax(−½d² / temperature) over the images that belong to their classes.
+    """The mean cross-entropy of the head's logits over the images that belong to their classes.
 
     Args:
-        head: head that computes distances from representations to the classes.
+        head: head of the guard, which computes energies.
         representations: (B, m) representations of the images.
         labels: class labels (B,).
         is_separate: (B,) bools, or shares in [0, 1], that are left out of the mean.
         counts: (2,) numbers of images as in `counts_of`; the first, raised to 1 if smaller, divides the sum.
-        temperature: temperature of the softmax, positive.
+        temperature: divisor of the logits, positive.
 
     Returns:
         The mean, a scalar.
     """
-    logits = head.logits(representations) / temperature  # −½d² up to a constant per row
+    logits = head.logits(representations) / temperature
     losses = functional.cross_entropy(logits, labels.long(), reduction="none")
     share = 1 - is_separate.to(counts.dtype)
     return torch.where(share > 0, share * losses, 0).sum() / counts[0].clamp_min(1)

@@ -96,7 +96,11 @@ def test_another_head_is_saved_with_its_card_and_loaded(trained, blobs, tmp_path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing rebuilds this backbone
         trained.save_pretrained(tmp_path)
-    assert "DiagonalGaussians in 5 dimensions" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "DiagonalGaussians in 5 dimensions" in card
+    assert "head=your_head" in card
+    assert "The class of the head defines what `distances` are" in card
+    assert "center" not in card.lower()
     again = ClusterGuard.from_pretrained(tmp_path, backbone=network(), head=DiagonalGaussians(3, 5))
     assert torch.equal(again.distances(images), trained.distances(images))
     assert again.calibration == trained.calibration
@@ -144,6 +148,27 @@ def test_another_head_is_trained_for_certificates(blobs):
     trainer.fit(blobs, blobs, epochs=4, calibrate=False, progress=False)
     Calibrator(0.05).fit(guard, blobs)
     assert certify(guard, *next(iter(blobs)), eps=0.01).is_secure.any()
+
+
+class Prejudiced(DiagonalGaussians):
+    """Its energies, and so the logits, favour class 1, whatever the distances, and so the labels, are."""
+
+    bound_distances = DiagonalGaussians.bound_distances
+
+    def energies(self, representations: Tensor) -> Tensor:
+        return super().energies(representations) + torch.tensor([1e4, 0.0, 1e4])
+
+
+@pytest.mark.parametrize("kind", [AdversarialClusterTrainer, CertifiedTrainer])
+def test_trainings_record_labels_by_distances(kind, blobs):
+    torch.manual_seed(0)
+    guard = ClusterGuard(network(), head=Prejudiced(3, 5))
+    options = {"eps": 0.1} if kind is CertifiedTrainer else {"attack": PGD(eps=0.1, step_size=0.1), "warmup_epochs": 1}
+    images, _ = next(iter(blobs))
+    labels = guard.detect(images, check=False).labels
+    assert (guard(images).argmax(dim=1) == 1).all()
+    assert (labels != 1).any()
+    assert int(kind(guard, **options).training_step(images, labels, None).correct) == len(labels)
 
 
 class Doubled(DiagonalGaussians):
