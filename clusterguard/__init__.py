@@ -1,4 +1,4 @@
-"""Put a guard in front of an image classifier: it detects adversarial examples, also when the attacker knows it.
+"""Put a guard in front of an image classifier. It detects adversarial examples, also those of an attacker who knows it.
 
 Shapes in all docstrings: B images in a batch, C channels, H × W pixels in [0, 1]; m dimensions of the
 representation; K classes. Rates are fractions, distances Euclidean, ε in pixel units of [0, 1].
@@ -20,7 +20,7 @@ __version__ = version("clusterguard")
 
 
 def __getattr__(name: str) -> object:
-    """Say where a name is that the top level does not have, as it did in version 0.1."""
+    """Raise an error that says which package has a name that the top level had in version 0.1."""
     for package in ("attacks", "certification", "deployment", "detection", "detectors", "evaluation", "training"):
         if name in importlib.import_module(f"clusterguard.{package}").__all__:
             raise AttributeError(f"clusterguard has no {name}, but clusterguard.{package} has; import it from there")

@@ -76,7 +76,7 @@ def in_range(images: Tensor) -> Tensor:
     return (images >= -_TOLERANCE) & (images <= 1 + _TOLERANCE)
 
 
-_ADVICE = {  # by the type's name or its library's
+_ADVICE = {  # keys are names of types, or of the libraries that define them
     "numpy": "torch.from_numpy converts an array",
     "PIL": "torchvision.transforms.functional.to_tensor(image)[None] converts one, in [0, 1]",
     "list": "torch.stack makes a batch of tensors",

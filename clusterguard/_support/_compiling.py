@@ -39,7 +39,7 @@ class CompiledCall:
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # torch compiles each code object at most eight times, so every instance gets a code object of its own.
+        # torch compiles each code object at most eight times, so every instance gets a new code object.
         function = FunctionType(call_uncompiled.__code__.replace(), call_uncompiled.__globals__)
         self.compiled: NetworkCall = torch.compile(function, *args, **kwargs)
         self._is_checked = False

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_COMPUTED = "parametrizations"  # where torch.nn.utils.parametrize keeps what computes a module's weights
+_COMPUTED = "parametrizations"  # attribute in which torch.nn.utils.parametrize keeps the computation of weights
 
 _QUANTISED = {torch.int8, torch.uint8, torch.qint8, torch.quint8, torch.qint32}
 
@@ -63,15 +63,15 @@ def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
 
 
 def copy_values(values: Any, memo: dict[int, Any], *, of: nn.Module) -> Any:
-    """Copy a module or its state by `copy.deepcopy`, so that the copy has parameters of its own.
+    """Copy a module or its state by `copy.deepcopy`, so that it shares no parameters with the original.
 
     TorchScript copies its parameters by operations with a gradient history. Such a copy could not be trained, and
     gradients would flow back to the original.
 
     Args:
-        values: what to copy.
+        values: module or state to copy.
         memo: memo of `copy.deepcopy`.
-        of: module that the values are, or belong to.
+        of: the module itself, or the module that the state belongs to.
 
     Returns:
         The copy, in which the same parameters require gradients.

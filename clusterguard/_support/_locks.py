@@ -1,4 +1,4 @@
-"""One writer for a file of progress: a second one is told so before it touches anything."""
+"""Locks, so that two runs do not write the same progress file at the same time."""
 
 import os
 import sys
@@ -25,15 +25,16 @@ _held: set[IO[bytes]] = set()
 def only_writer(path: str | Path | None, accelerator: "Accelerator | None" = None) -> Iterator[None]:
     """Hold an exclusive lock on a file during the block.
 
-    The operating system holds the lock of ``<path>.lock`` for this block, and takes it back when the process dies. On a
-    file system that knows no locks, nobody is kept out.
+    The lock is on the file ``<path>.lock``. The operating system releases it when the process dies. On a file system
+    without locks, the block runs without one.
 
     Args:
-        path: path of the file; its folder is created. None locks nothing.
-        accelerator: whose processes write it together: the main one takes the lock, and all are told if it cannot.
+        path: path of the file to protect; its folder is created. None locks nothing.
+        accelerator: accelerator whose processes write the file together. Its main process takes the lock, and all of
+            its processes raise the error if that fails.
 
     Raises:
-        PersistenceError: somebody else writes it at the moment, in this process or in another.
+        PersistenceError: another run, in this process or in another one, holds the lock; or the file cannot be locked.
 
     Example:
         >>> import tempfile
@@ -65,7 +66,7 @@ def only_writer(path: str | Path | None, accelerator: "Accelerator | None" = Non
 
 
 def _lock(file: Path) -> IO[bytes] | None:
-    """The locked file, or None if somebody else holds it."""
+    """Open and lock a file; None if another run holds the lock."""
     while True:
         handle = file.open("ab")
         if not _is_free(handle):
@@ -75,7 +76,7 @@ def _lock(file: Path) -> IO[bytes] | None:
             if os.path.samestat(os.fstat(handle.fileno()), file.stat()):
                 _held.add(handle)
                 return handle
-        handle.close()  # whoever held it has deleted it since it was opened
+        handle.close()  # the run that held the lock has deleted this file since we opened it
 
 
 def _is_free(handle: IO[bytes]) -> bool:
@@ -86,16 +87,18 @@ def _is_free(handle: IO[bytes]) -> bool:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:  # there are no locks here
+    except OSError:  # this file system has no locks
         return True
     return True
 
 
 def _unlock(file: Path, handle: IO[bytes]) -> None:
-    if handle.closed:  # in a forked process, where the lock is the parent's
+    if handle.closed:  # this is a forked process, and the parent holds the lock
         return
     _held.discard(handle)
-    with suppress(OSError):  # Windows deletes no open file; elsewhere it goes first, while nobody can have it
+    with suppress(OSError):
+        # Windows cannot delete an open file. On other systems the file is deleted before its lock is released, so that
+        # no other run can lock it in between.
         if sys.platform == "win32":
             handle.close()
         file.unlink(missing_ok=True)
@@ -103,7 +106,7 @@ def _unlock(file: Path, handle: IO[bytes]) -> None:
 
 
 def _leave_to_the_parent() -> None:
-    """Workers that outlive a killed training must not keep its lock."""
+    """Close locked files in a forked process, or workers that outlive a killed training would keep its lock."""
     for handle in _held:
         handle.close()
     _held.clear()

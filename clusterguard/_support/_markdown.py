@@ -1,13 +1,13 @@
-"""Text from outside in Markdown: names of attacks, classes and options are shown as they are and mean nothing."""
+"""Text in Markdown. Names that users choose, such as those of classes, are shown literally and never read as markup."""
 
 import re
 
 
 def escape_markdown(text: str) -> str:
-    r"""Text for a paragraph, a list or a cell of a table, on one line.
+    r"""Escape a text for a paragraph, a list or a cell of a table, and put it on one line.
 
     Args:
-        text: any.
+        text: text to show, which may contain markup.
 
     Example:
         >>> print(escape_markdown("a|b <i>\nc* d_e"))
@@ -15,14 +15,16 @@ def escape_markdown(text: str) -> str:
     """
     line = re.sub(r"[\\`*|\[\]~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", _one_line(text))
     line = re.sub(r"&(?=#|\w+;)", "&amp;", line).replace("<", "&lt;")
-    return re.sub(r"^(\d+(?=[.)])|(?=[-#+=>]))", r"\1\\", line)  # what begins a heading, a list or a quotation
+    return re.sub(
+        r"^(\d+(?=[.)])|(?=[-#+=>]))", r"\1\\", line
+    )  # characters that would begin a heading, a list or a quotation
 
 
 def code_in_markdown(text: str) -> str:
-    """Text as code within a line.
+    """Show a text as code within a line.
 
     Args:
-        text: any.
+        text: text to show, which may contain backticks.
 
     Example:
         >>> print(code_in_markdown("resnet18"), code_in_markdown("a`b"))

@@ -1,4 +1,4 @@
-"""Work shared by n processes. Each takes every n-th item, and all of them get all results in order."""
+"""Work that n processes share. Each takes every n-th item, and all of them get all results in order."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,13 +17,13 @@ Collected = TypeVar("Collected")
 
 
 def check_accelerator(accelerator: object) -> None:
-    """Check that accelerate's state, which all accelerators share, still is that of this accelerator.
+    """Check that accelerate's state has not been reset since an accelerator was made. All accelerators share it.
 
     Args:
-        accelerator: accelerator, or None.
+        accelerator: accelerator to check; None passes.
 
     Raises:
-        ConfigurationError: it was reset after the accelerator was made.
+        ConfigurationError: the state was reset.
 
     Example:
         >>> check_accelerator(None)

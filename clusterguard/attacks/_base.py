@@ -67,7 +67,7 @@ class Attack(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltInAttack(ABC):
-    """Base of clusterguard's own attacks, which are frozen keyword-only dataclasses.
+    """Base of the attacks of clusterguard, which are frozen keyword-only dataclasses.
 
     A call checks its input first and runs the detector in eval mode. Afterwards every module's mode and every
     parameter's gradient are as before. A call also works under ``no_grad`` and ``inference_mode``, and returns

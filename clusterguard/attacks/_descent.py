@@ -30,7 +30,7 @@ class Problem:
         eps: largest size of the perturbation, one number or (B,).
         objective: loss to minimise.
         generator: randomness.
-        search: detector in a lower precision that gradients are taken of; None takes the detector's own.
+        search: detector in a lower precision, of which gradients are taken; None takes gradients of `detector`.
     """
 
     detector: Detector
@@ -226,7 +226,7 @@ def backpropagate(problem: Problem, iterates: Tensor, *, with_margin: bool = Tru
 
 
 def _judged(problem: Problem, iterates: Tensor, margin: Tensor, suspicion: Tensor) -> Tensor:
-    """Margins (B,) of a search in lower precision, but those that may be successes are the detector's own."""
+    """Margins (B,) in lower precision. Margins that may be successes are computed again by the detector itself."""
     if problem.search is None:
         return margin
     near = ~(margin > suspicion.detach().abs().amax(dim=1) / 64)  # bfloat16 has 8 bits, and errors add up

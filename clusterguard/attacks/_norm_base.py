@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 class Norm(ABC):
     """A norm of perturbations, whose balls around images are cut by the box [0, 1].
 
-    Whatever attacks do differently from norm to norm, they ask the norm.
+    Everything that attacks do differently for different norms is an attribute or a method of the norm.
 
     Attributes:
         name: name that attacks use.
@@ -138,7 +138,7 @@ class Norm(ABC):
         """
 
     def projection(self, images: Tensor, eps: float | Tensor) -> Callable[[Tensor], Tensor]:
-        """The function `project` for fixed images (B, C, H, W) and `eps`; what depends on these is computed once."""
+        """The function `project` for fixed images (B, C, H, W) and `eps`, whose bounds are computed only once."""
         return lambda candidates: self.project(images, candidates, eps)
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Four norms on batches of images, each with its exact projection, steepest step and random start.
 
-To add a norm, write a subclass of `Norm` in a file of its own and enter it in `NORMS`.
+To add a norm, write a subclass of `Norm` in a new file and enter it in `NORMS`.
 """
 
 import math

@@ -40,8 +40,8 @@ class IteratedAttack(BuiltInAttack):
         objective: loss to minimise, a name of `clusterguard.attacks.OBJECTIVES` or a callable.
         stop_early: whether broken images leave the batch, which breaks the same images at a lower cost.
         precision: precision of the search, "float32", "bf16", or "auto", which times both and takes bfloat16 if it is
-            faster and agrees. An image counts as broken only if the detector says so in its own precision. Equal seeds
-            give equal results on any machine with "float32" alone.
+            faster and works as well. An image counts as broken only if the detector says so in its own precision. Equal
+            seeds give equal results on any machine only with "float32".
         on_step: callback for traces, which gets the step and the best margins so far (B,).
     """
 

@@ -15,7 +15,7 @@ from clusterguard.detection import Detector, class_margins
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
 
-_STEP_SHARES = (1 / 4, 1 / 16)  # of the radius: lengths of the two runs of gradient steps
+_STEP_SHARES = (1 / 4, 1 / 16)  # lengths of the gradient steps in the two runs, as shares of the radius
 _PAINTS = 4  # 0, 1, the clean value, and a corner of the ball
 
 
@@ -110,7 +110,10 @@ class Polish(BuiltInAttack):
 
     @torch.no_grad()
     def _paint(self, problem: Problem, states: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """The states (B, C, H, W), or the best of the proposals where it has a smaller margin than theirs (B,)."""
+        """The states and margins after the best of the proposals has replaced each state with a larger margin.
+
+        States are (B, C, H, W), and losses are their margins (B,).
+        """
         count = len(states)
         wide = problem.select(torch.arange(count, device=states.device).repeat_interleave(self.proposals))
         proposed = states.repeat_interleave(self.proposals, dim=0)
@@ -147,7 +150,7 @@ class Polish(BuiltInAttack):
         return torch.where(paint < 2, (signs + 1) / 2, torch.where(paint < 3, images, corner))
 
     def _descend(self, problem: Problem, states: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """The states (B, C, H, W), or the images after gradient steps where their margins are smaller than theirs."""
+        """The states and margins after gradient steps, kept where their margins are smaller; shapes as in `_paint`."""
         wrong = len(problem.detector.thresholds) - 1
         for rank in range(min(self.max_targets, wrong) if problem.targets is None else 1):
             aimed = replace(problem, targets=_nearest(problem, states, rank)) if problem.targets is None else problem

@@ -1,4 +1,7 @@
-"""Search in bfloat16, judge in the detector's own precision: twice to seven times the steps on hardware that has it."""
+"""Attacks that search in bfloat16, while the detector judges in its own precision.
+
+On hardware for bfloat16 they take two to seven times as many steps in the same time.
+"""
 
 import math
 from dataclasses import fields, is_dataclass, replace
@@ -15,21 +18,22 @@ from torch.nn import functional
 
 Precision = Literal["float32", "bf16", "auto"]
 _WORTH_IT = 0.9  # bfloat16 must take at most this share of the time
-_AGREES = 0.9  # the least mean cosine between both gradients, and the least share of what the attack achieves
-_STEPS, _STEP = 3, 0.02  # of the attack that is tried out
-_FEW, _MANY = 16, 200  # images to try it on
-_AFFORDABLE = 0.3  # seconds that a step of it may take
-_TOO_SHORT = 0.002  # seconds of a step in which nothing is saved
+_AGREES = 0.9  # smallest mean cosine between both gradients, and smallest ratio of what both attacks achieve
+_STEPS, _STEP = 3, 0.02  # number and length of the steps of the trial attack
+_FEW, _MANY = 16, 200  # smallest and largest number of images in the trial
+_AFFORDABLE = 0.3  # seconds that a step of the trial attack may take
+_TOO_SHORT = 0.002  # seconds; if a step takes less, bfloat16 is not worth a trial
 
 
 class InBfloat16:
-    """A detector whose network computes in bfloat16, with channels last, which is what matrix units want.
+    """A detector whose network computes in bfloat16, with channels last, the layout that matrix units need.
 
-    Distances and everything after them stay in float32. Its evidence is good enough to follow gradients, and never to
-    decide on a success.
+    Distances and everything after them stay in float32. The evidence is precise enough for gradients to follow, but not
+    for deciding whether an attack has succeeded.
 
     Args:
-        detector: detector in eval mode. A copy of it runs, see `working_copy`, so later changes of it have no effect.
+        detector: detector in eval mode. A copy of it is used, see `working_copy`, so later changes of the detector have
+            no effect.
 
     Example:
         >>> from clusterguard import ClusterGuard
@@ -43,7 +47,7 @@ class InBfloat16:
     def __init__(self, detector: Detector) -> None:
         self.detector = working_copy(detector)
         self.thresholds = detector.thresholds
-        self._is_ready = self.detector is detector  # what is shared stays as it is
+        self._is_ready = self.detector is detector  # without a copy, the user's detector must not change
         self._format = torch.contiguous_format
 
     def evidence(self, images: Tensor) -> Evidence:
@@ -62,14 +66,14 @@ def check_precision(precision: str) -> None:
     """Check the name of a precision.
 
     Raises:
-        ConfigurationError: it is unknown.
+        ConfigurationError: the name is unknown.
     """
     if precision not in get_args(Precision):
         raise ConfigurationError(f"expected precision 'float32', 'bf16' or 'auto', got {precision!r}")
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 faster than in float32, as far as its type tells."""
+    """Whether a device has instructions for bfloat16, so that it probably computes faster than in float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     supports = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
@@ -92,7 +96,7 @@ def in_precision(attack: Attack, precision: Precision) -> Attack:
         'bf16'
     """
     check_precision(precision)
-    given: Any = attack  # a dataclass or any callable
+    given: Any = attack
     if not is_dataclass(given) or isinstance(given, type):
         return attack
     options = {option.name: getattr(given, option.name) for option in fields(given)}
@@ -105,11 +109,12 @@ def in_precision(attack: Attack, precision: Precision) -> Attack:
 
 
 def choose_precision(detector: Detector, images: Tensor, labels: Tensor) -> Literal["float32", "bf16"]:
-    """The precision in which attacks run faster, if they find the same in both.
+    """The precision in which attacks run faster without becoming weaker.
 
-    A short attack is timed in each precision, on some of the images. bfloat16 is taken if it saves a tenth of the time
-    or more, its gradients point the same way, and its attack lowers the detector's own margins as far. It is not taken
-    if the device has none, if the network fails in it, or if a gradient takes so little time that nothing is saved.
+    A short attack is timed in each precision, on some of the images. bfloat16 is chosen if it saves at least a tenth of
+    the time, its gradients point the same way, and its attack lowers the margins in the detector's own precision nearly
+    as far. float32 is chosen if the device has no bfloat16, if the network fails in it, or if a gradient takes so
+    little time that bfloat16 saves nothing.
 
     Args:
         detector: detector in eval mode that will be attacked.
@@ -120,14 +125,16 @@ def choose_precision(detector: Detector, images: Tensor, labels: Tensor) -> Lite
         return "float32"
     started = perf_counter()
     _margins_and_gradient(detector, detector, images[:_FEW], labels[:_FEW])
-    count = int(_FEW * _AFFORDABLE / max(perf_counter() - started, 1e-6))  # so that a step takes about that long
+    count = int(
+        _FEW * _AFFORDABLE / max(perf_counter() - started, 1e-6)
+    )  # so many images that a step takes about the affordable time
     images, labels = images[: max(_FEW, min(count, _MANY))], labels[: max(_FEW, min(count, _MANY))]
     exact = _try_out(detector, detector, images, labels)
     if exact.seconds < _TOO_SHORT:
         return "float32"
     try:
         rough = _try_out(InBfloat16(detector), detector, images, labels)
-    except Exception:  # whatever a network or its layers raise that do not know bfloat16
+    except Exception:  # a network or layer without bfloat16 may raise anything
         return "float32"
     cosine = functional.cosine_similarity(exact.gradient.flatten(1), rough.gradient.flatten(1))
     agrees = bool(cosine.isfinite().all()) and float(cosine.mean()) >= _AGREES
@@ -136,7 +143,13 @@ def choose_precision(detector: Detector, images: Tensor, labels: Tensor) -> Lite
 
 
 class _Trial(NamedTuple):
-    """A short attack: its first gradient (B, C, H, W), how far it lowered the margins, and the seconds of a step."""
+    """The outcome of a short attack.
+
+    Attributes:
+        gradient: (B, C, H, W) gradient at the first step.
+        lowered: mean amount by which the attack lowered the success margins.
+        seconds: seconds that the fastest step took.
+    """
 
     gradient: Tensor
     lowered: float
@@ -144,8 +157,10 @@ class _Trial(NamedTuple):
 
 
 def _try_out(search: Detector, judge: Detector, images: Tensor, labels: Tensor) -> _Trial:
-    """Take a few signed steps along the gradients of one detector; another detector says how far they led."""
-    before, gradient = _margins_and_gradient(search, judge, images, labels)  # also what only the first call has to do
+    """Take a few signed steps along the gradients of `search`, and measure with `judge` how far margins fall."""
+    before, gradient = _margins_and_gradient(
+        search, judge, images, labels
+    )  # this first call also does work that later calls need not do
     iterates, direction, seconds = images, gradient, math.inf
     for _ in range(_STEPS):
         iterates = (iterates - _STEP * direction.sign()).clamp(0, 1)
@@ -157,7 +172,7 @@ def _try_out(search: Detector, judge: Detector, images: Tensor, labels: Tensor) 
 
 
 def _margins_and_gradient(search: Detector, judge: Detector, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The success margins (B,) by one detector, and the gradient (B, C, H, W) of those by another."""
+    """The success margins (B,) by `judge`, and the gradient (B, C, H, W) of the margins by `search`."""
     with torch.enable_grad():
         leaf = images.detach().requires_grad_()
         margins = success_margin(search.evidence(leaf), search.thresholds, labels)
@@ -165,5 +180,5 @@ def _margins_and_gradient(search: Detector, judge: Detector, images: Tensor, lab
     if search is not judge:
         with torch.no_grad():
             margins = success_margin(judge.evidence(images), judge.thresholds, labels)
-    gradient[0, 0, 0, 0].item()  # waits for the device
+    gradient[0, 0, 0, 0].item()  # waits until the device has finished
     return margins.detach(), gradient

@@ -136,8 +136,8 @@ class AtPoints:
     """A start at given points, such as what another attack has returned, projected onto the ball.
 
     Args:
-        points: (B, C, H, W) in [0, 1], one for each image of the attack. One with a smaller `batch_size`
-            takes the images in parts, which this start does not know.
+        points: (B, C, H, W) in [0, 1], one for each image of the attack. The attack's `batch_size` must not be smaller
+            than B, because this start does not know which part of the images it is asked for.
 
     Example:
         >>> AtPoints(torch.rand(5, 1, 2, 2))

@@ -65,8 +65,8 @@ class SuiteResult(NamedTuple):
     Attributes:
         images: (B, C, H, W) for each image, the attacked version with the smallest success margin.
         stages: one record for each stage, in order.
-        cost: cost of all stages together, whichever run they ran in. What says where the stages begin, the judging of
-            clean images and references, is not part of it.
+        cost: cost of all stages together, including stages of earlier runs. Judging clean images and references before
+            the stages is not part of it.
         runs: number of runs, including earlier ones that this one resumed.
     """
 
@@ -212,7 +212,7 @@ class WorstCaseSuite(BuiltInAttack):
         references: benign images (R, C, H, W) and their labels (R,), as starts for attacks; None takes the attacked
             images. Only images that the detector accepts are used.
         surrogates: detectors whose adversarial images are tried too.
-        precision: precision in which gradients are searched along, as in `IteratedAttack`; "auto" decides once a run.
+        precision: precision of the gradients, as in `IteratedAttack`; "auto" decides once for each run.
 
     Raises:
         ConfigurationError: an option is out of its range.

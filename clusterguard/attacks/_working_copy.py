@@ -1,4 +1,8 @@
-"""A copy of a detector that searches fast in bfloat16: channels last, weights cast once, batch normalisation folded."""
+"""Copies of detectors for fast searches in bfloat16.
+
+A copy takes images with channels last. Its weights are cast once, and its batch normalisation is folded into
+convolutions.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,17 +15,17 @@ from clusterguard.errors import ClusterGuardError
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-_FEW = 8  # images on which folding is tried out
-_TOLERANCE = 1e-3  # relative to the largest value; folding changes the rounding of float32 only
+_FEW = 8  # number of images on which a change is tried
+_TOLERANCE = 1e-3  # largest change as a share of the largest value, because folding may only change rounding
 
 
 def working_copy(detector: Detector) -> Detector:
-    """A copy of a detector for searching in bfloat16; the detector itself if it cannot be copied or is compiled.
+    """A copy of a detector for searching in bfloat16, or the detector itself if it is compiled or cannot be copied.
 
-    The copy has frozen weights.
+    The weights of the copy are frozen.
 
     Args:
-        detector: detector in eval mode; it is not changed. Costs counted at its copy are counted at the detector.
+        detector: detector in eval mode; it is not changed. If it counts costs, the copy adds to the same counter.
 
     Example:
         >>> class Sums(nn.Module):
@@ -35,26 +39,27 @@ def working_copy(detector: Detector) -> Detector:
         False
     """
     if not all(isinstance(link, nn.Module) for link in _links(detector)):
-        return detector  # perhaps a client of a service
+        return detector  # it may be a client of a service, for instance
     assert isinstance(detector, nn.Module)  # tells the type checker
     if any(_is_compiled(module) for module in detector.modules()):
         return detector
     try:
         copied = copy_module(detector)
-    except Exception:  # whatever a class raises that does not want to be copied
+    except Exception:  # a class that forbids copying may raise anything
         return detector
     return copied.requires_grad_(False)
 
 
 @torch.no_grad()
 def choose_layout(detector: Detector, images: Tensor) -> torch.memory_format:
-    """The layout for images, channels last if the network works with it; the weights get the same.
+    """The memory layout for images, which is channels last if the network works with it.
 
-    A network that flattens its feature maps with `view` does not.
+    The weights of the detector are put into the same layout. A network that flattens feature maps with `view`, for
+    example, does not work with channels last.
 
     Args:
         detector: working copy, which is changed.
-        images: (B, C, H, W), of which a few are tried.
+        images: (B, C, H, W); the first few are used for the test.
     """
     detector = _without_meter(detector)
     if not isinstance(detector, nn.Module):
@@ -70,7 +75,7 @@ def choose_layout(detector: Detector, images: Tensor) -> torch.memory_format:
 
 
 def arrange_weights(module: nn.Module, layout: torch.memory_format) -> None:
-    """Put the weights of convolutions into a layout."""
+    """Put the weights of convolutions into a memory layout."""
     for parameter in module.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=layout)
@@ -82,7 +87,7 @@ def cast_weights(detector: Detector, images: Tensor) -> None:
 
     Args:
         detector: working copy, which is changed.
-        images: (B, C, H, W), of which a few are tried.
+        images: (B, C, H, W); the first few are used for the test.
     """
     detector = _without_meter(detector)
     cast: list[tuple[Tensor, Tensor]] = []
@@ -95,7 +100,7 @@ def cast_weights(detector: Detector, images: Tensor) -> None:
     try:
         with torch.autocast(images.device.type, torch.bfloat16):
             detector.evidence(images[:_FEW])
-    except (ClusterGuardError, RuntimeError):  # a layer that runs outside autocast
+    except (ClusterGuardError, RuntimeError):  # some layer runs outside of autocast
         for weight, exact in cast:
             weight.data = exact
 
@@ -106,7 +111,7 @@ def fold_batch_norms(detector: Detector, images: Tensor) -> None:
 
     Args:
         detector: working copy, which is changed.
-        images: (B, C, H, W), of which a few show what comes after what.
+        images: (B, C, H, W); the first few are used to find out which layer follows which.
     """
     detector = _without_meter(detector)
     if not isinstance(detector, nn.Module) or not any(type(part) is nn.BatchNorm2d for part in detector.modules()):
@@ -131,14 +136,14 @@ def fold_batch_norms(detector: Detector, images: Tensor) -> None:
 
 
 def _without_meter(detector: Detector) -> Detector:
-    """The detector inside `Metered`, because trying a few images is no cost of an attack."""
+    """The detector inside `Metered`, because these trials do not count as a cost of the attack."""
     while isinstance(detector, Metered):
         detector = detector.detector
     return detector
 
 
 def _links(detector: object) -> Iterator[object]:
-    """The detector, and those that wrappers hold in their attribute `detector`."""
+    """The detector, the detector in its attribute `detector` if it is a wrapper, and so on."""
     link: object | None = detector
     while link is not None:
         yield link
@@ -156,8 +161,11 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _trace(detector: Any, images: Tensor) -> tuple[Evidence, list[tuple[nn.Conv2d, nn.BatchNorm2d]]]:
-    """The evidence on images, and each convolution whose output went into a batch normalisation, both called once."""
-    made: list[tuple[Tensor, nn.Conv2d]] = []  # keeps outputs alive, so that no other tensor is taken for one
+    """The evidence on images, and the pairs of a convolution and the batch normalisation that takes its output.
+
+    Only layers that are called once are paired.
+    """
+    made: list[tuple[Tensor, nn.Conv2d]] = []  # keeps outputs alive, so that no other tensor gets the same id
     met: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
     calls: dict[nn.Module, int] = {}
 

@@ -1,4 +1,4 @@
-"""What is done around torch's exporters: their warnings, what they write, and their errors."""
+"""Contexts for calls of torch's exporters, which handle their warnings, their output and their errors."""
 
 import io
 import logging
@@ -13,7 +13,7 @@ from clusterguard.errors import ConfigurationError, in_one_line
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Disable warnings, which exporters give about their own code, and autocast, whose casts the graph would keep."""
+    """Disable autocast, whose casts would become part of the graph, and warnings of exporters about their own code."""
     with warnings.catch_warnings(), without_autocast():
         warnings.simplefilter("ignore")
         yield
@@ -24,7 +24,7 @@ _LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.export")
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Hold back what torch.export writes about a network that it cannot follow: graphs of a hundred lines."""
+    """Suppress the hundreds of lines that torch.export writes about a network that it cannot follow."""
     levels = [(logger, logger.level) for logger in map(logging.getLogger, _LOGGERS)]
     try:
         for logger, _ in levels:
@@ -38,7 +38,7 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Do as `quiet` and `_silent` do, and turn an exporter's error into one of clusterguard."""
+    """Enter `quiet` and `_silent`, and turn an exporter's error into one of clusterguard."""
     with quiet(), _silent():
         try:
             yield
