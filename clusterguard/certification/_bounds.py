@@ -1,4 +1,4 @@
-"""Bounds on what a guard computes of every image in a ball, with the rounding of its own arithmetic."""
+"""Bounds on the outputs of a guard for all images in a ball, including its rounding errors."""
 
 import copy
 from collections import deque
@@ -19,7 +19,7 @@ from clusterguard.errors import ClusterGuardError, ConfigurationError, in_one_li
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-# Errors of memory or of the device, which say nothing about a network. Older torch has no AcceleratorError.
+# Errors of memory or of the device, which are no faults of a network. Older torch has no AcceleratorError.
 DEVICE_ERRORS = (
     MemoryError,
     torch.OutOfMemoryError,
@@ -53,7 +53,7 @@ def bound(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float | T
         Bounds on distances and leads; not finite where they overflow.
 
     Raises:
-        ConfigurationError: the network has a layer without known bounds, or the head tells none.
+        ConfigurationError: the network has a layer without known bounds, or the head has no bounds.
 
     Reference:
         Gowal et al., "On the effectiveness of interval bound propagation for training verifiably robust models" (2018);
@@ -99,7 +99,7 @@ def errors_of_network() -> Iterator[None]:
 
 @contextmanager
 def _forgetting(network: nn.Module) -> Iterator[None]:
-    """Undo what a network stores meanwhile, such as its last activations, which are intervals here.
+    """Undo changes that a network makes to itself within the block, such as storing its last activations.
 
     That covers its attributes, its buffers, and the lists and dicts that are among or within them.
     """
@@ -115,7 +115,7 @@ def _forgetting(network: nn.Module) -> Iterator[None]:
 
 
 def _collect_containers(value: Any, containers: dict[int, Any]) -> None:
-    """Add a list or dict, and those within it, to those that were found before."""
+    """Add a list or dict, and the lists and dicts within it, to the dict `containers`."""
     if id(value) in containers or not isinstance(value, dict | list | deque | tuple):
         return
     if not isinstance(value, tuple):
@@ -125,7 +125,7 @@ def _collect_containers(value: Any, containers: dict[int, Any]) -> None:
 
 
 def _restore(container: Any, content: Any) -> None:
-    """Give a container its former content. Another thread never misses an attribute meanwhile."""
+    """Give a container its former content, so that no other thread finds an attribute missing in between."""
     if isinstance(container, dict):
         for name in [name for name in container if name not in content]:
             del container[name]
@@ -139,7 +139,7 @@ def _restore(container: Any, content: Any) -> None:
 
 
 class Proofs(NamedTuple):
-    """Bounds on what a guard computes in its own arithmetic, and the certificate that follows from them."""
+    """Bounds on the outputs of a guard, rounding errors included, and the certificate that follows from them."""
 
     representations: Interval
     bounds: Bounds
@@ -151,7 +151,7 @@ def as_in_service(guard: ClusterGuard) -> Iterator[None]:
     """Put the guard into the mode and arithmetic in which `detect` runs it.
 
     Raises:
-        ConfigurationError: the bounds would not be those of `detect`.
+        ConfigurationError: the guard's methods are not those that have bounds, or autocast is switched on.
     """
     check_methods(guard)
     if torch.is_autocast_enabled(guard.thresholds.device.type):
@@ -207,7 +207,7 @@ def arithmetic_of(guard: ClusterGuard) -> Arithmetic:
 
 
 def bound_in_service(guard: ClusterGuard, images: Tensor, labels: Tensor, radii: Tensor) -> Proofs:
-    """Bounds on what the guard computes for every image in a ball, rounding included, and what they prove."""
+    """Bounds on the guard's outputs for every image in a ball, rounding errors included, and what they prove."""
     arithmetic = arithmetic_of(guard)
     ball = Interval.around(images.double(), radii)
     # Perturbing an image rounds it. The error covers each image whose distance, computed in its dtype, is within radii.

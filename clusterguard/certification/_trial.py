@@ -1,4 +1,4 @@
-"""A safety net for certificates: bounds are tried on the guard's own outputs before they are used."""
+"""Checks of bounds on actual outputs of the guard, before a certificate relies on the bounds."""
 
 import itertools
 import sys
@@ -51,7 +51,7 @@ def try_out(
     is_proved: Tensor,
     proofs: Proofs | None = None,
 ) -> None:
-    """Check that the bounds contain the guard's outputs: on all proved images at three points of their balls each.
+    """Check that the bounds contain the guard's outputs at three points of the ball around each proved image.
 
     A few images are checked at more points, and also in a ball of radius 0. A network may treat an interval differently
     from a tensor without any rule noticing, for instance if it asks for the type of its input, and do so only for some

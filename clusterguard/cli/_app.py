@@ -89,7 +89,7 @@ def demo(
 
 
 def _checked_schedule(learning_rate: float, warmup_epochs: int, ramp_epochs: float, epochs: int) -> dict[str, Any]:
-    """The options of the trainer that say when the attack begins."""
+    """Check the schedule, and return the trainer's options that say when the attack begins."""
     if not 0 < learning_rate < math.inf:
         raise typer.BadParameter(f"expected a positive learning rate, got {learning_rate}")
     if warmup_epochs >= epochs:
@@ -98,7 +98,7 @@ def _checked_schedule(learning_rate: float, warmup_epochs: int, ramp_epochs: flo
 
 
 def _introduce(pictures: "Pictures", detector: "DetectorModule") -> "Summary | None":
-    """Print what there is to know about images and machine before a training; the summary is that of a folder."""
+    """Print facts about images and machine before a training, and return the summary if images are from a folder."""
     from clusterguard.cli._data import describe_unreadable
     from clusterguard.cli._image_folders import summarise
 

@@ -1,4 +1,4 @@
-"""Finds what the command line names: images, backbones, guards, and trainings to continue."""
+"""Loads images, backbones, guards and interrupted trainings that a user names on the command line."""
 
 import json
 import re
@@ -448,7 +448,7 @@ def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:
 
 
 def check_output(folder: Path, *ours: str) -> None:
-    """Make sure that results lie in a folder of their own.
+    """Check that a folder for results holds no other files.
 
     Args:
         folder: folder for results.

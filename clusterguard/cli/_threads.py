@@ -1,4 +1,4 @@
-"""The number of threads on which a detector computes fastest: for a small network, waiting for others costs more."""
+"""The number of threads on which a detector computes fastest. Small networks are faster on few threads."""
 
 import os
 from time import perf_counter
@@ -14,7 +14,7 @@ _FEWEST = 8
 
 
 def settle_threads(detector: Detector, images: Tensor) -> int:
-    """Let torch compute on as many threads as a gradient of this detector gains from, and return their number.
+    """Measure on how many threads gradients of a detector are fastest, set torch to it, and return the number.
 
     Nothing is measured on a GPU, on one core, or where the environment names a number (OMP_NUM_THREADS).
 
@@ -27,7 +27,7 @@ def settle_threads(detector: Detector, images: Tensor) -> int:
         return cores
     counts: list[int] = sorted({1, *(2**power for power in range(1, cores.bit_length()) if 2**power < cores), cores})
     with evaluation_mode(detector):
-        if _seconds(detector, images) > _LONG:  # also what only the first call has to do
+        if _seconds(detector, images) > _LONG:  # this first call also does work that later calls need not do
             images = images[:_FEWEST]
         best, least = counts[0], float("inf")
         for count in counts:

@@ -1,4 +1,4 @@
-"""Batches from loaders: images and labels in the usual forms, how many there are, and where they come from."""
+"""Batches of loaders: their images and labels, how many there are, and whether two loaders share images."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -89,7 +89,7 @@ class Verdicts:
         labels: (n,) true labels.
 
     Raises:
-        InputError: parts of a wrong shape, dtype or device.
+        InputError: the verdicts or the labels have a wrong shape, dtype or device.
 
     Example:
         >>> detection = Detection(torch.tensor([0, 1]), torch.zeros(2), torch.tensor([False, True]))

@@ -19,25 +19,25 @@ from tqdm.auto import tqdm
 
 _HELD_OUT_EVERY = 5
 _MOST_HELD_OUT = 5000
-_RIDGES = tuple(10.0**power for power in range(-8, 3))  # as multiples of the mean variance of a feature
+_RIDGES = tuple(10.0**power for power in range(-8, 3))  # penalties, in multiples of the mean variance of a feature
 _GOLDEN = (5**0.5 - 1) / 2
 _SHARES = tuple(step / 10 for step in range(11))
-_TOLERATED_LOSS = 0.005  # of accuracy
+_TOLERATED_LOSS = 0.005  # by which the accuracy may fall
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """What `align` did.
+    """The result of `align`.
 
     Attributes:
         accuracy_before: accuracy on the held-out images with the old layer.
         accuracy_after: accuracy on the same images with the new layer, fitted to the other images.
         distance_before: mean distance of held-out images to the centre of their class, with the old layer.
-        distance_after: the same with the new layer.
+        distance_after: mean distance of the same images to the centre of their class, with the new layer.
         images: number of all images.
         held_out: number of held-out images.
-        share: share of the regression in the new layer, from 0 to 1; the rest is the old layer, scaled.
-        is_changed: whether the guard has the new layer.
+        share: share of the regression in the new layer, from 0 to 1. The rest of it is the scaled old layer.
+        is_changed: whether the guard has got the new layer.
     """
 
     accuracy_before: float
@@ -53,19 +53,20 @@ class Alignment:
 def align(guard: ClusterGuard, loader: Loader, *, unpack: Unpack | None = None, progress: str = "") -> Alignment:
     """Fit the last layer of a guard to its class centres by ridge regression. Nothing else is trained.
 
-    A guard that wraps a classifier labels images as before, but its representations lie anywhere. After this, those of
-    a class lie closer to its centre. The new layer is a mixture of the old one, scaled, and of the linear layer that
-    brings the frozen features of all images nearest to their centres. It takes one pass over the images and one
-    decomposition of a (D, D) matrix in float64. A fifth of the images, 5,000 at most, is held out. On them the penalty
-    of the regression and the mixture are chosen: the smallest distances for which the accuracy falls by 0.005 at most.
-    The regression is then fitted to all images. Calibrate the guard on other images after that.
+    A guard that wraps a classifier labels images as the classifier did, but its representations are far from the class
+    centres. The alignment brings representations closer to the centres of their classes. The new layer is a mixture of
+    two layers: the scaled old one, and the linear layer that maps the frozen features of all images as close to their
+    centres as possible. The alignment takes one pass over the images and one decomposition of a (D, D) matrix in
+    float64. A fifth of the images, but at most 5,000, is held out to choose the penalty of the regression and the
+    mixture. Among all choices for which the accuracy falls by at most 0.005, that with the smallest distances is taken.
+    The regression is then fitted to all images. Calibrate the guard on other images afterwards.
 
-    This helps against noise and corruptions. It does not help against an attacker who knows the guard; for that, train
-    it.
+    Alignment helps against noise and corruptions. It does not help against an attacker who knows the guard. Train the
+    guard for that.
 
     Args:
-        guard: guard with `GaussianClusters`, whose representation is the output of one linear layer. Its thresholds are
-            forgotten.
+        guard: guard with `GaussianClusters`, whose representation is the output of one linear layer. It loses its
+            thresholds.
         loader: batches of images (B, C, H, W) in [0, 1] and labels (B,), at least five images and one of every class.
         unpack: function that finds images and labels in batches of another form.
         progress: title of the progress bar; an empty title shows no bar.
@@ -78,9 +79,9 @@ def align(guard: ClusterGuard, loader: Loader, *, unpack: Unpack | None = None, 
         InputError: images or labels have a wrong shape, dtype or range, there are too few, or a class is missing.
 
     Warns:
-        UserWarning: the accuracy would fall by more than 0.005 with each of the layers, so the guard stays as it is; or
-            no more held-out images are labelled correctly before than by guessing, which is as it should be only for
-            a classifier that is new.
+        UserWarning: the accuracy would fall by more than 0.005 with every choice, so the guard stays as it is; or the
+            guard labelled no more held-out images correctly than guessing would, which is normal only for a new
+            classifier.
 
     Example:
         >>> import torch
@@ -124,30 +125,30 @@ def align(guard: ClusterGuard, loader: Loader, *, unpack: Unpack | None = None, 
 
 @dataclass
 class _LastLayers:
-    """The linear layer that makes the logits or the representation, and one that only repeats them, if any."""
+    """The layer to fit, which makes the logits or the representation, and a layer behind it that repeats the logits."""
 
     fitted: Dense
     repeater: nn.Linear | None
 
     def read(self, guard: ClusterGuard, images: Tensor) -> Tensor:
-        """The features (B, D) of images, which are the inputs of the fitted layer."""
+        """The inputs (B, D) of the layer to fit, for images (B, C, H, W)."""
         with _recording([self.fitted]) as calls:
             guard.represent(images)
         return calls[-1][1].flatten(1)
 
     def targets(self, head: GaussianClusters) -> Tensor:
-        """What the fitted layer should return for each class, (K, outputs)."""
+        """The outputs (K, outputs) that the layer to fit should have for each class."""
         if self.repeater is None:
             return head.centers.double()
         return torch.eye(head.num_classes, device=head.center_scale.device).double() * head.center_scale
 
     def represent(self, outputs: Tensor) -> Tensor:
-        """The representation (B, m) that outputs of the fitted layer become."""
+        """The representation (B, m) that follows from outputs (B, outputs) of the layer to fit."""
         copies = 1 if self.repeater is None else self.repeater.out_features // self.repeater.in_features
         return repeat(outputs, "b k -> b (k l)", l=copies)
 
     def put(self, weight: Tensor, bias: Tensor) -> None:
-        """Give the fitted layer a weight (outputs, D) and a bias (outputs,)."""
+        """Set the weight (outputs, D) and the bias (outputs,) of the layer to fit."""
         if self.fitted.bias is None:
             self.fitted.bias = nn.Parameter(_bias_of(self.fitted))
         self.fitted.weight.copy_(weight.reshape(self.fitted.weight.shape))
@@ -160,10 +161,10 @@ class _LastLayers:
 
 
 class _Sums:
-    """Sums over images from which a linear regression follows, in float64.
+    """Sums over images, in float64, from which a linear regression is solved.
 
     Args:
-        features: (B, D) features, which tell D and the device.
+        features: (B, D) example of features, from which D and the device are taken.
         num_classes: number K of classes.
     """
 
@@ -174,17 +175,17 @@ class _Sums:
         self.counts = torch.zeros(num_classes, dtype=torch.float64, device=features.device)
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Count images with features (B, D) and labels (B,)."""
+        """Add images with features (B, D) and labels (B,) to the sums."""
         wide, members = features.double(), one_hot(labels, len(self.counts)).double()
         self.squares += wide.T @ wide
         self.by_class += members.T @ wide
         self.counts += members.sum(dim=0)
 
     def solve(self, targets: Tensor, ridges: tuple[float, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each penalty the weight (outputs, D) and the bias (outputs,) that bring features nearest to targets.
+        """For each penalty, the weight (outputs, D) and bias (outputs,) whose outputs are nearest to the targets.
 
         Args:
-            targets: (K, outputs) what the layer should return for each class.
+            targets: (K, outputs) wanted outputs for each class.
             ridges: penalties of the squared weight, as multiples of the mean variance of a feature.
         """
         number = self.counts.sum()
@@ -202,7 +203,7 @@ class _Sums:
 def _fit(
     guard: ClusterGuard, head: GaussianClusters, layers: _LastLayers, sums: _Sums, features: Tensor, labels: Tensor
 ) -> Alignment:
-    """Choose the penalty by the distance of held-out images to their centres, and give the guard the layer."""
+    """Choose penalty and mixture on the held-out images, fit the layer, and put it into the guard."""
     if not sums.counts.all():
         missing = ", ".join(str(index) for index in (sums.counts == 0).nonzero().flatten().tolist())
         raise InputError(f"expected images of every class, got none of class {missing} beside those that are held out")
@@ -210,11 +211,11 @@ def _fit(
     old = layers.fitted.weight.flatten(1).double(), _bias_of(layers.fitted).double()
     now = features.double() @ old[0].T + old[1]
     before = now if layers.repeater is None else now @ layers.repeater.weight.double().T + layers.repeater.bias
-    # The factor that brings the old outputs nearest to the targets. A negative one would change labels.
+    # This factor brings the old outputs nearest to the targets. A negative one would change labels.
     factor = ((now * targets[labels]).sum() / now.square().sum().clamp_min(1e-30)).clamp_min(1e-3)
 
     def judge_layer(outputs: Tensor) -> tuple[float, float]:
-        """Accuracy, and mean distance to the centre of the class."""
+        """The accuracy, and the mean distance to the centre of the class."""
         distances = head.distances(outputs)
         is_right = distances.argmin(dim=1) == labels
         return float(is_right.double().mean()), float(distances.gather(1, labels[:, None]).mean())
@@ -249,14 +250,16 @@ def _bias_of(layer: Dense) -> Tensor:
 
 
 def _find_last_layers(guard: ClusterGuard, images: Tensor) -> _LastLayers:
-    """The layers of an encoder that its representation comes from, found by a look at what they take and return."""
+    """Find the last layers of an encoder, by comparing the inputs and outputs of its layers in one forward pass."""
     with _recording(dense_layers(guard.encoder)) as calls:
         representation = guard.represent(images[:2])
     after = representation
     chain: list[Dense] = []
     for layer, inputs, outputs in reversed(calls):
         flat = inputs.flatten(1)
-        is_linear = flat.shape[1] == layer.weight[0].numel()  # a convolution at one position only
+        is_linear = (
+            flat.shape[1] == layer.weight[0].numel()
+        )  # True for a convolution only if it is applied at a single position
         is_linear &= sum(layer is called for called, *_ in calls) == 1 and _can_be_fitted(layer)
         if is_linear and outputs.flatten(1).shape == after.shape and torch.equal(outputs.flatten(1), after):
             chain.append(layer)
@@ -268,20 +271,20 @@ def _find_last_layers(guard: ClusterGuard, images: Tensor) -> _LastLayers:
         )
     last, *earlier = chain
     is_repeater = bool(earlier) and last.weight.shape[1] == guard.num_classes < earlier[0].weight[0].numel()
-    if is_repeater and isinstance(last, nn.Linear):  # it repeats the logits of a classifier
+    if is_repeater and isinstance(last, nn.Linear):  # the last layer repeats the logits of a classifier
         return _LastLayers(earlier[0], last)
     return _LastLayers(last, None)
 
 
 def _can_be_fitted(layer: Dense) -> bool:
-    """Whether the layer computes what its weight says, and its weight is not computed itself."""
-    hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks)  # one of them records calls at this moment
+    """Whether the outputs of a layer are determined by a weight that is a plain parameter."""
+    hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks)  # one of these hooks is that of `_recording`
     return type(layer) in (nn.Linear, nn.Conv2d) and hooks <= 1 and "weight" in layer._parameters
 
 
 @contextmanager
 def _recording(layers: list[Dense]) -> Iterator[list[tuple[Dense, Tensor, Tensor]]]:
-    """Context in which each call of a layer is listed, with its inputs and outputs."""
+    """Context in which each call of a layer is recorded in a list, with its inputs and outputs."""
     calls: list[tuple[Dense, Tensor, Tensor]] = []
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:

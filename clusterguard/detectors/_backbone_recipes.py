@@ -1,6 +1,7 @@
-"""Recipes: what in `config.json` rebuilds a backbone, and what such a recipe may ask for.
+"""Recipes, the part of `config.json` from which the backbone of a saved guard is rebuilt.
 
-A recipe may come from a stranger, so it names a model and numbers, and nothing that fetches or reads a file.
+A recipe may come from an untrusted source. So it consists of the name of a model, numbers and short words. Nothing in
+it can make a library download or read a file.
 """
 
 import inspect
@@ -25,16 +26,20 @@ from torch.nn.modules.module import register_module_module_registration_hook
 def describe_backbone(
     encoder: nn.Module, representation_dim: int, image_shape: tuple[int, int, int] | None = None
 ) -> dict[str, Any]:
-    """Find a recipe that rebuilds the backbone of an encoder. It is tried out on the meta device.
+    """Find a recipe that rebuilds the backbone of an encoder. Recipes are tested on the meta device.
 
     Args:
         encoder: encoder that `make_encoder` made from the backbone.
-        representation_dim: number m of its outputs.
-        image_shape: (C, H, W) of the images that it takes; None if it is not known.
+        representation_dim: number m of the encoder's outputs.
+        image_shape: (C, H, W) of the images that the encoder takes; None if it is not known.
 
     Returns:
-        A dict. If a recipe rebuilds the encoder with the same modules, attributes and shapes, "source" is a name of
-        `FAMILIES`, and "name" and "arguments" are those of the model. Otherwise "source" is "module".
+        A dict. If a recipe rebuilds the encoder with the same modules, attributes and shapes, "source" is a key of
+        `FAMILIES`, and "name" and "arguments" are those of the model. Otherwise "source" is "module", and "type" is the
+        class of the model.
+
+    Warns:
+        UserWarning: no recipe rebuilds a model of a family whose models can usually be rebuilt.
     """
     model, structure = _inner(encoder), _structure(encoder)
     near_misses = []
@@ -43,7 +48,7 @@ def describe_backbone(
             try:
                 with torch.device("meta"):
                     rebuilt = make_encoder(build_backbone(recipe), representation_dim, image_shape=image_shape)
-            except Exception as error:  # libraries raise many errors for arguments that they do not take
+            except Exception as error:  # libraries raise errors of many kinds for arguments that they do not accept
                 near_misses.append((0, f"{recipe['name']}: {error}"))
                 break
             twin = _structure(rebuilt)
@@ -52,13 +57,14 @@ def describe_backbone(
                 return recipe
             place = different[0] or type(model).__name__
             near_misses.append((len(structure) - len(different), f"{recipe['name']} differs at {place}"))
-            # Constructors keep some arguments under their own names; those are worth a second try.
+            # Many constructors store an argument in an attribute of the same name. In a second try, attributes that
+            # differ are passed as arguments.
             usual, changeable = _attributes(_inner(rebuilt)), inspect.signature(type(model)).parameters
             changed = {k: v for k, v in _attributes(model).items() if k in changeable and v != usual.get(k, v)}
             if not changed:
                 break
             recipe = _recipe(FAMILIES[recipe["source"]], recipe["name"], {**recipe["arguments"], **changed})
-    if near_misses and FAMILIES[recipe["source"]].rebuilds:  # of a module of one's own nothing was promised
+    if near_misses and FAMILIES[recipe["source"]].rebuilds:  # nobody expects this of a user's module
         warnings.warn(
             f"no recipe rebuilds this backbone ({max(near_misses)[1]}); from_pretrained will need backbone=, the "
             "module that the guard was made with",
@@ -68,13 +74,13 @@ def describe_backbone(
 
 
 def build_backbone(recipe: Mapping[str, Any]) -> nn.Module:
-    """The backbone of a recipe, with random weights; nothing is downloaded and no checkpoint is read.
+    """Build the backbone of a recipe, with random weights. Nothing is downloaded, and no checkpoint is read.
 
     Args:
-        recipe: recipe that `describe_backbone` found, or a stranger's.
+        recipe: recipe as `describe_backbone` returns it, possibly from an untrusted source.
 
     Raises:
-        ConfigurationError: it names no classifier of its library, or sets what no recipe may set.
+        ConfigurationError: the name is not that of a classifier of the library, or an argument is not allowed.
     """
     if recipe["source"] not in FAMILIES:
         raise ConfigurationError(f"expected a source among {', '.join(FAMILIES)}, got {recipe['source']!r:.100}")
@@ -83,13 +89,13 @@ def build_backbone(recipe: Mapping[str, Any]) -> nn.Module:
 
 @contextmanager
 def at_most(modules: int) -> Iterator[None]:
-    """Stop this thread from putting together a larger network, such as one of a million layers.
+    """Limit the size of networks that this thread builds within the block, so that none has a million layers.
 
     Args:
-        modules: number of modules that may be put into others.
+        modules: largest number of modules that may be added to other modules.
 
     Raises:
-        ConfigurationError: there are more.
+        ConfigurationError: more modules are added.
     """
     thread, left = threading.get_ident(), modules
 
@@ -107,7 +113,7 @@ def at_most(modules: int) -> Iterator[None]:
 
 
 def _recipes(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield the recipes of the first family that offers any for a model."""
+    """The recipes for a model from the first family that has any."""
     for family in FAMILIES.values():
         recipe = None
         for name, arguments in family.recipes(model):
@@ -119,18 +125,22 @@ def _recipes(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 def _recipe(family: Family, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in arguments.items() if family.may_be_set(key, value)}
-    return {"source": family.name, "name": name, "arguments": json.loads(json.dumps(plain))}  # as it will be read
+    return {
+        "source": family.name,
+        "name": name,
+        "arguments": json.loads(json.dumps(plain)),
+    }  # with the types that JSON will return
 
 
 def _inner(encoder: nn.Module) -> nn.Module:
-    """The model that got a layer on top, or whose logits are taken, or the encoder itself."""
+    """The backbone inside an encoder: without an added layer, and without the wrapper that selects its logits."""
     if type(encoder) is MainLogits:
         return encoder.model
     return encoder[0] if type(encoder) is nn.Sequential else encoder
 
 
 def _structure(module: nn.Module) -> dict[str, object]:
-    """All that decides what a module computes, but for the values of its tensors."""
+    """The classes and attributes of all modules, and the shapes of all tensors, by name."""
     return {
         **{name: (type(part), _attributes(part)) for name, part in module.named_modules()},
         **{name: tensor.shape for name, tensor in [*module.named_parameters(), *module.named_buffers()]},
@@ -138,7 +148,7 @@ def _structure(module: nn.Module) -> dict[str, object]:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Its settings; of functions and other objects their names."""
+    """The public attributes of a module. Functions and other objects are replaced by their names."""
     return {
         key: value if is_plain(value) else getattr(value, "__qualname__", type(value).__name__)
         for key, value in vars(module).items()

@@ -53,7 +53,7 @@ def find_class_names(backbone: nn.Module, num_classes: int) -> list[str] | None:
         num_classes: number K of classes of the guard.
 
     Returns:
-        K names; None if the backbone tells none, or as many as another number of classes has.
+        K names; None if the backbone has none, or has another number of them.
     """
     model = unwrap(backbone, _is_model).module
     names = family_of(model).class_names(model)
@@ -69,7 +69,7 @@ def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, conseque
         consequence: part of the warning that says what happens if the two numbers differ.
 
     Raises:
-        ConfigurationError: num_classes is no whole number, or it is None and the backbone does not tell it either.
+        ConfigurationError: num_classes is no whole number, or it is None and cannot be found in the backbone either.
         UnsupportedBackboneError: the backbone is not a module.
 
     Warns:
@@ -232,7 +232,7 @@ def make_encoder(
 
 
 class KeptLogits(NamedTuple):
-    """What a new last layer returns at first: the logits that the backbone has, times a scale.
+    """The initial outputs of a new last layer, which are the logits of the backbone times a scale.
 
     An offset that all logits share is left out. With l·K outputs, each of the K logits is repeated l times.
     """
@@ -242,7 +242,7 @@ class KeptLogits(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """An encoder, and whether it had a classifier and returns its logits."""
+    """An encoder, whether its backbone had a classifier, and whether it returns the logits of that classifier."""
 
     encoder: nn.Module
     had_classifier: bool
@@ -257,7 +257,7 @@ def adapt_backbone(
     example: Tensor | None = None,
     image_shape: tuple[int, int, int] | None = None,
 ) -> Adapted:
-    """Copy a backbone into an encoder, as `make_encoder` does, and let it return the old logits if it can.
+    """Copy a backbone into an encoder, as `make_encoder` does, and let it return the old logits if that is possible.
 
     Args:
         backbone: module as in `make_encoder`.
@@ -267,7 +267,7 @@ def adapt_backbone(
         image_shape: shape as in `make_encoder`.
 
     Returns:
-        The encoder. Any other module than a model of a family is taken for a classifier if it returns K numbers.
+        The encoder. A module that belongs to no family is taken for a classifier if it returns K numbers.
 
     Raises:
         ConfigurationError: as in `make_encoder`.
@@ -312,7 +312,7 @@ def _take_over_all(replaced: Replacement, scale: float) -> bool:
 
 
 def _repeat_inputs(layer: nn.Linear, scale: float) -> None:
-    """Let a linear layer return its inputs, less their mean, times a scale, each as often as there is room for it."""
+    """Set a linear layer to return (inputs − their mean) · scale, with each input repeated to fill the outputs."""
     with torch.no_grad():
         identity = torch.eye(layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
         layer.weight.copy_(
@@ -328,7 +328,7 @@ def _is_model(module: nn.Module) -> bool:
 
 
 def _normalization_of(model: nn.Module) -> Normalization | None:
-    """The normalisation that a model was trained with; None for a module that does not tell."""
+    """The normalisation that a model was trained with; None if it is unknown."""
     return family_of(model).normalization(model)
 
 

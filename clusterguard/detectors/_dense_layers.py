@@ -1,4 +1,4 @@
-"""The layers that classifiers end in: how they are recognised, made anew and replaced."""
+"""The last layers of classifiers: functions that recognise, create and replace them."""
 
 from typing import Any, TypeAlias
 
@@ -31,7 +31,7 @@ def dense_layers(module: nn.Module) -> list[Dense]:
 
 
 def is_usual(layer: Dense) -> bool:
-    """Whether a layer computes what its weight and its bias say; a subclass of a user or a hook may not."""
+    """Whether a layer only multiplies by its weight and adds its bias. A user's subclass or a hook may do more."""
     is_known = type(layer).__module__.split(".")[0] in ("torch", "timm", "torchvision", "transformers")
     return is_known and not layer._forward_hooks and not layer._forward_pre_hooks
 

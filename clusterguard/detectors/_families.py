@@ -1,4 +1,4 @@
-"""Families of backbones: all that is done differently for models of timm, torchvision and transformers, and for others.
+"""Families of backbones: everything that differs between models of timm, torchvision, transformers and other modules.
 
 To add a family, write a subclass of `Family` and enter it in `FAMILIES`. No library is imported until a model of it is
 built. A model is recognised by the modules in which its class and their bases are defined, so a user's subclass is
@@ -39,15 +39,15 @@ class Timm(Family):
     name = "timm"
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether a base of its class is timm's."""
+        """Whether a base class of the module is defined in timm."""
         return any(cls.__module__.startswith("timm.") for cls in type(module).__mro__)
 
     def is_model(self, module: nn.Module) -> bool:
-        """Whether it has a classifier to reset, or timm's configuration."""
+        """Whether the module has a classifier to reset, or timm's configuration."""
         return hasattr(module, "reset_classifier") or isinstance(getattr(module, "pretrained_cfg", None), dict)
 
     def num_classes(self, model: nn.Module) -> int | None:
-        """The width of the classifier, or else timm's own attribute."""
+        """The width of the classifier, or timm's attribute `num_classes` if there is no such layer."""
         num_classes = int(getattr(model, "num_classes", 0))
         classifier = getattr(model, "get_classifier", nn.Identity)()
         layers = dense_layers(nn.ModuleList(classifier if isinstance(classifier, tuple) else [classifier]))
@@ -81,24 +81,24 @@ class Timm(Family):
         model.reset_classifier(out_features, *(["avg"] if unpooled else []))
         for module in set(model.modules()) - set(before.values()):
             module.to(like).training = model.training
-        # Some models have more than one classifier, and timm does not tell all of them.
+        # Some models have more than one classifier, and timm's `get_classifier` does not return all of them.
         pairs = [(before.get(path, nn.Identity()), new) for path, new in _new_modules(model, set(before.values()))]
-        # The classifier of a user may compute anything; that of timm computes the same with the same weights.
+        # A user's classifier may compute anything. Classifiers of timm compute the same if they have the same weights.
         return pairs if all(type(old) is type(new) or is_one_layer(old) for old, new in pairs) else []
 
     def pooling(self, model: nn.Module) -> nn.Module | None:
-        """The mean over positions, for encoders of vision-language models."""
+        """The mean over all positions of a feature map, which encoders of vision-language models need."""
         if not hasattr(model, "forward_features"):
             return None
         is_map = getattr(model, "output_fmt", "NCHW") == "NCHW"
         return Reduce("b d ... -> b d" if is_map else "b ... d -> b d", "mean")
 
     def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """The architecture that timm's configuration names."""
+        """The name of the architecture in timm's configuration."""
         settings = getattr(model, "pretrained_cfg", None)
         if isinstance(settings, dict) and settings.get("architecture"):
             name = ".".join(filter(None, (settings["architecture"], settings.get("tag"))))
-            yield name, getattr(model, "_model_args", {})  # newer versions of timm keep them
+            yield name, getattr(model, "_model_args", {})  # newer versions of timm keep the arguments
 
     def _build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
         import timm
@@ -117,13 +117,13 @@ class Torchvision(Family):
     _heads = ("fc", "classifier", "head", "heads")
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether a base of its class is torchvision's, and not one for another task."""
+        """Whether a base class of the module is defined in torchvision, for classification and not for another task."""
         homes = (cls.__module__.split(".") for cls in type(module).__mro__)
         home = next((home for home in homes if home[:2] == ["torchvision", "models"]), None)
         return home is not None and home[2] not in {"detection", "optical_flow", "segmentation", "video"}
 
     def is_model(self, module: nn.Module) -> bool:
-        """Whether it has a head, or is a feature extractor."""
+        """Whether the module has a head, or is a feature extractor."""
         return any(hasattr(module, name) for name in self._heads) or isinstance(module, GraphModule)
 
     def num_classes(self, model: nn.Module) -> int | None:
@@ -132,7 +132,7 @@ class Torchvision(Family):
         return None if head is None else count_outputs(head[1])
 
     def trained_normalization(self, model: nn.Module) -> Normalization | None:
-        """ImageNet's values, because a model does not tell which weights it has; efficientnet_v2_l has others."""
+        """ImageNet's values, although efficientnet_v2_l has others, because a model does not record its weights."""
         convolutions = [layer for layer in dense_layers(model) if isinstance(layer, nn.Conv2d)]
         ends = [tuple(layer.weight.shape[:2]) for layer in convolutions[:1] + convolutions[-1:]]
         return ((0.5,) * 3, (0.5,) * 3) if ends == [(32, 3), (1280, 640)] else _IMAGENET
@@ -145,7 +145,7 @@ class Torchvision(Family):
         """Replace the last layer of the head, and remove activations after it.
 
         Raises:
-            UnsupportedBackboneError: the head is a user's own, and no layer in it makes the output.
+            UnsupportedBackboneError: a user replaced the head, and its last layer does not make the output.
         """
         ending = self._find_head(model)
         if ending is None:
@@ -194,7 +194,7 @@ class Torchvision(Family):
 
 @final
 class PlainModules(Family):
-    """All other modules. They keep what they have, and get a layer on top; those of torch's own layers are rebuilt."""
+    """All other modules, which get a layer on top. Those that consist of torch's layers can be rebuilt."""
 
     name = "layers"
     rebuilds = False
@@ -204,26 +204,26 @@ class PlainModules(Family):
         return False
 
     def is_model(self, module: nn.Module) -> bool:
-        """False, because nothing tells a model from a part of it."""
+        """False, because a plain module cannot be recognised as a whole model."""
         return False
 
     def num_classes(self, model: nn.Module) -> int | None:
-        """None, because nothing tells a classifier from another layer."""
+        """None, because a classifier cannot be told from another layer."""
         return None
 
     def trained_normalization(self, model: nn.Module) -> Normalization | None:
-        """None, because nothing tells it."""
+        """None, because it is unknown."""
         return None
 
     def keep_main_output(self, model: nn.Module) -> None:
-        """Nothing is changed."""
+        """Leave the module as it is."""
 
     def replace_classifier(self, model: nn.Module, out_features: int) -> Replacement | None:
-        """None, and nothing is changed."""
+        """None, because no classifier is replaced."""
         return None
 
     def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """The layers, if all of them are torch's own."""
+        """The description of the layers, if all of them are layers of torch."""
         if (layers := describe_layers(model)) is not None:
             yield type(model).__name__, layers
 
@@ -252,7 +252,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (Timm(), Torchv
 
 
 def family_of(module: nn.Module) -> Family:
-    """The family of a module, or of a part of a model."""
+    """The family that a module, which may be a part of a model, belongs to."""
     return next((family for family in FAMILIES.values() if family.fits(module)), FAMILIES[PlainModules.name])
 
 
@@ -266,7 +266,7 @@ def _is_users_sequence(classifier: object) -> bool:
 
 
 def _new_modules(module: nn.Module, old: Set[nn.Module], path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules with weights that are not among the old ones, except for those inside of others, with their paths."""
+    """The outermost modules with weights that are not among the old ones, with their paths."""
     for name, child in module.named_children():
         if child in old:
             yield from _new_modules(child, old, f"{path}{name}.")

@@ -1,4 +1,4 @@
-"""What differs between kinds of backbones, as a base class."""
+"""The base class of families, which define everything that differs between kinds of backbones."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -18,11 +18,11 @@ returns its old logits. There is no pair if it may return others. Most models ha
 
 
 class Family(ABC):
-    """A kind of backbones, with all that differs between kinds.
+    """A kind of backbones, with everything that differs between kinds.
 
     Attributes:
         name: name of the family in recipes of saved guards.
-        rebuilds: whether people may expect that a saved model of this family is built again from its recipe.
+        rebuilds: whether users may expect that saved models of this family are rebuilt from a recipe.
     """
 
     name: ClassVar[str]
@@ -30,7 +30,7 @@ class Family(ABC):
 
     @abstractmethod
     def fits(self, module: nn.Module) -> bool:
-        """Whether a module is of this family. It may be a part of a model only."""
+        """Whether a module belongs to this family. The module may be a part of a model."""
 
     @abstractmethod
     def is_model(self, module: nn.Module) -> bool:
@@ -38,14 +38,14 @@ class Family(ABC):
 
     @abstractmethod
     def num_classes(self, model: nn.Module) -> int | None:
-        """The number K of classes that a model distinguishes now, the width of its classifier; None without one."""
+        """The number K of classes, which is the present width of the classifier; None without a classifier."""
 
     @abstractmethod
     def trained_normalization(self, model: nn.Module) -> Normalization | None:
-        """Mean and standard deviation, one value per channel, that a model was trained with; None if nobody knows."""
+        """The mean and standard deviation, one value per channel, that a model was trained with; None if unknown."""
 
     def normalization(self, model: nn.Module) -> Normalization | None:
-        """The same for the channels that a model takes now. Built for one channel, it gets the averages."""
+        """The values of `trained_normalization`, or their averages if the model was built for one channel."""
         trained = self.trained_normalization(model)
         first = next((layer for layer in dense_layers(model) if isinstance(layer, nn.Conv2d)), None)
         # timm's attribute covers linear patch embeddings, and the layer covers a stem that a user replaced.
@@ -55,13 +55,15 @@ class Family(ABC):
         return (sum(mean) / len(mean),), (sum(std) / len(std),)
 
     def image_shape(self, model: nn.Module) -> tuple[int, ...] | None:
-        """The shape (C, H, W) of images that a model was made for; None if it does not tell."""
-        settings: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})  # timm's, which others have taken up
+        """The shape (C, H, W) of images that a model was made for; None if it is unknown."""
+        settings: Mapping[str, Any] = getattr(
+            model, "pretrained_cfg", {}
+        )  # timm introduced this attribute, and other libraries use it too
         return (getattr(model, "in_chans", 3), *settings["input_size"][1:]) if "input_size" in settings else None
 
     @abstractmethod
     def keep_main_output(self, model: nn.Module) -> None:
-        """Let a model that returns several outputs in train mode, such as those of auxiliary heads, return one."""
+        """Make a model return one output, if it returns several in train mode, such as those of auxiliary heads."""
 
     @abstractmethod
     def replace_classifier(self, model: nn.Module, out_features: int) -> Replacement | None:
@@ -76,45 +78,45 @@ class Family(ABC):
         """
 
     def as_function(self, model: nn.Module) -> nn.Module:
-        """A module that returns one tensor. It is the model itself, unless that returns something else."""
+        """A module that returns one tensor: the model itself, or a wrapper if the model returns something else."""
         return model
 
     def class_names(self, model: nn.Module) -> list[str] | None:
-        """The names of the classes in the order of the logits; None for a model that does not tell."""
+        """The names of the classes in the order of the logits; None if they are unknown."""
         return None
 
     def pooling(self, model: nn.Module) -> nn.Module | None:
-        """The module that makes (B, D) of what a model without a classifier returns; None if none is needed."""
+        """A module that turns outputs of a model without a classifier into (B, D); None if none is needed."""
         return None
 
     @abstractmethod
     def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Names and arguments with which `build` may have built a model; none if another family built it."""
+        """Pairs of a name and arguments with which `build` may rebuild a model; empty if there are none."""
 
     def may_be_set(self, name: str, value: object) -> bool:
         """Whether a recipe may hold this argument."""
         return may_be_set(name, value)
 
     def build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
-        """Build a model with random weights; nothing is downloaded and no checkpoint is read.
+        """Build a model with random weights. Nothing is downloaded, and no checkpoint is read.
 
         Args:
-            name: name of the model, perhaps a stranger's.
-            arguments: arguments of the model, perhaps a stranger's.
+            name: name of the model, possibly from an untrusted source.
+            arguments: arguments of the model, possibly from an untrusted source.
 
         Raises:
-            ConfigurationError: it is no name of a classifier, or an argument is one that no recipe may set.
+            ConfigurationError: the name is not that of a classifier, or an argument is not allowed in recipes.
         """
         refused = [key for key, value in arguments.items() if not self.may_be_set(key, value)]
         if refused:
             raise ConfigurationError(f"expected settings that a recipe may hold, got {refused!s:.100}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about initial weights and old names
+            warnings.simplefilter("ignore")  # libraries warn about initial weights and old names
             return self._build(name, arguments)
 
     @abstractmethod
     def _build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:
-        """The model of this name, of which only the arguments have been checked."""
+        """Build the model of this name. The arguments have been checked, but the name has not."""
 
 
 def replace_end(model: nn.Module, head: nn.Module, out_features: int) -> Replacement:

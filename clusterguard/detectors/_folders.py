@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 Loaded = TypeVar("Loaded", bound=DetectorModule)
 
-_SPARE_ROOM = 2**28
+_SPARE_ROOM = 2**28  # bytes that a network may take beyond those of its saved weights
 _PACKAGES = ("clusterguard", "torch", "timm", "torchvision", "safetensors")
 _FLOATS = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -60,10 +60,16 @@ def save_guard(
         training: record of the training, saved unchanged.
         evaluation: evaluation at the guard's thresholds.
         card: details that the publisher adds to the model card.
+
+    Raises:
+        PersistenceError: the folder holds another program's files.
+        ConfigurationError: JSON cannot represent the training, or the evaluation has other thresholds.
     """
     refuse_foreign(folder)
     thresholds = guard.thresholds.tolist()
-    if evaluation is not None and str(list(evaluation.thresholds)) != str(thresholds):  # as text, as NaN != NaN
+    if evaluation is not None and str(list(evaluation.thresholds)) != str(
+        thresholds
+    ):  # compared as text, because NaN is not equal to NaN
         raise ConfigurationError("expected an evaluation at this guard's thresholds, got another's; evaluate it again")
     try:
         json.dumps(training, allow_nan=False)
@@ -105,6 +111,12 @@ def load_guard(
             `image_shape`.
         folder: folder that `save_guard` wrote.
         backbone: module that the guard was made with; None rebuilds it from its recipe.
+
+    Raises:
+        PersistenceError: the guard is missing, damaged, foreign, too new, or does not fit the backbone.
+
+    Warns:
+        UserWarning: thresholds are infinite; the guard is then not calibrated.
     """
     guard = read_guard(folder, lambda config, weights: _load(build, config, weights, folder, backbone))
     if guard.thresholds.isinf().any():
@@ -145,7 +157,7 @@ def _load(
             guard = build(build_backbone(recipe) if backbone is None else backbone, options)
         guard = guard.to(_FLOATS[options["dtype"]])
         _take_dtypes(guard, blanks)
-        guard.load_state_dict(blanks)  # names and shapes, before their values take memory
+        guard.load_state_dict(blanks)  # checks names and shapes before the values take memory
         guard.load_state_dict(weights.read())
         guard.class_names = options.get("class_names")
         if config["calibration"] is not None:
@@ -153,13 +165,15 @@ def _load(
     except PersistenceError:
         raise
     except OtherHeadError as error:
-        weights.check_digest()  # a damaged file is called that
-        sentence = in_one_line(error).removeprefix(f"{type(error).__name__}: ")  # it tells names from the config
+        weights.check_digest()  # raises another error if the file is damaged
+        sentence = in_one_line(error).removeprefix(
+            f"{type(error).__name__}: "
+        )  # the message quotes names from the config
         raise PersistenceError(f"{folder / CONFIG}: {sentence}") from error
     except Exception as error:  # an edited config or another version of timm may raise anything
         if isinstance(error, UnsupportedBackboneError) and backbone is not None:
             raise
-        weights.check_digest()  # a damaged file is called that
+        weights.check_digest()  # raises another error if the file is damaged
         hint = f"backbone={type(backbone).__name__}" if backbone is not None else f"what {CONFIG} describes"
         raise PersistenceError(
             f"{folder / WEIGHTS} does not fit {hint}; pass the module that the guard was made with as backbone=, or "
@@ -169,7 +183,7 @@ def _load(
 
 
 def _check_sizes(options: Mapping[str, Any], blanks: Mapping[str, Tensor]) -> None:
-    """Classes and dimensions are those of the weights, so that no number in a config takes memory on its own."""
+    """Check that the numbers of classes and dimensions fit the weights, or a large number could use up the memory."""
     classes, dimensions = options["num_classes"], options.get("representation_dim")
     thresholds = blanks.get("thresholds", torch.empty(0))
     if thresholds.shape != (classes,) or thresholds.dtype != torch.float32:
@@ -187,12 +201,15 @@ def _check_recipe(
     options: Mapping[str, Any],
     blanks: Mapping[str, Tensor],
 ) -> None:
-    """A recipe makes what the file has weights for. It is tried on the meta device, where tensors take no memory."""
+    """Check that a recipe makes a network that the saved weights fit.
+
+    The network is built on the meta device, where tensors take no memory.
+    """
     with torch.device("meta"), at_most(1000 + 20 * len(blanks)):
         backbone = build_backbone(recipe)
         guard = build(backbone, options)
     guard.load_state_dict(blanks)
-    # The backbone also has its old classifier and what can be computed, which the file does not.
+    # The file lacks the old classifier of the backbone, and tensors that can be computed, so these need some room.
     room = _SPARE_ROOM + 4 * sum(blank.nbytes for blank in blanks.values())
     for module in (backbone, guard):
         size = sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
@@ -201,7 +218,11 @@ def _check_recipe(
 
 
 def _take_dtypes(guard: nn.Module, blanks: Mapping[str, Tensor]) -> None:
-    """Parts may differ in dtype; they take that of their weights, as far as it is of the same kind."""
+    """Give each tensor of a guard the data type of its saved values, which may differ from part to part.
+
+    Raises:
+        ConfigurationError: one of the two data types is not a floating-point type.
+    """
     for name, tensor in guard.state_dict(keep_vars=True).items():
         wanted = blanks[name].dtype if name in blanks else tensor.dtype
         if wanted != tensor.dtype and not (wanted.is_floating_point and tensor.is_floating_point()):
@@ -228,7 +249,7 @@ def find_folder(name: str | Path, **hub_options: Any) -> Path:
 
     try:
         small = snapshot_download(str(name), allow_patterns=[CONFIG], **hub_options)
-        read_config(Path(small) / CONFIG)  # before gigabytes of something else are fetched
+        read_config(Path(small) / CONFIG)  # fails before gigabytes that are no guard are downloaded
         return Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG], **hub_options))
     except PersistenceError:
         raise

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-_USUAL_LOGIT = 10  # of the label, from a trained classifier
+_USUAL_LOGIT = 10  # usual logit of the label that a trained classifier gives to an image
 _KNOWS_NOTHING = "its new classifier knows nothing yet, so train the guard before use"
 
 
@@ -72,13 +72,13 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             and 0 for other modules.
         std: standard deviation per channel, by which images are divided after that. None is as for `mean`, with 1 for
             other modules.
-        classifier: what becomes of the backbone's classifier. "keep": the representation starts as its logits, but
-            for an offset of all, times M/10, because the largest logit of a trained classifier is about 10. A module
-            that returns K numbers is taken for a classifier. "new": the last layer starts with random weights. "auto":
-            keep it if that is possible.
+        classifier: use of the backbone's classifier. With "keep", the new layer starts with its weights, and the
+            representation with its logits times M/10, without an offset that all logits share. The factor is M/10
+            because the largest logit of a trained classifier is about 10. A module that returns K numbers is taken for
+            a classifier. With "new", the last layer starts with random weights. "auto" means "keep" where possible.
         head: module that compares representations with classes; it is copied. None takes the `GaussianClusters` of the
             paper, made with `representation_dim` and `center_scale`. A head that is passed does not allow these two
-            options, and no classifier is kept for one of another class.
+            options. With a head of another class than `GaussianClusters`, no classifier is kept.
         example: (B, C, H, W) images for a module whose output width cannot be found without running it. Their shape
             becomes the `image_shape`, unless one is passed.
         image_shape: shape (C, H, W) of the images that the guard takes; images of another shape are an error. None
@@ -152,7 +152,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     def _adapt(
         self, backbone: nn.Module, classifier: str, example: Tensor | None, shape: tuple[int, int, int] | None
     ) -> nn.Module:
-        """The encoder, which keeps the logits of a classifier if it was asked to and can."""
+        """Make the encoder, which keeps the logits of a classifier if that is wanted and possible."""
         keep, dim = None, self.head.representation_dim
         if type(self.head) is GaussianClusters and classifier != "new":
             keep = KeptLogits(self.num_classes, float(self.head.center_scale) / _USUAL_LOGIT)
@@ -184,8 +184,9 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         distance.
 
         Raises:
-            InputError: pixels are outside of [0, 1], as those of images that were normalised already. Where gradients
-                are recorded they are not looked at, which would cost time in every step of a training or an attack.
+            InputError: pixels are outside of [0, 1], for instance because the images were normalised already. This is
+                not checked while gradients are recorded, because it would cost time in every step of a training or an
+                attack.
         """
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             check_images(images)
@@ -237,16 +238,16 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     ) -> None:
         """Write the guard as a folder: `model.safetensors`, `config.json`, and a model card in `README.md`.
 
-        If saving is killed at any moment, the folder holds the old guard or the new one. Readers at that moment get one
-        of the two.
+        If saving is killed at any moment, the folder holds the old guard or the new one. Whoever reads the folder while
+        it is being written gets one of the two.
 
         Args:
             save_directory: path of the folder. An older guard in it is replaced, and other files stay.
             training: record of the training, in types that JSON has; it is saved unchanged.
             evaluation: result of `evaluate` for this guard with its present thresholds. Its figures go into the card.
             card: details to add to the model card: a licence, and the code that builds the backbone.
-            config: record of the training under the name that `push_to_hub` uses; it stands for `training`.
-            model_card_kwargs: dict ``{"evaluation": ..., "card": ...}``, by which `push_to_hub` passes the two.
+            config: the same as `training`, under the name that `push_to_hub` uses.
+            model_card_kwargs: dict ``{"evaluation": ..., "card": ...}``, with which `push_to_hub` passes these two.
 
         Raises:
             PersistenceError: the folder holds another model's files.
@@ -254,8 +255,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
                 other thresholds.
 
         Warns:
-            UserWarning: nothing rebuilds the backbone, so loading will need the module. Models of timm, torchvision
-                and transformers can be rebuilt, and so can an `nn.Sequential` of torch's own layers.
+            UserWarning: the backbone cannot be rebuilt from a recipe, so loading will need the module. Models of timm,
+                torchvision and transformers can be rebuilt, and so can an `nn.Sequential` of torch's layers.
 
         Example:
             >>> import tempfile, torch
@@ -299,8 +300,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     ) -> "Self":
         """Load a guard that `save_pretrained` or `push_to_hub` wrote.
 
-        The folder may be a stranger's. No code in it is run, nothing else is downloaded, and a network is only built if
-        the file of weights is as large as it needs.
+        The folder may come from an untrusted source. No code in it is run, nothing else is downloaded, and a network is
+        only built if the file has enough weights for it.
 
         Args:
             pretrained_model_name_or_path: path of a folder, or an id on the Hugging Face Hub.
@@ -343,7 +344,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
                 **_head_options(options, head),
                 mean=options["mean"],
                 std=options["std"],
-                classifier="new",  # its weights are read after that
+                classifier="new",  # its weights are read afterwards
                 example=None if example is None else example.to(_device_of(module, example)),
                 image_shape=options.get("image_shape"),  # guards of version 0.1 have no image_shape
             ),
@@ -359,12 +360,12 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
 
 
 def _device_of(module: nn.Module, example: Tensor) -> torch.device:
-    """Where a module's parameters are, which is the meta device while a saved guard is tried out."""
+    """The device of a module's parameters, which is the meta device while a saved guard is tested."""
     return next(module.parameters(), example).device
 
 
 def _num_classes_of(head: Head | None, num_classes: int | None, *options: object) -> int | None:
-    """The number of classes that was asked for. Options of the paper's head are refused beside another head."""
+    """The number of classes, which a given head decides. With a given head, options of the paper's head are refused."""
     if head is None:
         return num_classes
     if not isinstance(head, Head):
@@ -379,10 +380,10 @@ def _num_classes_of(head: Head | None, num_classes: int | None, *options: object
 
 
 def _plain_options(head: Head) -> dict[str, Any]:
-    """The options of a head as they will be read from JSON.
+    """The options of a head, with the types that they will have when they are read from JSON.
 
     Raises:
-        ConfigurationError: JSON has no such values.
+        ConfigurationError: JSON cannot represent an option.
     """
     try:
         plain: dict[str, Any] = json.loads(json.dumps(head.options(), allow_nan=False))

@@ -1,8 +1,10 @@
-"""The files of a saved guard: how they are read from strangers, and replaced without a moment that has no guard.
+"""Reads and replaces the files of a saved guard. The files may come from an untrusted source.
 
-`config.json` tells the digest of the weights that belong to it, and that of its own content. A save writes the weights
-under a name made of their digest, then replaces `config.json`, then moves the weights to `model.safetensors`. So at
-every moment `config.json` and one of the two files belong together, and a reader who saw the files change starts again.
+While a guard is replaced, its folder always holds a complete guard, the old one or the new one. `config.json` holds a
+digest of the weights that belong to it, and a digest of its own content. Saving first writes the new weights to a file
+whose name contains their digest, then replaces `config.json`, and then renames the file of weights to
+`model.safetensors`. So at every moment `config.json` fits one of the two files of weights. A reader starts again if
+`config.json` changed while it was reading.
 """
 
 import hashlib
@@ -29,9 +31,10 @@ T = TypeVar("T")
 FORMAT, FORMAT_VERSION = "clusterguard", 1
 WEIGHTS, CARD, CONFIG = "model.safetensors", "README.md", "config.json"
 _AGAIN = "download it or save the guard again"
-_DIGEST = "content_sha256"  # of everything else in config.json
-_LARGEST_JSON, _DEEPEST_JSON = 2**24, 50  # of a guard of 20,000 classes a fifth of that
-_TRIES = 20
+_DIGEST = "content_sha256"  # name of the digest of everything else in config.json
+_LARGEST_JSON = 2**24  # bytes; a guard of 20,000 classes needs a fifth of that
+_DEEPEST_JSON = 50  # levels of lists and dicts
+_TRIES = 20  # number of times that a reader starts again
 _NAMED = re.compile(r"model-[0-9a-f]{64}\.safetensors")
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -42,12 +45,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of weights that is open; what is in it is read when it is asked for.
+    """An open file of weights. Its contents are read only when a method needs them.
 
     Args:
         path: path of the file, for messages.
-        stream: open file; it stays the same when another one gets its name.
-        sha256: digest of the file that `config.json` was saved with.
+        stream: the open file. It stays the same file when another file replaces it at the path.
+        sha256: digest in `config.json` of the weights that it was saved with.
     """
 
     path: Path
@@ -55,25 +58,29 @@ class WeightsFile:
     sha256: object
 
     def blanks(self) -> dict[str, Tensor]:
-        """Tensors of the names, shapes and data types that the file has, each of one value, so without their memory."""
+        """Zeros with the names, shapes and data types of the tensors in the file, which take almost no memory."""
         return {
             name: torch.zeros((), dtype=_DTYPES[entry["dtype"]]).expand(entry["shape"])
             for name, entry in self.header()[1].items()
         }
 
     def read(self) -> dict[str, Tensor]:
-        """All tensors; as much memory as the file is large, twice for a moment."""
+        """Read all tensors. This takes twice the memory of the file for a moment, and then once.
+
+        Raises:
+            PersistenceError: the file has another digest than expected, or is no file of safetensors.
+        """
         self.stream.seek(0)
         content = self.stream.read(self._size())
         if hashlib.sha256(content).hexdigest() != self.sha256:
             raise self._another()
         try:
             return load(content)
-        except Exception as error:  # safetensors has an error of its own, and passes on Python's
+        except Exception as error:  # safetensors raises errors of its own and of Python
             raise PersistenceError(f"{self.path} is no safetensors file ({in_one_line(error)}); {_AGAIN}") from error
 
     def read_thresholds(self) -> Tensor:
-        """The thresholds (K,) of the guard, if the file is undamaged."""
+        """Read the thresholds (K,) of the guard, after checking that the file is not damaged."""
         self.check_digest()
         start, header = self.header()
         entry = header["thresholds"]
@@ -84,7 +91,11 @@ class WeightsFile:
         return torch.frombuffer(bytearray(self.stream.read(end - begin)), dtype=torch.float32)
 
     def check_digest(self) -> None:
-        """Make sure that it is the file that `config.json` was saved with, without taking memory."""
+        """Check the digest of the file in small parts, which takes no memory.
+
+        Raises:
+            PersistenceError: the file has another digest than expected.
+        """
         digest, left = hashlib.sha256(), self._size()
         self.stream.seek(0)
         while left > 0 and (part := self.stream.read(min(left, 2**20))):
@@ -103,7 +114,11 @@ class WeightsFile:
         return os.fstat(self.stream.fileno()).st_size
 
     def header(self) -> tuple[int, dict[str, dict[str, Any]]]:
-        """Where data begin, and for each tensor its dtype, shape and place, which are those of a file of this size."""
+        """Read the position at which data begin, and the data type, shape and position of each tensor by its name.
+
+        Raises:
+            PersistenceError: the file is damaged, or its tensors do not have the size of the file.
+        """
         self.stream.seek(0)
         length = int.from_bytes(self.stream.read(8), "little")
         try:
@@ -120,7 +135,7 @@ class WeightsFile:
             if sizes != places or sum(sizes) != self._size() - 8 - length:
                 raise ValueError("its tensors have other sizes than it has room for")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
-            self.check_digest()  # a damaged file is called that
+            self.check_digest()  # raises another error if the file is damaged
             raise PersistenceError(f"{self.path} is no safetensors file ({in_one_line(error)}); {_AGAIN}") from error
         return 8 + length, header
 
@@ -129,11 +144,12 @@ def read_guard(folder: Path, use: Callable[[dict[str, Any], WeightsFile], T]) ->
     """Call a function with the config and the weights of a saved guard, and return its result.
 
     Args:
-        folder: folder of the guard. If the guard is saved again meanwhile and `use` fails for that, it is called again.
-        use: function of the config and the weights.
+        folder: folder of the guard.
+        use: function of the config and the weights. If it raises a `PersistenceError` because the guard was saved again
+            in the meantime, it is called again with the new files.
 
     Raises:
-        PersistenceError: a file is missing, damaged, foreign or too new; or of `use`.
+        PersistenceError: a file is missing, damaged, foreign or too new, or `use` raised the error.
     """
     tries_left = _TRIES
     while True:
@@ -148,7 +164,11 @@ def read_guard(folder: Path, use: Callable[[dict[str, Any], WeightsFile], T]) ->
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What `config.json` holds, if it is a guard's and of a format that is known."""
+    """Read `config.json`.
+
+    Raises:
+        PersistenceError: the file is missing or damaged, does not describe a guard, or has a newer format.
+    """
     try:
         with _open(file) as stream:
             config = read_json(stream.read(_LARGEST_JSON + 1))
@@ -175,11 +195,11 @@ def digest_of_config(config: Mapping[str, Any]) -> str:
 
 
 def read_json(text: bytes) -> Any:
-    """What a text in JSON says, if it is neither large nor deep.
+    """Parse a text in JSON of limited size and depth.
 
     Raises:
-        ValueError: it is, or it is no JSON.
-        RecursionError: it is so deep that Python gave up.
+        ValueError: the text is too large or too deeply nested, or is no JSON.
+        RecursionError: the text is so deeply nested that Python cannot parse it.
     """
     if len(text) > _LARGEST_JSON:
         raise ValueError(f"expected at most {_LARGEST_JSON} bytes of JSON, got more")
@@ -197,7 +217,7 @@ def read_json(text: bytes) -> Any:
 
 
 def write_guard(folder: Path, config: Mapping[str, Any], weights: bytes, card: str) -> None:
-    """Replace the guard in a folder, or write its first one.
+    """Write a guard into a folder, and replace an older one if there is any.
 
     Args:
         folder: path of the folder, which is created.
@@ -206,7 +226,7 @@ def write_guard(folder: Path, config: Mapping[str, Any], weights: bytes, card: s
         card: text of `README.md`.
 
     Raises:
-        ConfigurationError: a config that could not be read again.
+        ConfigurationError: the config is too large or too deeply nested to be read again.
     """
     digest = hashlib.sha256(weights).hexdigest()
     content = {**config, "weights_sha256": digest}
@@ -237,10 +257,10 @@ def write_guard(folder: Path, config: Mapping[str, Any], weights: bytes, card: s
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Nothing that clusterguard did not write is overwritten.
+    """Refuse to overwrite files that clusterguard did not write.
 
     Raises:
-        PersistenceError: the folder is a file, or holds another program's file under one of our names.
+        PersistenceError: the path is that of a file, or another program has written a file whose name a guard needs.
     """
     if folder.exists() and not folder.is_dir():
         raise PersistenceError(f"expected a folder, got the file {folder}; choose another name")
@@ -265,9 +285,13 @@ def _are_our_weights(file: Path) -> bool:
 
 
 def _open(file: Path) -> BinaryIO:
-    """A file that is missing, cannot be read, or whose place a pipe or a device has, is an error of ours."""
+    """Open a file for reading.
+
+    Raises:
+        PersistenceError: the file is missing, cannot be read, or is a folder, a pipe or a device.
+    """
     try:
-        if stat.S_ISREG(file.stat().st_mode):  # of what a link leads to: caches of downloads are made of links
+        if stat.S_ISREG(file.stat().st_mode):  # links are followed, because caches of downloads consist of links
             return file.open("rb")
     except FileNotFoundError as error:
         inside = sorted(file.parent.glob(f"*/{CONFIG}"))
@@ -280,11 +304,15 @@ def _open(file: Path) -> BinaryIO:
 
 @contextmanager
 def _open_weights(folder: Path, sha256: object) -> Iterator[WeightsFile]:
-    """Under the name made of their digest if a save is under way or was interrupted, else `model.safetensors`."""
+    """Open the file of weights for the block.
+
+    While a guard is being saved, or after a save was interrupted, the name of this file contains the digest. Otherwise
+    it is `model.safetensors`.
+    """
     named = _named_by(sha256)
     path, stream = folder / WEIGHTS, None
-    if _NAMED.fullmatch(named):  # and leads to no other folder
-        with suppress(PersistenceError):  # it is usually missing, or has just been moved
+    if _NAMED.fullmatch(named):  # the digest comes from a file and must not lead to another folder
+        with suppress(PersistenceError):  # usually there is no such file
             stream = _open(folder / named)
             path = folder / named
     with stream or _open(path) as opened:
@@ -306,12 +334,12 @@ def _identity(file: Path) -> tuple[int, ...] | None:
 def _write_to_disk(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     with file.open("rb") as written:
-        os.fsync(written.fileno())  # or a crash of the machine could leave an empty file under the new name
+        os.fsync(written.fileno())  # otherwise a crash of the machine could leave an empty file under the new name
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One save at a time, where the system has a lock that ends with its process."""
+    """Let one process at a time save into a folder, on systems with locks that end with their process."""
     try:
         import fcntl
     except ImportError:
@@ -327,7 +355,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what interrupted saves left, but the weights that `config.json` tells."""
+    """Remove files that interrupted saves have left, except for the weights that `config.json` belongs to."""
     for staging in folder.glob(".saving.????????"):
         if staging.is_dir() and not staging.is_symlink():
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a head says about all representations in a box, so that certificates can ask it."""
+"""Bounds of a head on the distances of all representations in a box, which certificates use."""
 
 from typing import NamedTuple, Protocol
 
@@ -58,7 +58,7 @@ class Bounds(NamedTuple):
 
     @classmethod
     def between(cls, nearest: Tensor, farthest: Tensor, labels: Tensor) -> "Bounds":
-        """Bounds that follow from those of each distance alone.
+        """Bounds that follow from separate bounds on each distance.
 
         Args:
             nearest: (B, K) lower bounds of the distances, at least 0.
@@ -66,7 +66,7 @@ class Bounds(NamedTuple):
             labels: (B,) class labels.
 
         Returns:
-            Bounds of which the leads are differences of the two.
+            Bounds whose leads are differences of squared distances.
 
         Example:
             >>> import torch

@@ -1,4 +1,4 @@
-"""Heads compare representations with classes. The paper's head is a mixture of Gaussians with fixed centres."""
+"""Heads, which compare representations with classes. The paper's head is a mixture of Gaussians with fixed centres."""
 
 import math
 from abc import ABC, abstractmethod
@@ -212,7 +212,7 @@ class GaussianClusters(Head):
         return f"representation of {self.representation_dim} dimensions, center scale {float(self.center_scale):g}"
 
     def bound_distances(self, box: RepresentationBox, labels: Tensor) -> Bounds:
-        """Bounds on distances, computed or exact; leads follow the network's last layer.
+        """Bounds on computed or exact distances; the leads take the network's last layer into account.
 
         Args:
             box: box of B representations.

@@ -1,4 +1,7 @@
-"""Image classifiers of transformers as backbones. The library is imported to build a model or read its processor."""
+"""Image classifiers of transformers as backbones.
+
+transformers is only imported when a model is built or its image processor is read.
+"""
 
 import re
 import warnings
@@ -13,7 +16,7 @@ from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
 from torch import Tensor, nn
 
 _LARGEST_OF_LEVIT = 512
-_NOWHERE = "/nowhere"  # an empty path would be this folder
+_NOWHERE = "/nowhere"  # a path that does not exist; an empty path would mean the current folder
 _PRE_TRAINED = "transformers.modeling_utils.PreTrainedModel"
 _UNIMPORTANT = {  # settings of a configuration that do not change what an image classifier computes
     *("architectures", "dtype", "id2label", "label2id", "model_type", "problem_type", "transformers_version"),
@@ -22,7 +25,7 @@ _UNIMPORTANT = {  # settings of a configuration that do not change what an image
 
 
 class MainLogits(nn.Module):
-    """The logits of a model of transformers, which returns them as one of several outputs.
+    """A model of transformers that returns its logits only, and not several outputs.
 
     Args:
         model: model whose output has the attribute `logits`.
@@ -56,11 +59,11 @@ class HuggingFace(Family):
     )
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether a base of its class is that of all models of transformers."""
+        """Whether a base class of the module is the base class of all models of transformers."""
         return any(f"{cls.__module__}.{cls.__name__}" == _PRE_TRAINED for cls in type(module).__mro__)
 
     def is_model(self, module: nn.Module) -> bool:
-        """Whether it is an image classifier, as the name of its class tells."""
+        """Whether the name of the module's class is that of an image classifier."""
         return any("ForImageClassification" in cls.__name__ for cls in type(module).__mro__)
 
     def num_classes(self, model: Any) -> int | None:
@@ -69,10 +72,10 @@ class HuggingFace(Family):
         return count_outputs(dense_layers(heads[0])[-1]) if heads else None
 
     def trained_normalization(self, model: Any) -> Normalization | None:
-        """Mean and standard deviation of the image processor, if a copy of it is on this machine.
+        """The mean and standard deviation of the image processor, if a copy of it is on this machine.
 
         Warns:
-            UserWarning: there is none. A configuration does not tell the values.
+            UserWarning: there is no copy. The configuration of a model does not hold these values.
         """
         try:
             from transformers import AutoImageProcessor
@@ -84,7 +87,7 @@ class HuggingFace(Family):
             if not (processor.do_normalize and processor.do_rescale and abs(255 * scale - 1) < 1e-6):
                 raise ValueError("it does not normalise pixels in [0, 1]")
             return tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std))
-        except Exception:  # of many kinds: nothing there, or a processor without these values
+        except Exception:  # there is no processor, or one without these values, which raises errors of many kinds
             warnings.warn(
                 f"no image processor of this {type(model).__name__} is on this machine that normalises pixels in [0, "
                 "1], so images reach the model as they are; pass mean=processor.image_mean and "
@@ -94,13 +97,13 @@ class HuggingFace(Family):
             return None
 
     def image_shape(self, model: Any) -> tuple[int, ...] | None:
-        """The size that the configuration tells."""
+        """The size of images in the configuration."""
         channels, size = getattr(model.config, "num_channels", 3), getattr(model.config, "image_size", None)
         sides = (size, size) if isinstance(size, int) else tuple(size or ())
         return (channels, *sides) if len(sides) == 2 else None
 
     def keep_main_output(self, model: nn.Module) -> None:
-        """Nothing is changed: `MainLogits` keeps one output."""
+        """Leave the model as it is, because `MainLogits` selects one output."""
 
     def replace_classifier(self, model: nn.Module, out_features: int) -> Replacement | None:
         """Replace the last layer of each head.
@@ -118,7 +121,7 @@ class HuggingFace(Family):
         return [pair for replacement in pairs for pair in replacement] if all(pairs) else []
 
     def as_function(self, model: nn.Module) -> nn.Module:
-        """The model, of which only the logits are returned."""
+        """The model, wrapped to return only its logits."""
         return MainLogits(model)
 
     def class_names(self, model: Any) -> list[str] | None:
@@ -129,7 +132,7 @@ class HuggingFace(Family):
         return None if is_usual or len(set(names)) < len(names) else names
 
     def recipes(self, model: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """The configuration, if a recipe may hold all of it."""
+        """The settings in the configuration, if a recipe may hold all of them."""
         config = getattr(model, "config", None)
         if type(model).__module__.startswith("transformers.") and config is not None:
             told = {key: value for key, value in config.to_diff_dict().items() if key not in _UNIMPORTANT}
@@ -138,7 +141,7 @@ class HuggingFace(Family):
                 yield f"{config.model_type}:{type(model).__name__}", told
 
     def may_be_set(self, name: str, value: object) -> bool:
-        """Whether it is a known setting of a configuration."""
+        """Whether a setting of a configuration is known, and its value allowed."""
         return may_be_set(name, value, CONFIGURATIONS)
 
     def _build(self, name: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Networks of torch's own layers as plain values, so that a folder can hold how to build one without holding code."""
+"""Networks of torch's layers described as plain values, so that rebuilding one runs no saved code."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ def describe_layers(module: nn.Module) -> dict[str, Any] | None:
         module: `nn.Sequential` of layers that this module knows, nested or not, or one such layer.
 
     Returns:
-        The layer's name and its options; None if another layer is in it.
+        The name of the layer and its options; None if a layer is not known.
 
     Example:
         >>> describe_layers(nn.Flatten())
@@ -75,14 +75,14 @@ def _options(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def build_layers(description: Mapping[str, Any], *, depth: int = 0) -> nn.Module:
-    """The module that was described, with fresh weights.
+    """Build the module of a description, with random weights.
 
     Args:
-        description: value that `describe_layers` gives, also one that went through JSON.
-        depth: number of modules around this one.
+        description: value that `describe_layers` returned, possibly saved as JSON since then.
+        depth: number of modules that this one is nested in.
 
     Raises:
-        ConfigurationError: a layer that is not known, or options that it does not take.
+        ConfigurationError: a layer is not known, or does not accept its options.
 
     Example:
         >>> build_layers({"layer": "Linear", "options": {"in_features": 3, "out_features": 2, "bias": False}})
@@ -102,7 +102,7 @@ def build_layers(description: Mapping[str, Any], *, depth: int = 0) -> nn.Module
 
 
 def _plain(value: Any) -> Any:
-    """Lists are tuples, which is what layers take and JSON has no word for."""
+    """Check an option, and turn lists into the tuples that layers expect, because JSON has no tuples."""
     if isinstance(value, Mapping | Tensor) or (isinstance(value, int | float) and not abs(value) <= _LARGEST):
         raise TypeError("expected numbers of a usual size, strings, None, and lists of them")
     return tuple(map(_plain, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value

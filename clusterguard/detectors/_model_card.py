@@ -28,7 +28,7 @@ class EvaluationForCard(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CardDetails:
-    """What the publisher of a guard knows and the guard does not, for its model card.
+    """Details for the model card of a guard that only its publisher knows.
 
     Args:
         licence: identifier of the guard's licence as the Hugging Face Hub spells it, such as "mit"; None states none.
@@ -36,7 +36,7 @@ class CardDetails:
         imports: lines of Python that come before it, such as ``from my_package import MyNetwork``.
 
     Raises:
-        ConfigurationError: no identifier of a licence, code that is no Python, or imports that nothing uses.
+        ConfigurationError: the licence is no identifier, the code is no Python, or there are imports but no backbone.
 
     Example:
         >>> details = CardDetails(licence="mit", imports="from mine import Net", backbone="Net(width=32)")
@@ -62,7 +62,7 @@ class CardDetails:
 
 
 def _check_code(name: str, code: str, mode: Literal["eval", "exec"], expected: str) -> None:
-    """Code on a card is Python, and cannot end the block that it stands in."""
+    """Check that code for a card is Python, and contains no ``` that would end its block of code."""
     try:
         ast.parse(code, mode=mode)
     except (SyntaxError, ValueError) as error:
@@ -172,7 +172,7 @@ def model_card(
 
 
 def describe_image_shape(shape: list[int] | tuple[int, ...] | str | None) -> str:
-    """One sentence on the images that a guard with this `image_shape` takes."""
+    """One sentence about the shape of the images that a guard takes."""
     if shape is None:
         return "No shape of images was recorded: mind that they are as large as those it was trained on."
     if isinstance(shape, str):
@@ -181,7 +181,7 @@ def describe_image_shape(shape: list[int] | tuple[int, ...] | str | None) -> str
 
 
 def describe_thresholds(calibrated: bool, calibration: Calibration | None) -> str:
-    """One or two sentences on what is known about a guard's thresholds."""
+    """One or two sentences about how the thresholds of a guard were fitted."""
     if not calibrated:
         return "None: fit them with `Calibrator` before use; until then no image is accepted."
     if calibration is None:

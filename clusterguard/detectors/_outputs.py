@@ -30,7 +30,7 @@ def find_output(
         The output (B, D).
 
     Raises:
-        UnsupportedBackboneError: it is no such tensor, or D depends on the images.
+        UnsupportedBackboneError: the output is no such tensor, or D depends on the size of the images.
     """
     # Two images, because a module that confuses the batch with another axis may work with one.
     dtype = getattr(last_parameter(module), "dtype", None)
@@ -44,9 +44,9 @@ def _plausible_shapes(module: nn.Module, usual: tuple[int, ...] | None) -> Itera
         yield usual
     first = next(iter(dense_layers(module)), None)
     if isinstance(first, nn.Linear):
-        yield 1, 1, first.in_features  # whatever the image's sides are, if nn.Flatten comes before it
+        yield 1, 1, first.in_features  # if nn.Flatten comes before the layer, only the number of pixels matters
         if first.in_features > 1:
-            yield 1, first.in_features, 1  # fits too, so that no further shape has to be tried
+            yield 1, first.in_features, 1  # a second shape that fits, so that no others have to be tried
     channels = (first.in_channels,) if isinstance(first, nn.Conv2d) else (3, 1)
     yield from ((channel, size, size) for size in _COMMON_SIZES for channel in channels)
 
@@ -62,7 +62,7 @@ def _probe(module: nn.Module, batches: Iterable[Tensor]) -> Tensor:
             failures.append(error)
         if len(outputs) == 2:
             break
-    if not outputs:  # an output of a wrong kind is a better message than an image size that does not fit
+    if not outputs:  # an error about the output says more than one about the size of images
         raise next((failure for failure in failures if failure.__cause__ is None), failures[0])
     widths = [output.shape[1] for output in outputs]
     if widths[0] != widths[-1]:

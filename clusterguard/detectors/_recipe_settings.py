@@ -1,10 +1,11 @@
-"""What a recipe may set in a model that is built from it. A recipe may come from a stranger."""
+"""The settings that a recipe may hold. A recipe may come from an untrusted source."""
 
 import re
 from typing import Any
 
-# What a recipe may set: sizes, rates and kinds of layers. Other things that constructors take might read a file.
-_LONGEST, _LARGEST, _LARGEST_SIDE = 200, 65536, 4096  # some networks take time in the square of an image's sides
+# Sizes, rates and kinds of layers are allowed. Other arguments of constructors could make them read a file.
+_LONGEST, _LARGEST = 200, 65536  # largest length of a list, and largest number
+_LARGEST_SIDE = 4096  # largest side of images, because the time of some networks grows with the square of the sides
 _OPTIONS = """
     act_layer aa_layer alpha always_partition attention_dropout attn_drop_rate aux_logits avg_down base_width
     block_channels block_config block_layers block_reduce_first bn_size cardinality channels class_token conv_mlp depth
@@ -19,7 +20,7 @@ _OPTIONS = """
     squeeze_ratio stem_channels stem_chs stem_size stem_type stem_width stochastic_depth_prob strict_img_size
     transform_input use_grn use_pos_embed version weight_init width width_mult width_per_group widths window_size
     zero_init_last zero_init_residual
-    """  # of timm and torchvision
+    """  # arguments of models of timm and torchvision
 _CONFIGURATIONS = """
     add_fpn apply_layernorm aspp_dropout_prob aspp_out_channels atrous_rates attention_drop_rate
     attention_probs_dropout_prob attention_ratio attn_dropout auxiliary_channels auxiliary_concat_input
@@ -43,13 +44,13 @@ _CONFIGURATIONS = """
     use_auxiliary_head use_conv_embed use_layer_scale use_layerscale use_learnable_affine_block use_mask_token
     use_mean_pooling use_post_layernorm use_post_layernorm_in_modulation use_relative_position_bias
     use_shared_relative_position_bias use_swiglu_ffn width_coefficient width_factor width_multiplier
-    """  # of the configurations of transformers
+    """  # settings in configurations of transformers
 OPTIONS = frozenset(_OPTIONS.split())
 CONFIGURATIONS = OPTIONS | frozenset(_CONFIGURATIONS.split())
 
 
 def may_be_set(name: str, value: object, known: frozenset[str] = OPTIONS) -> bool:
-    """Whether a recipe may hold a setting: numbers and short words, few of them, under names that are known."""
+    """Whether a recipe may hold a setting: its name must be known, and its values few, small numbers or short words."""
     plain = name in known and is_plain(value)
     values = _flat(value) if plain else []
     largest = _LARGEST_SIDE if name.endswith("_size") else _LARGEST
@@ -65,7 +66,7 @@ def _flat(value: object) -> list[Any]:
 def _is_small(value: str | float | None, largest: int) -> bool:
     if isinstance(value, str):
         return re.fullmatch(r"[\w.-]{0,40}", value) is not None
-    return value is None or abs(value) <= largest  # no NaN either
+    return value is None or abs(value) <= largest  # False for NaN
 
 
 def is_plain(value: object) -> bool:

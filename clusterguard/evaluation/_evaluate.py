@@ -77,8 +77,9 @@ def evaluate(
         generator: randomness of the attacks, on the detector's device.
         sanity_images: largest number of images that the sanity probe examines, see `Sanity`; 0 switches it off.
         checkpoint: folder in which suites keep their progress, so that an interrupted run can continue.
-        precision: precision in which attacks search that have this option, "float32", "bf16", or "auto", which decides
-            once for all of them; None leaves them as they are. Verdicts are in the detector's own precision.
+        precision: precision of the search, "float32", "bf16", or "auto", for all attacks that have this option. "auto"
+            decides once for all of them. None leaves the attacks as they are. Verdicts are in the detector's own
+            precision.
         accelerator: accelerator whose processes take the batches in turn; a suite then runs batch by batch. All
             processes get the same result, whatever their number, if they have the same batches and the same seed of
             the generator.
@@ -91,8 +92,8 @@ def evaluate(
     Raises:
         NotCalibratedError: the detector has no thresholds.
         InputError: images or labels have a wrong shape, dtype or range, or the loader is empty.
-        ConfigurationError: there are no attacks, one of them is no attack, has a name that is empty or not UTF-8, or a
-            radius that covers all images, `sanity_images` is negative, or the precision is unknown.
+        ConfigurationError: there are no attacks; one of them is no attack, has a name that is empty or not UTF-8, or
+            has a radius within which every image lies; `sanity_images` is negative; or the precision is unknown.
 
     Warns:
         UserWarning: no more images are labelled correctly than by guessing.
@@ -182,7 +183,7 @@ def _by_name(attacks: Attack | Mapping[str, Attack]) -> dict[str, Attack]:
                 f"expected attack {name} to take (detector, images, labels, *, targets=None, generator=None), got "
                 f"another signature: {error}"
             ) from None
-        except ValueError:  # a callable that does not tell its signature
+        except ValueError:  # some callables have no signature
             pass
         if not isinstance(name, str) or not name.strip() or not is_unicode(name):
             raise ConfigurationError(
@@ -194,7 +195,7 @@ def _by_name(attacks: Attack | Mapping[str, Attack]) -> dict[str, Attack]:
 def _settled(
     named: dict[str, Attack], detector: Detector, images: Tensor, labels: Tensor, accelerator: "Accelerator | None"
 ) -> dict[str, Attack]:
-    """The attacks, in one precision where it is "auto", the same in all processes."""
+    """The attacks, with "auto" replaced by one precision for all of them and for all processes."""
     if not any(getattr(attack, "precision", None) == "auto" for attack in named.values()):
         return named
     with evaluation_mode(detector):
@@ -208,7 +209,7 @@ def _settled(
 
 
 def _file_name(name: str) -> str:
-    """That of an attack's checkpoint; no name leads out of the folder, and no two to one file."""
+    """The file name of an attack's checkpoint, which is different for each attack and never leads out of the folder."""
     quoted = [one if one.isprintable() and one not in '%/\\:*?"<>|' else quote(one, safe="") for one in name]
     return f"{''.join(quoted)}.pt"
 
@@ -249,7 +250,7 @@ def _attack(
 
 
 def _read_batches(detector: Detector, attacks: Iterable[Attack], pairs: Pairs) -> Batches:
-    """All batches, on the detector's device, checked for every attack before the first one starts."""
+    """Read all batches, put them on the detector's device, and check them for all attacks."""
     device = detector.thresholds.device
     batches = [(_moved(images, device), _moved(labels, device)) for images, labels in pairs]
     if not batches:
@@ -262,7 +263,7 @@ def _read_batches(detector: Detector, attacks: Iterable[Attack], pairs: Pairs) -
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; anything but a tensor with values stays as it is, for later checks to refuse."""
+    """The tensor on the device. Anything else than a tensor with values is returned as it is, for later checks."""
     return tensor.to(device) if isinstance(tensor, Tensor) and not tensor.is_meta else tensor
 
 
@@ -304,7 +305,7 @@ def _probe(
     results: list[AttackResult],
     generator: Generator | None,
 ) -> Sanity | None:
-    """The sanity report on images that can be broken, evenly taken from all of them, as loaders may be sorted."""
+    """The sanity report on eligible images, which are evenly spaced because a loader may be sorted by class."""
     usable = eligible.nonzero().squeeze(1)
     if not len(usable):
         return None

@@ -210,7 +210,7 @@ def _histogram(axis: "Axes", ratios: Mapping[str, Tensor]) -> None:
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib shows it: without formulas, and not hidden from legends for a leading underscore."""
+    """Escape a name, so that matplotlib reads no formula in it and does not hide it for a leading underscore."""
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 

@@ -57,7 +57,7 @@ class AttackResult:
         eps: radius that the attack states, or None.
         success: ASR, among the images labelled correctly and accepted before the attack.
         expected_roc_auc: EROC.
-        invalid: number of attacked images outside [0, 1] or outside the attack's budget, which do not count as broken.
+        invalid: number of attacked images outside [0, 1] or outside the attack's budget. They do not count as broken.
         cost: images judged and gradients taken, for all images together and in all runs; for a suite, the sum of its
             stages.
         seconds: wall time of the last run.
@@ -91,14 +91,14 @@ class Evaluation:
         accuracy: share of images labelled correctly, whether refused or not.
         accuracy_after_rejection: share of accepted images that are labelled correctly.
         false_positives: share of correctly labelled images that are refused, for all classes together.
-        false_positives_by_class: that share for each of the K true classes.
+        false_positives_by_class: share of refused images among the correctly labelled ones, for each of the K classes.
         results: one result for each attack.
         worst_by_norm: share of images that any attack of a norm broke, by norm.
         worst_case: share of images that any attack broke, whatever its norm.
         benign_reference: images that EROC compared with, "calibration" or "evaluated".
         thresholds: K floats.
         seed: seed of the generator, or None without one.
-        sanity: signs that the attacks failed, rather than that the detector is robust; None without a probe.
+        sanity: signs that the attacks are too weak to judge the detector by; None without a probe.
         clean: verdicts on the n clean images; not part of the JSON.
         labels: (n,) true labels; not part of the JSON.
         gallery: worst-broken images; None without attacks; not part of the JSON.
@@ -235,7 +235,7 @@ def show_number(value: float) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON's types, with rates written out as dictionaries and None for numbers that are not finite."""
+    """The value in types of JSON. Rates become dicts, and numbers that are not finite become None."""
     if isinstance(value, Rate):
         return plain({"count": value.count, "total": value.total, "value": value.value, "interval": value.interval})
     if is_dataclass(value):

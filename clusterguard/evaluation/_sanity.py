@@ -31,7 +31,7 @@ _STEPS = 40
 
 @dataclass(frozen=True)
 class Sanity:
-    """The report of a quick probe with clusterguard's own attacks, which shows whether an evaluation can be trusted.
+    """The report of a quick probe with attacks of clusterguard, which shows whether an evaluation can be trusted.
 
     Attributes:
         images: number of probed images, all labelled correctly and accepted before any attack.

@@ -12,10 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def single_image(detector: nn.Module, *, synchronised: bool, warn: Callable[[], None]) -> Iterator[None]:
-    """Let batch normalisation take a batch of one image.
+    """Context in which batch normalisation accepts a batch of one image.
 
-    Layers use the image's own statistics where feature maps have several pixels, and their running statistics
-    elsewhere.
+    A layer uses the statistics of the image if its feature map has several pixels, and running statistics otherwise.
 
     Args:
         detector: detector whose batch normalisation in train mode is changed within the block.
@@ -34,7 +33,7 @@ def single_image(detector: nn.Module, *, synchronised: bool, warn: Callable[[], 
         values: Tensor = [*inputs, *named.values()][0]
         if (
             math.prod(values.shape[2:]) > 1 or len(values) > 2
-        ):  # 2: an image may share the batch with its attacked version
+        ):  # a batch of two may be one image and its attacked version
             return
         if layer.running_mean is None:
             raise ConfigurationError(

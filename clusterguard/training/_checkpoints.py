@@ -23,11 +23,11 @@ class EpochRecord:
         epoch: number of the epoch, counted from 1.
         loss: mean loss over steps; for `AdversarialClusterTrainer`, equation 31 as a negative log-likelihood without
             its constant.
-        accuracy: share of benign training images that were labelled correctly in the training steps.
+        accuracy: share of benign training images that were labelled correctly in the training steps, in [0, 1].
         attack_success_rate: share of the training attack's images accepted under a wrong label; NaN in warm-up.
         mean_threshold: mean over classes of the thresholds at the end of the epoch; +inf before the first refresh.
         seconds: wall time.
-        precision: precision of attacks and gradients, "float32", "bf16", or that of the accelerator.
+        precision: precision of attacks and gradients: "float32", "bf16", or the precision of the accelerator.
     """
 
     epoch: int

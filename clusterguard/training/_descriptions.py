@@ -1,9 +1,10 @@
-"""What makes a training the one that it is, in words that are the same whenever it is started.
+"""Descriptions of trainings as text, by which `fit` recognises that a checkpoint belongs to another training.
 
-A checkpoint keeps them, and `fit` refuses to go on from one with other words. What may differ is left out on purpose:
-the number of epochs, devices, when and where checkpoints are written, what is shown and reported, and global seeds, for
-a checkpoint brings the global random states back. So is what a checkpoint compares itself: names and shapes of weights,
-and the number of processes.
+A description lists everything that changes the weights of the training, in words that are the same at every start. A
+checkpoint keeps the description, and `fit` refuses a checkpoint with another one. A description leaves out what may
+differ between an interrupted and a resumed run: the number of epochs, devices, places and times of checkpoints,
+progress bars and reports, and global seeds, because a checkpoint restores the global random states. It also leaves out
+the shapes of weights and the number of processes, which are compared separately.
 """
 
 import hashlib
@@ -21,20 +22,21 @@ from clusterguard.training._options import TrainingOptions
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_LONGEST = 200  # characters of a value
-_DEEPEST = 8  # values within values
-_NAMED_AT_MOST = 10  # differences
-_HOW = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}  # of an optimizer: how it computes
+_LONGEST = 200  # largest number of characters of a value
+_DEEPEST = 8  # largest number of values that a value is nested in
+_NAMED_AT_MOST = 10  # largest number of differences in an error message
+# Entries of an optimizer's groups that do not change its results, or that are described otherwise.
+_HOW = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
 
 
 def describe(options: Mapping[str, Any]) -> dict[str, str]:
-    """Each option as text, and each option of an option under a name of its own.
+    """Describe options as text, with a line for each option and for each part of an option that has parts.
 
-    The text has no addresses in memory: functions and objects that do not print themselves are known by their names and
-    those of their classes.
+    Functions are described by their names. Objects without a readable `repr` are described by the names of their
+    classes. So the text contains no addresses in memory.
 
     Args:
-        options: values by name: numbers, dataclasses, functions, anything.
+        options: values of any type by name, such as numbers, dataclasses and functions.
 
     Example:
         >>> from clusterguard.training import ClusterLoss, Outside
@@ -53,7 +55,7 @@ def _lines(name: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
         return
     inner = [line for key, part in parts for line in _lines(f"{name}.{key}", part, depth + 1)]
     if isinstance(value, list | tuple):
-        if len(inner) == len(value):  # plain values
+        if len(inner) == len(value):  # the values have no parts
             yield name, _clipped(f"({', '.join(text for _, text in inner)})")
             return
         yield name, f"{len(value)} values"
@@ -89,7 +91,7 @@ def _text(value: Any) -> str:
     if isinstance(value, Set):
         return _clipped(f"{{{', '.join(sorted(map(_text, value)))}}}")
     name = getattr(value, "__qualname__", None)
-    if isinstance(name, str):  # classes, functions, methods
+    if isinstance(name, str):  # the value is a class, a function or a method
         return name
     kind: Any = type(value)
     if isinstance(value, nn.Module) or kind.__repr__ is object.__repr__:
@@ -105,14 +107,14 @@ def _clipped(text: str) -> str:
 
 
 def describe_steps(optimizer: Optimizer, scheduler: Any) -> dict[str, str]:
-    """An optimizer with its hyperparameters, and the class of a scheduler.
+    """Describe an optimizer with its hyperparameters, and the class of a scheduler.
 
     Args:
         optimizer: optimizer that has taken no step of this training yet.
-        scheduler: or None.
+        scheduler: scheduler of the optimizer, or None.
     """
     groups = [
-        {"lr": group.get("initial_lr", group.get("lr"))}  # a scheduler may have changed the rate for its first epoch
+        {"lr": group.get("initial_lr", group.get("lr"))}  # a scheduler may have changed the learning rate already
         | {name: value for name, value in group.items() if name not in {*_HOW, "initial_lr"}}
         for group in optimizer.param_groups
     ]
@@ -124,7 +126,7 @@ def describe_steps(optimizer: Optimizer, scheduler: Any) -> dict[str, str]:
 
 
 def describe_options(options: TrainingOptions, precision: str) -> dict[str, str]:
-    """The options that change weights.
+    """Describe the options of training steps that change weights.
 
     Args:
         options: options of the training.
@@ -136,26 +138,28 @@ def describe_options(options: TrainingOptions, precision: str) -> dict[str, str]
 
 
 def describe_data(name: str, loader: Loader) -> dict[str, str]:
-    """The numbers of a loader's batches, of its images, and of those in a batch, as far as it tells them.
+    """Describe the data of a loader: the numbers of its batches and images and the batch size, as far as known.
 
     Args:
-        name: name of the loader.
-        loader: any.
+        name: name of the loader in the description.
+        loader: loader of any kind.
     """
     while isinstance(loader, Pairs):
         loader = loader.loader
     sizes = {"batches": number_of_batches(loader), "batch size": getattr(loader, "batch_size", None)}
-    with suppress(AttributeError, TypeError, NotImplementedError):  # of a list, and of a stream
+    with suppress(AttributeError, TypeError, NotImplementedError):  # lists and streams have no such length
         sizes["images"] = len(loader.dataset)  # type: ignore[attr-defined]
     return describe({f"{name} {what}": size for what, size in sizes.items() if isinstance(size, int)})
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What has changed, in words; what one of the two does not know is no difference.
+    """The differences between two descriptions, in words.
+
+    Lines that only one of the descriptions has do not count, because another version may describe more or less.
 
     Args:
-        before: description that was kept, perhaps by another version.
-        now: description of today.
+        before: description in a checkpoint.
+        now: description of the present training.
 
     Example:
         >>> differences({"eps": "0.1", "steps": "3"}, {"eps": "0.2", "steps": "3", "start": "image"})
@@ -165,7 +169,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Differences on one line, each once, the first ten of them."""
+    """The first ten differences on one line, each named once."""
     some = list(dict.fromkeys(names))
     more = [f"{len(some) - _NAMED_AT_MOST} more"] if len(some) > _NAMED_AT_MOST else []
     return "; ".join(some[:_NAMED_AT_MOST] + more)

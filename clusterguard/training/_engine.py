@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_REMEMBER_EVERY = 10  # steps between two copies of weights whose loss is finite
+_REMEMBER_EVERY = 10  # number of steps between two copies of weights with a finite loss
 _NOTHING_MOVES = "raise the learning rate, which may be 0 or too small, and check that the gradients are not 0"
-_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names; they compare equal to strings
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names for ways to shard, which are equal to strings
 
 
 class TrainingStep(NamedTuple):
@@ -135,7 +135,10 @@ class TrainingEngine:
 
     @cached_property
     def kept(self) -> LoaderState:
-        """The detector's state outside of its state dict. Asked for before training, it knows what changes then."""
+        """The detector's state outside of its state dict.
+
+        It must be read once before training, because it finds what has changed since its first use.
+        """
         return LoaderState(dict(self.detector.named_modules()), name="detector")
 
     @property
@@ -194,8 +197,8 @@ class TrainingEngine:
         """The part of the training batches that this process takes.
 
         Raises:
-            ConfigurationError: there are several processes, and the loader is not a DataLoader, which accelerate can
-                split; or the state of the accelerator is gone.
+            ConfigurationError: there are several processes, and the loader is not a DataLoader, so that accelerate
+                cannot split it; or the state of the accelerator was reset.
         """
         check_accelerator(self.accelerator)
         if isinstance(self.accelerator, OneProcess) or self.accelerator.num_processes == 1:
@@ -237,7 +240,7 @@ class TrainingEngine:
         return step, completes and self.apply_gradients()
 
     def apply_gradients(self) -> bool:
-        """Take a step along the accumulated gradients, even if they are of fewer batches than a step should have.
+        """Take a step along the accumulated gradients, even if they come from fewer batches than usual.
 
         Returns:
             Whether there were any gradients.
@@ -391,7 +394,7 @@ class TrainingEngine:
         return bool(self.accelerator.trackers) and self.steps % self.options.log_every == 0
 
     def _check_loss(self, loss: Tensor) -> None:
-        """Give up if the loss is not finite; else keep a copy of the weights every few steps.
+        """Raise an error if the loss is not finite; otherwise keep a copy of the weights every few steps.
 
         The copies are good weights, because their loss was finite.
         """

@@ -43,8 +43,8 @@ class LoaderState:
     elements.
 
     Args:
-        loader: loader of any kind, or a dict of modules by name. Of modules, attributes and buffers count that are in
-            no state dict.
+        loader: loader of any kind, or a dict of modules by name. The state of a module consists of its attributes and
+            buffers that are in no state dict.
         name: name of the loader in messages.
 
     Example:

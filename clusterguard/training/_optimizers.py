@@ -158,7 +158,9 @@ def check_scheduler(
             kept.
     """
     if scheduler is None:
-        if all(group.get("lr", 1) == 0 for group in optimizer.param_groups):  # some find their own, and have None
+        if all(
+            group.get("lr", 1) == 0 for group in optimizer.param_groups
+        ):  # some optimizers find a rate themselves, and have None here
             raise ConfigurationError(
                 f"expected a learning rate above 0, got 0 and no scheduler that raises it; pass {_FACTORY}"
             )

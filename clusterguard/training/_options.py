@@ -15,7 +15,8 @@ from clusterguard.errors import ConfigurationError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_steps_read: "WeakKeyDictionary[Accelerator, int]" = WeakKeyDictionary()  # the number last read from each accelerator
+# The number of accumulated batches that was last read from each accelerator.
+_steps_read: "WeakKeyDictionary[Accelerator, int]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +47,9 @@ class TrainingOptions:
             script that ``accelerate launch`` or ``torchrun`` started, None follows the variables that they set.
         log_every: number of steps between two reports to the accelerator's trackers, such as TensorBoard.
         precision: precision of attacks and gradients, "float32", "bf16", or "auto", which times both on the first batch
-            and takes bfloat16 if it is faster and agrees. Weights, optimizer, thresholds and the head's distances stay
-            in float32. An accelerator that sets a mixed precision decides itself. Whether two trainings with "auto"
-            take the same can depend on what else the machine does; a resumed training keeps what was taken.
+            and takes bfloat16 if it is faster and works as well. Weights, optimizer, thresholds and the head's
+            distances stay in float32. If an accelerator sets a mixed precision, that one is used. With "auto", the
+            choice can depend on what else the machine does. A resumed training keeps the first choice.
         memory_format: layout of the images that the network gets, "channels_last", which convolutions in bfloat16 need
             to be fast, "contiguous", or "auto", which is channels_last in bfloat16 and contiguous in float32.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class StepPrecision:
-    """Settles the precision of training steps, and gives images and weights the layout that suits it.
+    """Decides on the precision of training steps, and puts images and weights into the layout that suits it.
 
     Args:
         detector: detector to train.
@@ -58,7 +58,9 @@ class StepPrecision:
         return self.name if theirs == "no" else theirs
 
     def settle(self, images: Tensor, labels: Tensor) -> None:
-        """Decide what "auto" means, by the time that gradients of a batch take; all processes decide alike.
+        """Replace "auto" by a precision, according to the time that gradients of a batch take.
+
+        All processes get the same precision.
 
         Args:
             images: (B, C, H, W) on the detector's device.
@@ -73,10 +75,10 @@ class StepPrecision:
         self.name = "bf16" if set(collect({self._accelerator.process_index: choice}, one)) == {"bf16"} else "float32"
 
     def arrange(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in the layout of the options. Weights get it too, until `restore` is called.
+        """Put images (B, C, H, W) into the layout of the options, and the weights too until `restore` is called.
 
         Raises:
-            ConfigurationError: channels last is asked for, and the network does not work with it.
+            ConfigurationError: the options name channels last, and the network does not work with it.
         """
         if self._layout is None:
             self._layout = self._choose_layout(images)
@@ -87,7 +89,7 @@ class StepPrecision:
         wanted = self._memory_format
         if wanted == "contiguous" or (wanted == "auto" and self.name == "float32"):
             return torch.contiguous_format
-        if isinstance(self._accelerator, OneProcess):  # DDP keeps gradients in the layout that weights had at first
+        if isinstance(self._accelerator, OneProcess):  # under DDP, gradients keep the first layout of weights
             self._rearranged = [
                 weight for weight in self._detector.parameters() if weight.ndim == 4 and weight.is_contiguous()
             ]
@@ -111,7 +113,7 @@ class StepPrecision:
         self._rearranged, self._layout = [], None
 
     def _put_weights(self, layout: torch.memory_format) -> None:
-        """Put rearranged weights, their gradients and the optimizer's moments into a layout; all must have the same."""
+        """Put rearranged weights, their gradients and the optimizer's moments into a layout, which must be the same."""
         for weight in self._rearranged:
             weight.data = weight.data.contiguous(memory_format=layout)
             if weight.grad is not None:
@@ -125,6 +127,6 @@ class StepPrecision:
         """The context of a training step on a device."""
         if self.name != "bf16":
             return nullcontext()
-        # Without a cache, because weights cast within the attack, which needs no gradients of them, would serve the
-        # loss too, which does.
+        # The attack casts weights without gradients. With a cache, the loss would reuse these casts, and its gradients
+        # would not reach the weights.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)

@@ -1,7 +1,7 @@
 """Ready-made trainers: the paper's training, one with later improvements, and one for certificates.
 
-They train in bfloat16 where that is faster and agrees, see ``precision="auto"`` of `TrainingOptions`; the records of
-epochs say which precision was taken.
+They train in bfloat16 where that is faster and works as well, see ``precision="auto"`` of `TrainingOptions`. The
+records of epochs say which precision was used.
 """
 
 import math
@@ -73,9 +73,9 @@ def robust(
 
     The growing radius matters most. If training starts at the full radius with random starts, the guard learns to mask
     its gradients instead of separating adversarial images. The training attack then almost never succeeds, but the
-    worst-case suite breaks nearly all images. With this recipe for both, separating did not beat plain adversarial
-    training of the same head (``relabel=KeepClass()``) against the suite at the training radius. The results pages have
-    the figures.
+    worst-case suite breaks nearly all images. We compared the paper's relabelling with plain adversarial training of
+    the same head (``relabel=KeepClass()``), both with this recipe. Against the suite at the training radius, the
+    paper's relabelling was not better. The results pages have the figures.
 
     Args:
         guard: guard to train, in place and on its own device.

@@ -157,10 +157,10 @@ class Replay:
         return self._loader_state.obstacles
 
     def is_repeatable(self) -> bool:
-        """Whether passes from the present random states have the same first batch, and the same four further on.
+        """Whether two passes from the present random states give the same batches, as far as a sample shows.
 
-        Further on are the batches after a quarter, half and three quarters of a pass and at its end, of loaders that
-        take items by an index. Each is drawn alone.
+        The first batch is compared. If the loader takes items by an index, the batches after a quarter, a half and
+        three quarters of a pass and the last one are compared too. Each of these is drawn separately.
         """
         with self.undisturbed():
             further = _further_on(self.loader)
@@ -210,7 +210,7 @@ class Replay:
         """Check that the first batch of the last pass can be drawn again. Does nothing during a pass.
 
         Warns:
-            UserWarning: it is another one than then.
+            UserWarning: the batch differs from the one that was drawn before.
         """
         if self._past is None or self._taken:
             return
@@ -246,12 +246,14 @@ class Replay:
 
 
 def _further_on(loader: object) -> Iterable[Any]:
-    """The batches after each quarter of a pass, as a loader; none if the loader does not take items by an index."""
+    """A loader of the batches after each quarter of a pass, or an empty one if items are not taken by an index."""
     source = loader.loader if isinstance(loader, Pairs) else loader
     if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
         return []
     name = "sampler" if source.batch_sampler is None else "batch_sampler"
-    items = [*islice(getattr(source, name), number_of_batches(source) or 0)]  # of each batch; a sampler may be endless
+    items = [
+        *islice(getattr(source, name), number_of_batches(source) or 0)
+    ]  # the indices of each batch; islice is needed because a sampler may be endless
     places = sorted({len(items) * part // 4 for part in (1, 2, 3)} | {len(items) - 1})
     same = copy.copy(source)
     same.__dict__[name] = [items[place] for place in places if place > 0]  # DataLoader forbids setting the attribute
@@ -297,7 +299,7 @@ class Run:
     stop_when: Callable[[], bool] | None
 
     def describe(self) -> dict[str, str]:
-        """The seed of the generator and what the loaders tell of their data, as text."""
+        """Describe the seed of the generator and the data of the loaders, as text."""
         seed = None if self.generator is None else self.generator.initial_seed()
         training = describe_data("training", self.train.loader)
         calibration = describe_data("calibration", self.calibration.loader)

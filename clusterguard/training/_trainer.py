@@ -106,8 +106,8 @@ class DetectorTrainer(ABC):
         self._totals = EpochTotals()
         self._batches: int | None = None
         self._noted: dict[str, float] = {}
-        self._steps_at_first = describe_steps(self.optimizer, self.scheduler)  # before any has been taken
-        self._descriptions: list[dict[str, str]] = []  # of this run, by process
+        self._steps_at_first = describe_steps(self.optimizer, self.scheduler)  # before the first step changes them
+        self._descriptions: list[dict[str, str]] = []  # one description of this run for each process
 
     @abstractmethod
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
@@ -123,13 +123,14 @@ class DetectorTrainer(ABC):
         """A hook that is called after every optimizer step, with an endless iterator of calibration batches."""
 
     def defining_options(self) -> Mapping[str, Any]:
-        """What a trainer adds to the description of a run: options that change weights; the default adds none.
+        """The options of a trainer that change weights. The base class has none.
 
-        `fit` refuses a checkpoint that other options were described in. Override it where `__init__` takes options.
+        A checkpoint keeps a description of these options, and `fit` refuses a checkpoint of a training with other ones.
+        Override this method if your trainer's `__init__` takes options.
 
         Returns:
-            Numbers, strings, dataclasses, functions or objects by name. Functions, and objects that do not print
-            themselves, are compared by their names alone.
+            Numbers, strings, dataclasses, functions or objects by name. Functions, and objects without a readable
+            `repr`, are compared by their names only.
 
         Example:
             >>> from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard
@@ -313,7 +314,7 @@ class DetectorTrainer(ABC):
         to_eval_mode(self.detector)
 
     def _first_judged(self, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches, checked; the detector judges the first one, so that it fails before training and not after."""
+        """Check the batches, and let the detector judge the first one, so that it fails before training if at all."""
         for position, (images, labels) in enumerate(batches):
             check_images(images)
             if not position:
@@ -476,7 +477,7 @@ class DetectorTrainer(ABC):
             if "detector" in state:
                 self.engine.kept.set(state["detector"])
             run.load_state_dict(state, self.engine.device)
-            if self.engine.shared is None:  # or a pass would have to be ended
+            if self.engine.shared is None:  # several processes would have to finish the pass
                 run.train.look_back()
                 run.calibration.look_back()
         self.thresholds, self.history, self._totals = thresholds, history, totals
