@@ -14,14 +14,15 @@ from latex2mathml.converter import convert
 
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads this file by its path
 from licences_table import draw_licences
-from plan import draw_plan
+from plan import draw_plan, list_modules
 
 _LOG = logging.getLogger("mkdocs.hooks.links")  # mkdocs counts what is logged under its name, and fails if it is strict
 
 
 def on_page_content(content: str, **_: object) -> str:
     """Replace what arithmatex has marked, inline and display formulas alike, and draw what a page asks for."""
-    for mark, draw in (("<!-- plan -->", draw_plan), ("<!-- licences -->", draw_licences)):
+    drawings = {"<!-- plan -->": draw_plan, "<!-- modules -->": list_modules, "<!-- licences -->": draw_licences}
+    for mark, draw in drawings.items():
         content = content.replace(mark, draw()) if mark in content else content
     return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', _to_mathml, content, flags=re.DOTALL)
 

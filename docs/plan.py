@@ -1,6 +1,7 @@
-"""The plan of the house, drawn from the imports whenever the site is built, so that it cannot go stale."""
+"""A picture of the packages and a table of their modules, made from the code whenever the site is built."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from html import escape
 from pathlib import Path
@@ -82,6 +83,18 @@ def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
     (x, y), (to_x, to_y) = (start[0], start[1] + _BOX[1]), end
     middle = (y + to_y) / 2
     return f'<path d="M{x:.0f} {y}C{x:.0f} {middle:.0f} {to_x:.0f} {middle:.0f} {to_x:.0f} {to_y}"/>'
+
+
+def list_modules() -> str:
+    """A table in HTML of the modules in each package, with the first paragraph of their docstrings."""
+    rows = []
+    for path in sorted((ROOT / "clusterguard").rglob("_*.py")):
+        if not path.name.startswith("__"):
+            said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            first = re.sub("`(.+?)`", r"<code>\1</code>", escape(" ".join(said.split("\n\n")[0].split()), quote=False))
+            name = f"<code>{path.parent.name}/{path.stem}</code>"
+            rows.append(f"<tr><td>{name}</td><td>{first}</td></tr>")
+    return f"<table><thead><tr><th>module</th><th>what it holds</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 if __name__ == "__main__":
