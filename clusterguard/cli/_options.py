@@ -65,7 +65,20 @@ SkipUnreadable = Annotated[
         "--skip-unreadable", help="Leave out images that cannot be read, and say how many, instead of failing."
     ),
 ]
-NormOption = Annotated[Literal["linf", "l2", "l1", "l0"], typer.Option(help="Norm that bounds the attack.")]
+
+
+def _known_norm(name: str) -> str:
+    """Check the name of a norm. This imports torch, which `--help` should not wait for, so it happens only here."""
+    from clusterguard.attacks import NORMS
+
+    if name not in NORMS:
+        raise typer.BadParameter(f"expected {', '.join(NORMS)}, got {name!r}")
+    return name
+
+
+NormOption = Annotated[
+    str, typer.Option(callback=_known_norm, metavar="NORM", help="Norm that bounds the attack: linf, l2, l1 or l0.")
+]
 Eps = Annotated[float, typer.Option(min=0, help="Radius of the attack, for pixels in [0, 1].")]
 PrecisionOption = Annotated[
     Literal["auto", "float32", "bf16"],

@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import clusterguard
 import pytest
 import torch
 from clusterguard import ClusterGuard, load_onnx
 from clusterguard.attacks import NORMS
-from clusterguard.cli import _options, app
+from clusterguard.cli import app
 from clusterguard.cli._data import load_part
 from typer.testing import CliRunner
 
@@ -57,9 +56,14 @@ def test_help_shows_an_example(command):
     assert f"Example: clusterguard {command} " in result.stdout
 
 
-def test_the_norms_that_commands_offer_are_those_that_attacks_know():
-    # They are written twice, because --help would load torch if the options asked for them.
-    assert get_args(get_args(_options.NormOption)[0]) == tuple(NORMS)
+@pytest.mark.parametrize("command", [("train", "--output", "out"), ("evaluate", "guard")])
+def test_commands_take_the_norms_that_attacks_know(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = run(*command, "--norm", "l3")
+    assert refused.exit_code == 2
+    assert f"expected {', '.join(NORMS)}" in " ".join(refused.stderr.split())
+    for norm in NORMS:
+        assert norm in " ".join(run(*command, "--help").stdout.split())
 
 
 def test_the_version_is_shown():
