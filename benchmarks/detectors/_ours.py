@@ -17,7 +17,7 @@ from clusterguard import (
 )
 from clusterguard.attacks import Attack, MixedAttack, MultiTarget
 from clusterguard.errors import ConfigurationError
-from clusterguard.training import ClusterLoss, Graded, KeepClass, Opposite, Origin, Outside, Relabel, Separate, Target
+from clusterguard.training import ClusterLoss, Graded, Opposite, Origin, Original, Outside, Relabel, Separate, Target
 from torch import nn
 
 from benchmarks.detectors._recipe import Recipe, Schedule
@@ -75,7 +75,7 @@ def make_ours(
     """A recipe for the guard of the library with the adversarial trainer of the library.
 
     Args:
-        relabel: rule for the labels of attacked images. `Separate()` is the method of the paper, and `KeepClass()` is
+        relabel: rule for the labels of attacked images. `Separate()` is the method of the paper, and `Original()` is
             L-Ben.
         loss: training loss.
         attack: changes to the training attack of the experiment.
@@ -110,7 +110,7 @@ def make_ours(
             options=replace(schedule.options, **chosen),
         )
 
-    is_ablation = isinstance(relabel, KeepClass)
+    is_ablation = isinstance(relabel, Original)
     return Recipe(
         title="L-Ben" if is_ablation else "Ours",
         reference="arXiv 2012.03483",
@@ -150,7 +150,7 @@ def make_from_options(default: Relabel, /, **options: Any) -> Recipe:
     left = dict(options)
     rule, power = left.pop("relabel", None), left.pop("grading_power", Graded().power)
     place, margin = left.pop("adversarial_target", "origin"), left.pop("adversarial_margin", Outside().margin)
-    rules: dict[str, Relabel] = {"separate": Separate(), "original": KeepClass(), "graded": Graded(power)}
+    rules: dict[str, Relabel] = {"separate": Separate(), "original": Original(), "graded": Graded(power)}
     places: dict[str, Target] = {"origin": Origin(), "opposite": Opposite(), "outside": Outside(margin)}
     recipe = make_ours(
         relabel=default if rule is None else _choose("relabel", rule, rules),
@@ -175,4 +175,4 @@ def _choose(option: str, name: str, values: Mapping[str, Any]) -> Any:
     return values[name]
 
 
-OURS, L_BEN = make_ours(), make_ours(relabel=KeepClass())
+OURS, L_BEN = make_ours(), make_ours(relabel=Original())

@@ -15,7 +15,7 @@ from clusterguard.training._losses import (
     negative_log_likelihood,
 )
 from clusterguard.training._options import TrainingOptions
-from clusterguard.training._relabelling import Graded, KeepClass, Relabel, Separate
+from clusterguard.training._relabelling import Graded, Original, Relabel, Separate
 from clusterguard.training._trainer import DetectorTrainer
 
 __all__ = [
@@ -25,9 +25,9 @@ __all__ = [
     "DetectorTrainer",
     "EpochRecord",
     "Graded",
-    "KeepClass",
     "Opposite",
     "Origin",
+    "Original",
     "Outside",
     "Relabel",
     "RelabelledBatch",

@@ -46,7 +46,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         warmup_epochs: number of first epochs on benign images alone (equations 9 and 10).
         loss: loss to minimise, see `ClusterLoss`; None takes the paper's.
         relabel: rule that says which cluster attacked images belong to: `Separate()`, the paper's method, `Graded()`,
-            or `KeepClass()`, the paper's ablation L-Ben; None takes the paper's method.
+            or `Original()`, the paper's ablation L-Ben; None takes the paper's method.
         ramp_epochs: number of epochs after the warm-up over which the attack's radius and steps grow to full length.
         refresh_every: number of steps between refreshes of the thresholds that decide which attacked images get
             through. They are +inf before the first refresh, so every misclassified image then gets through.
@@ -92,7 +92,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         if not isinstance(loss, ClusterLoss):
             raise ConfigurationError(f"expected loss ClusterLoss(...), got {loss!r}")
         if not isinstance(relabel, Relabel):
-            raise ConfigurationError(f"expected relabel Separate(), Graded() or KeepClass(), got {relabel!r}")
+            raise ConfigurationError(f"expected relabel Separate(), Graded() or Original(), got {relabel!r}")
         _check_order(guard, attack)
         relabel.check(attack)
         check_numbers(ramp_epochs=ramp_epochs)

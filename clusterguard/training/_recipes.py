@@ -74,7 +74,7 @@ def robust(
     The growing radius matters most. If training starts at the full radius with random starts, the guard learns to mask
     its gradients instead of separating adversarial images. The training attack then almost never succeeds, but the
     worst-case suite breaks nearly all images. We compared the paper's relabelling with plain adversarial training of
-    the same head (``relabel=KeepClass()``), both with this recipe. Against the suite at the training radius, the
+    the same head (``relabel=Original()``), both with this recipe. Against the suite at the training radius, the
     paper's relabelling was not better. The results pages have the figures.
 
     Args:

@@ -52,7 +52,7 @@ class Separate(Relabel):
 
 @final
 @dataclass(frozen=True)
-class KeepClass(Relabel):
+class Original(Relabel):
     """The paper's ablation L-Ben, by which every attacked image keeps its class.
 
     It is plain adversarial training of the same head.

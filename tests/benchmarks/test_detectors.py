@@ -20,7 +20,7 @@ from clusterguard.attacks import (
 from clusterguard.detection import Verdicts, accuracy, attack_success_rate, false_positive_rate, judge, roc_auc
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError
-from clusterguard.training import ClusterLoss, Graded, KeepClass, Outside, Separate
+from clusterguard.training import ClusterLoss, Graded, Original, Outside, Separate
 from torch.utils.data import DataLoader
 from trained_detectors import ATTACK, CALIBRATION, IMAGES, INFINITE, LABELS, TRAINING, network, schedule, trained
 
@@ -260,7 +260,7 @@ def test_options_of_definitions_stand_for_values_of_the_library(name):
     guard = recipe.build(network())
     trainer = recipe.trainer(guard, schedule())
     assert trainer.loss == ClusterLoss(target=Outside(0.2), floor=0.1, temperature=10.0)
-    assert trainer.relabel == (Separate() if name == "ours" else KeepClass())
+    assert trainer.relabel == (Separate() if name == "ours" else Original())
     assert (guard.head.center_scale, guard.head.representation_dim) == (5.0, 20)
     assert (recipe.title, recipe.training_name) == (RECIPES[name].title, name)
     assert make_recipe(name, {"relabel": "original"}).title == "L-Ben"

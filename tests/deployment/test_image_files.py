@@ -371,39 +371,6 @@ def test_a_flipped_bit_in_a_png_is_found():
     refuses("damaged|cannot be read", bytes(content))
 
 
-def test_progressive_jpegs_with_restarts_and_thumbnails_are_whole():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    comment = {"comment": b"\xff\xd9" * 10}  # looks like an end
-    content = encode(noise, "JPEG", progressive=True, restart_marker_blocks=1, **comment)
-    assert read_image(content).doubts == ()
-
-
-def half_of_the_pixels(content):
-    start = content.index(b"\xff\xda") + 14
-    return content[: start + (len(content) - start) // 2].rstrip(b"\xff") + b"\xff\xd9"
-
-
-def one_scan(content):
-    second = content.index(b"\xff\xda", content.index(b"\xff\xda") + 2)
-    return content[:second] + b"\xff\xd9"
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-@pytest.mark.parametrize(
-    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}, {"subsampling": 2}], ids=str
-)
-def test_a_jpeg_whose_pixels_end_early_is_refused_although_it_has_an_end(mode, options):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 61, 3), dtype=np.uint8)).convert(mode)
-    content = encode(noise, "JPEG", **options)
-    assert read_image(content).doubts == ()
-    refuses("pixels end before their time", half_of_the_pixels(content))
-    if options.get("progressive"):
-        assert read_image(one_scan(content)).doubts == ("scans that are missing",)
-    else:
-        header = content.index(b"\xff\xc0") + 5
-        refuses("pixels end before their time", content[:header] + struct.pack(">H", 90) + content[header + 2 :])
-
-
 @pytest.mark.parametrize("kind", ["BMP", "TIFF", "GIF", "PPM"])
 def test_a_cut_off_file_is_refused_also_where_a_program_reads_such_files(kind, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)

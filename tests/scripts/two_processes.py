@@ -93,7 +93,7 @@ def train_otherwise(guard, accelerator, train, calibration):
         accumulated,
         cg.PGD(eps=0.15, step_size=0.08, steps=3, keep="last"),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
-        relabel=cg.training.KeepClass(),
+        relabel=cg.training.Original(),
         options=cg.TrainingOptions(accelerator=accelerator, accumulate=4),
     ).fit(train, calibration, epochs=2, calibrate=False, progress=False)
     proved = copy.deepcopy(guard)

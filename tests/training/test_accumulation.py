@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from clusterguard import FGSM, AdversarialClusterTrainer, Calibrator, TrainingOptions, evaluate, recipes
 from clusterguard.detection import judge
 from clusterguard.errors import ConfigurationError, TrainingStoppedError
-from clusterguard.training import KeepClass
+from clusterguard.training import Original
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from trainings import ATTACK, held_out, new_guard, weights
@@ -21,7 +21,7 @@ def fit(guard, batches, *, epochs=1, **options):
     trainer = AdversarialClusterTrainer(
         guard,
         ATTACK,
-        relabel=KeepClass(),
+        relabel=Original(),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
         options=TrainingOptions(**options),
     )

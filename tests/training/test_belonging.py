@@ -15,7 +15,7 @@ from clusterguard._support import read_progress, save_progress
 from clusterguard.attacks import MixedAttack
 from clusterguard.detectors import ConfidenceDetector
 from clusterguard.errors import PersistenceError
-from clusterguard.training import ClusterLoss, DetectorTrainer, Graded, KeepClass, Outside, TrainingStep
+from clusterguard.training import ClusterLoss, DetectorTrainer, Graded, Original, Outside, TrainingStep
 from clusterguard.training._descriptions import describe
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -44,7 +44,7 @@ OTHERS = [
     ({"attack": FGSM(eps=0.1)}, "attack was PGD, is FGSM"),
     ({"loss": ClusterLoss(weight=0.5)}, "loss.weight was 1, is 0.5"),
     ({"loss": ClusterLoss(target=Outside())}, "loss.target was Origin, is Outside"),
-    ({"relabel": KeepClass()}, "relabel was Separate, is KeepClass"),
+    ({"relabel": Original()}, "relabel was Separate, is Original"),
     ({"warmup_epochs": 1}, "warmup_epochs was 0, is 1"),
     ({"ramp_epochs": 2.5}, "ramp_epochs was 0, is 2.5"),
     ({"refresh_every": 5}, "refresh_every was 2, is 5"),

@@ -10,9 +10,9 @@ from clusterguard.samples import load_digits
 from clusterguard.training import (
     ClusterLoss,
     Graded,
-    KeepClass,
     Opposite,
     Origin,
+    Original,
     Outside,
     Separate,
     negative_log_likelihood,
@@ -96,7 +96,7 @@ def test_what_got_through_goes_to_the_origin_and_the_rest_keeps_its_class(blobs,
 
 def test_relabelling_to_the_original_class_never_uses_the_origin(blobs, monkeypatch):
     monkeypatch.setattr(GaussianClusters, "adversarial_energy", lambda self, z: z.new_full((len(z),), 1e9))
-    history = train(new_guard(), blobs, relabel=KeepClass(), calibrate=False)
+    history = train(new_guard(), blobs, relabel=Original(), calibrate=False)
     assert history[-1].loss < 1e3
     assert history[-1].attack_success_rate > 0
 

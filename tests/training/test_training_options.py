@@ -8,7 +8,7 @@ from accelerate.tracking import GeneralTracker
 from clusterguard import FGSM, PGD, AdversarialClusterTrainer, Calibrator, ClusterGuard, TrainingOptions
 from clusterguard.attacks import MixedAttack
 from clusterguard.errors import ConfigurationError
-from clusterguard.training import Graded, KeepClass, _losses
+from clusterguard.training import Graded, Original, _losses
 from torch import nn
 from torch.utils.data import DataLoader
 from trainings import ATTACK, fit, new_guard, weights
@@ -60,10 +60,10 @@ def test_a_scheduler_may_step_every_step(blobs):
 
 def test_accumulated_gradients_are_those_of_a_larger_batch(blobs, fresh_accelerate):
     large = new_guard()
-    fit(large, DataLoader(blobs.dataset, batch_size=120), relabel=KeepClass())
+    fit(large, DataLoader(blobs.dataset, batch_size=120), relabel=Original())
     small = new_guard()
     options = TrainingOptions(accelerator=Accelerator(cpu=True, gradient_accumulation_steps=2))
-    trainer = fit(small, blobs, relabel=KeepClass(), options=options)
+    trainer = fit(small, blobs, relabel=Original(), options=options)
     assert trainer.engine.steps == 10
     torch.testing.assert_close(weights(small), weights(large), rtol=1e-4, atol=1e-6)
 
