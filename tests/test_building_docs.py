@@ -39,7 +39,7 @@ def site(tmp_path: Path) -> Path:
     (tmp_path / "mkdocs.yml").write_text(settings)
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "docs").mkdir()
-    for name in ("hooks.py", "licences_table.py", "plan.py", "examples.py", "style.css"):
+    for name in ("hooks.py", "licences_table.py", "plan.py", "examples.py", "style.css", "abbreviations.md"):
         shutil.copy(ROOT / "docs" / name, tmp_path / "docs")
     for name, content in PAGES.items():
         (tmp_path / "docs" / name).write_text(content)

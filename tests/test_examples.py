@@ -67,10 +67,14 @@ def test_examples_run_as_scripts(script, tmp_path):
 
 
 def test_the_readme_shows_the_example_that_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    of_demo, of_example = blocks
+    readme = (ROOT / "README.md").read_text()
+    of_example, of_guard = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     assert of_example == (ROOT / "examples" / "drop_in.py").read_text()
-    assert 'from_pretrained("runs/demo/guard")' in of_demo  # which tests/cli/test_demo.py runs
+    assert 'from_pretrained("guards/mnist")' in of_guard  # which tests/cli/test_demo.py runs
+
+
+def test_the_readme_is_short_enough_to_be_read():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
 
 
 def test_the_quickstart_includes_the_example_that_runs():

@@ -169,20 +169,45 @@ def test_the_pages_in_the_repository_are_made_from_the_results_in_it(profile):
             assert page.read_text() == render_page(every), f"python -m benchmarks report --profile {profile}"
 
 
-def test_the_readme_says_what_the_results_say():
-    def success(experiment, attack):
-        cells = load_experiment(experiment, "cpu").cells
+ROWS = {  # by attack of the tables, as README and findings name it
+    "linf 0.3": "ℓ∞ 0.3, as in training",
+    "linf 0.4": "ℓ∞ 0.4",
+    "l2 2.0": "ℓ2 2.0",
+    "l1 15": "ℓ1 15",
+    "l0 25": "ℓ0 25",
+}
+
+
+def test_the_readme_and_the_findings_quote_the_papers_network_as_it_was_measured():
+    def quote(name, attack):
+        (result,) = Results(load_table(name, "short"), Store(RESULTS).read_cell).slot("ours", attack)
+        rate = measure_success(0.01)(result)
+        low, high = (f"{end:.2f}".removeprefix("0") for end in rate.interval)
+        return f"{rate.count} of {rate.total}, {rate.value:.2f} [{low}, {high}]"
+
+    readme, findings = ((ROOT / page).read_text() for page in ("README.md", "docs/results/findings.md"))
+    for attack, shown in ROWS.items():
+        pgd, suite = quote("table2-mnist", f"PGD {attack} U"), quote("strict-mnist", f"suite {attack}")
+        paper = PAPER["table2-mnist"][f"PGD {attack} U"]["ASR-1"][0]
+        assert f"| {shown} | {pgd} | {suite} |" in readme
+        assert f"| {shown} | {paper:.2f} | {pgd} | {suite} |" in findings
+    (cell,) = find("table2-mnist", "short", detector="ours", attack="PGD linf 0.3 U", seed=0)
+    correct, total = Store(RESULTS).read_cell(cell.key)["accuracy"]
+    assert f"labels {correct:,} of MNIST's first {total:,} test images correctly" in " ".join(readme.split())
+
+
+def test_the_findings_quote_the_certificates_of_the_guard_that_ships():
+    text = " ".join((ROOT / "docs" / "results" / "findings.md").read_text().split())
+    for eps in (0.3, 0.4):
+        wanted = "certified", f"certificate linf {eps}", 0
         cell = next(
-            cell for cell in cells if (cell.attack, cell.seed) == (attack, 0) and cell.detector in ("ours", "certified")
+            cell
+            for cell in load_experiment("certified-mnist", "cpu").cells
+            if (cell.detector, cell.attack, cell.seed) == wanted
         )
         (result,) = Store(RESULTS).read_cell(cell.key)["results"].values()
-        return result["rates"]["0.01"]["success"]
-
-    text = " ".join((ROOT / "README.md").read_text().split())
-    broken, total = success("strict-mnist", "suite linf 0.3")
-    assert f"our worst-case suite breaks {100 * broken / total:.0f} % of {total} digits at its quick budget" in text
-    broken, total = success("certified-mnist", "certificate linf 0.3")
-    assert f"to lose at most {100 * broken / total:.1f} % of {total:,} digits at this radius" in text
+        broken, total = result["rates"]["0.01"]["success"]
+        assert f"{broken:,} of {total:,}, {broken / total:.3f}" in text
 
 
 def test_the_demos_reference_values_are_those_of_the_results():
