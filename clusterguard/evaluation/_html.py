@@ -14,7 +14,7 @@ from clusterguard.evaluation._results import Evaluation, show_number
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:70rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:.7rem 0}td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left}
-td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}figure{margin:1rem 0}
+.wide{overflow-x:auto}td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}figure{margin:1rem 0}
 figcaption{color:#555}.warning{background:#fff3cd;border-left:4px solid #e0a800;padding:.4rem .8rem;margin:.4rem 0}
 .good{color:#2a7a2a}code{background:#f4f4f4;padding:0 .2rem}
 """
@@ -34,7 +34,8 @@ def to_html(evaluation: Evaluation, path: str | Path) -> Path:
         MissingDependencyError: matplotlib is not installed.
     """
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>clusterguard: evaluation</title>",
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        "<title>clusterguard: evaluation</title>",
         f"<style>{_STYLE}</style><h1>Evaluation of a detector</h1>",
         _headline(evaluation),
         "<h2>Attacks</h2>",
@@ -125,4 +126,4 @@ def _html_table(head: list[str], rows: list[list[str]]) -> str:
         for row in rows
     ]
     top = "<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>" if head else ""
-    return f"<table>{top}{''.join(cells)}</table>"
+    return f"<div class=wide><table>{top}{''.join(cells)}</table></div>"

@@ -68,13 +68,15 @@ def test_what_is_proved_stands_beside_what_was_found(report, tmp_path):
     assert f"<td>{row}</td>" in to_html(proved, tmp_path / "report.html").read_text()
 
 
-def test_the_page_needs_nothing_else(report, tmp_path):
+def test_the_page_needs_nothing_else_and_fits_a_phone(report, tmp_path):
     page = to_html(report, tmp_path / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=['\"](?!data:)", page)
     assert page.count("data:image/png;base64,") == 3
     assert "PGD &lt;linf&gt;" in page
     assert "PGD <linf>" not in page
     assert "Worst-broken images" in page
+    assert "<meta name=viewport content='width=device-width'>" in page
+    assert page.count("<div class=wide><table>") == page.count("<table>")  # each scrolls, not the page
 
 
 NAMES = ["a | b", "two\nlines", "`x` $y_{$ <b>bold</b>", "_hidden [a](b) **c** \\", "# 1. heading", "$\\frac{"]
