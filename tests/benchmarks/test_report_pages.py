@@ -210,6 +210,68 @@ def test_the_findings_quote_the_certificates_of_the_guard_that_ships():
         assert f"{broken:,} of {total:,}, {broken / total:.3f}" in text
 
 
+STARTS = {
+    "a random point": "base: random start, one cycle",
+    "the image itself": "start at the image",
+    "images of other classes": "start towards images of other classes",
+    "all three in turn": "three starts",
+}
+INGREDIENTS = {
+    "seven plain steps": "radius ramp",
+    "APGD": "ramp, 10 APGD steps",
+    "APGD at the margin": "ramp, 10 APGD steps, margin",
+    "twenty plain steps of 0.03, in twice the time": "ramp, 20 plain steps",
+    "APGD with two targets": "ramp, 10 APGD steps, two targets",
+    "none, for comparison": "radius ramp",
+    "cross-entropy next to the likelihood": "ramp, cross-entropy",
+    "perturbed weights": "ramp, perturbed weights",
+    "weight decay": "ramp, weight decay",
+    "M of 5": "ramp, M = 5",
+    "M of 20": "ramp, M = 20",
+    "l of 2": "ramp, l = 2",
+    "l of 4": "ramp, l = 4",
+    "the full radius at once": "radius 0.4",
+    "a growing radius": "ramp, radius 0.4",
+    "a growing radius, APGD at the margin": "ramp, 10 APGD steps, margin, radius 0.4",
+}
+FINALISTS = {
+    "a random start at the full radius": "full radius at once",
+    "the same with a growing radius": "radius ramp",
+    "a growing radius, and ten steps of APGD at the margin": "radius ramp, 10 APGD steps, margin",
+}
+
+
+def test_the_findings_quote_the_recipes_as_they_were_measured():
+    findings = (ROOT / "docs" / "results" / "findings.md").read_text()
+    for name, rows_ in (("recipe-mnist", STARTS | INGREDIENTS), ("recipe-finalists-mnist", FINALISTS)):
+        results = Results(load_table(name, "cpu"), Store(RESULTS).read_cell)
+        for shown, variant in rows_.items():
+            row = shown
+            for detector in ("ours", "l-ben"):
+                found = estimate(results.slot(detector, "suite linf 0.3", variant), measure_success(0.01))
+                seeds = f" ({min(found.values):.2f} to {max(found.values):.2f})" if len(found.values) > 1 else ""
+                row += f" | {found.mean:.2f}{seeds}"
+            assert f"| {row} |" in findings
+
+
+def test_the_findings_quote_cifar10_as_it_was_measured():
+    findings = (ROOT / "docs" / "results" / "findings.md").read_text()
+    shown = {"PGD linf 0.03 U": "PGD ℓ∞ 0.03, as in training", "PGD linf 0.06 U": "PGD ℓ∞ 0.06"}
+    shown |= {
+        "PGD linf 0.06 T": "targeted PGD ℓ∞ 0.06",
+        "suite linf 0.03": "suite ℓ∞ 0.03",
+        "suite linf 0.06": "suite ℓ∞ 0.06",
+    }
+    for attack, row in shown.items():
+        table = load_table("strict-cifar10" if attack.startswith("suite") else "table2-cifar10", "cpu")
+        for detector in ("ours", "l-ben", "madry"):
+            (result,) = Results(table, Store(RESULTS).read_cell).slot(detector, attack)
+            row += f" | {measure_success(0.01)(result).value:.2f}"
+            if attack.startswith("PGD"):
+                row += f" ({PAPER[table.address][attack]['ASR-1'][table.detectors.index(detector)]:.2f})"
+        assert f"| {row} |" in findings
+
+
 def test_the_demos_reference_values_are_those_of_the_results():
     def mean(name, attack):
         read = Store(RESULTS).read_cell
