@@ -179,20 +179,24 @@ ROWS = {  # by attack of the tables, as README and findings name it
 
 
 def test_the_readme_and_the_findings_quote_the_papers_network_as_it_was_measured():
-    def quote(name, attack):
-        (result,) = Results(load_table(name, "short"), Store(RESULTS).read_cell).slot("ours", attack)
+    pgds, suites = (
+        Results(load_table(name, "short"), Store(RESULTS).read_cell) for name in ("table2-mnist", "strict-mnist")
+    )
+
+    def quote(results, attack):
+        (result,) = results.slot("ours", attack)
         rate = measure_success(0.01)(result)
         low, high = (f"{end:.2f}".removeprefix("0") for end in rate.interval)
         return f"{rate.count} of {rate.total}, {rate.value:.2f} [{low}, {high}]"
 
     readme, findings = ((ROOT / page).read_text() for page in ("README.md", "docs/results/findings.md"))
     for attack, shown in ROWS.items():
-        pgd, suite = quote("table2-mnist", f"PGD {attack} U"), quote("strict-mnist", f"suite {attack}")
+        pgd, suite = quote(pgds, f"PGD {attack} U"), quote(suites, f"suite {attack}")
         paper = PAPER["table2-mnist"][f"PGD {attack} U"]["ASR-1"][0]
         assert f"| {shown} | {pgd} | {suite} |" in readme
         assert f"| {shown} | {paper:.2f} | {pgd} | {suite} |" in findings
-    (cell,) = find("table2-mnist", "short", detector="ours", attack="PGD linf 0.3 U", seed=0)
-    correct, total = Store(RESULTS).read_cell(cell.key)["accuracy"]
+    (result,) = pgds.slot("ours", "PGD linf 0.3 U")
+    correct, total = result["accuracy"]
     assert f"labels {correct:,} of MNIST's first {total:,} test images correctly" in " ".join(readme.split())
 
 
@@ -256,20 +260,25 @@ def test_the_findings_quote_the_recipes_as_they_were_measured():
 
 def test_the_findings_quote_cifar10_as_it_was_measured():
     findings = (ROOT / "docs" / "results" / "findings.md").read_text()
-    shown = {"PGD linf 0.03 U": "PGD ℓ∞ 0.03, as in training", "PGD linf 0.06 U": "PGD ℓ∞ 0.06"}
-    shown |= {
-        "PGD linf 0.06 T": "targeted PGD ℓ∞ 0.06",
-        "suite linf 0.03": "suite ℓ∞ 0.03",
-        "suite linf 0.06": "suite ℓ∞ 0.06",
-    }
-    for attack, row in shown.items():
-        table = load_table("strict-cifar10" if attack.startswith("suite") else "table2-cifar10", "cpu")
+    read = Store(RESULTS).read_cell
+    pgds, suites = (Results(load_table(f"{name}-cifar10", "cpu"), read) for name in ("table2", "strict"))
+    papers = PAPER["table2-cifar10"]
+
+    def row(results, attack):
         for detector in ("ours", "l-ben", "madry"):
-            (result,) = Results(table, Store(RESULTS).read_cell).slot(detector, attack)
-            row += f" | {measure_success(0.01)(result).value:.2f}"
-            if attack.startswith("PGD"):
-                row += f" ({PAPER[table.address][attack]['ASR-1'][table.detectors.index(detector)]:.2f})"
-        assert f"| {row} |" in findings
+            (result,) = results.slot(detector, attack)
+            printed = papers[attack]["ASR-1"][results.table.detectors.index(detector)] if attack in papers else None
+            paper = "" if printed is None else f" ({printed:.2f})"
+            yield f"{measure_success(0.01)(result).value:.2f}{paper}"
+
+    for shown, results, attack in (
+        ("PGD ℓ∞ 0.03, as in training", pgds, "PGD linf 0.03 U"),
+        ("suite ℓ∞ 0.03", suites, "suite linf 0.03"),
+        ("PGD ℓ∞ 0.06", pgds, "PGD linf 0.06 U"),
+        ("suite ℓ∞ 0.06", suites, "suite linf 0.06"),
+        ("targeted PGD ℓ∞ 0.06", pgds, "PGD linf 0.06 T"),
+    ):
+        assert f"| {' | '.join((shown, *row(results, attack)))} |" in findings
 
 
 def test_the_demos_reference_values_are_those_of_the_results():
