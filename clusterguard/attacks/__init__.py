@@ -55,8 +55,11 @@ from clusterguard.attacks._pgd import (
 )
 from clusterguard.attacks._polish import Polish
 from clusterguard.attacks._precision import Precision, check_precision, choose_precision, in_precision
+from clusterguard.attacks._primal_dual import PDPGD
 from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square, make_random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
+from clusterguard.attacks._sigma_zero import SigmaZero
+from clusterguard.attacks._sparse_pgd import SparsePGD
 from clusterguard.attacks._starts import (
     STARTS,
     AtPoints,
@@ -83,6 +86,7 @@ __all__ = [
     "NES",
     "NORMS",
     "OBJECTIVES",
+    "PDPGD",
     "PGD",
     "STARTS",
     "AtPoints",
@@ -114,6 +118,8 @@ __all__ = [
     "RepelThenMinimise",
     "RepresentationMatching",
     "Rule",
+    "SigmaZero",
+    "SparsePGD",
     "SparseRS",
     "Square",
     "StageRecord",

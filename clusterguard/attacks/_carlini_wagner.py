@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
+from clusterguard.attacks._adam import Adam
 from clusterguard.attacks._base import BuiltInAttack, check_budget
 from clusterguard.attacks._descent import Problem, backpropagate
 from clusterguard.attacks._norms import L2, get_norm
@@ -107,7 +108,7 @@ class CarliniWagner(BuiltInAttack):
         `closest` gets all successes.
         """
         w = ((2 * problem.images - 1) * _SHRINK).atanh()
-        adam = _Adam(w, self.learning_rate)
+        adam = Adam(w)
         succeeded = torch.zeros_like(c, dtype=torch.bool)
         for _ in range(self.steps):
             tanh = w.tanh()
@@ -119,7 +120,8 @@ class CarliniWagner(BuiltInAttack):
             # Where the evidence is not finite, the gradient of the objective is dropped, and only the distance counts.
             push = evaluation.gradient.nan_to_num(nan=0, posinf=0, neginf=0)
             weight = torch.where(success, 0, c)[:, None, None, None]
-            w = w - adam.step((2 * (iterates - problem.images) + weight * push) * (1 - tanh.square()) / 2)
+            gradient = (2 * (iterates - problem.images) + weight * push) * (1 - tanh.square()) / 2
+            w = w - self.learning_rate * adam.direction(gradient)
         return succeeded
 
 
@@ -136,23 +138,3 @@ class _Closest:
         better = success & (distance < self._distance) & (distance <= self._problem.eps)
         self.images = torch.where(better[:, None, None, None], candidates, self.images)
         self._distance = torch.where(better, distance, self._distance)
-
-
-class _Adam:
-    """Adam with its usual decay factors; each coordinate has its own state, so images do not affect each other.
-
-    Reference:
-        Kingma & Ba, "Adam: a method for stochastic optimization" (2015).
-    """
-
-    def __init__(self, like: Tensor, learning_rate: float) -> None:
-        self._learning_rate = learning_rate
-        self._mean, self._square, self._steps = torch.zeros_like(like), torch.zeros_like(like), 0
-
-    def step(self, gradient: Tensor) -> Tensor:
-        """The step to subtract."""
-        self._steps += 1
-        self._mean = 0.9 * self._mean + 0.1 * gradient
-        self._square = 0.999 * self._square + 0.001 * gradient.square()
-        mean, square = self._mean / (1 - 0.9**self._steps), self._square / (1 - 0.999**self._steps)
-        return self._learning_rate * mean / (square.sqrt() + 1e-8)

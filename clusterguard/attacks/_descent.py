@@ -12,7 +12,7 @@ from clusterguard.attacks._objectives import margin as margin_objective
 from clusterguard.detection import Detector, success_margin
 from torch import Generator, Tensor
 
-Keep = Literal["best", "last"]
+Keep = Literal["best", "last", "nearest"]
 OnStep = Callable[[int, Tensor], None]
 """A callback for traces and plots, which gets the step and the best success margins so far (B,) at every step."""
 
@@ -130,8 +130,9 @@ def descend(
         rule: rule that makes the next iterates.
         gradient: function that evaluates iterates.
         steps: number of steps, at least 1.
-        keep: iterate to return for each image, "best" or "last". The best one has the smallest success margin, the
-            start included, and costs one more forward pass.
+        keep: iterate to return for each image, "best", "nearest" or "last". The best one has the smallest success
+            margin, the start included. The nearest one is the smallest perturbation among the successes, and the best
+            one where there is no success. Both cost one more forward pass.
         stop_early: whether images with a success leave the batch, which needs ``keep="best"``. It does not change which
             images succeed, only how far beyond success they get.
         on_step: callback for every step, see `OnStep`.
@@ -139,12 +140,16 @@ def descend(
     Returns:
         Iterates (B, C, H, W).
     """
+
+    def sizes(candidates: Tensor) -> Tensor | None:
+        return problem.norm.size(candidates - problem.images) if keep == "nearest" else None
+
     best, iterates = _Best(start), start
     for step in range(steps):
         evaluation = gradient(problem, iterates)
         with torch.no_grad():
-            if keep == "best":
-                best.remember(iterates, evaluation.margin)
+            if keep != "last":
+                best.remember(iterates, evaluation.margin, sizes(iterates))
             if on_step is not None:
                 on_step(step, best.of_all()[1])
             if stop_early and step % _LOOK_EVERY == 0:
@@ -160,27 +165,34 @@ def descend(
     else:
         if keep == "last":
             return iterates
-        best.remember(iterates, problem.margin(iterates))
+        best.remember(iterates, problem.margin(iterates), sizes(iterates))
         if on_step is not None:
             on_step(steps, best.of_all()[1])
     return best.of_all()[0]
 
 
 class _Best:
-    """The iterate with the smallest margin for each image; no operation waits for the device.
+    """The best or nearest iterate for each image; no operation waits for the device.
 
     Attributes:
-        margins: (b,) smallest margins so far of the images that are still in the batch.
+        margins: (b,) margins of these iterates, for the images that are still in the batch.
     """
 
     def __init__(self, start: Tensor) -> None:
         self._iterates, self.margins = start, start.new_full((len(start),), torch.inf)
+        self._sizes = self.margins
         self._rows = torch.arange(len(start), device=start.device)
         self._all = start.clone(), self.margins.clone()
 
-    def remember(self, iterates: Tensor, margins: Tensor) -> None:
-        """Keep the iterates (b, C, H, W) whose margins (b,) are smaller than before."""
+    def remember(self, iterates: Tensor, margins: Tensor, sizes: Tensor | None) -> None:
+        """Keep the iterates (b, C, H, W) whose margins (b,) are smaller than before.
+
+        With sizes (b,) of the perturbations, successes are compared by these.
+        """
         better = margins < self.margins
+        if sizes is not None:
+            better = torch.where(margins <= 0, (self.margins > 0) | (sizes < self._sizes), better)
+            self._sizes = torch.where(better, sizes, self._sizes)
         self._iterates = torch.where(better[:, None, None, None], iterates, self._iterates)
         self.margins = torch.where(better, margins.to(self.margins.dtype), self.margins)
 

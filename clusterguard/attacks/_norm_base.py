@@ -127,6 +127,21 @@ class Norm(ABC):
                 The other norms ignore it.
         """
 
+    def shrink(self, perturbations: Tensor, amount: float | Tensor) -> Tensor:
+        """The perturbations z that minimise ``‖z − perturbation‖² / 2 + amount · size(z)``, each the proximal point.
+
+        Args:
+            perturbations: (B, C, H, W) of any values.
+            amount: price of one unit of size, at least 0, one number or (B,).
+
+        Returns:
+            Perturbations (B, C, H, W), which are 0 where the amount is large.
+
+        Raises:
+            ConfigurationError: the norm does not define this method.
+        """
+        raise ConfigurationError(f"expected a norm that defines shrink, got {self.name!r}")
+
     @abstractmethod
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A random point of ball ∩ box around each image: (B, C, H, W) -> (B, C, H, W).

@@ -46,6 +46,13 @@ class LInf(Norm):
         low, high = (move_at_most(images, reach).clamp(0, 1) for reach in (-radii, radii))
         return lambda candidates: candidates.clamp(low, high)
 
+    def shrink(self, perturbations: Tensor, amount: float | Tensor) -> Tensor:
+        """The perturbations less their projections onto an l1 ball with the amount as its radius."""
+        lengths, radii = perturbations.flatten(1).abs(), per_image(amount, perturbations).flatten(1)
+        nearest = l1_lengths(lengths, torch.zeros_like(lengths), radii)
+        removed = torch.where(lengths.sum(dim=1, keepdim=True) > radii, nearest, lengths)
+        return perturbations.sign() * (lengths - removed).clamp_min(0).view_as(perturbations)
+
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A point from the uniform distribution on ball ∩ box."""
         radii = per_image(eps, images)
@@ -90,6 +97,12 @@ class L2(Norm):
         scaled = rescale(gradient)
         return scaled / scaled.square().sum(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1)
 
+    def shrink(self, perturbations: Tensor, amount: float | Tensor) -> Tensor:
+        """The perturbations, made shorter by the amount."""
+        sizes = self.size(perturbations)[:, None, None, None]
+        left = (sizes - per_image(amount, perturbations)).clamp_min(0)
+        return perturbations * (left / torch.where(sizes > 0, sizes, 1))
+
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A point from the uniform distribution on the ball, projected onto the box."""
         noise = torch.empty_like(images).normal_(generator=generator)
@@ -131,6 +144,10 @@ class L1(Norm):
         count = per_image(1 if sparsity is None else sparsity, gradient).flatten(1).clamp_min(1)
         signs = gradient.flatten(1).sign() * mask_largest(gradient.flatten(1).abs(), count)
         return (signs / signs.abs().sum(dim=1, keepdim=True).clamp_min(1)).reshape(gradient.shape)
+
+    def shrink(self, perturbations: Tensor, amount: float | Tensor) -> Tensor:
+        """The perturbations with each coordinate moved towards 0 by the amount."""
+        return perturbations.sign() * (perturbations.abs() - per_image(amount, perturbations)).clamp_min(0)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A point from the uniform distribution on the ball, projected onto the box."""

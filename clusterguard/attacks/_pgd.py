@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
-from typing import final
+from typing import final, get_args
 
 import torch
 from clusterguard.attacks._base import BuiltInAttack, check_budget
@@ -36,7 +36,8 @@ class IteratedAttack(BuiltInAttack):
         eps: radius of the ball, at least 0, in units of the norm over pixels in [0, 1]; for l0 a number of pixels.
         steps: number of steps, at least 1.
         start: first iterate, "image", "random", "output_diversified", "towards_batch", or a callable such as `Towards`.
-        keep: iterate to return, "best" by success margin or "last".
+        keep: iterate to return, "best" by success margin, "nearest" for the smallest perturbation that succeeds, or
+            "last". Where nothing succeeds, "nearest" returns the best.
         objective: loss to minimise, a name of `clusterguard.attacks.OBJECTIVES` or a callable.
         stop_early: whether broken images leave the batch, which breaks the same images at a lower cost.
         precision: precision of the search, "float32", "bf16", or "auto", which times both and takes bfloat16 if it is
@@ -61,10 +62,10 @@ class IteratedAttack(BuiltInAttack):
         get_objective(self.objective)
         get_start(self.start)
         check_precision(self.precision)
-        if self.keep not in ("best", "last"):
-            raise ConfigurationError(f"expected keep 'best' or 'last', got {self.keep!r}")
-        if self.stop_early and self.keep == "last":
-            raise ConfigurationError("expected keep='best' where stop_early is on, got 'last'")
+        if self.keep not in get_args(Keep):
+            raise ConfigurationError(f"expected keep among {', '.join(get_args(Keep))}, got {self.keep!r}")
+        if self.stop_early and self.keep != "best":
+            raise ConfigurationError(f"expected keep='best' where stop_early is on, got {self.keep!r}")
 
     @abstractmethod
     def _rule(self, problem: Problem, start: Tensor) -> Rule:
@@ -72,7 +73,7 @@ class IteratedAttack(BuiltInAttack):
 
     def _gradient(self, rule: Rule) -> Gradient:
         """The function that evaluates iterates; it may be a method of the rule, if the rule needs all evaluations."""
-        return partial(backpropagate, with_margin=self.keep == "best" or self.on_step is not None)
+        return partial(backpropagate, with_margin=self.keep != "last" or self.on_step is not None)
 
     def _perturb(
         self,

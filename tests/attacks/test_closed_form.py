@@ -3,7 +3,7 @@
 import pytest
 import torch
 from clusterguard import APGD, PGD, success_margin
-from clusterguard.attacks import MIM, FastMinimumNorm, get_norm
+from clusterguard.attacks import MIM, PDPGD, FastMinimumNorm, SigmaZero, SparsePGD, get_norm
 
 DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
 
@@ -33,6 +33,17 @@ def case(request, linear_detector):
     return norm, images, labels, smallest_perturbations(linear_detector, images, labels, norm)
 
 
+def minimum_norm_attacks(norm, **options):
+    """The attacks for the smallest perturbation, in the norms that they know."""
+    sparse = norm == "l0"
+    return {
+        "fast minimum norm": FastMinimumNorm(norm=norm, steps=100, step_size=10.0 if sparse else 1.0, **options),
+        **(
+            {"σ-zero": SigmaZero(steps=300, **options)} if sparse else {"PDPGD": PDPGD(norm=norm, steps=200, **options)}
+        ),
+    }
+
+
 def attacks(norm, eps):
     step = {"linf": eps / 5, "l2": eps / 5, "l1": eps / 2, "l0": 20.0}[norm]
     options = {"norm": norm, "eps": eps}
@@ -44,15 +55,18 @@ def attacks(norm, eps):
         "MIM": MIM(step_size=step, steps=30, objective="margin", **options),
         "APGD": APGD(steps=60, **options),
         "APGD in its own ball only": APGD(steps=60, large_radii=False, **options),
-        "fast minimum norm": FastMinimumNorm(steps=100, step_size=10.0 if norm == "l0" else 1.0, **options),
+        **({"Sparse-PGD": SparsePGD(eps=eps, steps=60)} if norm == "l0" else {}),
+        **minimum_norm_attacks(norm, eps=eps),
     }
 
 
-@pytest.mark.parametrize("name", attacks("linf", 1.0))
+@pytest.mark.parametrize("name", attacks("linf", 1.0) | attacks("l0", 1.0))
 @pytest.mark.parametrize("targeted", [False, True])
 def test_success_exactly_above_the_optimum(linear_detector, case, name, targeted):
     norm, images, labels, needed = case
     eps = needed.float().median().item() + (norm == "l0") / 2  # half a pixel more buys nothing
+    if name not in attacks(norm, eps):
+        pytest.skip("of another norm")
     attack = attacks(norm, eps)[name]
     attacked = attack(linear_detector, images, labels, targets=1 - labels if targeted else None)
     broken = success_margin(linear_detector.evidence(attacked), linear_detector.thresholds, labels) <= 0
@@ -60,3 +74,16 @@ def test_success_exactly_above_the_optimum(linear_detector, case, name, targeted
     assert torch.equal(broken[clear], (needed <= eps)[clear])
     assert 5 < broken[clear].sum() < clear.sum() - 5
     assert (get_norm(norm).size(attacked - images) <= eps).all()
+
+
+@pytest.mark.parametrize("name", ["fast minimum norm", "PDPGD", "σ-zero"])
+def test_the_nearest_success_is_hardly_larger_than_the_smallest_perturbation(linear_detector, case, name):
+    norm, images, labels, needed = case
+    attack = minimum_norm_attacks(norm, eps=get_norm(norm).largest(images.shape[1:]), keep="nearest").get(name)
+    if attack is None:
+        pytest.skip("of another norm")
+    attacked = attack(linear_detector, images, labels)
+    assert (success_margin(linear_detector.evidence(attacked), linear_detector.thresholds, labels) <= 0).all()
+    excess = get_norm(norm).size(attacked - images) / needed
+    assert excess.min() > 1 - 1e-3
+    assert excess.mean() < 1.03

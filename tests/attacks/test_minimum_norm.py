@@ -1,9 +1,10 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from clusterguard import decide, success_margin
-from clusterguard.attacks import FastMinimumNorm, MultiTarget, get_norm
+from clusterguard.attacks import PDPGD, FastMinimumNorm, MultiTarget, SigmaZero, SparsePGD, get_norm
 from clusterguard.detection import Verdicts, is_broken
 from clusterguard.errors import ConfigurationError
 
@@ -45,13 +46,41 @@ def test_it_never_ends_worse_than_the_image_and_breaks_some(small_guard, cases, 
     assert 0 < broken(small_guard, attacked, labels).sum() < 60
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_stopping_early_breaks_the_same_images(small_guard, cases, norm):
+ALL = {
+    **{f"fast minimum norm {norm}": FastMinimumNorm(norm=norm, eps=eps, steps=30) for norm, eps in NORMS.items()},
+    **{f"PDPGD {norm}": PDPGD(norm=norm, eps=eps, steps=30) for norm, eps in NORMS.items() if norm != "l0"},
+    "σ-zero": SigmaZero(eps=12, steps=30),
+    "Sparse-PGD": SparsePGD(eps=12, steps=30),
+    "Sparse-PGD, projected": SparsePGD(eps=12, steps=30, everywhere=False),
+}
+
+
+@pytest.mark.parametrize("attack", ALL.values(), ids=ALL)
+def test_stopping_early_breaks_the_same_images(small_guard, cases, attack):
     hits = []
     for stop_early in (False, True):
-        attack = FastMinimumNorm(norm=norm, eps=NORMS[norm], steps=30, stop_early=stop_early)
-        hits.append(broken(small_guard, attack(small_guard, *cases), cases[1]))
+        attacked = replace(attack, stop_early=stop_early)(small_guard, *cases, generator=torch.Generator())
+        hits.append(broken(small_guard, attacked, cases[1]))
     assert torch.equal(*hits)
+    assert 0 < hits[0].sum() < 60
+
+
+@pytest.mark.parametrize("attack", ALL.values(), ids=ALL)
+def test_the_nearest_success_is_no_larger_than_the_best_and_no_worse_where_there_is_none(small_guard, cases, attack):
+    images, labels = cases
+    best, nearest = (
+        replace(attack, keep=keep)(small_guard, images, labels, generator=torch.Generator())
+        for keep in ("best", "nearest")
+    )
+    hit, sizes = broken(small_guard, best, labels), [get_norm(attack.norm).size(x - images) for x in (best, nearest)]
+    assert torch.equal(hit, broken(small_guard, nearest, labels))
+    assert (sizes[1] <= sizes[0])[hit].all()
+    assert torch.equal(best[~hit], nearest[~hit])
+
+
+def test_the_nearest_success_is_not_sought_where_images_leave_at_the_first():
+    with pytest.raises(ConfigurationError, match="expected keep='best' where stop_early is on, got 'nearest'"):
+        SigmaZero(eps=3, keep="nearest", stop_early=True)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -124,3 +153,17 @@ def test_inside_multi_target_it_prints_and_costs_a_gradient_a_step(small_guard, 
 def test_options_are_checked_at_once(wrong):
     with pytest.raises(ConfigurationError, match="expected"):
         FastMinimumNorm(**({"eps": 0.1} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("attack", "wrong"),
+    [
+        *((SigmaZero, {name: value}) for name in ("learning_rate", "smoothing") for value in (0, math.inf)),
+        *((SigmaZero, wrong) for wrong in ({"threshold": 1.5}, {"adjustment": -1})),
+        *((SparsePGD, {name: value}) for name in ("colour_step", "score_step") for value in (0, math.inf)),
+        *((PDPGD, wrong) for wrong in ({"learning_rate": 0}, {"dual_rate": -0.1}, {"norm": "l0"})),
+    ],
+)
+def test_options_of_the_others_are_checked_at_once(attack, wrong):
+    with pytest.raises(ConfigurationError, match="expected"):
+        attack(**({"eps": 1} | wrong))

@@ -216,3 +216,32 @@ def test_a_rounded_radius_is_one_that_the_norm_can_have(name, eps):
 def test_steps_of_equal_length_are_a_share_of_the_radius_unless_the_norm_is_sparse(name):
     lengths = {"linf": 0.05, "l2": 0.05, "l1": 0.5, "l0": 3 * 4 * 5}
     assert get_norm(name).step_size(0.5, (3, 4, 5), share=0.1) == pytest.approx(lengths[name])
+
+
+# Proximal points
+
+
+@each_convex_norm
+@each_dtype
+def test_shrinking_minimises_distance_and_price_together(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    norm, given_ = get_norm(name), torch.randn(40, 2, 3, 3, generator=generator, dtype=dtype)
+    amount = torch.rand(40, generator=generator, dtype=dtype) * norm.slope(given_)
+    point = norm.shrink(given_, amount)
+
+    def cost(candidates):
+        return (candidates - given_).square().flatten(1).sum(dim=1) / 2 + amount * norm.size(candidates)
+
+    others = [point * factor for factor in (0, 0.9, 0.99, 1.01, 1.1)]
+    others += [point + scale * torch.randn(point.shape, generator=generator, dtype=dtype) for scale in (1e-3, 0.1, 1)]
+    for other in others:
+        assert (cost(point) <= cost(other) + 1e-4).all()
+    assert (norm.size(point) < norm.size(given_)).all()
+
+
+@each_convex_norm
+def test_a_high_price_leaves_nothing_and_no_price_leaves_everything(name):
+    norm, perturbations = get_norm(name), torch.randn(4, 1, 3, 3)
+    assert not norm.shrink(perturbations, 1e3).any()
+    torch.testing.assert_close(norm.shrink(perturbations, 0.0), perturbations)
+    assert not norm.shrink(torch.zeros(2, 1, 3, 3), torch.tensor([0.0, 1.0])).any()
