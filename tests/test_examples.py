@@ -37,6 +37,7 @@ def skip_without_packages(script):
 
 
 @pytest.mark.filterwarnings("ignore:.*pooled threshold")
+@pytest.mark.filterwarnings("ignore:labels by the nearest Gaussian")
 @pytest.mark.filterwarnings("ignore:.*scipy:DeprecationWarning")  # Foolbox imports what SciPy gives away
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
 def test_examples_run_on_few_digits(script, tmp_path, monkeypatch, capsys):
@@ -88,6 +89,7 @@ def test_links_in_the_front_pages_lead_somewhere():
 
 
 @pytest.mark.filterwarnings("ignore:.*pooled threshold")
+@pytest.mark.filterwarnings("ignore:labels by the nearest Gaussian")
 @pytest.mark.parametrize("digits", ["few", pytest.param("all", marks=pytest.mark.slow)])
 def test_the_notebook_runs_and_is_committed_without_outputs(digits, monkeypatch, capsys):
     batches = "", ""  # as they are

@@ -98,6 +98,9 @@ class Pairs:
         loader: loader of batches in any form that `unpack_batch` knows.
         unpack: function as in `unpack_batch`.
 
+    Raises:
+        ConfigurationError: the loader is a data set of single images.
+
     Example:
         >>> import torch
         >>> loader = [{"image": torch.rand(2, 1, 4, 4), "label": torch.tensor([0, 1])}]
@@ -106,6 +109,9 @@ class Pairs:
     """
 
     def __init__(self, loader: Iterable[Any], unpack: Unpack | None = None) -> None:
+        source: object = loader
+        if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+            _refuse_data_set("loader")
         self.loader, self.unpack = loader, unpack
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -123,9 +129,7 @@ def check_loader(loader: object, name: str) -> None:
         ConfigurationError: the loader is a data set, an iterator that is empty after one pass, or not iterable at all.
     """
     if isinstance(loader, Dataset):
-        raise ConfigurationError(
-            f"expected a {name} of batches, got a data set of single images; wrap it in torch.utils.data.DataLoader"
-        )
+        _refuse_data_set(name)
     source = loader.dataset if isinstance(loader, DataLoader) else loader
     if isinstance(source, Iterator) and not isinstance(source, Dataset):
         _refuse_one_pass(name, source)
@@ -161,6 +165,12 @@ def check_passes(loader: object, name: str) -> None:
         first = iter(source)
         if is_one_pass_iterator(first) and iter(source) is first:
             _refuse_one_pass(name, source)
+
+
+def _refuse_data_set(name: str) -> NoReturn:
+    raise ConfigurationError(
+        f"expected a {name} of batches, got a data set of single images; wrap it in torch.utils.data.DataLoader"
+    )
 
 
 def _refuse_one_pass(name: str, source: object) -> NoReturn:

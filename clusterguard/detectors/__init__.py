@@ -6,6 +6,8 @@ from clusterguard.detectors._backbones import find_normalization, find_num_class
 from clusterguard.detectors._base import DetectorModule, Normalize, WithThresholds
 from clusterguard.detectors._confidence import ConfidenceDetector
 from clusterguard.detectors._consistency import ConsistentDetector
+from clusterguard.detectors._feature_fit import FeatureFit, fit_feature_gaussians
+from clusterguard.detectors._feature_gaussians import FeatureGaussians
 from clusterguard.detectors._guard import ClusterGuard
 from clusterguard.detectors._guard_files import CARD, CONFIG, read_config, read_guard, refuse_foreign
 from clusterguard.detectors._head_bounds import Bounds, RepresentationBox
@@ -23,6 +25,8 @@ __all__ = [
     "ConfidenceDetector",
     "ConsistentDetector",
     "DetectorModule",
+    "FeatureFit",
+    "FeatureGaussians",
     "GaussianClusters",
     "Head",
     "Normalize",
@@ -32,6 +36,7 @@ __all__ = [
     "describe_thresholds",
     "find_normalization",
     "find_num_classes",
+    "fit_feature_gaussians",
     "make_encoder",
     "read_config",
     "read_guard",

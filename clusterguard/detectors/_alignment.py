@@ -96,39 +96,70 @@ def align(guard: ClusterGuard, loader: Loader, *, unpack: Unpack | None = None, 
     if not isinstance(head, GaussianClusters):
         raise ConfigurationError(f"expected a guard with GaussianClusters as its head, got {type(head).__name__}")
     with evaluation_mode(guard), full_precision(), torch.no_grad():
-        layers: _LastLayers | None = None
-        sums: _Sums | None = None
-        kept: list[tuple[Tensor, Tensor]] = []
-        seen = 0
-        pairs, batches = Pairs(loader, unpack), number_of_batches(loader)
-        for images, labels in tqdm(pairs, desc=progress, total=batches, disable=not progress, leave=False):
-            check_images(images)
-            if not images.isfinite().all():
-                raise InputError("expected images whose pixels are finite, got NaN or infinity; leave such images out")
-            check_labels(labels, images, guard.num_classes)
-            images, labels = images.to(guard.thresholds.device), labels.to(guard.thresholds.device).long()
-            layers = layers or _find_last_layers(guard, images)
-            features = layers.read(guard, images)
-            sums = sums or _Sums(features, guard.num_classes)
-            # Multiples of the golden ratio spread evenly, whatever the order of the classes.
-            spread = torch.arange(seen, seen + len(labels), device=labels.device, dtype=torch.float64) * _GOLDEN
-            is_kept = spread % 1 < 1 / _HELD_OUT_EVERY
-            is_kept &= sum(len(part) for _, part in kept) < _MOST_HELD_OUT
-            kept.append((features[is_kept], labels[is_kept]))
-            sums.add(features[~is_kept], labels[~is_kept])
-            seen += len(labels)
-        if layers is None or sums is None or seen < _HELD_OUT_EVERY:
-            raise InputError(f"expected at least {_HELD_OUT_EVERY} images, got {seen}")
-        features, labels = map(torch.cat, zip(*kept, strict=True))
-        return _fit(guard, head, layers, sums, features, labels)
+        return _fit(guard, head, *read_features(guard, loader, unpack=unpack, progress=progress))
+
+
+def read_features(
+    guard: ClusterGuard, loader: Loader, *, unpack: Unpack | None, progress: str
+) -> tuple["LastLayers", "FeatureSums", Tensor, Tensor]:
+    """Pass over all images once, for what is fitted to the features that a guard's last layer gets.
+
+    Args:
+        guard: guard in eval mode.
+        loader: batches as in `align`.
+        unpack: function as in `align`.
+        progress: title of the progress bar.
+
+    Returns:
+        The last layer; sums over the images that are not held out; features and labels of the others.
+
+    Raises:
+        ConfigurationError: the representation is not the output of one linear layer.
+        InputError: as in `align`.
+    """
+    layers: LastLayers | None = None
+    sums: FeatureSums | None = None
+    kept: list[tuple[Tensor, Tensor]] = []
+    seen = 0
+    pairs, batches = Pairs(loader, unpack), number_of_batches(loader)
+    for images, labels in tqdm(pairs, desc=progress, total=batches, disable=not progress, leave=False):
+        check_images(images)
+        if not images.isfinite().all():
+            raise InputError("expected images whose pixels are finite, got NaN or infinity; leave such images out")
+        check_labels(labels, images, guard.num_classes)
+        images, labels = images.to(guard.thresholds.device), labels.to(guard.thresholds.device).long()
+        layers = layers or find_last_layers(guard, images)
+        features = layers.read(guard, images)
+        sums = sums or FeatureSums(features, guard.num_classes)
+        # Multiples of the golden ratio spread evenly, whatever the order of the classes.
+        spread = torch.arange(seen, seen + len(labels), device=labels.device, dtype=torch.float64) * _GOLDEN
+        is_kept = spread % 1 < 1 / _HELD_OUT_EVERY
+        is_kept &= sum(len(part) for _, part in kept) < _MOST_HELD_OUT
+        kept.append((features[is_kept], labels[is_kept]))
+        sums.add(features[~is_kept], labels[~is_kept])
+        seen += len(labels)
+    if layers is None or sums is None or seen < _HELD_OUT_EVERY:
+        raise InputError(f"expected at least {_HELD_OUT_EVERY} images, got {seen}")
+    if not sums.counts.all():
+        missing = ", ".join(str(index) for index in (sums.counts == 0).nonzero().flatten().tolist())
+        raise InputError(f"expected images of every class, got none of class {missing} beside those that are held out")
+    features, labels = map(torch.cat, zip(*kept, strict=True))
+    return layers, sums, features, labels
 
 
 @dataclass
-class _LastLayers:
-    """The layer to fit, which makes the logits or the representation, and a layer behind it that repeats the logits."""
+class LastLayers:
+    """The linear layer that makes the logits or the representation, and one that only repeats them, if any.
+
+    Attributes:
+        fitted: layer whose inputs are the features.
+        repeater: layer that repeats its outputs, or None.
+        example: (B, C, H, W) images by which the layers were found.
+    """
 
     fitted: Dense
     repeater: nn.Linear | None
+    example: Tensor
 
     def read(self, guard: ClusterGuard, images: Tensor) -> Tensor:
         """The inputs (B, D) of the layer to fit, for images (B, C, H, W)."""
@@ -160,8 +191,8 @@ class _LastLayers:
             self.repeater.bias.zero_()
 
 
-class _Sums:
-    """Sums over images, in float64, from which a linear regression is solved.
+class FeatureSums:
+    """Sums over images from which a linear regression follows, in float64.
 
     Args:
         features: (B, D) example of features, from which D and the device are taken.
@@ -201,12 +232,9 @@ class _Sums:
 
 
 def _fit(
-    guard: ClusterGuard, head: GaussianClusters, layers: _LastLayers, sums: _Sums, features: Tensor, labels: Tensor
+    guard: ClusterGuard, head: GaussianClusters, layers: LastLayers, sums: FeatureSums, features: Tensor, labels: Tensor
 ) -> Alignment:
-    """Choose penalty and mixture on the held-out images, fit the layer, and put it into the guard."""
-    if not sums.counts.all():
-        missing = ", ".join(str(index) for index in (sums.counts == 0).nonzero().flatten().tolist())
-        raise InputError(f"expected images of every class, got none of class {missing} beside those that are held out")
+    """Choose the penalty by the distance of held-out images to their centres, and give the guard the layer."""
     targets = layers.targets(head)
     old = layers.fitted.weight.flatten(1).double(), _bias_of(layers.fitted).double()
     now = features.double() @ old[0].T + old[1]
@@ -249,7 +277,7 @@ def _bias_of(layer: Dense) -> Tensor:
     return torch.zeros_like(layer.weight[:, 0]).flatten() if layer.bias is None else layer.bias
 
 
-def _find_last_layers(guard: ClusterGuard, images: Tensor) -> _LastLayers:
+def find_last_layers(guard: ClusterGuard, images: Tensor) -> LastLayers:
     """Find the last layers of an encoder, by comparing the inputs and outputs of its layers in one forward pass."""
     with _recording(dense_layers(guard.encoder)) as calls:
         representation = guard.represent(images[:2])
@@ -272,8 +300,8 @@ def _find_last_layers(guard: ClusterGuard, images: Tensor) -> _LastLayers:
     last, *earlier = chain
     is_repeater = bool(earlier) and last.weight.shape[1] == guard.num_classes < earlier[0].weight[0].numel()
     if is_repeater and isinstance(last, nn.Linear):  # the last layer repeats the logits of a classifier
-        return _LastLayers(earlier[0], last)
-    return _LastLayers(last, None)
+        return LastLayers(earlier[0], last, images[:2])
+    return LastLayers(last, None, images[:2])
 
 
 def _can_be_fitted(layer: Dense) -> bool:

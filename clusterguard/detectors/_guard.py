@@ -28,6 +28,7 @@ from clusterguard.detectors._backbones import (
     find_num_classes,
 )
 from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network, valid_images
+from clusterguard.detectors._feature_gaussians import FeatureGaussians
 from clusterguard.detectors._folders import OtherHeadError, find_folder, load_guard, save_guard
 from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._model_card import CardDetails, EvaluationForCard
@@ -307,8 +308,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
             pretrained_model_name_or_path: path of a folder, or an id on the Hugging Face Hub.
             backbone: module that the guard was made with; its weights do not matter. None rebuilds it from
                 `config.json`.
-            head: head that the guard was made with, needed unless it is the paper's. Its tensors are replaced by the
-                saved ones.
+            head: head that the guard was made with, needed unless it is one of this library. Its tensors are replaced
+                by the saved ones.
             example: (B, C, H, W) images as in `ClusterGuard`, if the backbone needs them.
             revision: branch, tag or commit on the Hub.
             token: token for the Hub; None takes that of the user who is logged in.
@@ -408,6 +409,8 @@ def _head_options(options: Mapping[str, Any], head: Head | None) -> dict[str, An
                 "others; pass a head that was made with the same options as head="
             )
         return {"head": head}
+    if head is None and name == FeatureGaussians.__qualname__:
+        return {"head": FeatureGaussians(options["num_classes"], options["representation_dim"])}
     if head is not None or name != GaussianClusters.__qualname__:
         raise OtherHeadError(
             f"this guard was saved with the head {name}; pass a head that was made like it as head= to "

@@ -71,6 +71,7 @@ def _check_code(name: str, code: str, mode: Literal["eval", "exec"], expected: s
         raise ConfigurationError(f"expected {name} without ```, which ends the block of code on the card, got {code!r}")
 
 
+_HEADS = ("GaussianClusters", "FeatureGaussians")  # what from_pretrained makes by itself
 MARK = "library_name: clusterguard"
 _HEADER = """---
 {mark}
@@ -132,8 +133,8 @@ def model_card(
     head = escape_markdown(guard["head"]["description"])
     builds = (details.backbone or ("your_module" if is_module else "")).strip()
     imports = "\n\n".join(["from clusterguard import ClusterGuard", *filter(None, [details.imports.strip()])])
-    has_other_head = guard["head"].get("type", "GaussianClusters") != "GaussianClusters"
-    arguments_of_loading = (f", backbone={builds}" if builds else "") + ", head=your_head" * has_other_head
+    is_own_head = guard["head"].get("type", "GaussianClusters") not in _HEADS
+    arguments_of_loading = (f", backbone={builds}" if builds else "") + ", head=your_head" * is_own_head
     code = (
         f"{imports}\n\n"
         f'guard = ClusterGuard.from_pretrained("this folder or id"{arguments_of_loading})\n'
