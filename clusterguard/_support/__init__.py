@@ -1,5 +1,6 @@
 """Private helpers that several packages share: checks, copies, files, modes, processes and compilation."""
 
+from clusterguard._support._bars import bar, is_watched, write_line
 from clusterguard._support._checks import (
     IN_GREY_LEVELS,
     check_calibrated,
@@ -38,6 +39,7 @@ __all__ = [
     "NetworkCall",
     "OneProcess",
     "Progress",
+    "bar",
     "call_uncompiled",
     "check_accelerator",
     "check_calibrated",
@@ -62,6 +64,7 @@ __all__ = [
     "evaluation_mode",
     "in_range",
     "is_unicode",
+    "is_watched",
     "names_in_eval_mode",
     "only_writer",
     "previous",
@@ -75,6 +78,7 @@ __all__ = [
     "to_eval_mode",
     "training_mode",
     "write_atomically",
+    "write_line",
 ]
 
 on_torch_import()  # here too: torch may not have run the entry point

@@ -1,4 +1,4 @@
-"""σ-zero, a minimum-norm attack for l0 that descends a smooth count of the changed pixels."""
+"""The attack σ-zero, a minimum-norm attack for l0 that descends a smooth count of the changed pixels."""
 
 import math
 from dataclasses import dataclass, field

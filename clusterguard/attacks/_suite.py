@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
 
 import torch
-from clusterguard._support import evaluation_mode, only_writer, read_progress, save_progress
+from clusterguard._support import bar, evaluation_mode, only_writer, read_progress, save_progress
 from clusterguard.attacks._auto_pgd import APGD
 from clusterguard.attacks._base import (
     Attack,
@@ -33,7 +33,6 @@ from clusterguard.attacks._wrapping import MultiTarget, Transfer
 from clusterguard.detection import Detector, success_margin
 from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
 
 _KIND = "suite"
 _KEYS = {"suite", "clean_margins", "best", "margins", "records", "generator", "runs"}
@@ -362,8 +361,8 @@ class WorstCaseSuite(BuiltInAttack):
             else:
                 accepted = Towards.accepted(detector, *self.references, batch_size=self.batch_size or 500)
             stages = replace(self, precision=chosen).stages(detector, accepted)
-            bar = tqdm(stages.items(), desc=f"{self.norm} {self.eps:g}", disable=not progress, leave=False)
-            for name, attack in bar:
+            shown = bar(stages.items(), f"{self.norm} {self.eps:g}" * progress)
+            for name, attack in shown:
                 rows = (state.margins > 0).nonzero().squeeze(1)
                 if not len(rows):
                     break
@@ -371,7 +370,7 @@ class WorstCaseSuite(BuiltInAttack):
                     continue
                 record = self._run_stage(name, attack, state, rows, detector, images, labels, targets, generator)
                 state.records.append(record)
-                bar.set_postfix(broken=int((state.eligible & (state.margins <= 0)).sum()))
+                shown.set_postfix(broken=int((state.eligible & (state.margins <= 0)).sum()))
                 if checkpoint is not None:
                     state.save(checkpoint, generator)
                 if on_stage is not None:

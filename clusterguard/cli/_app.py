@@ -32,7 +32,6 @@ from clusterguard.cli._options import (
     find_device,
     is_watched,
     say,
-    say_epoch,
     show,
     stopped_by_signals,
 )
@@ -200,11 +199,9 @@ def train(
             cli_data.shuffled(pictures, batch_size, seed),
             DataLoader(calibration, batch_size),
             epochs=epochs,
-            on_epoch_end=partial(say_epoch, epochs=epochs),
             checkpoint=checkpoint,
             checkpoint_every=100,
             stop_when=is_asked_to_stop,
-            progress=is_watched(),
             generator=torch.Generator(target).manual_seed(seed),
         )
     guard.save_pretrained(output, training=record | {"epochs": len(history), "last_epoch": plain(history[-1])})

@@ -15,7 +15,6 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     import torch
-    from clusterguard.training import EpochRecord
 
 
 class Commands(TyperGroup):
@@ -102,14 +101,6 @@ ScarceOption = Annotated[
 def say(text: str) -> None:
     """Print a message to stderr, so that stdout holds only the result."""
     typer.echo(printable(text), err=True)
-
-
-def say_epoch(record: "EpochRecord", *, epochs: int) -> None:
-    """Print one line about an epoch of a training."""
-    say(
-        f"epoch {record.epoch}/{epochs}: loss {record.loss:.3f}, accuracy {record.accuracy:.3f}, "
-        f"attack success {record.attack_success_rate:.3f}, {record.seconds:.0f} s, in {record.precision}"
-    )
 
 
 def printable(text: str) -> str:

@@ -3,14 +3,13 @@
 from typing import TYPE_CHECKING
 
 import torch
-from clusterguard._support import check_detector, check_images, check_labels, collect, evaluation_mode, share
+from clusterguard._support import bar, check_detector, check_images, check_labels, collect, evaluation_mode, share
 from clusterguard.detection._decision import Detection, Detector, Evidence, decide
 from clusterguard.detection._loaders import Loader, Pairs, Unpack, number_of_batches
 from clusterguard.detection._metrics import Verdicts
 from clusterguard.detection._precision import full_precision
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,8 +58,8 @@ def judge(
     verdicts: dict[int, list[Tensor]] = {}
     with evaluation_mode(detector), full_precision():
         pairs, batches = Pairs(loader, unpack), number_of_batches(loader)
-        bar = tqdm(pairs, desc=progress, total=batches, disable=not progress, leave=False)
-        for position, (images, labels) in share(bar, accelerator):
+        shown = bar(pairs, progress, total=batches)
+        for position, (images, labels) in share(shown, accelerator):
             if check:
                 check_images(images)
                 check_labels(labels, images, len(detector.thresholds))

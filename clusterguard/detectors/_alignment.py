@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from clusterguard._support import check_images, check_labels, evaluation_mode
+from clusterguard._support import bar, check_images, check_labels, evaluation_mode
 from clusterguard.detection import Loader, Pairs, Unpack, doubt_labels, full_precision, number_of_batches
 from clusterguard.detectors._dense_layers import Dense, dense_layers
 from clusterguard.detectors._guard import ClusterGuard
@@ -15,7 +15,6 @@ from clusterguard.errors import ConfigurationError, InputError
 from einops import repeat
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from tqdm.auto import tqdm
 
 _HELD_OUT_EVERY = 5
 _MOST_HELD_OUT = 5000
@@ -122,7 +121,7 @@ def read_features(
     kept: list[tuple[Tensor, Tensor]] = []
     seen = 0
     pairs, batches = Pairs(loader, unpack), number_of_batches(loader)
-    for images, labels in tqdm(pairs, desc=progress, total=batches, disable=not progress, leave=False):
+    for images, labels in bar(pairs, progress, total=batches):
         check_images(images)
         if not images.isfinite().all():
             raise InputError("expected images whose pixels are finite, got NaN or infinity; leave such images out")

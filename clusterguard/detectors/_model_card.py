@@ -153,7 +153,7 @@ def model_card(
         f"Backbone {name}{arguments}; {head}, {guard['dtype']}. Saved with {versions}. The "
         "backbone's name tells its architecture, not the weights that training started from."
         + " The class of the head defines what `distances` are, and loading needs this class."
-        * has_other_head,
+        * is_own_head,
         *(["## Classes", f"In the order of their labels:\n\n```json\n{names}\n```"] if names else []),
         "## Thresholds",
         describe_thresholds(calibrated, calibration),

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from clusterguard._support import collect, share
+from clusterguard._support import bar, collect, share
 from clusterguard.attacks import Attack, Cost, Metered, StageRecord, WorstCaseSuite, attack_checked_images
 from clusterguard.detection import Detector
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,10 +73,10 @@ def attack_batches(
         )
         parts = list(result.images.split([len(labels) for _, labels in batches]))
         return Attacked(parts, result.stages, result.cost, result.runs)
-    bar = tqdm(batches, desc=progress, disable=not progress, leave=False)
+    shown = bar(batches, progress)
     if accelerator is None:
         attacked = [
-            attack_checked_images(attack, metered, images, labels, generator=generator) for images, labels in bar
+            attack_checked_images(attack, metered, images, labels, generator=generator) for images, labels in shown
         ]
         return Attacked(attacked, (), metered.cost)
 
@@ -85,7 +84,7 @@ def attack_batches(
         attack = replace(attack, references=_join(batches))
     seed = None if generator is None else _draw_seed(generator)
     by_position: dict[int, Attacked] = {}
-    for position, batch in share(bar, accelerator):
+    for position, batch in share(shown, accelerator):
         seeded = None if seed is None else Generator(batch[0].device).manual_seed(seed + position)
         file = None if checkpoint is None else checkpoint.with_stem(f"{checkpoint.stem}-{position}")
         done = attack_batches(attack, detector, [batch], generator=seeded, checkpoint=file)

@@ -17,6 +17,7 @@ from clusterguard.training._losses import (
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._relabelling import Graded, Original, Relabel, Separate
 from clusterguard.training._trainer import DetectorTrainer
+from clusterguard.training._validation import Validation
 
 __all__ = [
     "AdversarialClusterTrainer",
@@ -35,6 +36,7 @@ __all__ = [
     "Target",
     "TrainingOptions",
     "TrainingStep",
+    "Validation",
     "initialise",
     "negative_log_likelihood",
     "recipes",

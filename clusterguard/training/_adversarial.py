@@ -1,7 +1,8 @@
 """The paper's training algorithm: attack the current guard, relabel the successful attacks, fit the clusters."""
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, final
 
@@ -25,6 +26,7 @@ from clusterguard.training._losses import ClusterLoss, RelabelledBatch, counts_o
 from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._relabelling import Relabel, Separate
+from clusterguard.training._replay import random_states, set_random_states
 from clusterguard.training._trainer import DetectorTrainer
 from torch import Generator, Tensor
 
@@ -151,6 +153,47 @@ class AdversarialClusterTrainer(DetectorTrainer):
         loss, terms, predicted = self._loss(batch)
         correct = (predicted[: len(labels)] == labels).sum()
         return TrainingStep(loss, correct, successes, terms, again=lambda: self._loss(batch)[0])
+
+    def validate(self, images: Tensor, labels: Tensor, generator: Generator) -> Mapping[str, Tensor]:
+        """The figures of validation images, attacked at full strength; see `DetectorTrainer`.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], on the guard's device.
+            labels: class labels (B,).
+            generator: randomness of the attack.
+        """
+        figures = super().validate(images, labels, generator)
+        detector = WithThresholds(self.guard, self.thresholds)
+        attacked = self.attack(detector, images, labels, generator=generator)
+        with torch.no_grad():
+            got_through = is_broken(Verdicts(decide(detector.evidence(attacked), self.thresholds), labels))
+        return {**figures, "robust_accuracy": figures["accepted_accuracy"] & ~got_through}
+
+    def seconds_ahead(self, epochs: int, images: Tensor, labels: Tensor, seconds: float) -> float:
+        """The seconds of the epochs that are left, for one step each; in the warm-up the attack is timed on its own.
+
+        Args:
+            epochs: number of epochs that are left, with the present one.
+            images: images (B, C, H, W) of the last step.
+            labels: class labels (B,) of the last step.
+            seconds: seconds that it took.
+        """
+        warmups = min(epochs, max(0, self.warmup_epochs - len(self.history)))
+        if warmups == epochs or not warmups:
+            return epochs * seconds
+        device = self.engine.device
+        images, labels, generator = images.to(device), labels.to(device), Generator(device).manual_seed(0)
+        states = random_states(device)  # an attack of another library may draw from a global generator
+        started = time.perf_counter()
+        self.attack(WithThresholds(self.guard, self.thresholds), images, labels, generator=generator)
+        attacking = time.perf_counter() - started
+        set_random_states(states, device)
+        return warmups * seconds + (epochs - warmups) * (2 * seconds + attacking)  # a step then has twice the images
+
+    @property
+    def epochs_before_full_strength(self) -> float:
+        """The epochs of the warm-up and of the ramp."""
+        return self.warmup_epochs + self.ramp_epochs
 
     def _loss(self, batch: RelabelledBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss of a relabelled batch, its terms, and the labels (B,) that the guard gives to the images."""

@@ -2,14 +2,17 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from clusterguard._support import read_progress, save_progress
+from clusterguard.attacks import Precision, check_precision
 from clusterguard.errors import PersistenceError, in_one_line
+from clusterguard.training._descriptions import differences, listed
+from clusterguard.training._validation import Best
 from torch import Tensor
 
 _KIND = "training"
@@ -28,6 +31,7 @@ class EpochRecord:
         mean_threshold: mean over classes of the thresholds at the end of the epoch; +inf before the first refresh.
         seconds: wall time.
         precision: precision of attacks and gradients: "float32", "bf16", or the precision of the accelerator.
+        validation: mean figures of the validation images by name; empty without a `Validation`.
     """
 
     epoch: int
@@ -37,6 +41,7 @@ class EpochRecord:
     mean_threshold: float
     seconds: float
     precision: str = "float32"
+    validation: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,6 +162,80 @@ class Checkpoint:
             for name, part in wanted.items():
                 part.load_state_dict(before[name])
             raise
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint holds for one process, beside the states of the parts.
+
+    Attributes:
+        state: positions and random states of this process.
+        thresholds: (K,) thresholds in use.
+        history: records of the finished epochs.
+        totals: sums over the unfinished epoch.
+        steps: number of optimizer steps.
+        precision: precision that was taken.
+        image_shape: shape of the images that the detector takes.
+        best: best epoch so far.
+    """
+
+    state: dict[str, Any]
+    thresholds: Tensor
+    history: list[EpochRecord]
+    totals: EpochTotals
+    steps: int
+    precision: Precision
+    image_shape: Any
+    best: Best
+
+
+def read_values(
+    checkpoint: Checkpoint,
+    accelerator: Any,
+    descriptions: Sequence[Mapping[str, str]],
+    *,
+    precision: Precision,
+    like: Tensor,
+) -> Kept:
+    """Read the values of a checkpoint, which must be of the same run.
+
+    Args:
+        checkpoint: checkpoint that was read from a file.
+        accelerator: accelerator that knows the number of processes and the index of this one.
+        descriptions: what the run is, by process; a checkpoint of another one is refused.
+        precision: precision for a checkpoint that does not tell it.
+        like: (K,) thresholds whose shape and device those in the file get.
+
+    Raises:
+        PersistenceError: it is not of this run.
+    """
+    values = checkpoint.values
+    try:
+        processes, steps = values["processes"], int(values["steps"])
+        taken = values.get("precision", precision)
+        check_precision(taken)
+        state = processes[accelerator.process_index % len(processes)]
+        thresholds = values["thresholds"].to(like.device).view_as(like)
+        history = [EpochRecord(**record) for record in values["history"]]
+        totals, best = EpochTotals(**state["totals"]), Best(**values.get("best", {}))
+        pairs = zip(values.get("descriptions", ()), descriptions, strict=False)
+        changed = [change for before, now in pairs for change in differences(before, now)]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise PersistenceError(
+            f"{checkpoint.file} is not a checkpoint of this training ({in_one_line(error)}); choose another file, "
+            "or delete it to start anew"
+        ) from error
+    if len(processes) != accelerator.num_processes:
+        raise PersistenceError(
+            f"{checkpoint.file} was written by {len(processes)} processes; go on with as many, "
+            f"not with {accelerator.num_processes}"
+        )
+    if changed:
+        raise PersistenceError(
+            f"{checkpoint.file} belongs to another run: {listed(changed)}; choose another file, or delete it to "
+            "start anew"
+        )
+    return Kept(state, thresholds, history, totals, steps, taken, values.get("image_shape"), best)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint | None:

@@ -13,7 +13,7 @@ from clusterguard.detectors import DetectorModule
 from clusterguard.errors import ConfigurationError, TrainingDivergedError, in_one_line
 from clusterguard.training import _optimizers as optimizers
 from clusterguard.training._batch_norm import single_image
-from clusterguard.training._checkpoints import EpochTotals, Stateful
+from clusterguard.training._checkpoints import EpochRecord, EpochTotals, Stateful
 from clusterguard.training._loader_state import LoaderState
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._precision import StepPrecision
@@ -121,7 +121,8 @@ class TrainingEngine:
         self._average = None if decay is None else AveragedModel(detector, multi_avg_fn=average, use_buffers=True)
         self._at_first: dict[nn.Parameter, Tensor] = {}  # weights before the first step, until one has moved
         self._last_good: tuple[int, dict[str, Tensor]] = (0, {})
-        self._before_average: dict[str, Tensor] | None = None
+        self._delivered: Mapping[str, Tensor] = {}
+        self._before_delivery: dict[str, Tensor] | None = None
 
     @property
     def shared(self) -> "Accelerator | None":
@@ -182,15 +183,14 @@ class TrainingEngine:
             optimizers.check_keepable(self._bare_optimizer, self.scheduler)
 
     def begin(self) -> None:
-        """Prepare for a training: clear gradients, and put trained weights back in place of averaged ones."""
+        """Prepare for a training: clear gradients, and put trained weights back in place of averaged or best ones."""
         with self._in_sync():
             self._optimizer.zero_grad()
         self._gathered, self._has_warned = 0, False
-        before, self._before_average = self._before_average, None
-        if before is None or self._average is None:
-            return
-        pairs = zip(self.detector.parameters(), self._average.module.parameters(), strict=True)
-        if all(torch.equal(weight, average) for weight, average in pairs):  # nobody has changed the averages since
+        before, self._before_delivery = self._before_delivery, None
+        if before is not None and _are_equal(
+            self.detector.state_dict(), self._delivered
+        ):  # nobody has changed it since
             self.detector.load_state_dict(before)
 
     def share(self, loader: Loader) -> Loader:
@@ -370,8 +370,24 @@ class TrainingEngine:
         steps, loss, images, correct, attacked, successes = summed
         return EpochTotals(steps, loss, images, correct, attacked, successes, totals.seconds)
 
-    def finish(self) -> None:
-        """Put the averaged weights, if any, into the detector; a further training continues from the trained ones.
+    @contextmanager
+    def delivered(self) -> Iterator[None]:
+        """Give the detector the averaged weights, if there are any, within the block."""
+        if self._average is None or not self._average.n_averaged:
+            yield
+            return
+        trained = {name: tensor.clone() for name, tensor in self.detector.state_dict().items()}
+        self.detector.load_state_dict(self._average.module.state_dict())
+        try:
+            yield
+        finally:
+            self.detector.load_state_dict(trained)
+
+    def finish(self, best: Mapping[str, Tensor]) -> None:
+        """Put the best or else averaged weights into the detector; a further training goes on from the trained ones.
+
+        Args:
+            best: state dict of the best epoch; an empty one if there is none.
 
         Raises:
             ConfigurationError: no step since the first one has changed a weight.
@@ -380,13 +396,23 @@ class TrainingEngine:
             raise ConfigurationError(
                 f"expected a training that changes weights, got none changed in {self.steps} step(s); {_NOTHING_MOVES}"
             )
-        if self._average is not None and self._average.n_averaged:
-            self._before_average = {name: tensor.clone() for name, tensor in self.detector.state_dict().items()}
-            self.detector.load_state_dict(self._average.module.state_dict())
+        if not best and self._average is not None and self._average.n_averaged:
+            best = self._average.module.state_dict()
+        if best:
+            self._before_delivery = {name: tensor.clone() for name, tensor in self.detector.state_dict().items()}
+            self.detector.load_state_dict(best)
+            self._delivered = {name: tensor.clone() for name, tensor in self.detector.state_dict().items()}
 
     def report(self, values: Mapping[str, float]) -> None:
         """Send numbers to the accelerator's trackers."""
         self.accelerator.log({"learning_rate": self._optimizer.param_groups[0]["lr"], **values}, step=self.steps)
+
+    def report_epoch(self, record: EpochRecord) -> None:
+        """Send the figures of an epoch, and those of its validation images, to the accelerator's trackers."""
+        if self.accelerator.trackers:
+            figures = {f"validation/{name}": value for name, value in record.validation.items()}
+            plain = {"loss": record.loss, "accuracy": record.accuracy, "seconds": record.seconds}
+            self.report({f"epoch/{name}": value for name, value in plain.items()} | {"epoch": record.epoch} | figures)
 
     @property
     def is_reporting(self) -> bool:
@@ -415,6 +441,12 @@ class TrainingEngine:
             f"the loss became {loss.item()} at step {self.steps}; the detector holds the weights of step {step} again. "
             "Lower the learning rate, clip gradients, or train with fewer or smaller attack steps first"
         )
+
+
+def _are_equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts hold the same weights; thresholds, which a calibration fits, may differ."""
+    names = {*state, *other} - {"thresholds"}
+    return all(name in state and name in other and torch.equal(state[name], other[name]) for name in names)
 
 
 def frozen_modules(detector: nn.Module) -> frozenset[str]:

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from clusterguard.detection import Loader, Pairs, number_of_batches
-from clusterguard.errors import InputError, PersistenceError
+from clusterguard._support import check_numbers
+from clusterguard.detection import Loader, Pairs, have_common_images, number_of_batches
+from clusterguard.errors import ConfigurationError, InputError, PersistenceError
 from clusterguard.training._descriptions import describe, describe_data
 from clusterguard.training._loader_state import LoaderState
+from clusterguard.training._validation import Validation
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -278,6 +280,28 @@ def _digest(batch: Any, before: int = 0) -> int:
     return before
 
 
+def warn_of_shared_images(train: Loader, calibration: Loader | None, judged: Loader | None) -> None:
+    """Warn if images that are trained on are used to calibrate, or to judge the training.
+
+    Args:
+        train: training loader.
+        calibration: calibration loader, if thresholds will be fitted in the end.
+        judged: validation loader, if there is one.
+    """
+    if calibration is not None and have_common_images(train, calibration):
+        warnings.warn(
+            "the calibration loader gives images that are trained on. Thresholds that are fitted to them refuse too "
+            "many new images; keep the calibration images out of training",
+            stacklevel=3,
+        )
+    if judged is not None and have_common_images(train, judged):
+        warnings.warn(
+            "the validation loader gives images that are trained on, which tell nothing of other images; keep the "
+            "validation images out of training",
+            stacklevel=3,
+        )
+
+
 @dataclass(frozen=True)
 class Run:
     """The batches, the randomness and the checkpoint settings of one call of a trainer's `fit`.
@@ -289,6 +313,11 @@ class Run:
         checkpoint: path of the checkpoint; None writes none.
         checkpoint_every: number of steps between two checkpoints; None writes them after epochs only.
         stop_when: function that says after a step whether to stop; None never stops.
+        judged: validation batches, which all processes have; None without validation.
+        validation: what is done with their figures; None without validation.
+
+    Raises:
+        ConfigurationError: `checkpoint_every` is below 1, or `stop_when` comes without a checkpoint.
     """
 
     train: Replay
@@ -297,13 +326,28 @@ class Run:
     checkpoint: str | Path | None
     checkpoint_every: int | None
     stop_when: Callable[[], bool] | None
+    judged: Replay | None = None
+    validation: Validation | None = None
+
+    def __post_init__(self) -> None:
+        every = 1 if self.checkpoint_every is None else self.checkpoint_every
+        check_numbers(whole=True, checkpoint_every=every)
+        if every < 1:
+            raise ConfigurationError(f"expected checkpoint_every of at least 1 step, got {every}")
+        if self.stop_when is not None and self.checkpoint is None:
+            raise ConfigurationError(
+                "expected a checkpoint with stop_when, because a stopped training would be lost without one, got none"
+            )
 
     def describe(self) -> dict[str, str]:
         """Describe the seed of the generator and the data of the loaders, as text."""
         seed = None if self.generator is None else self.generator.initial_seed()
         training = describe_data("training", self.train.loader)
         calibration = describe_data("calibration", self.calibration.loader)
-        return describe({"seed of the generator": seed}) | training | calibration
+        described = describe({"seed of the generator": seed}) | training | calibration
+        if self.judged is None or self.validation is None:
+            return described
+        return described | {"monitor": str(self.validation.monitor)} | describe_data("validation", self.judged.loader)
 
     def warn_of_obstacles(self, known: list[str], *, begin: bool) -> None:
         """Warn once before training about state that no checkpoint can keep.

@@ -4,8 +4,9 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ from clusterguard._support import (
     to_eval_mode,
     training_mode,
 )
-from clusterguard.attacks import check_precision
 from clusterguard.detection import (
     Calibrator,
     Loader,
     Pairs,
     Unpack,
+    Verdicts,
     check_evidence,
     check_loader,
     check_passes,
-    have_common_images,
+    decide,
     judge,
     set_epoch,
 )
@@ -38,20 +39,20 @@ from clusterguard.detectors import DetectorModule
 from clusterguard.errors import (
     ConfigurationError,
     InputError,
-    PersistenceError,
     TooFewCalibrationExamplesError,
     TrainingStoppedError,
-    in_one_line,
 )
-from clusterguard.training._checkpoints import EpochRecord, EpochTotals, read_checkpoint, save_checkpoint
-from clusterguard.training._descriptions import describe, describe_options, describe_steps, differences, listed
+from clusterguard.training._checkpoints import EpochRecord, EpochTotals
+from clusterguard.training._descriptions import describe_steps
 from clusterguard.training._engine import TrainingEngine, TrainingStep, frozen_modules
 from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory, make_optimizer, make_scheduler
 from clusterguard.training._options import TrainingOptions
-from clusterguard.training._replay import Replay, Run, restarting_workers
+from clusterguard.training._replay import Replay, Run, restarting_workers, warn_of_shared_images
+from clusterguard.training._reporting import Reporter
+from clusterguard.training._resuming import resume, save
+from clusterguard.training._validation import Best, Validation, check_monitor, check_validation, measure
 from torch import Generator, Tensor
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
 
 
 class DetectorTrainer(ABC):
@@ -104,6 +105,7 @@ class DetectorTrainer(ABC):
         self.thresholds = torch.full_like(detector.thresholds, torch.inf)
         self.history: list[EpochRecord] = []
         self._totals = EpochTotals()
+        self._best = Best()
         self._batches: int | None = None
         self._noted: dict[str, float] = {}
         self._steps_at_first = describe_steps(self.optimizer, self.scheduler)  # before the first step changes them
@@ -118,6 +120,39 @@ class DetectorTrainer(ABC):
             labels: class labels (B,).
             generator: randomness of the attack; None takes torch's global one.
         """
+
+    def validate(self, images: Tensor, labels: Tensor, generator: Generator) -> Mapping[str, Tensor]:
+        """The figures of validation images, by name; larger ones are better. It is called in eval mode.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], on the detector's device.
+            labels: class labels (B,).
+            generator: randomness, the same in every epoch.
+
+        Returns:
+            A number or truth value (B,) of each image. The last figure decides which epoch is the best one, unless a
+            `Validation` names another.
+        """
+        with torch.no_grad():
+            verdicts = Verdicts(decide(self.detector.evidence(images), self.thresholds), labels)
+        accepted = verdicts.is_correct & ~verdicts.detection.is_adversarial
+        return {"accuracy": verdicts.is_correct, "accepted_accuracy": accepted}
+
+    def seconds_ahead(self, epochs: int, images: Tensor, labels: Tensor, seconds: float) -> float:
+        """The seconds of the epochs that are left, for one step each, by which `fit` tells how long it will take.
+
+        Args:
+            epochs: number of epochs that are left, with the present one.
+            images: images (B, C, H, W) of the last step.
+            labels: class labels (B,) of the last step.
+            seconds: seconds that it took.
+        """
+        return epochs * seconds
+
+    @property
+    def epochs_before_full_strength(self) -> float:
+        """The number of first epochs that count neither as the best one nor for the patience of a `Validation`."""
+        return 0
 
     def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:  # noqa: B027  # optional
         """A hook that is called after every optimizer step, with an endless iterator of calibration batches."""
@@ -173,6 +208,7 @@ class DetectorTrainer(ABC):
         stop_when: Callable[[], bool] | None = None,
         generator: Generator | None = None,
         calibrate: bool = True,
+        validation: Validation | None = None,
         unpack: Unpack | None = None,
         progress: bool = True,
     ) -> list[EpochRecord]:
@@ -211,9 +247,12 @@ class DetectorTrainer(ABC):
             generator: randomness of the attack; None takes torch's global one.
             calibrate: whether to fit thresholds at the end. If the calibration set is then too small, a warning is
                 given and the trained detector stays uncalibrated.
+            validation: images on which the detector is judged after every epoch; the best epoch is kept, and training
+                can stop early. None keeps the last epoch.
             unpack: function that takes images and labels from a batch of another form, such as
                 ``lambda batch: (batch["photo"], batch["species"])``.
-            progress: whether to show a progress bar.
+            progress: whether to write a line after each epoch and an estimate of the time to stderr, with a bar on
+                terminals and in notebooks. Logging that shows level INFO of "clusterguard" gets the lines instead.
 
         Returns:
             One record for each epoch.
@@ -237,57 +276,57 @@ class DetectorTrainer(ABC):
                 changed no weight; a loader has randomness that no checkpoint can keep; or a batch of one image meets
                 batch normalisation.
         """
-        check_numbers(whole=True, epochs=epochs, checkpoint_every=1 if checkpoint_every is None else checkpoint_every)
+        check_numbers(whole=True, epochs=epochs)
         if epochs < 1:
             raise ConfigurationError(f"expected at least 1 epoch, got {epochs}")
-        if checkpoint_every is not None and checkpoint_every < 1:
-            raise ConfigurationError(f"expected checkpoint_every of at least 1 step, got {checkpoint_every}")
-        if stop_when is not None and checkpoint is None:
-            raise ConfigurationError(
-                "expected a checkpoint with stop_when, because a stopped training would be lost without one, got none"
-            )
         check_loader(train_loader, "training loader")
         check_loader(calibration_loader, "calibration loader")
+        check_validation(validation)
         with torch.inference_mode(False), torch.enable_grad():
+
+            def replay(loader: Loader) -> Replay:
+                return Replay(Pairs(loader, unpack), self.engine.device)
+
             train, calibration = (
                 loader if checkpoint is None else restarting_workers(loader)
                 for loader in (train_loader, calibration_loader)
             )
             run = Run(
-                Replay(Pairs(self.engine.share(train), unpack), self.engine.device),
-                Replay(Pairs(calibration, unpack), self.engine.device),
+                replay(self.engine.share(train)),
+                replay(calibration),
                 generator,
                 checkpoint,
                 checkpoint_every,
                 stop_when,
+                None if validation is None else replay(validation.loader),
+                validation,
             )
             with run.train.undisturbed(), run.calibration.undisturbed():
                 check_passes(train_loader, "training loader")
                 check_passes(calibration_loader, "calibration loader")
-            if calibrate and have_common_images(train_loader, calibration_loader):
-                warnings.warn(
-                    "the calibration loader gives images that are trained on. Thresholds that are fitted to them "
-                    "refuse too many new images; keep the calibration images out of training",
-                    stacklevel=2,
-                )
+            judged = None if validation is None else validation.loader
+            warn_of_shared_images(train_loader, calibration_loader if calibrate else None, judged)
             self._check(run, epochs, calibrate)
+            reporter = Reporter(epochs, progress=progress, is_main=self.engine.accelerator.is_main_process)
             with only_writer(checkpoint, self.engine.shared):
                 self._begin(run)
                 try:
-                    self._train(run, epochs, on_epoch_end, progress)
+                    self._train(run, reporter, on_epoch_end)
                 finally:
                     self.engine.precision.restore()
-                self.engine.finish()
+                self.engine.finish(self._best.weights)
                 if calibrate:
                     self._calibrate(run, progress)
         return self.history
 
-    def _train(self, run: Run, epochs: int, on_epoch_end: Callable[[EpochRecord], None] | None, progress: bool) -> None:
-        while len(self.history) < epochs:
+    def _train(self, run: Run, reporter: Reporter, on_epoch_end: Callable[[EpochRecord], None] | None) -> None:
+        while len(self.history) < reporter.epochs and not self._is_over(run):
             frozen = self.detector.frozen | frozen_modules(self.detector)
             with training_mode(self.detector, frozen=frozen):
-                is_stopped = self._finish_epoch(run, f"epoch {len(self.history) + 1}/{epochs}" * progress)
-            self._end_epoch(run, on_epoch_end)
+                is_stopped = self._finish_epoch(run, reporter)
+            self._end_epoch(run, reporter)
+            if on_epoch_end is not None:
+                on_epoch_end(self.history[-1])
             if is_stopped:
                 raise self._stopped(run)
 
@@ -299,13 +338,20 @@ class DetectorTrainer(ABC):
         if calibrate:
             with run.calibration.undisturbed():
                 self.calibrator.check_counts(self._first_judged(run.calibration.loader), self.detector.num_classes)
+        if run.judged is not None and run.validation is not None:
+            with run.judged.undisturbed():
+                self.thresholds = self.thresholds.to(self.engine.device)
+                first = [(images[:4], labels[:4]) for images, labels in islice(run.judged.loader, 1)]
+                check_monitor(run.validation, measure(self.validate, self.detector, first))
         if run.checkpoint is not None:
             check_place(run.checkpoint)
 
     def _begin(self, run: Run) -> None:
         """Resume from the checkpoint if there is one, or begin anew."""
         self.thresholds = self.thresholds.to(self.engine.device, copy=True)
-        if not self._resume(run):
+        if run.validation is None or run.validation.monitor not in (None, self._best.monitor):
+            self._best = Best()  # an earlier call may have judged by something else
+        if not resume(self, run):
             self._totals = EpochTotals()  # an earlier call may have left an unfinished epoch
         self.engine.begin()
         self.detector.reset_calibration()
@@ -322,22 +368,14 @@ class DetectorTrainer(ABC):
                 check_evidence(self.detector, images)
             yield images, labels
 
-    def _finish_epoch(self, run: Run, title: str) -> bool:
+    def _finish_epoch(self, run: Run, reporter: Reporter) -> bool:
         """Train until the present epoch ends, and return whether to stop then."""
         totals, started = self._totals, time.perf_counter() - self._totals.seconds
         calibration_batches = run.calibration.forever()
         self._batches = run.train.length
         if not run.train.taken:
             set_epoch(run.train.loader, len(self.history))
-        bar = tqdm(
-            run.train,
-            desc=title,
-            total=self._batches,
-            initial=run.train.taken,
-            disable=not title,
-            leave=False,
-            mininterval=0.5,
-        )
+        bar = reporter.bar(run.train, len(self.history) + 1)
         step, count = None, 0
         for images, labels in bar:
             check_images(images)
@@ -349,15 +387,17 @@ class DetectorTrainer(ABC):
             count = len(labels)
             totals.add(step.loss, count, step.correct, step.successes)
             totals.seconds = time.perf_counter() - started
+            left = reporter.epochs - len(self.history)
+            reporter.step(self._batches, partial(self.seconds_ahead, left, images, labels))
             if is_whole:
                 self.after_step(calibration_batches)
                 self._report(step, count)
                 is_stopped = self._is_stopped(run)
                 if is_stopped or (run.checkpoint_every is not None and self.engine.steps % run.checkpoint_every == 0):
-                    self._save(run)
+                    save(self, run)
                 if is_stopped:
                     raise self._stopped(run)
-            if title:
+            if not bar.disable:
                 record = totals.record(len(self.history) + 1, float(self.thresholds.mean()))
                 attack, tau = f"{record.attack_success_rate:.2f}", f"{record.mean_threshold:.2f}"
                 bar.set_postfix(loss=f"{record.loss:.2f}", attack=attack, tau=tau, refresh=False)
@@ -382,16 +422,33 @@ class DetectorTrainer(ABC):
             f"stopped by stop_when after {steps} steps; fit with checkpoint {run.checkpoint} goes on from there"
         )
 
-    def _end_epoch(self, run: Run, on_epoch_end: Callable[[EpochRecord], None] | None) -> None:
-        epochs = len(self.history) + 1
+    def _end_epoch(self, run: Run, reporter: Reporter) -> None:
+        epochs, started = len(self.history) + 1, time.perf_counter()
         record = self.engine.end_epoch(self._totals, epochs).record(epochs, float(self.thresholds.mean()))
-        record = replace(record, precision=self.engine.precision.in_use)
+        record = replace(record, precision=self.engine.precision.in_use, validation=self._judge(run, epochs))
         self.history.append(record)
         self._totals = EpochTotals()
         run.calibration.rewind()
-        self._save(run)
-        if on_epoch_end is not None:
-            on_epoch_end(record)
+        save(self, run)
+        self.engine.report_epoch(record)
+        seconds = (record.seconds + time.perf_counter() - started) * (reporter.epochs - epochs)
+        is_typical = epochs > self.epochs_before_full_strength or not self.epochs_before_full_strength
+        reporter.epoch(record, is_best=self._best.epoch == epochs, seconds=seconds if is_typical else None)
+
+    def _judge(self, run: Run, epochs: int) -> dict[str, float]:
+        """The figures of the validation images after an epoch, whose detector is kept if it is the best so far."""
+        if run.judged is None or run.validation is None:
+            return {}
+        with run.judged.undisturbed(), self.engine.delivered():
+            figures = measure(self.validate, self.detector, run.judged.loader, self.engine.shared)
+            if epochs > self.epochs_before_full_strength:
+                self._best.take(run.validation, figures, epochs, self.detector)
+        return figures
+
+    def _is_over(self, run: Run) -> bool:
+        """Whether the validation images have told for long enough that nothing improves."""
+        first = self.epochs_before_full_strength
+        return run.validation is not None and self._best.is_over(run.validation, len(self.history), first)
 
     def _calibrate(self, run: Run, progress: bool) -> None:
         loader, accelerator = run.calibration.loader, self.engine.shared
@@ -418,75 +475,3 @@ class DetectorTrainer(ABC):
         values["images_per_second"] = self._totals.images / self._totals.seconds
         self.engine.report(values | self._noted)
         self._noted = {}
-
-    def _save(self, run: Run) -> None:
-        if run.checkpoint is None:
-            return
-        accelerator = self.engine.accelerator
-        kept = self.engine.kept.changed(self.engine.kept.get())
-        state = run.state_dict(self.engine.device) | {"totals": asdict(self._totals), "detector": kept}
-        values = {
-            "thresholds": self.thresholds,
-            "history": [asdict(record) for record in self.history],
-            "steps": self.engine.steps,
-            "precision": self.engine.precision.name,
-            "descriptions": self._descriptions,
-            "image_shape": self.detector.image_shape,
-            "processes": collect({accelerator.process_index: state}, self.engine.shared),
-        }
-        if accelerator.is_main_process:
-            save_checkpoint(run.checkpoint, parts=self.engine.parts, values=values)
-        accelerator.wait_for_everyone()
-
-    def _resume(self, run: Run) -> bool:
-        """Restore the checkpoint, and return whether there was one."""
-        if run.checkpoint is None:
-            return False
-        accelerator = self.engine.accelerator
-        self._descriptions = collect({accelerator.process_index: self._describe(run)}, self.engine.shared)
-        checkpoint = read_checkpoint(run.checkpoint)
-        if checkpoint is None:
-            return False
-        values = checkpoint.values
-        try:
-            processes, steps = values["processes"], int(values["steps"])
-            precision = values.get("precision", self.engine.precision.name)
-            check_precision(precision)
-            state = processes[accelerator.process_index % len(processes)]
-            thresholds = values["thresholds"].to(self.engine.device).view_as(self.thresholds)
-            history = [EpochRecord(**record) for record in values["history"]]
-            totals = EpochTotals(**state["totals"])
-            pairs = zip(values.get("descriptions", ()), self._descriptions, strict=False)
-            changed = [change for before, now in pairs for change in differences(before, now)]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-            raise PersistenceError(
-                f"{checkpoint.file} is not a checkpoint of this training ({in_one_line(error)}); choose another file, "
-                "or delete it to start anew"
-            ) from error
-        if len(processes) != accelerator.num_processes:
-            raise PersistenceError(
-                f"{checkpoint.file} was written by {len(processes)} processes; go on with as many, "
-                f"not with {accelerator.num_processes}"
-            )
-        if changed:
-            raise PersistenceError(
-                f"{checkpoint.file} belongs to another run: {listed(changed)}; choose another file, or delete it to "
-                "start anew"
-            )
-        with checkpoint.restored(self.engine.parts):
-            if "detector" in state:
-                self.engine.kept.set(state["detector"])
-            run.load_state_dict(state, self.engine.device)
-            if self.engine.shared is None:  # several processes would have to finish the pass
-                run.train.look_back()
-                run.calibration.look_back()
-        self.thresholds, self.history, self._totals = thresholds, history, totals
-        self.engine.steps, self.engine.precision.name = steps, precision
-        self.detector.image_shape = self.detector.image_shape or values.get("image_shape")
-        return True
-
-    def _describe(self, run: Run) -> dict[str, str]:
-        """Describe the settings that a resumed run must share with this one."""
-        described = {"trainer": type(self), **self.defining_options(), "calibrator": self.calibrator}
-        options = describe_options(self.options, self.engine.accelerator.mixed_precision)
-        return describe(described) | self._steps_at_first | options | run.describe()

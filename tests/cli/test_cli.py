@@ -299,9 +299,8 @@ from clusterguard import AdversarialClusterTrainer as Trainer
 
 fit = Trainer.fit
 
-def wait_after_epochs(trainer, *loaders, on_epoch_end, **options):
-    def wait(record):
-        on_epoch_end(record)
+def wait_after_epochs(trainer, *loaders, **options):
+    def wait(_):
         sys.stdin.read()
     return fit(trainer, *loaders, on_epoch_end=wait, **options)
 

@@ -97,13 +97,16 @@ class Notebook(GeneralTracker):
 
     def __init__(self):
         super().__init__()
-        self.pages = {}
+        self.pages, self.epochs = {}, []
 
     def store_init_configuration(self, values):
         pass
 
     def log(self, values, step=None, **_):
-        self.pages[step] = values
+        if "epoch" in values:
+            self.epochs.append((step, values["epoch"]))
+        else:
+            self.pages[step] = values
 
 
 def test_trackers_are_told_what_matters(blobs, fresh_accelerate):
@@ -119,6 +122,7 @@ def test_trackers_are_told_what_matters(blobs, fresh_accelerate):
         options=TrainingOptions(accelerator=accelerator, log_every=6),
     )
     assert list(notebook.pages) == [6, 12, 18, 24, 30]
+    assert notebook.epochs == [(10, 1), (20, 2), (30, 3)]
     last = notebook.pages[30]
     assert set(last) == {
         "loss",

@@ -1,0 +1,98 @@
+"""What a trainer keeps in a checkpoint, and how it goes on from one."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from clusterguard._support import collect
+from clusterguard.detection import Calibrator
+from clusterguard.detectors import DetectorModule
+from clusterguard.training._checkpoints import EpochRecord, EpochTotals, read_checkpoint, read_values, save_checkpoint
+from clusterguard.training._descriptions import describe, describe_options
+from clusterguard.training._engine import TrainingEngine
+from clusterguard.training._options import TrainingOptions
+from clusterguard.training._replay import Run
+from clusterguard.training._validation import Best
+from torch import Tensor
+
+
+class Trainer(Protocol):
+    """The state of a trainer that a checkpoint keeps, and what tells one run from another."""
+
+    detector: DetectorModule
+    calibrator: Calibrator
+    options: TrainingOptions
+    thresholds: Tensor
+    history: list[EpochRecord]
+    _totals: EpochTotals
+    _best: Best
+    _steps_at_first: dict[str, str]
+    _descriptions: list[dict[str, str]]
+
+    @property
+    def engine(self) -> TrainingEngine:
+        """The engine that takes the steps."""
+        ...
+
+    def defining_options(self) -> Mapping[str, Any]:
+        """What a trainer adds to the description of a run."""
+        ...
+
+
+def save(trainer: Trainer, run: Run) -> None:
+    """Write the checkpoint, if there is to be one."""
+    if run.checkpoint is None:
+        return
+    accelerator = trainer.engine.accelerator
+    kept = trainer.engine.kept.changed(trainer.engine.kept.get())
+    state = run.state_dict(trainer.engine.device) | {"totals": asdict(trainer._totals), "detector": kept}
+    values = {
+        "thresholds": trainer.thresholds,
+        "history": [asdict(record) for record in trainer.history],
+        "steps": trainer.engine.steps,
+        "precision": trainer.engine.precision.name,
+        "descriptions": trainer._descriptions,
+        "image_shape": trainer.detector.image_shape,
+        "best": vars(trainer._best),
+        "processes": collect({accelerator.process_index: state}, trainer.engine.shared),
+    }
+    if accelerator.is_main_process:
+        save_checkpoint(run.checkpoint, parts=trainer.engine.parts, values=values)
+    accelerator.wait_for_everyone()
+
+
+def resume(trainer: Trainer, run: Run) -> bool:
+    """Restore the checkpoint, and return whether there was one."""
+    if run.checkpoint is None:
+        return False
+    accelerator = trainer.engine.accelerator
+    trainer._descriptions = collect({accelerator.process_index: _describe(trainer, run)}, trainer.engine.shared)
+    checkpoint = read_checkpoint(run.checkpoint)
+    if checkpoint is None:
+        return False
+    precision, like = trainer.engine.precision.name, trainer.thresholds
+    kept = read_values(checkpoint, accelerator, trainer._descriptions, precision=precision, like=like)
+    state = kept.state
+    with checkpoint.restored(trainer.engine.parts):
+        if "detector" in state:
+            trainer.engine.kept.set(state["detector"])
+        run.load_state_dict(state, trainer.engine.device)
+        if trainer.engine.shared is None:  # or a pass would have to be ended
+            run.train.look_back()
+            run.calibration.look_back()
+    trainer.thresholds, trainer.history, trainer._totals, trainer._best = (
+        kept.thresholds,
+        kept.history,
+        kept.totals,
+        kept.best,
+    )
+    trainer.engine.steps, trainer.engine.precision.name = kept.steps, kept.precision
+    trainer.detector.image_shape = trainer.detector.image_shape or kept.image_shape
+    return True
+
+
+def _describe(trainer: Trainer, run: Run) -> dict[str, str]:
+    """Describe the settings that a resumed run must share with this one."""
+    described = {"trainer": type(trainer), **trainer.defining_options(), "calibrator": trainer.calibrator}
+    options = describe_options(trainer.options, trainer.engine.accelerator.mixed_precision)
+    return describe(described) | trainer._steps_at_first | options | run.describe()
