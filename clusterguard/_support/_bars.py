@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-T = TypeVar("T")
+Shown = TypeVar("Shown")
 
 
 def is_watched() -> bool:
@@ -14,7 +14,7 @@ def is_watched() -> bool:
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
-def bar(items: Iterable[T], title: str, *, total: int | None = None, initial: int = 0) -> "tqdm[T]":
+def bar(items: Iterable[Shown], title: str, *, total: int | None = None, initial: int = 0) -> "tqdm[Shown]":
     """The same items, with a progress bar that disappears at the end.
 
     Args:
