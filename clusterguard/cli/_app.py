@@ -30,9 +30,9 @@ from clusterguard.cli._options import (
     SkipUnreadable,
     check_suffixes,
     find_device,
-    is_watched,
     say,
     show,
+    stderr_is_a_terminal,
     stopped_by_signals,
 )
 from clusterguard.errors import ConfigurationError, NotCalibratedError
@@ -78,7 +78,7 @@ def demo(
     from clusterguard.cli._demo import run_demo
 
     torch.set_num_threads(1)  # for such a small network, synchronising a second core costs more than it gains
-    report = run_demo(output, epochs=epochs, seed=seed, limit=limit, progress=is_watched())
+    report = run_demo(output, epochs=epochs, seed=seed, limit=limit, progress=stderr_is_a_terminal())
     if "pictures" in report:
         say(f"No pictures: {report['pictures']}")
     training, attacks = report["precision"]["training"], " and ".join(report["precision"]["attacks"])
@@ -264,14 +264,14 @@ def guard(
     values = _numbers(mean), _numbers(std)
     wrapped = ClusterGuard(network, len(classes), mean=values[0], std=values[1], class_names=classes).to(target)
     _introduce(pictures, wrapped)
-    bar = "aligning" if is_watched() else ""
+    bar = "aligning" if stderr_is_a_terminal() else ""
     alignment = align(wrapped, DataLoader(pictures, batch_size), progress=bar)
     say(
         f"aligned on {alignment.images} images; on {alignment.held_out} held-out ones: accuracy "
         f"{alignment.accuracy_before:.3f} before, {alignment.accuracy_after:.3f} after; distance to the class "
         f"{alignment.distance_before:.2f} before, {alignment.distance_after:.2f} after"
     )
-    calibrator.fit(wrapped, DataLoader(calibration, batch_size), progress=is_watched())
+    calibrator.fit(wrapped, DataLoader(calibration, batch_size), progress=stderr_is_a_terminal())
     record = {
         "data": {**cli_data.describe_images(pictures), "seed": seed, **images},
         "backbone": model,
@@ -319,7 +319,7 @@ def calibrate(
     )
     for doubt in (*describe_unreadable(pictures), *find_copies(pictures.folder, "calibration")):
         say(f"warning: {doubt}")
-    calibrator.fit(detector, DataLoader(pictures, batch_size), progress=is_watched())
+    calibrator.fit(detector, DataLoader(pictures, batch_size), progress=stderr_is_a_terminal())
     detector.save_pretrained(guard, training=training)
     show(as_json, *describe_guard(guard))
 
@@ -396,7 +396,7 @@ def evaluate(
         sanity_images=sanity_images,
         checkpoint=checkpoint,
         precision=precision,
-        progress=is_watched(),
+        progress=stderr_is_a_terminal(),
     )
     result = replace(result, certified=proved)
     for path in output or []:

@@ -143,7 +143,7 @@ def stopped_by_signals(checkpoint: Path, done: Callable[[], str]) -> Iterator[Ca
         restore()
 
 
-def is_watched() -> bool:
+def stderr_is_a_terminal() -> bool:
     """Whether stderr is a terminal, so that somebody can see progress bars. In a log they are noise."""
     return sys.stderr.isatty()
 
