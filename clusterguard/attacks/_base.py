@@ -214,6 +214,8 @@ def attack_checked_images(
     """
     if isinstance(attack, BuiltInAttack) and type(attack).__call__ is BuiltInAttack.__call__:
         return attack._attack_checked(detector, images, labels, targets, generator)
+    if targets is None:  # an attack of one's own need not take any
+        return attack(detector, images, labels, generator=generator)
     return attack(detector, images, labels, targets=targets, generator=generator)
 
 

@@ -369,7 +369,7 @@ def _describe(folder: Path, config: dict[str, Any], thresholds: Tensor) -> tuple
     fitted = config["calibration"] and Calibration.from_dict(config["calibration"], thresholds)
     backbone, measured = config["backbone"], config.get("evaluation")
     names = config["guard"].get("class_names") or recorded_images(config["training"]).get("classes")
-    names = names or range(len(thresholds))
+    named, names = names, names or range(len(thresholds))
     is_of_digits = recorded_images(config["training"]).get("divided_by") == "package"
     data = "" if is_of_digits else " --data FOLDER"
     missing = f"none, so every image is refused; run: clusterguard calibrate {folder}{data}"
@@ -377,7 +377,7 @@ def _describe(folder: Path, config: dict[str, Any], thresholds: Tensor) -> tuple
         f"guard       {folder}, format {config['format_version']}",
         f"backbone    {backbone['source']}:{backbone.get('name', backbone.get('type'))}",
         f"classes     {len(thresholds)}: {', '.join(map(str, names[:20]))}{', …' if len(names) > 20 else ''}",
-        f"thresholds  {describe_thresholds(calibrated, fitted) if calibrated else missing}",
+        f"thresholds  {describe_thresholds(calibrated, fitted, named) if calibrated else missing}",
     ]
     if calibrated:
         counts = fitted.counts if fitted else ("unknown",) * len(thresholds)

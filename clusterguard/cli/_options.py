@@ -1,6 +1,7 @@
 """Shared by the commands: options, errors as one line, results on stdout, and everything else on stderr."""
 
 import json
+import re
 import signal
 import sys
 import warnings
@@ -23,19 +24,24 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         usual = warnings.formatwarning
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {_in_options(str(message))}\n"
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader of the result closed the pipe, which is no error
         except (ClusterGuardError, OSError) as error:
-            say(f"error: {' '.join(str(error).split())}")
+            say(f"error: {_in_options(' '.join(str(error).split()))}")
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             say("interrupted")
             raise typer.Exit(130) from error
         finally:
             warnings.formatwarning = usual
+
+
+def _in_options(text: str) -> str:
+    """A message of the library in the words of the command line."""
+    return re.sub(r"\b(scarce|method)='(\w+)'", r"--\1 \2", text)
 
 
 GuardFolder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a guard.")]

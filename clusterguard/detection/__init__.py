@@ -8,6 +8,7 @@ from clusterguard.detection._calibration import (
     fit_thresholds,
     minimum_examples,
 )
+from clusterguard.detection._class_names import learn_class_names, name_class, name_classes
 from clusterguard.detection._decision import (
     Detection,
     Detector,
@@ -79,7 +80,10 @@ __all__ = [
     "is_eligible",
     "is_one_pass_iterator",
     "judge",
+    "learn_class_names",
     "minimum_examples",
+    "name_class",
+    "name_classes",
     "number_of_batches",
     "roc_auc",
     "set_epoch",

@@ -14,9 +14,11 @@ from clusterguard._support import check_labels, check_tensor, collect
 from clusterguard.detection._calibration_batches import (
     CalibrationBatches,
     KeepsCalibration,
+    check_finite,
     image_shape_kept_on_failure,
     measure_rounding,
 )
+from clusterguard.detection._class_names import HasClassNames, name_classes, name_counts
 from clusterguard.detection._decision import Detector
 from clusterguard.detection._judging import judge
 from clusterguard.detection._loaders import Loader, Pairs, Unpack
@@ -32,7 +34,6 @@ Scarce = Literal["error", "pool"]
 _SLACK = 2.0**-17
 """Slack as a share of the threshold: 64 units in the last place of float32. When the batch size changed, distances of
 small networks on a CPU moved by up to 20 units in the last place of a threshold at 1 %."""
-_LARGEST = 1e38
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def fit_threshold(suspicion: Tensor, false_positive_rate: float, *, method: Meth
             f"expected at least {needed} examples for a false-positive rate of {false_positive_rate}, got {count}"
         )
     threshold = _threshold_of(_refused_last(suspicion).sort().values, false_positive_rate, method)
-    _check_finite(threshold)
+    check_finite(threshold)
     return float(threshold)
 
 
@@ -186,6 +187,7 @@ def fit_thresholds(
     method: Method = "conformal",
     scarce: Scarce = "error",
     rounding: float = 0.0,
+    class_names: Sequence[str] | None = None,
 ) -> Calibration:
     """A threshold per class, fitted to the benign examples of each class that are classified correctly.
 
@@ -215,6 +217,7 @@ def fit_thresholds(
         scarce: treatment of scarce classes. "error" raises an error, and "pool" gives them a threshold that they share.
         rounding: largest change of an image's suspicion that arithmetic alone may cause, at least 0, in units of the
             suspicion.
+        class_names: K names for messages.
 
     Returns:
         The thresholds and how they were fitted. Each threshold is a little larger than the suspicion that it rests on,
@@ -251,10 +254,10 @@ def fit_thresholds(
         advice = doubt or "add examples, allow a higher rate, or pass scarce='pool'"
         raise TooFewCalibrationExamplesError(
             f"a false-positive rate of {false_positive_rate} needs at least {needed} correctly classified calibration "
-            f"examples of every class, got {_listing(counts, is_scarce)}; {advice}"
+            f"examples of every class, got {name_counts(counts, is_scarce, class_names)}; {advice}"
         )
     thresholds = _class_thresholds(values_by_class, classes, counts, false_positive_rate, method, scarce)
-    _check_finite(thresholds)
+    check_finite(thresholds)
     thresholds = _round_up_to_float32(thresholds + (thresholds.abs() * _SLACK).clamp_min(rounding))
     refused = torch.bincount(classes[values_by_class > thresholds[classes]], minlength=num_classes)
     realised = refused.double() / counts.clamp_min(1)
@@ -308,16 +311,24 @@ class Calibrator:
     def __post_init__(self) -> None:
         _check_options(self.false_positive_rate, self.method, self.scarce)
 
-    def check_counts(self, loader: Loader, num_classes: int, *, unpack: Unpack | None = None) -> None:
+    def check_counts(
+        self,
+        loader: Loader,
+        num_classes: int,
+        *,
+        unpack: Unpack | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         """Check that a set is large enough if the detector classifies every image in it correctly.
 
         Args:
             loader: batches of images and labels (B,); only the labels are used.
             num_classes: number K of classes.
             unpack: function that finds images and labels in batches of another form.
+            class_names: K names for the message.
 
         Raises:
-            TooFewCalibrationExamplesError: too few examples. The message holds the counts per class.
+            TooFewCalibrationExamplesError: too few examples. The message names the classes and their counts.
         """
         counts = torch.zeros(num_classes, dtype=torch.long)
         for images, labels in Pairs(loader, unpack):
@@ -325,9 +336,10 @@ class Calibrator:
             counts += torch.bincount(labels.cpu(), minlength=num_classes)
         needed = minimum_examples(self.false_positive_rate)
         if int(counts.sum() if self.scarce == "pool" else counts.min()) < needed:
-            wanted = f"at least {needed} calibration examples of every class, for a rate of {self.false_positive_rate}"
             raise TooFewCalibrationExamplesError(
-                f"expected {wanted}, got {counts.tolist()}; add examples, or raise the rate"
+                f"expected at least {needed} calibration examples of every class, for a rate of "
+                f"{self.false_positive_rate}, got {name_counts(counts, counts < needed, class_names)}; add examples, "
+                f"raise the rate{', or pass scarce=' + repr('pool') if self.scarce == 'error' else ''}"
             )
 
     def fit(
@@ -364,6 +376,7 @@ class Calibrator:
         with image_shape_kept_on_failure(detector):
             bar = "calibrating" * progress
             detection, labels = judge(detector, batches, accelerator=accelerator, progress=bar)
+            names = detector.class_names if isinstance(detector, HasClassNames) else None
             index = 0 if accelerator is None else accelerator.process_index
             rounding = max(collect({index: measure_rounding(detector, batches.images)}, accelerator))
             calibration = fit_thresholds(
@@ -375,11 +388,12 @@ class Calibrator:
                 method=self.method,
                 scarce=self.scarce,
                 rounding=rounding,
+                class_names=names,
             )
         if calibration.pooled:
             warnings.warn(
-                f"classes {_shortened(calibration.pooled)} have too few correctly classified calibration examples and "
-                "share the pooled threshold; the false-positive rate of each alone is not guaranteed",
+                f"classes {name_classes(calibration.pooled, names)} have too few correctly classified calibration "
+                "examples and share the pooled threshold; the false-positive rate of each alone is not guaranteed",
                 stacklevel=2,
             )
         with torch.inference_mode(False):  # autograd could not use an inference tensor later
@@ -452,7 +466,7 @@ def _class_thresholds(
     positions, fractions = _positions(counts, false_positive_rate, method)
     last = counts.cumsum(0) - 1
     first = last + 1 - counts
-    # These classes would be scarce without one of their images, and any image may be the new one.
+    # These classes would be scarce without one image, and any image may be the new one.
     in_pool = (counts <= needed) & (scarce == "pool")
     pool, thresholds = ordered[in_pool[classes]].sort().values, ordered.new_empty(len(counts))
     pays = joins = lends = torch.zeros_like(in_pool)
@@ -472,25 +486,6 @@ def _class_thresholds(
         everybody = _threshold_of(ordered.sort().values, false_positive_rate, method)
         thresholds[is_scarce] = torch.cat([everybody[None], pool, ordered[last[lends]]]).amax()
     return thresholds
-
-
-def _listing(counts: Tensor, chosen: Tensor) -> str:
-    """The first ten classes and their counts, as text."""
-    indices = chosen.nonzero().flatten().tolist()
-    listing = ", ".join(f"class {index}: {int(counts[index])}" for index in indices[:10])
-    return listing + (f" and {len(indices) - 10} more classes" if len(indices) > 10 else "")
-
-
-def _shortened(indices: Sequence[int]) -> str:
-    return str([*indices]) if len(indices) <= 10 else f"{[*indices[:10]]} and {len(indices) - 10} more"
-
-
-def _check_finite(thresholds: Tensor) -> None:
-    if not bool((thresholds.abs() <= _LARGEST).all()):
-        raise InputError(
-            f"expected suspicion of benign examples to be finite and at most {_LARGEST:.0e}, got infinite, NaN or "
-            "larger values where a threshold would lie; inspect the images with such values"
-        )
 
 
 def _round_up_to_float32(values: Tensor) -> Tensor:

@@ -6,11 +6,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from clusterguard._support import evaluation_mode
+from clusterguard.detection._class_names import learn_class_names
 from clusterguard.detection._decision import Detector
 from clusterguard.detection._judging import check_evidence
 from clusterguard.detection._loaders import Loader, Pairs, Unpack
 from clusterguard.detection._precision import full_precision
+from clusterguard.errors import InputError
 from torch import Tensor
+
+_LARGEST = 1e38
 
 
 @runtime_checkable
@@ -25,7 +29,7 @@ class KeepsCalibration(Protocol):
 
 
 class CalibrationBatches:
-    """A loader's batches, which also teach a detector the shape of its images.
+    """A loader's batches, which also teach a detector the names of its classes and the shape of its images.
 
     After the detector has judged the first batch, it learns the shape of these images. It must then give the same
     images the same evidence again, whatever other images are in the batch. The first 16 images that have the shape of
@@ -39,6 +43,7 @@ class CalibrationBatches:
 
     def __init__(self, loader: Loader, detector: Detector, unpack: Unpack | None = None) -> None:
         self.loader, self.detector, self.unpack, self.images = loader, detector, unpack, torch.empty(0)
+        learn_class_names(detector, loader)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]  # a loader without a length raises its TypeError here too
@@ -89,3 +94,16 @@ def measure_rounding(detector: Detector, images: Tensor) -> float:
     largest = together.abs().masked_fill(~together.isfinite(), 0).amax(dim=1, keepdim=True)
     moved = (4 * (alone - together).abs()).minimum(0.01 * largest)
     return float(moved[moved.isfinite()].max()) if moved.isfinite().any() else 0.0
+
+
+def check_finite(thresholds: Tensor) -> None:
+    """Check that thresholds are numbers that images can be compared with.
+
+    Raises:
+        InputError: one is not finite, or too large.
+    """
+    if not bool((thresholds.abs() <= _LARGEST).all()):
+        raise InputError(
+            f"expected suspicion of benign examples to be finite and at most {_LARGEST:.0e}, got infinite, NaN or "
+            "larger values where a threshold would lie; inspect the images with such values"
+        )

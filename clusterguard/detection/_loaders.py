@@ -1,8 +1,10 @@
 """Batches of loaders: their images and labels, how many there are, and whether two loaders share images."""
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from types import GeneratorType
 from typing import Any, NoReturn
 
@@ -222,7 +224,7 @@ def set_epoch(loader: object, epoch: int) -> None:
 def have_common_images(first: object, second: object) -> bool:
     """Whether two loaders certainly share images.
 
-    They do if they share batches, items of a data set, or memory that holds images.
+    They do if they share batches, items of a data set, files, or memory that holds images.
 
     Args:
         first: one loader.
@@ -276,8 +278,25 @@ def _add_items(places: dict[object, set[int]], data: Dataset[Any], indices: Iter
             _add_items(places, data.datasets[part], positions)
     elif isinstance(data, TensorDataset):
         _add_rows(places, data.tensors[0], indices)
+    elif files := _files_of(data):
+        places.setdefault("files", set()).update(hash(os.path.realpath(files[index][0])) for index in indices)
     else:
-        places.setdefault(id(data), set()).update(indices)
+        places.setdefault(_identity(data), set()).update(indices)
+
+
+def _files_of(data: Any) -> list[tuple[str, Any]] | None:
+    """The files and labels of a data set such as `ImageFolder`; other objects may read the same files."""
+    samples = getattr(data, "samples", None)
+    is_list = isinstance(samples, list) and samples and isinstance(samples[0], tuple) and isinstance(samples[0][0], str)
+    return samples if is_list else None
+
+
+def _identity(data: Any) -> object:
+    """What is equal for objects that hold the same data, as torchvision's downloaded ones do, or else the object."""
+    root = getattr(data, "root", None)
+    if not isinstance(root, str | Path):
+        return id(data)
+    return type(data), os.path.realpath(root), *(str(getattr(data, name, None)) for name in ("train", "split"))
 
 
 def _add_rows(places: dict[object, set[int]], images: object, indices: Iterable[int] | None) -> None:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from clusterguard._support import bar, check_images, check_labels, evaluation_mode
-from clusterguard.detection import Loader, Pairs, Unpack, doubt_labels, full_precision, number_of_batches
+from clusterguard.detection import (
+    Loader,
+    Pairs,
+    Unpack,
+    doubt_labels,
+    full_precision,
+    learn_class_names,
+    name_class,
+    number_of_batches,
+)
 from clusterguard.detectors._dense_layers import Dense, dense_layers
 from clusterguard.detectors._guard import ClusterGuard
 from clusterguard.detectors._heads import GaussianClusters
@@ -116,6 +125,7 @@ def read_features(
         ConfigurationError: the representation is not the output of one linear layer.
         InputError: as in `align`.
     """
+    learn_class_names(guard, loader)
     layers: LastLayers | None = None
     sums: FeatureSums | None = None
     kept: list[tuple[Tensor, Tensor]] = []
@@ -140,8 +150,10 @@ def read_features(
     if layers is None or sums is None or seen < _HELD_OUT_EVERY:
         raise InputError(f"expected at least {_HELD_OUT_EVERY} images, got {seen}")
     if not sums.counts.all():
-        missing = ", ".join(str(index) for index in (sums.counts == 0).nonzero().flatten().tolist())
-        raise InputError(f"expected images of every class, got none of class {missing} beside those that are held out")
+        missing = [name_class(index, guard.class_names) for index in (sums.counts == 0).nonzero().flatten().tolist()]
+        raise InputError(
+            f"expected images of every class, got none of {', '.join(missing)} beside those that are held out"
+        )
     features, labels = map(torch.cat, zip(*kept, strict=True))
     return layers, sums, features, labels
 

@@ -170,7 +170,8 @@ def choose_normalization(
         ConfigurationError: mean or std differs from the normalisation in front of the model in an `nn.Sequential`.
 
     Warns:
-        UserWarning: as in `find_normalization`, unless both mean and std are passed.
+        UserWarning: as in `find_normalization`, unless both mean and std are passed; or one of them is passed, and the
+            other one is that of the library.
 
     Example:
         >>> choose_normalization(nn.Flatten(), [0.5], None)
@@ -181,6 +182,7 @@ def choose_normalization(
     if built_in is None or keep:
         is_settled = built_in is not None or (mean is not None and std is not None)
         usual = _AS_THEY_ARE if is_settled else find_normalization(backbone)
+        _warn_of_half(mean, std, usual)
         return usual[0] if mean is None else mean, usual[1] if std is None else std
     for usual in (built_in, _AS_THEY_ARE):
         if all(asked is None or _are_close(asked, values) for asked, values in zip((mean, std), usual, strict=True)):
@@ -330,6 +332,21 @@ def _is_model(module: nn.Module) -> bool:
 def _normalization_of(model: nn.Module) -> Normalization | None:
     """The normalisation that a model was trained with; None if it is unknown."""
     return family_of(model).normalization(model)
+
+
+def _warn_of_half(
+    mean: float | Sequence[float] | None, std: float | Sequence[float] | None, usual: Normalization
+) -> None:
+    """Warn if one of mean and std was passed and is not the library's, while the other one stays the library's."""
+    passed, default = (mean, usual[0]) if std is None else (std, usual[1])
+    if (mean is None) is (std is None) or usual == _AS_THEY_ARE or _are_close(passed, default):  # type: ignore[arg-type]
+        return
+    names, kept = (("mean", "std"), usual[1]) if std is None else (("std", "mean"), usual[0])
+    warnings.warn(
+        f"{names[0]} was passed without {names[1]}, so {names[1]} stays that of the library, {list(kept)}; pass "
+        "both as the model was trained with",
+        stacklevel=4,
+    )
 
 
 def _are_close(values: Sequence[float], others: Sequence[float]) -> bool:

@@ -55,8 +55,9 @@ class DetectorModule(nn.Module, ABC):
             rounding that a `Calibrator` adds to thresholds.
         frozen: names of submodules that stay in eval mode while the detector is trained, such as a BatchNorm whose
             statistics must not change.
-        class_names: K different names in the order of the labels; None if they are not known. They are stored with a
-            saved guard and in an exported graph.
+        class_names: K different names in the order of the labels; None if they are not known. Training, `align` and
+            calibration take them from a data set that has them as `classes`, such as torchvision's `ImageFolder`. They
+            are stored with a saved guard and in an exported graph.
 
     Example:
         >>> class Brighter(DetectorModule):  # labels the brightest of K pixels
@@ -187,6 +188,34 @@ class DetectorModule(nn.Module, ABC):
             check_calibrated(self.thresholds)
         with evaluation_mode(self), full_precision():
             return decide(self.evidence(images), self.thresholds)
+
+    def name_labels(self, detection: Detection) -> list[str | None]:
+        """The class names of images.
+
+        Args:
+            detection: what `detect` returned.
+
+        Returns:
+            The name of each image's label; None for an image that is refused.
+
+        Raises:
+            ConfigurationError: the names of the classes are not known.
+
+        Example:
+            >>> from clusterguard.detectors import ConfidenceDetector
+            >>> detector = ConfidenceDetector(nn.Flatten(), num_classes=2)
+            >>> detector.class_names, detector.thresholds = ["cat", "dog"], torch.tensor([0.5, 0.5])
+            >>> detector.name_labels(detector.detect(torch.tensor([[[[0.1, 0.9]]], [[[0.5, 0.4]]]])))
+            ['dog', None]
+        """
+        names = self.class_names
+        if names is None:
+            raise ConfigurationError(
+                "expected a detector that knows the names of its classes, got none; set detector.class_names to "
+                f"{self.num_classes} names in the order of the labels"
+            )
+        pairs = zip(detection.labels.tolist(), detection.is_adversarial.tolist(), strict=True)
+        return [None if is_refused else names[label] for label, is_refused in pairs]
 
     def reset_calibration(self) -> None:
         """Forget the thresholds, so that every image is refused until the next calibration."""

@@ -127,6 +127,11 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         image_shape: ImageShape | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
+        if isinstance(backbone, DetectorModule):
+            raise ConfigurationError(
+                f"expected a classifier or a network, got a {type(backbone).__name__}, which is a detector already; "
+                "use it as it is, make a copy with copy.deepcopy(guard), or pass the model that it was made from"
+            )
         if classifier not in ("auto", "keep", "new"):
             raise ConfigurationError(f'expected classifier to be "auto", "keep" or "new", got {classifier!r}')
         if classifier == "keep" and head and type(head) is not GaussianClusters:

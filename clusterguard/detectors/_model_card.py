@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from clusterguard._support import code_in_markdown, escape_markdown
-from clusterguard.detection import Calibration, Rate
+from clusterguard.detection import Calibration, Rate, name_classes
 from clusterguard.errors import ConfigurationError
 
 
@@ -156,7 +156,7 @@ def model_card(
         * is_own_head,
         *(["## Classes", f"In the order of their labels:\n\n```json\n{names}\n```"] if names else []),
         "## Thresholds",
-        describe_thresholds(calibrated, calibration),
+        describe_thresholds(calibrated, calibration, [*map(escape_markdown, guard.get("class_names") or [])]),
         "## Measured",
         "Not measured: no evaluation was handed in." if evaluation is None else evaluation.to_markdown(),
         "## Training",
@@ -181,7 +181,9 @@ def describe_image_shape(shape: list[int] | tuple[int, ...] | str | None) -> str
     return f"It takes images of shape ({', '.join(map(str, shape))}) alone, as it was trained on; others are an error."
 
 
-def describe_thresholds(calibrated: bool, calibration: Calibration | None) -> str:
+def describe_thresholds(
+    calibrated: bool, calibration: Calibration | None, class_names: Sequence[str] | None = None
+) -> str:
     """One or two sentences about how the thresholds of a guard were fitted."""
     if not calibrated:
         return "None: fit them with `Calibrator` before use; until then no image is accepted."
@@ -191,7 +193,7 @@ def describe_thresholds(calibrated: bool, calibration: Calibration | None) -> st
     refused = Rate(round(calibration.realised_rate * correct), correct)
     pooled = ""
     if calibration.pooled:
-        which = f"Classes {list(calibration.pooled)} share a pooled threshold"
+        which = f"Classes {name_classes(calibration.pooled, class_names)} share a pooled threshold"
         pooled = f" {which}: the rate holds on average over all classes, not for each of these."
     return (
         f"One per class, fitted by the {calibration.method} method for a false-positive rate of "

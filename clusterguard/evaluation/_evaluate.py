@@ -166,6 +166,7 @@ def evaluate(
         clean=clean.detection,
         labels=labels,
         gallery=gallery,
+        class_names=None if (names := getattr(detector, "class_names", None)) is None else tuple(names),
     )
 
 

@@ -72,8 +72,9 @@ def to_html(evaluation: Evaluation, path: str | Path) -> Path:
     for result in evaluation.results:
         if result.stages:
             parts += [f"<h2>Stages of {html.escape(result.name)}</h2>", _html_stages(result.stages)]
+    names = evaluation.class_names or map(str, range(len(evaluation.thresholds)))
     false_positives = [
-        [str(index), *_rate_cells(rate)] for index, rate in enumerate(evaluation.false_positives_by_class)
+        [name, *_rate_cells(rate)] for name, rate in zip(names, evaluation.false_positives_by_class, strict=True)
     ]
     parts += [
         "<h2>False positives by class</h2>",

@@ -102,6 +102,7 @@ class Evaluation:
         clean: verdicts on the n clean images; not part of the JSON.
         labels: (n,) true labels; not part of the JSON.
         gallery: worst-broken images; None without attacks; not part of the JSON.
+        class_names: K names of the classes; None if the detector does not know them.
         certified: proved bound for reports to show; `evaluate` leaves it None, and ``dataclasses.replace`` adds one.
     """
 
@@ -121,6 +122,7 @@ class Evaluation:
     labels: Tensor = field(repr=False, metadata={"json": False})
     gallery: Gallery | None = field(repr=False, metadata={"json": False})
     certified: CertifiedBound | None = None
+    class_names: tuple[str, ...] | None = None
 
     @property
     def asr(self) -> float:

@@ -16,6 +16,7 @@ from clusterguard.training._losses import (
 )
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._relabelling import Graded, Original, Relabel, Separate
+from clusterguard.training._sampling import EachImage, balanced_sampler
 from clusterguard.training._trainer import DetectorTrainer
 from clusterguard.training._validation import Validation
 
@@ -24,6 +25,7 @@ __all__ = [
     "CertifiedTrainer",
     "ClusterLoss",
     "DetectorTrainer",
+    "EachImage",
     "EpochRecord",
     "Graded",
     "Opposite",
@@ -37,6 +39,7 @@ __all__ = [
     "TrainingOptions",
     "TrainingStep",
     "Validation",
+    "balanced_sampler",
     "initialise",
     "negative_log_likelihood",
     "recipes",

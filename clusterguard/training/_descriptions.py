@@ -132,7 +132,15 @@ def describe_options(options: TrainingOptions, precision: str) -> dict[str, str]
         options: options of the training.
         precision: mixed precision of the accelerator.
     """
-    names = ("clip_norm", "average_decay", "weight_perturbation", "schedule_every", "precision", "memory_format")
+    names = (
+        "clip_norm",
+        "average_decay",
+        "weight_perturbation",
+        "schedule_every",
+        "precision",
+        "memory_format",
+        "augment",
+    )
     chosen = {name: getattr(options, name) for name in names}
     return describe({"options": chosen | {"accumulate": options.batches_per_step, "mixed precision": precision}})
 

@@ -17,6 +17,7 @@ from clusterguard.training._checkpoints import EpochRecord, EpochTotals, Statefu
 from clusterguard.training._loader_state import LoaderState
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._precision import StepPrecision
+from clusterguard.training._sampling import augmented
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -38,8 +39,7 @@ class TrainingStep(NamedTuple):
         correct: scalar, number of images labelled correctly; benign images if the step evaluates them.
         successes: scalar, number of training attacks that got through; None if there was no attack.
         terms: terms of the loss, scalars by name, for trackers.
-        again: function that recomputes the loss of this batch with the current weights, without a new attack. It is
-            used by weight perturbation; None repeats the whole step there, attack included.
+        again: function that recomputes the loss without a new attack, for weight perturbation; None repeats the step.
     """
 
     loss: Tensor
@@ -52,8 +52,7 @@ class TrainingStep(NamedTuple):
 class _WholeStep(nn.Module):
     """A module whose forward pass is a whole training step; accelerate wraps it for devices and processes.
 
-    So the attack within the step runs on the unwrapped detector, and processes exchange gradients only once, for the
-    loss of the step.
+    So the attack runs on the unwrapped detector, and processes exchange gradients only once, for the loss.
     """
 
     def __init__(
@@ -207,6 +206,16 @@ class TrainingEngine:
             raise ConfigurationError(f"expected a DataLoader, to train in several processes, got {type(loader)}")
         shared: Loader = self.accelerator.prepare_data_loader(loader, device_placement=False)
         return shared
+
+    def augment(self, images: Tensor) -> Tensor:
+        """The images (B, C, H, W) of a batch, on the detector's device and changed as the options say.
+
+        Raises:
+            ConfigurationError: the options' function returns something else than as many images.
+        """
+        if self.options.augment is None:
+            return images
+        return augmented(self.options.augment, _usable(images).to(self.device))
 
     def take_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> tuple[TrainingStep, bool]:
         """Add the gradients of a batch, and take a step of the optimizer when enough batches are accumulated.

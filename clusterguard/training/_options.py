@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -11,6 +12,7 @@ from weakref import WeakKeyDictionary
 from clusterguard._support import OneProcess, check_accelerator, check_numbers
 from clusterguard.attacks import Precision, check_precision
 from clusterguard.errors import ConfigurationError
+from torch import Tensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +47,10 @@ class TrainingOptions:
             process holds the whole detector (DDP); FSDP, DeepSpeed and Megatron-LM are refused. None trains in this
             process on the detector's device, without accelerate, and ignores any accelerator of the script. In a
             script that ``accelerate launch`` or ``torchrun`` started, None follows the variables that they set.
+        augment: function of training images (B, C, H, W), such as transforms of `torchvision.transforms.v2`, that is
+            called on the device before the attack. It returns as many images in [0, 1], perhaps of another size. So the
+            loader may give images of 8 bits that it converts. `EachImage` lets it draw other random numbers for each
+            image. None changes nothing.
         log_every: number of steps between two reports to the accelerator's trackers, such as TensorBoard.
         precision: precision of attacks and gradients, "float32", "bf16", or "auto", which times both on the first batch
             and takes bfloat16 if it is faster and works as well. Weights, optimizer, thresholds and the head's
@@ -73,6 +79,7 @@ class TrainingOptions:
     schedule_every: Literal["epoch", "step"] = "epoch"
     accumulate: int | None = None
     accelerator: "Accelerator | None" = None
+    augment: "Callable[[Tensor], Tensor] | None" = None
     log_every: int = 10
     precision: Precision = "float32"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
@@ -93,6 +100,8 @@ class TrainingOptions:
             )
         if self.schedule_every not in ("epoch", "step"):
             raise ConfigurationError(f"expected schedule_every 'epoch' or 'step', got {self.schedule_every!r}")
+        if self.augment is not None and not callable(self.augment):
+            raise ConfigurationError(f"expected augment to be a function of images, got {type(self.augment).__name__}")
         if self.log_every < 1:
             raise ConfigurationError(f"expected log_every of at least 1, got {self.log_every}")
         check_precision(self.precision)

@@ -280,15 +280,19 @@ def _digest(batch: Any, before: int = 0) -> int:
     return before
 
 
-def warn_of_shared_images(train: Loader, calibration: Loader | None, judged: Loader | None) -> None:
+def warn_of_shared_images(train: Loader, calibration: Loader | None, judged: Loader | None) -> bool:
     """Warn if images that are trained on are used to calibrate, or to judge the training.
 
     Args:
         train: training loader.
         calibration: calibration loader, if thresholds will be fitted in the end.
         judged: validation loader, if there is one.
+
+    Returns:
+        Whether they are used to calibrate.
     """
-    if calibration is not None and have_common_images(train, calibration):
+    calibrates = calibration is not None and have_common_images(train, calibration)
+    if calibrates:
         warnings.warn(
             "the calibration loader gives images that are trained on. Thresholds that are fitted to them refuse too "
             "many new images; keep the calibration images out of training",
@@ -300,6 +304,7 @@ def warn_of_shared_images(train: Loader, calibration: Loader | None, judged: Loa
             "validation images out of training",
             stacklevel=3,
         )
+    return calibrates
 
 
 @dataclass(frozen=True)

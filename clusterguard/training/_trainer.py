@@ -33,6 +33,7 @@ from clusterguard.detection import (
     check_passes,
     decide,
     judge,
+    learn_class_names,
     set_epoch,
 )
 from clusterguard.detectors import DetectorModule
@@ -47,6 +48,7 @@ from clusterguard.training._descriptions import describe_steps
 from clusterguard.training._engine import TrainingEngine, TrainingStep, frozen_modules
 from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory, make_optimizer, make_scheduler
 from clusterguard.training._options import TrainingOptions
+from clusterguard.training._overlap import Overlap
 from clusterguard.training._replay import Replay, Run, restarting_workers, warn_of_shared_images
 from clusterguard.training._reporting import Reporter
 from clusterguard.training._resuming import resume, save
@@ -105,7 +107,7 @@ class DetectorTrainer(ABC):
         self.thresholds = torch.full_like(detector.thresholds, torch.inf)
         self.history: list[EpochRecord] = []
         self._totals = EpochTotals()
-        self._best = Best()
+        self._best, self._overlap = Best(), Overlap()
         self._batches: int | None = None
         self._noted: dict[str, float] = {}
         self._steps_at_first = describe_steps(self.optimizer, self.scheduler)  # before the first step changes them
@@ -305,8 +307,11 @@ class DetectorTrainer(ABC):
                 check_passes(train_loader, "training loader")
                 check_passes(calibration_loader, "calibration loader")
             judged = None if validation is None else validation.loader
-            warn_of_shared_images(train_loader, calibration_loader if calibrate else None, judged)
+            is_told = warn_of_shared_images(train_loader, calibration_loader if calibrate else None, judged)
+            learn_class_names(self.detector, train_loader)
             self._check(run, epochs, calibrate)
+            if is_told:
+                self._overlap.forget()
             reporter = Reporter(epochs, progress=progress, is_main=self.engine.accelerator.is_main_process)
             with only_writer(checkpoint, self.engine.shared):
                 self._begin(run)
@@ -337,7 +342,8 @@ class DetectorTrainer(ABC):
             run.warn_of_obstacles(self.engine.kept.obstacles, begin=self.engine.shared is None)
         if calibrate:
             with run.calibration.undisturbed():
-                self.calibrator.check_counts(self._first_judged(run.calibration.loader), self.detector.num_classes)
+                batches, names = self._first_judged(run.calibration.loader), self.detector.class_names
+                self.calibrator.check_counts(batches, self.detector.num_classes, class_names=names)
         if run.judged is not None and run.validation is not None:
             with run.judged.undisturbed():
                 self.thresholds = self.thresholds.to(self.engine.device)
@@ -366,6 +372,7 @@ class DetectorTrainer(ABC):
             if not position:
                 judge(self.detector, [(images, labels)])
                 check_evidence(self.detector, images)
+            self._overlap.keep(images)
             yield images, labels
 
     def _finish_epoch(self, run: Run, reporter: Reporter) -> bool:
@@ -377,12 +384,15 @@ class DetectorTrainer(ABC):
             set_epoch(run.train.loader, len(self.history))
         bar = reporter.bar(run.train, len(self.history) + 1)
         step, count = None, 0
-        for images, labels in bar:
+        for batch, labels in bar:
+            images = self.engine.augment(batch)
             check_images(images)
+            labels = labels.to(images.device) if images is not batch and isinstance(labels, Tensor) else labels
             check_labels(labels, images, self.detector.num_classes)
             if not len(labels):
                 continue
             self.detector.learn_image_shape(images)
+            self._overlap.compare(images)
             step, is_whole = self.engine.take_step(images, labels, generator=run.generator)
             count = len(labels)
             totals.add(step.loss, count, step.correct, step.successes)
@@ -427,6 +437,7 @@ class DetectorTrainer(ABC):
         record = self.engine.end_epoch(self._totals, epochs).record(epochs, float(self.thresholds.mean()))
         record = replace(record, precision=self.engine.precision.in_use, validation=self._judge(run, epochs))
         self.history.append(record)
+        self._overlap.warn()
         self._totals = EpochTotals()
         run.calibration.rewind()
         save(self, run)
@@ -471,7 +482,8 @@ class DetectorTrainer(ABC):
         if step.successes is not None:
             measured["attack_success_rate"] = step.successes / images
         values = {name: value.item() for name, value in measured.items()}
-        values |= {f"threshold/{index}": value for index, value in enumerate(self.thresholds.tolist())}
+        names = self.detector.class_names or range(self.detector.num_classes)
+        values |= {f"threshold/{name}": value for name, value in zip(names, self.thresholds.tolist(), strict=True)}
         values["images_per_second"] = self._totals.images / self._totals.seconds
         self.engine.report(values | self._noted)
         self._noted = {}

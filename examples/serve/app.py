@@ -307,7 +307,7 @@ def digest_of(sha256: str, state: dict[str, Any]) -> str:
 
 def save(path: Path, sha256: str, monitor: cg.FalsePositiveMonitor) -> None:
     """Write the monitor's state beside its file, then move it there: a kill in between leaves the old one whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             state = monitor.state_dict()

@@ -24,7 +24,6 @@ MAX_PIXELS = 4_000_000  # of all images of a request
 MAX_IMAGES = 64  # in a request; a batch is judged when it has as many
 MAX_WAITING = 128  # requests
 BATCH_SECONDS = 0.01  # in which requests are read into a batch; nobody waits for others who may come
-MODES = {"P": "a palette", "1": "1 bit a pixel", "LA": "an alpha channel", "RGBA": "an alpha channel", "CMYK": "inks"}
 DECODERS = {"image/png": "PNG", "image/jpeg": "JPEG"}
 Shape = tuple[int, int, int]
 
@@ -186,16 +185,15 @@ def media_type(header: str) -> str:
 
 
 def decode(kind: str, content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An opaque, still image of 8 bits a channel, as people see it; what programs show differently is not judged."""
+    """An opaque, still image as people see it, read as in training; what programs show differently is not judged."""
     try:
         read = read_image(content, name=f"this {kind}", formats=(DECODERS[kind],), max_pixels=max_pixels)
     except cg.errors.InputError as error:
         if isinstance(error.__cause__, Image.DecompressionBombError):
             raise HTTPException(413, f"expected at most {MAX_PIXELS} pixels in all images, got more") from error
         raise HTTPException(422, str(error)) from error
-    doubts = [*read.doubts, *([] if read.mode in ("L", "RGB") else [MODES.get(read.mode, f"mode {read.mode}")])]
-    if doubts:
-        raise HTTPException(422, f"expected one opaque image, grey or RGB, of 8 bits, got one with {doubts[0]}")
+    if read.doubts:
+        raise HTTPException(422, f"expected an image that all programs show alike, got one with {read.doubts[0]}")
     return read.image
 
 
@@ -209,9 +207,13 @@ def read_json(content: bytes, shape: Shape) -> Tensor:
     if content.count(b"[") > MAX_IMAGES * (1 + channels * (1 + height)) + 16 or content.count(b"{") > 16:
         raise HTTPException(422, f"{wanted}, got more lists or objects")
     try:
-        images = json.loads(content, parse_int=number, parse_float=number)["images"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        body = json.loads(content, parse_int=number, parse_float=number)
+    except (ValueError, RecursionError) as error:
         raise HTTPException(422, f"{wanted}, got {str(error)[:100]!a}") from error
+    if not isinstance(body, dict) or "images" not in body:
+        got = f"the keys {str([*body])[:100]!a}" if isinstance(body, dict) else f"a {type(body).__name__}"
+        raise HTTPException(422, f"{wanted}, got {got}")
+    images = body["images"]
     if not isinstance(images, list) or not images:
         raise HTTPException(422, f"{wanted}, got no list of images")
     if len(images) > MAX_IMAGES:

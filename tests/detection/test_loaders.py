@@ -13,6 +13,7 @@ from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -193,3 +194,24 @@ def test_lists_share_images_if_they_share_a_batch():
 )
 def test_lists_share_images_if_batches_of_theirs_share_the_images_memory(batch, shared):
     assert have_common_images([(IMAGES, LABELS)], [batch]) == shared
+
+
+def test_other_objects_that_read_the_same_files_are_noticed(tmp_path):
+    class Files(Dataset):
+        def __init__(self, count):
+            self.samples = [(str(tmp_path / f"{index}.png"), 0) for index in range(count)]
+
+        def __len__(self):
+            return len(self.samples)
+
+    class Downloaded(Dataset):
+        def __init__(self, train):
+            self.root, self.train = tmp_path, train
+
+        def __len__(self):
+            return 5
+
+    assert have_common_images(DataLoader(Files(6)), DataLoader(Subset(Files(9), [1, 8])))
+    assert not have_common_images(DataLoader(Files(6)), DataLoader(Subset(Files(9), [6, 8])))
+    assert have_common_images(DataLoader(Downloaded(True)), DataLoader(Downloaded(True)))
+    assert not have_common_images(DataLoader(Downloaded(True)), DataLoader(Downloaded(False)))

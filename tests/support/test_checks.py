@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
-from clusterguard import ClusterGuard
+from clusterguard import FGSM, Calibrator, ClusterGuard, align, evaluate
+from clusterguard._support import check_labels
 from clusterguard.errors import ConfigurationError, InputError, UnsupportedBackboneError
 from PIL import Image
 from torch import nn
+from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
 
@@ -62,3 +65,41 @@ def test_the_logits_of_images_that_were_normalised_twice_are_refused_without_gra
     with torch.inference_mode(), pytest.raises(InputError, match="the detector does"):
         guard(torch.full((1, 3, 2, 2), 2.1) - 3)
     assert guard(torch.full((1, 3, 2, 2), -0.9)).shape == (1, 2)  # in a step of an attack, say
+
+
+@pytest.mark.parametrize(
+    ("labels", "advice"),
+    [
+        (torch.tensor([0.0, 1.0]), r"labels\.long\(\) makes integers"),
+        (torch.eye(3)[:2], r"labels\.argmax\(dim=1\) makes class numbers of one-hot labels"),
+        (torch.tensor([[0], [1]]), r"labels\.squeeze\(1\)"),
+        ([0, 1], r"torch\.as_tensor\(labels\)"),
+        (("cat", "dog"), r"names\.index\(label\)"),
+        (torch.tensor([1, 3]), "from 0 to 2, got 1 to 3; classes are counted from 0, so subtract 1"),
+    ],
+)
+def test_mistakes_in_labels_are_explained(labels, advice):
+    with pytest.raises(InputError, match=advice):
+        check_labels(labels, torch.rand(2, 1, 4, 4), 3)
+
+
+def test_a_guard_in_a_guard_is_refused(guard):
+    with pytest.raises(ConfigurationError, match="got a ClusterGuard, which is a detector already; use it as it is"):
+        ClusterGuard(guard)
+
+
+@pytest.mark.parametrize(("options", "kept"), [({"mean": [0.3] * 3}, "std stays"), ({"std": [0.3] * 3}, "mean stays")])
+def test_half_a_normalisation_is_said(options, kept):
+    model = timm.create_model("test_resnet", num_classes=3)
+    with pytest.warns(UserWarning, match=f"{kept} that of the library"):
+        ClusterGuard(model, **options)
+    both = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    assert ClusterGuard(model, **both).normalize.std.flatten().tolist() == [0.5] * 3
+    assert ClusterGuard(nn.Flatten(), 3, mean=[0.5], example=torch.rand(1, 1, 2, 2)).normalize.mean.item() == 0.5
+
+
+def test_a_data_set_in_place_of_a_loader_is_said(guard):
+    data = TensorDataset(torch.rand(4, 1, 8, 8), torch.zeros(4).long())
+    for use in (Calibrator(0.1).fit, align, lambda guard, data: evaluate(guard, FGSM(eps=0.1), data)):
+        with pytest.raises(ConfigurationError, match=r"wrap it in torch\.utils\.data\.DataLoader"):
+            use(guard, data)

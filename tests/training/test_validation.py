@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from clusterguard import PGD, AdversarialClusterTrainer, CertifiedTrainer, DetectorTrainer, TrainingOptions
+from clusterguard import PGD, AdversarialClusterTrainer, Calibrator, CertifiedTrainer, DetectorTrainer, TrainingOptions
 from clusterguard.detectors import ConfidenceDetector
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError, TrainingStoppedError
 from clusterguard.training import TrainingStep, Validation
@@ -188,6 +188,18 @@ def test_mistakes_are_found_before_the_first_step(blobs):
     assert torch.equal(weights(trainer.guard), before)
     with pytest.warns(UserWarning, match="the validation loader gives images that are trained on"):
         trainer.fit(loader, held_out(blobs), epochs=1, calibrate=False, progress=False, validation=Validation(loader))
+
+
+@pytest.mark.filterwarnings("ignore:classes")
+@pytest.mark.filterwarnings("ignore:trained, but not calibrated")
+def test_copies_of_training_images_are_noticed_among_those_for_calibration(blobs):
+    images, labels = (part[:90].clone() for part in blobs.dataset.tensors)
+    loader = DataLoader(Subset(blobs.dataset, range(180)), 60, shuffle=True)
+    calibrator = Calibrator(0.2, scarce="pool")
+    for copies in ([(images, labels)], [(images[:40], labels[:40]), *held_out(blobs)]):
+        trainer = trainer_of(new_guard(), calibrator=calibrator)
+        with pytest.warns(UserWarning, match=r"\d+ of 64 calibration images that were compared are trained on"):
+            trainer.fit(loader, copies, epochs=1, progress=False)
 
 
 def test_a_stronger_attack_makes_it_no_more_robust(blobs):

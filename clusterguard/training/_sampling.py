@@ -1,0 +1,96 @@
+"""What people put in front of a training: classes drawn equally often, and transforms of single images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from clusterguard.errors import ConfigurationError, InputError
+from torch import Generator, Tensor
+from torch.utils.data import ConcatDataset, Subset, TensorDataset, WeightedRandomSampler
+
+
+def balanced_sampler(labels: Any, *, generator: Generator | None = None) -> WeightedRandomSampler:
+    """A sampler that draws all classes equally often, for a training set in which some classes are rare.
+
+    It draws as many images as there are, with replacement. Calibrate and evaluate on all images, without it.
+
+    Args:
+        labels: (n,) class labels, or a data set that tells them: with the attribute `targets`, as torchvision's have, a
+            `TensorDataset`, or a `Subset` or `ConcatDataset` of such.
+        generator: randomness; None takes torch's global one.
+
+    Returns:
+        The sampler, for `DataLoader(data, batch_size, sampler=...)`.
+
+    Raises:
+        InputError: the data set tells no labels, or there are none.
+
+    Example:
+        >>> sampler = balanced_sampler([0, 0, 0, 0, 0, 0, 0, 1], generator=Generator().manual_seed(0))
+        >>> len(sampler), set(sampler) == {7}  # half of what it draws is the last image
+        (8, False)
+    """
+    found = torch.as_tensor(_labels_of(labels)).long().flatten()
+    if not len(found):
+        raise InputError("expected labels of at least one image, got none")
+    weights = 1 / torch.bincount(found).double()[found]
+    return WeightedRandomSampler(weights.tolist(), len(found), replacement=True, generator=generator)
+
+
+def _labels_of(data: Any) -> Any:
+    if isinstance(data, Tensor | Sequence) or type(data).__module__ == "numpy":
+        return data
+    if isinstance(data, Subset):
+        return torch.as_tensor(_labels_of(data.dataset))[torch.as_tensor(list(data.indices))]
+    if isinstance(data, ConcatDataset):
+        return torch.cat([torch.as_tensor(_labels_of(part)) for part in data.datasets])
+    if isinstance(data, TensorDataset):
+        return data.tensors[1]
+    if hasattr(data, "targets"):
+        return data.targets
+    raise InputError(
+        f"expected labels, or a data set with targets, got {type(data).__name__}; pass a list of the labels"
+    )
+
+
+def augmented(augment: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The images (B, C, H, W) that a function makes of a batch.
+
+    Raises:
+        ConfigurationError: it returns something else than as many images.
+    """
+    with torch.no_grad():
+        changed: Any = augment(images)
+    if not isinstance(changed, Tensor) or changed.ndim != 4 or len(changed) != len(images):
+        got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+        raise ConfigurationError(f"expected augment to return {len(images)} images (B, C, H, W), got {got}")
+    return changed.as_subclass(Tensor)  # transforms of torchvision may return a subclass
+
+
+@dataclass(frozen=True)
+class EachImage:
+    """A function of a batch that calls a transform for each image, so that each gets random numbers of its own.
+
+    The transforms of `torchvision.transforms.v2` take a whole batch, but then all of its images are flipped, or none.
+
+    Args:
+        transform: function from an image (C, H, W) to an image, such as ``v2.RandomHorizontalFlip()``.
+
+    Raises:
+        ConfigurationError: it is no function.
+
+    Example:
+        >>> EachImage(lambda image: image.flip(2))(torch.rand(4, 1, 8, 8)).shape
+        torch.Size([4, 1, 8, 8])
+    """
+
+    transform: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if not callable(self.transform):
+            raise ConfigurationError(f"expected a function of an image, got {type(self.transform).__name__}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The changed images (B, C, H, W)."""
+        return torch.stack([self.transform(image) for image in images])
