@@ -20,7 +20,7 @@ from torchvision import datasets, models, transforms
 sys.path.insert(0, str(Path(sys.argv[0]).parent / "serve"))
 from app import create_app
 
-MEAN, STD, SIDE, PHOTOS = [0.2] * 3, [0.3] * 3, 16, 1000
+MEAN, STD, SIDE, PHOTOS = [0.2] * 3, [0.3] * 3, 16, 800
 torch.manual_seed(0)
 temporary = tempfile.TemporaryDirectory()
 home = Path(temporary.name)
@@ -39,7 +39,7 @@ def fine_tune(loader: DataLoader) -> nn.Module:
     """Your model: a ResNet of torchvision, trained the usual way, on images that its transform normalises."""
     model = models.resnet18(num_classes=10)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in range(5):
+    for _ in range(3):
         for images, labels in loader:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
@@ -78,7 +78,7 @@ write_photos(home / "photos")
 resized = [transforms.Resize((SIDE, SIDE)), transforms.ToTensor()]
 yours = datasets.ImageFolder(str(home / "photos"), transforms.Compose([*resized, transforms.Normalize(MEAN, STD)]))
 parts = random_split(range(len(yours)), [0.5, 0.3, 0.2], generator=torch.Generator().manual_seed(0))
-model = fine_tune(DataLoader(Subset(yours, [*parts[0]]), 50, shuffle=True))
+model = fine_tune(DataLoader(Subset(yours, [*parts[0]]), 25, shuffle=True))
 your_test = DataLoader(Subset(yours, [*parts[2]]), 100)
 steps = {"your model": accuracy(lambda images: model(images).argmax(1), your_test)}
 
@@ -91,7 +91,7 @@ guard = cg.ClusterGuard(model, mean=MEAN, std=STD)
 steps["wrapped"] = accuracy(lambda images: guard(images).argmax(1), test)
 
 cg.align(guard, train)
-cg.Calibrator(0.1).fit(guard, calibration)
+cg.Calibrator(0.1, scarce="pool").fit(guard, calibration)
 images, labels = next(iter(test))
 print(
     "detected:", guard.name_labels(guard.detect(images[:5])), "of", [guard.class_names[label] for label in labels[:5]]
@@ -102,7 +102,7 @@ trainer = cg.AdversarialClusterTrainer(
     guard,
     cg.FGSM(eps=0.01),
     optimizer=lambda parameters: torch.optim.Adam(parameters, lr=5e-5),
-    calibrator=cg.Calibrator(0.1),
+    calibrator=cg.Calibrator(0.1, scarce="pool"),
 )
 trainer.fit(train, calibration, epochs=1)
 steps["trained"] = accuracy(lambda images: guard.detect(images).labels, test)
