@@ -356,3 +356,10 @@ def test_ctrl_c_elsewhere_is_exit_code_130(guard, photos, monkeypatch):
     monkeypatch.setattr("clusterguard.Calibrator.fit", interrupt)
     result = run("calibrate", guard, "--data", photos)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+def test_errors_of_the_library_name_options_of_the_command_line():
+    from clusterguard.cli._options import _in_options
+
+    message = "got class 1 (cat): 3; add examples, allow a higher rate, or pass scarce='pool'"
+    assert _in_options(message).endswith("(cat): 3; add examples, allow a higher rate, or pass --scarce pool")

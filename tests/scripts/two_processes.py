@@ -43,7 +43,8 @@ def main(folder: Path) -> None:
     )
     train = DataLoader(blobs(180, 0), batch_size=15 * share)
     calibration = DataLoader(blobs(165, 1), batch_size=15)  # an odd number of batches
-    options = {"epochs": 2, "checkpoint": folder / "run.pt", "progress": False}
+    validation = cg.training.Validation(DataLoader(blobs(45, 3), batch_size=15))
+    options = {"epochs": 2, "checkpoint": folder / "run.pt", "progress": False, "validation": validation}
     if accelerator.num_processes == 2:  # the second process alone asks to stop, within the second epoch
         with contextlib.suppress(TrainingStoppedError):
             trainer.fit(
@@ -67,7 +68,10 @@ def main(folder: Path) -> None:
         "accumulated": {name: weight.detach() for name, weight in accumulated.named_parameters()},
         "proved": {name: weight.detach() for name, weight in proved.named_parameters()},
         "thresholds": trainer.thresholds,
-        "history": [[record.loss, record.accuracy, record.attack_success_rate] for record in history],
+        "history": [
+            [record.loss, record.accuracy, record.attack_success_rate, *record.validation.values()]
+            for record in history
+        ],
         "calibration": [*fitted.thresholds, *fitted.counts],
         "broken": [result.verdict.labels for result in report.results],
         "cost": [tuple(result.cost) for result in report.results],
