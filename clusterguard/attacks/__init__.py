@@ -42,6 +42,8 @@ from clusterguard.attacks._objectives import (
 )
 from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._paper import PaperProtocol, RandomTarget, at_step_sizes, draw_targets
+from clusterguard.attacks._patch_attack import PatchAttack
+from clusterguard.attacks._patch_norm import Patch
 from clusterguard.attacks._pgd import (
     BIM,
     FGSM,
@@ -109,6 +111,8 @@ __all__ = [
     "ObjectiveValues",
     "OrthogonalPGD",
     "PaperProtocol",
+    "Patch",
+    "PatchAttack",
     "PeerAttack",
     "Polish",
     "Precision",

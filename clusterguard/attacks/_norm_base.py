@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from clusterguard._support import check_tensor
@@ -26,11 +26,12 @@ class Norm(ABC):
         name: name that attacks use.
         symbol: name in tables for people.
         order: p of the lp norm. The p-th powers of the sizes of changes of disjoint pixels add up; with an infinite
-            order, the largest of these sizes counts.
+            order, the largest of these sizes counts. NaN if neither holds.
         limit: largest size of a change of an image in [0, 1], however large the image is; infinite if it grows.
         grain: smallest difference between two radii; 0 where radii are continuous.
         is_sparse: whether good perturbations change few coordinates, each as far as it may go.
         takes_sparsity: whether `direction` changes as many coordinates as it is told to.
+        searched_over: what the random search that fits this norm changes, "squares", "pixels" or "patches".
 
     Example:
         >>> from clusterguard.attacks import get_norm
@@ -46,6 +47,7 @@ class Norm(ABC):
     grain: ClassVar[float] = 0.0
     is_sparse: ClassVar[bool] = False
     takes_sparsity: ClassVar[bool] = False
+    searched_over: ClassVar[Literal["squares", "pixels", "patches"]] = "squares"
 
     def round_radius(self, eps: float) -> float:
         """A radius that the norm can have, `eps` or a little less: at least one grain."""

@@ -10,6 +10,7 @@ from typing import final
 import torch
 from clusterguard.attacks._multipliers import l1_lengths, l2_lengths
 from clusterguard.attacks._norm_base import Norm, just_inside, mask_largest, move_at_most, per_image, rescale, spread
+from clusterguard.attacks._patch_norm import Patch
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
 
@@ -166,6 +167,7 @@ class L0(Norm):
     name, symbol, order = "l0", "ℓ0", 0
     grain = 1.0
     is_sparse = True
+    searched_over = "pixels"
 
     def longest_step(self, eps: float | Tensor, shape: Sequence[int]) -> float | Tensor:
         """C·H·W: the direction is dense, of length 1 over all coordinates, and this moves them across the box."""
@@ -200,11 +202,11 @@ class L0(Norm):
         return reach * mask_largest(gain.flatten(1), radii.flatten(1)).reshape(reach[:, :1].shape)
 
 
-NORMS: dict[str, Norm] = {norm.name: norm for norm in (LInf(), L2(), L1(), L0())}
+NORMS: dict[str, Norm] = {norm.name: norm for norm in (LInf(), L2(), L1(), L0(), Patch())}
 
 
 def get_norm(name: str) -> Norm:
-    """The norm with this name in `clusterguard.attacks.NORMS`, "linf", "l2", "l1" or "l0".
+    """The norm with this name in `clusterguard.attacks.NORMS`, "linf", "l2", "l1", "l0" or "patch".
 
     Raises:
         ConfigurationError: the name is unknown.

@@ -11,6 +11,7 @@ from clusterguard.attacks._base import BuiltInAttack, check_budget
 from clusterguard.attacks._descent import Problem
 from clusterguard.attacks._norms import L0, NORMS, get_norm
 from clusterguard.attacks._objectives import Objective, get_objective
+from clusterguard.attacks._patch_attack import PatchAttack
 from clusterguard.detection import Detector, success_margin
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
@@ -285,16 +286,20 @@ class Draws:
         return chosen.reshape(among.shape)
 
 
-def make_random_search(norm: str, *, eps: float, queries: int, batch_size: int | None = None) -> RandomSearch:
-    """The random search that fits a norm: over pixels where radii count them, else over squares.
+def make_random_search(norm: str, *, eps: float, queries: int, batch_size: int | None = None) -> BuiltInAttack:
+    """The random search that fits a norm: over squares, over single pixels, or over places of a patch.
 
     Args:
-        norm: name of the norm, "linf", "l2", "l1" or "l0".
+        norm: name of the norm, "linf", "l2", "l1", "l0" or "patch".
         eps: radius of the ball.
-        queries: largest number of queries for each image.
+        queries: largest number of queries for each image; gradient steps of the search over patches count as well.
         batch_size: number of images to attack at a time, as in `BuiltInAttack`.
     """
-    if get_norm(norm).grain:
+    over = get_norm(norm).searched_over
+    if over == "patches":
+        rounds = max(2, queries // (PatchAttack.proposals + PatchAttack.steps))
+        return PatchAttack(eps=eps, rounds=rounds, batch_size=batch_size)
+    if over == "pixels":
         return SparseRS(eps=int(eps), queries=queries, batch_size=batch_size)
     return Square(norm=norm, eps=eps, queries=queries, batch_size=batch_size)
 

@@ -26,7 +26,7 @@ from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._pgd import MIM, PGD
 from clusterguard.attacks._polish import Polish
 from clusterguard.attacks._precision import Precision, check_precision, choose_precision
-from clusterguard.attacks._random_search import SparseRS, Square, make_random_search
+from clusterguard.attacks._random_search import SparseRS, make_random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._starts import AtPoints, Start, Towards, is_accepted
 from clusterguard.attacks._wrapping import MultiTarget, Transfer
@@ -35,6 +35,7 @@ from clusterguard.errors import ConfigurationError, PersistenceError, in_one_lin
 from torch import Generator, Tensor
 
 _KIND = "suite"
+_SEARCHES = {"squares": "Square", "pixels": "Sparse-RS", "patches": "patches"}  # names of stages
 _KEYS = {"suite", "clean_margins", "best", "margins", "records", "generator", "runs"}
 
 
@@ -205,7 +206,7 @@ class WorstCaseSuite(BuiltInAttack):
     (6) `Polish` goes on from the best images of all stages before it.
 
     Args:
-        norm: norm of the ball, "linf", "l2", "l1" or "l0".
+        norm: norm of the ball, "linf", "l2", "l1", "l0" or "patch".
         eps: radius of the ball, at least 0; for l0 a number of pixels.
         budget: amount of work, "quick", "standard" or "thorough".
         references: benign images (R, C, H, W) and their labels (R,), as starts for attacks; None takes the attacked
@@ -304,7 +305,7 @@ class WorstCaseSuite(BuiltInAttack):
         search = make_random_search(queries=effort.queries, **options)
         polish = Polish(rounds=max(1, effort.steps // 20), precision=self.precision, **options)
         stages: dict[str, Attack] = {
-            "Square" if isinstance(search, Square) else "Sparse-RS": search,
+            _SEARCHES[get_norm(self.norm).searched_over]: search,
             "polish": polish,
         }
         if self.budget == "thorough" and not get_norm(self.norm).is_sparse:

@@ -82,7 +82,8 @@ def _known_norm(name: str) -> str:
 
 
 NormOption = Annotated[
-    str, typer.Option(callback=_known_norm, metavar="NORM", help="Norm that bounds the attack: linf, l2, l1 or l0.")
+    str,
+    typer.Option(callback=_known_norm, metavar="NORM", help="Norm that bounds the attack: linf, l2, l1, l0 or patch."),
 ]
 Eps = Annotated[float, typer.Option(min=0, help="Radius of the attack, for pixels in [0, 1].")]
 PrecisionOption = Annotated[

@@ -40,6 +40,7 @@ IN_NORMS = {
     "PDPGD": lambda **o: cg.attacks.PDPGD(**FEW, **o),
     "σ-zero": lambda norm, eps: cg.attacks.SigmaZero(eps=eps, **FEW),
     "Sparse-PGD": lambda norm, eps: cg.attacks.SparsePGD(eps=eps, **FEW),
+    "patch": lambda norm, eps: cg.attacks.PatchAttack(eps=eps, rounds=2, proposals=2, steps=1),
     "orthogonal": lambda **o: cg.attacks.OrthogonalPGD(**STEP, **o),
     "repel": lambda **o: cg.attacks.RepelThenMinimise(**STEP, **o),
     "match": lambda **o: cg.attacks.RepresentationMatching(references=SOME, **STEP, **o),
@@ -71,7 +72,8 @@ def attacked(draw, attack):
         assert (norm.size(attacked - images) <= eps * (1 + 1e-5) + 2e-4 * (images.min() < 0) * SIZE[attack.norm]).all()
 
 
-SIZE = {"linf": 1, "l2": 4, "l1": 16, "l0": 16}  # of the box, for images that leave it within the checks' tolerance
+# of the box, for images that leave it within the checks' tolerance
+SIZE = {"linf": 1, "l2": 4, "l1": 16, "l0": 16, "patch": 4}
 
 
 @pytest.mark.parametrize("name", IN_NORMS)

@@ -17,7 +17,7 @@ from norm_problems import NAMES, assert_inside, each_convex_norm, each_dtype, ea
 def test_direction_is_a_unit_step_at_every_scale(name, dtype, scale):
     torch.manual_seed(0)
     gradient = torch.randn(4, 3, 5, 5, dtype=dtype)
-    norm = get_norm("l1" if name == "l0" else name)
+    norm = get_norm("l1" if get_norm(name).grain else name)
     direction = get_norm(name).direction(gradient * scale)
     assert direction.dtype == dtype
     torch.testing.assert_close(norm.size(direction), torch.ones(4, dtype=dtype))
@@ -83,10 +83,11 @@ def test_random_start_is_inside_and_reproducible(name, problem, seed):
 @each_norm
 def test_random_starts_differ_between_examples_coordinates_and_seeds(name):
     images = torch.full((8, 3, 6, 6), 0.5)
-    norm, eps = get_norm(name), 10.0 if name == "l0" else 0.3
+    norm = get_norm(name)
+    eps = {"l0": 10.0, "patch": 3.0}.get(name, 0.3)
     starts = norm.random_start(images, eps, torch.Generator().manual_seed(0))
     assert len(starts.unique(dim=0)) == 8
-    assert len(starts[0].flatten().unique()) == (3 if name == "l0" else 108)
+    assert len(starts[0].flatten().unique()) == (3 if norm.grain else 108)
     assert not torch.equal(starts, norm.random_start(images, eps, torch.Generator().manual_seed(1)))
     assert not torch.equal(norm.random_start(images, eps), norm.random_start(images, eps))
 
@@ -144,15 +145,15 @@ def test_an_empty_batch_stays_empty(name):
 @each_norm
 def test_sizes(name):
     perturbations = torch.tensor([[[[3.0, 0.0]], [[-4.0, 0.0]]], [[[0.0, 0.0]], [[0.0, 0.0]]]])
-    expected = {"linf": 4.0, "l2": 5.0, "l1": 7.0, "l0": 1.0}[name]
+    expected = {"linf": 4.0, "l2": 5.0, "l1": 7.0, "l0": 1.0, "patch": 1.0}[name]
     torch.testing.assert_close(get_norm(name).size(perturbations), torch.tensor([expected, 0.0]))
 
 
 def test_names():
-    for name, cls in zip(NAMES, ("LInf", "L2", "L1", "L0"), strict=True):
+    for name, cls in zip(NAMES, ("LInf", "L2", "L1", "L0", "Patch"), strict=True):
         assert isinstance(get_norm(name), Norm)
         assert type(get_norm(name)).__name__ == cls
-    with pytest.raises(ConfigurationError, match=r"linf, l2, l1, l0, got 'l3'"):
+    with pytest.raises(ConfigurationError, match=r"linf, l2, l1, l0, patch, got 'l3'"):
         get_norm("l3")
 
 
@@ -173,7 +174,7 @@ def test_bad_input_is_refused(name):
 @each_norm
 def test_the_gpu_agrees(name):
     images, candidates = torch.rand(50, 3, 32, 32), torch.randn(50, 3, 32, 32)
-    norm, eps = get_norm(name), {"linf": 0.03, "l2": 0.5, "l1": 12.0, "l0": 20}[name]
+    norm, eps = get_norm(name), {"linf": 0.03, "l2": 0.5, "l1": 12.0, "l0": 20, "patch": 5}[name]
     on_gpu = norm.project(images.cuda(), candidates.cuda(), eps)
     torch.testing.assert_close(on_gpu.cpu(), norm.project(images, candidates, eps), rtol=0, atol=1e-5)
     assert_inside(norm, images.cuda(), on_gpu, eps)
@@ -214,7 +215,7 @@ def test_a_rounded_radius_is_one_that_the_norm_can_have(name, eps):
 
 @each_norm
 def test_steps_of_equal_length_are_a_share_of_the_radius_unless_the_norm_is_sparse(name):
-    lengths = {"linf": 0.05, "l2": 0.05, "l1": 0.5, "l0": 3 * 4 * 5}
+    lengths = {"linf": 0.05, "l2": 0.05, "l1": 0.5, "l0": 3 * 4 * 5, "patch": 3 * 4 * 5}
     assert get_norm(name).step_size(0.5, (3, 4, 5), share=0.1) == pytest.approx(lengths[name])
 
 

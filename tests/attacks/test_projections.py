@@ -1,4 +1,4 @@
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -110,6 +110,23 @@ def test_l0_projection_is_the_best_of_all_subsets(problem):
             assert float(lengths[i]) <= distance * (1 + 1e-6) + 1e-12
 
 
+@property_test(60)
+@given(problem=problems())
+def test_patch_projection_is_the_best_of_all_places(problem):
+    images, candidates, share = problem
+    eps = radii("patch", images, share)
+    projected = get_norm("patch").project(images, candidates, eps)
+    lengths = (projected - candidates).double().flatten(1).norm(dim=1)
+    boxed = candidates.clamp(0, 1)
+    for i, side in enumerate(eps.int().tolist()):
+        for row, column in product(range(images.shape[2]), range(images.shape[3])):
+            point = images[i].clone()
+            inside = (..., slice(row, row + side), slice(column, column + side))
+            point[inside] = boxed[i][inside]
+            distance = float((point - candidates[i]).double().norm())
+            assert float(lengths[i]) <= distance * (1 + 1e-5) + 1e-6
+
+
 @each_norm
 @property_test(20)
 @given(problem=problems())
@@ -185,7 +202,7 @@ def test_infinite_candidates_are_projected_and_nan_stays_visible(name):
     candidates[1, 0, 0, 0] = torch.nan
     candidates[2] += 1
     norm = get_norm(name)
-    eps = 1.0 if name == "l0" else 0.2
+    eps = 1.0 if norm.grain else 0.2
     projected = norm.project(images, candidates, eps)
     assert_inside(norm, images[::2], projected[::2], eps)
     assert float((projected - images)[0].abs().sum()) > 0.1
