@@ -69,8 +69,13 @@ def bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
     if box.error is not None and box.arithmetic is not None:
         size = torch.maximum(lower.abs(), upper.abs())
         error = box.error / guard.normalize.std.to(lower) + box.arithmetic.gamma(3) * size + box.arithmetic.smallest
+    return run_encoder(guard, Interval(lower, upper, error=error, arithmetic=box.arithmetic))
+
+
+def run_encoder(guard: ClusterGuard, box: Interval) -> Interval:
+    """The interval (B, m) of representations that the encoder returns for one of normalised images (B, C, H, W)."""
     with errors_of_network(), final_refusals(), _forgetting(guard.encoder):
-        representations = guard.encoder(Interval(lower, upper, error=error, arithmetic=box.arithmetic))
+        representations = guard.encoder(box)
     shape = (len(box.lower), guard.head.representation_dim)
     if (
         not isinstance(representations, Interval)

@@ -39,8 +39,8 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
     Bounds are checked before they are used. The guard's outputs on every proved image, and with all its pixels brighter
     and all darker, must lie within the bounds; so must those at more points around a few of the images. Some of these
     points are random, and others follow the gradient towards the point where a proof would fail first. A network may do
-    something else with a tensor than with the interval that bounds it, so the functions that it applies to both are
-    compared; torch does not tell of changes in place by scripted code, which stay unseen. A network that mixes the
+    something else with a tensor than with the interval that bounds it. So the functions that it applies to both are
+    compared, with their arguments: which earlier results they are, and what changes in place. A network that mixes the
     images of a batch is found if it does so in batches of as many images as are certified, or of about 26; a proof does
     not hold in larger batches for a network that begins to mix them there.
 

@@ -310,7 +310,7 @@ def _pad(box: Box, pad: Sequence[int], mode: str = "constant", value: float | No
 def _dropout(box: Box, p: float = 0.5, training: bool = True) -> Box:
     if training and p:
         raise ConfigurationError("no bounds are known for dropout in training; put the network into eval mode")
-    return box  # the same object, as torch returns the same tensor
+    return box
 
 
 _ULPS = 64  # error, in units of rounding, allowed for exponentials, error functions and functions built from them
@@ -449,7 +449,7 @@ METHODS: dict[str, IntervalRule] = {
 }
 CASTS = {"to", "float", "double"}
 """Names of functions that can only change the data type or the device."""
-VIEWS = {*_VIEWS, *CASTS}
+VIEWS = {*_VIEWS, *CASTS, "dropout", "dropout2d"}
 """Names of functions whose result may share the memory of their argument."""
 _POOLS = {
     1: (torch.avg_pool1d, functional.adaptive_avg_pool1d),

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
@@ -22,7 +22,7 @@ from clusterguard.certification._interval_rules import (
     negate,
     subtract,
 )
-from clusterguard.certification._steps import record
+from clusterguard.certification._steps import Dependent, Step, record
 from clusterguard.detection import Arithmetic
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
@@ -96,10 +96,11 @@ class Interval:
         tensor([[0.]])
     """
 
-    __slots__ = ("__weakref__", "_box", "_family", "_steps")
+    __slots__ = ("__weakref__", "_box", "_family", "_maker", "_steps")
 
     _box: Box
     _family: "_Family"
+    _maker: Step | None
     _steps: "tuple[IntervalRule, ...]"
 
     def __init__(
@@ -112,6 +113,7 @@ class Interval:
     ) -> None:
         self._hold(Box(lower, upper, error, arithmetic))
         self._join(_Family(lower.shape), ())
+        self.made_by(None)
 
     @classmethod
     def around(cls, images: Tensor, eps: float | Tensor) -> "Interval":
@@ -181,6 +183,16 @@ class Interval:
         """
         return self.lower.size(*which)
 
+    @property
+    def maker(self) -> Step | None:
+        """The step that made the interval or changed it last; None while no steps are recorded."""
+        return self._maker
+
+    def made_by(self, step: Step | None) -> "Interval":
+        """The same interval, noted as made by a step of a recording."""
+        object.__setattr__(self, "_maker", step)
+        return self
+
     def lowest(self, directions: Tensor) -> Tensor:
         """The smallest value of ⟨direction, z⟩ over z in the interval (B, m), for directions (B, S, m): (B, S).
 
@@ -241,16 +253,16 @@ class Interval:
         return _call("division", divide, self, divisor)
 
     def __iadd__(self, other: "Interval | Tensor | float") -> "Interval":
-        return self._become(self + other)
+        return _call("addition", add, self, other, inplace=True)
 
     def __isub__(self, other: "Interval | Tensor | float") -> "Interval":
-        return self._become(self - other)
+        return _call("subtraction", subtract, self, other, inplace=True)
 
     def __imul__(self, factor: "Interval | Tensor | float") -> "Interval":
-        return self._become(self * factor)
+        return _call("multiplication", multiply, self, factor, inplace=True)
 
     def __itruediv__(self, divisor: Tensor | float) -> "Interval":
-        return self._become(self / divisor)
+        return _call("division", divide, self, divisor, inplace=True)
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -328,7 +340,11 @@ for _name in sorted(f"__{name}__" for name in _REFUSED):
 
 def _call(name: str, rule: IntervalRule, *args: Any, inplace: bool = False, **options: Any) -> Interval:
     """Apply a rule to intervals, and refuse arguments that the rule does not take."""
-    record(name, args, {**options, "inplace": inplace}, Interval)
+    step = record(name, args, {**options, "inplace": inplace}, _as_dependent)
+    return _apply(name, rule, args, options, inplace or name in IN_PLACE).made_by(step)
+
+
+def _apply(name: str, rule: IntervalRule, args: Sequence[Any], options: Mapping[str, Any], inplace: bool) -> Interval:
     base = next((value for value in (*args, *options.values()) if isinstance(value, Interval)), None)
     try:
         box = rule(*map(_unpack, args), **{key: _unpack(value) for key, value in options.items()})
@@ -338,19 +354,21 @@ def _call(name: str, rule: IntervalRule, *args: Any, inplace: bool = False, **op
         raise _refuse(f"no bounds are known for {name} with such arguments: {error}") from error
     if name in VIEWS and not (args and args[0] is base):
         raise _refuse(f"no bounds are known for {name} of a tensor that is not its first argument")
-    if base is not None and box is base._box:
-        return base
     result = Interval(box.lower, box.upper)
     result._hold(box)
     if base is None:
         return result
-    if inplace or name in IN_PLACE:
+    if inplace:
         return base._become(result)
     if name not in VIEWS or box.dtype != base.dtype or box.device != base.device:
         return result
     others = args[1:]
     steps = base._steps if name in CASTS else (*base._steps, lambda positions: rule(positions, *others, **options))
     return result._join(base._family, steps)
+
+
+def _as_dependent(value: Any) -> Dependent | None:
+    return Dependent(value.maker, value.shape) if isinstance(value, Interval) else None
 
 
 def _unpack(value: Any) -> Any:

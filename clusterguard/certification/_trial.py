@@ -11,11 +11,11 @@ from clusterguard.certification._bounds import (
     arithmetic_of,
     as_in_service,
     bound_in_service,
-    bound_representations,
     errors_of_network,
+    run_encoder,
 )
 from clusterguard.certification._intervals import Interval
-from clusterguard.certification._steps import SameSteps, recorded_steps
+from clusterguard.certification._steps import IMAGE, recorded_steps, same_steps
 from clusterguard.detectors import Bounds, ClusterGuard
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
@@ -82,16 +82,15 @@ def try_out(
 def _check_steps(guard: ClusterGuard, images: Tensor) -> None:
     """Check that the network does the same with a tensor as with an interval: the same functions of the same numbers.
 
-    Neither a type that it asks for nor an error that it catches can make a difference then. What torch does not tell
-    about stays unseen, such as a scripted function that changes its argument in place.
+    Neither a type that it asks for nor an error that it catches can make a difference then.
     """
     is_compiling = "torch._dynamo" in sys.modules  # which takes seconds to import
     with torch.compiler.set_stance("force_eager") if is_compiling else nullcontext():
-        with recorded_steps() as steps:
-            bound_representations(guard, Interval.around(images, 0.0))
         normalized = guard.normalize(images.clamp(0, 1))
-        with errors_of_network(), SameSteps(steps, normalized) as following:
-            following.finish(guard.encoder(normalized))
+        with recorded_steps() as steps:
+            maker = run_encoder(guard, Interval(normalized, normalized).made_by(IMAGE)).maker
+        with errors_of_network(), same_steps(steps, normalized) as following:
+            following.finish(guard.encoder(normalized), maker)
     if following.difference is not None:
         raise ConfigurationError(
             "no bounds are known for this network: it takes other steps for a tensor than for the interval that bounds "

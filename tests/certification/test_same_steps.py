@@ -124,6 +124,128 @@ def test_the_message_names_the_first_step_that_differs():
         certify(guard_of(Network(function)), GREY, ZEROS, eps=0.0)
 
 
+SIGNS = torch.tensor([[1.0, -1.0]]).repeat(1, 32)
+
+
+def bump(features):
+    """(B, 1), which is 0 unless an image is striped."""
+    return functional.relu(functional.linear(features, SIGNS) - 0.5)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    SCRIPTED_BUMP = torch.jit.trace(bump, GREY.flatten(1), check_trace=False)
+    SCRIPTED_CHANGE = torch.jit.trace(
+        lambda features: features.sub_(bump(features)), GREY.flatten(1), check_trace=False
+    )
+SHIFT = torch.tensor(2.0)
+
+
+def is_tensor(values):
+    return isinstance(values, torch.Tensor)
+
+
+def another_argument(features):
+    values = bump(features)
+    nothing = values * 0.0
+    return features - (values if is_tensor(features) else nothing)
+
+
+def another_output(features):
+    outputs = features - bump(features), features - bump(features) * 0.0
+    return outputs[0 if is_tensor(features) else 1]
+
+
+def a_copy_that_is_changed(features):
+    values = bump(features)
+    changed = values.clone() if is_tensor(features) else values
+    changed *= 0.0
+    return features - values
+
+
+def a_copy_of_the_interval_alone(features):
+    values = -bump(features)
+    changed = (values if is_tensor(features) else values.clone()).flatten(1)
+    changed *= 100.0
+    return features + values
+
+
+def a_change_in_place(features):
+    values = -bump(features)
+    values.relu() if is_tensor(features) else values.relu_()
+    return features + values
+
+
+def a_change_of_another(features):
+    values, others = bump(features), bump(features)
+    changed = others if is_tensor(features) else values
+    changed *= 0.0
+    return features - values
+
+
+def no_change(features):
+    values = bump(features)
+    if is_tensor(features):
+        torch.ops.aten.mul_(features * 1.0, 0.0)
+    else:
+        values *= 0.0
+    return features - values
+
+
+def scripted_code(features):
+    values = SCRIPTED_BUMP(features) if is_tensor(features) else torch.zeros(features.shape[0], 1)
+    return features - values
+
+
+def scripted_code_in_place(features):
+    values = features * 1.0
+    if is_tensor(features):
+        SCRIPTED_CHANGE(values)
+    return values
+
+
+def a_second_name(features):
+    values = bump(features)
+    return features - (nn.Parameter(values) if is_tensor(features) else torch.zeros(features.shape[0], 1))
+
+
+def a_constant_that_is_changed(features):
+    SHIFT.fill_(0.01 if is_tensor(features) else 2.0)
+    return features + functional.relu(functional.relu(features - 0.58) - SHIFT)
+
+
+def an_interval_of_its_own(features):
+    values = bump(features)
+    if not is_tensor(features):
+        values = Interval(values.lower * 0, values.upper * 0, error=values.error, arithmetic=values.arithmetic)
+    return features - values
+
+
+def relu(values):
+    if torch.overrides.has_torch_function_unary(values):
+        return torch.overrides.handle_torch_function(relu, (values,), values)
+    return values * 100.0
+
+
+def a_function_by_a_borrowed_name(features):
+    values = bump(features)
+    return features - (relu(values) if is_tensor(features) else functional.relu(values))
+
+
+FLOWS = [
+    *(another_argument, another_output, a_copy_that_is_changed, a_copy_of_the_interval_alone, a_change_in_place),
+    *(a_change_of_another, no_change, scripted_code, scripted_code_in_place, a_second_name),
+    *(a_constant_that_is_changed, an_interval_of_its_own, a_function_by_a_borrowed_name),
+]
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_the_same_functions_of_other_numbers_are_other_steps(flow):
+    guard = guard_of(Network(lambda values: flow(values.flatten(1))))
+    with pytest.raises(ConfigurationError, match="no bounds are known for this network: it takes other steps"):
+        certify(guard, GREY, ZEROS, eps=0.01)
+
+
 class Everything(nn.Module):
     """Uses whatever has bounds, as methods, operators, functions and modules."""
 
@@ -134,7 +256,6 @@ class Everything(nn.Module):
             *(nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.GELU(), nn.Dropout(), nn.PReLU(), nn.Softplus(), nn.Hardswish()),
         )
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
-        self.compiled = torch.compile(lambda values: functional.relu6(values), backend="eager")
         self.last = None
 
     def forward(self, images):
@@ -142,13 +263,19 @@ class Everything(nn.Module):
         assert values.ndim == 4
         assert isinstance(values, list) is False  # a harmless question
         rest = functional.dropout(values, 0.5, self.training)
+        changed = values.contiguous().view(values.shape)
+        changed += rest.flatten(1).view(values.shape)  # of which nobody knows whether it changes the values too
+        values = values + functional.dropout(changed, 0.5, False, inplace=True)
         values = values.clone() + rest * 0.5 + 1 - (2 - values) / 3 + torch.ones(1, 4, 1, 1) - values
         values += 1
+        values -= values * 0.5
+        values *= 3
+        values /= torch.tensor(2.0)
         values = torch.cat([values, -values, torch.zeros(values.shape[0], 4, 4, 4)], 1).relu_()
         values = torch.stack([values, values.sigmoid()]).mean(0)
         pooled = functional.adaptive_avg_pool2d(values, 1).view(values.size(0), -1)
         self.last = values = functional.pad(pooled, (0, 64 - pooled.shape[1]))
-        return self.compiled(self.normed(values.to(torch.float32).contiguous()))
+        return functional.relu6(self.normed(values.to(torch.float32).contiguous()))
 
 
 def test_a_network_that_takes_the_same_steps_for_both_keeps_its_certificates():
