@@ -5,6 +5,7 @@ import math
 import torch
 from clusterguard._support import (
     IN_GREY_LEVELS,
+    CompiledCall,
     check_calibrated,
     check_images,
     check_labels,
@@ -31,18 +32,20 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
     or closer to the class of its label. So the success rate of any attack, known or not, is at most the share
     of images that are not secure.
 
-    A proof is about the guard as `detect` runs it, in float32 or float64. It includes a bound on the rounding errors of
-    each operation, down to the comparison with the threshold. This bound holds for IEEE arithmetic with sums in any
-    order, fused or not, and for convolutions that are computed as direct products, as oneDNN and cuBLAS do. It does not
-    hold for convolutions by Winograd's algorithm or by Fourier transforms, which cuDNN may choose at stride 1.
+    A proof is about the guard as `detect` runs it, uncompiled, in float32 or float64. It includes a bound on the
+    rounding errors of each operation, down to the comparison with the threshold. This bound holds for IEEE arithmetic
+    with sums in any order, fused or not, and for convolutions that are computed as direct products, as oneDNN and
+    cuBLAS do. It does not hold for convolutions by Winograd's algorithm or by Fourier transforms, which cuDNN may
+    choose at stride 1.
 
     Bounds are checked before they are used. The guard's outputs on every proved image, and with all its pixels brighter
     and all darker, must lie within the bounds; so must those at more points around a few of the images. Some of these
     points are random, and others follow the gradient towards the point where a proof would fail first. A network may do
     something else with a tensor than with the interval that bounds it. So the functions that it applies to both are
-    compared, with their arguments: which earlier results they are, and what changes in place. A network that mixes the
-    images of a batch is found if it does so in batches of as many images as are certified, or of about 26; a proof does
-    not hold in larger batches for a network that begins to mix them there.
+    compared, with their arguments: which earlier results they are, and what changes in place. A compiled guard is
+    refused, because a network may tell that it is being compiled, and compilers err. A network that mixes the images of
+    a batch is found if it does so in batches of as many images as are certified, or of about 26; a proof does not hold
+    in larger batches for a network that begins to mix them there.
 
     Args:
         guard: calibrated guard with a network as in `bound`.
@@ -57,7 +60,8 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
         InputError: images, labels or radii have a wrong shape, dtype or range.
         NotCalibratedError: the guard has no thresholds.
         ConfigurationError: the network has a layer without known bounds, or treats intervals differently from tensors;
-            the guard runs in half precision or under autocast; one of its methods is not that of `ClusterGuard`.
+            the guard runs in half precision or under autocast, or is compiled; one of its methods is not that of
+            `ClusterGuard`.
 
     Example:
         >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 1, 2))
@@ -162,6 +166,11 @@ def certified_success_rate(guard: ClusterGuard, loader: Loader, *, eps: float, u
 
 def _check(guard: ClusterGuard, images: Tensor, labels: Tensor) -> None:
     check_methods(guard)
+    if isinstance(guard._encode, CompiledCall):
+        raise ConfigurationError(
+            "expected a guard that is not compiled, because torch.compile may run another network than that which is "
+            "written; certify copy.deepcopy(guard), which is not compiled"
+        )
     check_images(images)
     if images.dtype not in (torch.float32, torch.float64):
         raise InputError(f"expected images in float32 or float64, like the guard, got {images.dtype}")

@@ -2,7 +2,8 @@
 
 import itertools
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from clusterguard.certification._bounds import (
@@ -84,8 +85,7 @@ def _check_steps(guard: ClusterGuard, images: Tensor) -> None:
 
     Neither a type that it asks for nor an error that it catches can make a difference then.
     """
-    is_compiling = "torch._dynamo" in sys.modules  # which takes seconds to import
-    with torch.compiler.set_stance("force_eager") if is_compiling else nullcontext():
+    with _without_compiled_parts():
         normalized = guard.normalize(images.clamp(0, 1))
         with recorded_steps() as steps:
             maker = run_encoder(guard, Interval(normalized, normalized).made_by(IMAGE)).maker
@@ -97,6 +97,26 @@ def _check_steps(guard: ClusterGuard, images: Tensor) -> None:
             f"it, first at {following.difference}. It may ask for the type of its input, or catch an error that an "
             "interval raises; let it compute the same for both"
         )
+
+
+@contextmanager
+def _without_compiled_parts() -> Iterator[None]:
+    """Refuse a network that calls compiled code, which may compute something else than its steps."""
+    if "torch._dynamo" not in sys.modules:  # which takes seconds to import
+        yield
+        return
+    try:
+        with torch.compiler.set_stance(
+            "fail_on_recompile"
+        ):  # steps are followed by modes, for which nothing is compiled
+            yield
+    except ConfigurationError as error:
+        if "torch.compile stance" not in str(error):
+            raise
+        raise ConfigurationError(
+            "no bounds are known for this network: a part of it is compiled, and torch.compile may run another one "
+            "than that which is written; certify the guard with the part as it was before torch.compile"
+        ) from error
 
 
 def _take(proofs: Proofs, rows: Tensor) -> Proofs:

@@ -211,9 +211,9 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the encoder in place with `torch.compile`, which speeds up detection, attacks and training.
 
-        Saving and exporting work as before, and copies of the guard are not compiled. Move the guard to its device
-        first. The first gradient is compared with the eager one, because torch.compile silently gives some networks
-        wrong gradients. Attacks then fail, and the guard looks robust.
+        Saving and exporting work as before. Copies of the guard are not compiled, and `certify` takes only such a copy.
+        Move the guard to its device first. The first gradient is compared with the eager one, because torch.compile
+        silently gives some networks wrong gradients. Attacks then fail, and the guard looks robust.
 
         Args:
             *args: positional arguments of `torch.compile`.

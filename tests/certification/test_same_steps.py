@@ -1,5 +1,6 @@
 """A network that computes something else for a tensor than for an interval gets no certificate, wherever that shows."""
 
+import copy
 import warnings
 
 import pytest
@@ -292,3 +293,31 @@ def test_a_copy_that_only_a_tensor_gets_is_no_other_step():
         return values.flatten(1).clone() if isinstance(values, torch.Tensor) else values.flatten(1)
 
     assert certify(guard_of(Network(copied)), GREY, ZEROS, eps=0.01).is_secure.all()
+
+
+def other_while_compiling(values):
+    features = values.flatten(1)
+    return features - bump(features) * (100.0 if torch.compiler.is_compiling() else 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+def test_a_compiled_guard_is_refused_and_its_copy_is_not():
+    torch._dynamo.reset()
+    guard = guard_of(Network(other_while_compiling))
+    guard.compile(backend="eager")
+    for use in (lambda one: certify(one, GREY, ZEROS, eps=0.01), lambda one: certified_radius(one, GREY, ZEROS)):
+        with pytest.raises(ConfigurationError, match=r"not compiled.*copy\.deepcopy"):
+            use(guard)
+        use(copy.deepcopy(guard))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("is_used_before", [True, False])
+def test_a_network_with_a_compiled_part_is_refused(is_used_before):
+    torch._dynamo.reset()
+    part = torch.compile(other_while_compiling, backend="eager")
+    guard = guard_of(Network(lambda values: part(values) if is_tensor(values) else other_while_compiling(values)))
+    if is_used_before:
+        guard.detect(GREY)
+    with pytest.raises(ConfigurationError, match="a part of it is compiled"):
+        certify(guard, GREY, ZEROS, eps=0.01)
