@@ -166,6 +166,16 @@ def check_range(labels: Tensor, num_classes: int, *, name: str = "labels") -> No
         raise InputError(f"expected {name} from 0 to {num_classes - 1}, got {low} to {high}{advice}")
 
 
+def check_kind(value: object, kind: type, name: str, advice: str) -> None:
+    """Check that an option is an object of a class.
+
+    Raises:
+        ConfigurationError: it is something else; the message says what to pass.
+    """
+    if not isinstance(value, kind):
+        raise ConfigurationError(f"expected {name} to be {advice}, got {value!r:.100}")
+
+
 def check_numbers(*, whole: bool = False, **values: object) -> None:
     """Check that options are numbers. Strings and booleans are refused.
 

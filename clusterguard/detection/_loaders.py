@@ -101,7 +101,7 @@ class Pairs:
         unpack: function as in `unpack_batch`.
 
     Raises:
-        ConfigurationError: the loader is a data set of single images.
+        ConfigurationError: the loader is a data set of single images, or `unpack` is no function.
 
     Example:
         >>> import torch
@@ -114,6 +114,8 @@ class Pairs:
         source: object = loader
         if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
             _refuse_data_set("loader")
+        if unpack is not None and not callable(unpack):
+            raise ConfigurationError(f"expected unpack to be a function of a batch, got {unpack!r:.100}")
         self.loader, self.unpack = loader, unpack
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -240,3 +240,5 @@ def _check_order(guard: object, attack: object) -> None:
     if not isinstance(guard, ClusterGuard) or not callable(attack):
         given = f"{type(guard).__name__} and {type(attack).__name__}"
         raise ConfigurationError(f"expected a ClusterGuard and an attack, in this order, got {given}")
+    if isinstance(attack, type):
+        raise ConfigurationError(f"expected an attack with its options, such as PGD(eps=0.1), got {attack.__name__}")

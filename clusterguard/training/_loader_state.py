@@ -423,7 +423,9 @@ def _size(value: Any, limit: float) -> int:
     """The number of elements of a value; -1 if there are more than `limit`, or elements of other types."""
     if isinstance(value, _SCALARS) or (isinstance(value, np.generic) and value.dtype.kind in _KINDS):
         return 1
-    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in _KINDS):
+    if (isinstance(value, Tensor) and value.layout == torch.strided) or (
+        isinstance(value, np.ndarray) and value.dtype.kind in _KINDS
+    ):
         size = value.numel() if isinstance(value, Tensor) else value.size
         return size if size <= limit else -1
     if type(value) not in (list, tuple, dict, deque, set) or len(value) > limit:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from clusterguard._support import (
     check_images,
+    check_kind,
     check_labels,
     check_numbers,
     check_place,
@@ -35,6 +36,7 @@ from clusterguard.detection import (
     judge,
     learn_class_names,
     set_epoch,
+    without_autocast,
 )
 from clusterguard.detectors import DetectorModule
 from clusterguard.errors import (
@@ -104,6 +106,8 @@ class DetectorTrainer(ABC):
         self.scheduler: Any = make_scheduler(scheduler, self.optimizer)
         self.calibrator = Calibrator() if calibrator is None else calibrator
         self.options = TrainingOptions() if options is None else options
+        check_kind(self.calibrator, Calibrator, "calibrator", "a Calibrator, such as Calibrator(0.01)")
+        check_kind(self.options, TrainingOptions, "options", "TrainingOptions(...)")
         self.thresholds = torch.full_like(detector.thresholds, torch.inf)
         self.history: list[EpochRecord] = []
         self._totals = EpochTotals()
@@ -284,7 +288,9 @@ class DetectorTrainer(ABC):
         check_loader(train_loader, "training loader")
         check_loader(calibration_loader, "calibration loader")
         check_validation(validation)
-        with torch.inference_mode(False), torch.enable_grad():
+        if generator is not None:
+            check_kind(generator, Generator, "generator", "a torch.Generator, such as torch.Generator().manual_seed(0)")
+        with torch.inference_mode(False), torch.enable_grad(), without_autocast():
 
             def replay(loader: Loader) -> Replay:
                 return Replay(Pairs(loader, unpack), self.engine.device)

@@ -399,3 +399,34 @@ def test_a_radius_that_covers_the_box_is_refused_by_whoever_sees_the_images_firs
     APGD(norm=norm, eps=largest, steps=1)(small_guard, images, labels)
     with pytest.raises(ConfigurationError, match=re.escape("8 / 255")):
         WorstCaseSuite(norm, eps=largest + 1, references=(images, labels))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibrator": 0.01}, "expected calibrator to be a Calibrator, such as .* got 0.01"),
+        ({"options": {"accumulate": 2}}, "expected options to be TrainingOptions"),
+        ({"attack": PGD}, r"such as PGD\(eps=0.1\), got PGD"),
+        ({"generator": 42}, "expected generator to be a torch.Generator"),
+        ({"unpack": 3}, "expected unpack to be a function of a batch, got 3"),
+    ],
+)
+def test_options_of_another_kind_are_named(blobs, options, message):
+    fit_options = {name: options[name] for name in ("generator", "unpack") if name in options}
+    made = {"attack": ATTACK, **{name: value for name, value in options.items() if name not in fit_options}}
+    with pytest.raises(ConfigurationError, match=message):
+        AdversarialClusterTrainer(new_guard(), **made).fit(blobs, held_out(blobs), epochs=1, **fit_options)
+
+
+def test_sparse_images_are_named(blobs):
+    images, labels = blobs.dataset[:20]
+    with pytest.raises((ConfigurationError, InputError), match="images"):
+        fit(new_guard(), [(images.to_sparse(), labels)], [(images, labels)], calibrate=True)
+
+
+def test_autocast_around_a_training_does_not_change_its_precision(blobs):
+    plain, around = new_guard(), new_guard()
+    fit(plain, blobs)
+    with torch.autocast("cpu", torch.bfloat16):
+        fit(around, blobs)
+    assert torch.equal(weights(plain), weights(around))
