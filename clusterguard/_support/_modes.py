@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
-from clusterguard.errors import ConfigurationError
+from clusterguard.errors import ConfigurationError, in_one_line
 from torch import nn
 
 # Several threads may read one module. The first one puts it into eval mode, and the last one to leave restores it.
@@ -30,7 +30,8 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
         *candidates: objects of any type. Those that are no modules are ignored.
 
     Raises:
-        ConfigurationError: another thread trains one of the modules; its layers can be in one mode at a time only.
+        ConfigurationError: another thread trains one of the modules, whose layers can be in one mode at a time only; or
+            a module's own `train` or `eval` raises an error.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.Dropout())
@@ -56,8 +57,9 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
             _readers[module] = _readers.get(module, 0) + 1
             if module.training:
                 _to_restore[module] = None
-        _set_mode(modules, training=False)
     try:
+        with _lock:
+            _set_mode(modules, training=False)
         yield
     finally:
         with _lock:
@@ -66,8 +68,8 @@ def evaluation_mode(*candidates: object) -> Iterator[None]:
                 _readers[module] -= 1
                 if not _readers[module]:
                     del _readers[module]
-            _restore()
             _is_left.notify_all()
+            _restore()
 
 
 def _restore() -> None:
@@ -107,7 +109,8 @@ def training_mode(module: nn.Module, *, frozen: Collection[str] = ()) -> Iterato
         frozen: names of submodules that stay in eval mode, as `names_in_eval_mode` gives them.
 
     Raises:
-        ConfigurationError: no submodule has one of the names, or another thread trains the module.
+        ConfigurationError: no submodule has one of the names, another thread trains the module, or its own `train` or
+            `eval` raises an error.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
@@ -126,7 +129,7 @@ def training_mode(module: nn.Module, *, frozen: Collection[str] = ()) -> Iterato
         )
     with _lock:
         _claim(parts.values())
-        module.train()
+        _switch(module, training=True)
         _set_mode({parts[name] for name in frozen}, training=False)
     try:
         yield
@@ -165,9 +168,21 @@ def _set_mode(modules: Collection[nn.Module], *, training: bool) -> None:
             continue
         if _overrides_mode_methods(module):
             before = {part: part.training for part in module.modules() if part not in modules}
-            module.train() if training else module.eval()
+            _switch(module, training=training)
             _set_mode({part for part, mode in before.items() if part.training != mode}, training=not training)
         module.training = training  # the module's own method may have left the flag as it was
+
+
+def _switch(module: nn.Module, *, training: bool) -> None:
+    """Call the module's own `train` or `eval`."""
+    try:
+        module.train() if training else module.eval()
+    except Exception as error:  # a method of the user's may raise anything
+        name = "train" if training else "eval"
+        raise ConfigurationError(
+            f"expected a module whose train() and eval() can be called, got {type(module).__name__}, whose {name}() "
+            f"raised {in_one_line(error)}; let it switch its layers"
+        ) from error
 
 
 def _overrides_mode_methods(module: nn.Module) -> bool:

@@ -405,3 +405,20 @@ def test_a_training_in_one_thread_keeps_its_statistics_whatever_another_does(blo
     is_over.set()
     thread.join()
     assert guard.encoder[0][2].num_batches_tracked == 2 * len(blobs)
+
+
+class Stubborn(nn.Flatten):
+    """Has an `eval` that raises an error, as some wrappers of other people's models do."""
+
+    def eval(self):
+        raise NotImplementedError("no\neval")
+
+
+def test_an_error_of_a_modules_own_eval_is_one_of_ours_and_leaves_no_reader():
+    module = nn.Sequential(nn.Dropout(), Stubborn())
+    for use in (lambda: evaluation_mode(module).__enter__(), lambda: cg.ClusterGuard(module, 2, example=IMAGES)):
+        with pytest.raises(ConfigurationError, match=r"Stubborn, whose eval\(\) raised NotImplementedError: no eval"):
+            use()
+    assert [part.training for part in module.modules()] == [True, True, True]
+    with training_mode(module[0]):
+        pass
