@@ -14,7 +14,7 @@ from clusterguard._support import (
 )
 from clusterguard.certification._intervals import Interval, final_refusals
 from clusterguard.detection import Arithmetic, full_precision
-from clusterguard.detectors import Bounds, ClusterGuard, Normalize
+from clusterguard.detectors import Bounds, ClusterGuard, Head, Normalize
 from clusterguard.errors import ClusterGuardError, ConfigurationError, in_one_line
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -176,8 +176,7 @@ def check_methods(guard: ClusterGuard) -> None:
     changed += _changed_in_place(guard)
     if not (guard._encode is call_uncompiled or type(guard._encode) is CompiledCall):
         changed.append("_encode")
-    # A head that inherits its bounds may have changed the distances that they are for.
-    is_known = {"head": "bound_distances" in vars(type(guard.head)), "normalize": type(guard.normalize) is Normalize}
+    is_known = {"head": _has_own_bounds(type(guard.head)), "normalize": type(guard.normalize) is Normalize}
     for name in is_known:
         part = getattr(guard, name)
         if not is_known[name] or _changed_in_place(part) or part._forward_hooks or part._forward_pre_hooks:
@@ -194,14 +193,27 @@ def check_methods(guard: ClusterGuard) -> None:
         )
 
 
+class _EmptyHead(Head):
+    """Has no attribute but those that Python gives to every class."""
+
+
+def _has_own_bounds(kind: type[Head]) -> bool:
+    """Whether no attribute of a class is newer than its bounds, which could be of other distances then."""
+    newest = next(parent for parent in kind.__mro__ if vars(parent).keys() - vars(_EmptyHead).keys())
+    return "bound_distances" in vars(newest)
+
+
 def _changed_in_place(module: nn.Module) -> list[str]:
     return [name for name in vars(module) if callable(getattr(type(module), name, None))]
 
 
 def arithmetic_of(guard: ClusterGuard) -> Arithmetic:
-    """The arithmetic of the guard, whose weights and buffers must all have the same data type."""
-    parts = (guard.encoder, guard.normalize, guard.head)
-    tensors = (tensor for part in parts for tensor in (*part.parameters(), *part.buffers()))
+    """The arithmetic of the guard, whose weights must all have the same data type.
+
+    Buffers of the encoder may have another one. Where they are used, the rules of intervals look at it.
+    """
+    parts = (guard.normalize, guard.head)
+    tensors = (*guard.encoder.parameters(), *(x for part in parts for x in (*part.parameters(), *part.buffers())))
     dtypes = sorted({tensor.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()}, key=str)
     if dtypes not in ([torch.float32], [torch.float64]):
         raise ConfigurationError(
@@ -214,7 +226,8 @@ def arithmetic_of(guard: ClusterGuard) -> Arithmetic:
 def bound_in_service(guard: ClusterGuard, images: Tensor, labels: Tensor, radii: Tensor) -> Proofs:
     """Bounds on the guard's outputs for every image in a ball, rounding errors included, and what they prove."""
     arithmetic = arithmetic_of(guard)
-    ball = Interval.around(images.double(), radii)
+    # An infinite pixel becomes NaN, of which nothing is proved: detect refuses the image, whatever its ball holds.
+    ball = Interval.around(images.double().masked_fill(~images.isfinite(), torch.nan), radii)
     # Perturbing an image rounds it. The error covers each image whose distance, computed in its dtype, is within radii.
     error = torch.full_like(ball.lower, 2 * arithmetic.unit)
     ball = Interval(ball.lower, ball.upper, error=error, arithmetic=arithmetic)

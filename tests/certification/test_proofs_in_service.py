@@ -228,6 +228,30 @@ def test_a_guard_with_another_part_is_refused(part, other):
         certify(guard, images(), LABELS, eps=0.1)
 
 
+class Documented(GaussianClusters):
+    """The paper's head by another name."""
+
+
+class Renamed(Documented):
+    pass
+
+
+class WithScale(GaussianClusters):
+    center_scale = torch.tensor(3.0)
+
+
+@pytest.mark.parametrize("kind", [Documented, Renamed])
+def test_a_head_by_another_name_alone_keeps_its_bounds(kind):
+    guard, batch = around(nn.Flatten()), images()
+    expected = certify(guard, batch, LABELS, eps=0.1)
+    guard.head = kind(2)
+    assert all(torch.equal(*pair) for pair in zip(certify(guard, batch, LABELS, eps=0.1), expected, strict=True))
+    guard.head = WithScale.__new__(WithScale)
+    guard.head.__dict__.update(kind(2).__dict__)
+    with pytest.raises(ConfigurationError, match="no bounds are known for the head WithScale"):
+        certify(guard, batch, LABELS, eps=0.1)
+
+
 def test_hooks_on_the_normalisation_are_refused_and_those_in_the_network_followed():
     guard, batch = around(nn.Flatten(), threshold=100.0), images()
     plain = certified_radius(guard, batch, LABELS)

@@ -1,6 +1,7 @@
 """Certificates of networks that remember, reshape, compile or branch, and of no image at all."""
 
 import copy
+import math
 from collections import defaultdict, deque
 
 import pytest
@@ -184,3 +185,38 @@ def test_an_error_of_a_network_about_other_batches_is_one_of_ours():
 def test_what_says_nothing_about_a_network_is_handed_on(error):
     with pytest.raises(type(error)):
         certify(around(Checking(error)), images(), LABELS, eps=0.01)
+
+
+class WithBuffer(nn.Module):
+    """Has a number in another precision, and may use it."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.layer, self.use = nn.Linear(4, 4), use
+        self.register_buffer("extra", torch.full((4,), 0.1, dtype=torch.float64))
+
+    def forward(self, values):
+        return self.use(self.layer(values.flatten(1)), self.extra)
+
+
+def test_a_number_in_another_precision_matters_only_where_it_is_used():
+    guard, batch = around(WithBuffer(lambda values, extra: values), threshold=100.0), images()
+    proved = certify(guard, batch, guard.detect(batch).labels, eps=0.0)
+    assert proved.is_kept.all()
+    (network,) = [part for part in guard.modules() if isinstance(part, WithBuffer)]
+    network.use = lambda values, extra: values * extra[0]
+    certify(guard, batch, guard.detect(batch).labels, eps=0.0)
+    network.use = lambda values, extra: (values * extra).to(values.dtype)
+    with pytest.raises(ConfigurationError, match="no bounds are known"):
+        certify(guard, batch, LABELS, eps=0.0)
+
+
+@pytest.mark.parametrize("pixel", [math.inf, -math.inf, math.nan])
+def test_nothing_is_proved_of_an_image_with_a_pixel_that_is_not_finite(pixel):
+    guard, batch = around(nn.Flatten(), threshold=100.0), images()
+    labels = guard.detect(batch).labels
+    expected = certify(guard, batch, labels, eps=1e-4)
+    batch[1, 0, 0, 0] = pixel
+    for part, other in zip(certify(guard, batch, labels, eps=1e-4), expected, strict=True):
+        assert part.tolist() == [other[0], False, other[2]]
+    assert certified_radius(guard, batch, labels)[1] == 0
