@@ -176,11 +176,15 @@ def resolve(name: str) -> Any:
         return getattr(resolve(parent), last)
 
 
+SECTIONS = ("Args", "Attributes", "Example", "Raises", "Reference", "Returns", "Warns", "Yields")
+HEADS = re.compile(rf"^(?!(?:{'|'.join(SECTIONS)}):)([A-Z]\w+):$", flags=re.MULTILINE)
+
+
 def faults(public: Public, *, example: bool) -> list[str]:
     """What the docstring of something public lacks."""
     if not re.match(r"\S.*?[.:]", public.text, flags=re.DOTALL):
         return ["a sentence that says what it is"]
-    missing = []
+    missing = [f"a section that the site knows instead of {head}" for head in HEADS.findall(public.text)]
     for name, annotation in public.parameters.items():
         said = public.says_of(name)
         if not said:
@@ -296,6 +300,14 @@ def unsaid(images: Tensor) -> Tensor:
     """Do something."""
 
 
+def misspelt() -> None:
+    """Do something.
+
+    Raise:
+        ValueError: always.
+    """
+
+
 def silent(images): ...
 
 
@@ -332,6 +344,7 @@ class RenamedRecord:
         (without_shape, ["the shape of images", "an example that runs"]),
         (unsaid, ["what images is", "what it returns", "an example that runs"]),
         (silent, ["a sentence that says what it is"]),
+        (misspelt, ["a section that the site knows instead of Raise", "an example that runs"]),
         (BadRecord, ["what total is", "an example that runs"]),
     ],
 )
