@@ -183,7 +183,9 @@ def train_detector(
         "epochs": len(history),
         "seconds": round(sum(epoch.seconds for epoch in history), 1),
         "last": {
-            key: value for key, value in asdict(history[-1]).items() if isinstance(value, str) or math.isfinite(value)
+            key: value
+            for key, value in asdict(history[-1]).items()
+            if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
         },
         "provenance": provenance(device) | {"compiled": compiled},
     }

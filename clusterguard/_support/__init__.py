@@ -32,6 +32,7 @@ from clusterguard._support._markdown import code_in_markdown, escape_markdown
 from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
 from clusterguard._support._processes import OneProcess, check_accelerator, collect, share
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
+from clusterguard._support._randomness import draws_random_numbers, random_states, set_random_states
 from clusterguard_torchvision import on_torch_import
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "copy_module",
     "copy_values",
     "digest_of",
+    "draws_random_numbers",
     "escape_markdown",
     "evaluation_mode",
     "in_range",
@@ -70,10 +72,12 @@ __all__ = [
     "names_in_eval_mode",
     "only_writer",
     "previous",
+    "random_states",
     "read_archive",
     "read_progress",
     "refuse_unusable",
     "save_progress",
+    "set_random_states",
     "settle_weights",
     "share",
     "shorten",

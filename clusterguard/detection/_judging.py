@@ -1,9 +1,19 @@
 """Runs a detector over a whole loader."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from clusterguard._support import bar, check_detector, check_images, check_labels, collect, evaluation_mode, share
+from clusterguard._support import (
+    bar,
+    check_detector,
+    check_images,
+    check_labels,
+    collect,
+    draws_random_numbers,
+    evaluation_mode,
+    share,
+)
 from clusterguard.detection._decision import Detection, Detector, Evidence, decide
 from clusterguard.detection._loaders import Loader, Pairs, Unpack, number_of_batches
 from clusterguard.detection._metrics import Verdicts
@@ -78,9 +88,11 @@ def check_evidence(detector: Detector, images: Tensor) -> None:
     """Check that a detector gives the same evidence for the same images, in every call and whatever their batch.
 
     Up to 100 images are judged four times. Small differences are tolerated, because a device may add numbers in any
-    order. Up to four images are then judged in batches of one size with other neighbours, before and after them.
-    Rounding depends on the shape of a batch and not on what its images show, so no more is tolerated here. They are
-    also judged alone, where other kernels round differently. There, 0.001 of the largest number is tolerated, a
+    order. A call must not move the global random states of torch, NumPy or Python either, so that a change of a few
+    calls in a hundred is found too. Up to four images are then judged in batches of one size with other neighbours,
+    before or after them: their black and white negatives, black, white, stripes, chequers, and random black and white
+    pixels. Rounding depends on the shape of a batch and not on what its images show, so no more is tolerated here. They
+    are also judged alone, where other kernels round differently. There, 0.001 of the largest number is tolerated, a
     thousand times what deep networks in float32 differ by, and 32 units in the last place of weights in half precision.
     The batches of graphs with dynamic quantisation are not checked, because their scales depend on them by design.
 
@@ -96,21 +108,36 @@ def check_evidence(detector: Detector, images: Tensor) -> None:
         first, *others = (detector.evidence(images[:100]) for _ in range(4))
         for other in others:
             _check_same(first, other, _repeated(first), "at every call", _CHANGING)
+        if draws_random_numbers(lambda: detector.evidence(images[:1]), images.device):
+            raise ConfigurationError(
+                "expected a detector that gives the same images the same evidence at every call, got one that moves a "
+                f"global random state: {_CHANGING}"
+            )
         if not getattr(detector, "has_dynamic_scales", False):
             _check_independent(detector, images[:4])
 
 
 def _check_independent(detector: Detector, images: Tensor) -> None:
     first, last = slice(len(images)), slice(len(images), None)
-    neighbours = (1 - images).round()  # black or white, and never the images themselves
     twice = detector.evidence(torch.cat([images, images]))
-    for rows, batch in ((first, [images, neighbours]), (last, [neighbours, images])):
+    for index, neighbours in enumerate(_neighbours_of(images)):
+        rows, batch = (last, [neighbours, images]) if index % 2 else (first, [images, neighbours])
         other = detector.evidence(torch.cat(batch))
         _check_same(_of(twice, rows), _of(other, rows), _repeated(twice), _WITH_OTHERS, _MIXING)
     alone = Evidence(*map(torch.cat, zip(*map(detector.evidence, images.split(1)), strict=True)))
     weights = detector.parameters() if isinstance(detector, nn.Module) else ()
     unit = max((torch.finfo(weight.dtype).eps for weight in weights if weight.is_floating_point()), default=0.0)
     _check_same(_of(twice, first), alone, max(1e-3, 32 * unit), _WITH_OTHERS, _MIXING)
+
+
+def _neighbours_of(images: Tensor) -> Iterator[Tensor]:
+    """Images of the highest contrast, in batches as large as the one that is given; each kind comes twice."""
+    negative = (1 - images).round()  # never the images themselves
+    yield from (negative, negative)
+    rows, columns = torch.arange(images.shape[2])[:, None], torch.arange(images.shape[3])
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).round()
+    for pattern in (0 * columns, rows % 2, columns % 2, (rows + columns) % 2, noise):
+        yield from (one.to(images).expand_as(images) for one in (pattern, 1 - pattern))
 
 
 def _of(evidence: Evidence, rows: slice) -> Evidence:

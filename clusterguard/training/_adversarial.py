@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, final
 
 import torch
-from clusterguard._support import check_numbers, evaluation_mode
+from clusterguard._support import check_numbers, evaluation_mode, random_states, set_random_states
 from clusterguard.attacks import Attack, check_radius, ramp, scale
 from clusterguard.detection import (
     Calibrator,
@@ -26,7 +26,6 @@ from clusterguard.training._losses import ClusterLoss, RelabelledBatch, counts_o
 from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._relabelling import Relabel, Separate
-from clusterguard.training._replay import random_states, set_random_states
 from clusterguard.training._trainer import DetectorTrainer
 from torch import Generator, Tensor
 

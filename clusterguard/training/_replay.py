@@ -1,7 +1,6 @@
 """Replay of random states and loaders, so that a resumed training continues with exactly the next batch."""
 
 import copy
-import random
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -11,9 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from clusterguard._support import check_numbers
+from clusterguard._support import check_numbers, random_states, set_random_states
 from clusterguard.detection import Loader, Pairs, have_common_images, number_of_batches
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError
 from clusterguard.training._descriptions import describe, describe_data
@@ -26,37 +24,6 @@ UNKNOWN = (
     "it has a random generator or a counter that cannot be found; keep generators and counters in attributes of the "
     "data set or the sampler"
 )
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """The global random states of torch, NumPy and Python, as tensors and numbers.
-
-    Args:
-        device: device whose state is taken in addition to the CPU's.
-    """
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # transforms draw from it, so a replay needs it
-    of_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    return {
-        "torch": torch.get_rng_state(),
-        "device": of_device,
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "python": random.getstate(),
-    }
-
-
-def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Restore random states that `random_states` returned.
-
-    Args:
-        states: states of an earlier moment.
-        device: same device as in the call of `random_states`.
-    """
-    name, keys, *rest = states["numpy"]
-    torch.set_rng_state(states["torch"])
-    if states["device"] is not None:
-        torch.get_device_module(device).set_rng_state(states["device"], device)
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    random.setstate(states["python"])
 
 
 def restarting_workers(loader: Any) -> Any:

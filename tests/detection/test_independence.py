@@ -1,6 +1,9 @@
 """Whether images are judged one by one: what mixes the images of a batch is refused, what only rounds is not."""
 
+import random
+
 import clusterguard as cg
+import numpy as np
 import pytest
 import torch
 from clusterguard.deployment import export_program
@@ -50,7 +53,7 @@ def guard_with(layer, dtype=torch.float32):
 
 
 def batches(guard, count=90):
-    images = torch.rand(count, *SHAPE).to(guard.encoder[0][0].weight.dtype)
+    images = torch.rand(count, *SHAPE).to(next(guard.parameters()).dtype)
     return [(images, guard.detect(images, check=False).labels)]
 
 
@@ -93,6 +96,70 @@ def test_mixing_shows_in_images_of_any_brightness_and_in_a_batch_of_one(value):
     for images in (torch.full((1, *SHAPE), value), torch.full((9, *SHAPE), value)):
         with torch.no_grad(), pytest.raises(ConfigurationError, match="whatever other images"):
             check_evidence(guard_with(MIXING["the mean"]()).eval(), images)
+
+
+ROWS = torch.tensor([1.0, -1.0]).repeat(4)[:, None]
+PATTERNS = {"chequers": ROWS * ROWS.T, "stripes": -ROWS, "other stripes": ROWS.T, "bright": torch.ones(1)}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_mixing_that_shows_beside_images_of_high_contrast_alone_is_found(pattern):
+    def mixed(images):
+        contrast = ((images.mean(0) - 0.5) * PATTERNS[pattern]).mean()
+        return (images + 9 * (contrast - 0.02).clamp_min(0)).flatten(1)
+
+    guard = cg.ClusterGuard(Mixing(mixed), 3, example=torch.rand(2, *SHAPE))
+    guard.thresholds = torch.full((3,), 100.0)
+    with pytest.raises(ConfigurationError, match="whatever other images"):
+        check_evidence(guard, torch.full((4, *SHAPE), 0.5))
+    with pytest.raises(ConfigurationError, match="whatever other images"):
+        export_program(guard)
+
+
+class RareNoise(nn.Module):
+    """Draws a number at every call and uses it hardly ever."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, images):
+        return images.flatten(1) * (2.0 if self.draw() > 0.999_999 else 1.0)
+
+
+DRAWS = {
+    "torch": lambda: torch.rand(()),
+    "numpy": lambda: np.random.rand(),  # noqa: NPY002
+    "python": lambda: random.random(),
+}
+
+
+@pytest.mark.parametrize("library", DRAWS)
+def test_randomness_is_found_that_changes_hardly_any_answer(library):
+    guard = cg.ClusterGuard(RareNoise(DRAWS[library]), 3, example=torch.rand(2, *SHAPE))
+    with pytest.raises(ConfigurationError, match="moves a global random state"):
+        cg.Calibrator(0.2, scarce="pool").fit(guard, batches(guard))
+    guard.thresholds = torch.full((3,), 100.0)
+    with pytest.raises(ConfigurationError, match="moves a global random state"):
+        export_program(guard)
+
+
+def test_random_numbers_of_another_thread_or_from_a_fixed_seed_are_not_those_of_a_detector():
+    def seeded():
+        torch.manual_seed(0)
+        return torch.rand(())
+
+    calls = []
+
+    def interrupted():
+        calls.append(1)
+        return torch.rand(()) if len(calls) == 5 else 0.0  # as if another thread drew a number
+
+    for draw in (seeded, interrupted):
+        guard = cg.ClusterGuard(RareNoise(draw), 3, example=torch.rand(2, *SHAPE))
+        calls.clear()
+        check_evidence(guard, torch.rand(4, *SHAPE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -3,8 +3,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from clusterguard._support import random_states, set_random_states
 from clusterguard.errors import InputError
-from clusterguard.training._replay import Replay, random_states, set_random_states
+from clusterguard.training._replay import Replay
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
