@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all benchmark-quick speed lint types docs format clean
+.PHONY: demo test test-all benchmark-quick speed chaos lint types docs format clean
 
 demo: .venv/installed
 	$(BIN)/clusterguard demo
@@ -22,6 +22,10 @@ speed: .venv/installed
 	$(BIN)/python -m benchmarks.studies.speed run --device cpu
 	$(BIN)/python -m benchmarks.studies.speed memory --device cpu
 	$(BIN)/python -m benchmarks.studies.speed table
+
+# damages files, kills writers, shares guards between threads and attacks the service; fails if anything goes unnoticed
+chaos: .venv/installed
+	$(BIN)/python -m benchmarks.studies.chaos
 
 lint: .venv/installed
 	$(BIN)/ruff check .

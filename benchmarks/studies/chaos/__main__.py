@@ -1,0 +1,98 @@
+"""Damage everything that clusterguard writes and shares, and count what goes unnoticed: `make chaos`.
+
+The counts go to `benchmarks/results/chaos/chaos.json`, and a table for the documentation beside it. The exit status is
+1 if anything was silent, lost or wrong.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.running import RESULTS
+from benchmarks.studies.chaos._damage import flip_bits, kill_writers
+from benchmarks.studies.chaos._requests import send_requests
+from benchmarks.studies.chaos._threads import share_between_threads
+from benchmarks.studies.chaos._writers import all_writers
+
+CHAOS_RESULTS = RESULTS / "chaos"
+_HARMLESS = ("refused", "same")
+
+
+def run(*, flips: int, kills: int, batches: int, hostile: int, benign: int, seed: int) -> dict[str, Any]:
+    """All counts, by experiment and by what was damaged."""
+    counts: dict[str, Any] = {"flips": {}, "kills": {}, "threads": {}, "requests": {}}
+    for name, writer in all_writers().items():
+        counts["flips"][name] = dict(flip_bits(writer, flips, seed))
+        print(f"one bit flipped, {name}: {counts['flips'][name]}", flush=True)
+    for name, writer in all_writers(epochs=10).items():
+        counts["kills"][name] = dict(kill_writers(writer, kills, seed))
+        print(f"writer killed, {name}: {counts['kills'][name]}", flush=True)
+    for train in (False, True):
+        mode = "train mode" if train else "eval mode"
+        counts["threads"][mode] = dict(share_between_threads(threads=4, batches=batches, train=train))
+        print(f"4 threads, {mode}: {counts['threads'][mode]}", flush=True)
+    counts["requests"] = dict(send_requests(hostile, benign, seed))
+    print(f"requests: {counts['requests']}", flush=True)
+    return counts
+
+
+def faults(counts: dict[str, Any]) -> int:
+    """How often something was silent, lost, left over, wrong, or an error of another library."""
+    files = [count for part in ("flips", "kills") for count in counts[part].values()]
+    silent: int = sum(number for count in files for name, number in count.items() if name not in _HARMLESS)
+    lost = sum(count.get("refused", 0) for count in counts["kills"].values())
+    shared = sum(count["wrong"] + count["changed"] for count in counts["threads"].values())
+    requests = counts["requests"]
+    answered = sum(number for name, number in requests.items() if name.endswith("5xx"))
+    unfair = sum(number for name, number in requests.items() if name.startswith("ordinary") and name != "ordinary 2xx")
+    missed: int = requests.get("wrong", 0) + requests.get("health missed", 0)
+    return sum((silent, lost, shared, answered, unfair, missed))
+
+
+def rows_of_table(counts: dict[str, Any]) -> Iterator[str]:
+    """The lines of the table."""
+    yield "| what happens | to what | how often | noticed and refused | no effect | silent, lost or wrong |"
+    yield "|---|---|---:|---:|---:|---:|"
+    for part, what in (("flips", "one bit flipped"), ("kills", "writer killed")):
+        for name, count in counts[part].items():
+            refused, same = count.get("refused", 0), count.get("same", 0)
+            bad = sum(number for outcome, number in count.items() if outcome not in _HARMLESS)
+            total = sum(number for outcome, number in count.items() if outcome != "left over")
+            if part == "kills":
+                refused, bad = 0, bad + refused
+            yield f"| {what} | {name} | {total:,} | {refused:,} | {same:,} | {bad:,} |"
+    for name, count in counts["threads"].items():
+        bad = count["wrong"] + count["changed"]
+        number = count["batches"]
+        yield f"| four threads share a guard | {name} | {number:,} batches | | {number - count['wrong']:,} | {bad:,} |"
+    requests = counts["requests"]
+    for kind in ("hostile", "ordinary"):
+        by_status = {name[-3:]: number for name, number in requests.items() if name.startswith(kind)}
+        bad = by_status.get("5xx", 0) + (requests.get("wrong", 0) if kind == "ordinary" else 0)
+        yield (
+            f"| {kind} request | example service | {sum(by_status.values()):,} | {by_status.get('4xx', 0):,} | "
+            f"{by_status.get('2xx', 0):,} | {bad:,} |"
+        )
+
+
+def main() -> None:
+    """Run everything, write the counts and the table, and fail if there is a fault."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the usual number of trials")
+    parser.add_argument("--to", type=Path, default=CHAOS_RESULTS, help="folder of the counts and the table")
+    given = parser.parse_args()
+    sizes = {"flips": 200, "kills": 20, "batches": 20, "hostile": 2000, "benign": 4000}
+    trials = {name: max(1, round(number * given.scale)) for name, number in sizes.items()}
+    counts = run(**trials, seed=given.seed)
+    given.to.mkdir(parents=True, exist_ok=True)
+    (given.to / "chaos.json").write_text(json.dumps({"seed": given.seed, **counts}, indent=1) + "\n")
+    (given.to / "table.md").write_text("\n".join(rows_of_table(counts)) + "\n")
+    if number := faults(counts):
+        raise SystemExit(f"{number} faults")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""What clusterguard writes to a disk, each with a way to write it and a way to read it back."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from clusterguard import (
+    FGSM,
+    AdversarialClusterTrainer,
+    Calibration,
+    ClusterGuard,
+    FalsePositiveMonitor,
+    WorstCaseSuite,
+    export_onnx,
+    load_onnx,
+)
+from torch import Tensor, nn
+
+from benchmarks.experiments import load_experiment
+from benchmarks.running import Store
+
+_SERVICE = Path(__file__).parents[3] / "examples" / "serve"
+_SHAPE, _CLASSES = (1, 6, 6), 3
+_CALIBRATION = Calibration((9.0,) * _CLASSES, (120,) * _CLASSES, 400, (0.01,) * _CLASSES, 0.01, "conformal")
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One kind of file or folder.
+
+    Attributes:
+        files: names of the files that readers judge by, relative to the folder.
+        write: writes one of two versions, 0 or 1, into a folder. It may be called again and again.
+        read: reads what is in a folder, as a value that tells the versions and all damage apart.
+        is_resumed: whether reading resumes an interrupted task, and ends at the same value whenever it was killed.
+    """
+
+    files: tuple[str, ...]
+    write: Callable[[Path, int], object]
+    read: Callable[[Path], Any]
+    is_resumed: bool = False
+
+
+def make_guard(version: int = 0, *, width: int = 16) -> ClusterGuard:
+    """A small guard with batch normalisation and a record of calibration; versions differ in all weights."""
+    torch.manual_seed(version)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(36, width), nn.BatchNorm1d(width), nn.ReLU())
+    guard = ClusterGuard(body, _CLASSES, image_shape=_SHAPE)
+    guard.thresholds = torch.tensor(_CALIBRATION.thresholds) + version
+    guard.calibration = replace(_CALIBRATION, thresholds=tuple(guard.thresholds.tolist()))
+    return guard
+
+
+def make_images(number: int) -> tuple[Tensor, Tensor]:
+    """Images of bright bands, with labels."""
+    labels = torch.arange(number) % _CLASSES
+    images = 0.3 * torch.rand(number, *_SHAPE, generator=torch.Generator().manual_seed(0))
+    for row, label in enumerate(labels.tolist()):
+        images[row, :, 2 * label : 2 * label + 2] += 0.6
+    return images, labels
+
+
+def load_service() -> ModuleType:
+    """The application of examples/serve."""
+    if str(_SERVICE) not in sys.path:
+        sys.path.insert(0, str(_SERVICE))
+    spec = importlib.util.spec_from_file_location("served_app", _SERVICE / "app.py")
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(_SERVICE)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _values(module: nn.Module) -> list[bytes]:
+    return [tensor.numpy().tobytes() for tensor in module.state_dict().values()]
+
+
+def _read_guard(folder: Path) -> Any:
+    guard = ClusterGuard.from_pretrained(folder / "guard")
+    return _values(guard), guard.calibration, guard.class_names, guard.image_shape
+
+
+def _read_graph(folder: Path) -> Any:
+    detector = load_onnx(folder / "guard.onnx")
+    detection = detector.detect(make_images(30)[0])
+    return [part.tolist() for part in detection], detector.thresholds.tolist(), detector.calibration
+
+
+def _train(folder: Path, epochs: int) -> Any:
+    guard, images = make_guard(), make_images(60)
+    batches = [(images[0][start : start + 20], images[1][start : start + 20]) for start in range(0, 60, 20)]
+    trainer = AdversarialClusterTrainer(guard, FGSM(eps=0.1))
+    trainer.fit(
+        batches,
+        make_held_out(),
+        epochs=epochs,
+        checkpoint=folder / "run.pt",
+        checkpoint_every=1,
+        calibrate=False,
+        progress=False,
+    )
+    return _values(guard), len(trainer.history)
+
+
+def make_held_out() -> list[tuple[Tensor, Tensor]]:
+    """Calibration images, which differ from those of the training."""
+    images, labels = make_images(30)
+    return [(1 - images, labels)]
+
+
+def _attack(folder: Path) -> Any:
+    images, labels = make_images(4)
+    guard = make_guard()
+    suite = WorstCaseSuite("linf", eps=0.2, budget="quick")
+    labels = guard(images).argmax(dim=1)
+    result = suite.run(
+        guard, images, labels, generator=torch.Generator().manual_seed(0), checkpoint=folder / "suite.pt"
+    )
+    return result.images.tolist(), [(stage.name, stage.broken) for stage in result.stages]
+
+
+def _write_results(folder: Path, version: int) -> None:
+    cell = load_experiment("table2-mnist", "quick").cells[0]
+    Store(folder, "quick").write_cell(cell, {"training": {"seconds": 1.0}, "images": 100 + version})
+
+
+def _write_monitor(folder: Path, version: int) -> None:
+    monitor = FalsePositiveMonitor(0.02)
+    images = make_images(30)[0]
+    monitor.update(make_guard(version).detect(images))
+    load_service().save(folder / "monitor.json", "graph", monitor)
+
+
+def _read_monitor(folder: Path) -> Any:
+    monitor = load_service().restore(folder / "monitor.json", "graph", 0.02)
+    return monitor.state_dict()
+
+
+def all_writers(*, epochs: int = 3) -> dict[str, Writer]:
+    """Every kind, by name.
+
+    Args:
+        epochs: epochs of the training whose checkpoint is written.
+    """
+    return {
+        "guard folder": Writer(
+            ("guard/config.json", "guard/model.safetensors"),
+            lambda folder, version: make_guard(version).save_pretrained(folder / "guard"),
+            _read_guard,
+        ),
+        "ONNX graph": Writer(
+            ("guard.onnx",),
+            lambda folder, version: export_onnx(make_guard(version), folder / "guard.onnx"),
+            _read_graph,
+        ),
+        "training checkpoint": Writer(
+            ("run.pt",), lambda folder, _: _train(folder, epochs - 1), lambda folder: _train(folder, epochs), True
+        ),
+        "suite checkpoint": Writer(("suite.pt",), lambda folder, _: _attack(folder), _attack, True),
+        "weights of a benchmark": Writer(
+            ("models/key.json", "models/key-1.safetensors"),
+            lambda folder, _: Store(folder).save_weights("key", make_guard().state_dict(), {}),  # its key names them
+            lambda folder: _plain(Store(folder).load_weights("key")),
+        ),
+        "results of a benchmark": Writer(
+            ("cells",), _write_results, lambda folder: Store(folder, "quick").read_cells()
+        ),
+        "monitor of a service": Writer(("monitor.json",), _write_monitor, _read_monitor),
+    }
+
+
+def _plain(loaded: tuple[dict[str, Tensor], dict[str, Any]] | None) -> Any:
+    return None if loaded is None else ({name: value.tolist() for name, value in loaded[0].items()}, loaded[1])
+
+
+def fresh_folders(root: Path) -> Callable[[], Path]:
+    """A function that makes another empty folder at each call."""
+    numbers = count()
+
+    def make() -> Path:
+        folder = root / str(next(numbers))
+        folder.mkdir()
+        return folder
+
+    return make
