@@ -84,14 +84,14 @@ def record(
 
 
 @contextmanager
-def same_steps(steps: Iterable[Step], images: Tensor) -> Iterator["SameSteps"]:
-    """Follow a tensor through the network that gets it within the block, as `SameSteps` describes."""
-    following = SameSteps(steps, images)
+def compare_steps(steps: Iterable[Step], images: Tensor) -> Iterator["StepComparison"]:
+    """Follow a tensor through the network that gets it within the block, as `StepComparison` describes."""
+    following = StepComparison(steps, images)
     with _Operations(following), following:
         yield following
 
 
-class SameSteps(TorchFunctionMode):
+class StepComparison(TorchFunctionMode):
     """Follows a tensor through a network, and compares each step with those that were recorded.
 
     A step must be the same function of the same arguments. An argument that depends on the image must come from the
@@ -176,9 +176,9 @@ class SameSteps(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Tells `SameSteps` of every operation of torch, also of those in scripted code."""
+    """Tells `StepComparison` of every operation of torch, also of those in scripted code."""
 
-    def __init__(self, following: SameSteps) -> None:
+    def __init__(self, following: StepComparison) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._following = following
 

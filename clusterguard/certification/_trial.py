@@ -16,7 +16,7 @@ from clusterguard.certification._bounds import (
     run_encoder,
 )
 from clusterguard.certification._intervals import Interval
-from clusterguard.certification._steps import IMAGE, recorded_steps, same_steps
+from clusterguard.certification._steps import IMAGE, recorded_steps, compare_steps
 from clusterguard.detectors import Bounds, ClusterGuard
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
@@ -89,7 +89,7 @@ def _check_steps(guard: ClusterGuard, images: Tensor) -> None:
         normalized = guard.normalize(images.clamp(0, 1))
         with recorded_steps() as steps:
             maker = run_encoder(guard, Interval(normalized, normalized).made_by(IMAGE)).maker
-        with errors_of_network(), same_steps(steps, normalized) as following:
+        with errors_of_network(), compare_steps(steps, normalized) as following:
             following.finish(guard.encoder(normalized), maker)
     if following.difference is not None:
         raise ConfigurationError(
