@@ -16,7 +16,7 @@ from clusterguard.certification._bounds import (
     run_encoder,
 )
 from clusterguard.certification._intervals import Interval
-from clusterguard.certification._steps import IMAGE, recorded_steps, compare_steps
+from clusterguard.certification._steps import IMAGE, compare_steps, recorded_steps
 from clusterguard.detectors import Bounds, ClusterGuard
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
