@@ -73,7 +73,8 @@ from clusterguard.attacks._starts import (
     output_diversified,
     towards_batch,
 )
-from clusterguard.attacks._suite import EFFORTS, StageRecord, SuiteResult, WorstCaseSuite
+from clusterguard.attacks._suite import EFFORTS, SuiteResult, WorstCaseSuite
+from clusterguard.attacks._suite_state import StageRecord
 from clusterguard.attacks._wrapping import MixedAttack, MultiTarget, Transfer
 
 __all__ = [

@@ -68,14 +68,17 @@ def is_accepted(detector: Detector, images: Tensor, labels: Tensor, *, batch_siz
 
 @dataclass(frozen=True, eq=False)
 class Towards:
-    """A start at the nearest accepted benign image of a wrong class, or of the target, projected onto the ball.
+    """A start at an accepted benign image of a wrong class, or of the target, projected onto the ball.
 
     An adversarial cluster makes a plateau that gradients from the clean image do not leave. These starts lie inside the
-    accepted region or close to it.
+    accepted region or close to it. Of the nearest images of each class, the one with the smallest success margin after
+    the projection is taken, because the nearest one may lose what makes its class on the way.
 
     Args:
         images: (R, C, H, W) benign images that the detector accepts.
         labels: (R,) labels that the detector gives to the images.
+        tries: number of the nearest images of each class to choose from, at least 1, by one query each; with 1, the
+            nearest image of all is taken without a query.
 
     Example:
         >>> import torch
@@ -86,6 +89,11 @@ class Towards:
 
     images: Tensor
     labels: Tensor
+    tries: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tries < 1:
+            raise ConfigurationError(f"expected tries of at least 1, got {self.tries}")
 
     @classmethod
     def accepted(cls, detector: Detector, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> "Towards":
@@ -118,14 +126,28 @@ class Towards:
             return problem.images
         distances = torch.cdist(problem.images.flatten(1), self.images.flatten(1).to(problem.images.dtype))
         if problem.targets is None:
-            unfit = self.labels == problem.labels[:, None]
+            fits = self.labels != problem.labels[:, None]
         else:
-            unfit = self.labels != problem.targets[:, None]
-        distances = distances.masked_fill(unfit, torch.inf)
-        nearest = distances.min(dim=1)
-        candidates = self.images[nearest.indices].to(problem.images.dtype)
-        has_reference = nearest.values.isfinite()[:, None, None, None]
-        return problem.project(torch.where(has_reference, candidates, problem.images))
+            fits = self.labels == problem.targets[:, None]
+        distances = distances.masked_fill(~fits, torch.inf)
+        if self.tries == 1:
+            return self._place(problem, *distances.min(dim=1))
+        start, least = problem.images, torch.full_like(distances[:, 0], torch.inf)
+        for label in self.labels.unique() if problem.targets is None else (None,):
+            chosen = distances if label is None else distances.masked_fill(self.labels != label, torch.inf)
+            nearest = chosen.topk(min(self.tries, chosen.shape[1]), dim=1, largest=False)
+            for distance, index in zip(nearest.values.T, nearest.indices.T, strict=True):
+                placed = self._place(problem, distance, index)
+                margin = problem.margin(placed).to(least.dtype).masked_fill(distance.isinf(), torch.inf)
+                better = margin < least
+                start = torch.where(better[:, None, None, None], placed, start)
+                least = torch.where(better, margin, least)
+        return start
+
+    def _place(self, problem: Problem, distance: Tensor, index: Tensor) -> Tensor:
+        """The projections of these references (B,), or the clean images where the distances (B,) are infinite."""
+        candidates = self.images[index].to(problem.images.dtype)
+        return problem.project(torch.where(distance.isfinite()[:, None, None, None], candidates, problem.images))
 
     def __repr__(self) -> str:
         return f"Towards({len(self.images)} images of {len(self.labels.unique())} classes)"

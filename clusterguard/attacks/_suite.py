@@ -1,12 +1,12 @@
-"""The worst case over many attacks, and the state from which an interrupted suite continues."""
+"""The worst case over many attacks."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
 
 import torch
-from clusterguard._support import bar, evaluation_mode, only_writer, read_progress, save_progress
+from clusterguard._support import bar, evaluation_mode, only_writer
 from clusterguard.attacks._auto_pgd import APGD
 from clusterguard.attacks._base import (
     Attack,
@@ -21,6 +21,7 @@ from clusterguard.attacks._boundary import Boundary
 from clusterguard.attacks._carlini_wagner import CarliniWagner
 from clusterguard.attacks._metering import Cost, Metered
 from clusterguard.attacks._minimum_norm import FastMinimumNorm
+from clusterguard.attacks._norm_base import Norm
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._pgd import MIM, PGD
@@ -28,35 +29,14 @@ from clusterguard.attacks._polish import Polish
 from clusterguard.attacks._precision import Precision, check_precision, choose_precision
 from clusterguard.attacks._random_search import SparseRS, make_random_search
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
+from clusterguard.attacks._sigma_zero import SigmaZero
+from clusterguard.attacks._sparse_pgd import SparsePGD
 from clusterguard.attacks._starts import AtPoints, Start, Towards, is_accepted
+from clusterguard.attacks._suite_state import StageRecord, SuiteState
 from clusterguard.attacks._wrapping import MultiTarget, Transfer
 from clusterguard.detection import Detector, success_margin
-from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
+from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
-
-_KIND = "suite"
-_SEARCHES = {"squares": "Square", "pixels": "Sparse-RS", "patches": "patches"}  # names of stages
-_KEYS = {"suite", "clean_margins", "best", "margins", "records", "generator", "runs"}
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """The result of one stage of a suite.
-
-    Attributes:
-        name: name of the stage.
-        attacked: number of images that were unbroken before the stage. Images that are refused or labelled wrongly when
-            clean are attacked too but not counted, because they count in no attack success rate.
-        broken: number of these images that the stage broke.
-        forward: number of images judged.
-        backward: number of gradients taken.
-    """
-
-    name: str
-    attacked: int
-    broken: int
-    forward: int
-    backward: int
 
 
 class SuiteResult(NamedTuple):
@@ -76,94 +56,7 @@ class SuiteResult(NamedTuple):
     runs: int
 
 
-@dataclass
-class SuiteState:
-    """The state from which an interrupted suite continues.
-
-    Attributes:
-        suite: `repr` of the suite.
-        clean_margins: (B,) success margins of the clean images, which differ for another detector or other images.
-        best: (B, C, H, W) attacked images with the smallest success margins so far.
-        margins: (B,) success margins of these images.
-        records: records of the finished stages.
-        eligible: (B,) whether the clean image is accepted under its true label; it is not saved.
-        runs: number of runs, including this one.
-    """
-
-    suite: str
-    clean_margins: Tensor
-    best: Tensor
-    margins: Tensor
-    records: list[StageRecord]
-    eligible: Tensor
-    runs: int = 1
-
-    def save(self, path: str | Path, generator: Generator | None) -> None:
-        """Write the state to a file, completely or not at all."""
-        state = {
-            "suite": self.suite,
-            "clean_margins": self.clean_margins,
-            "best": self.best,
-            "margins": self.margins,
-            "records": [asdict(record) for record in self.records],
-            "generator": None if generator is None else generator.get_state(),
-            "runs": self.runs,
-        }
-        save_progress(path, _KIND, state)
-
-    def load(self, path: str | Path, generator: Generator | None) -> None:
-        """Restore a state that `save` wrote for the same suite, detector, images and labels.
-
-        Raises:
-            ConfigurationError: the state belongs to another suite, another detector or other images.
-            PersistenceError: the file is damaged, or is not the state of a suite.
-        """
-        again = f"delete {path} to begin the suite anew, or choose another checkpoint"
-        progress = read_progress(path, _KIND, hint=again, device=self.best.device)
-        if progress is None:
-            return
-        state = progress.state
-        if set(state) - {"cost"} != _KEYS or not _is_state(state):
-            raise PersistenceError(f"{path} holds no state of a suite; {again}")
-        clean = state["clean_margins"]
-        if state["suite"] != self.suite or state["best"].shape != self.best.shape:
-            raise ConfigurationError(
-                f"{path} belongs to {state['suite'][:200]} on {len(clean)} images; use another checkpoint"
-            )
-        if not torch.allclose(clean.to(self.clean_margins), self.clean_margins, rtol=1e-3, atol=1e-3):
-            raise ConfigurationError(f"{path} belongs to another detector or other images; use another checkpoint")
-        if generator is not None and state["generator"] is not None:
-            try:
-                generator.set_state(state["generator"].cpu())
-            except (RuntimeError, TypeError) as error:
-                raise PersistenceError(
-                    f"{path} holds another generator's state ({in_one_line(error)}); {again}"
-                ) from error
-        self.best, self.margins = state["best"], state["margins"]
-        self.records = [StageRecord(**record) for record in state["records"]]
-        self.runs = state["runs"] + 1
-
-
-def _is_state(state: dict[str, Any]) -> bool:
-    """Whether an archive has the types and shapes that `SuiteState.save` writes, no NaN margins and finite pixels."""
-    clean, best, margins, generator = (state[name] for name in ("clean_margins", "best", "margins", "generator"))
-    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in (clean, best, margins)):
-        return False
-    if clean.ndim != 1 or margins.shape != clean.shape or best.ndim != 4 or len(best) != len(clean):
-        return False
-    if clean.isnan().any() or margins.isnan().any() or not best.isfinite().all():
-        return False
-    kinds = {"name": str, "attacked": int, "broken": int, "forward": int, "backward": int}
-    return (
-        isinstance(state["suite"], str)
-        and type(state["runs"]) is int
-        and (generator is None or isinstance(generator, Tensor))
-        and isinstance(state["records"], list)
-        and all(
-            isinstance(record, dict) and {k: type(v) for k, v in record.items()} == kinds for record in state["records"]
-        )
-    )
-
+_TRIES = 5  # references of each class that starts are chosen from
 
 Budget = Literal["quick", "standard", "thorough"]
 
@@ -201,13 +94,14 @@ class WorstCaseSuite(BuiltInAttack):
     classes. (2) APGD is aimed at every wrong class, from the image and from an accepted image of this class. (3) MIM,
     fast minimum norm aimed at every wrong class, and for l2 Carlini & Wagner follow. (4) Attacks that escape from the
     adversarial plateau repel first, match representations, use orthogonal gradients, or transfer from a surrogate.
-    (5) The attacks without gradients are Square, or Sparse-RS for l0, and with the thorough budget Boundary for linf
-    and l2. Balls of l2 and l1 also contain every change of a few pixels, so Sparse-RS with as many pixels runs second.
+    (5) The attacks without gradients are Square, or `PatchAttack` for patches, and with the thorough budget Boundary
+    for linf and l2. Balls of l2 and l1 also contain every change of a few pixels, so Sparse-RS with as many pixels runs
+    second; so it does for l0, where Sparse-PGD and σ-zero follow.
     (6) `Polish` goes on from the best images of all stages before it.
 
     Args:
         norm: norm of the ball, "linf", "l2", "l1", "l0" or "patch".
-        eps: radius of the ball, at least 0; for l0 a number of pixels.
+        eps: radius of the ball, at least 0; for l0 a number of pixels, for patches the side.
         budget: amount of work, "quick", "standard" or "thorough".
         references: benign images (R, C, H, W) and their labels (R,), as starts for attacks; None takes the attacked
             images. Only images that the detector accepts are used.
@@ -256,58 +150,87 @@ class WorstCaseSuite(BuiltInAttack):
         options: dict[str, Any] = {"norm": self.norm, "eps": self.eps, "batch_size": self.batch_size}
         searched: dict[str, Any] = options | {"stop_early": True, "precision": self.precision}
         iterated: dict[str, Any] = searched | {"steps": effort.steps, "step_size": step}
-        matched = {name: value for name, value in iterated.items() if name != "precision"}
 
         def apgd(start: str | Start, objective: str = "margin") -> APGD:
             return APGD(start=start, objective=objective, steps=effort.steps, **searched)
 
-        slow = effort.steps * (3 if norm.is_sparse else 1)  # in l1 and l0 fast minimum norm converges slowly
-        pixels = 0 if norm.grain else norm.pixels_inside(self.eps, references.images.shape[1:])
-        within: dict[str, Any] = {"eps": pixels, "queries": effort.queries, "batch_size": self.batch_size}
+        over_pixels = norm.searched_over == "pixels"
+        # Fast minimum norm converges slowly in l1; in l0, Sparse-PGD finds more in less time.
+        slow = effort.steps * (3 if norm.is_sparse and not over_pixels else 1)
+        towards = replace(references, tries=_TRIES)
         stages: dict[str, Attack] = {
             "APGD": apgd("image"),
-            **({"Sparse-RS, few pixels": SparseRS(**within)} if pixels else {}),
-            "APGD towards accepted images": apgd(references),
+            **self._few_pixels(effort, norm, references.images.shape[1:]),
+            "APGD towards accepted images": apgd(towards),
             **{f"APGD random {index + 1}": apgd("random") for index in range(effort.restarts)},
             "APGD output-diversified": apgd("output_diversified"),
             "APGD suspicion": apgd("image", "suspicion"),
+            **(self._sparse(effort, towards) if over_pixels else {}),
             "multi-target APGD": MultiTarget(attack=apgd("image"), max_targets=effort.targets),
-            "multi-target APGD towards accepted images": MultiTarget(
-                attack=apgd(references), max_targets=effort.targets
-            ),
+            "multi-target APGD towards accepted images": MultiTarget(attack=apgd(towards), max_targets=effort.targets),
             "MIM": MIM(objective="margin", **iterated),
-            "PGD towards accepted images": PGD(objective="suspicion", start=references, **iterated),
-            # Each of the two step lengths breaks images that the other misses.
+            "PGD towards accepted images": PGD(objective="suspicion", start=towards, **iterated),
+            # Each of the two step lengths breaks images that the other misses, but for l0.
             **{
                 f"multi-target fast minimum norm, step {length:g}": MultiTarget(
                     attack=FastMinimumNorm(step_size=length, steps=slow, **searched), max_targets=effort.targets
                 )
-                for length in ((10.0, 1.0) if norm.grain else (1.0, 0.3))
+                for length in ((10.0,) if over_pixels else (10.0, 1.0) if norm.grain else (1.0, 0.3))
             },
         }
         if self.norm == CarliniWagner.norm:
             carlini_wagner = CarliniWagner(eps=self.eps, steps=effort.steps, searches=5, batch_size=self.batch_size)
             stages["Carlini-Wagner"] = carlini_wagner
-        stages["selective PGD"] = OrthogonalPGD(strategy="selective", **iterated)
-        if has_representation(detector):
-            stages["repel, then minimise"] = RepelThenMinimise(**iterated)
-            stages["match representations"] = MultiTarget(
-                attack=RepresentationMatching(references=references, **matched), max_targets=effort.targets
-            )
-        else:
-            stages["orthogonal PGD"] = OrthogonalPGD(strategy="orthogonal", **iterated)
+        stages |= self._escapes(detector, effort, iterated, references)
         for index, surrogate in enumerate(self.surrogates):
             stages[f"transfer {index + 1}"] = Transfer(surrogate=surrogate, attack=apgd("image"))
         return stages | self._searches(effort, options, references)
 
+    def _sparse(self, effort: Effort, towards: Towards) -> dict[str, Attack]:
+        """The attacks that are made for l0."""
+        options: dict[str, Any] = {"eps": self.eps, "batch_size": self.batch_size, "precision": self.precision}
+        options |= {"stop_early": True}
+        places = {"": SparsePGD(steps=effort.steps, **options)}
+        places[" towards accepted images"] = replace(places[""], start=towards)
+        return {
+            **{f"Sparse-PGD{place}": attack for place, attack in places.items()},
+            "σ-zero": SigmaZero(steps=3 * effort.steps, **options),
+            **{
+                f"multi-target Sparse-PGD{place}": MultiTarget(attack=attack, max_targets=effort.targets)
+                for place, attack in places.items()
+            },
+        }
+
+    def _escapes(
+        self, detector: Detector, effort: Effort, iterated: dict[str, Any], references: Towards
+    ) -> dict[str, Attack]:
+        """The attacks that lead out of the adversarial plateau."""
+        stages: dict[str, Attack] = {"selective PGD": OrthogonalPGD(strategy="selective", **iterated)}
+        if has_representation(detector):
+            matched = {name: value for name, value in iterated.items() if name != "precision"}
+            matching = RepresentationMatching(references=references, **matched)
+            stages["repel, then minimise"] = RepelThenMinimise(**iterated)
+            stages["match representations"] = MultiTarget(attack=matching, max_targets=effort.targets)
+        else:
+            stages["orthogonal PGD"] = OrthogonalPGD(strategy="orthogonal", **iterated)
+        return stages
+
+    def _few_pixels(self, effort: Effort, norm: Norm, shape: Sequence[int]) -> dict[str, Attack]:
+        """The search over as many pixels as may change in any way, which is cheap and finds what gradients miss."""
+        name, pixels = "Sparse-RS", int(self.eps)
+        if norm.searched_over != "pixels":
+            name, pixels = f"{name}, few pixels", 0 if norm.grain else norm.pixels_inside(self.eps, shape)
+        search = SparseRS(eps=pixels, queries=effort.queries, batch_size=self.batch_size)
+        return {name: search} if pixels else {}
+
     def _searches(self, effort: Effort, options: dict[str, Any], references: Towards) -> dict[str, Attack]:
         """The last stages, which search without gradients or hardly need them."""
-        search = make_random_search(queries=effort.queries, **options)
+        over = get_norm(self.norm).searched_over
         polish = Polish(rounds=max(1, effort.steps // 20), precision=self.precision, **options)
-        stages: dict[str, Attack] = {
-            _SEARCHES[get_norm(self.norm).searched_over]: search,
-            "polish": polish,
-        }
+        stages: dict[str, Attack] = {}
+        if over != "pixels":  # that search is the second stage
+            stages["Square" if over == "squares" else "patches"] = make_random_search(queries=effort.queries, **options)
+        stages["polish"] = polish
         if self.budget == "thorough" and not get_norm(self.norm).is_sparse:
             stages["boundary"] = Boundary(queries=effort.queries, references=references, stop_early=True, **options)
         return stages
@@ -395,7 +318,7 @@ class WorstCaseSuite(BuiltInAttack):
         self,
         name: str,
         attack: Attack,
-        state: "SuiteState",
+        state: SuiteState,
         rows: Tensor,
         detector: Detector,
         images: Tensor,
@@ -468,7 +391,7 @@ class WorstCaseSuite(BuiltInAttack):
         targets: Tensor | None,
         checkpoint: str | Path | None,
         generator: Generator | None,
-    ) -> "SuiteState":
+    ) -> SuiteState:
         clean = self._margins(detector, images, labels, targets)
         eligible = is_accepted(detector, images, labels, batch_size=self.batch_size or 500)
         state = SuiteState(repr(self), clean, images.clone(), clean.clone(), [], eligible)
