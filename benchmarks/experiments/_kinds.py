@@ -207,13 +207,16 @@ def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) 
     """The cost of a suite that breaks no image.
 
     The stages are nine single ones, one for each random start, and five for each target, of which two take three times
-    as many steps in sparse norms. Carlini & Wagner's attack adds five in its norm. Polish comes last. It may take four
-    times its first rounds for each image, and a round takes 128 forward passes for proposals and 48 steps.
+    as many steps in sparse norms. In l0 six stages for each target take equal steps, and Sparse-PGD and σ-zero add five
+    single ones. Carlini & Wagner's attack adds five in its norm. Polish comes last. It may take four times its first
+    rounds for each image, and a round takes 128 forward passes for proposals and 48 steps.
     """
     effort = EFFORTS[budget]
     targets = min(classes - 1, effort.targets or classes)
-    per_target = 3 + 2 * (3 if get_norm(norm).is_sparse else 1)
-    passes = effort.steps * (9 + effort.restarts + per_target * targets + (5 if norm == CarliniWagner.norm else 0))
+    over_pixels = get_norm(norm).searched_over == "pixels"
+    per_target = 6 if over_pixels else 3 + 2 * (3 if get_norm(norm).is_sparse else 1)
+    single = 9 + effort.restarts + (5 if over_pixels or norm == CarliniWagner.norm else 0)
+    passes = effort.steps * (single + per_target * targets)
     rounds = 4 * max(1, effort.steps // 20)
     passes += 48 * rounds
     boundary = effort.queries if budget == "thorough" and not get_norm(norm).is_sparse else 0
