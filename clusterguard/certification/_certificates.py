@@ -43,9 +43,10 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
     points are random, and others follow the gradient towards the point where a proof would fail first. A network may do
     something else with a tensor than with the interval that bounds it. So the functions that it applies to both are
     compared, with their arguments: which earlier results they are, and what changes in place. A compiled guard is
-    refused, because a network may tell that it is being compiled, and compilers err. A network that mixes the images of
-    a batch is found if it does so in batches of as many images as are certified, or of about 26; a proof does not hold
-    in larger batches for a network that begins to mix them there.
+    refused, because a network may tell that it is being compiled, and compilers err. The bounds of an image must be the
+    same beside neighbours that may be any images, so a network that mixes the images of a batch is refused, unless it
+    begins to do so in larger batches than those that are tried. A call must not move the global random states of torch,
+    NumPy or Python.
 
     Args:
         guard: calibrated guard with a network as in `bound`.

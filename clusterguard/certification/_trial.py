@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from clusterguard._support import draws_random_numbers
 from clusterguard.certification._bounds import (
     DEVICE_ERRORS,
     Proofs,
@@ -25,6 +26,7 @@ from torch.nn.functional import one_hot
 _SAMPLED_IMAGES = 4  # bounds are checked on up to this many proved images, and on as many of all images
 _SAMPLED_POINTS = 8  # inner points of the ball around each image, and as many of its corners
 _AT_ONCE = 128  # proved images that are checked in one batch, at three points each
+_NEIGHBOURS = 3  # between two images whose bounds must not depend on them, and as many around both
 _ATTACK_STEPS = 2  # gradient steps from corner to corner, towards the point where a proof would fail first
 
 
@@ -56,11 +58,12 @@ def try_out(
 
     A few images are checked at more points, and also in a ball of radius 0. A network may treat an interval differently
     from a tensor without any rule noticing, for instance if it asks for the type of its input, and do so only for some
-    images. So the steps that it takes for both are compared, too.
+    images. So the steps that it takes for both are compared, too. It must not draw random numbers, nor mix images.
     """
     chosen = _choose(is_proved)
     if not len(chosen):
         return
+    _check_repeatable(guard, images[chosen[:1]])
     if proofs is not None and is_proved.any():  # a split of nothing is one empty batch, which not every network takes
         for rows in is_proved.nonzero().squeeze(1).split(_AT_ONCE):
             ends = _ends(images[rows].double(), radii.expand(len(images))[rows]).to(arithmetic_of(guard).dtype)
@@ -70,6 +73,7 @@ def try_out(
     points = torch.cat([points, _attack(guard, points, labels, radii, dtype)], dim=1).to(dtype)
     wide = bound_in_service(guard, images, labels, radii) if proofs is None else _take(proofs, chosen)
     narrow = bound_in_service(guard, images, labels, torch.zeros_like(radii))
+    _check_independent(guard, images[:2], radii[:2], wide.representations)
     outputs = _run(guard, points)
     _check_outputs(guard, narrow, labels, *(part[:, :1] for part in outputs))
     _check_outputs(guard, wide, labels, *outputs)
@@ -78,6 +82,40 @@ def try_out(
         outputs = _run(guard, points[:1, :1].expand(1, count, *points.shape[2:]), alone=True)
         _check_outputs(guard, first, labels[:1], *outputs)
     _check_steps(guard, images.to(dtype))
+
+
+def _check_repeatable(guard: ClusterGuard, images: Tensor) -> None:
+    """Check that the guard draws no random numbers, which might change few of its answers."""
+    with errors_of_network():
+        is_random = draws_random_numbers(lambda: guard.evidence(images), guard.thresholds.device)
+    if is_random:
+        raise ConfigurationError(
+            "no bounds are known for this network: it is random in eval mode, because a call moves a global random "
+            "state; let it draw numbers only while self.training is True"
+        )
+
+
+def _check_independent(guard: ClusterGuard, images: Tensor, radii: Tensor, box: Interval) -> None:
+    """Check that the box of each image's representation is the same beside neighbours that may be any images.
+
+    No image can then change what the network computes for another one in such a batch. Only rounding may differ.
+    """
+    # A pixel in [0, 1] is within 0.5 of 0.5.
+    count = _NEIGHBOURS + len(images) * (1 + _NEIGHBOURS)
+    rows, reach = (
+        images.new_full((count, *images.shape[1:]), 0.5),
+        radii.new_full((count,), 0.5),
+    )  # all pixels in [0, 1]
+    here = slice(_NEIGHBOURS, None, 1 + _NEIGHBOURS)
+    rows[here], reach[here] = images, radii
+    beside = bound_in_service(guard, rows, torch.zeros(count, dtype=torch.long, device=rows.device), reach)
+    for end in ("lower", "upper", "error"):
+        one, other = getattr(box, end)[: len(images)], getattr(beside.representations, end)[here]
+        if (one.isfinite() & ~((one - other).abs() <= 0.1 * box.error[: len(images)])).any():  # type: ignore[index]
+            raise ConfigurationError(
+                "no bounds are known for this network: it mixes the images of a batch, because the bounds of an image "
+                "depend on the others; take BatchNorm with running statistics, or GroupNorm"
+            )
 
 
 def _check_steps(guard: ClusterGuard, images: Tensor) -> None:

@@ -220,3 +220,39 @@ def test_nothing_is_proved_of_an_image_with_a_pixel_that_is_not_finite(pixel):
     for part, other in zip(certify(guard, batch, labels, eps=1e-4), expected, strict=True):
         assert part.tolist() == [other[0], False, other[2]]
     assert certified_radius(guard, batch, labels)[1] == 0
+
+
+class OfOthers(nn.Module):
+    """Changes an image by something that depends on the others, and is 0 for most batches."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, values):
+        values = values.flatten(1)
+        return values + self.change(values)
+
+
+def contrast(values):
+    return torch.relu(nn.functional.linear(values.mean(0, keepdim=True), torch.tensor([[1.0, -1.0, -1.0, 1.0]])) - 1.5)
+
+
+def the_image_before(values):
+    columns = values.transpose(0, 1).unsqueeze(1)  # (4, 1, B), so that a convolution moves along the batch
+    moved = nn.functional.conv1d(nn.functional.pad(columns, (1, 0)), torch.tensor([[[1.0, 0.0]]]))
+    return torch.relu(moved.squeeze(1).transpose(0, 1) - 0.99)
+
+
+@pytest.mark.parametrize("change", [contrast, the_image_before])
+def test_a_network_that_mixes_images_is_refused_though_none_of_these_change(change):
+    guard, batch = around(OfOthers(change), threshold=100.0), torch.full((5, 1, 2, 2), 0.5)
+    with pytest.raises(ConfigurationError, match="mixes the images of a batch, because the bounds"):
+        certify(guard, batch, torch.zeros(5).long(), eps=0.01)
+
+
+def test_a_network_that_draws_numbers_and_hardly_uses_them_is_refused():
+    guard, batch = around(OfOthers(lambda values: float(torch.rand(()) > 0.999_999)), threshold=100.0), images()
+    for use in (lambda: certify(guard, batch, LABELS, eps=0.0), lambda: check_bounds(guard, batch, LABELS, eps=0.1)):
+        with pytest.raises(ConfigurationError, match="moves a global random state"):
+            use()
