@@ -24,7 +24,7 @@ from clusterguard._support import (
 )
 from clusterguard.deployment._exporters import exporting, quiet
 from clusterguard.detection import Calibration, Detection, Evidence, check_evidence, decide
-from clusterguard.detectors import DetectorModule
+from clusterguard.detectors import DetectorModule, guarded_evidence
 from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError, in_one_line
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -292,7 +292,7 @@ class _Decision(nn.Module):
         self.detector = detector
 
     def forward(self, images: Tensor, thresholds: Tensor | None = None) -> tuple[Tensor, ...]:
-        scores, suspicion = self.detector.evidence(images)
+        scores, suspicion = guarded_evidence(self.detector, images)
         # Torch treats a NaN as the largest score, but other runtimes do not. Infinity is refused as well.
         scores = scores.masked_fill(scores.isnan(), torch.inf)
         return tuple(

@@ -3,7 +3,7 @@
 from clusterguard._support import CompiledCall
 from clusterguard.detectors._alignment import Alignment, align
 from clusterguard.detectors._backbones import find_normalization, find_num_classes, make_encoder
-from clusterguard.detectors._base import DetectorModule, Normalize, WithThresholds
+from clusterguard.detectors._base import DetectorModule, Normalize, WithThresholds, guarded_evidence
 from clusterguard.detectors._confidence import ConfidenceDetector
 from clusterguard.detectors._consistency import ConsistentDetector
 from clusterguard.detectors._feature_fit import FeatureFit, fit_feature_gaussians
@@ -37,6 +37,7 @@ __all__ = [
     "find_normalization",
     "find_num_classes",
     "fit_feature_gaussians",
+    "guarded_evidence",
     "make_encoder",
     "read_config",
     "read_guard",

@@ -5,7 +5,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -87,7 +87,7 @@ class DetectorModule(nn.Module, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if not hasattr(cls.evidence, "refuses_invalid_images"):  # an inherited method is wrapped already
+        if not _refuses(cls.evidence):  # an inherited method is wrapped already
             cls.evidence = _refusing_invalid_images(cls.evidence)  # type: ignore[method-assign, assignment]
 
     @property
@@ -187,7 +187,7 @@ class DetectorModule(nn.Module, ABC):
             check_images(images)
             check_calibrated(self.thresholds)
         with evaluation_mode(self), full_precision():
-            return decide(self.evidence(images), self.thresholds)
+            return decide(guarded_evidence(self, images), self.thresholds)
 
     def name_labels(self, detection: Detection) -> list[str | None]:
         """The class names of images.
@@ -379,17 +379,42 @@ def valid_images(images: Tensor) -> tuple[Tensor, Tensor]:
     return images.masked_fill(~is_valid[..., None, None], 0).clamp(0, 1), is_valid
 
 
+def guarded_evidence(detector: DetectorModule, images: Tensor) -> Evidence:
+    """The evidence of a detector, which refuses invalid images even if its `evidence` was assigned after it was made.
+
+    Args:
+        detector: detector, of whose class or of which itself `evidence` may have been assigned.
+        images: (B, C, H, W) floating-point images.
+
+    Raises:
+        InputError: images have a wrong shape or dtype.
+    """
+    evidence = detector.evidence
+    return evidence(images) if _refuses(evidence) else _refuse_invalid_images(detector, evidence, images)
+
+
+def _refuse_invalid_images(
+    detector: DetectorModule, evidence: Callable[[Tensor], Evidence], images: Tensor
+) -> Evidence:
+    """The evidence of images, of which a function gets the valid ones only; all others are refused."""
+    visible, is_valid = valid_images(images)
+    detector.check_image_shape(images)
+    scores, suspicion = evidence(visible)
+    check_tensor(scores, "class_scores", "B", "K")
+    check_tensor(suspicion, "suspicion", *scores.shape)
+    return Evidence(scores, suspicion.masked_fill(~is_valid, torch.inf))
+
+
 def _refusing_invalid_images(evidence: Callable[[Any, Tensor], Evidence]) -> Callable[[Any, Tensor], Evidence]:
-    """Wrap the `evidence` of a detector, so that it receives valid images only and all other images are refused."""
+    """Wrap the `evidence` of a class so that it refuses invalid images."""
 
     @wraps(evidence)
     def refusing(self: DetectorModule, images: Tensor) -> Evidence:
-        visible, is_valid = valid_images(images)
-        self.check_image_shape(images)
-        scores, suspicion = evidence(self, visible)
-        check_tensor(scores, "class_scores", "B", "K")
-        check_tensor(suspicion, "suspicion", *scores.shape)
-        return Evidence(scores, suspicion.masked_fill(~is_valid, torch.inf))
+        return _refuse_invalid_images(self, partial(evidence, self), images)
 
     refusing.refuses_invalid_images = True  # type: ignore[attr-defined]
     return refusing
+
+
+def _refuses(evidence: Callable[..., Evidence]) -> bool:
+    return hasattr(evidence, "refuses_invalid_images")

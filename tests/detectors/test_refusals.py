@@ -2,6 +2,7 @@
 
 import copy
 import math
+import types
 
 import clusterguard as cg
 import onnxruntime
@@ -39,6 +40,34 @@ class Borrowing:
 
 class Borrowed(Borrowing, cg.DetectorModule):
     """Its `evidence` comes from a class that knows nothing of detectors."""
+
+
+def assigned(is_to_class):
+    """A detector whose `evidence` is assigned when it is made already, as patches and notebooks do."""
+
+    class Late(Brightness):
+        pass
+
+    detector, evidence = Late(CLASSES), Brightness.evidence.__wrapped__
+    if is_to_class:
+        Late.evidence = evidence
+    else:
+        detector.evidence = types.MethodType(evidence, detector)
+    return with_thresholds(detector)
+
+
+@pytest.mark.parametrize("is_to_class", [True, False])
+def test_detection_and_graphs_refuse_also_where_evidence_was_assigned_later(is_to_class):
+    detector = assigned(is_to_class)
+    program = cg.deployment.export_program(detector, some_images()).module()
+    for value in BAD:
+        images, is_bad = spoilt(value)
+        verdict = detector.detect(images, check=False)
+        assert torch.equal(verdict.is_adversarial, is_bad), value
+        assert torch.equal(program(images)[2], is_bad), value
+        assert torch.equal(program(images)[0], verdict.labels)
+    with pytest.raises(InputError, match="floating-point images"):
+        detector.detect(torch.zeros(2, *SHAPE, dtype=torch.uint8), check=False)
 
 
 def network(out):
@@ -204,8 +233,9 @@ def test_a_graph_in_half_precision_has_the_same_bounds(tmp_path):
 def test_a_graph_without_the_rule_gets_it_when_it_is_loaded(tmp_path, monkeypatch):
     """As graphs that version 0.1 wrote."""
     with monkeypatch.context() as patch:
-        patch.setattr(cg.ClusterGuard, "evidence", cg.ClusterGuard.evidence.__wrapped__)
-        patch.setattr("clusterguard.detectors._guard.valid_images", lambda images: (images, images[:, 0, 0, :1] > -1e9))
+        for module in ("_base", "_guard"):
+            unruled = f"clusterguard.detectors.{module}.valid_images"
+            patch.setattr(unruled, lambda images: (images, images[:, 0, 0, :1] > -1e9))
         path = cg.export_onnx(a_guard(), tmp_path / "old.onnx", some_images())
     images, is_bad = spoilt(1.5)
     raw = onnxruntime.InferenceSession(str(path)).run(None, {"images": images.numpy()})
