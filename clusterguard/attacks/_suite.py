@@ -1,6 +1,6 @@
 """The worst case over many attacks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
@@ -58,7 +58,7 @@ class SuiteResult(NamedTuple):
 
 _TRIES = 5  # references of each class that starts are chosen from
 
-Budget = Literal["quick", "standard", "thorough"]
+Budget = Literal["quick", "standard", "thorough", "converge"]
 
 
 class Effort(NamedTuple):
@@ -81,7 +81,9 @@ EFFORTS: dict[str, Effort] = {
     "quick": Effort(steps=20, restarts=1, targets=3, queries=200),
     "standard": Effort(steps=100, restarts=3, targets=9, queries=2000),
     "thorough": Effort(steps=300, restarts=5, targets=None, queries=10_000),
+    "converge": Effort(steps=300, restarts=5, targets=None, queries=10_000),
 }
+_REPEATED = ("APGD random 1", "Sparse-RS", "Sparse-RS, few pixels", "Square", "patches", "polish")  # stages of a round
 
 
 @final
@@ -102,7 +104,8 @@ class WorstCaseSuite(BuiltInAttack):
     Args:
         norm: norm of the ball, "linf", "l2", "l1", "l0" or "patch".
         eps: radius of the ball, at least 0; for l0 a number of pixels, for patches the side.
-        budget: amount of work, "quick", "standard" or "thorough".
+        budget: amount of work, "quick", "standard" or "thorough". "converge" begins as "thorough" does. Then it repeats
+            a random start, the search and the polish, until two rounds in a row break nothing.
         references: benign images (R, C, H, W) and their labels (R,), as starts for attacks; None takes the attacked
             images. Only images that the detector accepts are used.
         surrogates: detectors whose adversarial images are tried too.
@@ -231,9 +234,21 @@ class WorstCaseSuite(BuiltInAttack):
         if over != "pixels":  # that search is the second stage
             stages["Square" if over == "squares" else "patches"] = make_random_search(queries=effort.queries, **options)
         stages["polish"] = polish
-        if self.budget == "thorough" and not get_norm(self.norm).is_sparse:
+        if self.budget in ("thorough", "converge") and not get_norm(self.norm).is_sparse:
             stages["boundary"] = Boundary(queries=effort.queries, references=references, stop_early=True, **options)
         return stages
+
+    def _plan(self, stages: dict[str, Attack], state: SuiteState) -> Iterator[tuple[str, Attack]]:
+        """The stages, and with the budget "converge" further rounds until two in a row break nothing."""
+        yield from stages.items()
+        number, idle = 1, 0
+        while self.budget == "converge" and idle < 2:
+            number += 1
+            names = {f"{name}, round {number}": name for name in _REPEATED if name in stages}
+            for name, repeated in names.items():
+                yield name, stages[repeated]
+            broken = sum(record.broken for record in state.records if record.name in names)
+            idle = 0 if broken else idle + 1
 
     def run(
         self,
@@ -285,7 +300,7 @@ class WorstCaseSuite(BuiltInAttack):
             else:
                 accepted = Towards.accepted(detector, *self.references, batch_size=self.batch_size or 500)
             stages = replace(self, precision=chosen).stages(detector, accepted)
-            shown = bar(stages.items(), f"{self.norm} {self.eps:g}" * progress)
+            shown = bar(self._plan(stages, state), f"{self.norm} {self.eps:g}" * progress, total=len(stages))
             for name, attack in shown:
                 rows = (state.margins > 0).nonzero().squeeze(1)
                 if not len(rows):

@@ -330,7 +330,9 @@ def evaluate(
     data: Data = "digits",
     norm: NormOption = "linf",
     eps: Eps = 0.1,
-    budget: Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="Budget of the suite.")] = "standard",
+    budget: Annotated[
+        Literal["quick", "standard", "thorough", "converge"], typer.Option(help="Budget of the suite.")
+    ] = "standard",
     images: Annotated[int, typer.Option(min=1, help="Number of images, drawn from the test part by --seed.")] = 200,
     output: Annotated[
         list[Path] | None, typer.Option(help="Report to write, .json, .md or .html; may be given several times.")

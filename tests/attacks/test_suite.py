@@ -4,7 +4,7 @@ import pytest
 import torch
 from clusterguard import PGD, Evidence, WorstCaseSuite, decide, evaluate
 from clusterguard._support import read_progress, save_progress
-from clusterguard.attacks import Cost, Metered, Towards, get_norm
+from clusterguard.attacks import EFFORTS, Cost, Metered, Towards, get_norm
 from clusterguard.detection import Verdicts, is_broken, is_eligible
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError, PersistenceError
@@ -103,6 +103,43 @@ def test_an_interrupted_run_goes_on_where_it_was(small_guard, cases, tmp_path, l
     finished = suite.run(small_guard, images, labels, checkpoint=file)
     assert (finished.stages, finished.runs) == (whole.stages, 3)
     assert whole.cost == resumed.cost == finished.cost == cost_of(whole.stages) != Cost()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l0"])
+def test_the_budget_that_converges_ends_when_two_rounds_break_nothing(small_guard, cases, norm, monkeypatch, tmp_path):
+    monkeypatch.setitem(EFFORTS, "converge", EFFORTS["quick"]._replace(steps=3, restarts=1, targets=1, queries=10))
+    images, labels = cases
+    suite = WorstCaseSuite(norm, eps={"linf": 0.1, "l0": 3}[norm], budget="converge")
+    broke = {"APGD random 1, round 3": 1, "polish, round 4": 2}  # whatever they really break
+    run_stage = WorstCaseSuite._run_stage
+
+    def pretend(suite, name, *given):
+        record = run_stage(suite, name, *given)
+        return replace(record, broken=broke.get(name, 0) if "round" in name else record.broken)
+
+    monkeypatch.setattr(WorstCaseSuite, "_run_stage", pretend)
+    whole, interrupted = (torch.Generator().manual_seed(0) for _ in range(2))
+    result = suite.run(small_guard, images, labels, generator=whole)
+    rounds = [int(record.name.rsplit(" ", 1)[1]) for record in result.stages if "round" in record.name]
+    assert rounds == sorted(rounds)
+    assert set(rounds) == {2, 3, 4, 5, 6}
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(
+            small_guard,
+            images,
+            labels,
+            generator=interrupted,
+            checkpoint=tmp_path / "suite.pt",
+            on_stage=lambda record: stop_in_round_4(record.name),
+        )
+    again = suite.run(small_guard, images, labels, generator=interrupted, checkpoint=tmp_path / "suite.pt")
+    assert torch.equal(again.images, result.images)
+    assert [record.name for record in again.stages] == [record.name for record in result.stages]
+
+
+def stop_in_round_4(name):
+    if name.endswith("round 4"):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("references", [False, True])
