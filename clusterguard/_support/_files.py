@@ -56,11 +56,13 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
 @contextmanager
 def _staging(path: Path) -> Iterator[Path]:
     """A folder beside a file for the block. Folders that killed writers of the file left behind are removed, too."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.????????/"):
+    prefix = f".{path.name}.part-"
+    for folder in path.parent.glob(f"{glob.escape(prefix)}????????/"):
         with suppress(OSError), _locked(folder) as is_free:
-            if is_free and time.time() - folder.stat().st_mtime > 1:  # a younger one may not be locked yet
+            is_ours = {entry.name for entry in folder.iterdir()} <= {path.name}
+            if is_free and is_ours and time.time() - folder.stat().st_mtime > 1:  # a younger one may not be locked yet
                 shutil.rmtree(folder, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name, _locked(Path(name)):
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as name, _locked(Path(name)):
         yield Path(name)
 
 

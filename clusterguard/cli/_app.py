@@ -360,7 +360,7 @@ def evaluate(
     Example: clusterguard evaluate runs/guard --data photos --norm linf --eps 0.03 --budget quick --output report.html
     """
     import torch
-    from clusterguard._support import write_atomically
+    from clusterguard._support import check_place, write_atomically
     from clusterguard.attacks import LInf, WorstCaseSuite
     from clusterguard.certification import certified_success_rate
     from clusterguard.cli._data import describe_other_radius, describe_unreadable, open_guard, sample
@@ -370,6 +370,8 @@ def evaluate(
     from torch.utils.data import DataLoader
 
     check_suffixes(output or [], ".json", ".md", ".html")
+    for path in output or []:
+        check_place(path)
     if certified and norm != LInf.name:
         raise ConfigurationError(f"expected --norm linf together with --certify, got {norm}")
     suite = WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)
@@ -426,13 +428,15 @@ def export(
     Example: clusterguard export runs/guard --output guard.onnx
     """
     import torch
-    from clusterguard._support import write_atomically
+    from clusterguard._support import check_place, write_atomically
     from clusterguard.cli._data import load_named_guard, recorded_images
     from clusterguard.deployment import export_onnx, export_program
     from clusterguard.detectors import CARD
     from rich.console import Console
 
     check_suffixes(output, ".onnx", ".pt2")
+    for path in output:
+        check_place(path)
     detector, training = load_named_guard(guard)
     recorded = recorded_images(training)
     size, depth = image_size or recorded.get("image_size"), channels or recorded.get("channels", 3)

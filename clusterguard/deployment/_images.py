@@ -29,6 +29,7 @@ _PNG_WHOLE = ((0, 0, 1, 1),)  # passes over an image: first column and row, and 
 _PNG_INTERLACED = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # other bytes after 0xFF belong to the compressed data
 _JPEG_RESTART = re.compile(rb"\xff+[\xd0-\xd7]")
+_JPEG_SCANS = 50  # encoders write at most some 20; the time of decoding grows with their number
 _JPEG_PADDING = bytes((37 * index + 254) % 255 for index in range(64))  # any bytes but 0xFF
 _SRGB_GAMMA = 45455
 _SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
@@ -301,7 +302,7 @@ def _check_png_colours(parts: dict[bytes, bytes]) -> None:
 def _examine_jpeg(picture: Any, content: bytes) -> list[str]:
     position, marker, interval = 2, b"", 0
     scans: list[bytes] = []  # headers
-    padded = content[:2]
+    padded = bytearray(content[:2])
     while marker != b"\xd9":
         match = _JPEG_MARKER.search(content, position)
         if match is None:
@@ -319,10 +320,12 @@ def _examine_jpeg(picture: Any, content: bytes) -> list[str]:
         padded += between + content[match.start() : position]
         if marker == b"\xda":
             scans.append(segment)
+            if len(scans) > _JPEG_SCANS:
+                raise _RefusedError(f"it has more than {_JPEG_SCANS} scans, each of which is decoded; save it again")
         if marker == b"\xdd":
             (interval,) = struct.unpack(">H", segment)
     doubts = _doubt_jpeg_scans(picture, scans)
-    if picture.format == "JPEG" and not _shows(picture, padded):
+    if picture.format == "JPEG" and not _shows(picture, bytes(padded)):
         raise _RefusedError("its pixels end before their time; save it again")
     if picture.format == "MPO" or "mp" in picture.info or any(b"hdrgm:" in segment for _, segment in picture.applist):
         doubts.append("several pictures in it; save the first one alone")

@@ -31,6 +31,23 @@ def test_a_reader_with_errors_of_its_own_is_caught():
     assert flip_bits(strict, 20, seed=0)["raw error"] > 0
 
 
+def fail(*_: object) -> None:
+    raise ValueError
+
+
+def test_a_writer_or_reader_that_never_works_is_no_proof():
+    with pytest.raises(RuntimeError, match="reads undamaged files"):
+        flip_bits(Writer(("note",), write_slowly, fail), 1, seed=0)
+    calls = []
+
+    def write_twice(folder: Path, version: int) -> None:
+        calls.append(version)
+        write_slowly(folder, version) if len(calls) < 4 else fail()
+
+    with pytest.raises(RuntimeError, match="failed before"):
+        kill_writers(Writer(("note",), write_twice, CARELESS.read), 1, seed=0)
+
+
 def test_threads_that_share_a_guard_get_what_each_gets_alone():
     for train in (False, True):
         assert share_between_threads(threads=2, batches=2, train=train) == {"batches": 4, "wrong": 0, "changed": 0}

@@ -53,3 +53,11 @@ def test_a_jpeg_whose_pixels_end_early_is_refused_although_it_has_an_end(mode, o
     else:
         header = content.index(b"\xff\xc0") + 5
         refuses("pixels end before their time", content[:header] + struct.pack(">H", 90) + content[header + 2 :])
+
+
+def test_a_jpeg_that_takes_long_to_decode_is_refused_before_it_is_decoded():
+    content = encode(Image.new("L", (40, 40)), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    refuses("more than 50 scans", content[:-2] + content[last:-2] * 60 + b"\xff\xd9")
+    comments = b"\xff\xfe\x00\x02" * 200_000  # in time that grows with their number alone
+    assert read_image(content[:2] + comments + content[2:]).doubts == ()

@@ -33,10 +33,13 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no folders")
 def test_what_a_killed_writer_left_is_removed_by_the_next_one_but_not_what_another_one_uses(tmp_path):
-    left, young, foreign = (tmp_path / name for name in (".a*b.x12345_8", ".a*b.abcdefgh", ".other.x12345_8"))
-    for folder in (left, young, foreign):
+    names = (".a*b.part-x12345_8", ".a*b.part-abcdefgh", ".other.part-x12345_8", ".a*b.versions", ".a*b.part-personal")
+    left, young, foreign, versions, personal = (tmp_path / name for name in names)
+    for folder in (left, young, foreign, versions, personal):
         folder.mkdir()
-    for folder in (left, foreign):
+    (left / "a*b").touch()
+    (personal / "diary").touch()
+    for folder in (left, foreign, versions, personal):
         os.utime(folder, (0, 0))
 
     def write(file):
@@ -46,4 +49,4 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one_but_not_what_anoth
         file.write_text("first")
 
     write_atomically(tmp_path / "a*b", write)
-    assert {path.name for path in tmp_path.iterdir()} == {"a*b", young.name, foreign.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"a*b", *names[1:]}

@@ -34,6 +34,8 @@ def flip_bits(writer: Writer, flips: int, seed: int) -> Counter[str]:
         for file in source.rglob("*.previous"):
             file.unlink()
         expected = _outcome_of(writer, _copy(source, folders()))
+        if isinstance(expected, str):
+            raise RuntimeError(f"expected a reader that reads undamaged files, got: {expected}")
         for _ in range(flips):
             folder = _copy(source, folders())
             path = chance.choice([path for name in writer.files for path in _files(folder / name)])
@@ -91,7 +93,8 @@ def _write_until_killed(writer: Writer, folder: Path, seconds: float) -> None:
             os._exit(1)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        raise RuntimeError("expected a writer that writes until it is killed, got one that failed before")
 
 
 def _outcome_of(writer: Writer, folder: Path) -> Any:
