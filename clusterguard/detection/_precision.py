@@ -77,8 +77,9 @@ def full_precision() -> Iterator[None]:
 
     The settings belong to PyTorch and hold for the whole process. The first block that any thread enters switches
     them, and the last block that is left restores them. Inside, reading the older ``torch.backends.cudnn.allow_tf32``
-    raises an error of torch, because this flag cannot express the new setting. Code that torch.compile traces is not
-    affected.
+    raises an error of torch, because this flag cannot express the new setting. A function that torch.compile meets
+    with such a block runs as it is written, and those that are called in the block are compiled; with
+    ``fullgraph=True`` torch refuses it.
 
     Returns:
         A context manager, also a decorator.
@@ -92,9 +93,6 @@ def full_precision() -> Iterator[None]:
         'medium'
         >>> torch.set_float32_matmul_precision("highest")
     """
-    if torch.compiler.is_compiling():
-        yield
-        return
     _call_untraced(_enter)
     try:
         with without_autocast():

@@ -170,6 +170,9 @@ class DetectorModule(nn.Module, ABC):
     def detect(self, images: Tensor, *, check: bool = True) -> Detection:
         """Label images and decide which to refuse. This always runs in eval mode and restores the mode afterwards.
 
+        It also runs in IEEE float32, whatever precision PyTorch is set to. Such a setting cannot be part of a compiled
+        graph, so ``torch.compile(detector.detect)`` compiles the network alone, and ``fullgraph=True`` fails.
+
         Args:
             images: (B, C, H, W) floating-point images in [0, 1].
             check: whether to check images and thresholds first, which has to wait for the device. Without the check, an

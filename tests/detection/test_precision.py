@@ -118,8 +118,11 @@ class Spying(nn.Module):
         super().__init__()
         self.seen = []
 
-    def forward(self, images):
+    def note(self):
         self.seen.append(settings())
+
+    def forward(self, images):
+        self.note()
         return images.flatten(1)
 
 
@@ -159,12 +162,25 @@ def test_only_arithmetic_with_known_rounding_is_followed(dtype):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
 @pytest.mark.parametrize("training", [True, False])
-def test_a_compiled_detection_meets_no_setting_that_the_compiler_does_not_know(training):
+def test_a_compiled_detection_runs_in_ieee_float32_too(training):
     torch._dynamo.reset()
-    guard, batch = guard_of(dtype=torch.float32), torch.rand(3, 1, 2, 2)
-    expected = guard.detect(batch).labels
-    detect = torch.compile(lambda values: guard.train(training).detect(values, check=False).labels, backend="eager")
+    guard, batch = ClusterGuard(Spying(), 2, example=torch.rand(3, 1, 2, 2)), torch.rand(3, 1, 2, 2)
+    guard.thresholds = torch.ones(2)
+    expected, spy = guard.detect(batch).labels, guard.encoder[0]
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+
+    spy.note = torch.compiler.disable(spy.note)
+    detect = torch.compile(lambda values: guard.train(training).detect(values).labels, backend=backend)
     torch.set_float32_matmul_precision("medium")
     before = settings()
-    assert torch.equal(detect(batch), expected)
-    assert settings() == before
+    spy.seen.clear()
+    for _ in range(2):
+        assert torch.equal(detect(batch), expected)
+        assert settings() == before
+    assert len(spy.seen) == 2
+    assert all(map(is_ieee, spy.seen))
+    assert compiled
