@@ -170,7 +170,10 @@ class L0(Norm):
     searched_over = "pixels"
 
     def longest_step(self, eps: float | Tensor, shape: Sequence[int]) -> float | Tensor:
-        """C·H·W: the direction is dense, of length 1 over all coordinates, and this moves them across the box."""
+        """The longest useful step, C·H·W.
+
+        A step spreads over all pixels, so only a step this long can move each of them from 0 to 1.
+        """
         return float(math.prod(shape))
 
     def size(self, perturbations: Tensor) -> Tensor:

@@ -50,7 +50,10 @@ class Patch(Norm):
         return int(eps >= 1)
 
     def longest_step(self, eps: float | Tensor, shape: Sequence[int]) -> float | Tensor:
-        """C·H·W, as for l0: the direction is dense, and this moves pixels across the box."""
+        """The longest useful step, C·H·W.
+
+        A step spreads over all pixels, so only a step this long can move each of them from 0 to 1.
+        """
         return float(math.prod(shape))
 
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:

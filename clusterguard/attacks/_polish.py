@@ -150,7 +150,10 @@ class Polish(BuiltInAttack):
         return torch.where(paint < 2, (signs + 1) / 2, torch.where(paint < 3, images, corner))
 
     def _descend(self, problem: Problem, states: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """The states and margins after gradient steps, kept where their margins are smaller; shapes as in `_paint`."""
+        """Take gradient steps; shapes as in `_paint`.
+
+        Images whose margin falls take the new state, and the others keep the old one.
+        """
         wrong = len(problem.detector.thresholds) - 1
         for rank in range(min(self.max_targets, wrong) if problem.targets is None else 1):
             aimed = replace(problem, targets=_nearest(problem, states, rank)) if problem.targets is None else problem

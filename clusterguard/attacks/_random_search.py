@@ -66,7 +66,7 @@ class RandomSearch(BuiltInAttack):
         """The states (B, C, H, W) with a random part of each changed."""
 
     def _show(self, problem: Problem, states: Tensor) -> Tensor:
-        """The images (B, C, H, W), inside ball and box, that the states stand for."""
+        """Turn search states into images (B, C, H, W) inside the ball and [0, 1]."""
         return states
 
     @torch.no_grad()

@@ -16,8 +16,8 @@ class Box:
         upper: largest values, (B, …).
         error: largest distance from a computed number to the numbers in the box, (B, …); None without an arithmetic.
         arithmetic: arithmetic in which the network computes, while the bounds are float64; None means exact numbers.
-        error_above: value of `error` where the number, exact or computed, is above 0; None if it is no smaller.
-        source: linear layer whose output the box is; None if it is not the output of one.
+        source: linear layer that produced the box, or None.
+        error_above: tighter rounding error for values that are known to end above 0; None uses `error`.
     """
 
     lower: Tensor

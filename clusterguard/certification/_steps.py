@@ -25,7 +25,10 @@ _QUESTIONS = ("__get__", "size", "dim")  # an interval answers these as a tensor
 
 @dataclass(frozen=True)
 class Dependent:
-    """Stands for an argument that depends on the image: the step that made or last changed it, and its shape."""
+    """Placeholder for an argument that depends on the image.
+
+    It holds the step that last wrote the argument, and the argument's shape.
+    """
 
     maker: "Step | None"
     shape: torch.Size
@@ -209,7 +212,7 @@ def _flatten(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _address(tensor: Tensor) -> int:
-    """Where the memory begins that a tensor may share with others; 0 for a tensor without any."""
+    """The address of the tensor's storage, or 0 if it has none."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 

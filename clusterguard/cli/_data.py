@@ -308,7 +308,10 @@ def describe_other_radius(training: Any, norm: str, eps: float) -> list[str]:
 
 
 def divided_by(pictures: Pictures) -> str:
-    """What decides to which part an image belongs. Version 0.1 used names of files, and recorded nothing."""
+    """How images were divided into parts: "folders", "content", or "package" for data that ships.
+
+    Version 0.1 divided folders by the names of files, and recorded nothing.
+    """
     if pictures.folder is None:
         return "package"
     return "folders" if pictures.folder.is_divided else "content"

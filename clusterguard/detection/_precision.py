@@ -166,7 +166,10 @@ def _change(restore: ExitStack, before: object, write: Callable[..., object], va
 
 
 def _switch_by_name(restore: ExitStack) -> None:
-    """Write as few settings as possible. Most settings only follow another one, and must follow it afterwards too."""
+    """Change only the generic setting, and those that are set explicitly.
+
+    The others inherit theirs from a parent setting, and must go on doing so.
+    """
     for name in _NAMES:
         if _get(name) != "ieee":  # so it has a value of its own, because all that it could follow is "ieee" by now
             _change(restore, _get(name), partial(_set, name), "ieee")

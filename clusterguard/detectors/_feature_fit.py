@@ -120,10 +120,10 @@ def _classify(guard: ClusterGuard, layers: LastLayers, features: Tensor) -> Tens
 
 
 class _Whitening:
-    """Whitens features for any shrinkage.
+    """Computes the layer that whitens features, for any amount of shrinkage.
 
     Args:
-        sums: sums over images of every class.
+        sums: image counts and feature sums for each class, and the second moments of the features.
     """
 
     def __init__(self, sums: FeatureSums) -> None:

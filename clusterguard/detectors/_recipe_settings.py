@@ -50,7 +50,10 @@ CONFIGURATIONS = OPTIONS | frozenset(_CONFIGURATIONS.split())
 
 
 def may_be_set(name: str, value: object, known: frozenset[str] = OPTIONS) -> bool:
-    """Whether a recipe may hold a setting: its name must be known, and its values few, small numbers or short words."""
+    """Whether a saved recipe may contain this setting.
+
+    The name must be on the list, and the value a short word, a small number, None, or a short list of these.
+    """
     plain = name in known and is_plain(value)
     values = _flat(value) if plain else []
     largest = _LARGEST_SIDE if name.endswith("_size") else _LARGEST

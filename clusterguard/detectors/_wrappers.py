@@ -110,10 +110,10 @@ def count_channels(model: nn.Module) -> int:
 
 
 def warn_of_graph(lost: str, module: nn.Module, consequence: str) -> None:
-    """Warn if a module holds a graph that was recorded from a model, and so does not tell what the model told.
+    """Warn if a module holds a recorded graph, in which the model's classifier or normalisation cannot be found.
 
     Args:
-        lost: what the model may have told, such as its classifier.
+        lost: what cannot be found, such as the classifier.
         module: module without the wrappers that compute the same.
         consequence: what happens because it is not known, and what to pass.
 

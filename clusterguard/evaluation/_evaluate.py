@@ -318,7 +318,10 @@ def _probe(
 
 
 def _worst_broken(best: Gallery | None, fresh: Gallery, hits: Tensor, count: int = 12) -> Gallery:
-    """The broken images with the smallest suspicion over threshold, among the best so far and those of a new attack."""
+    """The broken images with the smallest ratio of suspicion to threshold.
+
+    They are chosen out of the best so far and those of the new attack.
+    """
     broken = Gallery(*(part.cpu()[hits] for part in fresh))
     merged = broken if best is None else Gallery(*(torch.cat(parts) for parts in zip(best, broken, strict=True)))
     order = merged.ratios.argsort()[:count]

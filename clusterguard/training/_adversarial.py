@@ -169,7 +169,9 @@ class AdversarialClusterTrainer(DetectorTrainer):
         return {**figures, "robust_accuracy": figures["accepted_accuracy"] & ~got_through}
 
     def seconds_ahead(self, epochs: int, images: Tensor, labels: Tensor, seconds: float) -> float:
-        """The seconds of the epochs that are left, for one step each; in the warm-up the attack is timed on its own.
+        """Estimate the seconds that the remaining epochs take if each had one step.
+
+        Before the warm-up ends, the attack is timed by one extra run, unless all remaining epochs are of the warm-up.
 
         Args:
             epochs: number of epochs that are left, with the present one.

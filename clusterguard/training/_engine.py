@@ -135,9 +135,9 @@ class TrainingEngine:
 
     @cached_property
     def kept(self) -> LoaderState:
-        """The detector's state outside of its state dict.
+        """The part of the detector's state that its state dict leaves out.
 
-        It must be read once before training, because it finds what has changed since its first use.
+        The first access takes a snapshot, so access it once before training.
         """
         return LoaderState(dict(self.detector.named_modules()), name="detector")
 

@@ -440,7 +440,10 @@ def _size(value: Any, limit: float) -> int:
 
 
 def _kept(value: Any) -> Any:
-    """A copy of a value for which `_is_state` is true, with types that a checkpoint does not take as named dicts."""
+    """Copy a value for which `_is_state` is true.
+
+    NumPy arrays, sets and other types that checkpoints cannot store become dicts that name the type.
+    """
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray | np.generic):
