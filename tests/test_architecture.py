@@ -304,6 +304,13 @@ def test_no_two_public_things_of_the_benchmarks_share_a_name():
     assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
 
 
+def test_no_public_thing_of_the_benchmarks_is_named_like_one_of_the_library():
+    """Two helpers of `benchmarks._support` do what private ones of the library do, and are named alike for that."""
+    of_library = {name for path in FILES for name in public_definitions(path)}
+    of_benchmarks = {name for path in BENCHMARKS for name in public_definitions(path)}
+    assert of_library & of_benchmarks == {"evaluation_mode", "write_atomically", "app", "main"}
+
+
 def test_no_two_public_things_of_the_library_share_a_name():
     """Nor do a class and a function whose names differ in capitals and underscores only."""
     places: dict[str, list[str]] = defaultdict(list)

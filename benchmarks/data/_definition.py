@@ -3,18 +3,17 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
+from clusterguard.samples import Split
 from torch import Generator
 
 from benchmarks.data._fetching import Contents
 from benchmarks.data._images import Images
 
-Part = Literal["train", "calibration", "test"]
-"""The part of a data set: images to train on, images for thresholds, or images to attack."""
-Read: TypeAlias = Callable[[Path, Part], Images]
-"""A function that reads a part of a data set. It gets the folder of data sets."""
+Read: TypeAlias = Callable[[Path, Split], Images]
+"""A function that reads images to train on, for thresholds, or to attack. It gets the folder of data sets."""
 Download: TypeAlias = Callable[[Path], Contents]
 """A function that downloads a data set into a temporary folder and returns the contents of its files."""
 
@@ -82,7 +81,7 @@ class DataSet:
         return channels, height, width
 
 
-def divide(read: Callable[[Path, bool], Images], calibration_images: int) -> Read:
+def hold_out_calibration(read: Callable[[Path, bool], Images], calibration_images: int) -> Read:
     """Make a reader of the three parts out of a reader of the training set and the test set.
 
     The calibration images are drawn from the training set. The seed is fixed, so that they are always the same images.
@@ -93,7 +92,7 @@ def divide(read: Callable[[Path, bool], Images], calibration_images: int) -> Rea
         calibration_images: number of images that are kept out of training, for thresholds.
     """
 
-    def read_part(folder: Path, part: Part) -> Images:
+    def read_part(folder: Path, part: Split) -> Images:
         if part == "test":
             return read(folder, False)
         pixels, labels = read(folder, True)

@@ -73,7 +73,7 @@ def _fit(kind: type[FeatureDetector], trained: DetectorModule, batches: Loader) 
     return detector
 
 
-def check_classes(counts: Tensor, needed: int) -> None:
+def check_class_sizes(counts: Tensor, needed: int) -> None:
     """Check that every class has as many training images as a fit needs.
 
     Args:

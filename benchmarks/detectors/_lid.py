@@ -12,7 +12,7 @@ from clusterguard import DetectorModule, Evidence
 from clusterguard.detection import Loader
 from torch import Tensor
 
-from benchmarks.detectors._features import FeatureDetector, check_classes, fit_after_training
+from benchmarks.detectors._features import FeatureDetector, check_class_sizes, fit_after_training
 from benchmarks.detectors._vanilla import VANILLA
 
 _REFERENCES, _NEIGHBOURS = 100, 20  # Ma et al.'s mini-batch and k
@@ -40,7 +40,7 @@ class LocalDimensionality(FeatureDetector):
             counts = labels.bincount(minlength=self.num_classes)
             if counts.min() >= each:
                 break
-        check_classes(counts, each)
+        check_class_sizes(counts, each)
         self.references = torch.cat([features[labels == index][:each] for index in range(self.num_classes)])
 
     def evidence(self, images: Tensor) -> Evidence:

@@ -14,7 +14,7 @@ from clusterguard.detection import Loader
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from benchmarks.detectors._features import FeatureDetector, check_classes, fit_after_training
+from benchmarks.detectors._features import FeatureDetector, check_class_sizes, fit_after_training
 from benchmarks.detectors._vanilla import VANILLA
 
 
@@ -45,7 +45,7 @@ class MahalanobisDetector(FeatureDetector):
         for features, labels in self.all_features(batches):
             wide, members = features.double(), one_hot(labels, self.num_classes).double()
             counts, sums, squares = counts + members.sum(dim=0), sums + members.T @ wide, squares + wide.T @ wide
-        check_classes(counts, 1)
+        check_class_sizes(counts, 1)
         means = sums / counts[:, None]
         whitening = whiten((squares - means.T @ sums) / counts.sum())
         self.whitening, self.means = whitening.to(self.whitening.dtype), (means @ whitening).to(self.means.dtype)

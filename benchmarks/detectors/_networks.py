@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.benchmark import Timer
 
-ImageShape = tuple[int, int, int]
+InputShape = tuple[int, int, int]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 CompileChoice = Literal["auto", CompileMode]
 _WORTHWHILE = 0.9  # largest share of the eager time at which compiling is worth its cost
@@ -28,7 +28,7 @@ class Features(nn.Module):
         num_features: number D of features.
     """
 
-    def __init__(self, body: nn.Module, image_shape: ImageShape) -> None:
+    def __init__(self, body: nn.Module, image_shape: InputShape) -> None:
         super().__init__()
         self.body = body
         self.image_shape = image_shape
@@ -52,7 +52,7 @@ def _run_body(body: nn.Module, images: Tensor) -> Tensor:
     return features
 
 
-def strided_cnn(shape: ImageShape, *, width: int, features: int) -> nn.Module:
+def strided_cnn(shape: InputShape, *, width: int, features: int) -> nn.Module:
     """Two strided convolutions of `width` and twice `width` channels, then a linear layer.
 
     With 16 channels, as in the tiny network, a digit takes about 1 MFLOP.
@@ -62,7 +62,7 @@ def strided_cnn(shape: ImageShape, *, width: int, features: int) -> nn.Module:
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(2 * width * size, features), nn.ReLU())
 
 
-def small_cnn(shape: ImageShape) -> nn.Module:
+def small_cnn(shape: InputShape) -> nn.Module:
     """The network of TRADES for MNIST by Zhang et al. (2019): 32-32-pool-64-64-pool, then 200-200."""
 
     def block(inside: int, outside: int) -> list[nn.Module]:
@@ -79,7 +79,7 @@ def small_cnn(shape: ImageShape) -> nn.Module:
     return nn.Sequential(*block(shape[0], 32), *block(32, 64), nn.Flatten(), *dense)
 
 
-def released_cnn(shape: ImageShape) -> nn.Module:
+def released_cnn(shape: InputShape) -> nn.Module:
     """The network of the paper's released code: 64-pool-128-pool, then 1,024."""
     size = (shape[1] // 4) * (shape[2] // 4)
     return nn.Sequential(
@@ -95,7 +95,7 @@ def released_cnn(shape: ImageShape) -> nn.Module:
     )
 
 
-def resnet18(shape: ImageShape) -> nn.Module:
+def resnet18(shape: InputShape) -> nn.Module:
     """ResNet-18 of timm with a stem for images of 32 × 32 pixels: one 3 × 3 convolution and no pooling."""
     import timm
 
@@ -123,7 +123,7 @@ class WideBlock(nn.Module):
         return kept + change
 
 
-def wide_resnet(shape: ImageShape, *, depth: int, width: int) -> nn.Module:
+def wide_resnet(shape: InputShape, *, depth: int, width: int) -> nn.Module:
     """The wide residual network of Zagoruyko & Komodakis (2016)."""
     blocks, channels = (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
     layers: list[nn.Module] = [nn.Conv2d(shape[0], channels[0], 3, 1, 1, bias=False)]
@@ -138,7 +138,7 @@ def wide_resnet(shape: ImageShape, *, depth: int, width: int) -> nn.Module:
     return body
 
 
-MODELS: dict[str, Callable[[ImageShape], nn.Module]] = {
+MODELS: dict[str, Callable[[InputShape], nn.Module]] = {
     "tiny-cnn": partial(strided_cnn, width=16, features=100),
     "wide-cnn": partial(strided_cnn, width=32, features=256),
     "small-cnn": small_cnn,
@@ -151,7 +151,7 @@ MODELS: dict[str, Callable[[ImageShape], nn.Module]] = {
 }
 
 
-def build_network(name: str, image_shape: ImageShape) -> Features:
+def build_network(name: str, image_shape: InputShape) -> Features:
     """Build a network without a classifier. Its weights are drawn from torch's global generator.
 
     Args:

@@ -17,7 +17,7 @@ from benchmarks.detectors import RECIPES
 from benchmarks.experiments._kinds import KINDS
 
 FOLDER = Path(__file__).parent
-FORMAT = 1  # version of the contents of a result. A higher number makes every result stale
+RESULT_FORMAT = 1  # version of the contents of a result. A higher number makes every result stale
 Profile = Literal["quick", "cpu", "short", "full"]
 """The size of an experiment.
 
@@ -93,7 +93,7 @@ class Training:
         if not self.cutmix:
             del definition["cutmix"]  # the keys of trainings that are older than this option stay valid
         checksums = dict(find_data_set(self.dataset).checksums)
-        return digest(definition | {"checksums": checksums, "format": FORMAT})
+        return digest(definition | {"checksums": checksums, "format": RESULT_FORMAT})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Cell:
             del definition["split"]  # the keys of results that are older than this option stay valid
         if not self.consistency:
             del definition["consistency"]
-        return definition | {"format": FORMAT, "rates": list(self.rates)}
+        return definition | {"format": RESULT_FORMAT, "rates": list(self.rates)}
 
     @cached_property
     def key(self) -> str:

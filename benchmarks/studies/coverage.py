@@ -88,7 +88,7 @@ def expect(what: str, expected: object, got: object) -> None:
         raise CheckError(f"{what}: expected {expected}, got {got}")
 
 
-def describe(output: object) -> str:
+def describe_output(output: object) -> str:
     """The type of an output, and its shape if it is a tensor."""
     return f"tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
 
@@ -104,12 +104,12 @@ def check_encoder(candidate: Candidate) -> None:
     expect("length of mean and std", [shape[0]] * 2, [len(values) for values in find_normalization(model)])
     encoder = make_encoder(model, _WIDTH).eval()
     images = torch.rand(_BATCH, *shape, requires_grad=True)
-    wanted = describe(torch.empty(_BATCH, _WIDTH))
+    wanted = describe_output(torch.empty(_BATCH, _WIDTH))
     representations = encoder(images)
-    expect("eval mode", wanted, describe(representations))
+    expect("eval mode", wanted, describe_output(representations))
     (gradient,) = torch.autograd.grad(representations.sum(), images)
-    expect("input gradient", describe(images), describe(gradient))
-    expect("train mode", wanted, describe(encoder.train()(images)))
+    expect("input gradient", describe_output(images), describe_output(gradient))
+    expect("train mode", wanted, describe_output(encoder.train()(images)))
 
 
 def find_place(make: Callable[[], Candidate]) -> tuple[str | None, str]:

@@ -154,7 +154,7 @@ def list_attacks(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def summarise(norms: dict[str, dict[str, dict[str, Any]]]) -> str:
+def summarise_peers(norms: dict[str, dict[str, dict[str, Any]]]) -> str:
     """One row of Markdown for each norm.
 
     The columns are our PGD, the strongest peer, our suite, and the number of images that only peers broke.
@@ -225,7 +225,7 @@ def main(
             }
             write_atomically(output, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
         print(f"\n{norm} {RADII[norm]:g}\n{list_attacks(results)}")
-    print(f"\n{summarise(content['norms'])}")
+    print(f"\n{summarise_peers(content['norms'])}")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ import torch
 from clusterguard.detection import fit_threshold, fit_thresholds
 from torch import Generator, Tensor
 
-SHARES = torch.tensor([0.991 / 9] * 9 + [0.009])
+CLASS_SHARES = torch.tensor([0.991 / 9] * 9 + [0.009])
 SHIFTS = torch.tensor([0.0] * 9 + [50.0])
 
 
 def draw_examples(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Draw examples at random, and return their suspicion and their labels, each (count,)."""
-    labels = torch.multinomial(SHARES, count, True, generator=generator)
+    labels = torch.multinomial(CLASS_SHARES, count, True, generator=generator)
     return torch.randn(count, generator=generator) + SHIFTS[labels], labels
 
 

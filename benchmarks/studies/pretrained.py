@@ -63,7 +63,7 @@ def load_network() -> nn.Module:
     return network.eval()
 
 
-def measure(guard: ClusterGuard, test: Enlarged, attacked: Enlarged) -> dict[str, Any]:
+def measure_guard(guard: ClusterGuard, test: Enlarged, attacked: Enlarged) -> dict[str, Any]:
     """Accuracy, false positives and what the suite breaks."""
     verdicts = judge(guard, test)
     suite = WorstCaseSuite(norm="linf", eps=EPS, budget="quick", precision="auto")
@@ -97,7 +97,7 @@ def main() -> None:
     }
     alignment = align(guard, train)
     calibrator.fit(guard, calibration)
-    result["aligned"] = {"held_out_accuracy": alignment.accuracy_after, **measure(guard, test, attacked)}
+    result["aligned"] = {"held_out_accuracy": alignment.accuracy_after, **measure_guard(guard, test, attacked)}
     _write(result, began)
     attack = PGD(eps=EPS, step_size=EPS / 2, steps=3, keep="last")
     trainer = AdversarialClusterTrainer(
@@ -109,7 +109,7 @@ def main() -> None:
     )
     shuffled = batches(data.train, "train", shuffle=True, generator=generator)
     history = trainer.fit(shuffled, calibration, epochs=EPOCHS, on_epoch_end=print)
-    result["trained"] = {"precision": history[-1].precision, **measure(guard, test, attacked)}
+    result["trained"] = {"precision": history[-1].precision, **measure_guard(guard, test, attacked)}
     _write(result, began)
 
 

@@ -219,9 +219,9 @@ def load_weights(network: nn.Module, file: Path) -> None:
         PersistenceError: the file is damaged, holds no state dict, or does not fit the network.
     """
     try:
-        found: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-        found = next((found[name] for name in ("state_dict", "model") if isinstance(found.get(name), dict)), found)
-        network.load_state_dict({name.removeprefix("module."): value for name, value in found.items()})
+        content: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        weights = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+        network.load_state_dict({name.removeprefix("module."): value for name, value in weights.items()})
     except UnpicklingError as error:
         raise PersistenceError(
             f"{file} holds other things than tensors, such as a whole model, which could run code; save "

@@ -179,8 +179,8 @@ def _doubt_orientation(directory: bytes) -> list[str]:
     (start,) = struct.unpack_from(order + offset, directory)
     (entries,) = struct.unpack_from(order + count, directory, start)
     start, size = start + struct.calcsize(order + count), struct.calcsize(order + entry)
-    found = [struct.unpack_from(order + entry, directory, start + index * size) for index in range(entries)]
-    stated = [(kind, values) for tag, kind, values in found if tag == ExifTags.Base.Orientation]
+    fields = [struct.unpack_from(order + entry, directory, start + index * size) for index in range(entries)]
+    stated = [(kind, values) for tag, kind, values in fields if tag == ExifTags.Base.Orientation]
     return ["an orientation in an unusual form, which only some viewers follow"] if stated not in ([], [(3, 1)]) else []
 
 
@@ -341,8 +341,8 @@ def _count_jpeg_units(picture: Any, scan: bytes) -> int:
     across, down = (max(int(layer[axis]) for layer in picture.layer) for axis in (1, 2))
     width, height = map(int, picture.size)
     if scan[0] == 1:  # a single component, possibly of fewer pixels than the image
-        _, own_across, own_down, *_ = next(layer for layer in picture.layer if layer[0] == scan[1])
-        width, height = -(-width * own_across // across), -(-height * own_down // down)
+        _, component_across, component_down, *_ = next(layer for layer in picture.layer if layer[0] == scan[1])
+        width, height = -(-width * component_across // across), -(-height * component_down // down)
         across = down = 1
     return -(-width // (8 * across)) * -(-height // (8 * down))
 

@@ -156,8 +156,8 @@ def _choose_shrinkage(sums: FeatureSums, features: Tensor, labels: Tensor) -> tu
 
     best = min(_SHRINKAGES, key=surprise)
     centers, weight, bias = whitening.layer(best)
-    found = torch.cdist(features @ weight.T + bias, centers).argmin(dim=1)
-    return best, float((found == labels).double().mean())
+    predicted = torch.cdist(features @ weight.T + bias, centers).argmin(dim=1)
+    return best, float((predicted == labels).double().mean())
 
 
 def _replace(guard: ClusterGuard, layers: LastLayers, centers: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -200,7 +200,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         """The loss of a relabelled batch, its terms, and the labels (B,) that the guard gives to the images."""
         head, representations = self.guard.head, self.guard.represent(batch.images)
         # Means are over the images of all processes, so that the loss does not depend on how batches are distributed.
-        counts = self.engine.accelerator.reduce(counts_of(batch.is_separate), "mean")
+        counts = self.engine.accelerator.reduce(counts_of(batch.adversarial_share), "mean")
         loss, terms = self.loss(head, representations, batch, self.thresholds, counts)
         measured = {f"loss/{name}": term.detach() for name, term in terms.items()}
         return loss, measured, head.distances(representations.detach()).argmin(dim=1)

@@ -312,8 +312,8 @@ def _attributes(owner: Any) -> dict[str, Any]:
 
 def _outside_state_dict(module: nn.Module) -> dict[str, Any]:
     """The attributes and buffers of a module that its state dict leaves out, by name."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    return own | {name: getattr(module, name) for name in vars(module).get("_non_persistent_buffers_set", ())}
+    attributes = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    return attributes | {name: getattr(module, name) for name in vars(module).get("_non_persistent_buffers_set", ())}
 
 
 def _obstacles(path: str, value: Any) -> Iterator[str]:

@@ -121,13 +121,13 @@ class RelabelledBatch(NamedTuple):
         images: (B, C, H, W) benign images, followed by attacked ones.
         labels: (B,) original classes of the images.
         accepted_as: (B,) labels that the guard gave to attacked images, and the classes of benign images.
-        is_separate: (B,) share of each image, in [0, 1], that belongs to the adversarial cluster.
+        adversarial_share: (B,) share of each image, in [0, 1], that belongs to the adversarial cluster.
     """
 
     images: Tensor
     labels: Tensor
     accepted_as: Tensor
-    is_separate: Tensor
+    adversarial_share: Tensor
 
 
 @final
@@ -202,11 +202,13 @@ class ClusterLoss:
             attacked = counts.sum() / 2
             counts = torch.stack([counts[0], counts[1].clamp_min(self.floor * attacked)])
         energy = self.target.energy(head, representations, batch.labels, batch.accepted_as, thresholds)
-        by_class, adversarial = cluster_terms(head, representations, batch.labels, batch.is_separate, counts, energy)
+        by_class, adversarial = cluster_terms(
+            head, representations, batch.labels, batch.adversarial_share, counts, energy
+        )
         loss, terms = by_class + self.weight * adversarial, {"classes": by_class, "adversarial": adversarial}
         if self.cross_entropy_weight:
             terms["cross_entropy"] = class_cross_entropy(
-                head, representations, batch.labels, batch.is_separate, counts, temperature=self.temperature
+                head, representations, batch.labels, batch.adversarial_share, counts, temperature=self.temperature
             )
             loss = loss + self.cross_entropy_weight * terms["cross_entropy"]
         return loss, terms
@@ -216,7 +218,7 @@ def negative_log_likelihood(
     head: Head,
     representations: Tensor,
     labels: Tensor,
-    is_separate: Tensor,
+    adversarial_share: Tensor,
     *,
     adversarial_weight: float = 1.0,
 ) -> Tensor:
@@ -230,7 +232,7 @@ def negative_log_likelihood(
         head: head of the guard, which computes energies.
         representations: (B, m) representations of the images.
         labels: (B,) class of each image; it is not used for images in D_S.
-        is_separate: (B,) whether each image belongs to D_S, or the share of it, in [0, 1], that does.
+        adversarial_share: (B,) whether each image belongs to D_S, or the share of it, in [0, 1], that does.
         adversarial_weight: factor of the mean over D_S.
 
     Returns:
@@ -250,23 +252,27 @@ def negative_log_likelihood(
         >>> negative_log_likelihood(clusters, torch.zeros(1, 2), torch.tensor([0]), torch.tensor([True]))
         tensor(0.)
     """
-    _check_shares(is_separate, len(representations), like=representations)
-    by_class, adversarial = cluster_terms(head, representations, labels, is_separate, counts_of(is_separate))
+    _check_shares(adversarial_share, len(representations), like=representations)
+    by_class, adversarial = cluster_terms(
+        head, representations, labels, adversarial_share, counts_of(adversarial_share)
+    )
     return by_class + adversarial_weight * adversarial
 
 
-def _check_shares(is_separate: Tensor, count: int, *, like: Tensor) -> None:
-    is_share = isinstance(is_separate, Tensor) and is_separate.is_floating_point()
-    check_tensor(is_separate, "is_separate", count, kind="floating-point" if is_share else "bool", like=like)
+def _check_shares(adversarial_share: Tensor, count: int, *, like: Tensor) -> None:
+    is_share = isinstance(adversarial_share, Tensor) and adversarial_share.is_floating_point()
+    check_tensor(
+        adversarial_share, "adversarial_share", count, kind="floating-point" if is_share else "bool", like=like
+    )
 
 
-def counts_of(is_separate: Tensor) -> Tensor:
+def counts_of(adversarial_share: Tensor) -> Tensor:
     """The numbers (2,) of images that belong to their classes and to the adversarial cluster, as sums of shares.
 
     Args:
-        is_separate: (B,) bools, or shares in [0, 1].
+        adversarial_share: (B,) bools, or shares in [0, 1].
     """
-    separate = is_separate.float()
+    separate = adversarial_share.float()
     return torch.stack([(1 - separate).sum(), separate.sum()])
 
 
@@ -274,7 +280,7 @@ def cluster_terms(
     head: Head,
     representations: Tensor,
     labels: Tensor,
-    is_separate: Tensor,
+    adversarial_share: Tensor,
     counts: Tensor,
     adversarial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -284,7 +290,7 @@ def cluster_terms(
         head: head of the guard, which computes energies.
         representations: (B, m) representations of the images.
         labels: class labels (B,).
-        is_separate: (B,) bools, or shares in [0, 1].
+        adversarial_share: (B,) bools, or shares in [0, 1].
         counts: (2,) divisors of the two sums, raised to 1 if smaller; see `counts_of`.
         adversarial: (B,) energies of the second mean, see `Target.energy`; None takes the head's adversarial energy.
 
@@ -293,10 +299,10 @@ def cluster_terms(
     """
     energies = head.energies(representations)
     check_tensor(labels, "labels", len(energies), kind="integer", like=representations)
-    _check_shares(is_separate, len(energies), like=representations)
+    _check_shares(adversarial_share, len(energies), like=representations)
     if labels.device.type == "cpu":  # on another device the check would wait for its queue
         check_range(labels, head.num_classes)
-    separate = is_separate.to(counts.dtype)
+    separate = adversarial_share.to(counts.dtype)
     by_class = energies.gather(1, labels[:, None].long()).squeeze(1)
     if adversarial is None:
         adversarial = head.adversarial_energy(representations)
@@ -312,7 +318,7 @@ def class_cross_entropy(
     head: Head,
     representations: Tensor,
     labels: Tensor,
-    is_separate: Tensor,
+    adversarial_share: Tensor,
     counts: Tensor,
     *,
     temperature: float = 1.0,
@@ -323,7 +329,7 @@ def class_cross_entropy(
         head: head of the guard, which computes energies.
         representations: (B, m) representations of the images.
         labels: class labels (B,).
-        is_separate: (B,) bools, or shares in [0, 1], that are left out of the mean.
+        adversarial_share: (B,) bools, or shares in [0, 1], that are left out of the mean.
         counts: (2,) numbers of images as in `counts_of`; the first, raised to 1 if smaller, divides the sum.
         temperature: divisor of the logits, positive.
 
@@ -332,5 +338,5 @@ def class_cross_entropy(
     """
     logits = head.logits(representations) / temperature
     losses = functional.cross_entropy(logits, labels.long(), reduction="none")
-    share = 1 - is_separate.to(counts.dtype)
+    share = 1 - adversarial_share.to(counts.dtype)
     return torch.where(share > 0, share * losses, 0).sum() / counts[0].clamp_min(1)

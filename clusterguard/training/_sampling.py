@@ -31,11 +31,11 @@ def balanced_sampler(labels: Any, *, generator: Generator | None = None) -> Weig
         >>> len(sampler), set(sampler) == {7}  # half of what it draws is the last image
         (8, False)
     """
-    found = torch.as_tensor(_labels_of(labels)).long().flatten()
-    if not len(found):
+    class_labels = torch.as_tensor(_labels_of(labels)).long().flatten()
+    if not len(class_labels):
         raise InputError("expected labels of at least one image, got none")
-    weights = 1 / torch.bincount(found).double()[found]
-    return WeightedRandomSampler(weights.tolist(), len(found), replacement=True, generator=generator)
+    weights = 1 / torch.bincount(class_labels).double()[class_labels]
+    return WeightedRandomSampler(weights.tolist(), len(class_labels), replacement=True, generator=generator)
 
 
 def _labels_of(data: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.data import DATA_SETS, DataSetDefinition, Images, divide
+from benchmarks.data import DATA_SETS, DataSetDefinition, Images, hold_out_calibration
 from benchmarks.experiments import _cells, load_experiment
 from benchmarks.running import Store
 
@@ -55,7 +55,7 @@ def bands(tmp_path, monkeypatch):
         image_shape=(2, 20, 20),
         training_images=500,
         calibration_images=200,
-        read=divide(read_bands, 200),
+        read=hold_out_calibration(read_bands, 200),
     )
     monkeypatch.setitem(DATA_SETS, "bands", definition)
     folder = tmp_path / "experiments"

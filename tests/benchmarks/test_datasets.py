@@ -18,8 +18,8 @@ from benchmarks.data import (
     _data_sets,
     _fetching,
     crop_and_flip,
-    divide,
     fetch_data_set,
+    hold_out_calibration,
     load_data_set,
     mix_boxes,
 )
@@ -222,7 +222,7 @@ def test_the_real_sets_are_divided_as_their_definitions_say(name, monkeypatch):
         labels = torch.arange(count if train else 10)
         return Images(labels[:, None, None, None], labels)
 
-    whole = divide(read, definition.calibration_images)
+    whole = hold_out_calibration(read, definition.calibration_images)
     train, calibration, test = (whole(None, part) for part in ("train", "calibration", "test"))
     assert len(train.labels) == definition.training_images
     assert len(calibration.labels) == definition.calibration_images

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("foolbox")
 
-from benchmarks.studies.peers import PEERS, PEERS_FILE, RADII, SUITE, list_attacks, summarise
+from benchmarks.studies.peers import PEERS, PEERS_FILE, RADII, SUITE, list_attacks, summarise_peers
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -16,7 +16,7 @@ def measured():
 
 
 def test_the_page_shows_what_was_measured(measured):
-    assert summarise(measured) in DOCS.read_text()
+    assert summarise_peers(measured) in DOCS.read_text()
 
 
 def test_every_peer_was_measured_and_none_broke_what_the_suite_did_not(measured):
@@ -35,5 +35,5 @@ def test_what_only_a_peer_broke_is_counted():
         "Foolbox X": {"broken": [1, 3], **result},
         "Foolbox Y": {"broken": [3], **result},
     }
-    assert summarise({"l2": results}).endswith("0.50 [0.15, 0.85] Foolbox X | 0.25 [0.05, 0.70] | 1 |")
+    assert summarise_peers({"l2": results}).endswith("0.50 [0.15, 0.85] Foolbox X | 0.25 [0.05, 0.70] | 1 |")
     assert "| Foolbox X | 0.500 [0.150, 0.850] (2/4) | 1 | 1 |" in list_attacks(results)

@@ -74,9 +74,9 @@ def test_a_trained_guard_detects_what_an_untrained_one_lets_through(blobs):
 def test_what_got_through_goes_to_the_origin_and_the_rest_keeps_its_class(blobs, monkeypatch):
     seen = []
 
-    def spy(clusters, representations, labels, is_separate, *others):
-        seen.append((representations.detach(), labels, is_separate.bool()))
-        return cluster_terms(clusters, representations, labels, is_separate, *others)
+    def spy(clusters, representations, labels, adversarial_share, *others):
+        seen.append((representations.detach(), labels, adversarial_share.bool()))
+        return cluster_terms(clusters, representations, labels, adversarial_share, *others)
 
     monkeypatch.setattr("clusterguard.training._losses.cluster_terms", spy)
     guard = new_guard()
@@ -87,10 +87,10 @@ def test_what_got_through_goes_to_the_origin_and_the_rest_keeps_its_class(blobs,
     )
     trainer = AdversarialClusterTrainer(guard, lambda *_, **__: attacked)
     trainer.fit([(images, labels)], blobs, epochs=1, calibrate=False, progress=False)
-    _, used_labels, is_separate = seen[0]
+    _, used_labels, adversarial_share = seen[0]
     misclassified = before.distances(attacked).argmin(1) != labels  # with thresholds at +inf that is success
     assert 0 < misclassified.sum() < len(labels)
-    assert torch.equal(is_separate, torch.cat([torch.zeros(60, dtype=torch.bool), misclassified]))
+    assert torch.equal(adversarial_share, torch.cat([torch.zeros(60, dtype=torch.bool), misclassified]))
     assert torch.equal(used_labels, torch.cat([labels, labels]))
 
 

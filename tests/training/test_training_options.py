@@ -183,9 +183,9 @@ def test_graded_labels_divide_small_perturbations_between_both_centres(blobs, mo
     shares = []
     original = _losses.cluster_terms
 
-    def spy(clusters, representations, labels, is_separate, *others):
-        shares.append(is_separate)
-        return original(clusters, representations, labels, is_separate, *others)
+    def spy(clusters, representations, labels, adversarial_share, *others):
+        shares.append(adversarial_share)
+        return original(clusters, representations, labels, adversarial_share, *others)
 
     monkeypatch.setattr(_losses, "cluster_terms", spy)
     images, labels = next(iter(blobs))
