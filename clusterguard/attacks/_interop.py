@@ -150,7 +150,7 @@ class PeerAttack(BuiltInAttack):
 
     Args:
         peer: description of the attack, for `repr`.
-        norm: norm of the budget, "linf", "l2", "l1", "l0" or "patch"; None states no budget.
+        norm: norm of the budget, a name of `clusterguard.attacks.NORMS`; None states no budget.
         eps: radius of the budget, at least 0; None states no budget.
         rejecting: whether to attack `as_rejecting_classifier` instead of `as_classifier`. Without targets, the attack
             is then aimed at every wrong class.

@@ -209,7 +209,7 @@ NORMS: dict[str, Norm] = {norm.name: norm for norm in (LInf(), L2(), L1(), L0(),
 
 
 def get_norm(name: str) -> Norm:
-    """The norm with this name in `clusterguard.attacks.NORMS`, "linf", "l2", "l1", "l0" or "patch".
+    """The norm with this name in `clusterguard.attacks.NORMS`.
 
     Raises:
         ConfigurationError: the name is unknown.

@@ -126,7 +126,7 @@ class PaperProtocol:
     Pass `attacks()` to `evaluate` and read `largest_mean_asr`. The protocol is weaker than `WorstCaseSuite`.
 
     Args:
-        norm: norm of the ball, "linf", "l2", "l1", "l0" or "patch".
+        norm: norm of the ball, a name of `clusterguard.attacks.NORMS`.
         eps: radius of the ball.
         step_sizes: step sizes to try; the paper tries 3 to 8.
         targeted: whether to aim at a random wrong class for each image ("T") instead of at any wrong class ("U").

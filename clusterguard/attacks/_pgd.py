@@ -32,7 +32,7 @@ class IteratedAttack(BuiltInAttack):
     """Base of attacks that descend an objective inside a ball.
 
     Args:
-        norm: norm of the ball, "linf", "l2", "l1", "l0" or "patch".
+        norm: norm of the ball, a name of `clusterguard.attacks.NORMS`.
         eps: radius of the ball, at least 0, in units of the norm over pixels in [0, 1]; for l0 a number of pixels.
         steps: number of steps, at least 1.
         start: first iterate, "image", "random", "output_diversified", "towards_batch", or a callable such as `Towards`.
@@ -269,7 +269,7 @@ class FixedSchedule(BuiltInAttack):
     They return the last iterate.
 
     Args:
-        norm: norm of the ball, "linf", "l2", "l1", "l0" or "patch".
+        norm: norm of the ball, a name of `clusterguard.attacks.NORMS`.
         eps: radius of the ball, at least 0.
         objective: loss to minimise, a name of `clusterguard.attacks.OBJECTIVES` or a callable.
     """

@@ -32,7 +32,7 @@ class Polish(BuiltInAttack):
     After the first rounds, the half of the images that is nearest to success gets twice as many rounds more, and so on.
 
     Args:
-        norm: norm of the ball, "linf", "l2", "l1", "l0" or "patch".
+        norm: norm of the ball, a name of `clusterguard.attacks.NORMS`.
         eps: radius of the ball, at least 0.
         rounds: number of alternations that every image gets, at least 1.
         halvings: number of times that the nearer half of the images goes on, at least 0.

@@ -290,7 +290,7 @@ def make_random_search(norm: str, *, eps: float, queries: int, batch_size: int |
     """The random search that fits a norm: over squares, over single pixels, or over places of a patch.
 
     Args:
-        norm: name of the norm, "linf", "l2", "l1", "l0" or "patch".
+        norm: norm of the ball, a name of `clusterguard.attacks.NORMS`.
         eps: radius of the ball.
         queries: largest number of queries for each image; gradient steps of the search over patches count as well.
         batch_size: number of images to attack at a time, as in `BuiltInAttack`.

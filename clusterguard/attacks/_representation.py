@@ -29,7 +29,7 @@ class RepresentationMatching(BuiltInAttack):
 
     Args:
         references: accepted benign images to choose from.
-        norm: norm of the ball, "linf", "l2", "l1", "l0" or "patch".
+        norm: norm of the ball, a name of `clusterguard.attacks.NORMS`.
         eps: radius of the ball, at least 0, in units of the norm over pixels in [0, 1]; for l0 a number of pixels.
         step_size: length of a step in the norm, positive.
         steps: number of steps, at least 1.

@@ -102,7 +102,7 @@ class WorstCaseSuite(BuiltInAttack):
     (6) `Polish` goes on from the best images of all stages before it.
 
     Args:
-        norm: norm of the ball, "linf", "l2", "l1", "l0" or "patch".
+        norm: norm of the ball, a name of `clusterguard.attacks.NORMS`.
         eps: radius of the ball, at least 0; for l0 a number of pixels, for patches the side.
         budget: amount of work, "quick", "standard" or "thorough". "converge" begins as "thorough" does. Then it repeats
             a random start, the search and the polish, until two rounds in a row break nothing.

@@ -25,6 +25,11 @@ from fuzzing import (
 )
 from hypothesis import strategies as st
 
+
+def brighten(problem, labels, classifier):
+    return problem.project(problem.images + 0.1)
+
+
 FEW = {"steps": 2}
 STEP = FEW | {"step_size": 0.05}
 IN_NORMS = {
@@ -46,6 +51,8 @@ IN_NORMS = {
     "match": lambda **o: cg.attacks.RepresentationMatching(references=SOME, **STEP, **o),
     "multi-target": lambda **o: cg.attacks.MultiTarget(attack=cg.PGD(**STEP, **o)),
     "random target": lambda **o: cg.attacks.RandomTarget(attack=cg.PGD(**STEP, **o)),
+    "mixed": lambda **o: cg.attacks.MixedAttack(attacks=[cg.PGD(**STEP, **o), cg.FGSM(**o)]),
+    "peer": lambda **o: cg.attacks.PeerAttack(peer="a step", run=brighten, **o),
     "transfer": lambda **o: cg.attacks.Transfer(surrogate=DETECTORS["guard"], attack=cg.PGD(**STEP, **o)),
     "Square": lambda **o: cg.attacks.Square(queries=5, **o),
     "polish": lambda **o: cg.attacks.Polish(rounds=1, halvings=1, tries=1, proposals=2, steps=1, **o),
@@ -74,6 +81,14 @@ def attacked(draw, attack):
 
 # of the box, for images that leave it within the checks' tolerance
 SIZE = {"linf": 1, "l2": 4, "l1": 16, "l0": 16, "patch": 4}
+
+
+def test_every_attack_that_is_built_in_is_tried():
+    faces = [getattr(cg.attacks, name) for name in cg.attacks.__all__]
+    built_in = {face for face in faces if isinstance(face, type) and cg.attacks.BuiltInAttack in face.__mro__}
+    concrete = {attack for attack in built_in if "__final__" in vars(attack)}
+    suite = {cg.WorstCaseSuite}  # whose stages are attacks of the table
+    assert {type(make(norm="l2", eps=1)) for make in IN_NORMS.values()} == concrete - suite
 
 
 @pytest.mark.parametrize("name", IN_NORMS)
