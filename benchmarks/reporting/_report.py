@@ -59,6 +59,8 @@ WITHDRAWN = """
 def write_report(store: Store, profile: Profile, pages: Path) -> list[Path]:
     """Write one page for each data set, and its figures.
 
+    A reduced profile gets a page only if it has results, or if the page exists.
+
     Args:
         store: store of results.
         profile: profile whose results are shown.
@@ -72,6 +74,9 @@ def write_report(store: Store, profile: Profile, pages: Path) -> list[Path]:
     """
     written = []
     for name, every in read_results(store, profile).items():
+        has_results = any(results.finished for results in every)
+        if profile in REDUCED and not has_results and not (pages / name).exists():
+            continue
         text = render_page(every)
         written.append(write_atomically(pages / name, partial(Path.write_text, data=text, encoding="utf-8")))
         for results in every:

@@ -78,6 +78,15 @@ def test_the_cpu_profile_has_pages_of_its_own(store):
     assert "`python -m benchmarks report --profile cpu`" in render_page(pages["mnist-cpu.md"])
 
 
+def test_a_page_of_a_reduced_profile_needs_results_unless_it_exists(store, tmp_path):
+    assert write_report(store, "short", tmp_path) == []
+    store.write_cell(find("strict-mnist", "short", detector="ours")[0], made_up({"": "11000000"}))
+    assert [page.name for page in write_report(store, "short", tmp_path)] == ["mnist-short.md"]
+    (tmp_path / "cifar10-short.md").write_text("from results that are gone")
+    assert [page.name for page in write_report(store, "short", tmp_path)] == ["mnist-short.md", "cifar10-short.md"]
+    assert "0 of" in (tmp_path / "cifar10-short.md").read_text()
+
+
 def test_results_of_the_suite_of_version_0_1_are_said_to_be(store):
     (cell,) = find("strict-mnist", "cpu", detector="ours", attack="suite linf 0.3")
     pages = {}
