@@ -2,8 +2,10 @@
 
 import itertools
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from clusterguard._support import draws_random_numbers
@@ -23,6 +25,8 @@ from clusterguard.errors import ConfigurationError
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+_lock, _followers = threading.Lock(), 0
+_stance: Any = None  # the block that switched torch.compile
 _SAMPLED_IMAGES = 4  # bounds are checked on up to this many proved images, and on as many of all images
 _SAMPLED_POINTS = 8  # inner points of the ball around each image, and as many of its corners
 _AT_ONCE = 128  # proved images that are checked in one batch, at three points each
@@ -138,15 +142,34 @@ def _check_steps(guard: ClusterGuard, images: Tensor) -> None:
 
 
 @contextmanager
+def _failing_on_compilation() -> Iterator[None]:
+    """Let torch.compile fail where it would compile.
+
+    The setting belongs to the process, and the last thread restores it. Compiled code of another thread goes on
+    meanwhile, but a new compilation there fails, too.
+    """
+    global _followers, _stance
+    with _lock:
+        if not _followers:
+            _stance = torch.compiler.set_stance("fail_on_recompile")
+        _followers += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _followers -= 1
+            if not _followers:
+                _stance.__exit__(None, None, None)
+
+
+@contextmanager
 def _without_compiled_parts() -> Iterator[None]:
     """Refuse a network that calls compiled code, which may compute something else than its steps."""
     if "torch._dynamo" not in sys.modules:  # which takes seconds to import
         yield
         return
     try:
-        with torch.compiler.set_stance(
-            "fail_on_recompile"
-        ):  # steps are followed by modes, for which nothing is compiled
+        with _failing_on_compilation():  # steps are followed by modes, for which nothing is compiled
             yield
     except ConfigurationError as error:
         if "torch.compile stance" not in str(error):

@@ -84,6 +84,7 @@ def fit_feature_gaussians(
 
     Example:
         >>> import torch
+        >>> _ = torch.manual_seed(0)
         >>> guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), num_classes=2)
         >>> labels = torch.arange(100) % 2
         >>> images = (labels[:, None, None, None] * 0.5 + torch.rand(100, 1, 4, 4) / 2)

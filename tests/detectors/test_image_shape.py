@@ -7,6 +7,7 @@ import clusterguard as cg
 import pytest
 import torch
 from clusterguard.errors import ClusterGuardError, ConfigurationError, InputError, PersistenceError
+from saving import read_config
 from torch import nn
 
 LABELS = torch.arange(60) % 3
@@ -186,7 +187,7 @@ def test_a_saved_guard_keeps_its_shape_and_its_card_tells_it(tmp_path, shape, to
 def test_a_folder_of_version_0_1_leaves_the_shape_free_and_a_foreign_value_is_refused(tmp_path):
     a_guard(image_shape=(1, 9, 9)).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
-    config = json.loads(file.read_text())
+    config = read_config(tmp_path)
     for foreign in ([1, 9], "all", {"C": 1}, 9, [1, 9, "9"]):
         file.write_text(json.dumps(config | {"guard": config["guard"] | {"image_shape": foreign}}))
         with pytest.raises(PersistenceError, match="image_shape"):
