@@ -33,14 +33,17 @@ from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to
 from clusterguard._support._processes import OneProcess, check_accelerator, collect, share
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
 from clusterguard._support._randomness import draws_random_numbers, random_states, set_random_states
+from clusterguard._support._reachable import GENERATORS, attributes_of, custom_classes, is_user_module, reachable
 from clusterguard_torchvision import on_torch_import
 
 __all__ = [
+    "GENERATORS",
     "IN_GREY_LEVELS",
     "CompiledCall",
     "NetworkCall",
     "OneProcess",
     "Progress",
+    "attributes_of",
     "bar",
     "call_uncompiled",
     "check_accelerator",
@@ -62,17 +65,20 @@ __all__ = [
     "copy_backbone",
     "copy_module",
     "copy_values",
+    "custom_classes",
     "digest_of",
     "draws_random_numbers",
     "escape_markdown",
     "evaluation_mode",
     "in_range",
     "is_unicode",
+    "is_user_module",
     "is_watched",
     "names_in_eval_mode",
     "only_writer",
     "previous",
     "random_states",
+    "reachable",
     "read_archive",
     "read_progress",
     "refuse_unusable",
