@@ -34,6 +34,7 @@ from clusterguard._support._processes import OneProcess, check_accelerator, coll
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
 from clusterguard._support._randomness import draws_random_numbers, random_states, set_random_states
 from clusterguard._support._reachable import GENERATORS, attributes_of, custom_classes, is_user_module, reachable
+from clusterguard._support._switches import ProcessSwitch
 from clusterguard_torchvision import on_torch_import
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "CompiledCall",
     "NetworkCall",
     "OneProcess",
+    "ProcessSwitch",
     "Progress",
     "attributes_of",
     "bar",

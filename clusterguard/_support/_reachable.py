@@ -19,20 +19,8 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 _DEPTH, _WIDTH, _MOST = 12, 256, 50_000  # limits of the search, which must end even in a data set of a million files
 GENERATORS = (Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 _LIBRARIES = ("builtins", "torch", "numpy", "random", "torchvision", "accelerate")
-_LEAVES = (
-    bool,
-    int,
-    float,
-    str,
-    type(None),
-    bytes,
-    complex,
-    type,
-    ModuleType,
-    BuiltinFunctionType,
-    PurePath,
-    np.generic,
-)
+_NUMBERS = (bool, int, float, complex, np.generic)
+_LEAVES = (*_NUMBERS, str, bytes, type(None), type, ModuleType, BuiltinFunctionType, PurePath)
 
 
 def reachable(root: object, name: str) -> Iterator[tuple[str, Any]]:

@@ -4,14 +4,11 @@ import copy
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from clusterguard._support import (
-    CompiledCall,
-    call_uncompiled,
-    evaluation_mode,
-)
+from clusterguard._support import CompiledCall, call_uncompiled, evaluation_mode, reachable
 from clusterguard.certification._intervals import Interval, final_refusals
 from clusterguard.detection import Arithmetic, full_precision
 from clusterguard.detectors import Bounds, ClusterGuard, Head, Normalize
@@ -156,9 +153,11 @@ def as_in_service(guard: ClusterGuard) -> Iterator[None]:
     """Put the guard into the mode and arithmetic in which `detect` runs it.
 
     Raises:
-        ConfigurationError: the guard's methods are not those that have bounds, or autocast is switched on.
+        ConfigurationError: the guard's methods are not those that have bounds, a part of its network is compiled, or
+            autocast is switched on.
     """
     check_methods(guard)
+    _check_not_compiled(guard.encoder)
     if torch.is_autocast_enabled(guard.thresholds.device.type):
         raise ConfigurationError("expected certificates of a guard in float32 or float64, got autocast; leave it first")
     with full_precision(), evaluation_mode(guard):
@@ -191,6 +190,20 @@ def check_methods(guard: ClusterGuard) -> None:
             f"no bounds are known for a guard that has {', '.join(changed)} of its own; certificates need "
             "ClusterGuard's own methods, around any network"
         )
+
+
+def _check_not_compiled(network: nn.Module) -> None:
+    """Refuse a network that holds compiled code, which may compute something else than its steps.
+
+    The search looks at what the network's objects and functions refer to. Compiled code that it misses is a difference
+    when steps are compared.
+    """
+    for path, part in reachable(network, "encoder"):
+        if isinstance(part, FunctionType) and hasattr(part, "get_compiler_config"):  # torch.compile adds it
+            raise ConfigurationError(
+                f"no bounds are known for this network: a part of it is compiled ({path}), and torch.compile may run "
+                "another one than that which is written; certify the guard with the part as it was before torch.compile"
+            )
 
 
 class _EmptyHead(Head):

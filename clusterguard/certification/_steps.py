@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from clusterguard.certification._interval_rules import RULES
 from torch import Tensor
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -98,7 +99,8 @@ class StepComparison(TorchFunctionMode):
     """Follows a tensor through a network, and compares each step with those that were recorded.
 
     A step must be the same function of the same arguments. An argument that depends on the image must come from the
-    same step. What else uses the memory of such a tensor, such as scripted code, is no step, and so a difference.
+    same step. What else uses the memory of such a tensor, such as scripted code, is no step, and so a difference. So is
+    code that torch.compile has taken over, because it may run another function than that which is written.
 
     Args:
         steps: steps that the network took for an interval.
@@ -121,6 +123,8 @@ class StepComparison(TorchFunctionMode):
         self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Called by torch in place of one of its functions."""
+        if _is_compiled():
+            self.note("code that is compiled")
         name = getattr(function, "__name__", "")
         is_of_torch = function in RULES or function is getattr(Tensor, name, None) or name in _QUESTIONS
         step = _step(name if is_of_torch else str(function), args, kwargs or {}, self._find)
@@ -192,6 +196,13 @@ class _Operations(TorchDispatchMode):
         if self._following.is_unknown([*args, *(kwargs or {}).values()]):
             self._following.note(str(function))
         return function(*args, **(kwargs or {}))
+
+
+def _is_compiled() -> bool:
+    """Whether this thread runs a function that torch.compile returned. Within these modes it runs uncompiled."""
+    callback = set_eval_frame(None)  # which returns the one that it replaces; each thread has its own
+    set_eval_frame(callback)
+    return callback is not None
 
 
 def _step(name: str, args: Sequence[Any], options: Mapping[str, Any], find: Callable[[Any], Dependent | None]) -> Step:

@@ -1,11 +1,6 @@
 """Checks of bounds on actual outputs of the guard, before a certificate relies on the bounds."""
 
 import itertools
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from clusterguard._support import draws_random_numbers
@@ -25,8 +20,6 @@ from clusterguard.errors import ConfigurationError
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-_lock, _followers = threading.Lock(), 0
-_stance: Any = None  # the block that switched torch.compile
 _SAMPLED_IMAGES = 4  # bounds are checked on up to this many proved images, and on as many of all images
 _SAMPLED_POINTS = 8  # inner points of the ball around each image, and as many of its corners
 _AT_ONCE = 128  # proved images that are checked in one batch, at three points each
@@ -104,12 +97,9 @@ def _check_independent(guard: ClusterGuard, images: Tensor, radii: Tensor, box: 
 
     No image can then change what the network computes for another one in such a batch. Only rounding may differ.
     """
-    # A pixel in [0, 1] is within 0.5 of 0.5.
     count = _NEIGHBOURS + len(images) * (1 + _NEIGHBOURS)
-    rows, reach = (
-        images.new_full((count, *images.shape[1:]), 0.5),
-        radii.new_full((count,), 0.5),
-    )  # all pixels in [0, 1]
+    # The ball of radius 0.5 around 0.5 holds every image.
+    rows, reach = images.new_full((count, *images.shape[1:]), 0.5), radii.new_full((count,), 0.5)
     here = slice(_NEIGHBOURS, None, 1 + _NEIGHBOURS)
     rows[here], reach[here] = images, radii
     beside = bound_in_service(guard, rows, torch.zeros(count, dtype=torch.long, device=rows.device), reach)
@@ -127,57 +117,17 @@ def _check_steps(guard: ClusterGuard, images: Tensor) -> None:
 
     Neither a type that it asks for nor an error that it catches can make a difference then.
     """
-    with _without_compiled_parts():
-        normalized = guard.normalize(images.clamp(0, 1))
-        with recorded_steps() as steps:
-            maker = run_encoder(guard, Interval(normalized, normalized).made_by(IMAGE)).maker
-        with errors_of_network(), compare_steps(steps, normalized) as following:
-            following.finish(guard.encoder(normalized), maker)
+    normalized = guard.normalize(images.clamp(0, 1))
+    with recorded_steps() as steps:
+        maker = run_encoder(guard, Interval(normalized, normalized).made_by(IMAGE)).maker
+    with errors_of_network(), compare_steps(steps, normalized) as following:
+        following.finish(guard.encoder(normalized), maker)
     if following.difference is not None:
         raise ConfigurationError(
             "no bounds are known for this network: it takes other steps for a tensor than for the interval that bounds "
             f"it, first at {following.difference}. It may ask for the type of its input, or catch an error that an "
             "interval raises; let it compute the same for both"
         )
-
-
-@contextmanager
-def _failing_on_compilation() -> Iterator[None]:
-    """Let torch.compile fail where it would compile.
-
-    The setting belongs to the process, and the last thread restores it. Compiled code of another thread goes on
-    meanwhile, but a new compilation there fails, too.
-    """
-    global _followers, _stance
-    with _lock:
-        if not _followers:
-            _stance = torch.compiler.set_stance("fail_on_recompile")
-        _followers += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _followers -= 1
-            if not _followers:
-                _stance.__exit__(None, None, None)
-
-
-@contextmanager
-def _without_compiled_parts() -> Iterator[None]:
-    """Refuse a network that calls compiled code, which may compute something else than its steps."""
-    if "torch._dynamo" not in sys.modules:  # which takes seconds to import
-        yield
-        return
-    try:
-        with _failing_on_compilation():  # steps are followed by modes, for which nothing is compiled
-            yield
-    except ConfigurationError as error:
-        if "torch.compile stance" not in str(error):
-            raise
-        raise ConfigurationError(
-            "no bounds are known for this network: a part of it is compiled, and torch.compile may run another one "
-            "than that which is written; certify the guard with the part as it was before torch.compile"
-        ) from error
 
 
 def _take(proofs: Proofs, rows: Tensor) -> Proofs:

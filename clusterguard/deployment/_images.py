@@ -3,15 +3,15 @@
 import io
 import re
 import struct
-import threading
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.ImageFile
+from clusterguard._support import ProcessSwitch
 from clusterguard.errors import InputError
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -33,8 +33,6 @@ _JPEG_SCANS = 50  # encoders write at most some 20; the time of decoding grows w
 _JPEG_PADDING = bytes((37 * index + 254) % 255 for index in range(64))  # any bytes but 0xFF
 _SRGB_GAMMA = 45455
 _SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
-_lock = threading.Lock()
-_readers, _reads_truncated = 0, False
 
 
 class ImageFile(NamedTuple):
@@ -91,7 +89,7 @@ def read_image(
     try:
         content = file if isinstance(file, bytes) else Path(file).read_bytes()
         picture = Image.open(io.BytesIO(content), formats=formats)
-        with _refusing_truncated_images():
+        with _truncated_images_refused.on():
             return _read(picture, content, max_pixels)
     except UnidentifiedImageError as error:
         raise InputError(
@@ -363,25 +361,13 @@ def _shows(picture: Image.Image, padded: bytes) -> bool:
     return np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(padded), formats=("JPEG",))))
 
 
-@contextmanager
-def _refusing_truncated_images() -> Iterator[None]:
-    """Let Pillow refuse files that are cut off, also where a program has told it to read them.
+def _refuse_truncated_images() -> Callable[[], None]:
+    """Let Pillow refuse files that are cut off, also where a program has told it to read them."""
+    before, PIL.ImageFile.LOAD_TRUNCATED_IMAGES = PIL.ImageFile.LOAD_TRUNCATED_IMAGES, False
+    return partial(setattr, PIL.ImageFile, "LOAD_TRUNCATED_IMAGES", before)
 
-    The setting belongs to the process. The first thread that enters switches it, and the last one restores it.
-    """
-    global _readers, _reads_truncated
-    with _lock:
-        if not _readers:
-            _reads_truncated = PIL.ImageFile.LOAD_TRUNCATED_IMAGES
-            PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
-        _readers += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _readers -= 1
-            if not _readers:
-                PIL.ImageFile.LOAD_TRUNCATED_IMAGES = _reads_truncated
+
+_truncated_images_refused = ProcessSwitch(_refuse_truncated_images)
 
 
 def _examine_tiff(picture: Any, content: bytes) -> list[str]:

@@ -1,14 +1,13 @@
 """The arithmetic of a guard: how far it rounds, and how to keep the hardware from rounding further."""
 
-import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+from clusterguard._support import ProcessSwitch
 from clusterguard.errors import ConfigurationError
 
 _BOUNDS_UNIT = 2.0**-41  # room for the rounding of the bounds themselves, which are computed in float64
@@ -61,13 +60,6 @@ class Arithmetic(NamedTuple):
         return share / (1 - share) if share < 1 else torch.inf
 
 
-_lock = threading.RLock()
-_restore = ExitStack()
-_users = 0
-if hasattr(os, "register_at_fork"):  # a fork waits until no thread switches settings, so the child can take the lock
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-
-
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Compute float32 in IEEE float32: no TF32, no autocast, no bfloat16 inside products, no Winograd convolution.
@@ -93,12 +85,12 @@ def full_precision() -> Iterator[None]:
         'medium'
         >>> torch.set_float32_matmul_precision("highest")
     """
-    _call_untraced(_enter)
+    _call_untraced(_ieee.enter)
     try:
         with without_autocast():
             yield
     finally:
-        _call_untraced(_leave)
+        _call_untraced(_ieee.leave)
 
 
 @contextmanager
@@ -128,24 +120,8 @@ def _call_untraced(function: Callable[[], None]) -> None:
     (_disable(function) if "torch._dynamo" in sys.modules else function)()
 
 
-def _enter() -> None:
-    global _restore, _users
-    with _lock:
-        if not _users:
-            _restore = _switch_to_ieee()
-        _users += 1
-
-
-def _leave() -> None:
-    global _users
-    with _lock:
-        _users -= 1
-        if not _users:
-            _restore.close()
-
-
-def _switch_to_ieee() -> ExitStack:
-    """Switch every setting. Closing the returned stack restores them all in the opposite order."""
+def _switch_to_ieee() -> Callable[[], None]:
+    """Switch every setting. The returned function restores them all in the opposite order."""
     restore = ExitStack()
     try:
         _change(restore, torch._C._get_nnpack_enabled(), torch._C._set_nnpack_enabled, False)
@@ -157,7 +133,10 @@ def _switch_to_ieee() -> ExitStack:
     except BaseException:
         restore.close()
         raise
-    return restore
+    return restore.close
+
+
+_ieee = ProcessSwitch(_switch_to_ieee)
 
 
 def _change(restore: ExitStack, before: object, write: Callable[..., object], value: object) -> None:

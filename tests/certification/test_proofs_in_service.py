@@ -1,8 +1,6 @@
 """What is bounded is what is used: proofs hold for the guard as it runs, its arithmetic included, or are refused."""
 
-import importlib
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -480,11 +478,3 @@ def test_images_in_half_the_bits_are_judged_as_those_they_stand_for(dtype):
     guard.thresholds = torch.full((2,), 100.0)
     batch = torch.rand(50, 1, 2, 2).to(dtype)
     assert torch.equal(guard.distances(batch), guard.distances(batch.float()))
-
-
-def test_threads_that_certify_leave_torch_compile_as_it_was():
-    guard, compiler = around(nn.Flatten()), importlib.import_module("torch._dynamo.eval_frame")
-    before, tried = compiler._stance, images()
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: certify(guard, tried, LABELS, eps=0.01), range(12)))
-    assert compiler._stance == before

@@ -1,7 +1,10 @@
 """A network that computes something else for a tensor than for an interval gets no certificate, wherever that shows."""
 
 import copy
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import FunctionType
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from clusterguard import ClusterGuard, certify
 from clusterguard.certification import Interval, certified_radius, check_bounds
 from clusterguard.errors import ConfigurationError
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 STRIPES = torch.tensor([1.0, -1.0]).repeat(8)
@@ -319,5 +323,40 @@ def test_a_network_with_a_compiled_part_is_refused(is_used_before):
     guard = guard_of(Network(lambda values: part(values) if is_tensor(values) else other_while_compiling(values)))
     if is_used_before:
         guard.detect(GREY)
-    with pytest.raises(ConfigurationError, match="a part of it is compiled"):
+    with pytest.raises(ConfigurationError, match=r"a part of it is compiled \(encoder.*function\.part\)"):
         certify(guard, GREY, ZEROS, eps=0.01)
+
+
+COMPILED = {"hidden": torch.compile(other_while_compiling, backend="eager")}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("is_used_before", [True, False])
+def test_compiled_code_that_no_search_finds_is_another_step(is_used_before):
+    torch._dynamo.reset()
+
+    def hidden(values):
+        part = getattr(sys.modules[__name__], "COMP" + "ILED")["hidden"]
+        return part(values) if is_tensor(values) else other_while_compiling(values)
+
+    guard = guard_of(Network(hidden))
+    if is_used_before:
+        guard.detect(GREY)
+    with pytest.raises(ConfigurationError, match="first at code that is compiled"):
+        certify(guard, GREY, ZEROS, eps=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_another_thread_compiles_while_a_guard_is_certified():
+    torch._dynamo.reset()
+    counter, one_more = CompileCounter(), lambda numbers: numbers + 1
+    pool = ThreadPoolExecutor(1)
+
+    def compiling_elsewhere(values):
+        function = FunctionType(one_more.__code__.replace(), globals())  # torch compiles each code object once
+        assert pool.submit(torch.compile(function, backend=counter), torch.zeros(2)).result().tolist() == [1.0, 1.0]
+        return values.flatten(1)
+
+    with pool:
+        certify(guard_of(Network(compiling_elsewhere)), GREY, ZEROS, eps=0.01)
+    assert counter.frame_count > 1
