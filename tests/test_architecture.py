@@ -100,6 +100,11 @@ def face(name: str) -> set[str]:
     return {*importlib.import_module(f"clusterguard.{name}".rstrip(".")).__all__}
 
 
+def is_for_packages(here: str, inner: str) -> bool:
+    """Whether this is the module of a package that the other packages import from, and nobody else."""
+    return inner == "_internal" and here not in ("", "benchmarks")
+
+
 def test_every_room_is_on_the_plan():
     assert {room(path) for path in FILES} == {*FLOORS}
 
@@ -114,7 +119,7 @@ def test_rooms_import_only_what_stands_below_them(path):
             assert name in PACKAGES or name in FLOORS
         else:
             assert other in FLOORS[here], other
-            assert not inner, f"{other}.{inner}.{name} is private"
+            assert not inner or is_for_packages(here, inner), f"{other}.{inner}.{name} is private"
 
 
 def test_what_declares_torchvision_operators_stands_below_everything():
@@ -158,12 +163,17 @@ def test_only_what_a_package_hands_on_is_imported_from_outside(path):
     here = room(path) if path in FILES else "benchmarks"
     for other, inner, name in inner_imports(path):
         if other != here and (other in PACKAGES or other == ""):
-            assert not inner
-            assert name in face(other), f"{other}.{name}"
+            assert not inner or is_for_packages(here, inner)
+            assert name in face(f"{other}.{inner}".rstrip(".")), f"{other}.{name}"
         assert here != "benchmarks" or not other.startswith("_"), f"{other}.{name} is private"
 
 
-@pytest.mark.parametrize("package", [*(f"clusterguard.{name}".rstrip(".") for name in PACKAGES), *BENCHMARK_PACKAGES])
+INTERNAL = [f"clusterguard.{path.parent.name}._internal" for path in FILES if path.name == "_internal.py"]
+
+
+@pytest.mark.parametrize(
+    "package", [*(f"clusterguard.{name}".rstrip(".") for name in PACKAGES), *INTERNAL, *BENCHMARK_PACKAGES]
+)
 def test_a_package_hands_on_what_it_says(package):
     module = importlib.import_module(package)
     names = module.__all__
@@ -174,6 +184,19 @@ def test_a_package_hands_on_what_it_says(package):
     modules = {name for name in names if isinstance(getattr(module, name), ModuleType)}
     assert {*names} == known - {"on_torch_import", "version"} | modules
     assert all(getattr(module, name).__doc__ for name in names if inspect.isroutine(getattr(module, name)))
+
+
+@pytest.mark.parametrize("module", INTERNAL)
+def test_what_a_package_hands_to_the_others_alone_is_used_there_and_is_not_on_its_face(module):
+    _, package, _ = module.split(".")
+    used = {
+        name
+        for path in FILES
+        for other, inner, name in inner_imports(path)
+        if other == package != room(path) and inner == "_internal"
+    }
+    assert face(f"{package}._internal") == used
+    assert not used & face(package)
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "benchmarks"])

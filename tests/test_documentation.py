@@ -224,6 +224,14 @@ def test_everything_public_is_in_the_reference():
     assert not [str(public) for public in PUBLIC.values() if not is_named(public)]
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_a_package_hands_on_to_users_is_in_the_reference(package):
+    """What only the other packages use stands in its `_internal.py`."""
+    module = resolve(f"clusterguard.{package}")
+    known = {name.rpartition(".")[2] for name in DIRECTIVES}
+    assert {name for name in module.__all__ if callable(value := getattr(module, name)) and is_ours(value)} <= known
+
+
 def test_the_reference_names_nothing_twice():
     objects = [home(thing) for name in DIRECTIVES if not isinstance(thing := resolve(name), ModuleType)]
     modules = [name for name in DIRECTIVES if isinstance(resolve(name), ModuleType)]

@@ -6,7 +6,7 @@ and counts what they refuse of new examples from the same distribution.
 """
 
 import torch
-from clusterguard.detection import fit_threshold, fit_thresholds
+from clusterguard.detection import fit_shared_threshold, fit_thresholds
 from torch import Generator, Tensor
 
 CLASS_SHARES = torch.tensor([0.991 / 9] * 9 + [0.009])
@@ -35,7 +35,7 @@ def main(*, rate: float = 0.01, repetitions: int = 300) -> None:
         fitted = fit_thresholds(suspicion, labels, labels, 10, false_positive_rate=rate, scarce="pool")
         thresholds = {"pool": torch.tensor(fitted.thresholds)}
         thresholds["shared with all"] = thresholds["pool"].clone()
-        thresholds["shared with all"][list(fitted.pooled)] = fit_threshold(suspicion, rate)
+        thresholds["shared with all"][list(fitted.pooled)] = fit_shared_threshold(suspicion, rate)
         suspicion, labels = draw_examples(20_000, generator)
         for name, limits in thresholds.items():
             rates[name].append((suspicion > limits[labels]).double().mean())

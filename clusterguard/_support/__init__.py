@@ -30,7 +30,7 @@ from clusterguard._support._files import check_place, read_archive, write_atomic
 from clusterguard._support._locks import only_writer
 from clusterguard._support._markdown import code_in_markdown, escape_markdown
 from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
-from clusterguard._support._processes import OneProcess, check_accelerator, collect, share
+from clusterguard._support._processes import OneProcess, check_accelerator, gather, share
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
 from clusterguard._support._randomness import draws_random_numbers, random_states, set_random_states
 from clusterguard._support._reachable import GENERATORS, attributes_of, custom_classes, is_user_module, reachable
@@ -63,7 +63,6 @@ __all__ = [
     "check_tensor",
     "check_verdicts",
     "code_in_markdown",
-    "collect",
     "copy_backbone",
     "copy_module",
     "copy_values",
@@ -72,6 +71,7 @@ __all__ = [
     "draws_random_numbers",
     "escape_markdown",
     "evaluation_mode",
+    "gather",
     "in_range",
     "is_unicode",
     "is_user_module",

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from clusterguard._support._processes import collect
+from clusterguard._support._processes import gather
 from clusterguard.errors import PersistenceError, in_one_line
 
 if sys.platform == "win32":
@@ -56,7 +56,7 @@ def only_writer(path: str | Path | None, accelerator: "Accelerator | None" = Non
             reason = f"cannot be locked ({in_one_line(error)}); delete {file.name} if it is there"
     try:
         if accelerator is not None:
-            reason = "".join(collect({accelerator.process_index: reason}, accelerator))
+            reason = "".join(gather({accelerator.process_index: reason}, accelerator))
         if reason:
             raise PersistenceError(f"{path} {reason}, or choose another file")
         yield

@@ -56,7 +56,7 @@ def share(items: Iterable[Item], accelerator: "Accelerator | None") -> Iterator[
     return islice(numbered, accelerator.process_index, None, accelerator.num_processes)
 
 
-def collect(results: Mapping[int, Collected], accelerator: "Accelerator | None") -> list[Collected]:
+def gather(results: Mapping[int, Collected], accelerator: "Accelerator | None") -> list[Collected]:
     """The results of all processes, in the order of their positions. Every process must call this.
 
     Args:
@@ -64,7 +64,7 @@ def collect(results: Mapping[int, Collected], accelerator: "Accelerator | None")
         accelerator: accelerator as in `share`.
 
     Example:
-        >>> collect({1: "b", 0: "a"}, None)
+        >>> gather({1: "b", 0: "a"}, None)
         ['a', 'b']
     """
     check_accelerator(accelerator)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from clusterguard.attacks._descent import ObjectiveValues, Problem, Rule
+from clusterguard.attacks._descent import ObjectiveValues, Problem, UpdateRule
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective
 from clusterguard.attacks._pgd import IteratedAttack
@@ -204,7 +204,7 @@ class APGD(IteratedAttack):
     objective: str | Objective = "margin"
     large_radii: bool = True
 
-    def _rule(self, problem: Problem, start: Tensor) -> Rule:
+    def _rule(self, problem: Problem, start: Tensor) -> UpdateRule:
         if problem.norm.takes_sparsity:
             return SparseSteps(problem, start, steps=self.steps)
         return HalvingSteps(problem, start, steps=self.steps)

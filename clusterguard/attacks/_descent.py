@@ -86,7 +86,7 @@ Gradient = Callable[[Problem, Tensor], ObjectiveValues]
 """A function (problem, iterates) -> evaluation, by backpropagation or by estimates from queries."""
 
 
-class Rule(Protocol):
+class UpdateRule(Protocol):
     """A rule for the next step from an iterate; it may keep state for each image."""
 
     def step(self, problem: Problem, iterates: Tensor, evaluation: ObjectiveValues) -> Tensor:
@@ -114,7 +114,7 @@ class Rule(Protocol):
 def descend(
     problem: Problem,
     start: Tensor,
-    rule: Rule,
+    rule: UpdateRule,
     *,
     gradient: Gradient,
     steps: int,

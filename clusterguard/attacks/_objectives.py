@@ -2,7 +2,8 @@
 
 from typing import Protocol
 
-from clusterguard.detection import Evidence, check_goal, success_margin
+from clusterguard.detection import Evidence, success_margin
+from clusterguard.detection._internal import check_goal
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
 from torch.nn import functional

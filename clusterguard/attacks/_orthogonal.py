@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-from clusterguard.attacks._descent import Gradient, ObjectiveValues, Problem, Rule
+from clusterguard.attacks._descent import Gradient, ObjectiveValues, Problem, UpdateRule
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective, logit
 from clusterguard.attacks._pgd import SteppedAttack
@@ -49,7 +49,7 @@ class OrthogonalPGD(SteppedAttack):
         if self.strategy not in ("orthogonal", "selective"):
             raise ConfigurationError(f"expected strategy 'orthogonal' or 'selective', got {self.strategy!r}")
 
-    def _gradient(self, rule: Rule) -> Gradient:
+    def _gradient(self, rule: UpdateRule) -> Gradient:
         return _Alternating(self.strategy)
 
 

@@ -14,7 +14,7 @@ from clusterguard.attacks._descent import (
     ObjectiveValues,
     OnStep,
     Problem,
-    Rule,
+    UpdateRule,
     backpropagate,
     descend,
 )
@@ -68,10 +68,10 @@ class IteratedAttack(BuiltInAttack):
             raise ConfigurationError(f"expected keep='best' where stop_early is on, got {self.keep!r}")
 
     @abstractmethod
-    def _rule(self, problem: Problem, start: Tensor) -> Rule:
+    def _rule(self, problem: Problem, start: Tensor) -> UpdateRule:
         """A new rule for a batch."""
 
-    def _gradient(self, rule: Rule) -> Gradient:
+    def _gradient(self, rule: UpdateRule) -> Gradient:
         """The function that evaluates iterates; it may be a method of the rule, if the rule needs all evaluations."""
         return partial(backpropagate, with_margin=self.keep != "last" or self.on_step is not None)
 
@@ -166,7 +166,7 @@ class SteppedAttack(IteratedAttack):
         if self.sparsity is not None and not 0 < self.sparsity <= 1:
             raise ConfigurationError(f"expected sparsity in (0, 1] or None, got {self.sparsity}")
 
-    def _rule(self, problem: Problem, start: Tensor) -> Rule:
+    def _rule(self, problem: Problem, start: Tensor) -> UpdateRule:
         return SteepestDescent(self.step_size, sparsity=self.sparsity)
 
 
@@ -222,7 +222,7 @@ class MIM(SteppedAttack):
         if not self.decay >= 0:
             raise ConfigurationError(f"expected decay of at least 0, got {self.decay}")
 
-    def _rule(self, problem: Problem, start: Tensor) -> Rule:
+    def _rule(self, problem: Problem, start: Tensor) -> UpdateRule:
         return SteepestDescent(self.step_size, sparsity=self.sparsity, momentum=self.decay)
 
 
@@ -258,7 +258,7 @@ class NES(SteppedAttack):
                 f"expected an even number of samples and a positive sigma, got {self.samples} and {self.sigma}"
             )
 
-    def _gradient(self, rule: Rule) -> Gradient:
+    def _gradient(self, rule: UpdateRule) -> Gradient:
         return NaturalEvolution(samples=self.samples, sigma=self.sigma)
 
 

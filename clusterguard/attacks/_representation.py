@@ -7,7 +7,7 @@ from typing import final
 
 import torch
 from clusterguard.attacks._base import BuiltInAttack, find_representation
-from clusterguard.attacks._descent import Gradient, ObjectiveValues, OnStep, Problem, Rule, backpropagate, descend
+from clusterguard.attacks._descent import Gradient, ObjectiveValues, OnStep, Problem, UpdateRule, backpropagate, descend
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective, margin
 from clusterguard.attacks._pgd import PGD, SteepestDescent, SteppedAttack
@@ -132,7 +132,7 @@ class RepelThenMinimise(SteppedAttack):
         if not 0 <= self.share <= 1:
             raise ConfigurationError(f"expected share in [0, 1], got {self.share}")
 
-    def _gradient(self, rule: Rule) -> Gradient:
+    def _gradient(self, rule: UpdateRule) -> Gradient:
         return _RepelFirst(round(self.share * self.steps))
 
 

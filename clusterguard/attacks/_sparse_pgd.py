@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from clusterguard.attacks._descent import ObjectiveValues, Problem, Rule
+from clusterguard.attacks._descent import ObjectiveValues, Problem, UpdateRule
 from clusterguard.attacks._norm_base import mask_largest
 from clusterguard.attacks._norms import L0, L2, get_norm
 from clusterguard.attacks._objectives import Objective
@@ -64,7 +64,7 @@ class SparsePGD(IteratedAttack):
                 f"expected positive, finite colour_step and score_step, got {self.colour_step} and {self.score_step}"
             )
 
-    def _rule(self, problem: Problem, start: Tensor) -> Rule:
+    def _rule(self, problem: Problem, start: Tensor) -> UpdateRule:
         return _ColoursAndScores(self, problem, start)
 
 

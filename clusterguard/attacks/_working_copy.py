@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from clusterguard._support import CompiledCall, copy_module
 from clusterguard.attacks._metering import Metered
-from clusterguard.detection import Detector, Evidence, without_autocast
+from clusterguard.detection import Detector, Evidence
+from clusterguard.detection._internal import without_autocast
 from clusterguard.errors import ClusterGuardError
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval

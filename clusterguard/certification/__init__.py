@@ -3,7 +3,6 @@
 from clusterguard.certification._bounds import Certificate, bound
 from clusterguard.certification._certificates import certified_radius, certified_success_rate, certify
 from clusterguard.certification._intervals import Interval
-from clusterguard.certification._trial import check_bounds
 from clusterguard.detectors import Bounds
 
 __all__ = [
@@ -14,5 +13,4 @@ __all__ = [
     "certified_radius",
     "certified_success_rate",
     "certify",
-    "check_bounds",
 ]

@@ -157,7 +157,7 @@ def train(
     from clusterguard.cli import _data as cli_data
     from clusterguard.detection import Calibrator
     from clusterguard.detectors import ClusterGuard
-    from clusterguard.evaluation import plain
+    from clusterguard.evaluation._internal import to_json_value
     from clusterguard.training import AdversarialClusterTrainer, TrainingOptions
     from torch.utils.data import DataLoader
 
@@ -204,7 +204,7 @@ def train(
             stop_when=is_asked_to_stop,
             generator=torch.Generator(target).manual_seed(seed),
         )
-    guard.save_pretrained(output, training=record | {"epochs": len(history), "last_epoch": plain(history[-1])})
+    guard.save_pretrained(output, training=record | {"epochs": len(history), "last_epoch": to_json_value(history[-1])})
     result, text = cli_data.describe_guard(output)
     show(as_json, {**result, "history": history, "images": summary}, text)
 
@@ -248,7 +248,7 @@ def guard(
     from clusterguard.cli import _data as cli_data
     from clusterguard.detection import Calibrator
     from clusterguard.detectors import ClusterGuard, align
-    from clusterguard.evaluation import plain
+    from clusterguard.evaluation._internal import to_json_value
     from torch.utils.data import DataLoader
 
     if (weights is None) is not pretrained:
@@ -277,7 +277,7 @@ def guard(
         "backbone": model,
         "weights": "pretrained" if weights is None else weights.name,
         "calibrator": repr(calibrator),
-        "alignment": plain(alignment),
+        "alignment": to_json_value(alignment),
     }
     wrapped.save_pretrained(output, training=record)
     result, text = cli_data.describe_guard(output)
@@ -431,7 +431,7 @@ def export(
     from clusterguard._support import check_place, write_atomically
     from clusterguard.cli._data import load_named_guard, recorded_images
     from clusterguard.deployment import export_onnx, export_program
-    from clusterguard.detectors import CARD
+    from clusterguard.detectors._internal import CARD
     from rich.console import Console
 
     check_suffixes(output, ".onnx", ".pt2")

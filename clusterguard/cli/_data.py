@@ -15,15 +15,8 @@ from clusterguard._support import write_atomically
 from clusterguard.cli._image_folders import ImageFolder, Part, listed_paths, open_folder
 from clusterguard.deployment import fit_image, read_image
 from clusterguard.detection import Calibration, Rate
-from clusterguard.detectors import (
-    CONFIG,
-    ClusterGuard,
-    describe_thresholds,
-    make_encoder,
-    read_config,
-    read_guard,
-    refuse_foreign,
-)
+from clusterguard.detectors import ClusterGuard, make_encoder
+from clusterguard.detectors._internal import CONFIG, check_overwritable, describe_thresholds, read_config, read_guard
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError, in_one_line
 from clusterguard.samples import load_digits
 from PIL import Image
@@ -418,7 +411,7 @@ def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:
         ConfigurationError: there is an earlier training and `resume` is off, or its options were different.
         PersistenceError: the folder holds files of another program.
     """
-    refuse_foreign(folder)
+    check_overwritable(folder)
     checkpoint, record = folder / "checkpoint.pt", folder / "training.json"
     guard = folder / "config.json"
     if checkpoint.exists() and not resume:

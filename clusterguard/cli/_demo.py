@@ -12,18 +12,18 @@ from clusterguard._support import write_atomically
 from clusterguard.attacks import PGD, WorstCaseSuite
 from clusterguard.cli._data import check_output
 from clusterguard.detection import Calibrator, decide
-from clusterguard.detectors import ClusterGuard, ConfidenceDetector, DetectorModule
+from clusterguard.detectors import ClusterGuard, ConfidenceDetector, DetectorModule, GaussianClusters
 from clusterguard.errors import MissingDependencyError
 from clusterguard.evaluation import (
     AttackResult,
     Evaluation,
     Panel,
     evaluate,
-    plain,
     plot_distances,
     plot_representations,
     star_coordinates,
 )
+from clusterguard.evaluation._internal import to_json_value
 from clusterguard.samples import load_digits
 from clusterguard.training import AdversarialClusterTrainer, TrainingOptions
 from torch import Tensor, nn
@@ -152,12 +152,13 @@ def run_demo(
         **{name: evaluation.to_dict() for name, evaluation in evaluations.items()},
         "worst_case": {name: evaluation.to_dict() for name, evaluation in worst.items()},
     }
-    record = {"attack": repr(attack), "epochs": epochs, "seed": seed, "last_epoch": plain(history[-1])}
+    record = {"attack": repr(attack), "epochs": epochs, "seed": seed, "last_epoch": to_json_value(history[-1])}
     guard.save_pretrained(output / "guard", training=record, evaluation=worst["guarded"])
     images, labels = (part[: min(400, limit or 400)].to(device) for part in test.tensors)
     report |= _draw(output, undefended, guard, images, labels, epsilons[-1])
     report |= {"seconds": time.perf_counter() - started, "table": _table(evaluations, worst)}
-    write_atomically(output / "report.json", lambda file: file.write_text(json.dumps(plain(report), indent=2) + "\n"))
+    text = json.dumps(to_json_value(report), indent=2) + "\n"
+    write_atomically(output / "report.json", lambda file: file.write_text(text))
     return report
 
 
@@ -189,10 +190,9 @@ def _draw(
     """Draw both pictures; what is returned says why there are none, if matplotlib is missing."""
 
     def points(detector: DetectorModule, pictures: Tensor) -> Tensor:
-        if isinstance(detector, ClusterGuard):
-            return star_coordinates(
-                guard.head.logits(guard.represent(pictures)) / guard.head.options()["center_scale"] ** 2
-            )
+        if isinstance(detector, ClusterGuard) and isinstance(detector.head, GaussianClusters):
+            head = detector.head
+            return star_coordinates(head.logits(detector.represent(pictures)) / head.center_scale**2)
         logits = detector(pictures)
         return star_coordinates(logits - logits.mean(dim=1, keepdim=True))
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from clusterguard._support import is_unicode
-from clusterguard.deployment import FORMATS, read_image
+from clusterguard.deployment import read_image
+from clusterguard.deployment._internal import FORMATS
 from clusterguard.errors import InputError
 from tqdm.auto import tqdm
 

@@ -157,9 +157,9 @@ def stderr_is_a_terminal() -> bool:
 
 def show(as_json: bool, result: Any, text: str) -> None:
     """Print the result as JSON for a machine, or as text for a person."""
-    from clusterguard.evaluation import plain
+    from clusterguard.evaluation._internal import to_json_value
 
-    typer.echo(json.dumps(plain(result), indent=2, allow_nan=False) if as_json else printable(text))
+    typer.echo(json.dumps(to_json_value(result), indent=2, allow_nan=False) if as_json else printable(text))
 
 
 def find_device(name: str | None) -> "torch.device":

@@ -1,11 +1,10 @@
 """What a guard needs in service: an exported graph, images as people see them, and an alarm for drift."""
 
 from clusterguard.deployment._export import OnnxDetector, export_onnx, export_program, load_onnx
-from clusterguard.deployment._images import FORMATS, ImageFile, fit_image, read_image
+from clusterguard.deployment._images import ImageFile, fit_image, read_image
 from clusterguard.deployment._monitoring import FalsePositiveMonitor, MonitorReport, plausible_rate
 
 __all__ = [
-    "FORMATS",
     "FalsePositiveMonitor",
     "ImageFile",
     "MonitorReport",

@@ -23,8 +23,10 @@ from clusterguard._support import (
     write_atomically,
 )
 from clusterguard.deployment._exporters import exporting, quiet
-from clusterguard.detection import Calibration, Detection, Evidence, check_evidence, decide
-from clusterguard.detectors import DetectorModule, guarded_evidence
+from clusterguard.detection import Calibration, Detection, Evidence, decide
+from clusterguard.detection._internal import check_evidence
+from clusterguard.detectors import DetectorModule
+from clusterguard.detectors._internal import guarded_evidence
 from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError, in_one_line
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
 import torch
-from clusterguard.detection import without_autocast
+from clusterguard.detection._internal import without_autocast
 from clusterguard.errors import ConfigurationError, in_one_line
 
 

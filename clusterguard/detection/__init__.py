@@ -4,40 +4,19 @@ from clusterguard.detection._calibration import (
     Calibration,
     Calibrator,
     allowed_refusals,
-    fit_threshold,
+    fit_shared_threshold,
     fit_thresholds,
     minimum_examples,
 )
-from clusterguard.detection._class_names import learn_class_names, name_class, name_classes
-from clusterguard.detection._decision import (
-    Detection,
-    Detector,
-    Evidence,
-    check_goal,
-    class_margins,
-    decide,
-    success_margin,
-)
-from clusterguard.detection._judging import check_evidence, judge
-from clusterguard.detection._loaders import (
-    Loader,
-    Pairs,
-    Unpack,
-    check_loader,
-    check_passes,
-    have_common_images,
-    is_one_pass_iterator,
-    number_of_batches,
-    set_epoch,
-    unpack_batch,
-)
+from clusterguard.detection._decision import Detection, Detector, Evidence, class_margins, decide, success_margin
+from clusterguard.detection._judging import judge
+from clusterguard.detection._loaders import Loader, Pairs, Unpack, unpack_batch
 from clusterguard.detection._metrics import (
     Rate,
     Verdicts,
     accuracy,
     accuracy_after_rejection,
     attack_success_rate,
-    doubt_labels,
     expected_roc_auc,
     false_positive_rate,
     is_broken,
@@ -45,7 +24,7 @@ from clusterguard.detection._metrics import (
     roc_auc,
     wilson_interval,
 )
-from clusterguard.detection._precision import Arithmetic, full_precision, without_autocast
+from clusterguard.detection._precision import Arithmetic, full_precision
 
 __all__ = [
     "Arithmetic",
@@ -63,32 +42,19 @@ __all__ = [
     "accuracy_after_rejection",
     "allowed_refusals",
     "attack_success_rate",
-    "check_evidence",
-    "check_goal",
-    "check_loader",
-    "check_passes",
     "class_margins",
     "decide",
-    "doubt_labels",
     "expected_roc_auc",
     "false_positive_rate",
-    "fit_threshold",
+    "fit_shared_threshold",
     "fit_thresholds",
     "full_precision",
-    "have_common_images",
     "is_broken",
     "is_eligible",
-    "is_one_pass_iterator",
     "judge",
-    "learn_class_names",
     "minimum_examples",
-    "name_class",
-    "name_classes",
-    "number_of_batches",
     "roc_auc",
-    "set_epoch",
     "success_margin",
     "unpack_batch",
     "wilson_interval",
-    "without_autocast",
 ]

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from clusterguard._support import check_labels, check_tensor, collect
+from clusterguard._support import check_labels, check_tensor, gather
 from clusterguard.detection._calibration_batches import (
     CalibrationBatches,
     KeepsCalibration,
@@ -18,11 +18,11 @@ from clusterguard.detection._calibration_batches import (
     image_shape_kept_on_failure,
     measure_rounding,
 )
-from clusterguard.detection._class_names import HasClassNames, name_classes, name_counts
+from clusterguard.detection._class_names import HasClassNames, list_classes, list_counts
 from clusterguard.detection._decision import Detector
 from clusterguard.detection._judging import judge
 from clusterguard.detection._loaders import Loader, Pairs, Unpack
-from clusterguard.detection._metrics import doubt_labels
+from clusterguard.detection._metrics import guessing_advice
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError, in_one_line
 from torch import Tensor
 
@@ -140,7 +140,7 @@ def allowed_refusals(count: int, false_positive_rate: float) -> int:
     return math.floor((count + 1) * _exact(false_positive_rate))
 
 
-def fit_threshold(suspicion: Tensor, false_positive_rate: float, *, method: Method = "conformal") -> float:
+def fit_shared_threshold(suspicion: Tensor, false_positive_rate: float, *, method: Method = "conformal") -> float:
     """The threshold that a new benign example exceeds with a probability of at most `false_positive_rate`.
 
     Args:
@@ -162,7 +162,7 @@ def fit_threshold(suspicion: Tensor, false_positive_rate: float, *, method: Meth
         arXiv 2012.03483, section 3.2; Vovk, Gammerman & Shafer, "Algorithmic Learning in a Random World" (2005).
 
     Example:
-        >>> fit_threshold(torch.arange(1.0, 100.0), false_positive_rate=0.1)
+        >>> fit_shared_threshold(torch.arange(1.0, 100.0), false_positive_rate=0.1)
         90.0
     """
     _check_options(false_positive_rate, method)
@@ -213,7 +213,7 @@ def fit_thresholds(
         labels: (n,) true labels.
         num_classes: number K of classes.
         false_positive_rate: rate α in (0, 1), which holds within every class.
-        method: rule as in `fit_threshold`. "quantile" gives no guarantee, with or without pooled classes.
+        method: rule as in `fit_shared_threshold`. "quantile" gives no guarantee, with or without pooled classes.
         scarce: treatment of scarce classes. "error" raises an error, and "pool" gives them a threshold that they share.
         rounding: largest change of an image's suspicion that arithmetic alone may cause, at least 0, in units of the
             suspicion.
@@ -250,11 +250,11 @@ def fit_thresholds(
     needed = minimum_examples(false_positive_rate)
     is_scarce = counts < needed
     if is_scarce.any() and (scarce == "error" or len(values) < needed):
-        doubt = doubt_labels(len(values), len(labels), num_classes)
+        doubt = guessing_advice(len(values), len(labels), num_classes)
         advice = doubt or "add examples, allow a higher rate, or pass scarce='pool'"
         raise TooFewCalibrationExamplesError(
             f"a false-positive rate of {false_positive_rate} needs at least {needed} correctly classified calibration "
-            f"examples of every class, got {name_counts(counts, is_scarce, class_names)}; {advice}"
+            f"examples of every class, got {list_counts(counts, is_scarce, class_names)}; {advice}"
         )
     thresholds = _class_thresholds(values_by_class, classes, counts, false_positive_rate, method, scarce)
     check_finite(thresholds)
@@ -287,7 +287,7 @@ class Calibrator:
 
     Args:
         false_positive_rate: rate α in (0, 1), which holds within every class.
-        method: rule "conformal" or "quantile", see `fit_threshold`.
+        method: rule "conformal" or "quantile", see `fit_shared_threshold`.
         scarce: treatment of classes with too few examples, "error" or "pool", see `fit_thresholds`.
 
     Raises:
@@ -338,7 +338,7 @@ class Calibrator:
         if int(counts.sum() if self.scarce == "pool" else counts.min()) < needed:
             raise TooFewCalibrationExamplesError(
                 f"expected at least {needed} calibration examples of every class, for a rate of "
-                f"{self.false_positive_rate}, got {name_counts(counts, counts < needed, class_names)}; add examples, "
+                f"{self.false_positive_rate}, got {list_counts(counts, counts < needed, class_names)}; add examples, "
                 f"raise the rate{', or pass scarce=' + repr('pool') if self.scarce == 'error' else ''}"
             )
 
@@ -378,7 +378,7 @@ class Calibrator:
             detection, labels = judge(detector, batches, accelerator=accelerator, progress=bar)
             names = detector.class_names if isinstance(detector, HasClassNames) else None
             index = 0 if accelerator is None else accelerator.process_index
-            rounding = max(collect({index: measure_rounding(detector, batches.images)}, accelerator))
+            rounding = max(gather({index: measure_rounding(detector, batches.images)}, accelerator))
             calibration = fit_thresholds(
                 detection.distances,
                 detection.labels,
@@ -392,7 +392,7 @@ class Calibrator:
             )
         if calibration.pooled:
             warnings.warn(
-                f"classes {name_classes(calibration.pooled, names)} have too few correctly classified calibration "
+                f"classes {list_classes(calibration.pooled, names)} have too few correctly classified calibration "
                 "examples and share the pooled threshold; the false-positive rate of each alone is not guaranteed",
                 stacklevel=2,
             )

@@ -68,18 +68,18 @@ def name_class(index: int, names: Sequence[str] | None) -> str:
     return f"class {index}" + (f" ({names[index]})" if names else "")
 
 
-def name_classes(indices: Sequence[int], names: Sequence[str] | None) -> str:
+def list_classes(indices: Sequence[int], names: Sequence[str] | None) -> str:
     """The first ten of some classes, by name if names are known.
 
     Example:
-        >>> name_classes([0, 2], None), name_classes([0, 2], ["cat", "dog", "eel"])
+        >>> list_classes([0, 2], None), list_classes([0, 2], ["cat", "dog", "eel"])
         ('[0, 2]', "['cat', 'eel']")
     """
     shown = str([names[index] if names else index for index in indices[:_MOST]])
     return shown + (f" and {len(indices) - _MOST} more" if len(indices) > _MOST else "")
 
 
-def name_counts(counts: Tensor, chosen: Tensor, names: Sequence[str] | None) -> str:
+def list_counts(counts: Tensor, chosen: Tensor, names: Sequence[str] | None) -> str:
     """The first ten of the classes that were chosen (K,), with their counts (K,)."""
     indices = chosen.nonzero().flatten().tolist()
     listing = ", ".join(f"{name_class(index, names)}: {int(counts[index])}" for index in indices[:_MOST])

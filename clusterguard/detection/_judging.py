@@ -9,9 +9,9 @@ from clusterguard._support import (
     check_detector,
     check_images,
     check_labels,
-    collect,
     draws_random_numbers,
     evaluation_mode,
+    gather,
     share,
 )
 from clusterguard.detection._decision import Detection, Detector, Evidence, decide
@@ -76,7 +76,7 @@ def judge(
             images = images.to(detector.thresholds.device)
             verdict = decide(detector.evidence(images), detector.thresholds)
             verdicts[position] = [part.cpu() for part in (*verdict, labels)]
-    rows = collect(verdicts, accelerator)
+    rows = gather(verdicts, accelerator)
     if not rows:
         raise InputError("expected a loader with at least one batch, got an empty one")
     *judged, all_labels = map(torch.cat, zip(*rows, strict=True))

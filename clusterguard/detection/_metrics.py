@@ -119,7 +119,7 @@ class Verdicts:
         return self.detection.labels == self.labels
 
 
-def doubt_labels(right: int, total: int, num_classes: int) -> str:
+def guessing_advice(right: int, total: int, num_classes: int) -> str:
     """A sentence about an accuracy that is no better than guessing; empty if it is better, or if it is uncertain.
 
     Args:
@@ -128,9 +128,9 @@ def doubt_labels(right: int, total: int, num_classes: int) -> str:
         num_classes: number K of classes.
 
     Example:
-        >>> doubt_labels(280, 300, num_classes=10)
+        >>> guessing_advice(280, 300, num_classes=10)
         ''
-        >>> doubt_labels(3, 300, num_classes=10)[:48]
+        >>> guessing_advice(3, 300, num_classes=10)[:48]
         'only 3 of 300 images are labelled correctly, no '
     """
     guessed = 1 / num_classes

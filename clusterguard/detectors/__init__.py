@@ -3,20 +3,17 @@
 from clusterguard._support import CompiledCall
 from clusterguard.detectors._alignment import Alignment, align
 from clusterguard.detectors._backbones import find_normalization, find_num_classes, make_encoder
-from clusterguard.detectors._base import DetectorModule, Normalize, WithThresholds, guarded_evidence
+from clusterguard.detectors._base import DetectorModule, Normalize, WithThresholds
 from clusterguard.detectors._confidence import ConfidenceDetector
 from clusterguard.detectors._consistency import ConsistentDetector
 from clusterguard.detectors._feature_fit import FeatureFit, fit_feature_gaussians
 from clusterguard.detectors._feature_gaussians import FeatureGaussians
 from clusterguard.detectors._guard import ClusterGuard
-from clusterguard.detectors._guard_files import CARD, CONFIG, read_config, read_guard, refuse_foreign
 from clusterguard.detectors._head_bounds import Bounds, RepresentationBox
 from clusterguard.detectors._heads import GaussianClusters, Head
-from clusterguard.detectors._model_card import CardDetails, describe_thresholds
+from clusterguard.detectors._model_card import CardDetails
 
 __all__ = [
-    "CARD",
-    "CONFIG",
     "Alignment",
     "Bounds",
     "CardDetails",
@@ -33,13 +30,8 @@ __all__ = [
     "RepresentationBox",
     "WithThresholds",
     "align",
-    "describe_thresholds",
     "find_normalization",
     "find_num_classes",
     "fit_feature_gaussians",
-    "guarded_evidence",
     "make_encoder",
-    "read_config",
-    "read_guard",
-    "refuse_foreign",
 ]

@@ -7,16 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from clusterguard._support import bar, check_images, check_labels, evaluation_mode
-from clusterguard.detection import (
-    Loader,
-    Pairs,
-    Unpack,
-    doubt_labels,
-    full_precision,
-    learn_class_names,
-    name_class,
-    number_of_batches,
-)
+from clusterguard.detection import Loader, Pairs, Unpack, full_precision
+from clusterguard.detection._internal import guessing_advice, learn_class_names, name_class, number_of_batches
 from clusterguard.detectors._dense_layers import Dense, dense_layers
 from clusterguard.detectors._guard import ClusterGuard
 from clusterguard.detectors._heads import GaussianClusters
@@ -268,7 +260,7 @@ def _fit(
             if result[0] >= accuracy - _TOLERATED_LOSS and (not best[0] or result[1] < best[1]):
                 best = (*result, ridge, share)
     images = int(sums.counts.sum()) + len(labels)
-    if doubt := doubt_labels(round(accuracy * len(labels)), len(labels), head.num_classes):
+    if doubt := guessing_advice(round(accuracy * len(labels)), len(labels), head.num_classes):
         warnings.warn(f"before the alignment {doubt}", stacklevel=3)
     if not best[0]:
         warnings.warn(

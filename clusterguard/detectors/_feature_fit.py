@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from clusterguard._support import copy_module, evaluation_mode
-from clusterguard.detection import Loader, Unpack, doubt_labels, full_precision
+from clusterguard.detection import Loader, Unpack, full_precision
+from clusterguard.detection._internal import guessing_advice
 from clusterguard.detectors._alignment import FeatureSums, LastLayers, find_last_layers, read_features
 from clusterguard.detectors._backbones import make_encoder
 from clusterguard.detectors._dense_layers import make_layer_like
@@ -100,7 +101,7 @@ def fit_feature_gaussians(
         centers, weight, bias = _Whitening(sums).layer(shrinkage)
     _replace(guard, layers, centers, weight, bias)
     before = right / len(labels)
-    if doubt := doubt_labels(right, len(labels), guard.num_classes):
+    if doubt := guessing_advice(right, len(labels), guard.num_classes):
         warnings.warn(f"before the Gaussians were fitted {doubt}", stacklevel=2)
     if accuracy < before - _TOLERATED_LOSS:
         warnings.warn(

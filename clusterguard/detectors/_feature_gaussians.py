@@ -65,7 +65,7 @@ class FeatureGaussians(Head):
         return reduce(self._wide(representations).square(), "b m -> b", "sum")
 
     @property
-    def half_way(self) -> Tensor:
+    def packing_radius(self) -> Tensor:
         """Half the distance of each centre to the nearest other one, (K,)."""
         gaps = (self.centers[:, None] - self.centers).norm(dim=2)
         itself = torch.eye(len(gaps), dtype=torch.bool, device=gaps.device)

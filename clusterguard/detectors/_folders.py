@@ -21,9 +21,9 @@ from clusterguard.detectors._guard_files import (
     FORMAT_VERSION,
     WEIGHTS,
     WeightsFile,
+    check_overwritable,
     read_config,
     read_guard,
-    refuse_foreign,
     write_guard,
 )
 from clusterguard.detectors._model_card import CardDetails, EvaluationForCard, model_card
@@ -65,7 +65,7 @@ def save_guard(
         PersistenceError: the folder holds another program's files.
         ConfigurationError: JSON cannot represent the training, or the evaluation has other thresholds.
     """
-    refuse_foreign(folder)
+    check_overwritable(folder)
     thresholds = guard.thresholds.tolist()
     if evaluation is not None and str(list(evaluation.thresholds)) != str(
         thresholds

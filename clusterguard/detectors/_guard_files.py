@@ -256,8 +256,8 @@ def write_guard(folder: Path, config: Mapping[str, Any], weights: bytes, card: s
             _sweep(folder)
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Refuse to overwrite files that clusterguard did not write.
+def check_overwritable(folder: Path) -> None:
+    """Check that no file of another program would be overwritten in a folder.
 
     Raises:
         PersistenceError: the path is that of a file, or another program has written a file whose name a guard needs.

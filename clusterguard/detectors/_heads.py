@@ -39,7 +39,7 @@ class Head(nn.Module, ABC):
         ...     def adversarial_energy(self, representations):
         ...         return 2 * (representations + 1).abs().sum(dim=1)
         ...     @property
-        ...     def half_way(self):
+        ...     def packing_radius(self):
         ...         return torch.tensor(self.representation_dim / 2)
         >>> guard = ClusterGuard(nn.Flatten(), head=Medians(2, 3), example=torch.rand(1, 1, 2, 2))
         >>> guard.distances(torch.rand(5, 1, 2, 2)).shape
@@ -73,7 +73,7 @@ class Head(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def half_way(self) -> Tensor:
+    def packing_radius(self) -> Tensor:
         """Half the distance between two classes, () or (K,). Within this distance of a class, no other is closer."""
 
     def bound_distances(self, box: RepresentationBox, labels: Tensor) -> Bounds:
@@ -192,7 +192,7 @@ class GaussianClusters(Head):
         return reduce(self._blocks(representations).square(), "b k l -> b", "sum")
 
     @property
-    def half_way(self) -> Tensor:
+    def packing_radius(self) -> Tensor:
         """Half the distance between two class centres, (). Within this distance of a centre, no other is closer."""
         return self.center_scale * math.sqrt(0.5 * self.representation_dim / self.num_classes)
 

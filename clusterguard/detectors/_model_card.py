@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from clusterguard._support import code_in_markdown, escape_markdown
-from clusterguard.detection import Calibration, Rate, name_classes
+from clusterguard.detection import Calibration, Rate
+from clusterguard.detection._internal import list_classes
 from clusterguard.errors import ConfigurationError
 
 
@@ -193,7 +194,7 @@ def describe_thresholds(
     refused = Rate(round(calibration.realised_rate * correct), correct)
     pooled = ""
     if calibration.pooled:
-        which = f"Classes {name_classes(calibration.pooled, class_names)} share a pooled threshold"
+        which = f"Classes {list_classes(calibration.pooled, class_names)} share a pooled threshold"
         pooled = f" {which}: the rate holds on average over all classes, not for each of these."
     return (
         f"One per class, fitted by the {calibration.method} method for a false-positive rate of "

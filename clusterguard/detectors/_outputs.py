@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from clusterguard._support import shorten
-from clusterguard.detection import without_autocast
+from clusterguard.detection._internal import without_autocast
 from clusterguard.detectors._dense_layers import dense_layers, last_parameter
 from clusterguard.errors import UnsupportedBackboneError
 from torch import Tensor, nn

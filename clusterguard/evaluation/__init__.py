@@ -10,7 +10,7 @@ from clusterguard.evaluation._plots import (
     plot_representations,
     star_coordinates,
 )
-from clusterguard.evaluation._results import AttackResult, CertifiedBound, Evaluation, plain
+from clusterguard.evaluation._results import AttackResult, CertifiedBound, Evaluation
 from clusterguard.evaluation._sanity import Sanity
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "Sanity",
     "evaluate",
     "evaluation_figures",
-    "plain",
     "plot_distances",
     "plot_representations",
     "read_progress",

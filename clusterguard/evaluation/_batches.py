@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from clusterguard._support import bar, collect, share
-from clusterguard.attacks import Attack, Cost, Metered, StageRecord, WorstCaseSuite, attack_checked_images
+from clusterguard._support import bar, gather, share
+from clusterguard.attacks import Attack, Cost, Metered, StageRecord, WorstCaseSuite
+from clusterguard.attacks._internal import attack_checked_images
 from clusterguard.detection import Detector
 from torch import Generator, Tensor
 
@@ -89,7 +90,7 @@ def attack_batches(
         file = None if checkpoint is None else checkpoint.with_stem(f"{checkpoint.stem}-{position}")
         done = attack_batches(attack, detector, [batch], generator=seeded, checkpoint=file)
         by_position[position] = done._replace(images=[done.images[0].cpu()])
-    parts = collect(by_position, accelerator)
+    parts = gather(by_position, accelerator)
     return Attacked(
         [part.images[0].to(batches[0][0].device) for part in parts],
         _add_up([record for part in parts for record in part.stages]),

@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import torch
-from clusterguard._support import check_detector, check_tensor, collect, evaluation_mode, is_unicode
-from clusterguard.attacks import (
-    Attack,
-    Precision,
-    check_attack_input,
-    check_radius,
-    choose_precision,
-    get_norm,
-    in_precision,
-)
+from clusterguard._support import check_detector, check_tensor, evaluation_mode, gather, is_unicode
+from clusterguard.attacks import Attack, get_norm
+from clusterguard.attacks._internal import Precision, check_attack_input, check_radius, choose_precision, in_precision
 from clusterguard.detection import (
     Detection,
     Detector,
@@ -32,13 +25,13 @@ from clusterguard.detection import (
     accuracy_after_rejection,
     attack_success_rate,
     decide,
-    doubt_labels,
     expected_roc_auc,
     false_positive_rate,
     is_broken,
     is_eligible,
     judge,
 )
+from clusterguard.detection._internal import guessing_advice
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.evaluation._batches import Batches, attack_batches
 from clusterguard.evaluation._results import AttackResult, Evaluation, Gallery
@@ -122,7 +115,7 @@ def evaluate(
     named = _settled(named, detector, *batches[0], accelerator)
     clean = judge(detector, batches, accelerator=accelerator, check=False)
     benign, labels, eligible = clean, clean.labels, is_eligible(clean)
-    if doubt := doubt_labels(accuracy(clean).count, len(labels), num_classes):
+    if doubt := guessing_advice(accuracy(clean).count, len(labels), num_classes):
         warnings.warn(doubt, stacklevel=2)
     if calibration_loader is not None:
         benign = judge(detector, calibration_loader, accelerator=accelerator, unpack=unpack)
@@ -201,7 +194,7 @@ def _settled(
         return named
     with evaluation_mode(detector):
         choice = choose_precision(detector, images, labels)
-    choices = collect({0 if accelerator is None else accelerator.process_index: choice}, accelerator)
+    choices = gather({0 if accelerator is None else accelerator.process_index: choice}, accelerator)
     chosen: Precision = "bf16" if set(choices) == {"bf16"} else "float32"
     return {
         name: in_precision(attack, chosen) if getattr(attack, "precision", None) == "auto" else attack

@@ -148,7 +148,11 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON: rates with count, total, value and 95 % interval, and versions used."""
         versions = {"clusterguard": version("clusterguard"), "python": platform.python_version()}
-        return {**plain(self), "versions": versions | {"torch": torch.__version__}, "machine": platform.machine()}
+        return {
+            **to_json_value(self),
+            "versions": versions | {"torch": torch.__version__},
+            "machine": platform.machine(),
+        }
 
     def to_json(self, path: str | Path) -> Path:
         """Write `to_dict` to a JSON file, completely or not at all.
@@ -236,17 +240,17 @@ def show_number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """The value in types of JSON. Rates become dicts, and numbers that are not finite become None."""
     if isinstance(value, Rate):
-        return plain({"count": value.count, "total": value.total, "value": value.value, "interval": value.interval})
+        return {name: to_json_value(getattr(value, name)) for name in ("count", "total", "value", "interval")}
     if is_dataclass(value):
         shown = (entry for entry in fields(value) if entry.metadata.get("json", True))
-        return {entry.name: plain(getattr(value, entry.name)) for entry in shown}
+        return {entry.name: to_json_value(getattr(value, entry.name)) for entry in shown}
     if hasattr(value, "_asdict"):
-        return plain(value._asdict())
+        return to_json_value(value._asdict())
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

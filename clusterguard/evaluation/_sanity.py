@@ -14,13 +14,15 @@ from clusterguard.attacks import (
     Problem,
     StageRecord,
     Start,
-    SteepestDescent,
     Towards,
+    get_norm,
+    get_objective,
+)
+from clusterguard.attacks._internal import (
+    SteepestDescent,
     attack_checked_images,
     backpropagate,
     descend,
-    get_norm,
-    get_objective,
     make_random_search,
 )
 from clusterguard.detection import Detection, Detector, Rate, Verdicts, decide, is_broken, is_eligible

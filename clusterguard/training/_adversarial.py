@@ -8,7 +8,8 @@ from typing import Any, final
 
 import torch
 from clusterguard._support import check_numbers, evaluation_mode, random_states, set_random_states
-from clusterguard.attacks import Attack, check_radius, ramp, scale
+from clusterguard.attacks import Attack, ramp
+from clusterguard.attacks._internal import check_radius, scale
 from clusterguard.detection import (
     Calibrator,
     Loader,

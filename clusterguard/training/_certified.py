@@ -6,7 +6,8 @@ from typing import final
 
 import torch
 from clusterguard._support import IN_GREY_LEVELS, check_numbers, evaluation_mode
-from clusterguard.certification import bound, check_bounds
+from clusterguard.certification import bound
+from clusterguard.certification._internal import check_bounds
 from clusterguard.detection import Calibrator
 from clusterguard.detectors import ClusterGuard
 from clusterguard.errors import ConfigurationError

@@ -17,7 +17,8 @@ from numbers import Integral, Real
 from typing import Any
 
 from clusterguard._support import digest_of
-from clusterguard.detection import Loader, Pairs, number_of_batches
+from clusterguard.detection import Loader, Pairs
+from clusterguard.detection._internal import number_of_batches
 from clusterguard.training._options import TrainingOptions
 from torch import Tensor, nn
 from torch.optim import Optimizer

@@ -6,7 +6,7 @@ from types import FunctionType
 from typing import Any
 
 from clusterguard._support import GENERATORS, attributes_of, custom_classes, is_user_module, reachable
-from clusterguard.detection import is_one_pass_iterator
+from clusterguard.detection._internal import is_one_pass_iterator
 from clusterguard.errors import PersistenceError
 from clusterguard.training._kept_values import copy_value, is_same, is_value, replace_value, restore_value
 from clusterguard.training._random_generators import get_state, is_of_the_system, kind_of, make_generator, set_state

@@ -82,7 +82,7 @@ class Opposite(Target):
 class Outside(Target):
     """All points outside the region that is accepted as ŷ, with the energy max(0, (1 + margin) τ_ŷ − d_ŷ)².
 
-    The distance d is the head's. A threshold τ that is not finite is replaced by the head's `half_way`.
+    The distance d is the head's. A threshold τ that is not finite is replaced by the head's `packing_radius`.
 
     Args:
         margin: required distance beyond the threshold, as a fraction of the threshold; at least 0.
@@ -109,7 +109,7 @@ class Outside(Target):
         self, head: Head, representations: Tensor, labels: Tensor, accepted_as: Tensor, thresholds: Tensor
     ) -> Tensor:
         """As in `Target`."""
-        reach = (1 + self.margin) * torch.where(thresholds.isfinite(), thresholds, head.half_way)
+        reach = (1 + self.margin) * torch.where(thresholds.isfinite(), thresholds, head.packing_radius)
         distance = head.distances(representations).gather(1, accepted_as[:, None].long()).squeeze(1)
         return (reach[accepted_as.long()] - distance).clamp_min(0).square()
 

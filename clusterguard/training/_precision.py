@@ -4,8 +4,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from clusterguard._support import OneProcess, collect, evaluation_mode
-from clusterguard.attacks import Precision, choose_precision
+from clusterguard._support import OneProcess, evaluation_mode, gather
+from clusterguard.attacks._internal import Precision, choose_precision
 from clusterguard.detectors import DetectorModule, WithThresholds
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.training._options import TrainingOptions
@@ -72,7 +72,7 @@ class StepPrecision:
         with evaluation_mode(accepting):
             choice = choose_precision(accepting, images, labels)
         one = None if isinstance(self._accelerator, OneProcess) else self._accelerator
-        self.name = "bf16" if set(collect({self._accelerator.process_index: choice}, one)) == {"bf16"} else "float32"
+        self.name = "bf16" if set(gather({self._accelerator.process_index: choice}, one)) == {"bf16"} else "float32"
 
     def arrange(self, images: Tensor) -> Tensor:
         """Put images (B, C, H, W) into the layout of the options, and the weights too until `restore` is called.

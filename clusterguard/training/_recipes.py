@@ -8,7 +8,8 @@ import math
 from typing import TYPE_CHECKING
 
 from clusterguard.attacks import APGD, PGD
-from clusterguard.detection import Calibrator, Loader, number_of_batches
+from clusterguard.detection import Calibrator, Loader
+from clusterguard.detection._internal import number_of_batches
 from clusterguard.detectors import ClusterGuard
 from clusterguard.errors import ConfigurationError
 from clusterguard.training._adversarial import AdversarialClusterTrainer

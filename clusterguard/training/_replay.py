@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from clusterguard._support import check_numbers, random_states, set_random_states
-from clusterguard.detection import Loader, Pairs, have_common_images, number_of_batches
+from clusterguard.detection import Loader, Pairs
+from clusterguard.detection._internal import have_common_images, number_of_batches
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError
 from clusterguard.training._descriptions import describe, describe_data
 from clusterguard.training._loader_state import LoaderState

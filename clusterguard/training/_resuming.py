@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from clusterguard._support import collect
+from clusterguard._support import gather
 from clusterguard.detection import Calibrator
 from clusterguard.detectors import DetectorModule
 from clusterguard.training._checkpoints import EpochRecord, EpochTotals, read_checkpoint, read_values, save_checkpoint
@@ -54,7 +54,7 @@ def save(trainer: Trainer, run: Run) -> None:
         "descriptions": trainer._descriptions,
         "image_shape": trainer.detector.image_shape,
         "best": vars(trainer._best),
-        "processes": collect({accelerator.process_index: state}, trainer.engine.shared),
+        "processes": gather({accelerator.process_index: state}, trainer.engine.shared),
     }
     if accelerator.is_main_process:
         save_checkpoint(run.checkpoint, parts=trainer.engine.parts, values=values)
@@ -66,7 +66,7 @@ def resume(trainer: Trainer, run: Run) -> bool:
     if run.checkpoint is None:
         return False
     accelerator = trainer.engine.accelerator
-    trainer._descriptions = collect({accelerator.process_index: _describe(trainer, run)}, trainer.engine.shared)
+    trainer._descriptions = gather({accelerator.process_index: _describe(trainer, run)}, trainer.engine.shared)
     checkpoint = read_checkpoint(run.checkpoint)
     if checkpoint is None:
         return False

@@ -17,23 +17,17 @@ from clusterguard._support import (
     check_labels,
     check_numbers,
     check_place,
-    collect,
+    gather,
     names_in_eval_mode,
     only_writer,
     to_eval_mode,
     training_mode,
 )
-from clusterguard.detection import (
-    Calibrator,
-    Loader,
-    Pairs,
-    Unpack,
-    Verdicts,
+from clusterguard.detection import Calibrator, Loader, Pairs, Unpack, Verdicts, decide, judge
+from clusterguard.detection._internal import (
     check_evidence,
     check_loader,
     check_passes,
-    decide,
-    judge,
     learn_class_names,
     set_epoch,
     without_autocast,
@@ -479,7 +473,7 @@ class DetectorTrainer(ABC):
         """Whether `stop_when` is true in any process; all processes get the same answer."""
         if run.stop_when is None:
             return False
-        return any(collect({self.engine.accelerator.process_index: run.stop_when()}, self.engine.shared))
+        return any(gather({self.engine.accelerator.process_index: run.stop_when()}, self.engine.shared))
 
     def _report(self, step: TrainingStep, images: int) -> None:
         if not self.engine.is_reporting:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from clusterguard._support import check_images, check_labels, check_numbers, collect, evaluation_mode, share
-from clusterguard.detection import Loader, check_loader, full_precision
+from clusterguard._support import check_images, check_labels, check_numbers, evaluation_mode, gather, share
+from clusterguard.detection import Loader, full_precision
+from clusterguard.detection._internal import check_loader
 from clusterguard.detectors import DetectorModule
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Generator, Tensor
@@ -134,7 +135,7 @@ def measure(
             generator = torch.Generator(device).manual_seed(position)
             figures = validate(images.to(device), labels.to(device).long(), generator)
             results[position] = len(labels), {name: float(values.double().sum()) for name, values in figures.items()}
-    rows = collect(results, accelerator)
+    rows = gather(results, accelerator)
     count = sum(number for number, _ in rows)
     if not count:
         raise InputError("expected a validation loader with at least one image, got an empty one")

@@ -13,7 +13,8 @@ from clusterguard import (
     decide,
     success_margin,
 )
-from clusterguard.attacks import L1, OBJECTIVES, Problem, Towards, get_norm
+from clusterguard.attacks import L1, Problem, Towards, get_norm
+from clusterguard.attacks._objectives import OBJECTIVES
 from clusterguard.detection import Verdicts, is_broken, is_eligible
 from clusterguard.errors import ConfigurationError
 from clusterguard.samples import load_digits

@@ -10,7 +10,6 @@ from clusterguard.attacks import (
     BIM,
     MIM,
     NES,
-    OBJECTIVES,
     PDPGD,
     Boundary,
     CarliniWagner,
@@ -27,9 +26,10 @@ from clusterguard.attacks import (
     SparseRS,
     Square,
     Towards,
-    backpropagate,
     get_norm,
 )
+from clusterguard.attacks._internal import backpropagate
+from clusterguard.attacks._objectives import OBJECTIVES
 from clusterguard.detectors import ConfidenceDetector, WithThresholds
 from clusterguard.errors import ConfigurationError
 from torch import nn

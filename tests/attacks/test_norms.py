@@ -2,7 +2,8 @@ import math
 
 import pytest
 import torch
-from clusterguard.attacks import Norm, dense_l1_direction, get_norm
+from clusterguard.attacks import Norm, get_norm
+from clusterguard.attacks._norms import dense_l1_direction
 from clusterguard.errors import ConfigurationError, InputError
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,8 @@
 import pytest
 import torch
 from clusterguard import PGD, Evidence, success_margin
-from clusterguard.attacks import OBJECTIVES, get_objective
+from clusterguard.attacks import get_objective
+from clusterguard.attacks._objectives import OBJECTIVES
 from clusterguard.errors import ConfigurationError
 from hypothesis import given
 from hypothesis import strategies as st

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from clusterguard import APGD, PGD, ClusterGuard, Evidence, WorstCaseSuite, decide
-from clusterguard.attacks import FastMinimumNorm, Metered, OrthogonalPGD, _precision, choose_precision, get_norm
+from clusterguard.attacks import FastMinimumNorm, Metered, OrthogonalPGD, _precision, get_norm
+from clusterguard.attacks._internal import choose_precision
 from clusterguard.attacks._precision import InBfloat16
 from clusterguard.detection import Verdicts, is_broken
 from clusterguard.errors import ConfigurationError

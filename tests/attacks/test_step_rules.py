@@ -1,7 +1,8 @@
 import pytest
 import torch
-from clusterguard.attacks import OBJECTIVES, ObjectiveValues, Problem, get_norm
+from clusterguard.attacks import ObjectiveValues, Problem, get_norm
 from clusterguard.attacks._auto_pgd import HalvingSteps, SparseSteps, halving_checkpoints
+from clusterguard.attacks._objectives import OBJECTIVES
 
 RULES = {"linf": HalvingSteps, "l2": HalvingSteps, "l1": SparseSteps, "l0": HalvingSteps}
 

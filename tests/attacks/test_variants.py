@@ -3,7 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 from clusterguard import PGD, decide, success_margin
-from clusterguard.attacks import BIM, MIM, NES, OBJECTIVES, MultiTarget, Problem, Towards, get_norm, output_diversified
+from clusterguard.attacks import BIM, MIM, NES, MultiTarget, Problem, Towards, get_norm, output_diversified
+from clusterguard.attacks._objectives import OBJECTIVES
 from clusterguard.detection import Verdicts, is_broken
 from clusterguard.errors import ConfigurationError
 

@@ -12,11 +12,11 @@ from clusterguard.attacks import (
     Problem,
     RepresentationMatching,
     Towards,
-    backpropagate,
     get_norm,
     get_objective,
     has_representation,
 )
+from clusterguard.attacks._internal import backpropagate
 from clusterguard.detection import Verdicts, accuracy, attack_success_rate, false_positive_rate, judge, roc_auc
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError

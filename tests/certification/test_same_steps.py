@@ -9,7 +9,8 @@ from types import FunctionType
 import pytest
 import torch
 from clusterguard import ClusterGuard, certify
-from clusterguard.certification import Interval, certified_radius, check_bounds
+from clusterguard.certification import Interval, certified_radius
+from clusterguard.certification._internal import check_bounds
 from clusterguard.errors import ConfigurationError
 from torch import nn
 from torch._dynamo.testing import CompileCounter

@@ -7,7 +7,8 @@ from collections import defaultdict, deque
 import pytest
 import torch
 from clusterguard import ClusterGuard, certified_success_rate, certify
-from clusterguard.certification import Interval, bound, certified_radius, check_bounds
+from clusterguard.certification import Interval, bound, certified_radius
+from clusterguard.certification._internal import check_bounds
 from clusterguard.errors import ConfigurationError
 from torch import nn
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from clusterguard import Calibrator
-from clusterguard.detection import fit_threshold, fit_thresholds, minimum_examples
+from clusterguard.detection import fit_shared_threshold, fit_thresholds, minimum_examples
 from clusterguard.detectors import ConfidenceDetector
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError
 from hypothesis import given
@@ -18,7 +18,7 @@ RATES = st.sampled_from([0.01, 0.02, 0.05, 0.1, 0.3, 1 / 3, 0.999])
 def test_on_its_own_data_the_rate_is_never_exceeded(rate, extra, seed):
     count = minimum_examples(rate) + extra
     suspicion = torch.rand(count, generator=torch.Generator().manual_seed(seed)).mul(20).round()  # ties
-    threshold = fit_threshold(suspicion, rate)
+    threshold = fit_shared_threshold(suspicion, rate)
     assert (suspicion > threshold).double().mean() <= rate + 1e-12
     assert (suspicion == threshold).any()
 
@@ -27,14 +27,14 @@ def test_on_its_own_data_the_rate_is_never_exceeded(rate, extra, seed):
 def test_quantile_is_numpys(rate, extra, seed):
     suspicion = torch.rand(minimum_examples(rate) + extra, generator=torch.Generator().manual_seed(seed))
     expected = np.quantile(suspicion.double().numpy(), 1 - rate)
-    assert fit_threshold(suspicion, rate, method="quantile") == pytest.approx(expected, abs=1e-9)
+    assert fit_shared_threshold(suspicion, rate, method="quantile") == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_bound_holds_on_new_data():
     # 4,000 calibrations of 120 examples each, one new example each: the mean rate is at most 5 %, and not far below.
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(4000, 121, generator=generator).exp()
-    thresholds = torch.tensor([fit_threshold(row[:-1], 0.05) for row in samples])
+    thresholds = torch.tensor([fit_shared_threshold(row[:-1], 0.05) for row in samples])
     rate = (samples[:, -1] > thresholds).double().mean().item()
     exact = 1 - math.ceil(121 * 0.95) / 121  # what exchangeability gives without ties
     assert exact <= 0.05
@@ -44,9 +44,9 @@ def test_the_bound_holds_on_new_data():
 @pytest.mark.parametrize(("rate", "needed"), [(0.01, 99), (0.05, 19), (0.1, 9), (0.3, 3), (0.001, 999)])
 def test_the_smallest_sample_that_works(rate, needed):
     assert minimum_examples(rate) == needed
-    fit_threshold(torch.rand(needed), rate)
+    fit_shared_threshold(torch.rand(needed), rate)
     with pytest.raises(TooFewCalibrationExamplesError, match=f"at least {needed} examples"):
-        fit_threshold(torch.rand(needed - 1), rate)
+        fit_shared_threshold(torch.rand(needed - 1), rate)
 
 
 def test_only_correct_examples_of_a_class_count_towards_its_threshold():
@@ -67,7 +67,7 @@ def test_scarce_classes_are_named_or_pooled():
         fit_thresholds(suspicion, labels, labels, 3, false_positive_rate=0.1)
     pooled = fit_thresholds(suspicion, labels, labels, 3, false_positive_rate=0.1, scarce="pool")
     assert pooled.pooled == (1,)
-    expected = max(fit_threshold(suspicion, 0.1), float(suspicion[labels == 1].max()))
+    expected = max(fit_shared_threshold(suspicion, 0.1), float(suspicion[labels == 1].max()))
     assert pooled.thresholds[1] == pytest.approx(expected, rel=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_pooling_too_does_not_help_a_set_that_is_too_small():
 
 def test_no_threshold_is_made_of_infinite_suspicion():
     with pytest.raises(InputError, match="finite"):
-        fit_threshold(torch.full((99,), torch.inf), 0.01)
+        fit_shared_threshold(torch.full((99,), torch.inf), 0.01)
 
 
 @pytest.mark.parametrize(

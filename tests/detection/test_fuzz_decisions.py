@@ -8,7 +8,7 @@ import pytest
 import torch
 from clusterguard.attacks import _objectives as objectives
 from clusterguard.detection import _metrics as metrics
-from clusterguard.detection import class_margins, fit_threshold, fit_thresholds, judge, minimum_examples
+from clusterguard.detection import class_margins, fit_shared_threshold, fit_thresholds, judge, minimum_examples
 from fuzzing import (
     CLASSES,
     FLOATS,
@@ -107,7 +107,7 @@ def thresholds(draw):
     count, rate = draw(st.sampled_from([0, 1, 40])), draw(st.sampled_from([0.1, 0.5, draw_number(draw)]))
     options = {"method": draw(st.sampled_from(["conformal", "quantile", "nonsense"]))}
     suspicion = spoil(draw, random(draw, count), *NUMBERS, *FLOATS)
-    threshold = fit_threshold(suspicion, rate, **options)
+    threshold = fit_shared_threshold(suspicion, rate, **options)
     assert math.isfinite(threshold)
     assert count >= minimum_examples(rate)
     benign = suspicion.double()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from clusterguard.deployment import export_program
-from clusterguard.detection import check_evidence
+from clusterguard.detection._internal import check_evidence
 from clusterguard.errors import ConfigurationError
 from torch import nn
 

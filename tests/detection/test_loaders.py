@@ -5,7 +5,8 @@ import contextlib
 import pytest
 import torch
 from clusterguard import FGSM, Calibrator, certified_success_rate, evaluate
-from clusterguard.detection import have_common_images, judge, number_of_batches, set_epoch, unpack_batch
+from clusterguard.detection import judge, unpack_batch
+from clusterguard.detection._internal import have_common_images, number_of_batches, set_epoch
 from clusterguard.errors import InputError
 from hypothesis import given
 from hypothesis import strategies as st

@@ -10,12 +10,12 @@ from clusterguard.detection import (
     accuracy,
     accuracy_after_rejection,
     attack_success_rate,
-    doubt_labels,
     expected_roc_auc,
     false_positive_rate,
     roc_auc,
     wilson_interval,
 )
+from clusterguard.detection._internal import guessing_advice
 from clusterguard.errors import TooFewCalibrationExamplesError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,7 +91,7 @@ def test_nothing_counted_is_nan_not_zero():
      (700, 1000, 2, False), (480, 1000, 2, True), (0, 0, 2, False), (1, 10_000, 1000, True)],
 )  # fmt: skip
 def test_an_accuracy_that_guessing_reaches_is_doubted(right, total, num_classes, is_doubted):
-    assert bool(doubt_labels(right, total, num_classes)) == is_doubted
+    assert bool(guessing_advice(right, total, num_classes)) == is_doubted
 
 
 def test_classes_in_another_order_are_said_at_calibration_and_evaluation():

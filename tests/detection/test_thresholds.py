@@ -8,7 +8,7 @@ import pytest
 import torch
 from clusterguard import Calibrator, ClusterGuard, DetectorModule, Evidence, decide
 from clusterguard.deployment import plausible_rate
-from clusterguard.detection import allowed_refusals, fit_threshold, fit_thresholds, minimum_examples
+from clusterguard.detection import allowed_refusals, fit_shared_threshold, fit_thresholds, minimum_examples
 from clusterguard.detectors import ConfidenceDetector
 from clusterguard.errors import ConfigurationError, InputError, TooFewCalibrationExamplesError
 from hypothesis import given, settings
@@ -30,7 +30,7 @@ def test_a_threshold_lies_exactly_at_its_rank(rate, extra, method):
     count = minimum_examples(rate) + extra
     exact = Fraction(round(rate * 10_000), 10_000)
     rank = math.ceil((count + 1) * (1 - exact)) if method == "conformal" else 1 + (count - 1) * (1 - exact)
-    threshold = fit_threshold(torch.arange(1.0, count + 1)[torch.randperm(count)], rate, method=method)
+    threshold = fit_shared_threshold(torch.arange(1.0, count + 1)[torch.randperm(count)], rate, method=method)
     assert threshold == pytest.approx(float(rank), rel=1e-12)
 
 
@@ -144,7 +144,7 @@ def test_pooled_classes_without_a_single_example_take_everybodys_threshold():
     assert (
         calibration.thresholds[3]
         == calibration.thresholds[4]
-        == pytest.approx(fit_threshold(suspicion, 0.05), rel=1e-5)
+        == pytest.approx(fit_shared_threshold(suspicion, 0.05), rel=1e-5)
     )
 
 

@@ -148,8 +148,8 @@ def test_one_step_down_the_hinge_leaves_the_accepted_region_and_goes_nowhere_els
     clusters, z, labels, predicted = scattered(classes, block, seed)
     thresholds = torch.full((classes,), tau)
     z = z.double().requires_grad_()
-    half_way = 0.5 * (clusters.centers[0] - clusters.centers[1]).norm().item()
-    edge = (1 + margin) * (half_way if tau == math.inf else tau)
+    packing_radius = 0.5 * (clusters.centers[0] - clusters.centers[1]).norm().item()
+    edge = (1 + margin) * (packing_radius if tau == math.inf else tau)
 
     def distance(z):
         return clusters.distances(z).gather(1, predicted[:, None]).squeeze(1)

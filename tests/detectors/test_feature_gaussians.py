@@ -128,9 +128,9 @@ def test_bounds_hold_for_points_of_a_box():
         assert (distances >= bounds.nearest - 1e-9).all()
         assert (near.squeeze(1) <= bounds.farthest + 1e-9).all()
         assert (distances.square() - near.square() >= bounds.leads - 1e-9).all()
-    assert (head.half_way > 0).all()
+    assert (head.packing_radius > 0).all()
     closest = torch.cdist(head.centers, head.centers).fill_diagonal_(torch.inf).amin(dim=1)
-    assert head.half_way == pytest.approx(closest / 2)
+    assert head.packing_radius == pytest.approx(closest / 2)
 
 
 @pytest.mark.filterwarnings("ignore:before the Gaussians were fitted only")

@@ -8,7 +8,8 @@ import tempfile
 import clusterguard as cg
 import pytest
 import torch
-from clusterguard.attacks import dense_l1_direction, draw_targets, get_norm
+from clusterguard.attacks import draw_targets, get_norm
+from clusterguard.attacks._norms import dense_l1_direction
 from clusterguard.detectors import GaussianClusters, Normalize
 from clusterguard.evaluation import star_coordinates
 from clusterguard.training import negative_log_likelihood

@@ -41,7 +41,7 @@ class DiagonalGaussians(Head):
         return representations.square().sum(dim=1)
 
     @property
-    def half_way(self) -> Tensor:
+    def packing_radius(self) -> Tensor:
         return self.centers.new_tensor(self.scale * 2**-0.5)
 
     def options(self) -> dict[str, object]:

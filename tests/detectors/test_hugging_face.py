@@ -6,8 +6,9 @@ import warnings
 import pytest
 import torch
 from clusterguard import PGD, AdversarialClusterTrainer, Calibrator, ClusterGuard, align, export_onnx, load_onnx
-from clusterguard.detectors import find_normalization, find_num_classes, read_config
+from clusterguard.detectors import find_normalization, find_num_classes
 from clusterguard.detectors._families import FAMILIES
+from clusterguard.detectors._internal import read_config
 from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError
 from torch import nn
 

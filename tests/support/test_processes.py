@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import DistributedType
 from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard, TrainingOptions
-from clusterguard._support import collect, share
+from clusterguard._support import gather, share
 from clusterguard.errors import ConfigurationError
 from torch import nn
 
@@ -27,7 +27,7 @@ def test_every_item_goes_to_one_process_and_order_is_restored(count):
     parts = [dict(share("abcde", Process(index, count))) for index in range(count)]
     assert sum(len(part) for part in parts) == 5
     merged = {position: item for part in reversed(parts) for position, item in part.items()}
-    assert collect(merged, None) == list("abcde")
+    assert gather(merged, None) == list("abcde")
 
 
 @pytest.mark.usefixtures("fresh_accelerate", "light_suites")

@@ -1,0 +1,22 @@
+"""What the other packages of clusterguard use of `attacks`, and users of it do not need."""
+
+from clusterguard.attacks._base import attack_checked_images, check_attack_input, check_radius, scale
+from clusterguard.attacks._descent import backpropagate, descend
+from clusterguard.attacks._pgd import SteepestDescent
+from clusterguard.attacks._precision import Precision, check_precision, choose_precision, in_precision
+from clusterguard.attacks._random_search import make_random_search
+
+__all__ = [
+    "Precision",
+    "SteepestDescent",
+    "attack_checked_images",
+    "backpropagate",
+    "check_attack_input",
+    "check_precision",
+    "check_radius",
+    "choose_precision",
+    "descend",
+    "in_precision",
+    "make_random_search",
+    "scale",
+]
