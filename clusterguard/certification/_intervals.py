@@ -9,19 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 from clusterguard.certification._boxes import Box, hull, move
-from clusterguard.certification._interval_rules import (
-    CASTS,
-    IN_PLACE,
-    METHODS,
-    RULES,
-    VIEWS,
-    IntervalRule,
-    add,
-    divide,
-    multiply,
-    negate,
-    subtract,
-)
+from clusterguard.certification._interval_arithmetic import IntervalRule, add, divide, multiply, negate, subtract
+from clusterguard.certification._interval_rules import CASTS, IN_PLACE, METHODS, RULES, VIEWS
 from clusterguard.certification._steps import Dependent, Step, record
 from clusterguard.detection import Arithmetic
 from clusterguard.errors import ConfigurationError

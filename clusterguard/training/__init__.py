@@ -4,7 +4,6 @@ from clusterguard.training import _recipes as recipes
 from clusterguard.training._adversarial import AdversarialClusterTrainer
 from clusterguard.training._certified import CertifiedTrainer, initialise
 from clusterguard.training._checkpoints import EpochRecord
-from clusterguard.training._engine import TrainingStep
 from clusterguard.training._losses import (
     ClusterLoss,
     Opposite,
@@ -17,6 +16,7 @@ from clusterguard.training._losses import (
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._relabelling import Graded, Original, Relabel, Separate
 from clusterguard.training._sampling import EachImage, balanced_sampler
+from clusterguard.training._step import TrainingStep
 from clusterguard.training._trainer import DetectorTrainer
 from clusterguard.training._validation import Validation
 

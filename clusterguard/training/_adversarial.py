@@ -22,11 +22,11 @@ from clusterguard.detection import (
 )
 from clusterguard.detectors import ClusterGuard, WithThresholds
 from clusterguard.errors import ConfigurationError, TooFewCalibrationExamplesError
-from clusterguard.training._engine import TrainingStep
 from clusterguard.training._losses import ClusterLoss, RelabelledBatch, counts_of
 from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._relabelling import Relabel, Separate
+from clusterguard.training._step import TrainingStep
 from clusterguard.training._trainer import DetectorTrainer
 from torch import Generator, Tensor
 

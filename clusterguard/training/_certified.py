@@ -11,9 +11,9 @@ from clusterguard.certification._internal import check_bounds
 from clusterguard.detection import Calibrator
 from clusterguard.detectors import ClusterGuard
 from clusterguard.errors import ConfigurationError
-from clusterguard.training._engine import TrainingStep
 from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory
 from clusterguard.training._options import TrainingOptions
+from clusterguard.training._step import TrainingStep
 from clusterguard.training._trainer import DetectorTrainer
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy

@@ -1,10 +1,10 @@
 """Optimizer steps on one or many devices, with gradient clipping, weight averaging and a way back from divergence."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from clusterguard._support import OneProcess, check_accelerator
@@ -18,6 +18,8 @@ from clusterguard.training._loader_state import LoaderState
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._precision import StepPrecision
 from clusterguard.training._sampling import augmented
+from clusterguard.training._step import TrainingStep, WholeStep
+from clusterguard.training._weights import are_equal, moved, named_tensors, usable
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,46 +31,6 @@ if TYPE_CHECKING:
 _REMEMBER_EVERY = 10  # number of steps between two copies of weights with a finite loss
 _NOTHING_MOVES = "raise the learning rate, which may be 0 or too small, and check that the gradients are not 0"
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names for ways to shard, which are equal to strings
-
-
-class TrainingStep(NamedTuple):
-    """The loss of one batch, with counts for the epoch's record.
-
-    Attributes:
-        loss: scalar to minimise.
-        correct: scalar, number of images labelled correctly; benign images if the step evaluates them.
-        successes: scalar, number of training attacks that got through; None if there was no attack.
-        terms: terms of the loss, scalars by name, for trackers.
-        again: function that recomputes the loss without a new attack, for weight perturbation; None repeats the step.
-    """
-
-    loss: Tensor
-    correct: Tensor
-    successes: Tensor | None = None
-    terms: Mapping[str, Tensor] | None = None
-    again: Callable[[], Tensor] | None = None
-
-
-class _WholeStep(nn.Module):
-    """A module whose forward pass is a whole training step; accelerate wraps it for devices and processes.
-
-    So the attack runs on the unwrapped detector, and processes exchange gradients only once, for the loss.
-    """
-
-    def __init__(
-        self, detector: DetectorModule, training_step: Callable[..., TrainingStep], precision: StepPrecision
-    ) -> None:
-        super().__init__()
-        self.detector = detector
-        self.training_step = training_step
-        self.precision = precision
-
-    def forward(
-        self, images: Tensor, labels: Tensor, generator: Generator | None, again: Callable[[], Tensor] | None = None
-    ) -> Any:
-        """The training step of a batch, or the result of `again` if it is not None."""
-        with self.precision.rounding(images.device):
-            return self.training_step(images, labels, generator) if again is None else again()
 
 
 class TrainingEngine:
@@ -109,7 +71,7 @@ class TrainingEngine:
             )
         self.steps = 0
         self.precision = StepPrecision(detector, optimizer, options, self.accelerator)
-        step = _WholeStep(detector, training_step, self.precision)
+        step = WholeStep(detector, training_step, self.precision)
         self._module: nn.Module = self.accelerator.prepare_model(step)
         self._bare_optimizer = optimizer
         self._optimizer = self.accelerator.prepare_optimizer(optimizer)
@@ -167,7 +129,7 @@ class TrainingEngine:
         Warns:
             UserWarning: the optimizer holds only some of the detector's trainable parameters.
         """
-        for name, tensor in _named_tensors(self.detector):
+        for name, tensor in named_tensors(self.detector):
             if tensor.is_inference() and tensor is not self.detector.thresholds:
                 raise ConfigurationError(
                     f"expected a detector that can be trained, got one made inside torch.inference_mode() ({name}); "
@@ -187,9 +149,7 @@ class TrainingEngine:
             self._optimizer.zero_grad()
         self._gathered, self._has_warned = 0, False
         before, self._before_delivery = self._before_delivery, None
-        if before is not None and _are_equal(
-            self.detector.state_dict(), self._delivered
-        ):  # nobody has changed it since
+        if before is not None and are_equal(self.detector.state_dict(), self._delivered):  # nobody has changed it since
             self.detector.load_state_dict(before)
 
     def share(self, loader: Loader) -> Loader:
@@ -215,7 +175,7 @@ class TrainingEngine:
         """
         if self.options.augment is None:
             return images
-        return augmented(self.options.augment, _usable(images).to(self.device))
+        return augmented(self.options.augment, usable(images).to(self.device))
 
     def take_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> tuple[TrainingStep, bool]:
         """Add the gradients of a batch, and take a step of the optimizer when enough batches are accumulated.
@@ -234,7 +194,7 @@ class TrainingEngine:
             UserWarning: batch normalisation used its running statistics, for the first time since `begin`.
         """
         completes = self._gathered + 1 >= self.options.batches_per_step
-        images, labels = _usable(images).to(self.device), _usable(labels).to(self.device).long()
+        images, labels = usable(images).to(self.device), usable(labels).to(self.device).long()
         self.precision.settle(images, labels)
         batch = self.precision.arrange(images), labels, generator
         exchange = nullcontext() if completes else self.accelerator.no_sync(self._module)
@@ -340,7 +300,7 @@ class TrainingEngine:
         gradients = torch.autograd.grad(step.loss, moving, allow_unused=True, materialize_grads=True) if moving else ()
         # All processes must move the same way, or their averaged gradients would be those of different networks.
         directions = accelerator.reduce(list(gradients), "mean")
-        with _moved(self.detector, moving, directions, perturbation):
+        with moved(self.detector, moving, directions, perturbation):
             again = self._module(*batch, step.again)
             loss = again if isinstance(again, Tensor) else again.loss
             is_finite = self._is_finite(loss.detach())
@@ -450,51 +410,3 @@ class TrainingEngine:
             f"the loss became {loss.item()} at step {self.steps}; the detector holds the weights of step {step} again. "
             "Lower the learning rate, clip gradients, or train with fewer or smaller attack steps first"
         )
-
-
-def _are_equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two state dicts hold the same weights; thresholds, which a calibration fits, may differ."""
-    names = {*state, *other} - {"thresholds"}
-    return all(name in state and name in other and torch.equal(state[name], other[name]) for name in names)
-
-
-def frozen_modules(detector: nn.Module) -> frozenset[str]:
-    """The names of modules whose parameters are all frozen, and of all modules inside them."""
-    frozen: set[nn.Module] = set()
-    for module in detector.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            frozen |= {*module.modules()}
-    return frozenset(name for name, module in detector.named_modules() if module in frozen)
-
-
-@contextmanager
-def _moved(
-    detector: nn.Module, parameters: Sequence[Tensor], directions: Sequence[Tensor], share: float
-) -> Iterator[None]:
-    """Move each parameter in its direction by a share of its norm, and afterwards restore all tensors bit by bit.
-
-    Buffers are restored too, because BatchNorm's statistics of the moved network must not last.
-    """
-    kept = {name: tensor.detach().clone() for name, tensor in _named_tensors(detector)}
-    try:
-        with torch.no_grad():
-            for parameter, direction in zip(parameters, directions, strict=True):
-                length = direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)  # a gradient of 0 moves nothing
-                parameter.add_(direction / length * (share * parameter.norm()))
-        yield
-    finally:
-        with torch.no_grad():
-            for name, tensor in _named_tensors(detector):
-                tensor.copy_(kept[name])
-
-
-def _named_tensors(detector: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, also those that a state dict leaves out."""
-    yield from detector.named_parameters()
-    yield from detector.named_buffers()
-
-
-def _usable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it if it was made in inference mode, because autograd refuses such tensors."""
-    return tensor.clone() if tensor.is_inference() else tensor

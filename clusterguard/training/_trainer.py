@@ -41,14 +41,16 @@ from clusterguard.errors import (
 )
 from clusterguard.training._checkpoints import EpochRecord, EpochTotals
 from clusterguard.training._descriptions import describe_steps
-from clusterguard.training._engine import TrainingEngine, TrainingStep, frozen_modules
+from clusterguard.training._engine import TrainingEngine
 from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory, make_optimizer, make_scheduler
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._overlap import Overlap
 from clusterguard.training._replay import Replay, Run, restarting_workers, warn_of_shared_images
 from clusterguard.training._reporting import Reporter
 from clusterguard.training._resuming import resume, save
+from clusterguard.training._step import TrainingStep
 from clusterguard.training._validation import Best, Validation, check_monitor, check_validation, measure
+from clusterguard.training._weights import frozen_modules
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
