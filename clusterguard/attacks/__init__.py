@@ -1,17 +1,11 @@
 """Attacks on detectors; an attack is a callable from (detector, images, labels) to attacked images."""
 
 from clusterguard.attacks._auto_pgd import APGD
-from clusterguard.attacks._base import (
-    Attack,
-    BuiltInAttack,
-    WrappingAttack,
-    find_representation,
-    has_representation,
-    ramp,
-)
+from clusterguard.attacks._base import Attack, BuiltInAttack, WrappingAttack, ramp
 from clusterguard.attacks._boundary import Boundary
 from clusterguard.attacks._carlini_wagner import CarliniWagner
 from clusterguard.attacks._descent import ObjectiveValues, Problem
+from clusterguard.attacks._encoders import find_representation, has_representation
 from clusterguard.attacks._interop import (
     DetectorAsClassifier,
     PeerAttack,

@@ -8,9 +8,9 @@ from typing import Protocol, final, runtime_checkable
 import torch
 from clusterguard._support import check_detector
 from clusterguard.attacks._base import BuiltInAttack, check_budget
+from clusterguard.attacks._draws import Draws
 from clusterguard.attacks._norm_base import Norm
 from clusterguard.attacks._norms import NORMS, get_norm
-from clusterguard.attacks._random_search import Draws
 from clusterguard.attacks._starts import Towards
 from clusterguard.detection import Detection, Detector, decide
 from clusterguard.errors import ConfigurationError

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from clusterguard.attacks._norm_base import Norm
@@ -107,6 +107,20 @@ class UpdateRule(Protocol):
 
         Args:
             index: (b,) positions, in the present batch, of the images to keep.
+        """
+        ...
+
+
+@runtime_checkable
+class EvaluatingRule(UpdateRule, Protocol):
+    """A rule that also evaluates iterates, because its steps depend on all evaluations."""
+
+    def evaluate(self, problem: Problem, iterates: Tensor) -> ObjectiveValues:
+        """The evaluation of iterates, as by `Gradient`.
+
+        Args:
+            problem: images to attack, with their objective and ball.
+            iterates: (B, C, H, W) present iterates.
         """
         ...
 

@@ -2,9 +2,9 @@
 
 from clusterguard.attacks._base import attack_checked_images, check_attack_input, check_radius, scale
 from clusterguard.attacks._descent import backpropagate, descend
+from clusterguard.attacks._fitting_search import make_random_search
 from clusterguard.attacks._pgd import SteepestDescent
 from clusterguard.attacks._precision import Precision, check_precision, choose_precision, in_precision
-from clusterguard.attacks._random_search import make_random_search
 
 __all__ = [
     "Precision",

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from clusterguard.attacks._base import find_representation, has_representation
+from clusterguard.attacks._encoders import find_representation, has_representation
 from clusterguard.detection import Detector, Evidence
 from torch import Tensor, nn
 

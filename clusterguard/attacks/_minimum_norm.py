@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from clusterguard.attacks._descent import Gradient, ObjectiveValues, Problem, UpdateRule, backpropagate
+from clusterguard.attacks._descent import ObjectiveValues, Problem, backpropagate
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective
 from clusterguard.attacks._pgd import IteratedAttack
@@ -53,10 +53,6 @@ class FastMinimumNorm(IteratedAttack):
 
     def _rule(self, problem: Problem, start: Tensor) -> "_Walk":
         return _Walk(self, start.new_full((len(start),), math.inf))
-
-    def _gradient(self, rule: UpdateRule) -> Gradient:
-        assert isinstance(rule, _Walk)  # tells the type checker
-        return rule.evaluate
 
 
 @dataclass

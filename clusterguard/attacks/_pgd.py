@@ -8,6 +8,7 @@ from typing import final, get_args
 import torch
 from clusterguard.attacks._base import BuiltInAttack, check_budget
 from clusterguard.attacks._descent import (
+    EvaluatingRule,
     Gradient,
     Keep,
     NaturalEvolution,
@@ -72,7 +73,9 @@ class IteratedAttack(BuiltInAttack):
         """A new rule for a batch."""
 
     def _gradient(self, rule: UpdateRule) -> Gradient:
-        """The function that evaluates iterates; it may be a method of the rule, if the rule needs all evaluations."""
+        """The function that evaluates iterates: the method of a rule that has one, or backpropagation."""
+        if isinstance(rule, EvaluatingRule):
+            return rule.evaluate
         return partial(backpropagate, with_margin=self.keep != "last" or self.on_step is not None)
 
     def _perturb(

@@ -6,7 +6,7 @@ from typing import final
 
 import torch
 from clusterguard.attacks._adam import Adam
-from clusterguard.attacks._descent import Gradient, ObjectiveValues, Problem, UpdateRule, backpropagate
+from clusterguard.attacks._descent import ObjectiveValues, Problem, backpropagate
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective
 from clusterguard.attacks._pgd import IteratedAttack
@@ -72,10 +72,6 @@ class PDPGD(IteratedAttack):
 
     def _rule(self, problem: Problem, start: Tensor) -> "_Players":
         return _Players(self, start)
-
-    def _gradient(self, rule: UpdateRule) -> Gradient:
-        assert isinstance(rule, _Players)  # tells the type checker
-        return rule.evaluate
 
 
 class _Players:

@@ -9,9 +9,9 @@ from typing import ClassVar, final
 import torch
 from clusterguard.attacks._base import BuiltInAttack, check_budget
 from clusterguard.attacks._descent import Problem
+from clusterguard.attacks._draws import Draws
 from clusterguard.attacks._norms import L0, NORMS, get_norm
 from clusterguard.attacks._objectives import Objective, get_objective
-from clusterguard.attacks._patch_attack import PatchAttack
 from clusterguard.detection import Detector, success_margin
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
@@ -243,65 +243,6 @@ class SparseRS(RandomSearch):
     def _enter(states: Tensor, count: int, draws: "Draws") -> Tensor:
         entering = draws.choose(states[:, :1].isnan(), count)
         return torch.where(entering, (draws.signs(*states.shape[1:]) + 1) / 2, states)
-
-
-class Draws:
-    """Random numbers for the images that are still in a batch, drawn for the whole batch.
-
-    So the numbers of an image do not depend on which other images have left.
-    """
-
-    def __init__(self, images: Tensor, generator: Generator | None) -> None:
-        self.rows = torch.arange(len(images), device=images.device)
-        self._like = images
-        self._generator = generator
-
-    def uniform(self, *shape: int) -> Tensor:
-        """Random numbers (B, *shape) in [0, 1)."""
-        return self._like.new_empty(len(self._like), *shape).uniform_(generator=self._generator)[self.rows]
-
-    def signs(self, *shape: int) -> Tensor:
-        """Random signs (B, *shape), -1 or 1."""
-        return torch.where(self.uniform(*shape) < 0.5, -1.0, 1.0).to(self._like)
-
-    def square(self, side: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A mask (B, 1, H, W) of a random square, and the positions of rows and columns within it.
-
-        Positions of rows (B, 1, H, 1) and columns (B, 1, 1, W) outside the square are clamped to its border.
-        """
-
-        def along(length: int) -> Tensor:
-            shape, device = (len(self._like), 1, 1, 1), self._like.device
-            first = torch.randint(length - side + 1, shape, generator=self._generator, device=device)
-            return torch.arange(length, device=device) - first[self.rows]
-
-        row, column = along(self._like.shape[2]).mT, along(self._like.shape[3])
-        inside = (row >= 0) & (row < side) & (column >= 0) & (column < side)
-        return inside, row.clamp(0, side - 1), column.clamp(0, side - 1)
-
-    def choose(self, among: Tensor, count: int) -> Tensor:
-        """A mask of `count` random pixels of those in the mask `among` (B, 1, H, W)."""
-        lots = torch.where(among, self.uniform(*among.shape[1:]), -1).flatten(1)
-        chosen = torch.zeros_like(lots, dtype=torch.bool).scatter(1, lots.topk(count, dim=1).indices, True)
-        return chosen.reshape(among.shape)
-
-
-def make_random_search(norm: str, *, eps: float, queries: int, batch_size: int | None = None) -> BuiltInAttack:
-    """The random search that fits a norm: over squares, over single pixels, or over places of a patch.
-
-    Args:
-        norm: norm of the ball, a name of `clusterguard.attacks.NORMS`.
-        eps: radius of the ball.
-        queries: largest number of queries for each image; gradient steps of the search over patches count as well.
-        batch_size: number of images to attack at a time, as in `BuiltInAttack`.
-    """
-    over = get_norm(norm).searched_over
-    if over == "patches":
-        rounds = max(2, queries // (PatchAttack.proposals + PatchAttack.steps))
-        return PatchAttack(eps=eps, rounds=rounds, batch_size=batch_size)
-    if over == "pixels":
-        return SparseRS(eps=int(eps), queries=queries, batch_size=batch_size)
-    return Square(norm=norm, eps=eps, queries=queries, batch_size=batch_size)
 
 
 def _ask(problem: Problem, images: Tensor) -> tuple[Tensor, Tensor]:

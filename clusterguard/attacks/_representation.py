@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
-from clusterguard.attacks._base import BuiltInAttack, find_representation
+from clusterguard.attacks._base import BuiltInAttack
 from clusterguard.attacks._descent import Gradient, ObjectiveValues, OnStep, Problem, UpdateRule, backpropagate, descend
+from clusterguard.attacks._encoders import find_representation
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective, margin
 from clusterguard.attacks._pgd import PGD, SteepestDescent, SteppedAttack

@@ -6,7 +6,7 @@ from typing import final
 
 import torch
 from clusterguard.attacks._adam import Adam
-from clusterguard.attacks._descent import Gradient, ObjectiveValues, Problem, UpdateRule, backpropagate
+from clusterguard.attacks._descent import ObjectiveValues, Problem, backpropagate
 from clusterguard.attacks._norm_base import rescale
 from clusterguard.attacks._norms import L0
 from clusterguard.attacks._objectives import Objective
@@ -76,10 +76,6 @@ class SigmaZero(IteratedAttack):
 
     def _rule(self, problem: Problem, start: Tensor) -> "_Sparsify":
         return _Sparsify(self, start)
-
-    def _gradient(self, rule: UpdateRule) -> Gradient:
-        assert isinstance(rule, _Sparsify)  # tells the type checker
-        return rule.evaluate
 
 
 class _Sparsify:

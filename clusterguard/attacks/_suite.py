@@ -15,10 +15,11 @@ from clusterguard.attacks._base import (
     check_attack_input,
     check_budget,
     check_radius,
-    has_representation,
 )
 from clusterguard.attacks._boundary import Boundary
 from clusterguard.attacks._carlini_wagner import CarliniWagner
+from clusterguard.attacks._encoders import has_representation
+from clusterguard.attacks._fitting_search import make_random_search
 from clusterguard.attacks._metering import Cost, Metered
 from clusterguard.attacks._minimum_norm import FastMinimumNorm
 from clusterguard.attacks._norm_base import Norm
@@ -27,7 +28,7 @@ from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._pgd import MIM, PGD
 from clusterguard.attacks._polish import Polish
 from clusterguard.attacks._precision import Precision, check_precision, choose_precision
-from clusterguard.attacks._random_search import SparseRS, make_random_search
+from clusterguard.attacks._random_search import SparseRS
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
 from clusterguard.attacks._sigma_zero import SigmaZero
 from clusterguard.attacks._sparse_pgd import SparsePGD

@@ -39,9 +39,8 @@ def working_copy(detector: Detector) -> Detector:
         >>> working_copy(Sums()).layer.weight.requires_grad
         False
     """
-    if not all(isinstance(link, nn.Module) for link in _links(detector)):
+    if not isinstance(detector, nn.Module) or not all(isinstance(link, nn.Module) for link in _links(detector)):
         return detector  # it may be a client of a service, for instance
-    assert isinstance(detector, nn.Module)  # tells the type checker
     if any(_is_compiled(module) for module in detector.modules()):
         return detector
     try:

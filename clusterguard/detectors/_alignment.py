@@ -318,8 +318,7 @@ def _recording(layers: list[Dense]) -> Iterator[list[tuple[Dense, Tensor, Tensor
     """Context in which each call of a layer is recorded in a list, with its inputs and outputs."""
     calls: list[tuple[Dense, Tensor, Tensor]] = []
 
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-        assert isinstance(layer, Dense)
+    def record(layer: Dense, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         calls.append((layer, inputs[0], outputs))
 
     handles = [layer.register_forward_hook(record) for layer in layers]

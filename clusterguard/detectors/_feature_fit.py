@@ -13,6 +13,7 @@ from clusterguard.detectors._dense_layers import make_layer_like
 from clusterguard.detectors._feature_gaussians import FeatureGaussians
 from clusterguard.detectors._guard import ClusterGuard
 from clusterguard.detectors._hugging_face import MainLogits
+from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 
 _SHRINKAGES = tuple(10.0**power for power in range(-6, 2))  # as multiples of the mean variance of a feature
@@ -194,7 +195,8 @@ def _widen(encoder: nn.Module, layers: LastLayers, width: int) -> nn.Module:
                 passing.bias.zero_()
         for path in paths:
             wide.set_submodule(path, passing)
-    assert isinstance(last, nn.Linear)
+    if not isinstance(last, nn.Linear):
+        raise ConfigurationError(f"expected an encoder whose last layer is nn.Linear, got {type(last).__name__}")
     wide[len(before)] = nn.Linear(width, width, device=last.weight.device, dtype=last.weight.dtype)
     wide[len(before)].training = last.training
     return wide
