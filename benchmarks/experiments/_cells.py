@@ -254,6 +254,7 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
         raise ConfigurationError(f"expected an experiment among {', '.join(list_experiments())}, got {name!r}")
     shared = _read(FOLDER / f"{name}.toml")
     profiles = {other: shared.pop(other, {}) for other in get_args(Profile)}
+    named = shared.pop("tables_named", {})
     overrides = profiles.get(profile, {})
     limits = overrides.pop("attack", {})
     try:
@@ -261,7 +262,8 @@ def load_experiment(name: str, profile: Profile = "full") -> Experiment:
         dataset, names = shared["dataset"], [part["name"] for part in parts]
         if len({*names}) < len(names):
             raise ConfigurationError(f"{name}.toml: expected each table to have a name of its own, got {names}")
-        parts = [merge(merge(shared, part), overrides) for part in parts]
+        usual = [merge(shared, _with_attacks(named.get(part["name"], {}))) for part in parts]
+        parts = [merge(merge(base, _with_attacks(part)), overrides) for base, part in zip(usual, parts, strict=True)]
         tables = tuple(_expand(name, names, profile, dataset, part, limits) for part in parts)
     except (KeyError, TypeError) as error:
         raise ConfigurationError(f"{name}.toml: {type(error).__name__} {error}") from error
@@ -403,12 +405,18 @@ def digest(definition: Options) -> str:
 
 def _read(path: Path) -> Options:
     """Read a definition, together with the files that its keys `extends` and `attacks_of` name."""
-    table = read_toml(path)
-    for part in (table, *table.get("tables", [])):
-        if rows := part.pop("attacks_of", None):
-            part["attacks"] = _read(path.with_name(f"{rows}.toml"))["attacks"]
+    table = _with_attacks(read_toml(path))
     base = table.pop("extends", None)
     return merge(_read(path.with_name(f"{base}.toml")), table) if base else table
+
+
+def _with_attacks(part: Options) -> Options:
+    """A part of a definition, with the attacks of the file that its key `attacks_of` names."""
+    rows = part.get("attacks_of")
+    if rows is None:
+        return part
+    others = {key: value for key, value in part.items() if key != "attacks_of"}
+    return others | {"attacks": _read(FOLDER / f"{rows}.toml")["attacks"]}
 
 
 def all_cells(profile: Profile) -> Iterator[tuple[str, Cell]]:

@@ -207,8 +207,10 @@ def test_tables_of_an_experiment_share_what_they_do_not_say(tmp_path, monkeypatc
     monkeypatch.setattr(cells, "FOLDER", tmp_path)
     settings = (
         '[[tables]]\nname = "suite"\nimages = 4\n'
-        '[[tables]]\nname = "beside"\nattacks_of = "_more"\n'
+        '[[tables]]\nname = "beside"\n'
+        '[tables_named.beside]\nattacks_of = "_more"\n'
         'form = "comparison"\npaper = "table2-mnist"\nsuite = "suite"\n'
+        '[tables_named.absent]\nform = "unions"\n'
     )
     write(tmp_path, 'detectors = ["ours"]\n' + ATTACK + settings + TRAINING + "[quick]\nimages = 3\n")
     (tmp_path / "_more.toml").write_text(ATTACK.replace('"a"', '"b"').replace("0.1", "0.2"))
