@@ -1,6 +1,5 @@
 """`python -m benchmarks`: fetch data, plan, run, look at and report the paper's experiments."""
 
-import time
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,16 +16,13 @@ from benchmarks.reporting import write_report
 from benchmarks.running import (
     RESULTS,
     Clock,
-    OutOfTimeError,
     Store,
     Trainings,
-    attack_cost,
     find_throughput,
     measure_throughput,
-    pair_goals,
     print_plan,
     publish_guard,
-    run_cell,
+    run_cells,
 )
 
 DOWNLOADED = ", ".join(name for name, data_set in DATA_SETS.items() if data_set.downloads)
@@ -71,40 +67,19 @@ def run(
     """
     store = Store(_folder(out, profile), profile)
     cells = [cell for cell in _cells(names, profile, only) if store.read_cell(cell.key) is None]
-    clock = Clock(time_budget)
-
-    def cost(group: tuple[Cell, ...]) -> int:
-        return sum(map(attack_cost, group))
-
-    place = torch.device(device)
-    trainings = Trainings(store, device=place, data=data, clock=clock, progress=progress, compiled=compiled)
-    groups, left, pace = pair_goals(cells), list(cells), dict[str, float]()  # seconds of one pass, by network
-    try:
-        while groups:
-            clock.check()
-            # Near the end of the budget, cells that can still be finished come first. The next run resumes a cell that
-            # this one does not finish.
-            fitting = (
-                candidate
-                for candidate in groups
-                if pace.get(candidate[0].training.model, 0) * cost(candidate) <= clock.left
-            )
-            group = next(fitting, groups[0])
-            training, begun = group[0].training, time.perf_counter()
-            trained = store.has_weights(training.key)
-            for index, cell in enumerate(group):
-                started = time.perf_counter()
-                run_cell(cell, trainings, *group[index + 1 :])
-                left.remove(cell)
-                seconds = time.perf_counter() - started
-                print(f"[{len(cells) - len(left)}/{len(cells)}] {cell.title}: {seconds:.1f} s", flush=True)
-            groups.remove(group)
-            if trained:
-                pace[training.model] = (time.perf_counter() - begun) / cost(group)
-    except OutOfTimeError:
+    trainings = Trainings(
+        store,
+        device=torch.device(device),
+        data=data,
+        clock=Clock(time_budget),
+        progress=progress,
+        compiled=compiled,
+    )
+    left = run_cells(cells, trainings)
+    if left:
         print(f"out of time; {len(left)} of {len(cells)} cells are left, and will go on where they were")
         print_plan(left, find_throughput(device), trained=store.has_weights)
-        raise typer.Exit(UNFINISHED) from None
+        raise typer.Exit(UNFINISHED)
     print(f"{len(cells)} cells run, nothing is left")
 
 

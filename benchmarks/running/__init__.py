@@ -1,11 +1,11 @@
 """Running experiments: train detectors, attack them, judge the attacked images, keep results, and stop in time."""
 
-from benchmarks.running._attacking import pair_goals
 from benchmarks.running._clock import Clock, OutOfTimeError
 from benchmarks.running._judging import from_hex
-from benchmarks.running._plan import Throughput, attack_cost, find_throughput, measure_throughput, print_plan
+from benchmarks.running._plan import Throughput, find_throughput, measure_throughput, print_plan
 from benchmarks.running._publish import publish_guard
 from benchmarks.running._runner import run_cell
+from benchmarks.running._schedule import run_cells
 from benchmarks.running._store import RESULTS, Store, provenance
 from benchmarks.running._training import Trainings
 
@@ -16,13 +16,12 @@ __all__ = [
     "Store",
     "Throughput",
     "Trainings",
-    "attack_cost",
     "find_throughput",
     "from_hex",
     "measure_throughput",
-    "pair_goals",
     "print_plan",
     "provenance",
     "publish_guard",
     "run_cell",
+    "run_cells",
 ]

@@ -56,7 +56,7 @@ def test_near_the_end_of_the_budget_cells_that_fit_come_first(experiment, tmp_pa
             raise OutOfTimeError
         order.append(cell.attack)
 
-    monkeypatch.setattr("benchmarks.__main__.run_cell", run)
+    monkeypatch.setattr("benchmarks.running._schedule.run_cell", run)
     monkeypatch.setattr("benchmarks.running._clock.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(Store, "has_weights", lambda self, key: True)
     command = ["run", "small", "--device", "cpu", "--out", str(tmp_path), "--time-budget", "4", "--only", "ours*"]

@@ -19,9 +19,10 @@ from benchmarks.__main__ import app
 from benchmarks.detectors import RECIPES
 from benchmarks.experiments import KINDS, Scene, load_experiment
 from benchmarks.experiments import _cells as cells
-from benchmarks.running import Clock, OutOfTimeError, Store, Trainings, from_hex, pair_goals, run_cell
+from benchmarks.running import Clock, OutOfTimeError, Store, Trainings, from_hex, run_cell
 from benchmarks.running import _plan as plan
 from benchmarks.running import _training as training
+from benchmarks.running._attacking import pair_goals
 from benchmarks.running._judging import to_hex
 
 
