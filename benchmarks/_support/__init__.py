@@ -1,7 +1,7 @@
-"""Helpers that several packages of the benchmarks share."""
+"""Helpers that several packages of the benchmarks share. Two of them are the library's own, which it keeps private."""
 
-from benchmarks._support._files import write_atomically
-from benchmarks._support._modes import evaluation_mode
+from clusterguard._support import evaluation_mode, write_atomically
+
 from benchmarks._support._toml import read_toml
 
 __all__ = ["evaluation_mode", "read_toml", "write_atomically"]
