@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,15 @@ from clusterguard._support import (
     check_kind,
     check_labels,
     check_numbers,
-    check_place,
     gather,
     names_in_eval_mode,
     only_writer,
     to_eval_mode,
     training_mode,
 )
-from clusterguard.detection import Calibrator, Loader, Pairs, Unpack, Verdicts, decide, judge
+from clusterguard.detection import Calibrator, Loader, Unpack, Verdicts, decide
 from clusterguard.detection._internal import (
-    check_evidence,
     check_loader,
-    check_passes,
     learn_class_names,
     set_epoch,
     without_autocast,
@@ -45,11 +41,12 @@ from clusterguard.training._engine import TrainingEngine
 from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory, make_optimizer, make_scheduler
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._overlap import Overlap
-from clusterguard.training._replay import Replay, Run, restarting_workers, warn_of_shared_images
+from clusterguard.training._preparing import check_run, make_run
+from clusterguard.training._replay import Run, warn_of_shared_images
 from clusterguard.training._reporting import Reporter
 from clusterguard.training._resuming import resume, save
 from clusterguard.training._step import TrainingStep
-from clusterguard.training._validation import Best, Validation, check_monitor, check_validation, measure
+from clusterguard.training._validation import Best, Validation, check_validation, measure
 from clusterguard.training._weights import frozen_modules
 from torch import Generator, Tensor
 from torch.optim import Optimizer
@@ -287,31 +284,21 @@ class DetectorTrainer(ABC):
         if generator is not None:
             check_kind(generator, Generator, "generator", "a torch.Generator, such as torch.Generator().manual_seed(0)")
         with torch.inference_mode(False), torch.enable_grad(), without_autocast():
-
-            def replay(loader: Loader) -> Replay:
-                return Replay(Pairs(loader, unpack), self.engine.device)
-
-            train, calibration = (
-                loader if checkpoint is None else restarting_workers(loader)
-                for loader in (train_loader, calibration_loader)
-            )
-            run = Run(
-                replay(self.engine.share(train)),
-                replay(calibration),
-                generator,
-                checkpoint,
-                checkpoint_every,
-                stop_when,
-                None if validation is None else replay(validation.loader),
+            run = make_run(
+                train_loader,
+                calibration_loader,
                 validation,
+                engine=self.engine,
+                unpack=unpack,
+                generator=generator,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                stop_when=stop_when,
             )
-            with run.train.undisturbed(), run.calibration.undisturbed():
-                check_passes(train_loader, "training loader")
-                check_passes(calibration_loader, "calibration loader")
             judged = None if validation is None else validation.loader
             is_told = warn_of_shared_images(train_loader, calibration_loader if calibrate else None, judged)
             learn_class_names(self.detector, train_loader)
-            self._check(run, epochs, calibrate)
+            check_run(self, run, epochs, calibrate)
             if is_told:
                 self._overlap.forget()
             reporter = Reporter(epochs, progress=progress, is_main=self.engine.accelerator.is_main_process)
@@ -337,23 +324,6 @@ class DetectorTrainer(ABC):
             if is_stopped:
                 raise self._stopped(run)
 
-    def _check(self, run: Run, epochs: int, calibrate: bool) -> None:
-        """Check everything that could fail after the first step."""
-        self.engine.check(run.train.length, epochs, resumable=run.checkpoint is not None)
-        if run.checkpoint is not None:
-            run.warn_of_obstacles(self.engine.kept.obstacles, begin=self.engine.shared is None)
-        if calibrate:
-            with run.calibration.undisturbed():
-                batches, names = self._first_judged(run.calibration.loader), self.detector.class_names
-                self.calibrator.check_counts(batches, self.detector.num_classes, class_names=names)
-        if run.judged is not None and run.validation is not None:
-            with run.judged.undisturbed():
-                self.thresholds = self.thresholds.to(self.engine.device)
-                first = [(images[:4], labels[:4]) for images, labels in islice(run.judged.loader, 1)]
-                check_monitor(run.validation, measure(self.validate, self.detector, first))
-        if run.checkpoint is not None:
-            check_place(run.checkpoint)
-
     def _begin(self, run: Run) -> None:
         """Resume from the checkpoint if there is one, or begin anew."""
         self.thresholds = self.thresholds.to(self.engine.device, copy=True)
@@ -366,16 +336,6 @@ class DetectorTrainer(ABC):
         if self.detector.training:
             self.detector.frozen = names_in_eval_mode(self.detector)
         to_eval_mode(self.detector)
-
-    def _first_judged(self, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-        """Check the batches, and let the detector judge the first one, so that it fails before training if at all."""
-        for position, (images, labels) in enumerate(batches):
-            check_images(images)
-            if not position:
-                judge(self.detector, [(images, labels)])
-                check_evidence(self.detector, images)
-            self._overlap.keep(images)
-            yield images, labels
 
     def _finish_epoch(self, run: Run, reporter: Reporter) -> bool:
         """Train until the present epoch ends, and return whether to stop then."""

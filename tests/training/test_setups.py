@@ -338,7 +338,7 @@ def test_looking_for_loaders_of_one_pass_leaves_no_trace(blobs, monkeypatch):
     batches, looked, unlooked = list(blobs), new_guard(), new_guard()
     torch.manual_seed(5)
     fit(looked, Shuffled(), batches)
-    monkeypatch.setattr("clusterguard.training._trainer.check_passes", lambda *_: None)
+    monkeypatch.setattr("clusterguard.training._preparing.check_passes", lambda *_: None)
     torch.manual_seed(5)
     fit(unlooked, Shuffled(), batches)
     assert torch.equal(weights(looked), weights(unlooked))
