@@ -35,6 +35,7 @@ from clusterguard._support._progress import Progress, digest_of, previous, read_
 from clusterguard._support._randomness import draws_random_numbers, random_states, set_random_states
 from clusterguard._support._reachable import GENERATORS, attributes_of, custom_classes, is_user_module, reachable
 from clusterguard._support._switches import ProcessSwitch
+from clusterguard._support._tables import look_up
 from clusterguard_torchvision import on_torch_import
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "is_unicode",
     "is_user_module",
     "is_watched",
+    "look_up",
     "names_in_eval_mode",
     "only_writer",
     "previous",

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
+from clusterguard._support import look_up
 from clusterguard.attacks._multipliers import l1_lengths, l2_lengths
 from clusterguard.attacks._norm_base import Norm, just_inside, mask_largest, move_at_most, per_image, rescale, spread
 from clusterguard.attacks._patch_norm import Patch
-from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
 
 
@@ -214,9 +214,7 @@ def get_norm(name: str) -> Norm:
     Raises:
         ConfigurationError: the name is unknown.
     """
-    if name not in NORMS:
-        raise ConfigurationError(f"expected a norm among {', '.join(NORMS)}, got {name!r}")
-    return NORMS[name]
+    return look_up(name, NORMS, "a norm")
 
 
 def dense_l1_direction(gradient: Tensor) -> Tensor:

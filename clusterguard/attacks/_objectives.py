@@ -2,9 +2,9 @@
 
 from typing import Protocol
 
+from clusterguard._support import look_up
 from clusterguard.detection import Evidence, success_margin
 from clusterguard.detection._internal import check_goal
-from clusterguard.errors import ConfigurationError
 from torch import Tensor
 from torch.nn import functional
 
@@ -108,8 +108,4 @@ def get_objective(objective: str | Objective) -> Objective:
     Raises:
         ConfigurationError: the name is unknown.
     """
-    if not isinstance(objective, str):
-        return objective
-    if objective not in OBJECTIVES:
-        raise ConfigurationError(f"expected an objective among {', '.join(OBJECTIVES)}, got {objective!r}")
-    return OBJECTIVES[objective]
+    return look_up(objective, OBJECTIVES, "an objective") if isinstance(objective, str) else objective

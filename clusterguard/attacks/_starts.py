@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from clusterguard._support import check_detector, check_images, check_labels, check_tensor, evaluation_mode
+from clusterguard._support import check_detector, check_images, check_labels, check_tensor, evaluation_mode, look_up
 from clusterguard.attacks._descent import Problem, backpropagate
 from clusterguard.detection import Detector, Evidence, decide
 from clusterguard.errors import ConfigurationError
@@ -204,8 +204,4 @@ def get_start(start: str | Start) -> Start:
     Raises:
         ConfigurationError: the name is unknown.
     """
-    if not isinstance(start, str):
-        return start
-    if start not in STARTS:
-        raise ConfigurationError(f"expected a start among {', '.join(STARTS)}, got {start!r}")
-    return STARTS[start]
+    return look_up(start, STARTS, "a start") if isinstance(start, str) else start
