@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from clusterguard.attacks._norm_base import Norm
@@ -17,6 +17,7 @@ OnStep = Callable[[int, Tensor], None]
 """A callback for traces and plots, which gets the step and the best success margins so far (B,) at every step."""
 
 
+@final
 @dataclass(frozen=True)
 class Problem:
     """A batch of images to attack, with the detector, the objective and the allowed perturbations.

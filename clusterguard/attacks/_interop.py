@@ -22,6 +22,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+@final
 class DetectorAsClassifier(nn.Module):
     """A detector as a classifier for other libraries, which cannot change the detector through it.
 

@@ -1,6 +1,6 @@
 """The cost of an attack, as images judged and gradients taken, counted at the detector."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 from clusterguard.attacks._encoders import find_representation, has_representation
 from clusterguard.detection import Detector, Evidence
@@ -33,6 +33,7 @@ class _Meter:
         return self
 
 
+@final
 class Metered(nn.Module):
     """A detector that counts its images, which works for any attack because every attack must call the detector.
 

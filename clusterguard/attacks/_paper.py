@@ -119,6 +119,7 @@ class RandomTarget(WrappingAttack):
         return attack_checked_images(self.attack, detector, images, labels, targets=targets, generator=generator)
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class PaperProtocol:
     """The attacks behind one row of the paper's Table 2, whose figure is the largest ASR among them.

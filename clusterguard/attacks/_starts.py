@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from clusterguard._support import check_detector, check_images, check_labels, check_tensor, evaluation_mode, look_up
@@ -66,6 +67,7 @@ def is_accepted(detector: Detector, images: Tensor, labels: Tensor, *, batch_siz
     return ~refused & (predicted == labels)
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Towards:
     """A start at an accepted benign image of a wrong class, or of the target, projected onto the ball.
@@ -153,6 +155,7 @@ class Towards:
         return f"Towards({len(self.images)} images of {len(self.labels.unique())} classes)"
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class AtPoints:
     """A start at given points, such as what another attack has returned, projected onto the ball.

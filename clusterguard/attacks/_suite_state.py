@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from clusterguard._support import read_progress, save_progress
@@ -13,6 +13,7 @@ _KIND = "suite"
 _KEYS = {"suite", "clean_margins", "best", "margins", "records", "generator", "runs"}
 
 
+@final
 @dataclass(frozen=True)
 class StageRecord:
     """The result of one stage of a suite.

@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, final
 
 import torch
 from clusterguard.certification._boxes import Box, hull, move
@@ -48,6 +48,7 @@ def final_refusals() -> Iterator[None]:
         _refusals.first = before
 
 
+@final
 class Interval:
     """All tensors between a lower and an upper one, elementwise; torch's functions and modules accept and return it.
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from clusterguard._support import (
@@ -143,6 +143,7 @@ def export_onnx(
     return _write(model, detector, path, card)
 
 
+@final
 class OnnxDetector(DetectorModule):
     """A detector that `export_onnx` wrote and onnxruntime runs. `load_onnx` makes it.
 

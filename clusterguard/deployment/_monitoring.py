@@ -19,6 +19,7 @@ _MAX_RUN_LENGTH = 1e300
 _MAX_STATISTIC = 1e301  # a single one at its cap makes the mean of all exceed every run length
 
 
+@final
 @dataclass(frozen=True)
 class MonitorReport:
     """What a monitor has seen.

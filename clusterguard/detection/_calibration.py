@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from clusterguard._support import check_labels, check_tensor, gather
@@ -41,6 +41,7 @@ _SLACK = 2.0**-17
 small networks on a CPU moved by up to 20 units in the last place of a threshold at 1 %."""
 
 
+@final
 @dataclass(frozen=True)
 class Calibration:
     """Record of how thresholds were fitted, kept together with them.
@@ -215,6 +216,7 @@ def fit_thresholds(
     )
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Calibrator:
     """Fits a detector's per-class thresholds on benign images that it was not trained on.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import GeneratorType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, final
 
 import torch
 from clusterguard.errors import ConfigurationError, InputError
@@ -93,6 +93,7 @@ def _is_labels(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point() and not value.is_complex()
 
 
+@final
 class Pairs:
     """A loader's batches as pairs of images and labels. Each iteration starts from the beginning.
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from clusterguard._support import check_tensor, check_verdicts
@@ -12,6 +12,7 @@ from clusterguard.errors import InputError
 from torch import Tensor
 
 
+@final
 @dataclass(frozen=True)
 class Rate:
     """A share, with the counts that it was computed from.
@@ -78,6 +79,7 @@ def wilson_interval(count: int, total: int, *, confidence: float = 0.95) -> tupl
     return max(0.0, center - half) if count else 0.0, min(1.0, center + half) if count < total else 1.0
 
 
+@final
 @dataclass(frozen=True)
 class Verdicts:
     """A detector's verdicts on n images, and the images' true labels.

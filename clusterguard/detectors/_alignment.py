@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from clusterguard._support import bar, check_images, check_labels, evaluation_mode
@@ -25,6 +26,7 @@ _SHARES = tuple(step / 10 for step in range(11))
 _TOLERATED_LOSS = 0.005  # by which the accuracy may fall
 
 
+@final
 @dataclass(frozen=True)
 class Alignment:
     """The result of `align`.

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from clusterguard._support import copy_module, evaluation_mode
@@ -21,6 +22,7 @@ _CONSTANT = 1e-10  # as a share of the mean variance, a variance that is 0 but f
 _TOLERATED_LOSS = 0.02  # of accuracy, some of which is only that the classifier knows the images
 
 
+@final
 @dataclass(frozen=True)
 class FeatureFit:
     """What `fit_feature_gaussians` did.

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, final
 
 from clusterguard._support import code_in_markdown, escape_markdown
 from clusterguard.detection import Calibration, Rate
@@ -27,6 +27,7 @@ class EvaluationForCard(Protocol):
         """The whole evaluation as text for people."""
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class CardDetails:
     """Details for the model card of a guard that only its publisher knows.

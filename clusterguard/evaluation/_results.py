@@ -6,7 +6,7 @@ import platform
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from clusterguard._support import escape_markdown, write_atomically
@@ -46,6 +46,7 @@ class CertifiedBound(NamedTuple):
     success: Rate
 
 
+@final
 @dataclass(frozen=True)
 class AttackResult:
     """The result of one attack.
@@ -82,6 +83,7 @@ class AttackResult:
     verdict: Detection = field(repr=False, metadata={"json": False})
 
 
+@final
 @dataclass(frozen=True)
 class Evaluation:
     """The figures of a detector on clean and attacked images; printed, they are a table.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 import torch
 from clusterguard._support import evaluation_mode
@@ -31,6 +31,7 @@ from torch import Generator, Tensor
 _STEPS = 40
 
 
+@final
 @dataclass(frozen=True)
 class Sanity:
     """The report of a quick probe with attacks of clusterguard, which shows whether an evaluation can be trusted.

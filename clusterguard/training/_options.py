@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, final
 from weakref import WeakKeyDictionary
 
 from clusterguard._support import OneProcess, check_accelerator, check_numbers
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _steps_read: "WeakKeyDictionary[Accelerator, int]" = WeakKeyDictionary()
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """Options of the training steps; the defaults are the paper's.

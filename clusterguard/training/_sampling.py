@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from clusterguard.errors import ConfigurationError, InputError
@@ -68,6 +68,7 @@ def augmented(augment: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return changed.as_subclass(Tensor)  # transforms of torchvision may return a subclass
 
 
+@final
 @dataclass(frozen=True)
 class EachImage:
     """A function of a batch that calls a transform for each image, so that each gets random numbers of its own.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import torch
 from clusterguard._support import check_images, check_labels, check_numbers, evaluation_mode, gather, share
@@ -20,6 +20,7 @@ Validate = Callable[[Tensor, Tensor, Generator], Mapping[str, Tensor]]
 """A function from images, labels and randomness to a figure (B,) of each image, by name; larger ones are better."""
 
 
+@final
 @dataclass(frozen=True)
 class Validation:
     """Images on which a training is judged after every epoch. The detector of the best epoch is kept.
