@@ -103,11 +103,11 @@ def test_results_of_the_suite_of_version_0_1_are_said_to_be(store):
 
 def test_quick_pages_say_quick_everywhere(store, tmp_path, monkeypatch):
     rates = ("0.01", "0.02", "0.05", "0.1")
-    for results in read_results(store, "quick")["mnist.md"]:
-        for cell in results.table.cells:
-            steps = [f"step {size:g}" for size in cell.options.get("step_sizes", [])]
-            broken = dict.fromkeys(steps or [""], "11000000")
-            store.write_cell(cell, made_up(broken, rates=rates, **points(True, False)))
+    tables = [results.table for results in read_results(store, "quick")["mnist.md"]]
+    for cell in {cell.key: cell for table in tables for cell in table.cells}.values():
+        steps = [f"step {size:g}" for size in cell.options.get("step_sizes", [])]
+        broken = dict.fromkeys(steps or [""], "11000000")
+        store.write_cell(cell, made_up(broken, rates=rates, **points(True, False)))
     titles = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: titles.append(figure.get_suptitle()) or [])
     written = write_report(store, "quick", tmp_path)
@@ -121,7 +121,7 @@ def test_quick_pages_say_quick_everywhere(store, tmp_path, monkeypatch):
     assert all(line.endswith("(quick)") for line in lines if line.startswith("## "))
     assert "# MNIST, quick: wiring, not numbers" in lines
     assert '!!! danger "quick: wiring, not numbers"' in text
-    assert len(titles) == 4
+    assert len(titles) == sum(table.is_figure for table in tables) > 0
     assert all(title.endswith("\nquick: wiring, not numbers") for title in titles)
     assert "not run" not in text.lower()
 
