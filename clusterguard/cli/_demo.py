@@ -157,9 +157,12 @@ def run_demo(
     images, labels = (part[: min(400, limit or 400)].to(device) for part in test.tensors)
     report |= _draw(output, undefended, guard, images, labels, epsilons[-1])
     report |= {"seconds": time.perf_counter() - started, "table": _table(evaluations, worst)}
-    text = json.dumps(to_json_value(report), indent=2) + "\n"
-    write_atomically(output / "report.json", lambda file: file.write_text(text))
+    write_atomically(output / "report.json", lambda file: file.write_text(_as_json(report)))
     return report
+
+
+def _as_json(report: dict[str, Any]) -> str:
+    return json.dumps(to_json_value(report), indent=2) + "\n"
 
 
 def _results(evaluations: dict[str, Evaluation]) -> list[AttackResult]:

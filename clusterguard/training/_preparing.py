@@ -16,7 +16,7 @@ from clusterguard.training._validation import Validation, check_monitor, measure
 from torch import Generator, Tensor
 
 
-class Trainer(Protocol):
+class CheckedTrainer(Protocol):
     """What the checks need of a trainer."""
 
     detector: DetectorModule
@@ -75,7 +75,7 @@ def make_run(
     return run
 
 
-def check_run(trainer: Trainer, run: Run, epochs: int, calibrate: bool) -> None:
+def check_run(trainer: CheckedTrainer, run: Run, epochs: int, calibrate: bool) -> None:
     """Check everything that could fail after the first step."""
     trainer.engine.check(run.train.length, epochs, resumable=run.checkpoint is not None)
     if run.checkpoint is not None:
@@ -93,7 +93,7 @@ def check_run(trainer: Trainer, run: Run, epochs: int, calibrate: bool) -> None:
         check_place(run.checkpoint)
 
 
-def _first_judged(trainer: Trainer, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+def _first_judged(trainer: CheckedTrainer, batches: Loader) -> Iterator[tuple[Tensor, Tensor]]:
     """Check the batches, and let the detector judge the first one, so that it fails before training if at all."""
     for position, (images, labels) in enumerate(batches):
         check_images(images)
