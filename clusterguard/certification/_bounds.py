@@ -61,12 +61,17 @@ def bound(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float | T
 
 def bound_representations(guard: ClusterGuard, box: Interval) -> Interval:
     """The interval (B, m) of the guard's representations of a box of images (B, C, H, W) in [0, 1]."""
+    return run_encoder(guard, normalize_box(guard, box))
+
+
+def normalize_box(guard: ClusterGuard, box: Interval) -> Interval:
+    """The box of the normalised images, of a box of images (B, C, H, W) in [0, 1]."""
     lower, upper = guard.normalize(box.lower), guard.normalize(box.upper)
     error = None
     if box.error is not None and box.arithmetic is not None:
         size = torch.maximum(lower.abs(), upper.abs())
         error = box.error / guard.normalize.std.to(lower) + box.arithmetic.gamma(3) * size + box.arithmetic.smallest
-    return run_encoder(guard, Interval(lower, upper, error=error, arithmetic=box.arithmetic))
+    return Interval(lower, upper, error=error, arithmetic=box.arithmetic)
 
 
 def run_encoder(guard: ClusterGuard, box: Interval) -> Interval:
@@ -238,16 +243,24 @@ def arithmetic_of(guard: ClusterGuard) -> Arithmetic:
 
 def bound_in_service(guard: ClusterGuard, images: Tensor, labels: Tensor, radii: Tensor) -> Proofs:
     """Bounds on the guard's outputs for every image in a ball, rounding errors included, and what they prove."""
+    representations = bound_representations(guard, ball_in_service(guard, images, radii))
+    if representations.arithmetic is None or representations.error is None:
+        raise ConfigurationError("expected an interval that follows rounding, got one that does not")
+    return prove(guard, representations, guard.head.bound_distances(representations, labels), labels)
+
+
+def ball_in_service(guard: ClusterGuard, images: Tensor, radii: Tensor) -> Interval:
+    """The ball of radius (B,) around each image (B, C, H, W), with the rounding of images in the guard's arithmetic."""
     arithmetic = arithmetic_of(guard)
     # An infinite pixel becomes NaN, of which nothing is proved: detect refuses the image, whatever its ball holds.
     ball = Interval.around(images.double().masked_fill(~images.isfinite(), torch.nan), radii)
     # Perturbing an image rounds it. The error covers each image whose distance, computed in its dtype, is within radii.
     error = torch.full_like(ball.lower, 2 * arithmetic.unit)
-    ball = Interval(ball.lower, ball.upper, error=error, arithmetic=arithmetic)
-    representations = bound_representations(guard, ball)
-    if representations.arithmetic is None or representations.error is None:
-        raise ConfigurationError("expected an interval that follows rounding, got one that does not")
-    bounds = guard.head.bound_distances(representations, labels)
+    return Interval(ball.lower, ball.upper, error=error, arithmetic=arithmetic)
+
+
+def prove(guard: ClusterGuard, representations: Interval, bounds: Bounds, labels: Tensor) -> Proofs:
+    """What bounds on the guard's distances prove, given its thresholds."""
     thresholds = guard.thresholds.double()
     leads = (bounds.leads > 0) | one_hot(labels.long(), guard.num_classes).bool()
     is_secure = (leads | (bounds.nearest > thresholds)).all(dim=1)

@@ -1,6 +1,7 @@
 """Certificates: a proof for each image that holds for every perturbation within a radius."""
 
 import math
+from typing import Literal, get_args
 
 import torch
 from clusterguard._support import (
@@ -13,19 +14,30 @@ from clusterguard._support import (
 )
 from clusterguard.certification._bounds import (
     Certificate,
+    Proofs,
     as_in_service,
     bound_in_service,
     check_methods,
 )
+from clusterguard.certification._linear_bounds import tighten
 from clusterguard.certification._trial import try_out
 from clusterguard.detection import Loader, Pairs, Rate, Unpack, Verdicts, is_eligible
 from clusterguard.detectors import ClusterGuard
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
 
+Method = Literal["intervals", "linear"]
+
 
 @torch.no_grad()
-def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float | Tensor) -> Certificate:
+def certify(
+    guard: ClusterGuard,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Tensor,
+    method: Method = "intervals",
+) -> Certificate:
     """Prove that no perturbation within a radius changes the guard's decision to a wrong one.
 
     An image is secure if, for every other class, each perturbed image is either too far from that class to be accepted
@@ -53,6 +65,9 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
         images: (B, C, H, W) in [0, 1], in the guard's data type.
         labels: (B,) true labels, or the guard's labels.
         eps: radius in l∞, one number or (B,), in [0, 1].
+        method: "intervals", or "linear", which tries images that intervals do not prove secure once more with linear
+            bounds. These are tighter, and take about half a second an image for a small network. They need a network of
+            ReLUs, linear layers, convolutions, batch normalisation, average pooling and sums.
 
     Returns:
         Whether each image is proved secure and whether it is proved to be kept, each (B,).
@@ -62,7 +77,11 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
         NotCalibratedError: the guard has no thresholds.
         ConfigurationError: the network has a layer without known bounds, or treats intervals differently from tensors;
             the guard runs in half precision or under autocast, or is compiled; one of its methods is not that of
-            `ClusterGuard`.
+            `ClusterGuard`; the method is unknown.
+
+    Reference:
+        Zhang et al., "Efficient neural network robustness certification with general activation functions" (2018), for
+        linear bounds.
 
     Example:
         >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 1, 2))
@@ -71,12 +90,12 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
         >>> certify(guard, images, guard.detect(images).labels, eps=0.0).is_secure.all()
         tensor(True)
     """
-    _check(guard, images, labels)
+    _check(guard, images, labels, method)
     radii = check_linf_radius(eps, images.shape[:1]).to(images.device)
     if not len(images):
         return Certificate(labels.bool(), labels.bool())
     with as_in_service(guard):
-        proofs = bound_in_service(guard, images, labels, radii)
+        proofs = _prove(guard, images, labels, radii, method)
         is_proved = proofs.certificate.is_secure | proofs.certificate.is_kept
         try_out(guard, images, labels, radii, is_proved, proofs)
     return proofs.certificate
@@ -84,7 +103,13 @@ def certify(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float |
 
 @torch.no_grad()
 def certified_radius(
-    guard: ClusterGuard, images: Tensor, labels: Tensor, *, largest: float = 1.0, tolerance: float = 1e-3
+    guard: ClusterGuard,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    largest: float = 1.0,
+    tolerance: float = 1e-3,
+    method: Method = "intervals",
 ) -> Tensor:
     """The largest radius at which each image is proved secure, by bisection.
 
@@ -94,6 +119,7 @@ def certified_radius(
         labels: (B,) true labels, or the guard's labels.
         largest: largest radius to try, in (0, 1].
         tolerance: largest error of the radius, positive.
+        method: method as in `certify`.
 
     Returns:
         (B,) radii in l∞ at which `certify` proves the image secure; 0 where it proves it at none of the tried radii.
@@ -113,29 +139,37 @@ def certified_radius(
             f"expected a positive tolerance and a largest radius in (0, 1], got {tolerance} and {largest}; "
             f"{IN_GREY_LEVELS}"
         )
-    _check(guard, images, labels)
+    _check(guard, images, labels, method)
     radii = images.new_full((len(images),), largest, dtype=torch.float64)
     if not len(images):
         return radii
     proved, open_end, tried = torch.zeros_like(radii), radii, radii
     with as_in_service(guard):
         for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(tolerance)))):
-            secure = bound_in_service(guard, images, labels, tried).certificate.is_secure
+            secure = _prove(guard, images, labels, tried, method).certificate.is_secure
             proved, open_end = torch.where(secure, tried, proved), torch.where(secure, open_end, tried)
             tried = (proved + open_end) / 2
-        proofs = bound_in_service(guard, images, labels, proved)
+        proofs = _prove(guard, images, labels, proved, method)
         try_out(guard, images, labels, proved, proved > 0, proofs)
     return proved
 
 
 @torch.no_grad()
-def certified_success_rate(guard: ClusterGuard, loader: Loader, *, eps: float, unpack: Unpack | None = None) -> Rate:
+def certified_success_rate(
+    guard: ClusterGuard,
+    loader: Loader,
+    *,
+    eps: float,
+    method: Method = "intervals",
+    unpack: Unpack | None = None,
+) -> Rate:
     """An upper bound on the success rate of every attack within a radius, known or not.
 
     Args:
         guard: guard as in `certify`.
         loader: batches of images (B, C, H, W) in [0, 1] and their true labels (B,).
         eps: radius in l∞, in [0, 1].
+        method: method as in `certify`. Only images that are accepted before an attack are tried with linear bounds.
         unpack: function that takes images and labels from batches of another form.
 
     Returns:
@@ -158,14 +192,22 @@ def certified_success_rate(guard: ClusterGuard, loader: Loader, *, eps: float, u
         images, labels = images.to(guard.thresholds.device), labels.to(guard.thresholds.device)
         eligible = is_eligible(Verdicts(guard.detect(images), labels))
         counted += int(eligible.sum())
-        broken += int((eligible & ~certify(guard, images, labels, eps=eps).is_secure).sum())
+        secure = certify(guard, images[eligible], labels[eligible], eps=eps, method=method).is_secure
+        broken += int((~secure).sum())
         is_empty = False
     if is_empty:
         raise InputError("expected a loader with at least one batch, got an empty one")
     return Rate(broken, counted)
 
 
-def _check(guard: ClusterGuard, images: Tensor, labels: Tensor) -> None:
+def _prove(guard: ClusterGuard, images: Tensor, labels: Tensor, radii: Tensor, method: Method) -> Proofs:
+    proofs = bound_in_service(guard, images, labels, radii)
+    return proofs if method == "intervals" else tighten(guard, images, labels, radii, proofs)
+
+
+def _check(guard: ClusterGuard, images: Tensor, labels: Tensor, method: Method) -> None:
+    if method not in get_args(Method):
+        raise ConfigurationError(f"expected method 'intervals' or 'linear', got {method!r}")
     check_methods(guard)
     if isinstance(guard._encode, CompiledCall):
         raise ConfigurationError(

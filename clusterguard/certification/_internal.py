@@ -1,7 +1,11 @@
 """What the other packages of clusterguard use of `certification`, and users of it do not need."""
 
+from clusterguard.certification._boxes import Box
+from clusterguard.certification._interval_activations import followed_activations
 from clusterguard.certification._trial import check_bounds
 
 __all__ = [
+    "Box",
     "check_bounds",
+    "followed_activations",
 ]

@@ -1,7 +1,9 @@
 """Interval bounds of activations: functions that rise, or that have a single minimum."""
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -123,7 +125,29 @@ def gelu(box: Box, *, approximate: str = "none") -> Box:
     return _rising(function, box, bottom=bottoms[approximate], steepest=1.13, scaled=_ULPS)
 
 
+class _Followers(threading.local):
+    """What follows each ReLU in this thread."""
+
+    follow: "Callable[[Box], Box | None] | None" = None
+
+
+_followers = _Followers()
+
+
+@contextmanager
+def followed_activations(follow: Callable[[Box], Box | None]) -> Iterator[None]:
+    """Within the block, call a function with the box before each ReLU; a box that it returns replaces the ReLU's."""
+    before, _followers.follow = _followers.follow, follow
+    try:
+        yield
+    finally:
+        _followers.follow = before
+
+
 def relu(box: Box) -> Box:
+    replaced = None if _followers.follow is None else _followers.follow(box)
+    if replaced is not None:
+        return replaced
     if box.error is not None and box.error_above is not None:
         box = replace(box, error=torch.minimum(box.error, box.error_above))
     return _rising(torch.relu, box)

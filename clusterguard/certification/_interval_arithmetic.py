@@ -27,7 +27,7 @@ def result(
     if not (isinstance(lower, Tensor) and lower.is_floating_point()):
         raise ConfigurationError("no bounds are known for a tensor that is not floating-point")
     if box.arithmetic is None or error is None:
-        return Box(lower, upper, source=source)
+        return Box(lower, upper, arithmetic=box.arithmetic, source=source)
     if torch.is_autocast_enabled(lower.device.type):
         raise ConfigurationError("no bounds are known under autocast; run the guard in float32, and outside autocast")
     size = torch.maximum(lower.abs(), upper.abs()) + error

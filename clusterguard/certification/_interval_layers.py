@@ -30,10 +30,14 @@ def affine(function: Callable[..., Tensor], box: Any, weight: Any, bias: Any = N
     check_options(args, kw)
     layer = partial(_call_layer, function, args, kw)
     error = above = rounding = size = None
-    if box.error is not None and box.arithmetic is not None:
+    if box.arithmetic is not None:
         if {weight.dtype, box.dtype if bias is None else bias.dtype} != {box.dtype}:
             raise TypeError(f"weights of {weight.dtype} meet a tensor of {box.dtype}")
         weight, bias = weight.to(box.lower), None if bias is None else bias.to(box.lower)
+    if box.lower is box.upper:
+        point = layer(box.lower, weight, bias)
+        return result(box, point, point, None)
+    if box.error is not None and box.arithmetic is not None:
         error, above, rounding, size = _affine_error(layer, box, weight, bias, box.arithmetic)
     center, radius = layer(box.center, weight, bias), layer(box.radius, weight.abs(), None)
     source = None
@@ -103,7 +107,11 @@ def batch_norm(
     mean, var, scale, shift = running_mean, running_var, weight, bias
     if box.arithmetic is not None:
         mean, var, scale, shift = (part if part is None else part.to(box.lower) for part in (mean, var, scale, shift))
-    ends = [functional.batch_norm(end, mean, var, scale, shift, False, momentum, eps) for end in (box.lower, box.upper)]
+    normalize = _differentiable_batch_norm if mean.requires_grad else functional.batch_norm
+    lower = normalize(box.lower, mean, var, scale, shift, False, momentum, eps)
+    if box.lower is box.upper:
+        return result(box, lower, lower, None)
+    ends = [lower, normalize(box.upper, mean, var, scale, shift, False, momentum, eps)]
     if box.error is None or box.arithmetic is None:
         return result(box, *ordered(*ends), None)
     # A backend may compute (x − mean) · factor + bias or x · factor + (bias − mean · factor); this bound covers both.
@@ -115,12 +123,23 @@ def batch_norm(
     return result(box, *ordered(*ends), error, peak=terms)
 
 
+def _differentiable_batch_norm(
+    values: Tensor, mean: Tensor, var: Tensor, scale: Tensor | None, shift: Tensor | None, _: Any, __: Any, eps: float
+) -> Tensor:
+    """Batch normalisation by given statistics, with gradients for these, which torch's own function does not have."""
+    factor = (var + eps).rsqrt() if scale is None else scale * (var + eps).rsqrt()
+    offset = -mean * factor if shift is None else shift - mean * factor
+    factor, offset = (part.to(values.dtype).view(-1, *[1] * (values.ndim - 2)) for part in (factor, offset))
+    return torch.addcmul(offset, values, factor)
+
+
 def view(name: str, box: Box, *args: Any, **options: Any) -> Box:
     """The same numbers in another shape; as with tensors, both may share their memory."""
     check_options(args, options)
-    ends = (None if end is None else getattr(end, name)(*args, **options) for end in (box.lower, box.upper, box.error))
-    lower, upper, error = ends
-    return Box(lower, upper, error=error, arithmetic=box.arithmetic)  # type: ignore[arg-type]
+    lower = getattr(box.lower, name)(*args, **options)
+    upper = lower if box.lower is box.upper else getattr(box.upper, name)(*args, **options)
+    error = None if box.error is None else getattr(box.error, name)(*args, **options)
+    return Box(lower, upper, error=error, arithmetic=box.arithmetic)
 
 
 def clone(box: Box) -> Box:

@@ -48,6 +48,25 @@ def final_refusals() -> Iterator[None]:
         _refusals.first = before
 
 
+class _Differentiated(threading.local):
+    """Whether this thread is in a `differentiated_steps` block."""
+
+    is_on: bool = False
+
+
+_differentiated = _Differentiated()
+
+
+@contextmanager
+def differentiated_steps() -> Iterator[None]:
+    """Refuse, within the block, steps of a network whose gradients would be lost or wrong."""
+    before, _differentiated.is_on = _differentiated.is_on, True
+    try:
+        yield
+    finally:
+        _differentiated.is_on = before
+
+
 @final
 class Interval:
     """All tensors between a lower and an upper one, elementwise; torch's functions and modules accept and return it.
@@ -263,7 +282,10 @@ class Interval:
                 f"no bounds are known for a change in place from {self.dtype} of shape {(*self.shape,)} to "
                 f"{other.dtype} of shape {(*other.shape,)}"
             )
-        for member in self._family.others(self):
+        others = self._family.others(self)
+        if others and _differentiated.is_on:
+            raise _refuse("no linear bounds are known for a change in place of memory that other tensors share")
+        for member in others:
             member._hold(hull(member._box, move(other._box, self._positions(), member._positions())))
         self._hold(other._box)
         return self
@@ -330,6 +352,8 @@ for _name in sorted(f"__{name}__" for name in _REFUSED):
 
 def _call(name: str, rule: IntervalRule, *args: Any, inplace: bool = False, **options: Any) -> Interval:
     """Apply a rule to intervals, and refuse arguments that the rule does not take."""
+    if _differentiated.is_on and not torch.is_grad_enabled():
+        raise _refuse("no linear bounds are known for a network that switches gradients off")
     step = record(name, args, {**options, "inplace": inplace}, _as_dependent)
     return _apply(name, rule, args, options, inplace or name in IN_PLACE).made_by(step)
 

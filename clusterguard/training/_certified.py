@@ -6,11 +6,18 @@ from typing import final
 
 import torch
 from clusterguard._support import IN_GREY_LEVELS, check_numbers, evaluation_mode
-from clusterguard.certification import bound
-from clusterguard.certification._internal import check_bounds
+from clusterguard.certification import Interval, bound
+from clusterguard.certification._internal import Box, check_bounds, followed_activations
 from clusterguard.detection import Calibrator
 from clusterguard.detectors import ClusterGuard
 from clusterguard.errors import ConfigurationError
+from clusterguard.training._bound_terms import (
+    balance_loss,
+    batch_statistics,
+    normalized_by,
+    stability_loss,
+    tightness_loss,
+)
 from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._step import TrainingStep
@@ -54,7 +61,8 @@ class CertifiedTrainer(DetectorTrainer):
     expensive a strong attack would be. The loss is ``(1 − κ) · (cross-entropy + center_weight · mean ½·energy) + κ ·
     cross-entropy of the bounds``, where κ and the radius grow together. The energy is the head's, d² for the paper's
     head. The first cross-entropy is that of the head's logits, the second that of −½d² with bounds on the distances d,
-    both at a temperature. Before training from scratch, call `initialise` on the guard for a better result.
+    both at a temperature. Batch normalisation uses the statistics of the benign batch in both, with gradients through
+    them; proofs use the running ones. Before training from scratch, call `initialise` on the guard for a better result.
 
     Args:
         guard: guard to train, in place and on its own device; its network is as in `certify`.
@@ -68,7 +76,12 @@ class CertifiedTrainer(DetectorTrainer):
         bound_weight: largest value of κ, in (0, 1].
         center_weight: factor of the energy of benign images under their classes, at least 0. A larger one gives tighter
             clusters, and so better detection outside the ball, but fewer certificates.
-        temperature: divisor of the head's logits, positive.
+        temperature: divisor of the head's logits, positive. For `GaussianClusters`, M gives plain cross-entropy.
+        regularization: factor of two terms that keep deep networks trainable while the radius grows, at least 0; it
+            falls to 0 as the radius reaches its full length. One keeps the intervals before the ReLUs from becoming
+            wider than twice those of the images, the other keeps ReLUs that are always on and always off in balance.
+        stability_weight: factor of a term that makes ReLUs keep their sign in the whole ball, at least 0. It gives
+            tighter proofs, and a lower accuracy.
         calibrator: calibrator that fits the final thresholds; None takes `Calibrator()`.
         options: options of the training steps; None takes `TrainingOptions()`.
 
@@ -77,6 +90,9 @@ class CertifiedTrainer(DetectorTrainer):
 
     Reference:
         Gowal et al., "On the effectiveness of interval bound propagation for training verifiably robust models" (2018).
+        Shi et al., "Fast certified robust training with short warmup" (2021), for batch normalisation and
+        `regularization`. Xiao et al., "Training for faster adversarial robustness verification via inducing ReLU
+        stability" (2019), for `stability_weight`.
 
     Example:
         >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 1, 2))
@@ -101,6 +117,8 @@ class CertifiedTrainer(DetectorTrainer):
         bound_weight: float = 0.5,
         center_weight: float = 0.02,
         temperature: float = 1.0,
+        regularization: float = 0.0,
+        stability_weight: float = 0.0,
         calibrator: Calibrator | None = None,
         options: TrainingOptions | None = None,
     ) -> None:
@@ -111,6 +129,8 @@ class CertifiedTrainer(DetectorTrainer):
             bound_weight=bound_weight,
             center_weight=center_weight,
             temperature=temperature,
+            regularization=regularization,
+            stability_weight=stability_weight,
         )
         if not (0 < eps <= 1 and 0 < bound_weight <= 1):
             raise ConfigurationError(
@@ -125,6 +145,11 @@ class CertifiedTrainer(DetectorTrainer):
                 "expected center_weight of at least 0 and a positive temperature, got "
                 f"{center_weight} and {temperature}"
             )
+        if not (0 <= regularization < math.inf and 0 <= stability_weight < math.inf):
+            raise ConfigurationError(
+                "expected regularization and stability_weight of at least 0, got "
+                f"{regularization} and {stability_weight}"
+            )
         super().__init__(guard, optimizer=optimizer, scheduler=scheduler, calibrator=calibrator, options=options)
         self.guard = guard
         self.eps = eps
@@ -133,15 +158,18 @@ class CertifiedTrainer(DetectorTrainer):
         self.bound_weight = bound_weight
         self.center_weight = center_weight
         self.temperature = temperature
+        self.regularization = regularization
+        self.stability_weight = stability_weight
 
     def defining_options(self) -> dict[str, float]:
         """All that the trainer was made with, beside the guard."""
-        names = ("eps", "warmup_epochs", "ramp_epochs", "bound_weight", "center_weight", "temperature")
-        return {name: getattr(self, name) for name in names}
+        plain = ("eps", "warmup_epochs", "ramp_epochs", "bound_weight", "center_weight", "temperature")
+        return {name: getattr(self, name) for name in (*plain, "regularization", "stability_weight")}
 
     def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
         """The loss of a batch of images (B, C, H, W) in [0, 1] and labels (B,); the generator is not used."""
-        representations, head = self.guard.represent(images), self.guard.head
+        with batch_statistics(self.guard) as statistics:
+            representations, head = self.guard.represent(images), self.guard.head
         logits = head.logits(representations)
         spread = 0.5 * head.energies(representations).gather(1, labels[:, None].long()).mean()
         loss = cross_entropy(logits / self.temperature, labels) + self.center_weight * spread
@@ -152,16 +180,24 @@ class CertifiedTrainer(DetectorTrainer):
                 check_bounds(self.guard, images[:4], labels[:4], eps=self.eps)
         if not share:
             return TrainingStep(loss, right, terms={"loss/benign": loss.detach()})
-        with evaluation_mode(self.guard):  # bounds are known for running statistics only, and not for dropout
+        # Bounds are known for given statistics only, and not for dropout.
+        boxes: list[Box] = []
+        with evaluation_mode(self.guard), normalized_by(statistics), followed_activations(boxes.append):
             leads = bound(self.guard, images, labels, eps=share * self.eps).leads
         worst = (-leads / (2 * self.temperature)).logsumexp(dim=1).mean()  # includes the label, whose lead is 0
         weight = share * self.bound_weight
-        return TrainingStep(
-            (1 - weight) * loss + weight * worst,
-            right,
-            (leads < 0).any(dim=1).sum(),
-            {"loss/benign": loss.detach(), "loss/bounds": worst.detach()},
-        )
+        terms = {"loss/benign": loss.detach(), "loss/bounds": worst.detach()}
+        loss = (1 - weight) * loss + weight * worst
+        if boxes and self.regularization and share < 1:
+            ball = Interval.around(images, share * self.eps)
+            width = (self.guard.normalize(ball.upper) - self.guard.normalize(ball.lower)).mean()
+            terms["loss/regularization"] = tightness_loss(width, boxes) + balance_loss(boxes)
+            loss = loss + self.regularization * (1 - share) * terms["loss/regularization"]
+        if boxes and self.stability_weight:
+            terms["loss/stability"] = stability_loss(boxes)
+            loss = loss + self.stability_weight * terms["loss/stability"]
+        terms = {name: term.detach() for name, term in terms.items()}
+        return TrainingStep(loss, right, (leads < 0).any(dim=1).sum(), terms)
 
     def validate(self, images: Tensor, labels: Tensor, generator: Generator) -> Mapping[str, Tensor]:
         """The figures of validation images, with bounds at the full radius; see `DetectorTrainer`.

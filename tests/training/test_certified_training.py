@@ -18,9 +18,11 @@ from clusterguard import (
     success_margin,
 )
 from clusterguard.certification import Interval, bound
+from clusterguard.certification._internal import Box
 from clusterguard.errors import ConfigurationError
 from clusterguard.samples import load_digits
 from clusterguard.training import initialise
+from clusterguard.training._bound_terms import balance_loss, stability_loss, tightness_loss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -121,6 +123,8 @@ def test_without_bounds_the_loss_is_that_of_benign_images_and_with_them_that_of_
         {"ramp_epochs": math.inf},
         {"center_weight": -1.0},
         {"temperature": 0.0},
+        {"regularization": -1.0},
+        {"stability_weight": math.nan},
         {"eps": "0.1"},
         {"ramp_epochs": None},
     ],
@@ -137,3 +141,76 @@ def test_a_network_without_bounds_is_refused_at_the_first_step_and_not_half_trai
     with pytest.raises(ConfigurationError, match="layer_norm"):
         CertifiedTrainer(guard, eps=0.1, warmup_epochs=5).fit(loader, loader, epochs=6, calibrate=False, progress=False)
     assert all(torch.equal(before[name], value) for name, value in guard.encoder.state_dict().items())
+
+
+def normalized_guard():
+    body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5), nn.ReLU())
+    guard = ClusterGuard(body, 3, example=torch.rand(1, 1, 4, 4), center_scale=1.0)
+    initialise(guard)
+    return guard.train()
+
+
+def test_bounds_in_training_use_the_statistics_of_the_benign_batch_and_are_those_of_a_later_proof(monkeypatch):
+    guard, images, labels = normalized_guard(), torch.rand(12, 1, 4, 4), torch.arange(12) % 3
+    layer = guard.encoder.get_submodule(next(n for n, m in guard.encoder.named_modules() if type(m) is nn.BatchNorm2d))
+    trainer = CertifiedTrainer(guard, eps=0.1, ramp_epochs=0, warmup_epochs=0, bound_weight=1.0, center_weight=0.0)
+    monkeypatch.setattr(type(trainer), "epochs_done", 1.0)
+    loss = trainer.training_step(images, labels, None).loss
+    assert layer.num_batches_tracked == 1
+    layer.momentum = None  # running statistics become those of one batch
+    layer.reset_running_stats()
+    with torch.no_grad():
+        guard.represent(images)
+        values = {}
+        hook = layer.register_forward_pre_hook(lambda _, inputs: values.update(inputs=inputs[0]))
+        guard.represent(images)
+        hook.remove()
+        layer.running_var.copy_(values["inputs"].var(dim=(0, 2, 3), correction=0))
+        worst = bound(guard.eval(), images, labels, eps=0.1).leads
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(-worst / 2, labels))
+
+
+def test_gradients_of_bounds_pass_through_the_statistics_of_the_batch(monkeypatch):
+    guard, images, labels = normalized_guard().double(), torch.rand(12, 1, 4, 4).double(), torch.arange(12) % 3
+    trainer = CertifiedTrainer(guard, eps=0.1, ramp_epochs=0, warmup_epochs=0, bound_weight=1.0, center_weight=0.0)
+    monkeypatch.setattr(type(trainer), "epochs_done", 1.0)
+    weight = next(guard.parameters())
+    trainer.training_step(images, labels, None).loss.backward()
+    direction = torch.randn_like(weight)
+    ends = []
+    for step in (1e-5, -1e-5):
+        with torch.no_grad():
+            weight += step * direction
+            ends.append(trainer.training_step(images, labels, None).loss)
+            weight -= step * direction
+    torch.testing.assert_close((weight.grad * direction).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-7)
+
+
+def box_of(center, radius):
+    return Box(torch.tensor(center) - radius, torch.tensor(center) + radius)
+
+
+def test_terms_of_the_loss_ask_for_tight_balanced_and_stable_intervals():
+    tight, wide = box_of([1.0, -1.0], 0.1), box_of([1.0, -1.0], 0.8)
+    assert tightness_loss(torch.tensor(0.2), [tight]) == 0
+    torch.testing.assert_close(tightness_loss(torch.tensor(0.2), [tight, wide]), torch.tensor(0.375))
+    assert balance_loss([tight]) == 0  # as much above 0 as below
+    assert balance_loss([box_of([9.0, -1.0], 0.1)]) > 0.5
+    assert balance_loss([box_of([9.0, 1.0], 0.1)]) == 0  # no ReLU is off, so that there is no ratio
+    assert stability_loss([tight]) < stability_loss([wide]) < stability_loss([box_of([0.0, 0.0], 0.8)])
+
+
+def test_the_terms_join_the_loss_while_the_radius_grows(monkeypatch):
+    images, labels = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
+    losses = {}
+    for name in (None, "regularization", "stability_weight"):
+        torch.manual_seed(0)
+        trainer = CertifiedTrainer(
+            normalized_guard(), eps=0.4, ramp_epochs=2, warmup_epochs=0, **{name: 0.5} if name else {}
+        )
+        for epoch in (1.0, 2.0):
+            monkeypatch.setattr(type(trainer), "epochs_done", epoch)
+            losses[name, epoch] = trainer.training_step(images, labels, None).loss
+    assert losses["regularization", 1.0] > losses[None, 1.0]
+    assert losses["regularization", 2.0] == losses[None, 2.0]
+    assert losses["stability_weight", 2.0] != losses[None, 2.0]
