@@ -82,7 +82,10 @@ def test_linear_bounds_prove_all_that_intervals_prove_and_more_of_a_guard():
     proofs = [certify(guard, images, labels, eps=0.05, method=method) for method in ("intervals", "linear")]
     assert (proofs[1].is_secure >= proofs[0].is_secure).all()
     assert proofs[1].is_secure.sum() > proofs[0].is_secure.sum()
-    radii = [certified_radius(guard, images[:5], labels[:5], method=method) for method in ("intervals", "linear")]
+    radii = [
+        certified_radius(guard, images[:3], labels[:3], tolerance=0.1, method=method)
+        for method in ("intervals", "linear")
+    ]
     assert (radii[1] >= radii[0]).all()
     rates = [certified_success_rate(guard, [(images, labels)], eps=0.05, method=m) for m in ("intervals", "linear")]
     assert rates[1].count <= rates[0].count
