@@ -16,6 +16,9 @@ def make_certified(
     bound_weight: float = 0.5,
     center_weight: float = 0.02,
     temperature: float = 1.0,
+    regularization: float = 0.0,
+    stability_weight: float = 0.0,
+    clip_norm: float | None = None,
 ) -> Recipe:
     """A recipe for the guard of the library with the certified trainer of the library.
 
@@ -26,6 +29,9 @@ def make_certified(
         bound_weight: weight of the loss of the bounds.
         center_weight: weight of the distance to the centres.
         temperature: temperature of the cross-entropies.
+        regularization: weight of the terms that keep intervals tight and balanced while the radius grows.
+        stability_weight: weight of the term that keeps ReLUs on one side.
+        clip_norm: largest norm of a gradient.
     """
 
     def build(network: nn.Module) -> DetectorModule:
@@ -46,7 +52,9 @@ def make_certified(
             bound_weight=bound_weight,
             center_weight=center_weight,
             temperature=temperature,
-            options=schedule.options,
+            regularization=regularization,
+            stability_weight=stability_weight,
+            options=replace(schedule.options, clip_norm=clip_norm),
         )
 
     return replace(

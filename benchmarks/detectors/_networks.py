@@ -62,6 +62,20 @@ def strided_cnn(shape: InputShape, *, width: int, features: int) -> nn.Module:
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(2 * width * size, features), nn.ReLU())
 
 
+def cnn_5(shape: InputShape) -> nn.Module:
+    """Four 3 × 3 convolutions, of 16, 32, 64 and 64 channels, the second and fourth strided, then a linear layer.
+
+    Batch normalisation follows each. It is the kind of network that certified training is compared on, made narrow.
+    """
+    layers: list[nn.Module] = []
+    channels = shape[0]
+    for width, stride in ((16, 1), (32, 2), (64, 1), (64, 2)):
+        layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    size = channels * -(-shape[1] // 4) * -(-shape[2] // 4)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(size, 200), nn.BatchNorm1d(200), nn.ReLU())
+
+
 def small_cnn(shape: InputShape) -> nn.Module:
     """The network of TRADES for MNIST by Zhang et al. (2019): 32-32-pool-64-64-pool, then 200-200."""
 
@@ -141,6 +155,7 @@ def wide_resnet(shape: InputShape, *, depth: int, width: int) -> nn.Module:
 MODELS: dict[str, Callable[[InputShape], nn.Module]] = {
     "tiny-cnn": partial(strided_cnn, width=16, features=100),
     "wide-cnn": partial(strided_cnn, width=32, features=256),
+    "cnn-5": cnn_5,
     "small-cnn": small_cnn,
     "released-cnn": released_cnn,
     "resnet18": resnet18,

@@ -28,6 +28,7 @@ PATIENCE = 2.0  # seconds that a measurement lasts at least
 KERNELS = {  # numbers of kernels that a forward pass launches, by network
     "tiny-cnn": 25,
     "wide-cnn": 25,
+    "cnn-5": 40,
     "small-cnn": 50,
     "released-cnn": 30,
     "resnet18": 220,

@@ -8,6 +8,7 @@ from benchmarks.running import _plan as plan
 SIZES = {  # parameters without the classifier, as published with it less its own
     "tiny-cnn": 165_380,
     "wide-cnn": 836_448,
+    "cnn-5": 688376,
     "small-cnn": 310_296,
     "released-cnn": 6_498_688,
     "resnet18": 11_168_832,
@@ -20,7 +21,7 @@ SIZES = {  # parameters without the classifier, as published with it less its ow
 
 @pytest.mark.parametrize("name", networks.MODELS)
 def test_images_become_features_with_a_gradient(name):
-    shape = (1, 28, 28) if name.endswith("-cnn") else (3, 32, 32)
+    shape = (1, 28, 28) if "cnn" in name else (3, 32, 32)
     network = networks.build_network(name, shape).eval()
     if not name.startswith("wrn-"):
         images = torch.rand(2, *shape, requires_grad=True)
@@ -37,7 +38,7 @@ def test_the_cost_of_every_network_can_be_estimated():
     assert set(plan.KERNELS) == set(networks.MODELS)
 
 
-@pytest.mark.parametrize("name", ["tiny-cnn", "wide-cnn", "small-cnn", "released-cnn"])
+@pytest.mark.parametrize("name", ["tiny-cnn", "wide-cnn", "cnn-5", "small-cnn", "released-cnn"])
 def test_small_networks_take_colour_images_too(name):
     assert networks.build_network(name, (3, 32, 32))(torch.rand(2, 3, 32, 32)).shape[0] == 2
 
