@@ -1,13 +1,15 @@
 """Which models of timm and torchvision can be guarded.
 
 `python -m benchmarks.studies.coverage` builds each model on torch's meta device, where tensors have shapes but no
-values, and checks that it becomes an encoder. It writes the results to benchmarks/results/coverage.json.
+values, and checks that it becomes an encoder. With `--labels`, it builds each model that a CPU can bear, and checks that
+a guard around it gives images the model's own labels. Results are in benchmarks/results/coverage.json.
 """
 
 import datetime
 import gc
 import json
 import platform
+import warnings
 from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import partial
@@ -17,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from clusterguard.detectors import find_normalization, find_num_classes, make_encoder
+from clusterguard.detectors import ClusterGuard, find_normalization, find_num_classes, make_encoder
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,6 +37,10 @@ CHECKS = [
     "its gradient in the images has their shape",
     f"in train mode too it returns a tensor of shape ({_BATCH}, {_WIDTH}), and nothing else",
 ]
+LABELS = (
+    f"kept: on {_BATCH} images the guard gives the labels of the model, and its representation is the model's logits times "
+    f"a factor, less their mean; for models of at most {_SMALL // 10**6} million parameters, all of them moved at random"
+)
 # Where a model ran, or why it failed, by library, by "passed" or "failed", and by the model's name.
 Outcomes = dict[str, dict[str, dict[str, str]]]
 # Pairs of a device to build a model on and a device to run it on, cheapest first. Some constructors and forward passes
@@ -112,6 +118,42 @@ def check_encoder(candidate: Candidate) -> None:
     expect("train mode", wanted, describe_output(encoder.train()(images)))
 
 
+def check_labels(library: str, name: str) -> str:
+    """Whether a guard around a model gives its labels: "kept", or why not, or that the model is too large to try."""
+    with torch.device("meta"):
+        try:
+            parameters = sum(weight.numel() for weight in build_candidate(library, name).model.parameters())
+        except Exception:  # the constructor looks at values
+            parameters = 0
+    if parameters > _SMALL:
+        return f"not tried with {parameters / 1e6:.0f} million parameters"
+    torch.manual_seed(0)
+    model, shape, _ = build_candidate(library, name)
+    with torch.no_grad():
+        for weight in model.parameters():  # many last layers start with zeros, under which all labels are equal
+            weight.add_(0.02 * torch.randn_like(weight))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        guard = ClusterGuard(model.eval()).eval()
+    images = torch.rand(_BATCH, *shape)
+    with torch.no_grad():
+        logits, kept = model(guard.normalize(images)), guard.represent(images)
+        logits, kept = logits - logits.mean(dim=1, keepdim=True), kept - kept.mean(dim=1, keepdim=True)
+        scale = (logits * kept).sum() / logits.square().sum()
+    if torch.allclose(kept, scale * logits, rtol=1e-3, atol=1e-3 * float(kept.abs().max())) and scale > 0:
+        labels = guard(images).argmax(dim=1)
+        return "kept" if torch.equal(labels, logits.argmax(dim=1)) else "other labels"
+    return "; ".join(str(warning.message) for warning in caught) or "other logits, without a warning"
+
+
+def try_labels(library: str, name: str) -> str:
+    """The outcome of `check_labels`, or the error that it raised."""
+    try:
+        return check_labels(library, name)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def find_place(make: Callable[[], Candidate]) -> tuple[str | None, str]:
     """Find the first place where a model can run, and check the model there.
 
@@ -141,12 +183,24 @@ def find_place(make: Callable[[], Candidate]) -> tuple[str | None, str]:
     return None, "; ".join(reasons)
 
 
+def try_name(outcome: dict[str, dict[str, str]], library: str, name: str, *, labels: bool) -> str:
+    """Try a model, note the outcome, and return what went wrong."""
+    if labels:
+        outcome["labels"][name] = try_labels(library, name)
+        return "" if outcome["labels"][name] == "kept" else outcome["labels"][name]
+    place, reason = find_place(partial(build_candidate, library, name))
+    for kind in ("passed", "failed"):
+        outcome[kind].pop(name, None)
+    outcome["failed" if place is None else "passed"][name] = place or reason
+    return reason if place is None else ""
+
+
 def load_outcomes(path: Path | None, versions: dict[str, str]) -> Outcomes:
     """Read the outcomes in a file. There are none if the file is missing or is about other versions."""
     content: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
     libraries = content["libraries"] if content.get("versions") == versions else {}
     return {
-        library: {kind: libraries.get(library, {}).get(kind, {}) for kind in ("passed", "failed")}
+        library: {kind: libraries.get(library, {}).get(kind, {}) for kind in ("passed", "failed", "labels")}
         for library in LIBRARIES
     }
 
@@ -160,6 +214,9 @@ def save_outcomes(path: Path, outcomes: Outcomes, names: dict[str, list[str]], v
             "failed": outcome["failed"],
             "not_tried": [name for name in names[library] if name not in outcome["passed"] | outcome["failed"]],
             "passed": {name: outcome["passed"][name] for name in names[library] if name in outcome["passed"]},
+            "models_with_their_labels": sum(label == "kept" for label in outcome["labels"].values()),
+            "models_tried_for_labels": sum(not label.startswith("not tried") for label in outcome["labels"].values()),
+            "labels": {name: outcome["labels"][name] for name in names[library] if name in outcome["labels"]},
         }
         for library, outcome in outcomes.items()
     }
@@ -167,7 +224,11 @@ def save_outcomes(path: Path, outcomes: Outcomes, names: dict[str, list[str]], v
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions,
         "checks": CHECKS,
-        "legend": {"passed": "name: where the model ran (meta: shapes only, no values)", "failed": "name: why"},
+        "legend": {
+            "passed": "name: where the model ran (meta: shapes only, no values)",
+            "failed": "name: why",
+            "labels": LABELS,
+        },
         "libraries": libraries,
     }
     write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
@@ -175,6 +236,7 @@ def save_outcomes(path: Path, outcomes: Outcomes, names: dict[str, list[str]], v
 
 def main(
     resume: Annotated[bool, typer.Option("--resume", help="Keep what has passed, try the rest.")] = False,
+    labels: Annotated[bool, typer.Option("--labels", help="Check labels instead; keep all else.")] = False,
     only: Annotated[str, typer.Option(help="Try the names that match, such as 'vit_*', keep the rest.")] = "*",
     output: Annotated[Path, typer.Option(help="The JSON file.")] = COVERAGE_FILE,
 ) -> None:
@@ -182,22 +244,19 @@ def main(
     versions = {package: version(package) for package in ("torch", *LIBRARIES)}
     versions["python"] = platform.python_version()
     names = {library: list_models(library) for library in LIBRARIES}
-    outcomes = load_outcomes(output if resume or only != "*" else None, versions)
+    outcomes = load_outcomes(output if resume or labels or only != "*" else None, versions)
     todo = [
         (library, name)
         for library in LIBRARIES
         for name in names[library]
-        if fnmatch(name, only) and not (resume and name in outcomes[library]["passed"])
+        if fnmatch(name, only) and not (resume and name in outcomes[library]["labels" if labels else "passed"])
     ]
     progress = tqdm(todo, unit="model")
     try:
         for done, (library, name) in enumerate(progress, start=1):
             progress.set_postfix_str(name)
-            place, reason = find_place(partial(build_candidate, library, name))
-            for kind in ("passed", "failed"):
-                outcomes[library][kind].pop(name, None)
-            outcomes[library]["failed" if place is None else "passed"][name] = place or reason
-            if place is None:
+            reason = try_name(outcomes[library], library, name, labels=labels)
+            if reason:
                 progress.write(f"{library} {name}: {reason}")
             if done % _SAVE_EVERY == 0:
                 gc.collect()  # modules and their hooks form cycles
@@ -205,7 +264,10 @@ def main(
     finally:
         save_outcomes(output, outcomes, names, versions)
     for library, outcome in outcomes.items():
-        print(f"{library} {versions[library]}: {len(outcome['passed'])} of {len(names[library])}")
+        kept = sum(label == "kept" for label in outcome["labels"].values())
+        print(
+            f"{library} {versions[library]}: {len(outcome['passed'])} of {len(names[library])}, {kept} keep their labels"
+        )
     raise typer.Exit(code=any(outcome["failed"] for outcome in outcomes.values()))
 
 

@@ -230,6 +230,10 @@ def guard(
         typer.Option(help="Mean that it was trained with, such as 0.5 or 0.49,0.48,0.45; else as its library."),
     ] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviation, in the same form.")] = None,
+    fit: Annotated[
+        Literal["align", "gaussians"],
+        typer.Option(help="Align the last layer with the paper's centres, or fit Gaussians of the features."),
+    ] = "align",
     data: Data = "digits",
     image_size: ImageSize = None,
     channels: Channels = None,
@@ -241,13 +245,13 @@ def guard(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Guard a trained classifier without training it: align its last layer, calibrate it, and save it as a folder.
+    """Guard a trained classifier without training it: fit its last layer, calibrate it, and save it as a folder.
 
     Example: clusterguard guard --model timm:resnet18 --weights mine.safetensors --data photos --output runs/guard
     """
     from clusterguard.cli import _data as cli_data
     from clusterguard.detection import Calibrator
-    from clusterguard.detectors import ClusterGuard, align
+    from clusterguard.detectors import ClusterGuard, align, fit_feature_gaussians
     from clusterguard.evaluation._internal import to_json_value
     from torch.utils.data import DataLoader
 
@@ -264,24 +268,21 @@ def guard(
     values = _numbers(mean), _numbers(std)
     wrapped = ClusterGuard(network, len(classes), mean=values[0], std=values[1], class_names=classes).to(target)
     _introduce(pictures, wrapped)
-    bar = "aligning" if stderr_is_a_terminal() else ""
-    alignment = align(wrapped, DataLoader(pictures, batch_size), progress=bar)
-    say(
-        f"aligned on {alignment.images} images; on {alignment.held_out} held-out ones: accuracy "
-        f"{alignment.accuracy_before:.3f} before, {alignment.accuracy_after:.3f} after; distance to the class "
-        f"{alignment.distance_before:.2f} before, {alignment.distance_after:.2f} after"
-    )
+    bar = "fitting" if stderr_is_a_terminal() else ""
+    run, key = (align, "alignment") if fit == "align" else (fit_feature_gaussians, "gaussians")
+    fitted = run(wrapped, DataLoader(pictures, batch_size), progress=bar)
+    say(str(fitted))
     calibrator.fit(wrapped, DataLoader(calibration, batch_size), progress=stderr_is_a_terminal())
     record = {
         "data": {**cli_data.describe_images(pictures), "seed": seed, **images},
         "backbone": model,
         "weights": "pretrained" if weights is None else weights.name,
         "calibrator": repr(calibrator),
-        "alignment": to_json_value(alignment),
+        key: to_json_value(fitted),
     }
     wrapped.save_pretrained(output, training=record)
     result, text = cli_data.describe_guard(output)
-    show(as_json, {**result, "alignment": alignment}, text)
+    show(as_json, {**result, key: fitted}, text)
 
 
 @app.command()

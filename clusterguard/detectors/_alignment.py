@@ -51,6 +51,13 @@ class Alignment:
     share: float
     is_changed: bool
 
+    def __str__(self) -> str:
+        return (
+            f"aligned on {self.images} images; on {self.held_out} held-out ones: accuracy {self.accuracy_before:.3f} "
+            f"before, {self.accuracy_after:.3f} after; distance to the class {self.distance_before:.2f} before, "
+            f"{self.distance_after:.2f} after"
+        )
+
 
 def align(guard: ClusterGuard, loader: Loader, *, unpack: Unpack | None = None, progress: str = "") -> Alignment:
     """Fit the last layer of a guard to its class centres by ridge regression. Nothing else is trained.

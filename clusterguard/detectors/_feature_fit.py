@@ -43,6 +43,12 @@ class FeatureFit:
     features: int
     shrinkage: float
 
+    def __str__(self) -> str:
+        return (
+            f"Gaussians of {self.features} features fitted to {self.images} images; on {self.held_out} held-out ones: "
+            f"accuracy {self.accuracy_before:.3f} before, {self.accuracy_after:.3f} after"
+        )
+
 
 def fit_feature_gaussians(
     guard: ClusterGuard, loader: Loader, *, unpack: Unpack | None = None, progress: str = ""

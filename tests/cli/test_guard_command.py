@@ -9,6 +9,7 @@ import torch
 from clusterguard import ClusterGuard
 from clusterguard.cli import app
 from clusterguard.cli._data import load_part, make_backbone
+from clusterguard.detectors import FeatureGaussians
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -55,6 +56,16 @@ def test_a_trained_classifier_becomes_a_calibrated_guard(photos, weights, tmp_pa
     images, labels = next(iter(DataLoader(load_part(str(photos), "test", image_size=16, channels=1, seed=0), 1000)))
     assert (guard.detect(images).labels == labels).double().mean() > 0.9
     assert list(guard.class_names) == told["guard"]["class_names"]
+
+
+def test_gaussians_of_features_are_fitted_if_asked_for(photos, weights, tmp_path):
+    result = run("--data", photos, "--weights", weights, "--output", tmp_path / "g", *OPTIONS, "--fit", "gaussians")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"Gaussians of \d+ features.*accuracy \d\.\d+ before, \d\.\d+ after", result.stderr)
+    guard = ClusterGuard.from_pretrained(tmp_path / "g")
+    assert type(guard.head) is FeatureGaussians
+    images, labels = next(iter(DataLoader(load_part(str(photos), "test", image_size=16, channels=1, seed=0), 1000)))
+    assert (guard.detect(images).labels == labels).double().mean() > 0.8
 
 
 @pytest.mark.parametrize(
