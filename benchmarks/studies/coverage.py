@@ -1,8 +1,8 @@
 """Which models of timm and torchvision can be guarded.
 
 `python -m benchmarks.studies.coverage` builds each model on torch's meta device, where tensors have shapes but no
-values, and checks that it becomes an encoder. With `--labels`, it builds each model that a CPU can bear, and checks that
-a guard around it gives images the model's own labels. Results are in benchmarks/results/coverage.json.
+values, and checks that it becomes an encoder. With `--labels`, it builds each model that a CPU can bear, and checks
+that a guard around it gives images the model's own labels. Results are in benchmarks/results/coverage.json.
 """
 
 import datetime
@@ -38,8 +38,8 @@ CHECKS = [
     f"in train mode too it returns a tensor of shape ({_BATCH}, {_WIDTH}), and nothing else",
 ]
 LABELS = (
-    f"kept: on {_BATCH} images the guard gives the labels of the model, and its representation is the model's logits times "
-    f"a factor, less their mean; for models of at most {_SMALL // 10**6} million parameters, all of them moved at random"
+    f"kept: on {_BATCH} images the guard gives the labels of the model, and its representation is the model's logits "
+    f"times a factor, less their mean; for models of at most {_SMALL // 10**6} million parameters, all moved at random"
 )
 # Where a model ran, or why it failed, by library, by "passed" or "failed", and by the model's name.
 Outcomes = dict[str, dict[str, dict[str, str]]]
@@ -265,9 +265,8 @@ def main(
         save_outcomes(output, outcomes, names, versions)
     for library, outcome in outcomes.items():
         kept = sum(label == "kept" for label in outcome["labels"].values())
-        print(
-            f"{library} {versions[library]}: {len(outcome['passed'])} of {len(names[library])}, {kept} keep their labels"
-        )
+        passed = f"{len(outcome['passed'])} of {len(names[library])} pass"
+        print(f"{library} {versions[library]}: {passed}, {kept} of {len(outcome['labels'])} keep their labels")
     raise typer.Exit(code=any(outcome["failed"] for outcome in outcomes.values()))
 
 
