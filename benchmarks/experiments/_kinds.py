@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from clusterguard import FGSM, PGD, ClusterGuard, Detector, Evidence, WorstCaseSuite, certify
@@ -192,7 +192,9 @@ def _suite(scene: Scene, *, norm: str, **options: Any) -> Outcome:
     return Outcome({"": result.images}, result.stages)
 
 
-def _certificate(scene: Scene, *, norm: str, eps: float) -> Outcome:
+def _certificate(
+    scene: Scene, *, norm: str, eps: float, method: Literal["intervals", "linear"] = "intervals"
+) -> Outcome:
     if norm != LInf.name:
         raise ConfigurationError(f"expected a certificate in {LInf.name}, got {norm!r}")
     assert isinstance(scene.detector, WithThresholds)  # tells the type checker
@@ -200,7 +202,13 @@ def _certificate(scene: Scene, *, norm: str, eps: float) -> Outcome:
     if not isinstance(guard, ClusterGuard):
         raise ConfigurationError(f"expected a guard to certify, got a {type(guard).__name__}")
     guard.thresholds = scene.detector.thresholds
-    return Outcome({"": scene.images}, unproved=~certify(guard, scene.images, scene.labels, eps=eps).is_secure)
+    is_secure = certify(guard, scene.images, scene.labels, eps=eps, method=method).is_secure
+    return Outcome({"": scene.images}, unproved=~is_secure)
+
+
+def _certificate_cost(classes: int, *, method: str = "intervals", **_: Any) -> PlannedCost:
+    """Three passes for intervals; linear bounds take 60 steps for each class, if intervals prove nothing."""
+    return PlannedCost(3, 0) if method == "intervals" else PlannedCost(3 + 60 * classes, 120 * classes)
 
 
 def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) -> PlannedCost:
@@ -243,5 +251,5 @@ KINDS: dict[str, Kind] = {
     "boundary": Kind(_boundary, lambda _, *, queries, **__: PlannedCost(queries, 0), sees_thresholds=True),
     "transfer": Kind(_transfer, lambda _, *, steps, **__: PlannedCost(steps + 1, steps), takes_precision=True),
     "suite": Kind(_suite, _suite_cost, sees_thresholds=True, whole=True, takes_precision=True),
-    "certificate": Kind(_certificate, lambda _, **__: PlannedCost(3, 0), sees_thresholds=True),
+    "certificate": Kind(_certificate, _certificate_cost, sees_thresholds=True),
 }
