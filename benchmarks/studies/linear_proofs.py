@@ -1,7 +1,7 @@
 """What linear bounds prove of the certified guards that ship, beyond what intervals prove.
 
-`python -m benchmarks.studies.linear_proofs` writes its counts to benchmarks/results/linear-proofs.json. On one core of a CPU
-it takes about ten minutes.
+`python -m benchmarks.studies.linear_proofs` writes its counts to benchmarks/results/linear-proofs.json. On one core of
+a CPU it takes about ten minutes.
 """
 
 import json
