@@ -7,7 +7,7 @@ a CPU it takes about ten minutes.
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -17,13 +17,15 @@ from benchmarks._support import write_atomically
 from benchmarks.data import load_data_set
 from benchmarks.running import provenance
 
-RESULTS_FILE = Path(__file__).parents[1] / "results" / "linear-proofs.json"
-GUARDS = Path(__file__).parents[2] / "guards"
-RADII = {"mnist-certified": (0.3, 0.4), "mnist-certified-accurate": (0.3, 0.4)}
-Method = Literal["intervals", "linear"]
+PROOFS_FILE = Path(__file__).parents[1] / "results" / "linear-proofs.json"
+_GUARDS = Path(__file__).parents[2] / "guards"
+_RADII = {"mnist-certified": (0.3, 0.4), "mnist-certified-accurate": (0.3, 0.4)}
+_METHODS: tuple[Literal["intervals", "linear"], ...] = ("intervals", "linear")
 
 
-def count_unproved(guard: ClusterGuard, images: int, eps: float, method: Method) -> dict[str, object]:
+def count_unproved(
+    guard: ClusterGuard, images: int, eps: float, method: Literal["intervals", "linear"]
+) -> dict[str, object]:
     """How many of the accepted test digits at the front are not proved, of how many, and the seconds it took."""
     pixels, labels = load_data_set("mnist").open_test().head(images).floats()
     start = time.process_time()
@@ -34,15 +36,15 @@ def count_unproved(guard: ClusterGuard, images: int, eps: float, method: Method)
 
 def main(
     images: Annotated[int, typer.Option(min=1, help="Test digits, the first ones.")] = 1000,
-    output: Annotated[Path, typer.Option(help="The JSON file.")] = RESULTS_FILE,
+    output: Annotated[Path, typer.Option(help="The JSON file.")] = PROOFS_FILE,
 ) -> None:
     """Count what is proved with intervals and with linear bounds."""
     torch.set_num_threads(1)
     rows = []
-    for name, radii in RADII.items():
-        guard = ClusterGuard.from_pretrained(GUARDS / name)
+    for name, radii in _RADII.items():
+        guard = ClusterGuard.from_pretrained(_GUARDS / name)
         for eps in radii:
-            for method in get_args(Method):
+            for method in _METHODS:
                 rows.append({"guard": name, **count_unproved(guard, images, eps, method)})
                 print(rows[-1])
     content = {"images": images, "provenance": provenance(torch.device("cpu")), "rows": rows}

@@ -26,7 +26,7 @@ from clusterguard.detectors import ClusterGuard
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
 
-Method = Literal["intervals", "linear"]
+ProofMethod = Literal["intervals", "linear"]
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def certify(
     labels: Tensor,
     *,
     eps: float | Tensor,
-    method: Method = "intervals",
+    method: ProofMethod = "intervals",
 ) -> Certificate:
     """Prove that no perturbation within a radius changes the guard's decision to a wrong one.
 
@@ -109,7 +109,7 @@ def certified_radius(
     *,
     largest: float = 1.0,
     tolerance: float = 1e-3,
-    method: Method = "intervals",
+    method: ProofMethod = "intervals",
 ) -> Tensor:
     """The largest radius at which each image is proved secure, by bisection.
 
@@ -160,7 +160,7 @@ def certified_success_rate(
     loader: Loader,
     *,
     eps: float,
-    method: Method = "intervals",
+    method: ProofMethod = "intervals",
     unpack: Unpack | None = None,
 ) -> Rate:
     """An upper bound on the success rate of every attack within a radius, known or not.
@@ -200,13 +200,13 @@ def certified_success_rate(
     return Rate(broken, counted)
 
 
-def _prove(guard: ClusterGuard, images: Tensor, labels: Tensor, radii: Tensor, method: Method) -> Proofs:
+def _prove(guard: ClusterGuard, images: Tensor, labels: Tensor, radii: Tensor, method: ProofMethod) -> Proofs:
     proofs = bound_in_service(guard, images, labels, radii)
     return proofs if method == "intervals" else tighten(guard, images, labels, radii, proofs)
 
 
-def _check(guard: ClusterGuard, images: Tensor, labels: Tensor, method: Method) -> None:
-    if method not in get_args(Method):
+def _check(guard: ClusterGuard, images: Tensor, labels: Tensor, method: ProofMethod) -> None:
+    if method not in get_args(ProofMethod):
         raise ConfigurationError(f"expected method 'intervals' or 'linear', got {method!r}")
     check_methods(guard)
     if isinstance(guard._encode, CompiledCall):
