@@ -23,7 +23,7 @@ _RADII = {"mnist-certified": (0.3, 0.4), "mnist-certified-accurate": (0.3, 0.4)}
 _METHODS: tuple[Literal["intervals", "linear"], ...] = ("intervals", "linear")
 
 
-def count_unproved(
+def try_method(
     guard: ClusterGuard, images: int, eps: float, method: Literal["intervals", "linear"]
 ) -> dict[str, object]:
     """How many of the accepted test digits at the front are not proved, of how many, and the seconds it took."""
@@ -45,7 +45,7 @@ def main(
         guard = ClusterGuard.from_pretrained(_GUARDS / name)
         for eps in radii:
             for method in _METHODS:
-                rows.append({"guard": name, **count_unproved(guard, images, eps, method)})
+                rows.append({"guard": name, **try_method(guard, images, eps, method)})
                 print(rows[-1])
     content = {"images": images, "provenance": provenance(torch.device("cpu")), "rows": rows}
     write_atomically(output, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
