@@ -118,7 +118,7 @@ def check_encoder(candidate: Candidate) -> None:
     expect("train mode", wanted, describe_output(encoder.train()(images)))
 
 
-def check_labels(library: str, name: str) -> str:
+def compare_labels(library: str, name: str) -> str:
     """Whether a guard around a model gives its labels: "kept", or why not, or that the model is too large to try."""
     with torch.device("meta"):
         try:
@@ -147,9 +147,9 @@ def check_labels(library: str, name: str) -> str:
 
 
 def try_labels(library: str, name: str) -> str:
-    """The outcome of `check_labels`, or the error that it raised."""
+    """The outcome of `compare_labels`, or the error that it raised."""
     try:
-        return check_labels(library, name)
+        return compare_labels(library, name)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
