@@ -14,17 +14,21 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
 from numbers import Integral, Real
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-from clusterguard._support import digest_of
+from clusterguard._support import digest_of, names_in_eval_mode
 from clusterguard.detection import Loader, Pairs
 from clusterguard.detection._internal import number_of_batches
+from clusterguard.detectors import DetectorModule, Head, Normalize
+from clusterguard.training._contents import describe_contents
 from clusterguard.training._options import TrainingOptions
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 _LONGEST = 200  # largest number of characters of a value
 _DEEPEST = 8  # largest number of values that a value is nested in
+_LONGEST_ROW = 20  # largest number of values in a plain attribute of a module
 _NAMED_AT_MOST = 10  # largest number of differences in an error message
 # Entries of an optimizer's groups that do not change its results, or that are described otherwise.
 _HOW = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
@@ -147,7 +151,7 @@ def describe_options(options: TrainingOptions, precision: str) -> dict[str, str]
 
 
 def describe_data(name: str, loader: Loader) -> dict[str, str]:
-    """Describe the data of a loader: the numbers of its batches and images and the batch size, as far as known.
+    """Describe the data of a loader: the numbers of its batches and images, the batch size, and what it holds.
 
     Args:
         name: name of the loader in the description.
@@ -158,7 +162,53 @@ def describe_data(name: str, loader: Loader) -> dict[str, str]:
     sizes = {"batches": number_of_batches(loader), "batch size": getattr(loader, "batch_size", None)}
     with suppress(AttributeError, TypeError, NotImplementedError):  # lists and streams have no such length
         sizes["images"] = len(loader.dataset)  # type: ignore[attr-defined]
-    return describe({f"{name} {what}": size for what, size in sizes.items() if isinstance(size, int)})
+    numbers = describe({f"{name} {what}": size for what, size in sizes.items() if isinstance(size, int)})
+    return numbers | describe_contents(name, loader)
+
+
+def describe_detector(detector: DetectorModule) -> dict[str, str]:
+    """Describe how a detector is built: the classes and plain attributes of its modules, but not its weights.
+
+    Args:
+        detector: detector before its first step.
+
+    Example:
+        >>> from clusterguard.detectors import ConfidenceDetector
+        >>> lines = describe_detector(ConfidenceDetector(nn.Sequential(nn.Flatten(), nn.Dropout(0.1)), 2))
+        >>> lines["detector.classifier.1"], lines["detector.classifier.1.p"]
+        ('Dropout', '0.1')
+    """
+    described: dict[str, Any] = {}
+    for name, module in detector.named_modules():
+        place = f"detector.{name}".removesuffix(".")
+        described[place] = type(module)
+        plain = {key: value for key, value in vars(module).items() if key[0] != "_" and _is_plain(value)}
+        described |= {f"{place}.{key}": value for key, value in plain.items() if key != "training"}
+        if isinstance(module, Head):
+            described |= {f"{place}.{key}": value for key, value in module.options().items()}
+        if isinstance(module, Normalize):
+            described |= {
+                f"{place}.mean": module.mean.flatten().tolist(),
+                f"{place}.std": module.std.flatten().tolist(),
+            }
+    frozen = names_in_eval_mode(detector) if detector.training else detector.frozen
+    described["modules in eval mode"] = set(frozen)
+    described["fixed weights"] = {name for name, weight in detector.named_parameters() if not weight.requires_grad}
+    return describe(described)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text, a function or a short row of such values."""
+    if isinstance(value, tuple | list):
+        return len(value) <= _LONGEST_ROW and all(
+            not isinstance(part, tuple | list) and _is_plain(part) for part in value
+        )
+    return value is None or isinstance(value, bool | int | float | str | FunctionType | BuiltinFunctionType)
+
+
+def digest_of_weights(state: Mapping[str, Any]) -> str:
+    """A digest of all weights and buffers in the state dict of a detector, except its thresholds."""
+    return digest_of({name: value for name, value in state.items() if name != "thresholds"})
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a trainer keeps in a checkpoint, and how it goes on from one."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -7,8 +8,15 @@ from typing import Any, Protocol
 from clusterguard._support import gather
 from clusterguard.detection import Calibrator
 from clusterguard.detectors import DetectorModule
-from clusterguard.training._checkpoints import EpochRecord, EpochTotals, read_checkpoint, read_values, save_checkpoint
-from clusterguard.training._descriptions import describe, describe_options
+from clusterguard.training._checkpoints import (
+    Checkpoint,
+    EpochRecord,
+    EpochTotals,
+    read_checkpoint,
+    read_values,
+    save_checkpoint,
+)
+from clusterguard.training._descriptions import describe, describe_detector, describe_options, digest_of_weights
 from clusterguard.training._engine import TrainingEngine
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._replay import Run
@@ -26,7 +34,8 @@ class Trainer(Protocol):
     history: list[EpochRecord]
     _totals: EpochTotals
     _best: Best
-    _steps_at_first: dict[str, str]
+    _described_at_first: dict[str, str]
+    _first_weights: str
     _descriptions: list[dict[str, str]]
 
     @property
@@ -54,6 +63,7 @@ def save(trainer: Trainer, run: Run) -> None:
         "descriptions": trainer._descriptions,
         "image_shape": trainer.detector.image_shape,
         "best": vars(trainer._best),
+        "first_weights": trainer._first_weights,
         "processes": gather({accelerator.process_index: state}, trainer.engine.shared),
     }
     if accelerator.is_main_process:
@@ -66,6 +76,10 @@ def resume(trainer: Trainer, run: Run) -> bool:
     if run.checkpoint is None:
         return False
     accelerator = trainer.engine.accelerator
+    weights = digest_of_weights(trainer.detector.state_dict())
+    if not trainer._first_weights:  # a later call of fit goes on from other weights
+        trainer._first_weights = weights
+        trainer._described_at_first |= describe_detector(trainer.detector)
     trainer._descriptions = gather({accelerator.process_index: _describe(trainer, run)}, trainer.engine.shared)
     checkpoint = read_checkpoint(run.checkpoint)
     if checkpoint is None:
@@ -87,12 +101,34 @@ def resume(trainer: Trainer, run: Run) -> bool:
         kept.best,
     )
     trainer.engine.steps, trainer.engine.precision.name = kept.steps, kept.precision
+    _warn_of_other_weights(checkpoint, {weights, trainer._first_weights})
+    trainer._first_weights = checkpoint.values.get("first_weights", trainer._first_weights)
     trainer.detector.image_shape = trainer.detector.image_shape or kept.image_shape
     return True
+
+
+def _warn_of_other_weights(checkpoint: Checkpoint, weights: set[str]) -> None:
+    """Warn unless a run began from the weights that this one has, or the detector has its latest weights already."""
+    before = checkpoint.values.get("first_weights")
+    if before is None:
+        warnings.warn(
+            f"{checkpoint.file} was written by an older clusterguard, which kept no digests of images, labels, class "
+            "names, first weights, and settings of layers; whether these are the same as before is not compared",
+            stacklevel=5,
+        )
+    elif not weights & {before, digest_of_weights(checkpoint.states.get("guard", {}))}:
+        warnings.warn(
+            f"the training goes on from {checkpoint.file}, which began from other weights than this detector has. That "
+            "is right if they were drawn at random; if they were trained, choose another file, or delete it to start "
+            "anew",
+            stacklevel=5,
+        )
 
 
 def _describe(trainer: Trainer, run: Run) -> dict[str, str]:
     """Describe the settings that a resumed run must share with this one."""
     described = {"trainer": type(trainer), **trainer.defining_options(), "calibrator": trainer.calibrator}
     options = describe_options(trainer.options, trainer.engine.accelerator.mixed_precision)
-    return describe(described) | trainer._steps_at_first | options | run.describe()
+    names = trainer.detector.class_names
+    named = {} if names is None else describe({"class names": names})
+    return describe(described) | trainer._described_at_first | named | options | run.describe()

@@ -107,7 +107,8 @@ class DetectorTrainer(ABC):
         self._best, self._overlap = Best(), Overlap()
         self._batches: int | None = None
         self._noted: dict[str, float] = {}
-        self._steps_at_first = describe_steps(self.optimizer, self.scheduler)  # before the first step changes them
+        self._described_at_first = describe_steps(self.optimizer, self.scheduler)  # before the first step changes them
+        self._first_weights = ""  # digest of the weights that checkpoints of this run began with
         self._descriptions: list[dict[str, str]] = []  # one description of this run for each process
 
     @abstractmethod
@@ -271,9 +272,9 @@ class DetectorTrainer(ABC):
             TrainingStoppedError: `stop_when` returned True, and the checkpoint is written.
 
         Warns:
-            UserWarning: calibration images are also trained on; the optimizer lacks parameters; the first epoch has
-                changed no weight; a loader has randomness that no checkpoint can keep; or a batch of one image meets
-                batch normalisation.
+            UserWarning: the checkpoint began from other weights; calibration images are also trained on; the optimizer
+                lacks parameters; the first epoch has changed no weight; a loader has randomness that no checkpoint can
+                keep; or a batch of one image meets batch normalisation.
         """
         check_numbers(whole=True, epochs=epochs)
         if epochs < 1:

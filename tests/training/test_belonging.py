@@ -10,18 +10,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from clusterguard import FGSM, PGD, AdversarialClusterTrainer, Calibrator, CertifiedTrainer, TrainingOptions
+from clusterguard import (
+    FGSM,
+    PGD,
+    AdversarialClusterTrainer,
+    Calibrator,
+    CertifiedTrainer,
+    ClusterGuard,
+    TrainingOptions,
+)
 from clusterguard._support import read_progress, save_progress
 from clusterguard.attacks import MixedAttack
 from clusterguard.detectors import ConfidenceDetector
 from clusterguard.errors import PersistenceError
 from clusterguard.training import ClusterLoss, DetectorTrainer, Graded, Original, Outside, TrainingStep
+from clusterguard.training._contents import describe_contents
 from clusterguard.training._descriptions import describe
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR, StepLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
+from torchvision.datasets import ImageFolder
 from trainings import ATTACK, new_guard
 
 DATA = TensorDataset(torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(3)), torch.arange(12) % 3)
@@ -32,14 +42,49 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def fit(file, *, epochs=1, train=LOADER, calibration=LOADER, generator=None, **options):
+def fit(file, *, epochs=1, train=LOADER, calibration=LOADER, generator=None, guard=new_guard, **options):
     options = {"attack": ATTACK, "optimizer": partial(Adam, lr=1e-3), "refresh_every": 2, **options}
-    trainer = AdversarialClusterTrainer(new_guard(), **options)
+    trainer = AdversarialClusterTrainer(guard(), **options)
     fit = {"checkpoint": file, "generator": generator, "calibrate": False, "progress": False}
     return trainer.fit(train, calibration, epochs=epochs, **fit)
 
 
+def changed(index, amount=1):
+    """The data with another image, 0, or another label, 1, in the middle."""
+    parts = [part.clone() for part in DATA.tensors]
+    parts[index][7] -= amount
+    return TensorDataset(*parts)
+
+
+class InAttributes(Dataset):
+    """A data set of a user's own, which holds pixels and labels in lists and arrays."""
+
+    def __init__(self, pixels):
+        self.pixels, self.labels, self.root = pixels.numpy(), DATA.tensors[1].tolist(), "elsewhere"
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return torch.from_numpy(self.pixels[index]), self.labels[index]
+
+
+def another_guard(**other):
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(64, 16), other.pop("activation", nn.ReLU())
+    guard = ClusterGuard(nn.Sequential(*layers), 3, example=torch.rand(2, 1, 8, 8), **other)
+    guard.encoder[0][1].requires_grad_(not other.get("class_names"))
+    return guard
+
+
 OTHERS = [
+    ({"train": DataLoader(changed(0, 0.1), 6)}, r"training\.dataset\.tensors was 2 parts \w+, is 2 parts \w+"),
+    ({"train": DataLoader(changed(1), 6)}, r"training\.dataset\.tensors was"),
+    ({"calibration": DataLoader(changed(1), 6)}, r"calibration\.dataset\.tensors was"),
+    ({"guard": partial(another_guard, mean=0.5)}, r"detector\.normalize\.mean was \(0\), is \(0.5\)"),
+    ({"guard": partial(another_guard, center_scale=9)}, r"detector\.head\.center_scale was 10, is 9"),
+    ({"guard": partial(another_guard, activation=nn.Tanh())}, r"detector\.encoder\.0\.2 was ReLU, is Tanh"),
+    ({"guard": partial(another_guard, class_names=["a", "b", "c"])}, r"fixed weights was \{\}, is \{'enc"),
     ({"attack": PGD(eps=0.2, step_size=0.05, steps=3, keep="last")}, "attack.eps was 0.1, is 0.2"),
     ({"attack": FGSM(eps=0.1)}, "attack was PGD, is FGSM"),
     ({"loss": ClusterLoss(weight=0.5)}, "loss.weight was 1, is 0.5"),
@@ -94,14 +139,58 @@ def test_a_run_of_the_same_options_goes_on_whatever_may_differ(written, tmp_path
     assert len(fit(file, epochs=3)) == 3
 
 
+class Drawn(Dataset):
+    """A data set that makes its images when they are asked for."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def __len__(self):
+        return len(DATA)
+
+    def __getitem__(self, index):
+        image, label = DATA[index]
+        return self.change(image), label
+
+
 @pytest.mark.parametrize("part", ["train", "calibration"])
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_other_images_in_the_same_numbers_are_noticed_also_when_an_epoch_is_over(written, tmp_path, part, epochs):
-    file = tmp_path / "run.pt"
-    file.write_bytes(written.read_bytes())
-    other = DataLoader(TensorDataset(DATA.tensors[0].flip(0), DATA.tensors[1]), 6)
+def test_other_images_are_noticed_by_the_first_batch_if_the_data_set_does_not_hold_them(tmp_path, part, epochs):
+    loaders = {"train": DataLoader(Drawn(torch.clone), 6), "calibration": DataLoader(Drawn(torch.clone), 6)}
+    fit(tmp_path / "run.pt", **loaders)
     with pytest.warns(UserWarning, match="gives other batches than before: its images have changed"):
-        fit(file, epochs=epochs, **{part: other})
+        fit(tmp_path / "run.pt", epochs=epochs, **loaders | {part: DataLoader(Drawn(torch.fliplr), 6)})
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (lambda pixels: [(pixels[:6], DATA.tensors[1][:6]), (pixels[6:], DATA.tensors[1][6:])], "training content was"),
+        (lambda pixels: DataLoader(InAttributes(pixels), 6), r"training\.dataset\.pixels was 12 parts"),
+        (lambda pixels: DataLoader(ConcatDataset([InAttributes(pixels)] * 2), 6), r"datasets\.0\.pixels was"),
+    ],
+)
+def test_data_of_a_users_own_are_compared_by_what_they_hold(tmp_path, make, change):
+    pixels = DATA.tensors[0].clone()
+    fit(tmp_path / "run.pt", train=make(pixels))
+    fit(tmp_path / "run.pt", train=make(pixels))
+    pixels[7, 0, 3, 3] = 0.5
+    with pytest.raises(PersistenceError, match=change):
+        fit(tmp_path / "run.pt", train=make(pixels))
+
+
+def test_files_are_compared_by_name_size_and_a_sample_of_their_bytes_wherever_they_lie(tmp_path):
+    def describe_folder(name, **files):
+        for file, content in {"a/1.png": b"one", "b/2.png": b"two", **files}.items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(content)
+        return describe_contents("training", ImageFolder(tmp_path / name))
+
+    first = describe_folder("first")
+    assert {"training.samples", "training.targets"} <= set(first)
+    assert describe_folder("copy") == first
+    for name, content in {"a/1.png": b"uno", "b/2.png": b"zwei", "b/3.png": b"two"}.items():
+        assert describe_folder(name[:3] + content.decode(), **{name: content}) != first
 
 
 def test_the_same_trainer_goes_on_after_its_scheduler_has_changed_the_rate(tmp_path):
@@ -129,8 +218,10 @@ def test_what_an_older_checkpoint_does_not_know_is_no_difference(written, tmp_pa
     save_progress(file, "training", state)
     fit(file, refresh_every=5)
     del state["values"]["descriptions"]
+    del state["values"]["first_weights"]
     save_progress(file, "training", state)
-    fit(file, attack=FGSM(eps=0.1))
+    with pytest.warns(UserWarning, match=r"older clusterguard.*class names, first weights.*is not compared"):
+        fit(file, attack=FGSM(eps=0.1))
 
 
 def test_many_differences_are_counted(written):
@@ -152,6 +243,7 @@ class Smoothing(DetectorTrainer):
     """A user's own trainer."""
 
     def __init__(self, smoothing):
+        torch.manual_seed(0)
         detector = ConfidenceDetector(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 3)
         super().__init__(detector, optimizer=partial(SGD, lr=0.1))
         self.smoothing = smoothing
