@@ -26,7 +26,7 @@ from clusterguard._support._copying import (
     settle_weights,
     shorten,
 )
-from clusterguard._support._files import check_place, read_archive, write_atomically
+from clusterguard._support._files import check_archive, check_place, open_ordinary, read_archive, write_atomically
 from clusterguard._support._locks import only_writer
 from clusterguard._support._markdown import code_in_markdown, escape_markdown
 from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
@@ -50,6 +50,7 @@ __all__ = [
     "bar",
     "call_uncompiled",
     "check_accelerator",
+    "check_archive",
     "check_calibrated",
     "check_detector",
     "check_gradients",
@@ -80,6 +81,7 @@ __all__ = [
     "look_up",
     "names_in_eval_mode",
     "only_writer",
+    "open_ordinary",
     "previous",
     "random_states",
     "reachable",

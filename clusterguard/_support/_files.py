@@ -3,6 +3,7 @@
 import glob
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -11,27 +12,37 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
+from clusterguard.errors import ClusterGuardError, ConfigurationError, PersistenceError, in_one_line
+from safetensors import SafetensorError
 
 if sys.platform != "win32":
     import fcntl
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
+_OLDER = "older"  # name of the file that is replaced, until the new one is in its place
+_FAILED_WRITES = (RuntimeError, SafetensorError)  # torch and safetensors raise these if the disk is full
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object], *, keep: Path | None = None) -> Path:
     """Let `write` fill a temporary file beside `path`, then move it there in one step.
 
     If writing fails, an older file at `path` stays as it was, and no temporary file is left behind. The file gets the
-    permissions that new files usually get.
+    permissions that new files usually get. If the path is a symbolic link, the file that it leads to is replaced.
 
     Args:
         path: path of the file; its folder is created.
         write: function that writes the content to the temporary path it is called with.
+        keep: path in the same folder at which the older file is kept, in the place of what is there. None keeps none.
 
     Returns:
         The path.
+
+    Raises:
+        PersistenceError: the file cannot be written, for example because the disk is full; or there is a folder, a pipe
+            or a device at the path.
 
     Example:
         >>> folder = tempfile.TemporaryDirectory()
@@ -39,18 +50,46 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         'note.txt'
         >>> folder.cleanup()
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _staging(path) as folder:
-        temporary = folder / path.name
-        temporary.touch()
-        permissions = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(permissions)  # safetensors lets only the owner read its files
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())  # or a crash of the machine could leave an empty file under the new name
-        temporary.replace(path)
-    return path
+    target = real_path(path)
+    if target.exists() and not target.is_file():
+        raise PersistenceError(
+            f"expected the path of an ordinary file, got a folder, a pipe or a device in the place of {path}"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _staging(target) as folder:
+            temporary, older = folder / target.name, folder / _OLDER
+            temporary.touch()
+            permissions = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(permissions)  # safetensors lets only the owner read its files
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())  # or a crash of the machine could leave an empty file under the new name
+            if keep is not None and target.exists():
+                _link(target, older)  # not moved: what is at `keep` may be the only whole file until the next line
+            temporary.replace(target)
+            if keep is not None and older.exists():
+                older.replace(keep)
+    except (OSError, *_FAILED_WRITES) as error:
+        if isinstance(error, ClusterGuardError):
+            raise
+        raise PersistenceError(
+            f"{path} could not be written ({in_one_line(error)}); make room, or choose another place, and start again"
+        ) from error
+    return Path(path)
+
+
+def real_path(path: str | Path) -> Path:
+    """The path that symbolic links lead to."""
+    return Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
+
+
+def _link(file: Path, other: Path) -> None:
+    """Give a file a second name; where the file system has no such links, copy it."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copy2(file, other)
 
 
 @contextmanager
@@ -59,7 +98,7 @@ def _staging(path: Path) -> Iterator[Path]:
     prefix = f".{path.name}.part-"
     for folder in path.parent.glob(f"{glob.escape(prefix)}????????/"):
         with suppress(OSError), _locked(folder) as is_free:
-            is_ours = {entry.name for entry in folder.iterdir()} <= {path.name}
+            is_ours = {entry.name for entry in folder.iterdir()} <= {path.name, _OLDER}
             if is_free and is_ours and time.time() - folder.stat().st_mtime > 1:  # a younger one may not be locked yet
                 shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as name, _locked(Path(name)):
@@ -88,7 +127,8 @@ def check_place(path: str | Path) -> None:
     """Check that a file can be written at a path, and create its folder.
 
     Raises:
-        ConfigurationError: the path is that of a folder, one of its parents is a file, or the folder is not writable.
+        ConfigurationError: the path is that of a folder, a pipe or a device, one of its parents is a file, or the
+            folder is not writable.
 
     Example:
         >>> folder = tempfile.TemporaryDirectory()
@@ -96,15 +136,55 @@ def check_place(path: str | Path) -> None:
         >>> folder.cleanup()
     """
     try:
-        if Path(path).is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=Path(path).parent):
+        if Path(path).exists() and not Path(path).is_file():
+            raise FileExistsError(f"{path} is a folder, a pipe or a device")
+        folder = real_path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, TypeError, ValueError) as error:  # TypeError and ValueError: it is no path at all
         raise ConfigurationError(
             f"expected the path of a file that can be written, got {str(path)!r} ({in_one_line(error)}); choose another"
         ) from None
+
+
+def open_ordinary(path: str | Path) -> BinaryIO:
+    """Open a file for reading. A pipe would wait for a writer, and a device could give data without an end.
+
+    Args:
+        path: path of a file, or of a symbolic link to one.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        PersistenceError: there is a folder, a pipe or a device at the path.
+    """
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise PersistenceError(f"expected an ordinary file, got a folder, a pipe or a device in the place of {path}")
+    return Path(path).open("rb")
+
+
+def check_archive(file: BinaryIO, path: str | Path) -> None:
+    """Check that the parts of a zip archive are not compressed, fit into it, and have their checksums.
+
+    Torch itself does not verify checksums, and would unpack a small file to any size.
+
+    Args:
+        file: open file, which is at its beginning afterwards.
+        path: its path, for messages.
+
+    Raises:
+        PersistenceError: one of these does not hold.
+        zipfile.BadZipFile: the file is no zip archive.
+    """
+    with zipfile.ZipFile(file) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise PersistenceError(f"{path} was not written by torch.save: its parts are compressed")
+        if sum(part.file_size for part in archive.infolist()) > os.fstat(file.fileno()).st_size:
+            raise PersistenceError(f"{path} was not written by torch.save: its parts overlap")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise PersistenceError(f"{path} is damaged: its part {damaged!r} has another checksum")
+    file.seek(0)
 
 
 def read_archive(path: str | Path, *keys: str, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -127,17 +207,11 @@ def read_archive(path: str | Path, *keys: str, device: torch.device | str = "cpu
         >>> folder.cleanup()
     """
     try:
-        if not Path(path).is_file():
-            raise PersistenceError(f"{path} is no ordinary file")  # a device or a pipe would be read without an end
-        with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                raise PersistenceError(f"{path} was not written by torch.save: its parts are compressed")
-            damaged = archive.testzip()  # torch itself does not verify checksums
-        if damaged is not None:
-            raise PersistenceError(f"{path} is damaged: its part {damaged!r} has another checksum")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old storage formats, which the caller cannot change
-            state = torch.load(path, weights_only=True, map_location=device)
+        with open_ordinary(path) as file:
+            check_archive(file, path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about old storage formats, which the caller cannot change
+                state = torch.load(file, weights_only=True, map_location=device)
     except PersistenceError:
         raise
     except Exception as error:  # zipfile, zlib, pickle and torch each raise errors of many classes

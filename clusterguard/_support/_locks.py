@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from clusterguard._support._files import real_path
 from clusterguard._support._processes import gather
 from clusterguard.errors import PersistenceError, in_one_line
 
@@ -45,7 +46,8 @@ def only_writer(path: str | Path | None, accelerator: "Accelerator | None" = Non
     if path is None:
         yield
         return
-    file = Path(path).with_name(Path(path).name + ".lock")
+    locked = real_path(path)
+    file = locked.with_name(locked.name + ".lock")
     lock, reason = None, ""
     if accelerator is None or accelerator.is_main_process:
         try:
@@ -68,6 +70,8 @@ def only_writer(path: str | Path | None, accelerator: "Accelerator | None" = Non
 def _lock(file: Path) -> IO[bytes] | None:
     """Open and lock a file; None if another run holds the lock."""
     while True:
+        if file.exists() and not file.is_file():
+            raise FileExistsError("it is a folder, a pipe or a device")
         handle = file.open("ab")
         if not _is_free(handle):
             handle.close()

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clusterguard._support._files import read_archive, write_atomically
+from clusterguard._support._files import read_archive, real_path, write_atomically
 from clusterguard.errors import PersistenceError, in_one_line
 from torch import Tensor
 
 _FORMAT, _VERSION = "clusterguard progress", 1
+_MOST_BYTES = 2**50  # of tensors; no disk holds more
+_MOST_REPEATS = 100_000  # times that a list or dict is met again
 _KEYS = ("format", "version", "kind", "digest", "state")
 
 
@@ -55,23 +57,15 @@ def save_progress(path: str | Path, kind: str, state: Mapping[str, Any]) -> None
     """
     content = dict(state)
     try:
+        _check_size(content, _MOST_BYTES)
         digest = digest_of(content)
-    except TypeError as error:
-        raise PersistenceError(f"{path} cannot keep the progress of a {kind}: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PersistenceError(f"{path} cannot keep the progress of a {kind}: {in_one_line(error)}") from error
     record = {"format": _FORMAT, "version": _VERSION, "kind": kind, "digest": digest, "state": content}
-
-    def write(temporary: Path) -> None:
-        torch.save(record, temporary)
-        if Path(path).exists():
-            Path(path).replace(previous(path))  # if the process is killed here, work continues from the previous file
-
     try:
-        write_atomically(path, write)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
-        raise PersistenceError(
-            f"{path} could not be written ({in_one_line(error)}); make room, or choose another place, and start again: "
-            "the work goes on from the last file that was written"
-        ) from error
+        write_atomically(path, lambda temporary: torch.save(record, temporary), keep=previous(path))
+    except PersistenceError as error:
+        raise PersistenceError(f"{error}: the work goes on from the last file that was written") from error
 
 
 def read_progress(path: str | Path, kind: str, *, hint: str, device: torch.device | str = "cpu") -> Progress | None:
@@ -110,11 +104,16 @@ def read_progress(path: str | Path, kind: str, *, hint: str, device: torch.devic
 
 def previous(path: str | Path) -> Path:
     """The path at which `save_progress` keeps the previous file."""
-    return Path(path).with_name(Path(path).name + ".previous")
+    file = real_path(path)
+    return file.with_name(file.name + ".previous")
 
 
 def _read(file: Path, kind: str, device: torch.device | str) -> dict[str, Any]:
     record = read_archive(file, *_KEYS, device=device)
+    try:
+        _check_size(record, 16 * file.stat().st_size + 2**24)  # tensors that share memory are in the file once
+    except (TypeError, ValueError) as error:
+        raise PersistenceError(f"{file} is no progress file of clusterguard ({in_one_line(error)})") from error
     if record["format"] != _FORMAT or not isinstance(record["state"], dict):
         raise PersistenceError(f"{file} is no progress file of clusterguard")
     if type(record["version"]) is not int or record["version"] > _VERSION:
@@ -124,12 +123,37 @@ def _read(file: Path, kind: str, device: torch.device | str) -> dict[str, Any]:
         raise PersistenceError(f"{file} holds the progress of a {record['kind']!r:.50}, expected a {kind}")
     try:
         is_whole = digest_of(record["state"]) == record["digest"]
-    except (TypeError, RecursionError):
+    except Exception:  # a tensor of an unusual kind may raise any error of torch
         is_whole = False
     if not is_whole:
         raise PersistenceError(f"{file} is damaged: its content has another digest")
     state: dict[str, Any] = record["state"]
     return state
+
+
+def _check_size(value: Any, most_bytes: float) -> None:
+    """Check that values can be gone through in little time and memory.
+
+    A list that holds one list twice, and so on, is small in memory and in a file, but endless for a reader. A tensor
+    that repeats one number can have any size.
+
+    Raises:
+        ValueError: they are too many or too large.
+        TypeError: a tensor is sparse or quantized or has no values.
+    """
+    waiting, seen, repeats, size = [value], set[int](), 0, 0
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            if one.layout != torch.strided or one.is_meta or one.is_quantized:
+                raise TypeError(f"expected tensors of plain numbers, got one of {one.layout} and {one.dtype}")
+            size += one.nbytes
+        elif isinstance(one, Mapping | list | tuple) and one:
+            repeats += id(one) in seen
+            seen.add(id(one))
+            waiting.extend([*one, *one.values()] if isinstance(one, Mapping) else one)
+        if size > most_bytes or repeats > _MOST_REPEATS:
+            raise ValueError("its values repeat so often that they take no end")
 
 
 def digest_of(value: Any) -> str:
@@ -152,11 +176,11 @@ def digest_of(value: Any) -> str:
     return digest.hexdigest()
 
 
-def _add(update: Callable[[bytes], object], value: Any) -> None:
+def _add(update: Callable[[Any], object], value: Any) -> None:
     if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().flatten()
+        flat = value.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
         update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
-        update(flat.view(torch.uint8).numpy().tobytes())
+        update(flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data)  # one element may have any stride
     elif isinstance(value, Mapping):
         update(f"mapping {len(value)} ".encode())
         for key, entry in value.items():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -11,7 +12,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from clusterguard._support import write_atomically
+from clusterguard._support import check_archive, open_ordinary, previous, write_atomically
 from clusterguard.cli._image_folders import ImageFolder, Part, listed_paths, open_folder
 from clusterguard.deployment import fit_image, read_image
 from clusterguard.detection import Calibration, Rate
@@ -20,7 +21,7 @@ from clusterguard.detectors._internal import CONFIG, check_overwritable, describ
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError, in_one_line
 from clusterguard.samples import load_digits
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -200,8 +201,18 @@ def _explained_downloads(name: str) -> Iterator[None]:
         ) from error
 
 
+def _read_weights(file: Path) -> Any:
+    with open_ordinary(file) as stream:
+        if file.suffix == ".safetensors":
+            return load(stream.read())
+        if zipfile.is_zipfile(stream):  # torch has written archives since version 1.6
+            check_archive(stream, file)
+        stream.seek(0)
+        return torch.load(stream, "cpu", weights_only=True)
+
+
 def load_weights(network: nn.Module, file: Path) -> None:
-    """Give a network the weights in a file. Nothing in the file is run.
+    """Give a network the weights in a file. Nothing in the file is run, and checksums of `torch.save` are verified.
 
     Args:
         network: network whose weights are replaced.
@@ -212,7 +223,7 @@ def load_weights(network: nn.Module, file: Path) -> None:
         PersistenceError: the file is damaged, holds no state dict, or does not fit the network.
     """
     try:
-        content: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        content = _read_weights(file)
         weights = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
         network.load_state_dict({name.removeprefix("module."): value for name, value in weights.items()})
     except UnpicklingError as error:
@@ -220,6 +231,8 @@ def load_weights(network: nn.Module, file: Path) -> None:
             f"{file} holds other things than tensors, such as a whole model, which could run code; save "
             "model.state_dict() instead"
         ) from error
+    except PersistenceError as error:
+        raise PersistenceError(f"{error}; save the weights again") from error
     except Exception as error:  # safetensors and torch have errors of many kinds
         raise PersistenceError(
             f"{file} does not fit {type(network).__name__} with as many classes as the images have; name the model "
@@ -413,22 +426,23 @@ def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:
     """
     check_overwritable(folder)
     checkpoint, record = folder / "checkpoint.pt", folder / "training.json"
-    guard = folder / "config.json"
-    if checkpoint.exists() and not resume:
+    guard, is_begun = folder / "config.json", checkpoint.exists() or previous(checkpoint).exists()
+    if is_begun and not resume:
         raise ConfigurationError(
             f"{checkpoint} belongs to an earlier training; go on with --resume, or choose another folder"
         )
-    if guard.exists() and not checkpoint.exists():
+    if guard.exists() and not is_begun:
         raise ConfigurationError(
             f"{folder} holds a guard already and no checkpoint to go on from; choose another folder"
         )
-    if not checkpoint.exists() and not _tells_a_training(record):
+    if not is_begun and not _tells_a_training(record):
         check_output(folder)
-    if checkpoint.exists():
+    if is_begun:
         try:
-            before = json.loads(record.read_text())
+            with open_ordinary(record) as file:
+                before = json.loads(file.read())
             changed = [name for name in options if before.get(name) != options[name]]
-        except (OSError, ValueError, RecursionError, AttributeError) as error:
+        except (OSError, PersistenceError, ValueError, RecursionError, AttributeError) as error:
             raise ConfigurationError(
                 f"{record}, the record of {checkpoint}, is damaged or cannot be read ({in_one_line(error)}); "
                 "choose another folder, or delete both to start anew"

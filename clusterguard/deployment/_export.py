@@ -18,6 +18,7 @@ from clusterguard._support import (
     check_tensor,
     evaluation_mode,
     is_unicode,
+    open_ordinary,
     settle_weights,
     to_eval_mode,
     write_atomically,
@@ -264,7 +265,9 @@ def load_onnx(
     """
     onnx, onnxruntime = _import("onnx", "onnxruntime")
     try:
-        model, folder = onnx.load(path, load_external_data=False), Path(path).absolute().parent
+        folder = Path(path).absolute().parent
+        with open_ordinary(path) as file:
+            model = onnx.load(file, load_external_data=False)
         _check_external(model, folder)
         properties = {entry.key: entry.value for entry in model.metadata_props}
         if "clusterguard" not in properties:

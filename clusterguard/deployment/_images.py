@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.ImageFile
-from clusterguard._support import ProcessSwitch
+from clusterguard._support import ProcessSwitch, open_ordinary
 from clusterguard.errors import InputError
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -87,7 +87,7 @@ def read_image(
     """
     name = name or ("a file" if isinstance(file, bytes) else str(file))
     try:
-        content = file if isinstance(file, bytes) else Path(file).read_bytes()
+        content = file if isinstance(file, bytes) else _content_of(file)
         picture = Image.open(io.BytesIO(content), formats=formats)
         with _truncated_images_refused.on():
             return _read(picture, content, max_pixels)
@@ -102,6 +102,11 @@ def read_image(
         raise InputError(
             f"expected a still, opaque image, got {name}, which cannot be read: {error}; mend the file or remove it"
         ) from error
+
+
+def _content_of(path: str | Path) -> bytes:
+    with open_ordinary(path) as file:
+        return file.read()
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], channels: int) -> Tensor:

@@ -4,6 +4,7 @@ Nothing is pickled, and a folder that is incomplete is refused. Users call `Clus
 `from_pretrained`.
 """
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -154,6 +155,8 @@ def _load(
             _check_sizes(options, blanks)
             if backbone is None:
                 _check_recipe(build, recipe, options, blanks)
+            else:
+                _check_backbone(build, backbone, options, blanks)
             guard = build(build_backbone(recipe) if backbone is None else backbone, options)
         guard = guard.to(_FLOATS[options["dtype"]])
         _take_dtypes(guard, blanks)
@@ -215,6 +218,33 @@ def _check_recipe(
         size = sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
         if size > room:
             raise ConfigurationError(f"expected a network of at most {room} bytes, as its weights have, got {size}")
+
+
+def _check_backbone(
+    build: Callable[[nn.Module, Mapping[str, Any]], DetectorModule],
+    backbone: nn.Module,
+    options: Mapping[str, Any],
+    blanks: Mapping[str, Tensor],
+) -> None:
+    """Check on the meta device that a guard of this backbone fits the saved weights, before its new layer takes memory.
+
+    A backbone that cannot be built there, for instance because its code names a device, is not checked.
+    """
+    values = [*backbone.parameters(), *backbone.buffers()]
+    with torch.device("meta"):
+        try:
+            without_values: dict[int, Any] = {
+                id(value): nn.Parameter(torch.empty_like(value, device="meta"), value.requires_grad)
+                if isinstance(value, nn.Parameter)
+                else torch.empty_like(value, device="meta")
+                for value in values
+            }
+            guard = build(copy.deepcopy(backbone, without_values), options)
+        except OtherHeadError:
+            raise
+        except Exception:  # a user's module may raise anything
+            return
+    guard.load_state_dict(blanks)
 
 
 def _take_dtypes(guard: nn.Module, blanks: Mapping[str, Tensor]) -> None:

@@ -12,15 +12,15 @@ import json
 import math
 import os
 import re
-import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
+from clusterguard._support import open_ordinary
 from clusterguard.detectors._model_card import MARK
 from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
 from safetensors.torch import load
@@ -227,6 +227,7 @@ def write_guard(folder: Path, config: Mapping[str, Any], weights: bytes, card: s
 
     Raises:
         ConfigurationError: the config is too large or too deeply nested to be read again.
+        PersistenceError: a file cannot be written, for example because the disk is full.
     """
     digest = hashlib.sha256(weights).hexdigest()
     content = {**config, "weights_sha256": digest}
@@ -240,20 +241,31 @@ def write_guard(folder: Path, config: Mapping[str, Any], weights: bytes, card: s
             f"expected training, evaluation and names that {CONFIG} has room for, got more ({in_one_line(error)}); "
             "leave some out"
         ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            _replace(folder, digest, ((WEIGHTS, weights), (CONFIG, data), (CARD, card.encode())))
+    except OSError as error:
+        raise PersistenceError(
+            f"the guard could not be written to {folder} ({in_one_line(error)}); make room, or choose another folder, "
+            "and save it again"
+        ) from error
+
+
+def _replace(folder: Path, digest: str, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write the files of a guard, whose weights have this digest, and move them to their places."""
+    _sweep(folder)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as staging:
+            for name, body in files:
+                _write_to_disk(Path(staging) / name, body)
+            named = folder / _named_by(digest)
+            (Path(staging) / WEIGHTS).replace(named)
+            (Path(staging) / CONFIG).replace(folder / CONFIG)
+            named.replace(folder / WEIGHTS)
+            (Path(staging) / CARD).replace(folder / CARD)
+    finally:
         _sweep(folder)
-        try:
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.") as staging:
-                for name, body in ((WEIGHTS, weights), (CONFIG, data), (CARD, card.encode())):
-                    _write_to_disk(Path(staging) / name, body)
-                named = folder / _named_by(digest)
-                (Path(staging) / WEIGHTS).replace(named)
-                (Path(staging) / CONFIG).replace(folder / CONFIG)
-                named.replace(folder / WEIGHTS)
-                (Path(staging) / CARD).replace(folder / CARD)
-        finally:
-            _sweep(folder)
 
 
 def check_overwritable(folder: Path) -> None:
@@ -291,15 +303,15 @@ def _open(file: Path) -> BinaryIO:
         PersistenceError: the file is missing, cannot be read, or is a folder, a pipe or a device.
     """
     try:
-        if stat.S_ISREG(file.stat().st_mode):  # links are followed, because caches of downloads consist of links
-            return file.open("rb")
+        return open_ordinary(file)  # links are followed, because caches of downloads consist of links
+    except PersistenceError as error:
+        raise PersistenceError(f"{error}; {_AGAIN}") from None
     except FileNotFoundError as error:
         inside = sorted(file.parent.glob(f"*/{CONFIG}"))
         advice = f"is {inside[0].parent} meant?" if inside else _AGAIN
         raise PersistenceError(f"expected {file.name} in {file.parent}, found none; {advice}") from error
     except OSError as error:
         raise PersistenceError(f"{file} is damaged or cannot be read ({in_one_line(error)}); {_AGAIN}") from error
-    raise PersistenceError(f"expected an ordinary file, got a folder, a pipe or a device in {file}; {_AGAIN}")
 
 
 @contextmanager

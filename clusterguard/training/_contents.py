@@ -88,7 +88,7 @@ def _add_tensor(digest: Any, value: Tensor) -> bool:
     digest.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
     rows = value.detach()[:: 1 + value.nbytes // _MOST_BYTES]
     flat = rows.resolve_conj().resolve_neg().cpu().contiguous().flatten()
-    digest.update(flat.view(torch.uint8).numpy().data)
+    digest.update(flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data)
     return True
 
 

@@ -287,6 +287,8 @@ def restore(path: Path | None, sha256: str, limit: float) -> cg.FalsePositiveMon
     if path is None or not path.exists():
         return cg.FalsePositiveMonitor(limit)
     try:
+        if not path.is_file():  # a pipe would wait for a writer
+            raise ValueError("a folder, a pipe or a device")
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["digest"] != digest_of(saved["sha256"], saved["monitor"]):
             raise ValueError("a damaged state")

@@ -122,6 +122,20 @@ def test_a_guard_is_not_saved_with_records_that_could_not_be_read(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_wide_representation_is_refused_before_a_layer_of_it_is_made(saved, monkeypatch):
+    put_option(saved, representation_dim=3 * 10**7)
+    put_weights(saved, extra=torch.zeros(0, 3 * 10**7))
+    devices, make = [], ClusterGuard.__init__
+
+    def watched(guard, *args, **options):
+        devices.append(torch.empty(0).device.type)
+        make(guard, *args, **options)
+
+    monkeypatch.setattr(ClusterGuard, "__init__", watched)
+    assert_refused(saved, "does not fit", backbone=network())
+    assert devices == ["meta"]
+
+
 def test_links_to_files_work(saved, tmp_path):
     for name in ("config.json", "model.safetensors"):  # as in the cache of the Hugging Face Hub
         (tmp_path / name).symlink_to((saved / name).rename(saved / f"blob of {name}"))

@@ -3,8 +3,12 @@ import sys
 
 import pytest
 import torch
-from clusterguard._support import write_atomically
+from clusterguard._support import check_place, only_writer, read_archive, write_atomically
+from clusterguard.cli._data import begin_run, load_weights
+from clusterguard.deployment import load_onnx, read_image
+from clusterguard.errors import ClusterGuardError, PersistenceError
 from safetensors.torch import save_file
+from torch import nn
 
 
 def test_whoever_may_read_new_files_may_read_written_ones(tmp_path):
@@ -25,7 +29,7 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path):
         file.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(PersistenceError, match=r"note\.txt could not be written \(OSError: disk full\); make room"):
         write_atomically(path, fail)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
@@ -50,3 +54,42 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one_but_not_what_anoth
 
     write_atomically(tmp_path / "a*b", write)
     assert {path.name for path in tmp_path.iterdir()} == {"a*b", *names[1:]}
+
+
+def test_a_symbolic_link_stays_and_the_file_that_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "note.txt", tmp_path / "disk" / "text"
+    link.symlink_to(target)
+    for text in ("first", "second"):
+        assert write_atomically(link, lambda file, text=text: file.write_text(text)) == link
+    assert link.is_symlink()
+    assert target.read_text() == link.read_text() == "second"
+    assert [*target.parent.iterdir()] == [target]
+
+
+def lock(path):
+    with only_writer(path.with_suffix("")):
+        pass
+
+
+READERS = {
+    "archive": read_archive,
+    "graph": load_onnx,
+    "image": read_image,
+    "weights.pt": lambda path: load_weights(nn.Linear(1, 1), path),
+    "weights.safetensors": lambda path: load_weights(nn.Linear(1, 1), path),
+    "training.json": lambda path: begin_run(path.parent, {}, resume=True),
+    "run.lock": lock,
+    "output": lambda path: write_atomically(path, lambda file: file.write_text("text")),
+    "place": check_place,
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+@pytest.mark.parametrize("name", READERS)
+def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(tmp_path, name):
+    (tmp_path / "checkpoint.pt").touch()  # training.json is the record of it
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ClusterGuardError, match=r"a folder, a pipe or a device|damaged or cannot be read"):
+        READERS[name](tmp_path / name)
+    assert (tmp_path / name).is_fifo()

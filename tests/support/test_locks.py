@@ -79,7 +79,7 @@ def test_a_lock_that_was_deleted_while_it_was_waited_for_does_not_count(path, mo
 
 def test_what_is_no_lock_is_named(path):
     path.with_name("run.pt.lock").mkdir()
-    reason = r"run\.pt cannot be locked \(IsADir.*; delete run\.pt\.lock"
+    reason = r"run\.pt cannot be locked \(FileExists.*; delete run\.pt\.lock"
     with pytest.raises(PersistenceError, match=reason), only_writer(path):
         pass
 

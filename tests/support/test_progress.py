@@ -1,5 +1,10 @@
 """Progress files are read whole or not at all, and say what is wrong with them."""
 
+import contextlib
+import os
+import sys
+import time
+import warnings
 import zipfile
 
 import pytest
@@ -78,6 +83,67 @@ def test_any_flipped_bit_is_noticed_or_changes_nothing(file):
         assert torch.equal(state["weights"], torch.arange(50.0))
 
 
+def test_the_only_whole_file_outlives_a_kill_at_any_moment_of_the_next_write(file, monkeypatch):
+    save_progress(file, "count", {"step": 2})
+    file.write_bytes(file.read_bytes()[:-9])
+    for name in ("fsync", "link", "replace", "rename"):
+        if hasattr(os, name):
+            with monkeypatch.context() as patched:
+                patched.setattr(os, name, lambda *_, **__: sys.exit("killed"))
+                with contextlib.suppress(SystemExit):
+                    save_progress(file, "count", {"step": 3})
+        with contextlib.suppress(UserWarning), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert read_progress(file, "count", hint=HINT).state["step"] in (1, 3)
+    save_progress(file, "count", {"step": 4})
+    assert sorted(path.name for path in file.parent.iterdir()) == ["state.pt", "state.pt.previous"]
+
+
+def nested(depth):
+    value = [1]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        nested(60),
+        {"key": nested(22)},
+        torch.zeros(1).expand(10**14),
+        torch.zeros(3, 3).to_sparse(),
+        torch.zeros(3, device="meta"),
+        torch.zeros(3, dtype=torch.complex64).conj(),
+        torch.zeros(3, dtype=torch.complex64).conj().imag,
+        torch.zeros(3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("key", ["state", "kind", "version", "format", "digest"])
+def test_a_crafted_file_is_refused_in_a_moment(tmp_path, key, value):
+    record = {"format": "clusterguard progress", "version": 1, "kind": "count", "digest": "0", "state": {}}
+    torch.save(record | {key: {"a": value} if key == "state" else value}, tmp_path / "state.pt")
+    started = time.process_time()
+    with pytest.raises(PersistenceError, match=r"state\.pt .*; delete it") as caught:
+        read_progress(tmp_path / "state.pt", "count", hint=HINT)
+    assert time.process_time() - started < 5
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [nested(60), torch.zeros(3, 3).to_sparse(), torch.zeros(3, device="meta")])
+def test_what_could_not_be_read_again_is_not_written(tmp_path, value):
+    with pytest.raises(PersistenceError, match="cannot keep the progress of a count"):
+        save_progress(tmp_path / "state.pt", "count", {"value": value})
+
+
+def test_shared_and_conjugate_values_come_back(tmp_path):
+    shared, tensor, other = (1, 2), torch.tensor([1 + 2j]), torch.tensor([3 + 2j])
+    save_progress(tmp_path / "state.pt", "count", {"many": [shared] * 1000, "one": tensor.conj(), "part": other.imag})
+    state = read_progress(tmp_path / "state.pt", "count", hint=HINT).state
+    assert (state["many"], state["one"].tolist(), state["part"].tolist()) == ([shared] * 1000, [1 - 2j], [2.0])
+
+
 def test_a_file_that_would_unpack_to_gigabytes_is_refused(file, tmp_path):
     bomb = tmp_path / "bomb.pt"
     with zipfile.ZipFile(file) as whole, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
@@ -88,7 +154,7 @@ def test_a_file_that_would_unpack_to_gigabytes_is_refused(file, tmp_path):
 
 
 def test_what_cannot_be_kept_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(PersistenceError, match="progress of a count: expected tensors"):
+    with pytest.raises(PersistenceError, match="progress of a count: TypeError: expected tensors"):
         save_progress(tmp_path / "state.pt", "count", {"step": object()})
     assert not list(tmp_path.iterdir())
 
