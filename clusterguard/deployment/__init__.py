@@ -3,6 +3,7 @@
 from clusterguard.deployment._export import OnnxDetector, export_onnx, export_program, load_onnx
 from clusterguard.deployment._images import ImageFile, fit_image, read_image
 from clusterguard.deployment._monitoring import FalsePositiveMonitor, MonitorReport, plausible_rate
+from clusterguard.deployment._programs import load_program, save_program
 
 __all__ = [
     "FalsePositiveMonitor",
@@ -13,6 +14,8 @@ __all__ = [
     "export_program",
     "fit_image",
     "load_onnx",
+    "load_program",
     "plausible_rate",
     "read_image",
+    "save_program",
 ]

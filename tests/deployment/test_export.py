@@ -7,9 +7,15 @@ import pytest
 import timm
 import torch
 from clusterguard import ClusterGuard, Detection, DetectorModule, Evidence, decide, export_onnx, load_onnx
-from clusterguard.deployment import export_program
+from clusterguard.deployment import export_program, load_program, save_program
 from clusterguard.detectors import ConfidenceDetector, WithThresholds
-from clusterguard.errors import ConfigurationError, InputError, MissingDependencyError, NotCalibratedError
+from clusterguard.errors import (
+    ConfigurationError,
+    InputError,
+    MissingDependencyError,
+    NotCalibratedError,
+    PersistenceError,
+)
 from exporting import assert_same, flat_guard, run_alone, set_thresholds, spread
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -145,8 +151,27 @@ def test_a_graph_does_not_follow_its_detector(tmp_path):
     with torch.no_grad():
         guard.encoder[-1].weight.zero_()
     assert_same(Detection(*program.module()(images)), before)
-    torch.export.save(program, tmp_path / "guard.pt2")
-    assert_same(Detection(*torch.export.load(tmp_path / "guard.pt2").module()(images)), before)
+
+
+def test_damage_of_a_saved_program_is_noticed(tmp_path):
+    guard, images = flat_guard(), torch.rand(8, 1, 4, 4)
+    guard.thresholds = torch.full_like(guard.thresholds, 9.0)
+    file, expected = save_program(guard, tmp_path / "guard.pt2", images), guard.detect(images)
+    assert_same(Detection(*load_program(file).module()(images)), expected)
+    assert_same(Detection(*torch.export.load(file).module()(images)), expected)  # without this library
+    content, refused = file.read_bytes(), 0
+    for place in range(0, len(content), len(content) // 40):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        try:
+            program = load_program(file)
+        except PersistenceError:
+            refused += 1
+        else:
+            assert_same(Detection(*program.module()(images)), expected)
+    assert refused > 10
+    torch.export.save(export_program(guard, images), file)
+    with pytest.raises(PersistenceError, match="not written by save_program"):
+        load_program(file)
 
 
 def test_half_precision(tmp_path):
