@@ -56,6 +56,7 @@ EVERY = [
         for part in ("clusterguard", "benchmarks", "tests", "examples", "docs")
         for path in (ROOT / part).rglob("*.py")
     ),
+    ROOT / "clusterguard_command.py",
     ROOT / "clusterguard_torchvision.py",
 ]
 BENCHMARKS = [path for path in EVERY if path.is_relative_to(ROOT / "benchmarks")]

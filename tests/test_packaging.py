@@ -23,7 +23,10 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(names):
         for path in (ROOT / "clusterguard").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {name for name in names if ".dist-info/" not in name} == package | {"clusterguard_torchvision.py"}
+    assert {name for name in names if ".dist-info/" not in name} == package | {
+        "clusterguard_command.py",
+        "clusterguard_torchvision.py",
+    }
     assert {"clusterguard/py.typed", "clusterguard/data/digits.npz", "clusterguard/data/README.md"} <= package
 
 

@@ -1,11 +1,11 @@
 """The command line, `clusterguard --help`. Results go to stdout, and everything else goes to stderr.
 
-Exit codes: 0 for success, 1 for an error that says what to do, 2 for wrong usage, 130 or 143 for an interruption.
+Exit codes: 0 for success, 1 for an error that says what to do, 2 for wrong usage, and 129, 130 or 143 for an
+interruption by SIGHUP, Ctrl-C or SIGTERM.
 """
 
 import math
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -406,7 +406,7 @@ def evaluate(
     result = replace(result, certified=proved)
     for path in output or []:
         if path.suffix == ".md":
-            write_atomically(path, lambda file: file.write_text(result.to_markdown() + "\n"))
+            write_atomically(path, lambda file: file.write_text(result.to_markdown() + "\n", encoding="utf-8"))
         elif path.suffix == ".json":
             result.to_json(path)
         else:
@@ -429,9 +429,9 @@ def export(
     Example: clusterguard export runs/guard --output guard.onnx
     """
     import torch
-    from clusterguard._support import check_place, write_atomically
+    from clusterguard._support import check_place
     from clusterguard.cli._data import load_named_guard, recorded_images
-    from clusterguard.deployment import export_onnx, export_program
+    from clusterguard.deployment import export_onnx, save_program
     from clusterguard.detectors._internal import CARD
     from rich.console import Console
 
@@ -448,7 +448,7 @@ def export(
             if path.suffix == ".onnx":
                 export_onnx(detector, path, example, card=card)
             else:
-                write_atomically(path, partial(torch.export.save, export_program(detector, example)))
+                save_program(detector, path, example)
     files = [str(path) for path in output]
     show(as_json, {"files": files}, "\n".join(files))
 

@@ -4,11 +4,12 @@ import json
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from clusterguard.errors import ClusterGuardError, TrainingStoppedError
@@ -19,24 +20,67 @@ if TYPE_CHECKING:
 
 
 class Commands(TyperGroup):
-    """Prints errors that are raised on purpose, and errors of files, as one line of text."""
+    """Prints errors that are raised on purpose, and errors of files, as one line of text. A signal is one line, too."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the arguments."""
+        with _in_one_line():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
-        usual = warnings.formatwarning
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {_in_options(str(message))}\n"
-        try:
+        with _in_one_line():
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # the reader of the result closed the pipe, which is no error
-        except (ClusterGuardError, OSError) as error:
-            say(f"error: {_in_options(' '.join(str(error).split()))}")
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
+
+
+class _Signalled(KeyboardInterrupt):  # it is no error, as Ctrl-C is none
+    """SIGTERM or SIGHUP, which end a command as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {_in_options(str(message))}\n"
+    try:
+        with _ended_by(_raise_signalled, "SIGTERM", "SIGHUP"):
+            yield
+    except BrokenPipeError:
+        raise  # the reader of the result closed the pipe, which is no error
+    except (ClusterGuardError, OSError) as error:
+        say(f"error: {_in_options(' '.join(str(error).split()))}")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        with suppress(OSError):  # after SIGHUP the terminal may be gone
             say("interrupted")
-            raise typer.Exit(130) from error
-        finally:
-            warnings.formatwarning = usual
+        raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from error
+    finally:
+        warnings.formatwarning = usual
+
+
+def _raise_signalled(number: int, _: object) -> NoReturn:
+    raise _Signalled(number)
+
+
+@contextmanager
+def _ended_by(handler: Callable[[int, Any], Any], *names: str) -> Iterator[Callable[[], None]]:
+    """Handle signals during the block, except those that are ignored, and yield a function that no longer does."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    is_main = threading.current_thread() is threading.main_thread()  # signals can be handled nowhere else
+    heeded = [number for number in numbers if is_main and signal.getsignal(number) is not signal.SIG_IGN]
+    usual = {number: signal.signal(number, handler) for number in heeded}
+
+    def restore() -> None:
+        for number, before in usual.items():
+            signal.signal(number, before)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def _in_options(text: str) -> str:
@@ -118,7 +162,7 @@ def printable(text: str) -> str:
 
 @contextmanager
 def stopped_by_signals(checkpoint: Path, done: Callable[[], str]) -> Iterator[Callable[[], bool]]:
-    """Context in which Ctrl-C or SIGTERM stops a training after its present step, so that nothing is lost.
+    """Context in which Ctrl-C, SIGTERM or SIGHUP stops a training after its present step, so that nothing is lost.
 
     A second signal stops it at once.
 
@@ -135,19 +179,15 @@ def stopped_by_signals(checkpoint: Path, done: Callable[[], str]) -> Iterator[Ca
         received.append(number)
         restore()
 
-    def restore() -> None:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-    usual = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    except (KeyboardInterrupt, TrainingStoppedError) as error:
-        kept = "run the same command with --resume to go on" if checkpoint.exists() else "nothing was done yet"
-        say(f"interrupted after {done()}: {kept}")
-        raise typer.Exit(128 + (received or [signal.SIGINT])[0]) from error
-    finally:
-        restore()
+    with _ended_by(receive, "SIGINT", "SIGTERM", "SIGHUP") as restore:
+        try:
+            yield lambda: bool(received)
+        except (KeyboardInterrupt, TrainingStoppedError) as error:
+            kept = "run the same command with --resume to go on" if checkpoint.exists() else "nothing was done yet"
+            with suppress(OSError):
+                say(f"interrupted after {done()}: {kept}")
+            number = received[0] if received else getattr(error, "number", signal.SIGINT)
+            raise typer.Exit(128 + number) from error
 
 
 def stderr_is_a_terminal() -> bool:

@@ -349,13 +349,47 @@ def test_a_training_that_is_interrupted_before_its_first_checkpoint_may_start_ag
         assert result.stderr.endswith("\ninterrupted after 0 of 12 epochs: nothing was done yet\n")
 
 
-def test_ctrl_c_elsewhere_is_exit_code_130(guard, photos, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_elsewhere_is_one_line(guard, photos, monkeypatch, number, code):
     def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(getattr(signal, number))
 
+    if not hasattr(signal, number):
+        pytest.skip("this system has no such signal")
     monkeypatch.setattr("clusterguard.Calibrator.fit", interrupt)
+    before = signal.getsignal(getattr(signal, number))
     result = run("calibrate", guard, "--data", photos)
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", "interrupted\n")
+    assert signal.getsignal(getattr(signal, number)) is before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no such signal")
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_while_modules_are_imported_is_one_line(tmp_path, number, code):
+    (tmp_path / "clusterguard").mkdir()
+    (tmp_path / "clusterguard" / "__init__.py").write_text(f"import signal; signal.raise_signal(signal.{number})")
+    code_of_command = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code_of_command += "from clusterguard_command import main; main()"
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code_of_command], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "interrupted\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_version_that_cannot_be_written_is_one_line(monkeypatch):
+    def fail(_: str) -> None:
+        with Path("/dev/full").open("w") as full:
+            full.write("text")
+
+    monkeypatch.setattr(
+        "clusterguard.cli._app.typer.echo", lambda text, err=False: print(text, file=sys.stderr) if err else fail(text)
+    )
+    result = run("--version")
+    assert result.exit_code == 1
+    assert result.stderr == "error: [Errno 28] No space left on device\n"
 
 
 def test_errors_of_the_library_name_options_of_the_command_line():
