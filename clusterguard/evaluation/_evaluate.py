@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import torch
-from clusterguard._support import check_detector, check_tensor, evaluation_mode, gather, is_unicode
+from clusterguard._support import (
+    check_detector,
+    check_tensor,
+    evaluation_mode,
+    gather,
+    is_unicode,
+    read_progress,
+    save_progress,
+)
 from clusterguard.attacks import Attack, get_norm
 from clusterguard.attacks._internal import Precision, check_attack_input, check_radius, choose_precision, in_precision
 from clusterguard.detection import (
@@ -42,6 +50,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+_SEED_FILE = "evaluation.seed"  # the files of attacks end in .pt
+
+
 def evaluate(
     detector: Detector,
     attacks: Attack | Mapping[str, Attack],
@@ -69,7 +80,8 @@ def evaluate(
         calibration_loader: batches of the benign images that EROC compares with; None takes those of `loader`.
         generator: randomness of the attacks, on the detector's device.
         sanity_images: largest number of images that the sanity probe examines, see `Sanity`; 0 switches it off.
-        checkpoint: folder in which suites keep their progress, so that an interrupted run can continue.
+        checkpoint: folder in which suites keep their progress, so that an interrupted run can continue with the same
+            seed of the generator.
         precision: precision of the search, "float32", "bf16", or "auto", for all attacks that have this option. "auto"
             decides once for all of them. None leaves the attacks as they are. Verdicts are in the detector's own
             precision.
@@ -86,7 +98,9 @@ def evaluate(
         NotCalibratedError: the detector has no thresholds.
         InputError: images or labels have a wrong shape, dtype or range, or the loader is empty.
         ConfigurationError: there are no attacks; one of them is no attack, has a name that is empty or not UTF-8, or
-            has a radius within which every image lies; `sanity_images` is negative; or the precision is unknown.
+            has a radius within which every image lies; `sanity_images` is negative; the precision is unknown; or the
+            checkpoint was begun with another seed.
+        PersistenceError: a checkpoint is damaged or cannot be written.
 
     Warns:
         UserWarning: no more images are labelled correctly than by guessing.
@@ -111,6 +125,8 @@ def evaluate(
     if sanity_images < 0:
         raise ConfigurationError(f"expected sanity_images of at least 0, got {sanity_images}")
     num_classes = len(detector.thresholds)
+    if checkpoint is not None:
+        _check_seed(Path(checkpoint), generator, is_main=accelerator is None or accelerator.is_main_process)
     batches = _read_batches(detector, named.values(), Pairs(loader, unpack))
     named = _settled(named, detector, *batches[0], accelerator)
     clean = judge(detector, batches, accelerator=accelerator, check=False)
@@ -200,6 +216,19 @@ def _settled(
         name: in_precision(attack, chosen) if getattr(attack, "precision", None) == "auto" else attack
         for name, attack in named.items()
     }
+
+
+def _check_seed(folder: Path, generator: Generator | None, *, is_main: bool) -> None:
+    """Check that a folder of checkpoints was begun with this seed; a new folder is begun with it."""
+    file, seed = folder / _SEED_FILE, None if generator is None else generator.initial_seed()
+    progress = read_progress(file, "evaluation", hint="delete it if the seed of the generator is the same as before")
+    if progress is None and is_main:
+        save_progress(file, "evaluation", {"seed": seed})
+    elif progress is not None and progress.state.get("seed") != seed:
+        raise ConfigurationError(
+            f"expected the seed of the generator with which the evaluation in {folder} was begun, "
+            f"{progress.state.get('seed')!r:.50}, got {seed}; use that seed, or choose another folder as checkpoint"
+        )
 
 
 def _file_name(name: str) -> str:

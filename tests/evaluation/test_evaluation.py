@@ -128,6 +128,10 @@ def test_no_name_of_an_attack_leads_out_of_the_folder_of_checkpoints(small_guard
     images, labels = next(iter(loader))
     report = evaluate(small_guard, attacks, [(images[:6], labels[:6])], checkpoint=folder, sanity_images=0)
     assert [result.name for result in report.results] == names
+    with pytest.raises(ConfigurationError, match=r"evaluation in .*three was begun, None, got 3; use that seed"):
+        evaluate(
+            small_guard, attacks, [(images, labels)], checkpoint=folder, generator=torch.Generator().manual_seed(3)
+        )
     kept = {path.name for path in folder.iterdir() if path.suffix == ".pt"}
     assert kept == {
         "..%2F..%2Fesc.pt",
