@@ -21,9 +21,18 @@ def test_workflows_take_nothing_that_can_change_under_a_name(workflow):
     actions = re.findall(r"uses: (\S+)", text)
     assert actions
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action) for action in actions)
-    tools = re.findall(r"pipx run (.*)", text)
-    assert all(re.match(r"--spec [\w-]+==[\d.]+ ", tool) for tool in tools)
+    assert "pipx" not in text
+    assert "--require-hashes --requirement .github/tools.txt" in text
     assert "permissions: {contents: read}" in text
+
+
+def test_the_tools_of_the_workflows_have_hashes_and_are_those_that_are_asked_for():
+    tools = (ROOT / ".github" / "tools.txt").read_text()
+    pinned = re.findall(r"^([\w-]+)==(\S+)[^\n]*\\\n    --hash=sha256:[0-9a-f]{64}", tools, re.MULTILINE)
+    assert len(pinned) == len(re.findall(r"^\w", tools, re.MULTILINE)) > 20
+    asked = (ROOT / ".github" / "tools.in").read_text().split()
+    assert {f"{name}=={version}" for name, version in pinned} >= set(asked)
+    assert "://" not in tools  # no host is written down
 
 
 def test_every_package_that_is_named_has_a_licence_that_allows_any_use():
