@@ -10,6 +10,7 @@ from clusterguard.detectors import GaussianClusters
 from clusterguard.errors import ConfigurationError, InputError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quadrants import Xor, quadrants
 from torch import nn
 from torchvision import models
 
@@ -239,19 +240,7 @@ def test_what_cannot_be_aligned_is_refused():
 
 def test_a_guard_that_would_lose_accuracy_stays_as_it_is():
     """Classes that no linear function of the features tells apart, though two layers do."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(600, 1, 1, 2, generator=generator)
-    labels = ((images[..., 0] > 0.5) ^ (images[..., 1] > 0.5)).long().flatten()
-
-    class Xor(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(2, 2)
-
-        def forward(self, images):
-            left, right = images.flatten(1).sub(0.5).unbind(1)
-            return torch.stack([left * right, -left * right], dim=1) + 0 * self.layer(images.flatten(1))
-
+    images, labels = quadrants(600)
     guard = ClusterGuard(Xor(), 2)
     assert accuracy(guard, images, labels) == 1
     assert align(guard, [(images, labels)]).accuracy_after >= 0.995

@@ -10,6 +10,7 @@ from clusterguard import Calibrator, ClusterGuard, align, certify, export_onnx, 
 from clusterguard.certification import Interval, certified_radius
 from clusterguard.detectors import FeatureGaussians, fit_feature_gaussians
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError
+from quadrants import Xor, quadrants
 from saving import read_config
 from torch import nn
 from torchvision import models
@@ -191,19 +192,7 @@ def test_what_cannot_be_fitted_is_refused_and_nothing_changes(blobs):
 
 def test_lost_accuracy_is_said():
     """A Gaussian for each class is wrong more often than a line between them."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(400, 1, 1, 2, generator=generator)
-    labels = ((images[..., 0] > 0.5) ^ (images[..., 1] > 0.5)).long().flatten()
-
-    class Xor(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(2, 2)
-
-        def forward(self, images):
-            left, right = images.flatten(1).sub(0.5).unbind(1)
-            return torch.stack([left * right, -left * right], dim=1) + 0 * self.layer(images.flatten(1))
-
+    images, labels = quadrants(400)
     guard = ClusterGuard(Xor(), 2)
     with pytest.warns(UserWarning, match=r"right for 0.9\d* of 80 held-out images, those of the classifier for 1.000"):
         fit_feature_gaussians(guard, [(images, labels)])
