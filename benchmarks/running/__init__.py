@@ -6,7 +6,7 @@ from benchmarks.running._plan import Throughput, find_throughput, measure_throug
 from benchmarks.running._publish import publish_guard
 from benchmarks.running._runner import run_cell
 from benchmarks.running._schedule import run_cells
-from benchmarks.running._store import RESULTS, Store, provenance
+from benchmarks.running._store import RESULTS, Store, provenance, read_chunk, save_chunk
 from benchmarks.running._training import Trainings
 
 __all__ = [
@@ -22,6 +22,8 @@ __all__ = [
     "print_plan",
     "provenance",
     "publish_guard",
+    "read_chunk",
     "run_cell",
     "run_cells",
+    "save_chunk",
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies.chaos.__main__ import CHAOS_RESULTS, faults, rows_of_table, run
-from benchmarks.studies.chaos._damage import flip_bits, kill_writers
+from benchmarks.studies.chaos._damage import cut_off, exchange_files, flip_bits, kill_writers, read_meanwhile
 from benchmarks.studies.chaos._threads import share_between_threads
 from benchmarks.studies.chaos._writers import Writer
 
@@ -21,9 +21,18 @@ def write_slowly(folder: Path, version: int) -> None:
 CARELESS = Writer(("note",), write_slowly, lambda folder: (folder / "note").read_bytes())
 
 
+def write_both(folder: Path, version: int) -> None:
+    for name in ("note", "other"):
+        (folder / name).write_text(str(version))
+
+
 def test_a_careless_reader_is_caught():
     assert flip_bits(CARELESS, 5, seed=0) == {"silent": 5}
+    assert cut_off(CARELESS, 5, seed=0) == {"silent": 5}
     assert kill_writers(CARELESS, 5, seed=0)["silent"] > 0
+    assert read_meanwhile(CARELESS, 20)["silent"] > 0
+    both = Writer(("note", "other"), write_both, lambda folder: [file.read_text() for file in sorted(folder.iterdir())])
+    assert exchange_files(both) == {"silent": 4}
 
 
 def test_a_reader_with_errors_of_its_own_is_caught():
@@ -42,7 +51,7 @@ def test_a_writer_or_reader_that_never_works_is_no_proof():
 
     def write_twice(folder: Path, version: int) -> None:
         calls.append(version)
-        write_slowly(folder, version) if len(calls) < 4 else fail()
+        write_slowly(folder, version) if len(calls) < 6 else fail()
 
     with pytest.raises(RuntimeError, match="failed before"):
         kill_writers(Writer(("note",), write_twice, CARELESS.read), 1, seed=0)
@@ -66,4 +75,4 @@ def test_what_is_published_has_no_fault_and_is_what_was_counted():
 
 @pytest.mark.slow
 def test_everything_in_small():
-    assert faults(run(flips=10, kills=2, batches=2, hostile=100, benign=100, seed=1)) == 0
+    assert faults(run(flips=10, cuts=5, kills=2, reads=5, batches=2, hostile=100, benign=100, seed=1)) == 0

@@ -21,13 +21,14 @@ import clusterguard as cg
 import httpx2
 import pytest
 import torch
-import uvicorn
 from clusterguard.cli import app as cli
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
+
+from benchmarks.studies.chaos._requests import served
 
 # How to store a picture that orientations 2 to 8 turn upright.
 UNDONE_BY = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270"
@@ -79,26 +80,16 @@ def graph(guard, tmp_path_factory):
 
 
 @contextmanager
-def served(application):
-    """A server on a free port."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(application, log_level="error", lifespan="on"))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+def served_at(application):
+    """The address of a server on a free port."""
+    with served(application) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
 def address(graph, app):
     """A server whose metrics start at zero."""
-    with served(app.create_app(str(graph))) as place:
+    with served_at(app.create_app(str(graph))) as place:
         yield place
 
 
@@ -435,7 +426,7 @@ def test_the_api_describes_bodies_and_errors(address):
 def test_the_monitor_goes_on_after_a_restart(app, graph, tmp_path, monkeypatch, caplog):
     state, noise = tmp_path / "monitor.json", files(*map(png, torch.rand(40, 1, 28, 28)))
     monkeypatch.setattr(app, "SAVE_SECONDS", 0.05)
-    with served(app.create_app(str(graph), str(state))) as place:
+    with served_at(app.create_app(str(graph), str(state))) as place:
         assert asyncio.run(ask(place, [noise]))[0].status_code == 200
         deadline = time.monotonic() + 30
         while not state.exists() and time.monotonic() < deadline:
@@ -446,7 +437,7 @@ def test_the_monitor_goes_on_after_a_restart(app, graph, tmp_path, monkeypatch, 
     saved = json.loads(state.read_text())
     assert (saved["monitor"]["seen"], saved["monitor"]["alarm"]) == (80, True)
     assert [path.name for path in tmp_path.iterdir()] == ["monitor.json"]
-    with served(app.create_app(str(graph), str(state))) as place:
+    with served_at(app.create_app(str(graph), str(state))) as place:
         assert "clusterguard_monitor_alarm 1.0" in httpx2.get(f"{place}/metrics", trust_env=False).text
     assert json.loads(state.read_text()) == saved
 

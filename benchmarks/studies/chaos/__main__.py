@@ -6,29 +6,50 @@ The counts go to `benchmarks/results/chaos/chaos.json`, and a table for the docu
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.running import RESULTS
-from benchmarks.studies.chaos._damage import flip_bits, kill_writers
+from benchmarks.studies.chaos._damage import cut_off, exchange_files, flip_bits, kill_writers, read_meanwhile
 from benchmarks.studies.chaos._requests import send_requests
 from benchmarks.studies.chaos._threads import share_between_threads
 from benchmarks.studies.chaos._writers import all_writers
 
 CHAOS_RESULTS = RESULTS / "chaos"
 _HARMLESS = ("refused", "same")
+_OF_FILES = {
+    "flips": "one bit flipped",
+    "cuts": "cut off",
+    "exchanges": "a file of another version",
+    "kills": "writer killed",
+    "readers": "read while a process writes",
+    "writers": "read while two processes write",
+}
+_WHOLE = ("kills", "readers", "writers")  # a reader must get one of the versions
 
 
-def run(*, flips: int, kills: int, batches: int, hostile: int, benign: int, seed: int) -> dict[str, Any]:
+def run(*, flips: int, cuts: int, kills: int, reads: int, batches: int, hostile: int, benign: int, seed: int) -> Any:
     """All counts, by experiment and by what was damaged."""
-    counts: dict[str, Any] = {"flips": {}, "kills": {}, "threads": {}, "requests": {}}
+    counts: dict[str, Any] = {part: {} for part in _OF_FILES} | {"threads": {}, "requests": {}}
+
+    def note(part: str, name: str, count: Counter[str]) -> None:
+        counts[part][name] = dict(count)
+        print(f"{_OF_FILES[part]}, {name}: {counts[part][name]}", flush=True)
+
     for name, writer in all_writers().items():
-        counts["flips"][name] = dict(flip_bits(writer, flips, seed))
-        print(f"one bit flipped, {name}: {counts['flips'][name]}", flush=True)
+        if writer.is_checked:
+            note("flips", name, flip_bits(writer, flips, seed))
+            note("cuts", name, cut_off(writer, cuts, seed))
+        if len(writer.files) > 1 and (exchanged := exchange_files(writer)):
+            note("exchanges", name, exchanged)
+        if not writer.is_resumed:
+            note("readers", name, read_meanwhile(writer, reads))
+            if writer.is_shared:
+                note("writers", name, read_meanwhile(writer, reads, writers=2))
     for name, writer in all_writers(epochs=10).items():
-        counts["kills"][name] = dict(kill_writers(writer, kills, seed))
-        print(f"writer killed, {name}: {counts['kills'][name]}", flush=True)
+        note("kills", name, kill_writers(writer, kills, seed))
     for train in (False, True):
         mode = "train mode" if train else "eval mode"
         counts["threads"][mode] = dict(share_between_threads(threads=4, batches=batches, train=train))
@@ -40,9 +61,9 @@ def run(*, flips: int, kills: int, batches: int, hostile: int, benign: int, seed
 
 def faults(counts: dict[str, Any]) -> int:
     """How often something was silent, lost, left over, wrong, or an error of another library."""
-    files = [count for part in ("flips", "kills") for count in counts[part].values()]
+    files = [count for part in _OF_FILES for count in counts.get(part, {}).values()]
     silent: int = sum(number for count in files for name, number in count.items() if name not in _HARMLESS)
-    lost = sum(count.get("refused", 0) for count in counts["kills"].values())
+    lost = sum(count.get("refused", 0) for part in _WHOLE for count in counts.get(part, {}).values())
     shared = sum(count["wrong"] + count["changed"] for count in counts["threads"].values())
     requests = counts["requests"]
     answered = sum(number for name, number in requests.items() if name.endswith("5xx"))
@@ -55,12 +76,12 @@ def rows_of_table(counts: dict[str, Any]) -> Iterator[str]:
     """The lines of the table."""
     yield "| what happens | to what | how often | noticed and refused | no effect | silent, lost or wrong |"
     yield "|---|---|---:|---:|---:|---:|"
-    for part, what in (("flips", "one bit flipped"), ("kills", "writer killed")):
-        for name, count in counts[part].items():
+    for part, what in _OF_FILES.items():
+        for name, count in counts.get(part, {}).items():
             refused, same = count.get("refused", 0), count.get("same", 0)
             bad = sum(number for outcome, number in count.items() if outcome not in _HARMLESS)
             total = sum(number for outcome, number in count.items() if outcome != "left over")
-            if part == "kills":
+            if part in _WHOLE:
                 refused, bad = 0, bad + refused
             yield f"| {what} | {name} | {total:,} | {refused:,} | {same:,} | {bad:,} |"
     for name, count in counts["threads"].items():
@@ -84,7 +105,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the usual number of trials")
     parser.add_argument("--to", type=Path, default=CHAOS_RESULTS, help="folder of the counts and the table")
     given = parser.parse_args()
-    sizes = {"flips": 200, "kills": 20, "batches": 20, "hostile": 2000, "benign": 4000}
+    sizes = {"flips": 200, "cuts": 50, "kills": 20, "reads": 100, "batches": 20, "hostile": 2000, "benign": 4000}
     trials = {name: max(1, round(number * given.scale)) for name, number in sizes.items()}
     counts = run(**trials, seed=given.seed)
     given.to.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def send_requests(hostile: int, benign: int, seed: int, *, at_once: int = 16) ->
             {"is_adversarial": refused, "label": None if refused else label}
             for refused, label in zip(detection.is_adversarial.tolist(), detection.labels.tolist(), strict=True)
         ]
-        with _served(load_service().create_app(str(graph))) as port:
+        with served(load_service().create_app(str(graph))) as port:
             requests = [
                 (is_hostile, index, *(_spoil(chance, bodies) if is_hostile else _form(bodies[index])))
                 for is_hostile, index in plan
@@ -160,8 +160,8 @@ _INSERTS = (
 
 
 @contextmanager
-def _served(application: Any) -> Iterator[int]:
-    """The port of a running server."""
+def served(application: Any) -> Iterator[int]:
+    """Run a server with an application for the block, and yield its port."""
     import uvicorn
 
     with socket.socket() as listener:

@@ -4,10 +4,12 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from clusterguard import (
@@ -15,15 +17,19 @@ from clusterguard import (
     AdversarialClusterTrainer,
     Calibration,
     ClusterGuard,
+    Evaluation,
     FalsePositiveMonitor,
     WorstCaseSuite,
+    evaluate,
     export_onnx,
     load_onnx,
 )
+from clusterguard.deployment import load_program, save_program
+from clusterguard.evaluation import to_html
 from torch import Tensor, nn
 
 from benchmarks.experiments import load_experiment
-from benchmarks.running import Store
+from benchmarks.running import Store, read_chunk, save_chunk
 
 _SERVICE = Path(__file__).parents[3] / "examples" / "serve"
 _SHAPE, _CLASSES = (1, 6, 6), 3
@@ -39,12 +45,18 @@ class Writer:
         write: writes one of two versions, 0 or 1, into a folder. It may be called again and again.
         read: reads what is in a folder, as a value that tells the versions and all damage apart.
         is_resumed: whether reading resumes an interrupted task, and ends at the same value whenever it was killed.
+        is_checked: whether a reader of ours notices damage; if not, the file is only for people and other programs.
+        is_shared: whether several processes may write at the same time.
+        nothing: value of a reader that finds nothing, so that the work is done again.
     """
 
     files: tuple[str, ...]
     write: Callable[[Path, int], object]
     read: Callable[[Path], Any]
     is_resumed: bool = False
+    is_checked: bool = True
+    is_shared: bool = True
+    nothing: Any = None
 
 
 def make_guard(version: int = 0, *, width: int = 16) -> ClusterGuard:
@@ -91,6 +103,27 @@ def _read_graph(folder: Path) -> Any:
     detector = load_onnx(folder / "guard.onnx")
     detection = detector.detect(make_images(30)[0])
     return [part.tolist() for part in detection], detector.thresholds.tolist(), detector.calibration
+
+
+def _read_program(folder: Path) -> Any:
+    parts = load_program(folder / "guard.pt2").module()(make_images(30)[0])
+    return [part.tolist() for part in parts]
+
+
+def _write_large_graph(folder: Path, version: int) -> None:
+    """Export a graph as if its weights did not fit into it, so that they go into a second file."""
+    with mock.patch("clusterguard.deployment._export._LARGEST_GRAPH", 0):
+        export_onnx(make_guard(version), folder / "guard.onnx")
+
+
+@cache
+def _evaluation(version: int) -> Evaluation:
+    images, labels = make_images(20)
+    return evaluate(make_guard(version), FGSM(eps=0.1), [(images, labels)], sanity_images=0)
+
+
+def _chunk(version: int) -> dict[str, Any]:
+    return {"attacked": make_images(8)[0] + version, "cost": [version, 40]}
 
 
 def _train(folder: Path, epochs: int) -> Any:
@@ -160,20 +193,50 @@ def all_writers(*, epochs: int = 3) -> dict[str, Writer]:
             lambda folder, version: export_onnx(make_guard(version), folder / "guard.onnx"),
             _read_graph,
         ),
+        "ONNX graph of two files": Writer(
+            ("guard.onnx", "guard.onnx.*.data"), _write_large_graph, _read_graph, is_shared=False
+        ),
+        "program of torch.export": Writer(
+            ("guard.pt2",),
+            lambda folder, version: save_program(make_guard(version), folder / "guard.pt2"),
+            _read_program,
+        ),
         "training checkpoint": Writer(
             ("run.pt",), lambda folder, _: _train(folder, epochs - 1), lambda folder: _train(folder, epochs), True
         ),
         "suite checkpoint": Writer(("suite.pt",), lambda folder, _: _attack(folder), _attack, True),
+        "report as JSON": Writer(
+            ("report.json",),
+            lambda folder, version: _evaluation(version).to_json(folder / "report.json"),
+            lambda folder: (folder / "report.json").read_text(),
+            is_checked=False,
+        ),
+        "report as HTML": Writer(
+            ("report.html",),
+            lambda folder, version: to_html(_evaluation(version), folder / "report.html"),
+            lambda folder: (folder / "report.html").read_text(),
+            is_checked=False,
+        ),
         "weights of a benchmark": Writer(
             ("models/key.json", "models/key-1.safetensors"),
             lambda folder, _: Store(folder).save_weights("key", make_guard().state_dict(), {}),  # its key names them
             lambda folder: _plain(Store(folder).load_weights("key")),
         ),
         "results of a benchmark": Writer(
-            ("cells",), _write_results, lambda folder: Store(folder, "quick").read_cells()
+            ("cells",), _write_results, lambda folder: Store(folder, "quick").read_cells(), nothing={}
         ),
-        "monitor of a service": Writer(("monitor.json",), _write_monitor, _read_monitor),
+        "chunk of a benchmark": Writer(
+            ("chunk.pt",),
+            lambda folder, version: save_chunk(folder / "chunk.pt", _chunk(version)),
+            lambda folder: _lists(read_chunk(folder / "chunk.pt", torch.device("cpu"))),
+            is_shared=False,
+        ),
+        "monitor of a service": Writer(("monitor.json",), _write_monitor, _read_monitor, is_shared=False),
     }
+
+
+def _lists(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def _plain(loaded: tuple[dict[str, Tensor], dict[str, Any]] | None) -> Any:
