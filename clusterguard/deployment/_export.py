@@ -97,7 +97,7 @@ def export_onnx(
     Returns:
         The path. The graph maps "images" to "labels", "distances" and "is_adversarial". Its initializer "thresholds" is
         the only part that depends on calibration. Its metadata hold the record of the calibration, the names of the
-        classes, the card, and a digest of weights and thresholds that `load_onnx` checks.
+        classes, the card, and digests of weights, thresholds and card that `load_onnx` checks.
 
     Raises:
         MissingDependencyError: onnx or onnxscript is not installed.
@@ -234,8 +234,8 @@ def load_onnx(
 ) -> OnnxDetector:
     """Load a graph that `export_onnx` wrote, also after quantisation, as a detector that can be calibrated again.
 
-    A digest in the metadata verifies that weights and thresholds are the ones that were written, bit by bit. Two cases
-    are exceptions. Graphs of older versions have no digest and are loaded without this check. If another tool has
+    Digests in the metadata verify that weights, thresholds and card are the ones that were written, bit by bit. Two
+    cases are exceptions. Graphs of older versions have no digest and are loaded without this check. If another tool has
     changed the operations or data types of a graph, its thresholds are checked, but its weights are not.
 
     Args:
@@ -361,13 +361,13 @@ def _clamp_min(values: Tensor, smallest: float) -> Tensor:
 def _write(model: Any, detector: DetectorModule, path: str | Path, card: str | None = None) -> Path:
     """Turn the input "thresholds" into an initializer, add the record of its calibration, and write the graph."""
     (onnx,) = _import("onnx")
-    record = detector.calibration
+    record = current_record(detector)
     properties = {"clusterguard": version("clusterguard"), "num_classes": str(detector.num_classes)}
     if detector.class_names is not None:
         properties["class_names"] = json.dumps(detector.class_names)
     if card is not None:
         properties["card"] = card
-    if record is not None and record.describes(detector.thresholds):
+    if record is not None:
         properties |= {
             "false_positive_rate": str(record.false_positive_rate),
             "method": record.method,
@@ -408,7 +408,7 @@ def _move_weights_out(model: Any, name: str) -> str | None:
 
 
 def _digests(model: Any, properties: dict[str, str], folder: Path) -> dict[str, str]:
-    """SHA-256 of a graph's form, of its weights and operations, and of its thresholds with their metadata."""
+    """SHA-256 of a graph's form, of its weights and operations, of its thresholds with their metadata, and its card."""
     weights, thresholds = hashlib.sha256(), hashlib.sha256()
     parts = (*model.graph.node, *model.functions, *model.graph.input, *model.graph.output)
     for message in parts:
@@ -420,7 +420,9 @@ def _digests(model: Any, properties: dict[str, str], folder: Path) -> dict[str, 
         for part in _content(tensor, folder):
             (thresholds if tensor.name == "thresholds" else weights).update(part)
     thresholds.update(json.dumps([properties.get(key) for key in _RECORD]).encode())
-    return {"form": form.hexdigest(), "weights": weights.hexdigest(), "thresholds": thresholds.hexdigest()}
+    card = hashlib.sha256(json.dumps([properties.get("card"), properties["clusterguard"]]).encode())
+    digests = {"form": form, "weights": weights, "thresholds": thresholds, "card": card}
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _content(tensor: Any, folder: Path) -> Iterator[bytes]:
@@ -445,6 +447,8 @@ def _check_digests(model: Any, properties: dict[str, str], folder: Path) -> None
     noted, actual = json.loads(properties["digest"]), _digests(model, properties, folder)
     if noted["thresholds"] != actual["thresholds"]:
         raise ValueError("its thresholds, or the record of their calibration, are not those that were exported")
+    if noted.get("card", actual["card"]) != actual["card"]:  # graphs of older versions have none
+        raise ValueError("its card is not the one that was exported")
     if noted["form"] == actual["form"] and noted["weights"] != actual["weights"]:
         raise ValueError("its weights or operations are not those that were exported")
 

@@ -20,6 +20,7 @@ from clusterguard._support import (
     in_range,
 )
 from clusterguard.detection import Calibration, Detection, Detector, Evidence, decide, full_precision
+from clusterguard.detectors._records import digest_of_values
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor, nn
 
@@ -52,7 +53,9 @@ class DetectorModule(nn.Module, ABC):
         calibration: record of how the thresholds were fitted; None if they were not fitted by a `Calibrator`. The
             record holds for one precision: a conversion to or from half precision, such as ``.half()``, removes it
             with a warning, because other images are refused then. Float32 and float64 differ less than the slack for
-            rounding that a `Calibrator` adds to thresholds.
+            rounding that a `Calibrator` adds to thresholds. Other changes of weights, such as an optimizer's step or
+            `load_state_dict`, are noticed when the detector is saved or exported: a warning says so, and the record is
+            left out. `detect` does not look for them, because that would take as long as reading all weights.
         frozen: names of submodules that stay in eval mode while the detector is trained, such as a BatchNorm whose
             statistics must not change.
         class_names: K different names in the order of the labels; None if they are not known. Training, `align` and
@@ -75,6 +78,8 @@ class DetectorModule(nn.Module, ABC):
     frozen: frozenset[str] = frozenset()
     _image_shape: ImageShape | None = None
     _class_names: tuple[str, ...] | None = None
+    _calibration: Calibration | None = None
+    _calibrated_values: str | None = None
 
     def __init__(self, num_classes: int, *, image_shape: ImageShape | None = None) -> None:
         super().__init__()
@@ -82,13 +87,26 @@ class DetectorModule(nn.Module, ABC):
             raise ConfigurationError(f"expected num_classes of at least 2, got {num_classes}")
         self.num_classes = num_classes
         self.register_buffer("thresholds", torch.full((num_classes,), torch.nan))
-        self.calibration: Calibration | None = None
         self.image_shape = image_shape
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if not _refuses(cls.evidence):  # an inherited method is wrapped already
             cls.evidence = _refusing_invalid_images(cls.evidence)  # type: ignore[method-assign, assignment]
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The record of how the thresholds were fitted; None if they were not fitted by a `Calibrator`."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, record: Calibration | None) -> None:
+        self._calibration = record
+        self._calibrated_values = None if record is None else digest_of_values(self)
+
+    def has_calibrated_weights(self) -> bool:
+        """Whether weights and buffers are those that the detector had when its `calibration` was set."""
+        return self._calibrated_values is None or self._calibrated_values == digest_of_values(self)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -139,6 +139,17 @@ def test_a_graph_without_a_digest_as_older_versions_wrote_it_is_read(calibrated,
     assert {entry.key for entry in onnx.load(detector.save(tmp_path / "new.onnx")).metadata_props} > {"digest"}
 
 
+def test_a_card_with_a_flipped_bit_is_noticed(calibrated, tmp_path):
+    detector, text = load_onnx(calibrated[1]), "Refuses 1 % of benign images."
+    detector.card = text
+    path = detector.save(tmp_path / "guard.onnx")
+    content = path.read_bytes()
+    assert load_onnx(path).card == text
+    path.write_bytes(content.replace(b"Refuses 1 %", b"Refuses 0 %"))
+    with pytest.raises(PersistenceError, match="its card is not the one that was exported"):
+        load_onnx(path)
+
+
 def test_a_graph_whose_weights_another_tool_moved_out_keeps_its_digest(calibrated, tmp_path):
     _, path, loader = calibrated
     onnx.save(onnx.load(path), tmp_path / "two.onnx", save_as_external_data=True, location="w", size_threshold=99)

@@ -1,12 +1,17 @@
 """The record of a calibration in a guard's folder: what it says must be what a calibration can make."""
 
+import copy
 import json
+import pickle
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from clusterguard import Calibration, ClusterGuard
+from clusterguard.detectors import current_record
 from saving import assert_refused, edit_config, make_guard, network, put_weights
+from torch import nn
 
 
 def calibrated(folder: Path) -> None:
@@ -14,6 +19,45 @@ def calibrated(folder: Path) -> None:
     thresholds = tuple(guard.thresholds.tolist())
     guard.calibration = Calibration(thresholds, (120,) * 3, 400, (0.0,) * 3, 0.01, "conformal")
     guard.save_pretrained(folder)
+
+
+def step_by_hand(guard: ClusterGuard) -> ClusterGuard:
+    optimizer = torch.optim.SGD(guard.parameters(), lr=0.1)
+    guard(torch.rand(4, 1, 3, 4)).sum().backward()
+    optimizer.step()
+    return guard
+
+
+def load_others(guard: ClusterGuard) -> ClusterGuard:
+    guard.load_state_dict({**make_guard().state_dict(), "thresholds": guard.thresholds})
+    return guard
+
+
+def quantize(guard: ClusterGuard) -> ClusterGuard:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(guard, {nn.Linear}, torch.qint8)
+
+
+@pytest.mark.parametrize("change", [step_by_hand, load_others, quantize])
+def test_a_record_is_left_out_with_a_warning_once_the_weights_have_changed(change, tmp_path):
+    guard = make_guard()
+    guard.calibration = Calibration(tuple(guard.thresholds.tolist()), (120,) * 3, 400, (0.0,) * 3, 0.01, "conformal")
+    changed = change(guard)
+    with pytest.warns(UserWarning, match="weights have changed since the thresholds were fitted"):
+        assert current_record(changed) is None
+    if change is not quantize:
+        with pytest.warns(UserWarning, match="weights have changed"):
+            changed.save_pretrained(tmp_path)
+        assert ClusterGuard.from_pretrained(tmp_path, backbone=network()).calibration is None
+
+
+@pytest.mark.parametrize("convert", [copy.deepcopy, ClusterGuard.double, lambda g: pickle.loads(pickle.dumps(g))])
+def test_a_record_stays_with_a_copy_and_in_another_precision(convert):
+    guard = make_guard()
+    guard.calibration = Calibration(tuple(guard.thresholds.tolist()), (120,) * 3, 400, (0.0,) * 3, 0.01, "conformal")
+    guard.detect(torch.rand(4, 1, 3, 4))
+    assert current_record(convert(guard)) == guard.calibration
 
 
 @pytest.mark.parametrize("thresholds", [[9.0, 10.0, 12.0], [9.0, 10.0, torch.inf]])
