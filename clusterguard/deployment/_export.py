@@ -361,7 +361,7 @@ def _clamp_min(values: Tensor, smallest: float) -> Tensor:
 def _write(model: Any, detector: DetectorModule, path: str | Path, card: str | None = None) -> Path:
     """Turn the input "thresholds" into an initializer, add the record of its calibration, and write the graph."""
     (onnx,) = _import("onnx")
-    record = current_record(detector)
+    record = detector.current_record()
     properties = {"clusterguard": version("clusterguard"), "num_classes": str(detector.num_classes)}
     if detector.class_names is not None:
         properties["class_names"] = json.dumps(detector.class_names)

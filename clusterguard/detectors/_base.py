@@ -104,9 +104,25 @@ class DetectorModule(nn.Module, ABC):
         self._calibration = record
         self._calibrated_values = None if record is None else digest_of_values(self)
 
-    def has_calibrated_weights(self) -> bool:
-        """Whether weights and buffers are those that the detector had when its `calibration` was set."""
-        return self._calibrated_values is None or self._calibrated_values == digest_of_values(self)
+    def current_record(self) -> Calibration | None:
+        """The record of the calibration; None if the thresholds or weights are not those of the calibration.
+
+        It takes about as long as reading all weights once.
+
+        Warns:
+            UserWarning: weights have changed since the calibration.
+        """
+        record = self.calibration
+        if record is None or not record.describes(self.thresholds):
+            return None
+        if self._calibrated_values in (None, digest_of_values(self)):
+            return record
+        warnings.warn(
+            "the weights have changed since the thresholds were fitted, so their false-positive rate no longer holds; "
+            "its record is left out, calibrate the detector again",
+            stacklevel=4,
+        )
+        return None
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -28,7 +28,6 @@ from clusterguard.detectors._guard_files import (
     write_guard,
 )
 from clusterguard.detectors._model_card import CardDetails, EvaluationForCard, model_card
-from clusterguard.detectors._records import current_record
 from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError, in_one_line
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ def save_guard(
     weights = save(
         {name: value.detach().to("cpu", copy=True).contiguous() for name, value in guard.state_dict().items()}
     )
-    record = current_record(guard)
+    record = guard.current_record()
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

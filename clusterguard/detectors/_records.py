@@ -1,15 +1,9 @@
-"""Whether the record of a calibration is still that of the detector: of its thresholds and of its weights."""
+"""A digest by which a detector notices that its weights are not those of its calibration any more."""
 
-import warnings
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from clusterguard._support import digest_of
-from clusterguard.detection import Calibration
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from clusterguard.detectors._base import DetectorModule
 
 
 def digest_of_values(module: nn.Module) -> str | None:
@@ -30,26 +24,4 @@ def digest_of_values(module: nn.Module) -> str | None:
                 if name != "thresholds"
             }
         )
-    return None
-
-
-def current_record(detector: "DetectorModule") -> Calibration | None:
-    """The record of a detector's calibration; None if its thresholds or weights are not those of the calibration.
-
-    Args:
-        detector: detector whose record is to be saved or exported.
-
-    Warns:
-        UserWarning: weights have changed since the calibration.
-    """
-    record = detector.calibration
-    if record is None or not record.describes(detector.thresholds):
-        return None
-    if detector.has_calibrated_weights():
-        return record
-    warnings.warn(
-        "the weights have changed since the thresholds were fitted, so their false-positive rate no longer holds; "
-        "its record is left out, calibrate the detector again",
-        stacklevel=4,
-    )
     return None

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from clusterguard import Calibration, ClusterGuard
-from clusterguard.detectors import current_record
 from saving import assert_refused, edit_config, make_guard, network, put_weights
 from torch import nn
 
@@ -45,7 +44,7 @@ def test_a_record_is_left_out_with_a_warning_once_the_weights_have_changed(chang
     guard.calibration = Calibration(tuple(guard.thresholds.tolist()), (120,) * 3, 400, (0.0,) * 3, 0.01, "conformal")
     changed = change(guard)
     with pytest.warns(UserWarning, match="weights have changed since the thresholds were fitted"):
-        assert current_record(changed) is None
+        assert changed.current_record() is None
     if change is not quantize:
         with pytest.warns(UserWarning, match="weights have changed"):
             changed.save_pretrained(tmp_path)
@@ -57,7 +56,7 @@ def test_a_record_stays_with_a_copy_and_in_another_precision(convert):
     guard = make_guard()
     guard.calibration = Calibration(tuple(guard.thresholds.tolist()), (120,) * 3, 400, (0.0,) * 3, 0.01, "conformal")
     guard.detect(torch.rand(4, 1, 3, 4))
-    assert current_record(convert(guard)) == guard.calibration
+    assert convert(guard).current_record() == guard.calibration
 
 
 @pytest.mark.parametrize("thresholds", [[9.0, 10.0, 12.0], [9.0, 10.0, torch.inf]])
