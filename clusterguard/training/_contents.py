@@ -33,7 +33,7 @@ def describe_contents(name: str, source: object) -> dict[str, str]:
     Example:
         >>> from torch.utils.data import TensorDataset
         >>> list(describe_contents("training", DataLoader(TensorDataset(torch.zeros(4, 1), torch.arange(4)))))
-        ["training.dataset.tensors"]
+        ['training.dataset.tensors']
     """
     return dict(_lines(name, source, set(), 0))
 
