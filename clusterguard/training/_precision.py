@@ -115,13 +115,14 @@ class StepPrecision:
     def _put_weights(self, layout: torch.memory_format) -> None:
         """Put rearranged weights, their gradients and the optimizer's moments into a layout, which must be the same."""
         for weight in self._rearranged:
-            weight.data = weight.data.contiguous(memory_format=layout)
+            # `contiguous` would leave weights of one input channel, which counts as either layout.
+            weight.data = weight.data.to(memory_format=layout)
             if weight.grad is not None:
-                weight.grad = weight.grad.contiguous(memory_format=layout)
+                weight.grad = weight.grad.to(memory_format=layout)
             state = self._optimizer.state.get(weight, {})
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
-                    state[name] = value.contiguous(memory_format=layout)
+                    state[name] = value.to(memory_format=layout)
 
     def rounding(self, device: torch.device) -> AbstractContextManager[object]:
         """The context of a training step on a device."""

@@ -141,3 +141,16 @@ def test_a_layer_that_runs_outside_autocast_still_gets_weights_that_it_can_use()
     guard = ClusterGuard(nn.Sequential(*layers), num_classes=4, example=torch.rand(2, 3, 16, 16)).eval()
     rough, exact = InBfloat16(guard).evidence(IMAGES), guard.evidence(IMAGES)
     torch.testing.assert_close(rough.suspicion, exact.suspicion, rtol=0.02, atol=0.02)
+
+
+def test_maps_of_one_channel_also_lead_to_channels_last():
+    """A backward pass of mixed layouts takes many times as long as one of either."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()]
+    guard = ClusterGuard(nn.Sequential(*layers), num_classes=4, example=torch.rand(2, 1, 16, 16)).eval()
+    seen = []
+    next(part for part in guard.modules() if isinstance(part, nn.Conv2d)).register_forward_hook(
+        lambda module, inputs, output: seen.append(output.is_contiguous(memory_format=torch.channels_last))
+    )
+    InBfloat16(guard).evidence(torch.rand(12, 1, 16, 16))
+    assert seen and all(seen)
