@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from clusterguard.attacks._base import Attack
-from clusterguard.attacks._working_copy import cast_weights, choose_layout, fold_batch_norms, working_copy
+from clusterguard.attacks._working_copy import fold_batch_norms, put_into_bfloat16, working_copy
 from clusterguard.detection import Detector, Evidence, success_margin
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
@@ -53,9 +53,8 @@ class InBfloat16:
     def evidence(self, images: Tensor) -> Evidence:
         """The evidence on images (B, C, H, W), computed in bfloat16 and returned in float32."""
         if not self._is_ready:
-            self._format = choose_layout(self.detector, images.detach())
             fold_batch_norms(self.detector, images.detach())
-            cast_weights(self.detector, images.detach())
+            self._format = put_into_bfloat16(self.detector, images.detach())
             self._is_ready = True
         with torch.autocast(images.device.type, torch.bfloat16):
             scores, suspicion = self.detector.evidence(images.contiguous(memory_format=self._format))

@@ -51,27 +51,36 @@ def working_copy(detector: Detector) -> Detector:
 
 
 @torch.no_grad()
-def choose_layout(detector: Detector, images: Tensor) -> torch.memory_format:
-    """The memory layout for images, which is channels last if the network works with it.
+def put_into_bfloat16(detector: Detector, images: Tensor) -> torch.memory_format:
+    """Cast weights to bfloat16, and put weights and images into channels last, as far as the detector works so.
 
-    The weights of the detector are put into the same layout. A network that flattens feature maps with `view`, for
-    example, does not work with channels last.
+    Nearly every detector works with both. For the others the layout is tried first, and then the casts. A network that
+    flattens feature maps with `view`, for example, does not work with channels last, and a layer that runs outside of
+    autocast does not work with weights in bfloat16.
 
     Args:
         detector: working copy, which is changed.
-        images: (B, C, H, W); the first few are used for the test.
+        images: (B, C, H, W); the first few are used for the trials.
+
+    Returns:
+        The memory layout for images.
     """
     detector = _without_meter(detector)
     if not isinstance(detector, nn.Module):
         return torch.contiguous_format
     arrange_weights(detector, torch.channels_last)
-    try:
-        with torch.autocast(images.device.type, torch.bfloat16):
-            detector.evidence(images[:_FEW].contiguous(memory_format=torch.channels_last))
-    except (ClusterGuardError, RuntimeError):
-        arrange_weights(detector, torch.contiguous_format)
-        return torch.contiguous_format
-    return torch.channels_last
+    exact = _cast_weights(detector)
+    if _works(detector, images, torch.channels_last):
+        return torch.channels_last
+    _uncast(exact)
+    layout = torch.channels_last
+    if not _works(detector, images, layout):
+        layout = torch.contiguous_format
+        arrange_weights(detector, layout)
+    exact = _cast_weights(detector)
+    if not _works(detector, images, layout):
+        _uncast(exact)
+    return layout
 
 
 def arrange_weights(module: nn.Module, layout: torch.memory_format) -> None:
@@ -81,28 +90,30 @@ def arrange_weights(module: nn.Module, layout: torch.memory_format) -> None:
             parameter.data = parameter.data.to(memory_format=layout)
 
 
-@torch.no_grad()
-def cast_weights(detector: Detector, images: Tensor) -> None:
-    """Cast the weights of plain linear layers and convolutions to bfloat16, if the detector then works under autocast.
-
-    Args:
-        detector: working copy, which is changed.
-        images: (B, C, H, W); the first few are used for the test.
-    """
-    detector = _without_meter(detector)
-    cast: list[tuple[Tensor, Tensor]] = []
-    for module in detector.modules() if isinstance(detector, nn.Module) else ():
+def _cast_weights(detector: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Cast the weights of plain linear layers and convolutions, and return each with its value before."""
+    exact: list[tuple[Tensor, Tensor]] = []
+    for module in detector.modules():
         if type(module) in (nn.Linear, nn.Conv2d) and not _has_hooks(module):
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype == torch.float32:
-                    cast.append((parameter, parameter.data))
+                    exact.append((parameter, parameter.data))
                     parameter.data = parameter.data.bfloat16()
+    return exact
+
+
+def _uncast(exact: list[tuple[Tensor, Tensor]]) -> None:
+    for parameter, value in exact:
+        parameter.data = value
+
+
+def _works(detector: Detector, images: Tensor, layout: torch.memory_format) -> bool:
     try:
         with torch.autocast(images.device.type, torch.bfloat16):
-            detector.evidence(images[:_FEW])
-    except (ClusterGuardError, RuntimeError):  # some layer runs outside of autocast
-        for weight, exact in cast:
-            weight.data = exact
+            detector.evidence(images[:_FEW].contiguous(memory_format=layout))
+    except (ClusterGuardError, RuntimeError):
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -123,8 +134,6 @@ def fold_batch_norms(detector: Detector, images: Tensor) -> None:
         changed: list[tuple[nn.Module, str, nn.Module]] = []
         for convolution, norm in pairs:
             folded = fuse_conv_bn_eval(convolution, norm).requires_grad_(False)
-            if convolution.weight.is_contiguous(memory_format=torch.channels_last):
-                arrange_weights(folded, torch.channels_last)
             replaced: tuple[tuple[nn.Module, nn.Module], ...] = ((convolution, folded), (norm, nn.Identity()))
             for module, other in replaced:
                 parent, name = parents[module]
