@@ -32,6 +32,7 @@ class Problem:
         objective: loss to minimise.
         generator: randomness.
         search: detector in a lower precision, of which gradients are taken; None takes gradients of `detector`.
+        settled: (B,) images with a success, whose margins may stay in the lower precision; None judges all images.
     """
 
     detector: Detector
@@ -43,6 +44,7 @@ class Problem:
     objective: Objective
     generator: Generator | None = None
     search: Detector | None = None
+    settled: Tensor | None = None
 
     def project(self, candidates: Tensor) -> Tensor:
         """The candidates (B, C, H, W) projected onto the ball around the images, cut by the box [0, 1]."""
@@ -66,6 +68,7 @@ class Problem:
             labels=self.labels[index],
             targets=None if self.targets is None else self.targets[index],
             eps=self.eps[index] if isinstance(self.eps, Tensor) else self.eps,
+            settled=None,
         )
 
 
@@ -136,6 +139,7 @@ def descend(
     keep: Keep = "best",
     stop_early: bool = False,
     on_step: OnStep | None = None,
+    judge_all: bool = True,
 ) -> Tensor:
     """Descend the objective of a problem.
 
@@ -151,20 +155,26 @@ def descend(
         stop_early: whether images with a success leave the batch, which needs ``keep="best"``. It does not change which
             images succeed, only how far beyond success they get.
         on_step: callback for every step, see `OnStep`.
+        judge_all: whether the rule needs the margins of all iterates in the detector's own precision. Otherwise, images
+            with a success search on in the lower precision, and the detector judges the best of these iterates at the
+            end. This matters only with ``keep="best"`` and a search in lower precision.
 
     Returns:
         Iterates (B, C, H, W).
     """
+    defers = not judge_all and keep == "best" and problem.search is not None
 
     def sizes(candidates: Tensor) -> Tensor | None:
         return problem.norm.size(candidates - problem.images) if keep == "nearest" else None
 
     best, iterates = _Best(start), start
     for step in range(steps):
-        evaluation = gradient(problem, iterates)
+        settled = best.margins <= 0 if defers else None
+        evaluation = gradient(problem if settled is None else replace(problem, settled=settled), iterates)
         with torch.no_grad():
             if keep != "last":
-                best.remember(iterates, evaluation.margin, sizes(iterates))
+                judged = evaluation.margin if settled is None else best.set_aside(iterates, evaluation.margin, settled)
+                best.remember(iterates, judged, sizes(iterates))
             if on_step is not None:
                 on_step(step, best.of_all()[1])
             if stop_early and step % _LOOK_EVERY == 0:
@@ -181,6 +191,8 @@ def descend(
         if keep == "last":
             return iterates
         best.remember(iterates, problem.margin(iterates), sizes(iterates))
+        if defers and not stop_early:
+            best.judge(problem)
         if on_step is not None:
             on_step(steps, best.of_all()[1])
     return best.of_all()[0]
@@ -198,6 +210,7 @@ class _Best:
         self._sizes = self.margins
         self._rows = torch.arange(len(start), device=start.device)
         self._all = start.clone(), self.margins.clone()
+        self._aside, self._rough = start, self.margins
 
     def remember(self, iterates: Tensor, margins: Tensor, sizes: Tensor | None) -> None:
         """Keep the iterates (b, C, H, W) whose margins (b,) are smaller than before.
@@ -211,6 +224,24 @@ class _Best:
         self._iterates = torch.where(better[:, None, None, None], iterates, self._iterates)
         self.margins = torch.where(better, margins.to(self.margins.dtype), self.margins)
 
+    def set_aside(self, iterates: Tensor, margins: Tensor, settled: Tensor) -> Tensor:
+        """Set aside settled iterates (b, C, H, W) with the smallest margins (b,), until `judge` is called.
+
+        Returns:
+            The margins (b,) of the other iterates, and +inf for the settled ones.
+        """
+        deeper = settled & (margins < torch.minimum(self._rough, self.margins))
+        self._aside = torch.where(deeper[:, None, None, None], iterates, self._aside)
+        self._rough = torch.where(deeper, margins.to(self._rough.dtype), self._rough)
+        return margins.masked_fill(settled, torch.inf)
+
+    def judge(self, problem: Problem) -> None:
+        """Keep those iterates set aside that are better by the detector itself."""
+        rows = self._rough.isfinite().nonzero().squeeze(1)
+        if len(rows):
+            judged = problem.select(rows).margin(self._aside[rows]).to(self.margins.dtype)
+            self.remember(self._aside, torch.full_like(self.margins, torch.inf).index_copy(0, rows, judged), None)
+
     def of_all(self) -> tuple[Tensor, Tensor]:
         """Best iterates (B, C, H, W) and margins (B,) of all images, including those that have left the batch."""
         iterates, margins = self._all
@@ -220,6 +251,7 @@ class _Best:
         """Continue the batch with the images at these positions (c,) only."""
         self._all = self.of_all()
         self._iterates, self.margins, self._rows = self._iterates[index], self.margins[index], self._rows[index]
+        self._aside, self._rough = self._aside[index], self._rough[index]
 
 
 # Checking which images are done waits for the device, and dropping them copies the rest, so both are done rarely.
@@ -257,6 +289,8 @@ def _judged(problem: Problem, iterates: Tensor, margin: Tensor, suspicion: Tenso
     if problem.search is None:
         return margin
     near = ~(margin > suspicion.detach().abs().amax(dim=1) / 64)  # bfloat16 has 8 bits, and errors add up
+    if problem.settled is not None:
+        near &= ~problem.settled
     rows = near.nonzero().squeeze(1)
     if not len(rows):
         return margin

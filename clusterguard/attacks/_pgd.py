@@ -107,6 +107,7 @@ class IteratedAttack(BuiltInAttack):
             keep=self.keep,
             stop_early=self.stop_early,
             on_step=self.on_step,
+            judge_all=type(self)._gradient is not IteratedAttack._gradient,  # some of these need exact margins
         )
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from clusterguard import APGD, PGD, ClusterGuard, Evidence, WorstCaseSuite, decide
+from clusterguard import APGD, PGD, ClusterGuard, Evidence, WorstCaseSuite, decide, success_margin
 from clusterguard.attacks import FastMinimumNorm, Metered, OrthogonalPGD, _precision, get_norm
 from clusterguard.attacks._internal import choose_precision
 from clusterguard.attacks._precision import InBfloat16
 from clusterguard.detection import Verdicts, is_broken
+from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError
 from torch import nn
 
@@ -69,6 +70,51 @@ def test_a_success_in_bfloat16_alone_is_none(trained_guard, images, labels, obje
     assert len(best) == 7  # nothing left early
     assert all((margins > 0).all() for margins in best)
     assert metered.cost.forward == 13 * len(images)  # each step asks twice
+
+
+class Boaster(Liar):
+    """Sees a success in every image that the attack has changed, but only in bfloat16, and a larger one at every step."""
+
+    def __init__(self, guard: ClusterGuard, images) -> None:
+        super().__init__(guard)
+        self.images = images
+
+    def evidence(self, images):
+        scores, suspicion = self.guard.evidence(images)
+        if not torch.is_autocast_enabled(images.device.type):
+            return Evidence(scores, suspicion)
+        change = (images - self.images).abs().flatten(1).mean(dim=1, keepdim=True)
+        return Evidence(-scores, suspicion * 0 - change)
+
+
+def test_a_success_is_kept_whatever_bfloat16_makes_of_later_iterates(trained_guard, images, labels):
+    options = {"eps": 0.3, "step_size": 0.02, "steps": 12, "precision": "bf16"}
+    exact = PGD(**options)(trained_guard, images, labels)
+    wrong = exact[broken(trained_guard, exact, labels)]
+    assert len(wrong) > 1
+    right = labels[broken(trained_guard, exact, labels)]
+    boaster = Boaster(trained_guard, wrong)
+    again = PGD(**options)(boaster, wrong, right)
+    assert broken(trained_guard, again, right).all()
+    assert success_margin(trained_guard.evidence(again), trained_guard.thresholds, right).le(
+        success_margin(trained_guard.evidence(wrong), trained_guard.thresholds, right)
+    ).all()
+
+
+@pytest.mark.parametrize("attack", [PGD, APGD], ids=lambda attack: attack.__name__)
+def test_images_with_a_success_are_judged_once_more_and_not_at_every_step(trained_guard, images, labels, attack):
+    """All images are successes from the start, for none is of the class that is asked for."""
+    options = {"eps": 0.1, "steps": 10, "precision": "bf16", "objective": "margin"}
+    if attack is PGD:
+        options["step_size"] = 0.02
+    wrong = (trained_guard.detect(images).labels + 1) % 10
+    permissive = Metered(WithThresholds(trained_guard, torch.full((10,), 1e6)))
+    last = []
+    attacked = attack(**options, on_step=lambda step, margins: last.append(margins))(permissive, images, wrong)
+    assert permissive.cost.forward == (10 + 3) * len(images)
+    margins = success_margin(trained_guard.evidence(attacked), permissive.thresholds, wrong)
+    torch.testing.assert_close(margins, last[-1])
+    assert (margins < last[0]).all()
 
 
 def test_evidence_in_bfloat16_is_near_and_in_float32(trained_guard, images):
