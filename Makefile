@@ -20,6 +20,7 @@ benchmark-quick: .venv/installed
 
 speed: .venv/installed
 	$(BIN)/python -m benchmarks.studies.speed run --device cpu
+	$(BIN)/python -m benchmarks.studies.speed profile --device cpu
 	$(BIN)/python -m benchmarks.studies.speed memory --device cpu
 	$(BIN)/python -m benchmarks.studies.speed table
 

@@ -12,6 +12,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._support import write_atomically
@@ -25,6 +26,7 @@ THROUGHPUT_FILE = RESULTS / "throughput.json"
 # and kernels that eager PyTorch launches in a second.
 _ASSUMED = {"h200": (15e12, 100_000.0), "cpu": (20e9, 50_000.0)}
 PATIENCE = 2.0  # seconds that a measurement lasts at least
+_FEW = 4  # smallest number of images that a measurement uses in place of a larger batch
 KERNELS = {  # numbers of kernels that a forward pass launches, by network
     "tiny-cnn": 25,
     "wide-cnn": 25,
@@ -45,48 +47,74 @@ class Throughput:
 
     Attributes:
         source: origin of the figures, for people.
-        seconds: function of the model, the data set and the number of images in a batch. It returns the seconds of a
-            forward pass for one image, and those of a forward and a backward pass.
+        seconds: function of the model, the data set, the number of images in a batch and the precision, "float32" or
+            "bf16". It returns the seconds of a forward pass for one image, and those of a forward and a backward pass.
     """
 
     source: str
-    seconds: Callable[[str, str, int], tuple[float, float]]
+    seconds: Callable[[str, str, int, str], tuple[float, float]]
 
 
 def measure_throughput(cells: Sequence[Cell], device: torch.device) -> None:
-    """Measure every network of the cells at every batch size, and write results/throughput.json."""
+    """Measure every network of the cells at every batch size and precision, and write results/throughput.json."""
     known: dict[str, Any] = json.loads(THROUGHPUT_FILE.read_text()) if THROUGHPUT_FILE.exists() else {}
     measured = known.setdefault(device_name(device), {})
-    trainings = {(cell.training.model, cell.training.dataset, cell.training.batch_size) for cell in cells}
-    attacks = {(cell.training.model, cell.training.dataset, min(cell.chunk, cell.images)) for cell in cells}
-    for model, dataset, batch in sorted(trainings | attacks):
-        measured[f"{model} {dataset} {batch}"] = _measure(model, find_data_set(dataset).image_shape, batch, device)
+    wanted = set()
+    for cell in cells:
+        network = cell.training.model, cell.training.dataset
+        wanted.add((*network, cell.training.batch_size, _training_precision(cell)))
+        wanted.add((*network, min(cell.chunk, cell.images), _attack_precision(cell)))
+    for model, dataset, batch, precision in sorted(wanted):
+        shape = find_data_set(dataset).image_shape
+        measured[f"{model} {dataset} {batch} {precision}"] = _measure(model, shape, batch, device, precision)
     write_atomically(THROUGHPUT_FILE, lambda file: file.write_text(json.dumps(known, indent=1) + "\n"))
 
 
-def _measure(model: str, shape: tuple[int, int, int], batch: int, device: torch.device) -> tuple[float, float]:
-    """The seconds for one image of a forward pass, and of a forward and a backward pass."""
+def _training_precision(cell: Cell) -> str:
+    return "bf16" if cell.training.mixed_precision else "float32"
+
+
+def _attack_precision(cell: Cell) -> str:
+    return str(cell.options.get("precision", "float32"))
+
+
+def _measure(
+    model: str, shape: tuple[int, int, int], batch: int, device: torch.device, precision: str
+) -> tuple[float, float]:
+    """The seconds for one image of a forward pass, and of a forward and a backward pass.
+
+    A batch that would take too long is replaced by its first images. On one thread of a CPU, the seconds are those of
+    this process, so that other processes do not count.
+    """
+    is_half = precision == "bf16"
+    layout = torch.channels_last if is_half else torch.contiguous_format
     network = build_network(model, shape).to(device).eval().requires_grad_(False)
-    images = torch.rand(batch, *shape, device=device, requires_grad=True)
+    network = network.to(memory_format=layout)  # type: ignore[call-overload]
+    images = torch.rand(batch, *shape, device=device).contiguous(memory_format=layout)
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
 
-    def forward() -> None:
+    def forward(part: Tensor) -> None:
         with torch.no_grad():
-            network(images)
+            network(part)
 
-    def both() -> None:
-        torch.autograd.grad(network(images).sum(), images)
+    def both(part: Tensor) -> None:
+        torch.autograd.grad(network(part).sum(), part)
 
-    def time_of(work: Callable[[], None]) -> float:
-        work()
-        calls, started = 0, time.perf_counter()
-        while time.perf_counter() - started < PATIENCE or calls < 3:
-            work()
-            calls += 1
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        return (time.perf_counter() - started) / calls / batch
+    def time_of(work: Callable[[Tensor], None], part: Tensor, seconds: float) -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
+            work(part)
+            calls, started = 0, clock()
+            while calls < 1 or clock() - started < seconds:
+                work(part)
+                calls += 1
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            return (clock() - started) / calls / len(part)
 
-    return time_of(forward), time_of(both)
+    one = time_of(both, images[:_FEW].detach().requires_grad_(), 0.0)
+    part = images[: max(_FEW, int(PATIENCE / 2 / one))].detach().requires_grad_()
+    return time_of(forward, part, PATIENCE), time_of(both, part, PATIENCE)
 
 
 def find_throughput(device: str) -> Throughput:
@@ -109,18 +137,22 @@ def find_throughput(device: str) -> Throughput:
 
 
 def _nearest(
-    measured: dict[str, Any], flops: float, launches: float, model: str, dataset: str, batch: int
+    measured: dict[str, Any], flops: float, launches: float, model: str, dataset: str, batch: int, precision: str
 ) -> tuple[float, float]:
     """The seconds at the measured batch size that is nearest to `batch`, and assumed ones if there is none."""
-    sizes = [int(key.split()[2]) for key in measured if key.split()[:2] == [model, dataset]]
+    found = [key.split() for key in measured]
+    sizes = [int(size) for *network, size, kind in found if network == [model, dataset] and kind == precision]
     if not sizes:
-        return _assumed(flops, launches, model, dataset, batch)
-    forward, both = measured[f"{model} {dataset} {min(sizes, key=lambda size: abs(math.log(size / batch)))}"]
+        return _assumed(flops, launches, model, dataset, batch, precision)
+    nearest = min(sizes, key=lambda size: abs(math.log(size / batch)))
+    forward, both = measured[f"{model} {dataset} {nearest} {precision}"]
     return forward, both
 
 
-def _assumed(flops: float, launches: float, model: str, dataset: str, batch: int) -> tuple[float, float]:
-    """The seconds that arithmetic or the launching of kernels takes, whichever takes longer."""
+def _assumed(
+    flops: float, launches: float, model: str, dataset: str, batch: int, _precision: str
+) -> tuple[float, float]:
+    """The seconds that arithmetic or the launching of kernels takes, whichever takes longer, in float32."""
     forward = max(_flops(model, find_data_set(dataset).image_shape) / flops, KERNELS[model] / launches / batch)
     return forward, 3 * forward
 
@@ -177,13 +209,15 @@ def print_plan(cells: Sequence[Cell], speed: Throughput, *, trained: Callable[[s
     needed = {owner.training.key: owner for cell in cells for owner in (cell, cell.surrogate) if owner is not None}
     for owner in (owner for key, owner in needed.items() if not trained(key)):
         training, count = owner.training, training_passes(owner)
-        seconds = count * speed.seconds(training.model, training.dataset, training.batch_size)[1]
+        seconds = (
+            count * speed.seconds(training.model, training.dataset, training.batch_size, _training_precision(owner))[1]
+        )
         total += seconds
         print(f"  train  {owner.detector:40} {count:>14,} gradients {seconds:>9,.0f} s")
     for cell in cells:
         forward, backward = attack_passes(cell)
         batch = min(cell.chunk, cell.images) * len(cell.options.get("step_sizes", [0]))
-        alone, both = speed.seconds(cell.training.model, cell.training.dataset, batch)
+        alone, both = speed.seconds(cell.training.model, cell.training.dataset, batch, _attack_precision(cell))
         seconds = (forward - backward) * alone + backward * both
         total += seconds
         print(f"  attack {cell.title:40} {backward:>14,} gradients {seconds:>9,.0f} s")

@@ -73,7 +73,7 @@ def test_a_success_in_bfloat16_alone_is_none(trained_guard, images, labels, obje
 
 
 class Boaster(Liar):
-    """Sees a success in every image that the attack has changed, but only in bfloat16, and a larger one at every step."""
+    """Sees a success in each image, but only in bfloat16, and a larger one the more the image has changed."""
 
     def __init__(self, guard: ClusterGuard, images) -> None:
         super().__init__(guard)
@@ -96,9 +96,11 @@ def test_a_success_is_kept_whatever_bfloat16_makes_of_later_iterates(trained_gua
     boaster = Boaster(trained_guard, wrong)
     again = PGD(**options)(boaster, wrong, right)
     assert broken(trained_guard, again, right).all()
-    assert success_margin(trained_guard.evidence(again), trained_guard.thresholds, right).le(
-        success_margin(trained_guard.evidence(wrong), trained_guard.thresholds, right)
-    ).all()
+    assert (
+        success_margin(trained_guard.evidence(again), trained_guard.thresholds, right)
+        .le(success_margin(trained_guard.evidence(wrong), trained_guard.thresholds, right))
+        .all()
+    )
 
 
 @pytest.mark.parametrize("attack", [PGD, APGD], ids=lambda attack: attack.__name__)

@@ -18,7 +18,7 @@ def experiment(tmp_path, monkeypatch):
 
 
 def test_the_plan_adds_up(experiment, capsys):
-    speed = plan.Throughput("made up", lambda model, dataset, batch: (0.001, 0.01))
+    speed = plan.Throughput("made up", lambda model, dataset, batch, precision: (0.001, 0.01))
     plan.print_plan(experiment.cells[:1], speed)
     text = capsys.readouterr().out
     # 500 images: 2 epochs, each a step on them and their attacked versions, after 2 steps of attack
@@ -32,7 +32,7 @@ def test_devices_that_were_never_measured_get_stated_assumptions(device, monkeyp
     monkeypatch.setattr(plan, "THROUGHPUT_FILE", tmp_path / "none.json")
     speed = plan.find_throughput(device)
     assert "assumed" in speed.source
-    forward, both = speed.seconds("small-cnn", "mnist", 1000)
+    forward, both = speed.seconds("small-cnn", "mnist", 1000, "float32")
     assert 0 < forward < both < 0.1
 
 
@@ -42,8 +42,19 @@ def test_measured_throughput_is_found_again(experiment, monkeypatch, tmp_path):
     plan.measure_throughput(experiment.cells[:1], torch.device("cpu"))
     speed = plan.find_throughput("cpu")
     assert "measured" in speed.source
-    assert speed.seconds("tiny-cnn", "digits", 10_000)[1] > 0
-    assert speed.seconds("small-cnn", "mnist", 1000)[1] > 0  # assumed: it was not measured
+    assert speed.seconds("tiny-cnn", "digits", 10_000, "float32")[1] > 0
+    assert speed.seconds("small-cnn", "mnist", 1000, "float32")[1] > 0  # assumed: it was not measured
+
+
+def test_each_precision_has_its_own_throughput(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "THROUGHPUT_FILE", tmp_path / "throughput.json")
+    monkeypatch.setattr(plan, "_measure", lambda *given: (1.0, 3.0) if given[-1] == "bf16" else (2.0, 6.0))
+    (cell,) = [cell for cell in load_experiment("table2-mnist", "short").cells if cell.detector == "ours"][:1]
+    assert (cell.training.mixed_precision, cell.options["precision"]) == (True, "bf16")
+    plan.measure_throughput([cell], torch.device("cpu"))
+    seconds = plan.find_throughput("cpu").seconds
+    assert seconds("small-cnn", "mnist", cell.training.batch_size, "bf16") == (1.0, 3.0)
+    assert seconds("small-cnn", "mnist", cell.training.batch_size, "float32")[0] < 1  # assumed: it was not measured
 
 
 def test_near_the_end_of_the_budget_cells_that_fit_come_first(experiment, tmp_path, monkeypatch):

@@ -2,10 +2,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.studies.speed import _head as head
-from benchmarks.studies.speed.__main__ import TABLE, table_lines
+from benchmarks.studies.speed import _tables as tables
 from benchmarks.studies.speed._measure import count_operators, median_ratio, time_in_pairs
+from benchmarks.studies.speed._operators import count_step
+from benchmarks.studies.speed._race import BARE, OURS, Race, ratio_of, run_races, time_in_rounds
+from benchmarks.studies.speed._roofline import count_gflop, record_convolutions
 
 
 def test_the_faster_side_wins_whichever_it_is():
@@ -43,5 +47,45 @@ def test_both_sides_of_a_row_compute_the_same():
     row.check(row.ours(), row.theirs())
 
 
+def test_sides_of_a_race_run_once_in_each_round_and_are_compared_round_by_round():
+    calls = []
+    seconds = time_in_rounds({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4)
+    assert "".join(calls) == "cbaabccbaabc"
+    assert {len(taken) for taken in seconds.values()} == {4}
+    ratio = ratio_of({"theirs": [2.0, 6.0, 4.0], "ours": [1.0, 2.0, 4.0]}, "theirs", "ours")
+    assert (ratio.median, ratio.pairs) == (2.0, 3)
+
+
+def test_a_race_is_written_with_its_machine_and_becomes_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.studies.speed._race.SPEED_RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "SPEED_RESULTS", tmp_path)
+    sides = {OURS[0]: lambda: 0.5, OURS[1]: lambda: 0.25, BARE[1]: lambda: None, "ART": lambda: 0.75}
+    races = iter([Race("PGD-40 linf, SmallCNN, batch 1", sides, gradients=40, success=lambda result: result)])
+    run_races("attack", races, torch.device("cpu"))
+    lines = "\n".join(tables.table_lines())
+    assert "| ART |" in lines
+    assert "| 0.750 |" in lines
+    assert "| PGD-40 linf, SmallCNN, batch 1 | clusterguard, float32 | ART (best peer) |" in lines
+    assert "### Training steps\n\n*Not run: cpu and cuda.*" in lines
+    assert lines.count("attack-cpu.json") == 1
+
+
+def test_the_operations_of_convolutions_are_counted_forward_and_back():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2))
+    calls = record_convolutions(network, torch.rand(2, 3, 6, 6), torch.bfloat16, torch.channels_last)
+    assert [call.images.dtype for call in calls] == [torch.bfloat16] * 2
+    products = 2 * 16 * (8 * 27 + 4 * 4)  # images and places, then the products of each layer at a place
+    assert count_gflop(calls) == pytest.approx(4 * products / 1e9)
+
+
+def test_a_step_is_counted_without_what_an_attack_does_once():
+    image = torch.rand(1, 1, 8, 8)
+
+    def work(steps):
+        return lambda: [image.exp() for _ in range(steps + 5)]
+
+    assert count_step({"stage": (work(10), work(2))})["stage"]["operators"] == 1
+
+
 def test_the_committed_tables_are_those_of_the_committed_measurements():
-    assert TABLE.read_text() == "\n".join(table_lines()) + "\n"
+    assert tables.TABLE.read_text() == "\n".join(tables.table_lines()) + "\n"

@@ -79,11 +79,11 @@ def time_in_pairs(ours: Work, theirs: Work, *, repeats: int) -> Ratio:
         >>> time_in_pairs(lambda: sum(range(20_000)), slow, repeats=7).median > 2
         True
     """
-    calls = {side: max(1, math.ceil(_MINIMUM / max(1e-7, _seconds(side, 1)))) for side in (ours, theirs)}
+    calls = {side: max(1, math.ceil(_MINIMUM / max(1e-7, seconds_of(side, 1)))) for side in (ours, theirs)}
     ratios = []
     for index in range(repeats):
         order = (ours, theirs) if index % 2 else (theirs, ours)
-        times = {side: _seconds(side, calls[side]) / calls[side] for side in order}
+        times = {side: seconds_of(side, calls[side]) / calls[side] for side in order}
         ratios.append(times[theirs] / times[ours])
     return median_ratio(ratios)
 
@@ -152,13 +152,17 @@ def measure_group(name: str, compare: Compare, device: torch.device) -> None:
     write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
 
 
-def _seconds(work: Work, calls: int) -> float:
-    """The seconds that some calls take. On a GPU they are measured between two of its events."""
+def seconds_of(work: Work, calls: int) -> float:
+    """The seconds that some calls take.
+
+    On a GPU they are measured between two of its events. Elsewhere they are the processor time of this process, which
+    other processes on a shared machine disturb less than they disturb the clock.
+    """
     if not torch.cuda.is_available():
-        started = time.perf_counter()
+        started = time.process_time()
         for _ in range(calls):
             work()
-        return time.perf_counter() - started
+        return time.process_time() - started
     torch.cuda.synchronize()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

@@ -1,0 +1,239 @@
+"""The tables of docs/performance.md, which are made of the results in benchmarks/results/speed and of nothing else."""
+
+import json
+import statistics
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from benchmarks.studies.speed._measure import SPEED_RESULTS, Ratio
+from benchmarks.studies.speed._memory import BATCHES
+from benchmarks.studies.speed._peers import PEERS
+from benchmarks.studies.speed._race import BARE, OURS, Seconds, ratio_of
+
+TABLE = SPEED_RESULTS / "table.md"
+_DEVICES = ("cpu", "cuda")
+_PAIRED = ("suite", "head", "projection", "detection")
+
+
+class Target(NamedTuple):
+    """A ratio that we want to reach.
+
+    Attributes:
+        group: group of races.
+        race: beginning of the race's name.
+        ours: our side.
+        theirs: the other side, or "best peer".
+        least: smallest ratio of their time to ours.
+        unit: instructions that the target presupposes, as Linux calls them; "" for none.
+    """
+
+    group: str
+    race: str
+    ours: str
+    theirs: str
+    least: float
+    unit: str = ""
+
+
+TARGETS = (
+    Target("attack", "PGD-40 linf, SmallCNN", OURS[0], "best peer", 1.0),
+    Target("attack", "PGD-40 linf, SmallCNN", OURS[1], "best peer", 4.0, "amx_bf16"),
+    Target("resnet18", "PGD-20 linf, ResNet-18", OURS[1], "best peer", 4.0, "amx_bf16"),
+    Target("training", "training step, SmallCNN", OURS[1], OURS[0], 3.0, "amx_bf16"),
+    Target("training", "training step, ResNet-18", OURS[1], OURS[0], 3.5, "amx_bf16"),
+    Target("precision", "suite, quick, linf 0.3, SmallCNN", OURS[1], OURS[0], 2.5, "amx_bf16"),
+    Target("roofline", "PGD-4, SmallCNN", OURS[1], BARE[1], 0.9),
+    Target("roofline", "PGD-4, ResNet-18", OURS[1], BARE[1], 0.9),
+    Target("attack", "PGD-40 linf, SmallCNN", OURS[1], BARE[1], 0.9),
+    Target("resnet18", "PGD-20 linf, ResNet-18", OURS[1], BARE[1], 0.9),
+)
+
+
+def table_lines() -> Iterator[str]:
+    """The lines of the tables in Markdown."""
+    yield from _targets()
+    for title, group, lines in (
+        ("Attacks on the paper's network", "attack", _race_lines),
+        ("Attacks on ResNet-18", "resnet18", _race_lines),
+        ("Attacks on ResNet-50", "resnet50", _race_lines),
+        ("Training steps", "training", _race_lines),
+        ("Steps of training for certificates", "certified", _race_lines),
+        ("The suite in both precisions", "precision", _race_lines),
+        ("Batch sizes", "batches", _batch_lines),
+        ("The limit", "roofline", _roof_lines),
+        ("Compiled", "compiled", _compiled_lines),
+        ("Before and after the working copy", "profile", _profile_lines),
+        ("Folded, and in channels last, in float32", "float32", _plain_lines),
+    ):
+        yield from ("", f"### {title}", "")
+        contents = {device: _read(group, device) for device in _DEVICES}
+        for content in filter(None, contents.values()):
+            yield from lines(content["races"])
+        missing = [device for device, content in contents.items() if not content]
+        if missing:
+            yield f"*Not run: {' and '.join(missing)}.*"
+    yield from ("", "### Other comparisons", "")
+    yield from _paired_lines()
+    yield from ("", "### Peak memory", "")
+    yield from _memory_lines()
+    yield from ("", "### Settings", "")
+    yield from _setting_lines()
+
+
+def _read(group: str, device: str) -> Any:
+    file = SPEED_RESULTS / f"{group}-{device}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _short(ratio: Ratio) -> str:
+    return f"{ratio.median:.3g} [{ratio.low:.3g}, {ratio.high:.3g}]"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def best_peer(seconds: Seconds) -> str:
+    """The peer that takes the least time."""
+    return min((side for side in seconds if side in PEERS), key=lambda side: statistics.median(seconds[side]))
+
+
+def _targets() -> Iterator[str]:
+    yield "| what | ours | against | their time over ours | target |"
+    yield "| --- | --- | --- | --- | --- |"
+    for target in TARGETS:
+        content = _read(target.group, "cpu")
+        name = next((name for name in content["races"] if name.startswith(target.race)), None) if content else None
+        if name is None:
+            yield f"| {target.race} | {target.ours} | {target.theirs} | not run | ≥ {target.least:g} |"
+            continue
+        seconds = content["races"][name]["seconds"]
+        theirs = best_peer(seconds) if target.theirs == "best peer" else target.theirs
+        ratio = ratio_of(seconds, theirs, target.ours)
+        reached = "reached" if ratio.median >= target.least else "missed"
+        lacks = target.unit and target.unit not in content["provenance"]["processor"]
+        note = f", set for {target.unit}, which this processor lacks" if lacks else ""
+        shown = f"{theirs} (best peer)" if target.theirs == "best peer" else theirs
+        yield f"| {name} | {target.ours} | {shown} | {_short(ratio)} | ≥ {target.least:g}: {reached}{note} |"
+
+
+def _race_lines(races: dict[str, Any]) -> Iterator[str]:
+    for name, race in races.items():
+        seconds: Seconds = race["seconds"]
+        ours = [side for side in OURS if side in seconds]
+        unit = "images" if name.startswith("suite") else "gradients"
+        ratios_to = " | ".join(f"its time over that of {side}" for side in ours)
+        yield f"| {name} | {unit}/s | {ratios_to} |" + (" success |" if race["success"] else "")
+        yield "| --- | --- |" + " --- |" * (len(ours) + bool(race["success"]))
+        for side, taken in seconds.items():
+            speed = race["gradients"] / statistics.median(taken)
+            ratios = ["1" if side == our else _short(ratio_of(seconds, side, our)) for our in ours]
+            success = f" {race['success'][side]:.3f} |" if side in race["success"] else " |" if race["success"] else ""
+            yield f"| {side} | {_rate(speed)} | {' | '.join(ratios)} |{success}"
+        yield ""
+
+
+def _batch_lines(races: dict[str, Any]) -> Iterator[str]:
+    yield "| attack | gradients/s, float32 | bfloat16 | float32's time over bfloat16's |"
+    yield "| --- | --- | --- | --- |"
+    for name, race in races.items():
+        speeds = [race["gradients"] / statistics.median(race["seconds"][side]) for side in OURS]
+        ratio = _short(ratio_of(race["seconds"], OURS[0], OURS[1]))
+        yield f"| {name} | {_rate(speeds[0])} | {_rate(speeds[1])} | {ratio} |"
+    yield ""
+
+
+def _roof_lines(races: dict[str, Any]) -> Iterator[str]:
+    yield (
+        "| attack | precision | GFLOP/s of the convolutions alone | GFLOP/s of our attack | "
+        "our share of the convolutions' time | our share of the bare loop's |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for name, race in races.items():
+        work = race["gradients"] * race["facts"]["GFLOP of a gradient"]
+        for ours, bare in zip(OURS, BARE, strict=True):
+            precision = ours.split(", ")[1]
+            alone = f"convolutions alone, {precision}"
+            rates = [work / statistics.median(race["seconds"][side]) for side in (alone, ours)]
+            shares = [_short(ratio_of(race["seconds"], side, ours)) for side in (alone, bare)]
+            yield f"| {name} | {precision} | {rates[0]:.0f} | {rates[1]:.0f} | {shares[0]} | {shares[1]} |"
+    yield ""
+
+
+def _compiled_lines(races: dict[str, Any]) -> Iterator[str]:
+    yield "| loop in bfloat16 with channels last | eager time over compiled time | gradients agree |"
+    yield "| --- | --- | --- |"
+    for name, race in races.items():
+        plain, compiled = race["seconds"]
+        agree = "yes" if race["facts"]["gradients agree"] else "no"
+        yield f"| {name} | {_short(ratio_of(race['seconds'], plain, compiled))} | {agree} |"
+    yield ""
+
+
+def _plain_lines(races: dict[str, Any]) -> Iterator[str]:
+    yield "| loop | network | gradients/s | its gain over the first |"
+    yield "| --- | --- | --- | --- |"
+    for name, race in races.items():
+        first = next(iter(race["seconds"]))
+        for side, taken in race["seconds"].items():
+            ratio = "1" if side == first else _short(ratio_of(race["seconds"], first, side))
+            yield f"| {name} | {side} | {_rate(race['gradients'] / statistics.median(taken))} | {ratio} |"
+    yield ""
+
+
+def _profile_lines(races: dict[str, Any]) -> Iterator[str]:
+    yield "| attack | stage | operators of a step | MB written by a step | seconds of the attack | float32's over its |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for name, race in races.items():
+        for stage, taken in race["seconds"].items():
+            counts = race["facts"]["of one step"][stage]
+            ratio = _short(ratio_of(race["seconds"], "float32", stage))
+            yield (
+                f"| {name} | {stage} | {counts['operators']:,.0f} | {counts['megabytes']:,.1f} | "
+                f"{statistics.median(taken):.2f} | {ratio} |"
+            )
+    yield ""
+
+
+def _paired_lines() -> Iterator[str]:
+    yield "| comparison | their time over ours | target | operators or gradients, ours and theirs | MB allocated |"
+    yield "| --- | --- | --- | --- | --- |"
+    for device in _DEVICES:
+        for name in _PAIRED:
+            content = _read(name, device)
+            if not content:
+                yield f"| *{name}, {device}* | not run | | | |"
+                continue
+            for title, row in content["rows"].items():
+                ratio = Ratio(**row["ratio"])
+                mark = "reached" if ratio.median >= row["target"] else "missed"
+                sides = row["ours"], row["theirs"]
+                unit = "gradients" if "gradients" in row["ours"] else "operators"
+                launched = " / ".join(f"{side[unit]:,}" for side in sides) + (
+                    " gradients" if unit == "gradients" else ""
+                )
+                megabytes = " / ".join(f"{side['megabytes']:,.0f}" for side in sides if "megabytes" in side)
+                target = f"{row['target']:.3g}: {mark}"
+                yield f"| {title}, {device} | {_short(ratio)} | {target} | {launched} | {megabytes} |"
+
+
+def _memory_lines() -> Iterator[str]:
+    yield f"| peak megabytes, ResNet-50 at 224 | {' | '.join(f'batch {batch}' for batch in BATCHES)} |"
+    yield "| --- |" + " --- |" * len(BATCHES)
+    for device in _DEVICES:
+        content = _read("memory", device)
+        if not content:
+            yield f"| *{device}* | not run |" + " |" * (len(BATCHES) - 1)
+            continue
+        for work, peaks in content["megabytes"].items():
+            yield f"| {work}, {device} | {' | '.join(f'{peaks[str(batch)]:,.0f}' for batch in BATCHES)} |"
+
+
+def _setting_lines() -> Iterator[str]:
+    yield "| file | date | processor | threads | torch | commit |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for file in sorted(SPEED_RESULTS.glob("*.json")):
+        source = json.loads(file.read_text())["provenance"]
+        machine = source.get("processor", source["device"])
+        cells = source.get("date", ""), machine, source["threads"], source["versions"]["torch"], source["commit"]
+        yield f"| `{file.name}` | {' | '.join(map(str, cells))} |"
