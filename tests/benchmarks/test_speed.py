@@ -8,7 +8,7 @@ from benchmarks.studies.speed import _head as head
 from benchmarks.studies.speed import _tables as tables
 from benchmarks.studies.speed._measure import count_operators, median_ratio, time_in_pairs
 from benchmarks.studies.speed._operators import count_step
-from benchmarks.studies.speed._race import BARE, OURS, Race, ratio_of, run_races, time_in_rounds
+from benchmarks.studies.speed._race import BARE, OUR_SIDES, Race, ratio_of, run_races, time_in_rounds
 from benchmarks.studies.speed._roofline import count_gflop, record_convolutions
 
 
@@ -59,7 +59,7 @@ def test_sides_of_a_race_run_once_in_each_round_and_are_compared_round_by_round(
 def test_a_race_is_written_with_its_machine_and_becomes_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.studies.speed._race.SPEED_RESULTS", tmp_path)
     monkeypatch.setattr(tables, "SPEED_RESULTS", tmp_path)
-    sides = {OURS[0]: lambda: 0.5, OURS[1]: lambda: 0.25, BARE[1]: lambda: None, "ART": lambda: 0.75}
+    sides = {OUR_SIDES[0]: lambda: 0.5, OUR_SIDES[1]: lambda: 0.25, BARE[1]: lambda: None, "ART": lambda: 0.75}
     races = iter([Race("PGD-40 linf, SmallCNN, batch 1", sides, gradients=40, success=lambda result: result)])
     run_races("attack", races, torch.device("cpu"))
     lines = "\n".join(tables.table_lines())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.detectors import add_classifier, build_network
 from benchmarks.studies.speed._measure import Work
-from benchmarks.studies.speed._peers import PEERS, build_apgd, build_pgd
+from benchmarks.studies.speed._peers import PEER_NAMES, build_apgd, build_pgd
 from benchmarks.studies.speed._race import BARE, OUR_PRECISIONS, Race
 
 FASTEST = ("torchattacks", "adv-lib")  # peers that race on larger networks, where a call takes long
@@ -143,7 +143,7 @@ def compare_on_resnet50(device: torch.device) -> Iterator[Race]:
 
 
 def _race_pgd(
-    network: str, victim: Victim, *, norm: str, eps: float, step: float, steps: int, peers: tuple[str, ...] = PEERS
+    network: str, victim: Victim, *, norm: str, eps: float, step: float, steps: int, peers: tuple[str, ...] = PEER_NAMES
 ) -> Race:
     options = {"norm": norm, "eps": eps, "steps": steps}
     attack = PGD(step_size=step, sparsity=None, objective="cross_entropy", keep="last", **options)  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PEERS = ("torchattacks", "Foolbox", "ART", "adv-lib")
-PeerAttack = Callable[[], Tensor]
+PEER_NAMES = ("torchattacks", "Foolbox", "ART", "adv-lib")
+AttackCall = Callable[[], Tensor]
 
 
 def import_adv_lib() -> Any:
@@ -27,7 +27,7 @@ def import_adv_lib() -> Any:
 
 def build_pgd(
     model: nn.Module, images: Tensor, labels: Tensor, *, norm: str, eps: float, step: float, steps: int
-) -> dict[str, PeerAttack]:
+) -> dict[str, AttackCall]:
     """Make PGD with each library that has it for the norm, by the name of the library.
 
     All start at the image, take the same steps and return the last iterate.
@@ -45,7 +45,7 @@ def build_pgd(
     shown = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
     kind = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD, "l1": foolbox.attacks.L1PGD}[norm]
     of_foolbox = kind(abs_stepsize=step, steps=steps, random_start=False)
-    attacks: dict[str, PeerAttack] = {
+    attacks: dict[str, AttackCall] = {
         "Foolbox": lambda: of_foolbox(shown, images, labels, epsilons=eps)[1],
         "ART": _run_art(
             model, images, labels, "ProjectedGradientDescent", norm=norm, eps=eps, eps_step=step, max_iter=steps
@@ -61,7 +61,7 @@ def build_pgd(
     return attacks
 
 
-def build_apgd(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, steps: int) -> dict[str, PeerAttack]:
+def build_apgd(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, steps: int) -> dict[str, AttackCall]:
     """Make APGD in linf with the cross-entropy with each library, by the name of the library.
 
     The arguments are those of `build_pgd`.
@@ -86,7 +86,7 @@ def build_apgd(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float, 
     }
 
 
-def _run_art(model: nn.Module, images: Tensor, labels: Tensor, name: str, *, norm: str, **options: Any) -> PeerAttack:
+def _run_art(model: nn.Module, images: Tensor, labels: Tensor, name: str, *, norm: str, **options: Any) -> AttackCall:
     classification, evasion = import_module("art.estimators.classification"), import_module("art.attacks.evasion")
     kind = "gpu" if images.is_cuda else "cpu"
     shape = tuple(images.shape[1:])

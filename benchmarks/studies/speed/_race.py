@@ -18,8 +18,8 @@ from benchmarks.studies.speed._measure import SPEED_RESULTS, Ratio, Work, median
 
 Seconds = dict[str, list[float]]
 """The seconds that each side took in each round."""
-OURS = ("clusterguard, float32", "clusterguard, bfloat16")
-OUR_PRECISIONS: dict[str, Precision] = {OURS[0]: "float32", OURS[1]: "bf16"}
+OUR_SIDES = ("clusterguard, float32", "clusterguard, bfloat16")
+OUR_PRECISIONS: dict[str, Precision] = {OUR_SIDES[0]: "float32", OUR_SIDES[1]: "bf16"}
 BARE = ("bare loop, float32", "bare loop, bfloat16")
 
 

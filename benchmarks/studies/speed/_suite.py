@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.studies.speed._measure import Comparison
-from benchmarks.studies.speed._race import OURS, Race
+from benchmarks.studies.speed._race import OUR_SIDES, Race
 
 GUARDS = Path(__file__).parents[3] / "guards"
 _CASES = {0.1: 20, 0.3: 100}  # number of digits by radius; the radius of the training attack is 0.3
@@ -110,7 +110,10 @@ def compare_precisions(device: torch.device) -> Iterator[Race]:
         suites = (WorstCaseSuite("linf", eps=0.3, budget="quick", precision=name) for name in ("float32", "bf16"))
         yield Race(
             f"suite, quick, linf 0.3, {title}, {count} digits",
-            {side: partial(run_suite, guard, suite, images, labels) for side, suite in zip(OURS, suites, strict=True)},
+            {
+                side: partial(run_suite, guard, suite, images, labels)
+                for side, suite in zip(OUR_SIDES, suites, strict=True)
+            },
             gradients=count,
             success=lambda outcome: float(outcome[1].float().mean()),
             rounds=6,

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 from benchmarks.studies.speed._measure import SPEED_RESULTS, Ratio
 from benchmarks.studies.speed._memory import BATCHES
-from benchmarks.studies.speed._peers import PEERS
-from benchmarks.studies.speed._race import BARE, OURS, Seconds, ratio_of
+from benchmarks.studies.speed._peers import PEER_NAMES
+from benchmarks.studies.speed._race import BARE, OUR_SIDES, Seconds, ratio_of
 
 TABLE = SPEED_RESULTS / "table.md"
 _DEVICES = ("cpu", "cuda")
 _PAIRED = ("suite", "head", "projection", "detection")
 
 
-class Target(NamedTuple):
+class SpeedTarget(NamedTuple):
     """A ratio that we want to reach.
 
     Attributes:
@@ -35,17 +35,17 @@ class Target(NamedTuple):
     unit: str = ""
 
 
-TARGETS = (
-    Target("attack", "PGD-40 linf, SmallCNN", OURS[0], "best peer", 1.0),
-    Target("attack", "PGD-40 linf, SmallCNN", OURS[1], "best peer", 4.0, "amx_bf16"),
-    Target("resnet18", "PGD-20 linf, ResNet-18", OURS[1], "best peer", 4.0, "amx_bf16"),
-    Target("training", "training step, SmallCNN", OURS[1], OURS[0], 3.0, "amx_bf16"),
-    Target("training", "training step, ResNet-18", OURS[1], OURS[0], 3.5, "amx_bf16"),
-    Target("precision", "suite, quick, linf 0.3, SmallCNN", OURS[1], OURS[0], 2.5, "amx_bf16"),
-    Target("roofline", "PGD-4, SmallCNN", OURS[1], BARE[1], 0.9),
-    Target("roofline", "PGD-4, ResNet-18", OURS[1], BARE[1], 0.9),
-    Target("attack", "PGD-40 linf, SmallCNN", OURS[1], BARE[1], 0.9),
-    Target("resnet18", "PGD-20 linf, ResNet-18", OURS[1], BARE[1], 0.9),
+SPEED_TARGETS = (
+    SpeedTarget("attack", "PGD-40 linf, SmallCNN", OUR_SIDES[0], "best peer", 1.0),
+    SpeedTarget("attack", "PGD-40 linf, SmallCNN", OUR_SIDES[1], "best peer", 4.0, "amx_bf16"),
+    SpeedTarget("resnet18", "PGD-20 linf, ResNet-18", OUR_SIDES[1], "best peer", 4.0, "amx_bf16"),
+    SpeedTarget("training", "training step, SmallCNN", OUR_SIDES[1], OUR_SIDES[0], 3.0, "amx_bf16"),
+    SpeedTarget("training", "training step, ResNet-18", OUR_SIDES[1], OUR_SIDES[0], 3.5, "amx_bf16"),
+    SpeedTarget("precision", "suite, quick, linf 0.3, SmallCNN", OUR_SIDES[1], OUR_SIDES[0], 2.5, "amx_bf16"),
+    SpeedTarget("roofline", "PGD-4, SmallCNN", OUR_SIDES[1], BARE[1], 0.9),
+    SpeedTarget("roofline", "PGD-4, ResNet-18", OUR_SIDES[1], BARE[1], 0.9),
+    SpeedTarget("attack", "PGD-40 linf, SmallCNN", OUR_SIDES[1], BARE[1], 0.9),
+    SpeedTarget("resnet18", "PGD-20 linf, ResNet-18", OUR_SIDES[1], BARE[1], 0.9),
 )
 
 
@@ -95,13 +95,13 @@ def _rate(value: float) -> str:
 
 def best_peer(seconds: Seconds) -> str:
     """The peer that takes the least time."""
-    return min((side for side in seconds if side in PEERS), key=lambda side: statistics.median(seconds[side]))
+    return min((side for side in seconds if side in PEER_NAMES), key=lambda side: statistics.median(seconds[side]))
 
 
 def _targets() -> Iterator[str]:
     yield "| what | ours | against | their time over ours | target |"
     yield "| --- | --- | --- | --- | --- |"
-    for target in TARGETS:
+    for target in SPEED_TARGETS:
         content = _read(target.group, "cpu")
         name = next((name for name in content["races"] if name.startswith(target.race)), None) if content else None
         if name is None:
@@ -120,7 +120,7 @@ def _targets() -> Iterator[str]:
 def _race_lines(races: dict[str, Any]) -> Iterator[str]:
     for name, race in races.items():
         seconds: Seconds = race["seconds"]
-        ours = [side for side in OURS if side in seconds]
+        ours = [side for side in OUR_SIDES if side in seconds]
         unit = "images" if name.startswith("suite") else "gradients"
         ratios_to = " | ".join(f"its time over that of {side}" for side in ours)
         yield f"| {name} | {unit}/s | {ratios_to} |" + (" success |" if race["success"] else "")
@@ -137,8 +137,8 @@ def _batch_lines(races: dict[str, Any]) -> Iterator[str]:
     yield "| attack | gradients/s, float32 | bfloat16 | float32's time over bfloat16's |"
     yield "| --- | --- | --- | --- |"
     for name, race in races.items():
-        speeds = [race["gradients"] / statistics.median(race["seconds"][side]) for side in OURS]
-        ratio = _short(ratio_of(race["seconds"], OURS[0], OURS[1]))
+        speeds = [race["gradients"] / statistics.median(race["seconds"][side]) for side in OUR_SIDES]
+        ratio = _short(ratio_of(race["seconds"], OUR_SIDES[0], OUR_SIDES[1]))
         yield f"| {name} | {_rate(speeds[0])} | {_rate(speeds[1])} | {ratio} |"
     yield ""
 
@@ -151,7 +151,7 @@ def _roof_lines(races: dict[str, Any]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- |"
     for name, race in races.items():
         work = race["gradients"] * race["facts"]["GFLOP of a gradient"]
-        for ours, bare in zip(OURS, BARE, strict=True):
+        for ours, bare in zip(OUR_SIDES, BARE, strict=True):
             precision = ours.split(", ")[1]
             alone = f"convolutions alone, {precision}"
             rates = [work / statistics.median(race["seconds"][side]) for side in (alone, ours)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.detectors import add_classifier, build_network
 from benchmarks.studies.speed._measure import Work
-from benchmarks.studies.speed._race import OUR_PRECISIONS, OURS, Race
+from benchmarks.studies.speed._race import OUR_PRECISIONS, OUR_SIDES, Race
 
 # By title: network, image shape, and the batch size and number of steps on a CPU.
 _CASES = {"SmallCNN": ("small-cnn", (1, 28, 28), (32, 10)), "ResNet-18": ("resnet18", (3, 32, 32), (8, 4))}
@@ -61,7 +61,7 @@ def compare_training_steps(device: torch.device) -> Iterator[Race]:
         torch.manual_seed(0)
         network = build_network(name, shape)
         guard = ClusterGuard(network, num_classes=10, example=torch.zeros(1, *shape)).to(device).train()
-        guards = {side: copy.deepcopy(guard) for side in OURS}
+        guards = {side: copy.deepcopy(guard) for side in OUR_SIDES}
         images, labels = torch.rand(batch, *shape, device=device), torch.arange(batch, device=device) % 10
         sides: dict[str, Work] = {
             side: our_step(guards[side], images, labels, steps, TrainingOptions(precision=precision))
