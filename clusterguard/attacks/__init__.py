@@ -27,6 +27,7 @@ from clusterguard.attacks._patch_attack import PatchAttack
 from clusterguard.attacks._patch_norm import Patch
 from clusterguard.attacks._pgd import BIM, FGSM, MIM, NES, PGD, FixedSchedule, IteratedAttack, SteppedAttack
 from clusterguard.attacks._polish import Polish
+from clusterguard.attacks._precision import Precision, in_precision
 from clusterguard.attacks._primal_dual import PDPGD
 from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
@@ -81,6 +82,7 @@ __all__ = [
     "PatchAttack",
     "PeerAttack",
     "Polish",
+    "Precision",
     "Problem",
     "RandomSearch",
     "RandomTarget",
@@ -114,6 +116,7 @@ __all__ = [
     "get_norm",
     "get_objective",
     "has_representation",
+    "in_precision",
     "logit",
     "margin",
     "output_diversified",

@@ -4,10 +4,9 @@ from clusterguard.attacks._base import attack_checked_images, check_attack_input
 from clusterguard.attacks._descent import backpropagate, descend
 from clusterguard.attacks._fitting_search import make_random_search
 from clusterguard.attacks._pgd import SteepestDescent
-from clusterguard.attacks._precision import Precision, check_precision, choose_precision, in_precision
+from clusterguard.attacks._precision import check_precision, choose_precision
 
 __all__ = [
-    "Precision",
     "SteepestDescent",
     "attack_checked_images",
     "backpropagate",
@@ -16,7 +15,6 @@ __all__ = [
     "check_radius",
     "choose_precision",
     "descend",
-    "in_precision",
     "make_random_search",
     "scale",
 ]

@@ -19,8 +19,8 @@ from clusterguard._support import (
     read_progress,
     save_progress,
 )
-from clusterguard.attacks import Attack, get_norm
-from clusterguard.attacks._internal import Precision, check_attack_input, check_radius, choose_precision, in_precision
+from clusterguard.attacks import Attack, Precision, get_norm, in_precision
+from clusterguard.attacks._internal import check_attack_input, check_radius, choose_precision
 from clusterguard.detection import (
     Detection,
     Detector,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clusterguard._support import read_progress, save_progress
-from clusterguard.attacks._internal import Precision, check_precision
+from clusterguard.attacks import Precision
+from clusterguard.attacks._internal import check_precision
 from clusterguard.errors import PersistenceError, in_one_line
 from clusterguard.training._descriptions import differences, listed
 from clusterguard.training._validation import Best

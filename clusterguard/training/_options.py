@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, final
 from weakref import WeakKeyDictionary
 
 from clusterguard._support import OneProcess, check_accelerator, check_numbers
-from clusterguard.attacks._internal import Precision, check_precision
+from clusterguard.attacks import Precision
+from clusterguard.attacks._internal import check_precision
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from clusterguard._support import OneProcess, evaluation_mode, gather
-from clusterguard.attacks._internal import Precision, choose_precision
+from clusterguard.attacks import Precision
+from clusterguard.attacks._internal import choose_precision
 from clusterguard.detectors import DetectorModule, WithThresholds
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.training._options import TrainingOptions

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 from clusterguard import FGSM, PGD, WorstCaseSuite, evaluate
-from clusterguard.attacks import MixedAttack, MultiTarget
-from clusterguard.attacks._internal import in_precision
+from clusterguard.attacks import MixedAttack, MultiTarget, in_precision
 from clusterguard.errors import ConfigurationError
 from clusterguard.evaluation import _evaluate, to_html
 from torch.utils.data import DataLoader, TensorDataset
