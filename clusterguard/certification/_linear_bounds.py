@@ -74,9 +74,9 @@ def tighten(guard: ClusterGuard, images: Tensor, labels: Tensor, radii: Tensor, 
     rows = (~proofs.certificate.is_secure).nonzero().squeeze(1)
     if not len(rows):
         return proofs
-    ball = ball_in_service(guard, images[rows], radii.expand(len(images))[rows])
-    box = _TightBox(guard, ball)
-    tight = guard.head.bound_distances(box, labels[rows])
+    with torch.inference_mode(False):  # tensors made in inference mode have no gradients
+        box = _TightBox(guard, ball_in_service(guard, images[rows], radii.expand(len(images))[rows]))
+        tight = guard.head.bound_distances(box, labels[rows])
     bounds = Bounds(*(whole.index_put((rows,), part) for whole, part in zip(proofs.bounds, tight, strict=True)))
     return prove(guard, proofs.representations, bounds, labels)
 
@@ -163,7 +163,7 @@ class LinearBounds:
         boxes, ball = [_take(box, rows) for box in self._boxes], _take(self._ball, rows)
         output_error = (directions.abs() * self._output_error[rows]).sum(dim=1)
         best = directions.new_full(rows.shape, -torch.inf)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             slopes = [torch.full_like(box.lower, _FIRST_SLOPE).requires_grad_() for box in boxes]
             optimizer = torch.optim.Adam(slopes, lr=_LEARNING_RATE)
             for _ in range(_ITERATIONS):
