@@ -1,14 +1,8 @@
 """The detectors of the comparison: recipes that build, train and finish them, and the networks that they share."""
 
 from benchmarks.detectors._all_recipes import RECIPES, make_recipe
-from benchmarks.detectors._networks import (
-    MODELS,
-    CompileChoice,
-    CompileMode,
-    Features,
-    build_network,
-    quickest_mode,
-)
+from benchmarks.detectors._compiling import CompileChoice, CompileMode, quickest_mode
+from benchmarks.detectors._networks import MODELS, Features, build_network
 from benchmarks.detectors._recipe import Recipe, Schedule, add_classifier
 
 __all__ = [

@@ -189,8 +189,15 @@ def read_chunk(file: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _sealed(line: dict[str, Any]) -> str:
-    """A line of a file of results, with a digest of its content at the end."""
-    return json.dumps(line | {"digest": digest(line)}, allow_nan=False) + "\n"
+    """A line of a file of results, with a digest of its content at the end.
+
+    Raises:
+        PersistenceError: a number is NaN or infinite, which JSON does not have.
+    """
+    try:
+        return json.dumps(line | {"digest": digest(line)}, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise PersistenceError(f"expected finite numbers in the result of {line.get('title', 'a cell')}") from error
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Random numbers of a search that images leave one by one."""
+"""Random numbers that stay the same for an image when others leave the batch."""
 
 import torch
 from torch import Generator, Tensor

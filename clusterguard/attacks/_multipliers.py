@@ -120,7 +120,7 @@ def _share(excess: Tensor, lack: Tensor) -> Tensor:
 
 
 def _search(measure: Callable[[Tensor], Tensor], wanted: Tensor, over: _End, under: _End) -> tuple[Tensor, Tensor]:
-    """Neighbouring levels (B, 1) between which a monotone measure takes the wanted value, or this level twice.
+    """Two adjacent levels (B, 1) with the solution between them, or the exact solution twice.
 
     The algorithm is false position with the Illinois correction, by which an end that stays counts half. A row stays as
     it is when it has the wanted value or its ends are neighbouring numbers, while other rows of the batch go on.

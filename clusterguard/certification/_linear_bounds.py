@@ -234,7 +234,7 @@ def _check_same(steps: Sequence[Step], others: Sequence[Step]) -> None:
 
 
 def _absorb(box: Box) -> Box:
-    """The box of all numbers within the error, which is 0 then."""
+    """The box widened by its error, with the error set to 0."""
     error = torch.zeros_like(box.lower) if box.error is None else box.error
     return Box(box.lower - error, box.upper + error, error=torch.zeros_like(error), arithmetic=box.arithmetic)
 

@@ -93,7 +93,7 @@ def _check_repeatable(guard: ClusterGuard, images: Tensor) -> None:
 
 
 def _check_independent(guard: ClusterGuard, images: Tensor, radii: Tensor, box: Interval) -> None:
-    """Check that the box of each image's representation is the same beside neighbours that may be any images.
+    """Check that the box of an image's representation does not depend on the other images of its batch.
 
     No image can then change what the network computes for another one in such a batch. Only rounding may differ.
     """

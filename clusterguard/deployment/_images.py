@@ -362,7 +362,7 @@ def _doubt_jpeg_scans(picture: Any, scans: list[bytes]) -> list[str]:
 
 
 def _shows(picture: Image.Image, padded: bytes) -> bool:
-    """Whether a JPEG shows the same with bytes added to its pixels, which are read only where others are missing."""
+    """Whether extra bytes leave the picture of a JPEG unchanged, which shows that none of its pixels are missing."""
     return np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(padded), formats=("JPEG",))))
 
 

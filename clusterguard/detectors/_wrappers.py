@@ -307,7 +307,7 @@ class _StandIn(nn.Module):
         return (self.training, _autocast(images)) == (training, autocast)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The call of a holder that bypasses the hooks of a model."""
+        """Stands for a call of `forward` that bypasses the hooks of a model."""
         if self._has_hooks:
             raise NotImplementedError
         return self(*args, **kwargs)

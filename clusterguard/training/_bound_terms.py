@@ -52,7 +52,7 @@ def normalized_by(statistics: Statistics) -> Iterator[None]:
 
 
 def tightness_loss(width: Tensor, boxes: Sequence[Box]) -> Tensor:
-    """How much wider intervals are before the ReLUs than those of the images, per ReLU; 0 up to twice as wide.
+    """A penalty on inputs of ReLUs whose intervals are more than twice as wide as those of the images.
 
     Args:
         width: mean width of the images' intervals after normalisation, ().
@@ -66,7 +66,9 @@ def tightness_loss(width: Tensor, boxes: Sequence[Box]) -> Tensor:
 
 
 def balance_loss(boxes: Sequence[Box]) -> Tensor:
-    """How unequal the shares of ReLUs that are always on and always off are, in mean and in variance of their centres.
+    """A penalty on layers in which ReLUs that are always on and always off are out of balance.
+
+    It compares sums of centres, and sums of squared deviations of centres, over the two kinds of ReLUs.
 
     Args:
         boxes: boxes before each ReLU.

@@ -1,4 +1,4 @@
-"""Digests of the images and labels that a loader holds, by which `fit` notices that they are others.
+"""Digests of the data that a loader holds, which `fit` compares to notice that the data changed.
 
 Nothing is drawn from the loader, so neither its random states nor its transforms are touched. Only what it and its data
 sets hold in attributes is read: tensors, arrays, lists of numbers and lists of files. Data sets that make their images
@@ -65,7 +65,7 @@ def _holds_data(source: object) -> bool:
 
 
 def _add(digest: Any, value: Any, depth: int) -> bool:
-    """Add data to a digest, and return whether all of it is known data, and not nothing."""
+    """Add data to a digest. Return True if there was data, and all of it was of known types."""
     if isinstance(value, Tensor):
         return _add_tensor(digest, value)
     if isinstance(value, np.ndarray):
@@ -110,7 +110,7 @@ def _add_sequence(digest: Any, values: Sequence[Any], depth: int) -> bool:
 
 
 def _add_names(digest: Any, names: list[str]) -> None:
-    """Add texts; of files, their paths below the folder that holds all of them, and a sample of sizes and contents."""
+    """Add texts to a digest. For names of files, add relative paths, and a sample of sizes and contents."""
     is_of_files = _is_file(names[0])
     folder = os.path.commonpath([Path(names[0]).parent, min(names), max(names)]) if is_of_files else ""
     digest.update("\n".join(name[len(folder) :] for name in names).encode(errors="surrogatepass"))

@@ -1,4 +1,4 @@
-"""Notices calibration images among those that are trained on, by what they show."""
+"""Finds calibration images that are also trained on, by comparing pixels."""
 
 import warnings
 
@@ -28,12 +28,12 @@ class Overlap:
         self._kept |= set(_digests(images[: max(0, _KEPT - len(self._kept))]))
 
     def compare(self, images: Tensor) -> None:
-        """Look for them among training images (B, C, H, W)."""
+        """Look for the remembered calibration images among training images (B, C, H, W)."""
         if self._kept:
             self._met |= self._kept.intersection(_digests(images))
 
     def warn(self) -> None:
-        """Warn if most of them have been met, and forget all of them.
+        """Warn if most of the remembered images were found, and forget them.
 
         Warns:
             UserWarning: calibration images are trained on.

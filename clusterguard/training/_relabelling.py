@@ -66,7 +66,7 @@ class Original(Relabel):
 @final
 @dataclass(frozen=True)
 class Graded(Relabel):
-    """A rule by which an image that got through belongs to the adversarial cluster by a share that grows with ‖δ‖.
+    """Counts an image that got through as adversarial, by a share that grows with its perturbation.
 
     For a perturbation δ within radius ε, the share is 1 − (1 − ‖δ‖ / ε)^power, and the rest belongs to the image's
     class. The effect is that of a centre between the two clusters' centres. The attack must state a norm and a radius.

@@ -75,7 +75,7 @@ class Replay:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        """The next batch; StopIteration once after the last batch of a pass, then the first batch of a new pass."""
+        """The next batch. After the last one of a pass it raises StopIteration once, and then starts a new pass."""
         if self._batches is None:
             self._start = self._present_states()
             self._batches = iter(self.loader)

@@ -139,7 +139,7 @@ class DetectorTrainer(ABC):
         return {"accuracy": verdicts.is_correct, "accepted_accuracy": accepted}
 
     def seconds_ahead(self, epochs: int, images: Tensor, labels: Tensor, seconds: float) -> float:
-        """The seconds of the epochs that are left, for one step each, by which `fit` tells how long it will take.
+        """The estimated seconds of the remaining epochs, if each had one step.
 
         Args:
             epochs: number of epochs that are left, with the present one.

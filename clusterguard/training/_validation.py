@@ -1,4 +1,4 @@
-"""Judges a training on other images after every epoch: which epoch is kept, and when there is no use in going on."""
+"""Judges a training on other images after each epoch, keeps the best epoch, and stops early."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -83,7 +83,7 @@ class Best:
         """Keep the detector if its figure is better, and return whether it is.
 
         Args:
-            validation: what is better.
+            validation: settings that name the figure, and say which is better.
             figures: figures of the epoch.
             epoch: number of the epoch.
             detector: detector after the epoch.
@@ -100,7 +100,7 @@ class Best:
         """Whether training should stop.
 
         Args:
-            validation: how long to wait.
+            validation: settings with the patience.
             epoch: number of finished epochs.
             first: number of epochs that do not count.
         """
@@ -147,7 +147,7 @@ def check_validation(validation: object) -> None:
     """Check that a value is None, or a `Validation` whose loader gives batches in every pass.
 
     Raises:
-        ConfigurationError: it is something else, or its loader does not.
+        ConfigurationError: the value is no `Validation`, or its loader cannot be iterated twice.
     """
     if validation is None:
         return
@@ -157,7 +157,7 @@ def check_validation(validation: object) -> None:
 
 
 def check_monitor(validation: Validation, figures: Mapping[str, float]) -> None:
-    """Check that there is the figure that decides.
+    """Check that the trainer computes the figure that is monitored.
 
     Raises:
         ConfigurationError: there is none of this name.

@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -249,3 +250,8 @@ def test_options_that_a_recipe_does_not_have_are_named():
 
 def test_merging_replaces_lists_and_goes_into_tables():
     assert merge({"a": [1, 2], "b": {"c": 1}}, {"a": [3], "b": {"d": 2}}) == {"a": [3], "b": {"c": 1, "d": 2}}
+
+
+def test_the_readme_names_every_experiment():
+    readme = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert [name for name in list_experiments() if name not in re.findall(r"[a-z0-9-]+", readme)] == []

@@ -7,7 +7,7 @@ from clusterguard.errors import ConfigurationError
 from small_experiment import SMALL
 from torch import nn
 
-from benchmarks.detectors import RECIPES
+from benchmarks.detectors import RECIPES, quickest_mode
 from benchmarks.detectors import _networks as networks
 from benchmarks.experiments import _cells as cells
 from benchmarks.experiments import load_experiment
@@ -44,12 +44,12 @@ class Compilable(nn.Module):
     ],
 )
 def test_the_compiler_is_taken_where_it_pays_and_gives_the_same_gradients(compiled, expected):
-    assert networks.quickest_mode(Compilable(0.02, compiled), torch.rand(2, 1, 4, 4)) == expected
+    assert quickest_mode(Compilable(0.02, compiled), torch.rand(2, 1, 4, 4)) == expected
 
 
 def test_a_network_that_fails_by_itself_is_not_called_slow():
     with pytest.raises(RuntimeError, match="out of memory"):
-        networks.quickest_mode(Compilable(RuntimeError("out of memory"), 0.001), torch.rand(2, 1, 4, 4))
+        quickest_mode(Compilable(RuntimeError("out of memory"), 0.001), torch.rand(2, 1, 4, 4))
 
 
 def test_whether_compiling_pays_is_measured_once_a_network_and_recorded(tmp_path, monkeypatch):

@@ -51,13 +51,12 @@ def build_pgd(
             model, images, labels, "ProjectedGradientDescent", norm=norm, eps=eps, eps_step=step, max_iter=steps
         ),
     }
-    if norm != "l1":
-        name = {"linf": "PGD", "l2": "PGDL2"}[norm]
+    if name := {"linf": "PGD", "l2": "PGDL2"}.get(norm):
         theirs = getattr(torchattacks, name)(model, eps=eps, alpha=step, steps=steps, random_start=False)
         attacks["torchattacks"] = lambda: theirs(images, labels)
-    if norm == "linf":
+    if name := {"linf": "pgd_linf"}.get(norm):
         options = {"steps": steps, "random_init": False, "absolute_step_size": step}
-        attacks["adv-lib"] = partial(import_adv_lib().pgd_linf, model, images, labels, eps, **options)
+        attacks["adv-lib"] = partial(getattr(import_adv_lib(), name), model, images, labels, eps, **options)
     return attacks
 
 
