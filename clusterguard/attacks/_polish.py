@@ -27,7 +27,8 @@ class Polish(BuiltInAttack):
     Other attacks start anew each time, although the images that they leave are often close to success. A proposal
     paints a random rectangle of the best image with 0, 1, the clean value or a corner of the ball. Half of the
     proposals also restore the clean value in a second rectangle, to free budget for the first. Every proposal is
-    projected onto the ball. Then two short runs of gradient steps aim at the nearest wrong classes, one after the other.
+    projected onto the ball. Then two short runs of gradient steps aim at the nearest wrong classes, one after the
+    other.
 
     After the first rounds, the half of the images that is nearest to success gets twice as many rounds more, and so on.
 
