@@ -335,6 +335,8 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
 
 
 def _check_path(path: str | Path) -> None:
+    if not is_unicode(str(path)):
+        raise ConfigurationError(f"expected a path in UTF-8, which graphs need, got {str(path)!r}; choose another name")
     if Path(path).is_dir():
         raise ConfigurationError(
             f"expected the path of a file, got the folder {path}; name a file in it, such as {Path(path, 'guard.onnx')}"

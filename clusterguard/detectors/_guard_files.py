@@ -33,6 +33,7 @@ WEIGHTS, CARD, CONFIG = "model.safetensors", "README.md", "config.json"
 _AGAIN = "download it or save the guard again"
 _DIGEST = "content_sha256"  # name of the digest of everything else in config.json
 _LARGEST_JSON = 2**24  # bytes; a guard of 20,000 classes needs a fifth of that
+_LARGEST_TO_EXPLAIN = 2**30  # bytes of weights that are hashed only to say what is wrong with them
 _DEEPEST_JSON = 50  # levels of lists and dicts
 _TRIES = 20  # number of times that a reader starts again
 _NAMED = re.compile(r"model-[0-9a-f]{64}\.safetensors")
@@ -71,7 +72,7 @@ class WeightsFile:
             PersistenceError: the file has another digest than expected, or is no file of safetensors.
         """
         self.stream.seek(0)
-        content = self.stream.read(self._size())
+        content = self._read(self._size())
         if hashlib.sha256(content).hexdigest() != self.sha256:
             raise self._another()
         try:
@@ -88,7 +89,7 @@ class WeightsFile:
             raise ValueError(f"expected thresholds (K,) of float32 in {self.path}")
         begin, end = entry["data_offsets"]
         self.stream.seek(start + begin)
-        return torch.frombuffer(bytearray(self.stream.read(end - begin)), dtype=torch.float32)
+        return torch.frombuffer(bytearray(self._read(end - begin)), dtype=torch.float32)
 
     def check_digest(self) -> None:
         """Check the digest of the file in small parts, which takes no memory.
@@ -98,7 +99,7 @@ class WeightsFile:
         """
         digest, left = hashlib.sha256(), self._size()
         self.stream.seek(0)
-        while left > 0 and (part := self.stream.read(min(left, 2**20))):
+        while left > 0 and (part := self._read(min(left, 2**20))):
             digest.update(part)
             left -= len(part)
         if digest.hexdigest() != self.sha256:
@@ -110,6 +111,12 @@ class WeightsFile:
             f"interrupted save; {_AGAIN}"
         )
 
+    def _read(self, count: int) -> bytes:
+        try:
+            return self.stream.read(count)
+        except OSError as error:
+            raise PersistenceError(f"{self.path} cannot be read ({in_one_line(error)}); {_AGAIN}") from error
+
     def _size(self) -> int:
         return os.fstat(self.stream.fileno()).st_size
 
@@ -120,11 +127,11 @@ class WeightsFile:
             PersistenceError: the file is damaged, or its tensors do not have the size of the file.
         """
         self.stream.seek(0)
-        length = int.from_bytes(self.stream.read(8), "little")
+        length = int.from_bytes(self._read(8), "little")
         try:
             if not 0 < length <= min(_LARGEST_JSON, self._size() - 8):
                 raise ValueError("its header is too long")
-            header = read_json(self.stream.read(length))
+            header = read_json(self._read(length))
             header.pop("__metadata__", None)
             sizes = [
                 _DTYPES[entry["dtype"]].itemsize * math.prod(entry["shape"])
@@ -135,7 +142,8 @@ class WeightsFile:
             if sizes != places or sum(sizes) != self._size() - 8 - length:
                 raise ValueError("its tensors have other sizes than it has room for")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
-            self.check_digest()  # raises another error if the file is damaged
+            if self._size() < _LARGEST_TO_EXPLAIN:
+                self.check_digest()  # raises another error if the file is damaged
             raise PersistenceError(f"{self.path} is no safetensors file ({in_one_line(error)}); {_AGAIN}") from error
         return 8 + length, header
 
@@ -172,7 +180,7 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         with _open(file) as stream:
             config = read_json(stream.read(_LARGEST_JSON + 1))
-    except (ValueError, RecursionError, MemoryError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise PersistenceError(f"{file} is damaged or cannot be read ({in_one_line(error)}); {_AGAIN}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise PersistenceError(f"{file} describes no guard; choose a folder that save_pretrained wrote")

@@ -164,6 +164,11 @@ def test_a_folder_is_no_place_for_a_graph(calibrated, tmp_path):
         load_onnx(path).save(tmp_path)
 
 
+def test_a_graph_needs_a_name_in_utf_8(calibrated, tmp_path):
+    with pytest.raises(ConfigurationError, match="expected a path in UTF-8"):
+        export_onnx(calibrated[0], tmp_path / "\udcff.onnx", torch.rand(1, 1, 4, 4))
+
+
 def test_a_failing_export_leaves_the_old_file(calibrated, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("no space left on device")

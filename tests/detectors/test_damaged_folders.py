@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import timm
 import torch
 from clusterguard import ClusterGuard
+from clusterguard.detectors import _guard_files
 from clusterguard.errors import PersistenceError
 from safetensors.torch import save
 from saving import assert_refused, edit_config, make_guard, network, read_config
@@ -134,3 +137,40 @@ def test_a_head_of_any_name_is_an_error_of_one_line_that_says_what_to_do(saved, 
     settings = json.loads((saved / "config.json").read_text())["guard"]
     edit_config(saved, guard={**settings, "head": {**settings["head"], "type": name}})
     assert_refused(saved, r"the head two lines; pass a head", network())
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_disk_that_cannot_be_read_is_an_error_that_names_the_file(saved, name, monkeypatch):
+    class Failing:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, attribute):
+            return getattr(self.file, attribute)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def read(self, *_):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    usual = _guard_files.open_ordinary
+    monkeypatch.setattr(
+        _guard_files, "open_ordinary", lambda path: (Failing if Path(path).name == name else lambda x: x)(usual(path))
+    )
+    with pytest.raises(PersistenceError, match=rf"{name} .*cannot be read .*Input/output error"):
+        ClusterGuard.from_pretrained(saved)
+
+
+def test_weights_of_a_wrong_size_are_refused_without_reading_them(saved, monkeypatch):
+    with (saved / "model.safetensors").open("r+b") as file:
+        file.truncate(2**40)  # takes no room on the disk
+    monkeypatch.setattr(hashlib, "sha256", None)
+    with (
+        (saved / "model.safetensors").open("rb") as file,
+        pytest.raises(PersistenceError, match="other sizes than it has room for"),
+    ):
+        _guard_files.WeightsFile(saved / "model.safetensors", file, "").header()
