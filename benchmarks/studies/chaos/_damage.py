@@ -139,6 +139,9 @@ def kill_writers(writer: Writer, kills: int, seed: int) -> Counter[str]:
             _write_until_killed(writer, folder, chance.uniform(0.01, 1 if writer.is_resumed else 3) * seconds)
             outcomes[_compare(_outcome_of(writer, folder), good, writer)] += 1
             time.sleep(1.1)
+            if writer.is_resumed:  # a finished run would write nothing
+                for file in filter(Path.is_file, [*folder.iterdir()]):
+                    file.unlink()
             writer.write(folder, 1)  # sweeps up what is older than a second
             outcomes["left over"] += max(0, len([*folder.rglob("*")]) - usual)
             shutil.rmtree(folder)
