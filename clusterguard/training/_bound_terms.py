@@ -23,14 +23,14 @@ def batch_statistics(module: nn.Module) -> Iterator[dict[_BatchNorm, tuple[Tenso
     """
     statistics: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
 
-    def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def note(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if layer.training and isinstance(layer, _BatchNorm):
-            values = _wide(inputs[0])
+            values = _wide([*inputs, *named.values()][0])
             var, mean = torch.var_mean(values, dim=[0, *range(2, values.ndim)], correction=0)
             statistics[layer] = mean, var
 
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         yield statistics
     finally:

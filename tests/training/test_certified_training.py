@@ -22,7 +22,7 @@ from clusterguard.certification._internal import Box
 from clusterguard.errors import ConfigurationError
 from clusterguard.samples import load_digits
 from clusterguard.training import initialise
-from clusterguard.training._bound_terms import balance_loss, stability_loss, tightness_loss
+from clusterguard.training._bound_terms import balance_loss, batch_statistics, stability_loss, tightness_loss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -184,6 +184,18 @@ def test_gradients_of_bounds_pass_through_the_statistics_of_the_batch(monkeypatc
             ends.append(trainer.training_step(images, labels, None).loss)
             weight -= step * direction
     torch.testing.assert_close((weight.grad * direction).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-7)
+
+
+class ByKeyword(nn.BatchNorm2d):
+    def __call__(self, images):
+        return super().__call__(input=images)
+
+
+def test_statistics_of_a_layer_that_is_called_by_keyword_are_noted():
+    layer, images = ByKeyword(2), torch.rand(5, 2, 3, 3)
+    with batch_statistics(layer) as statistics:
+        layer(images)
+    torch.testing.assert_close(statistics[layer][0], images.mean(dim=(0, 2, 3)))
 
 
 def box_of(center, radius):
