@@ -5,7 +5,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from clusterguard.attacks import from_art, from_autoattack, from_foolbox, from_torchattacks, get_norm
+from clusterguard.attacks import from_adv_lib, from_art, from_autoattack, from_foolbox, from_torchattacks, get_norm
+
+from benchmarks._support import import_adv_lib
 
 EPS = {"linf": 0.1, "l2": 1.5, "l1": 12.0}
 LARGE = {"linf": 0.5, "l2": 12.0, "l1": 120.0}
@@ -41,6 +43,15 @@ def art(name, norm, /, **options):
         silent = {} if name == "FastGradientMethod" else {"verbose": False}
         given = {"norm": order, "eps": budget[norm]} | silent | options
         return from_art(partial(getattr(library, name), **given), norm=norm, eps=budget[norm], **how)
+
+    return make
+
+
+def adv_lib(name, norm, /, *, takes_eps=False, **options):
+    def make(budget=EPS, references=None, **how):
+        pytest.importorskip("adv_lib")
+        given = options | ({"eps": budget[norm]} if takes_eps else {})
+        return from_adv_lib(partial(getattr(import_adv_lib(), name), **given), norm=norm, eps=budget[norm], **how)
 
     return make
 

@@ -1,4 +1,4 @@
-"""Attacks of torchattacks, Foolbox, ART and AutoAttack on detectors, which these libraries see as classifiers."""
+"""Attacks of torchattacks, Foolbox, ART, adv-lib and AutoAttack on detectors, which they see as classifiers."""
 
 import importlib.util
 import math
@@ -306,6 +306,37 @@ def from_art(
             return torch.from_numpy(attack.generate(images.float().cpu().numpy(), y=one_hot.cpu().numpy()))
 
     return PeerAttack(peer=repr(factory), norm=norm, eps=eps, rejecting=rejecting, run=run)
+
+
+def from_adv_lib(
+    function: Callable[..., Tensor], *, norm: str | None, eps: float | None, rejecting: bool = False
+) -> PeerAttack:
+    """An attack of adv-lib, or any function of that kind, as a clusterguard attack.
+
+    Many attacks of adv-lib look for the smallest perturbation, which may be larger than eps. Such images are projected
+    back into the budget.
+
+    Args:
+        function: function of a model, images (B, C, H, W), labels (B,) and the keyword ``targeted``, which returns
+            attacked images (B, C, H, W). With ``targeted=True``, labels are classes to aim at. Set options by
+            `functools.partial`, whose `repr` is readable.
+        norm: norm of the budget, as in `PeerAttack`.
+        eps: radius of the budget, as in `PeerAttack`.
+        rejecting: whether to attack the detector with its refusals, as in `PeerAttack`.
+
+    Example:
+        >>> from functools import partial
+        >>> def darken(model, images, labels, *, by, targeted):
+        ...     return (images - by).clamp(0, 1)
+        >>> from_adv_lib(partial(darken, by=0.2), norm="linf", eps=0.1).eps
+        0.1
+    """
+
+    def run(problem: Problem, goal: Tensor, model: DetectorAsClassifier) -> Tensor:
+        attacked = torch.as_tensor(function(model, problem.images, goal, targeted=problem.targets is not None))
+        return attacked if problem.eps == math.inf else problem.project(attacked.detach().to(problem.images))
+
+    return PeerAttack(peer=repr(function), norm=norm, eps=eps, rejecting=rejecting, run=run)
 
 
 def from_autoattack(*, norm: str, eps: float, version: str = "standard") -> PeerAttack:

@@ -10,16 +10,19 @@ from clusterguard.evaluation._plots import (
     plot_representations,
     star_coordinates,
 )
+from clusterguard.evaluation._recapture import Breakable, estimate_breakable
 from clusterguard.evaluation._results import AttackResult, CertifiedBound, Evaluation
 from clusterguard.evaluation._sanity import Sanity
 
 __all__ = [
     "AttackResult",
+    "Breakable",
     "CertifiedBound",
     "Evaluation",
     "Panel",
     "Progress",
     "Sanity",
+    "estimate_breakable",
     "evaluate",
     "evaluation_figures",
     "plot_distances",

@@ -42,6 +42,7 @@ from clusterguard.detection import (
 from clusterguard.detection._internal import guessing_advice
 from clusterguard.errors import ConfigurationError, InputError
 from clusterguard.evaluation._batches import Batches, attack_batches
+from clusterguard.evaluation._recapture import repeats_that_differ
 from clusterguard.evaluation._results import AttackResult, Evaluation, Gallery
 from clusterguard.evaluation._sanity import Sanity, examine
 from torch import Generator, Tensor
@@ -336,7 +337,10 @@ def _probe(
     images, labels = _join(batches)
     probed = [replace(result, verdict=Detection(*(part[rows] for part in result.verdict))) for result in results]
     rows = rows.to(images.device)
-    return examine(detector, images[rows], labels[rows], probed, generator)
+    report = examine(detector, images[rows], labels[rows], probed, generator)
+    if report is None:
+        return None
+    return replace(report, warnings=(*report.warnings, *repeats_that_differ(results, labels.cpu())))
 
 
 def _worst_broken(best: Gallery | None, fresh: Gallery, hits: Tensor, count: int = 12) -> Gallery:

@@ -4,7 +4,7 @@ from clusterguard import FGSM, PGD, Evidence
 from clusterguard.attacks import MIM, MultiTarget, Towards
 from clusterguard.detection import Verdicts, is_broken
 from clusterguard.errors import ConfigurationError
-from peer_makers import LARGE, art, autoattack, check_valid, foolbox, seeded, torchattacks
+from peer_makers import LARGE, adv_lib, art, autoattack, check_valid, foolbox, seeded, torchattacks
 from torch import nn
 
 
@@ -19,6 +19,9 @@ AIMED = {
     "torchattacks PGDL2": torchattacks("PGDL2", "l2", alpha=0.5, steps=20),
     "torchattacks CW": torchattacks("CW", "l2", minimises=True, c=100, lr=0.1, steps=60),
     "torchattacks Square": torchattacks("Square", "linf", n_queries=100),
+    "adv-lib APGD": adv_lib("apgd", "linf", takes_eps=True, norm=torch.inf, n_iter=10, loss_function="ce"),
+    "adv-lib DDN": adv_lib("ddn", "l2", steps=20, levels=None),
+    "adv-lib PDPGD": adv_lib("pdpgd", "l1", norm=1, num_steps=40),
     "Foolbox LinfPGD": foolbox("LinfPGD", "linf", steps=20),
     "Foolbox L2PGD": foolbox("L2PGD", "l2", steps=20),
     "Foolbox L1PGD": foolbox("L1PGD", "l1", steps=20),

@@ -1,28 +1,17 @@
 """The same attacks by torchattacks, Foolbox, ART and adv-lib."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks._support import import_adv_lib
+
 PEER_NAMES = ("torchattacks", "Foolbox", "ART", "adv-lib")
 AttackCall = Callable[[], Tensor]
-
-
-def import_adv_lib() -> Any:
-    """The attacks of adv-lib.
-
-    adv-lib imports visdom, which draws plots on request. An empty module takes its place where it is not installed.
-    """
-    if "visdom" not in sys.modules and find_spec("visdom") is None:
-        sys.modules["visdom"] = ModuleType("visdom")
-    return import_module("adv_lib.attacks")
 
 
 def build_pgd(
