@@ -58,6 +58,7 @@ class SuiteResult(NamedTuple):
 
 
 _TRIES = 5  # references of each class that starts are chosen from
+_FEW_PIXEL_QUERIES = 500  # fewer leave many images that the cheap search over few pixels can break
 
 Budget = Literal["quick", "standard", "thorough", "converge"]
 
@@ -224,7 +225,7 @@ class WorstCaseSuite(BuiltInAttack):
         name, pixels = "Sparse-RS", int(self.eps)
         if norm.searched_over != "pixels":
             name, pixels = f"{name}, few pixels", 0 if norm.grain else norm.pixels_inside(self.eps, shape)
-        search = SparseRS(eps=pixels, queries=effort.queries, batch_size=self.batch_size)
+        search = SparseRS(eps=pixels, queries=max(_FEW_PIXEL_QUERIES, effort.queries), batch_size=self.batch_size)
         return {name: search} if pixels else {}
 
     def _searches(self, effort: Effort, options: dict[str, Any], references: Towards) -> dict[str, Attack]:

@@ -1,15 +1,18 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from clusterguard import PGD, Evidence, WorstCaseSuite, decide, evaluate
+from clusterguard import PGD, ClusterGuard, Evidence, WorstCaseSuite, decide, evaluate
 from clusterguard._support import read_progress, save_progress
-from clusterguard.attacks import EFFORTS, Cost, Metered, Towards, get_norm
+from clusterguard.attacks import EFFORTS, Cost, Metered, SparseRS, Towards, get_norm
 from clusterguard.detection import Verdicts, is_broken, is_eligible
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError, PersistenceError
+from clusterguard.samples import load_digits
 from torch import nn
 
+GUARDS = Path(__file__).parents[2] / "guards"
 EPS = {"linf": 0.05, "l2": 0.25, "l1": 1.2, "l0": 3}
 
 
@@ -60,6 +63,19 @@ def test_pixels_that_a_ball_contains_are_searched(norm):
     result = WorstCaseSuite(norm, eps=1.0, budget="quick").run(detector, images, labels)
     assert broken(detector, result.images, labels).all()
     assert result.stages[-1].name == "Sparse-RS, few pixels"
+
+
+@pytest.mark.parametrize("name", ["mnist-certified", "mnist-certified-accurate"])
+def test_the_quick_suite_breaks_as_much_as_a_search_over_the_pixels_that_its_ball_contains(name):
+    guard = ClusterGuard.from_pretrained(GUARDS / name)
+    images, labels = (part[:25] for part in load_digits("test").tensors)
+
+    def count_broken(attack):
+        attacked = attack(guard, images, labels, generator=torch.Generator().manual_seed(0))
+        return int(is_broken(Verdicts(guard.detect(attacked), labels)).sum())
+
+    suite = WorstCaseSuite("l2", eps=2.0, budget="quick")
+    assert count_broken(suite) >= count_broken(SparseRS(eps=4, queries=300)) > 15
 
 
 def test_stages_work_on_survivors_and_count_what_they_broke_and_cost(small_guard, cases, light_suites):
