@@ -16,7 +16,6 @@ from benchmarks.running import RESULTS, provenance
 
 SPEED_RESULTS = RESULTS / "speed"
 _MINIMUM = 0.02  # seconds that a measurement lasts at least
-_REPEATS = 21  # pairs of measurements
 Work = Callable[[], Any]
 """What is timed. Its result is only used to check and to count."""
 Check = Callable[[Any, Any], None]
@@ -35,6 +34,7 @@ class Comparison:
         check: function that gets both results and checks that they agree. None does not check.
         gradients: function that returns how many gradients a result took. If it is None, the operators of torch are
             counted instead.
+        pairs: number of pairs of measurements, at least 6, for an interval of 95 %.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Comparison:
     target: float
     check: Check | None = None
     gradients: Callable[[Any], int] | None = None
+    pairs: int = 21
 
 
 Compare = Callable[[torch.device], list[Comparison]]
@@ -134,7 +135,7 @@ def measure_group(name: str, compare: Compare, device: torch.device) -> None:
         ours, theirs = comparison.ours(), comparison.theirs()  # warm-up, too
         if comparison.check is not None:
             comparison.check(ours, theirs)
-        ratio = time_in_pairs(comparison.ours, comparison.theirs, repeats=_REPEATS)
+        ratio = time_in_pairs(comparison.ours, comparison.theirs, repeats=comparison.pairs)
         reached = "reached" if ratio.median >= comparison.target else "missed"
         print(f"{comparison.name}: {ratio}, target {comparison.target:.3g} {reached}", flush=True)
         measured[comparison.name] = {
