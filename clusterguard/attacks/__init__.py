@@ -26,7 +26,7 @@ from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._paper import PaperProtocol, RandomTarget, at_step_sizes, draw_targets
 from clusterguard.attacks._patch_attack import PatchAttack
 from clusterguard.attacks._patch_norm import Patch
-from clusterguard.attacks._pgd import BIM, FGSM, MIM, NES, PGD, FixedSchedule, IteratedAttack, SteppedAttack
+from clusterguard.attacks._pgd import BIM, FGSM, MIM, NES, PGD, FixedSchedule, IteratedAttack, NoisyFGSM, SteppedAttack
 from clusterguard.attacks._polish import Polish
 from clusterguard.attacks._precision import Precision, in_precision
 from clusterguard.attacks._primal_dual import PDPGD
@@ -74,6 +74,7 @@ __all__ = [
     "Metered",
     "MixedAttack",
     "MultiTarget",
+    "NoisyFGSM",
     "Norm",
     "Objective",
     "ObjectiveValues",

@@ -1,7 +1,8 @@
-"""Attacks that descend an objective in steps of fixed length: PGD, MIM, NES, and FGSM and BIM with fixed schedules."""
+"""Attacks that descend an objective in steps of fixed length: PGD, MIM, NES, and FGSM, its noisy form and BIM."""
 
+import math
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import final, get_args
 
@@ -22,7 +23,7 @@ from clusterguard.attacks._descent import (
 from clusterguard.attacks._norms import dense_l1_direction, get_norm
 from clusterguard.attacks._objectives import Objective, get_objective
 from clusterguard.attacks._precision import InBfloat16, Precision, check_precision, choose_precision
-from clusterguard.attacks._starts import Start, get_start
+from clusterguard.attacks._starts import RandomWithin, Start, get_start
 from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor, nn
@@ -330,6 +331,54 @@ class FGSM(FixedSchedule):
     def as_pgd(self) -> PGD:
         """The same attack as PGD with one step."""
         return self._spell_out(1)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class NoisyFGSM(FixedSchedule):
+    """The single step of N-FGSM, from a random point around the image and without a projection, for fast training.
+
+    The attacked images lie in a larger ball than that of `eps`, whose radius is `reach`. So this is an attack to train
+    with; evaluate with `PGD` or stronger ones. The single step of FGSM-RS (Wong et al., 2020) stays in the ball. It is
+    ``PGD(eps=eps, step_size=1.25 * eps, steps=1, start="random", keep="last")``.
+
+    Args:
+        eps: radius that the detector is trained for.
+        noise: radius of the random start as a multiple of eps, at least 0. More noise makes catastrophic overfitting
+            less likely, and costs accuracy.
+        step_size: length of the step in the norm, positive; None takes eps.
+
+    Raises:
+        ConfigurationError: an option is out of its range.
+
+    Reference:
+        de Jorge et al., "Make some noise: reliable and efficient single-step adversarial training" (2022); Wong, Rice &
+        Kolter, "Fast is better than free: revisiting adversarial training" (2020).
+
+    Example:
+        >>> NoisyFGSM(eps=0.1).reach  # the noise of 0.2, then the step of 0.1
+        0.3
+    """
+
+    noise: float = 2.0
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        check_budget(eps=self.eps, norm=self.norm)
+        if not 0 <= self.noise < math.inf:
+            raise ConfigurationError(f"expected a finite noise of at least 0, got {self.noise}")
+        super().__post_init__()
+
+    @property
+    def reach(self) -> float:
+        """The radius of the ball around the image in which the attacked image lies."""
+        step = self.eps if self.step_size is None else self.step_size
+        return min(self.noise * self.eps + step, get_norm(self.norm).limit)
+
+    def as_pgd(self) -> PGD:
+        """The same attack as PGD with one step in the larger ball."""
+        pgd = replace(self._spell_out(1), eps=self.reach, start=RandomWithin(self.noise * self.eps))
+        return pgd if self.step_size is None else replace(pgd, step_size=self.step_size)
 
 
 @final

@@ -25,6 +25,22 @@ def at_random(problem: Problem) -> Tensor:
     return problem.norm.random_start(problem.images, problem.eps, problem.generator)
 
 
+@final
+@dataclass(frozen=True)
+class RandomWithin:
+    """A start at a random point at most `radius` away from each image, whatever the radius of the attack.
+
+    Args:
+        radius: largest size of the change, at least 0, in the norm of the attack.
+    """
+
+    radius: float
+
+    def __call__(self, problem: Problem) -> Tensor:
+        """A random point of this ball ∩ box for each of the problem's images."""
+        return problem.norm.random_start(problem.images, self.radius, problem.generator)
+
+
 def output_diversified(problem: Problem) -> Tensor:
     """The points after three steps of length eps along a random direction of the class scores.
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from clusterguard import FGSM, PGD, ClusterGuard, success_margin
-from clusterguard.attacks import get_norm
+from clusterguard.attacks import NoisyFGSM, get_norm
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from torch import nn
 
@@ -45,6 +45,30 @@ def test_fgsm_is_one_whole_step(small_guard):
     assert ((attacked - images).abs() - 0.1).abs().max() < 1e-6
     assert torch.equal(attacked, PGD(eps=0.1, step_size=0.1, steps=1, keep="last")(small_guard, images, labels))
     assert torch.equal(FGSM(eps=0.0)(small_guard, images, labels), images)
+
+
+def test_noisy_fgsm_steps_from_noise_and_is_not_projected(small_guard):
+    images, labels = torch.full((200, 1, 8, 8), 0.5), torch.arange(200) % 3
+    attack = NoisyFGSM(eps=0.1, noise=1.5, step_size=0.05)
+    attacked = attack(small_guard, images, labels, generator=torch.Generator().manual_seed(3))
+    noise = torch.empty_like(images).uniform_(-0.15, 0.15, generator=torch.Generator().manual_seed(3))
+    leaf = (images + noise).requires_grad_()
+    suspicion = small_guard.evidence(leaf).suspicion
+    wrong = suspicion.scatter(1, labels[:, None], torch.inf).min(dim=1).values
+    (gradient,) = torch.autograd.grad(wrong.sum(), leaf)
+    assert torch.allclose(attacked, images + noise - 0.05 * gradient.sign(), atol=1e-6)
+    assert 0.17 < (attacked - images).abs().max() <= attack.reach == 0.2
+    assert attack.scaled(0.5) == NoisyFGSM(eps=0.05, noise=1.5, step_size=0.025)
+    attacked = NoisyFGSM(eps=0.4)(small_guard, images, labels)  # a reach beyond the box
+    assert 0 <= attacked.min() < attacked.max() <= 1
+    still = NoisyFGSM(eps=0.1, noise=0.0)(small_guard, images, labels)
+    assert torch.allclose(still, FGSM(eps=0.1)(small_guard, images, labels))
+
+
+@pytest.mark.parametrize("options", [{"noise": -1}, {"noise": math.inf}, {"step_size": 0}, {"eps": 25}])
+def test_noisy_fgsm_refuses_what_it_cannot_do(options):
+    with pytest.raises(ConfigurationError, match="expected"):
+        NoisyFGSM(**{"eps": 0.1} | options)
 
 
 @pytest.mark.parametrize(
