@@ -3,7 +3,7 @@
 from benchmarks.data._data_sets import DATA_SETS, fetch_data_set, find_data_set, load_data_set
 from benchmarks.data._definition import DataSet, DataSetDefinition, hold_out_calibration
 from benchmarks.data._fetching import Contents, DownloadError, data_root
-from benchmarks.data._images import FloatBatches, Images, crop_and_flip, mix_boxes
+from benchmarks.data._images import FloatBatches, Images, mix_boxes
 
 __all__ = [
     "DATA_SETS",
@@ -13,7 +13,6 @@ __all__ = [
     "DownloadError",
     "FloatBatches",
     "Images",
-    "crop_and_flip",
     "data_root",
     "fetch_data_set",
     "find_data_set",

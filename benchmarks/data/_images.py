@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 from clusterguard.errors import ConfigurationError
+from clusterguard.training import crop_and_flip
 from torch import Generator, Tensor
-from torch.nn import functional
 
 
 class Images(NamedTuple):
@@ -71,23 +71,10 @@ class FloatBatches:
         for rows in order.to(self.images.labels.device).split(self.batch_size):
             images, labels = Images(*(part[rows] for part in self.images)).floats()
             if self.augment:
-                images = crop_and_flip(images, self.generator)
+                images = crop_and_flip(images, generator=self.generator)
             if self.cutmix:
                 images = mix_boxes(images, self.cutmix, self.generator)
             yield images, labels
-
-
-def crop_and_flip(images: Tensor, generator: Generator | None = None, *, padding: int = 4) -> Tensor:
-    """Pad images (B, C, H, W) with zeros, crop them to their size at random places, and flip about half of them."""
-    count, _, height, width = images.shape
-    offsets = torch.randint(2 * padding + 1, (2, count), generator=generator).to(images.device)
-    flipped = (torch.rand(count, generator=generator) < 0.5).to(images.device)
-    padded = functional.pad(images, [padding] * 4)
-    rows = offsets[0, :, None] + torch.arange(height, device=images.device)
-    columns = offsets[1, :, None] + torch.arange(width, device=images.device)
-    columns = torch.where(flipped[:, None], columns.flip(1), columns)
-    batch = torch.arange(count, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def mix_boxes(images: Tensor, largest: float, generator: Generator | None = None) -> Tensor:

@@ -356,8 +356,8 @@ class NoisyFGSM(FixedSchedule):
         Kolter, "Fast is better than free: revisiting adversarial training" (2020).
 
     Example:
-        >>> NoisyFGSM(eps=0.1).reach  # the noise of 0.2, then the step of 0.1
-        0.3
+        >>> NoisyFGSM(eps=0.125).reach  # the noise of 0.25, then the step of 0.125
+        0.375
     """
 
     noise: float = 2.0

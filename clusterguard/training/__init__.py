@@ -15,7 +15,7 @@ from clusterguard.training._losses import (
 )
 from clusterguard.training._options import TrainingOptions
 from clusterguard.training._relabelling import Graded, Original, Relabel, Separate
-from clusterguard.training._sampling import EachImage, balanced_sampler
+from clusterguard.training._sampling import EachImage, balanced_sampler, crop_and_flip
 from clusterguard.training._step import TrainingStep
 from clusterguard.training._trainer import DetectorTrainer
 from clusterguard.training._validation import Validation
@@ -40,6 +40,7 @@ __all__ = [
     "TrainingStep",
     "Validation",
     "balanced_sampler",
+    "crop_and_flip",
     "initialise",
     "negative_log_likelihood",
     "recipes",

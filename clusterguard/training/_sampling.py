@@ -1,4 +1,4 @@
-"""What people put in front of a training: classes drawn equally often, and transforms of single images."""
+"""What people put in front of a training: balanced classes, random crops, and transforms of single images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Generator, Tensor
+from torch.nn import functional
 from torch.utils.data import ConcatDataset, Subset, TensorDataset, WeightedRandomSampler
 
 
@@ -66,6 +67,44 @@ def augmented(augment: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
         raise ConfigurationError(f"expected augment to return {len(images)} images (B, C, H, W), got {got}")
     return changed.as_subclass(Tensor)  # transforms of torchvision may return a subclass
+
+
+def crop_and_flip(images: Tensor, *, padding: int = 4, generator: Generator | None = None) -> Tensor:
+    """The images cropped and mirrored at random, each in its own way.
+
+    Images are padded with zeros and cropped to their size at a random place, and about half of them are mirrored. Pass
+    the function itself as `TrainingOptions(augment=crop_and_flip)`. The random numbers then come from torch's global
+    generator of the CPU, which checkpoints keep, so that a resumed training sees the same crops.
+
+    Args:
+        images: (B, C, H, W) on any device.
+        padding: number of pixels that are added at each side, at least 0.
+        generator: randomness on the CPU; None takes torch's global one.
+
+    Returns:
+        Images (B, C, H, W).
+
+    Raises:
+        ConfigurationError: `padding` is negative.
+
+    Example:
+        >>> crop_and_flip(torch.rand(8, 3, 32, 32)).shape
+        torch.Size([8, 3, 32, 32])
+        >>> from functools import partial
+        >>> from clusterguard import TrainingOptions
+        >>> options = TrainingOptions(augment=partial(crop_and_flip, padding=2))
+    """
+    if padding < 0:
+        raise ConfigurationError(f"expected padding of at least 0 pixels, got {padding}")
+    count, _, height, width = images.shape
+    offsets = torch.randint(2 * padding + 1, (2, count), generator=generator).to(images.device)
+    is_mirrored = (torch.rand(count, generator=generator) < 0.5).to(images.device)
+    padded = functional.pad(images, [padding] * 4)
+    rows = offsets[0, :, None] + torch.arange(height, device=images.device)
+    columns = offsets[1, :, None] + torch.arange(width, device=images.device)
+    columns = torch.where(is_mirrored[:, None], columns.flip(1), columns)
+    batch = torch.arange(count, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 @final

@@ -17,7 +17,6 @@ from benchmarks.data import (
     Images,
     _data_sets,
     _fetching,
-    crop_and_flip,
     fetch_data_set,
     hold_out_calibration,
     load_data_set,
@@ -52,16 +51,6 @@ def test_orders_follow_the_generator_and_differ_from_pass_to_pass():
     assert passes(0)[0] != passes(0)[1]
 
 
-@given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 100))
-def test_a_crop_is_a_window_of_the_padded_image_perhaps_flipped(count, channels, seed):
-    images = torch.rand(count, channels, 5, 7)
-    cropped = crop_and_flip(images, torch.Generator().manual_seed(seed), padding=2)
-    padded = np.pad(images.numpy(), [(0, 0), (0, 0), (2, 2), (2, 2)])
-    for picture, piece in zip(padded, cropped.numpy(), strict=True):
-        windows = [picture[:, top : top + 5, left : left + 7] for top in range(5) for left in range(5)]
-        assert any(np.array_equal(piece, w) or np.array_equal(piece, w[:, :, ::-1]) for w in windows)
-
-
 @given(st.integers(1, 6), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 100))
 def test_a_covered_image_is_its_own_but_for_a_box_of_one_other(count, largest, seed):
     images = torch.rand(count, 2, 9, 7)
@@ -91,14 +80,6 @@ def test_batches_are_covered_only_if_asked():
     assert not torch.equal(next(iter(plain))[0], next(iter(mixed))[0])
     with pytest.raises(ConfigurationError, match="labels stay true"):
         list(FloatBatches(some_images(4), 4, cutmix=0.6))
-
-
-def test_crops_differ_between_images_and_flip_half_of_them():
-    images = torch.arange(5 * 7.0).view(1, 1, 5, 7).repeat(400, 1, 1, 1) + 1
-    cropped = crop_and_flip(images, torch.Generator().manual_seed(0), padding=1)
-    assert len(cropped.unique(dim=0)) == 9 * 2
-    whole = cropped[(cropped > 0).flatten(1).all(dim=1)]
-    assert 0.3 < (whole[:, 0, 0, 0] > whole[:, 0, 0, 1]).double().mean() < 0.7
 
 
 def test_the_sample_needs_no_download_and_splits_do_not_overlap():

@@ -1,10 +1,15 @@
 """Classes drawn equally often, transforms on the device, and groups of parameters."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from clusterguard import AdversarialClusterTrainer, TrainingOptions
 from clusterguard.errors import ConfigurationError, InputError, TrainingStoppedError
-from clusterguard.training import EachImage, balanced_sampler
+from clusterguard.training import EachImage, balanced_sampler, crop_and_flip
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision.transforms import v2
 from trainings import ATTACK, held_out, new_guard, weights
@@ -62,12 +67,20 @@ def run(blobs, augment, file=None, stop_at=None, loader=None):
     return weights(guard)
 
 
-def test_transforms_run_before_the_attack_and_resume_bit_identically(blobs, tmp_path):
+@pytest.mark.parametrize(
+    "transform",
+    [
+        EachImage(v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(8, padding=1)])),
+        partial(crop_and_flip, padding=1),
+    ],
+    ids=["each image", "vectorised"],
+)
+def test_transforms_run_before_the_attack_and_resume_bit_identically(blobs, tmp_path, transform):
     seen = []
 
     def augment(images):
         seen.append(images.shape)
-        return EachImage(v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(8, padding=1)]))(images)
+        return transform(images)
 
     through = run(blobs, augment)
     assert seen == [(30, 1, 8, 8)] * 8
@@ -83,6 +96,24 @@ def test_images_of_8_bits_are_converted_on_the_device(blobs):
     convert = v2.ToDtype(torch.float32, scale=True)
     as_floats = run(blobs, None, loader=DataLoader(TensorDataset(convert(grey), labels), 30))
     assert torch.equal(run(blobs, convert, loader=DataLoader(TensorDataset(grey, labels), 30)), as_floats)
+
+
+@given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 100))
+def test_a_crop_is_a_window_of_the_padded_image_perhaps_flipped(count, channels, seed):
+    images = torch.rand(count, channels, 5, 7)
+    cropped = crop_and_flip(images, generator=torch.Generator().manual_seed(seed), padding=2)
+    padded = np.pad(images.numpy(), [(0, 0), (0, 0), (2, 2), (2, 2)])
+    for picture, piece in zip(padded, cropped.numpy(), strict=True):
+        windows = [picture[:, top : top + 5, left : left + 7] for top in range(5) for left in range(5)]
+        assert any(np.array_equal(piece, w) or np.array_equal(piece, w[:, :, ::-1]) for w in windows)
+
+
+def test_crops_differ_between_images_and_flip_half_of_them():
+    images = torch.arange(5 * 7.0).view(1, 1, 5, 7).repeat(400, 1, 1, 1) + 1
+    cropped = crop_and_flip(images, generator=torch.Generator().manual_seed(0), padding=1)
+    assert len(cropped.unique(dim=0)) == 9 * 2
+    whole = cropped[(cropped > 0).flatten(1).all(dim=1)]
+    assert 0.3 < (whole[:, 0, 0, 0] > whole[:, 0, 0, 1]).double().mean() < 0.7
 
 
 def test_each_image_draws_for_itself():
@@ -107,7 +138,11 @@ def test_wrong_transforms_are_refused(blobs, augment, error, message):
 
 
 def test_what_is_no_function_is_refused():
-    for make in (lambda: TrainingOptions(augment=3), lambda: EachImage(None)):
+    for make in (
+        lambda: TrainingOptions(augment=3),
+        lambda: EachImage(None),
+        lambda: crop_and_flip(torch.rand(1, 1, 4, 4), padding=-1),
+    ):
         with pytest.raises(ConfigurationError, match="expected"):
             make()
 
