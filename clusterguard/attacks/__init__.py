@@ -1,7 +1,7 @@
 """Attacks on detectors; an attack is a callable from (detector, images, labels) to attacked images."""
 
 from clusterguard.attacks._auto_pgd import APGD
-from clusterguard.attacks._base import Attack, BuiltInAttack, WrappingAttack, ramp
+from clusterguard.attacks._base import Attack, BuiltInAttack, WrappingAttack, ramp, shorten_steps
 from clusterguard.attacks._boundary import Boundary
 from clusterguard.attacks._carlini_wagner import CarliniWagner
 from clusterguard.attacks._descent import ObjectiveValues, Problem
@@ -124,6 +124,7 @@ __all__ = [
     "margin",
     "output_diversified",
     "ramp",
+    "shorten_steps",
     "suspicion",
     "towards_batch",
 ]

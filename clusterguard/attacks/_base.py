@@ -3,8 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from clusterguard._support import (
@@ -246,6 +246,34 @@ def ramp(attack: Attack, done: float, length: float) -> Attack:
         length: number of epochs of the ramp, at least 0; with 0 there is no ramp.
     """
     return attack if done >= length else scale(attack, max(done / length, 1e-3))
+
+
+def shorten_steps(attack: Attack, factor: float) -> Attack:
+    """The attack with its step size multiplied by a factor, in the same ball.
+
+    Attacks without the option `step_size` are returned as they are. Attacks inside wrappers are shortened too.
+
+    Args:
+        attack: any attack.
+        factor: factor of the step size, positive.
+
+    Example:
+        >>> from clusterguard.attacks import PGD, NoisyFGSM
+        >>> shorten_steps(PGD(eps=0.5, step_size=0.25), 0.5).step_size, shorten_steps(NoisyFGSM(eps=0.5), 0.5).step_size
+        (0.125, 0.25)
+    """
+    given: Any = attack
+    if factor == 1 or not is_dataclass(given) or isinstance(given, type):
+        return attack
+    options = {option.name: getattr(given, option.name) for option in fields(given)}
+    changed: dict[str, Any] = {}
+    if "step_size" in options:
+        changed["step_size"] = factor * (options["eps"] if options["step_size"] is None else options["step_size"])
+    if "attack" in options:
+        changed["attack"] = shorten_steps(options["attack"], factor)
+    if "attacks" in options:
+        changed["attacks"] = tuple(shorten_steps(inner, factor) for inner in options["attacks"])
+    return cast(Attack, replace(given, **changed)) if changed else attack
 
 
 def check_attack_input(

@@ -377,7 +377,8 @@ class NoisyFGSM(FixedSchedule):
 
     def as_pgd(self) -> PGD:
         """The same attack as PGD with one step in the larger ball."""
-        pgd = replace(self._spell_out(1), eps=self.reach, start=RandomWithin(self.noise * self.eps))
+        share = min(1.0, self.noise * self.eps / (self.reach or 1.0))  # scaling the radius scales the noise
+        pgd = replace(self._spell_out(1), eps=self.reach, start=RandomWithin(share))
         return pgd if self.step_size is None else replace(pgd, step_size=self.step_size)
 
 

@@ -28,17 +28,17 @@ def at_random(problem: Problem) -> Tensor:
 @final
 @dataclass(frozen=True)
 class RandomWithin:
-    """A start at a random point at most `radius` away from each image, whatever the radius of the attack.
+    """A start at a random point of a smaller ball around each image.
 
     Args:
-        radius: largest size of the change, at least 0, in the norm of the attack.
+        share: radius of the smaller ball as a share of the attack's radius, in [0, 1].
     """
 
-    radius: float
+    share: float
 
     def __call__(self, problem: Problem) -> Tensor:
-        """A random point of this ball ∩ box for each of the problem's images."""
-        return problem.norm.random_start(problem.images, self.radius, problem.generator)
+        """A random point of the smaller ball ∩ box for each of the problem's images."""
+        return problem.norm.random_start(problem.images, self.share * problem.eps, problem.generator)
 
 
 def output_diversified(problem: Problem) -> Tensor:

@@ -14,6 +14,7 @@ from clusterguard.training._losses import (
     negative_log_likelihood,
 )
 from clusterguard.training._options import TrainingOptions
+from clusterguard.training._overfitting import OverfittingCheck
 from clusterguard.training._relabelling import Graded, Original, Relabel, Separate
 from clusterguard.training._sampling import EachImage, balanced_sampler, crop_and_flip
 from clusterguard.training._step import TrainingStep
@@ -32,6 +33,7 @@ __all__ = [
     "Origin",
     "Original",
     "Outside",
+    "OverfittingCheck",
     "Relabel",
     "RelabelledBatch",
     "Separate",

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch
 from clusterguard._support import check_numbers, evaluation_mode, random_states, set_random_states
-from clusterguard.attacks import Attack, ramp
+from clusterguard.attacks import Attack, ramp, shorten_steps
 from clusterguard.attacks._internal import check_radius, scale
 from clusterguard.detection import (
     Calibrator,
@@ -208,8 +208,9 @@ class AdversarialClusterTrainer(DetectorTrainer):
 
     @property
     def _present_attack(self) -> Attack:
-        """The attack, scaled down during the ramp."""
-        return ramp(self.attack, self.epochs_done - self.warmup_epochs, self.ramp_epochs)
+        """The attack, scaled down during the ramp, with shorter steps after catastrophic overfitting."""
+        attack = shorten_steps(self.attack, self.step_factor)
+        return ramp(attack, self.epochs_done - self.warmup_epochs, self.ramp_epochs)
 
     def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Refresh the thresholds after every `refresh_every` steps."""

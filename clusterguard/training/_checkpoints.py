@@ -13,6 +13,7 @@ from clusterguard.attacks import Precision
 from clusterguard.attacks._internal import check_precision
 from clusterguard.errors import PersistenceError, in_one_line
 from clusterguard.training._descriptions import differences, listed
+from clusterguard.training._overfitting import LastGood
 from clusterguard.training._validation import Best
 from torch import Tensor
 
@@ -32,7 +33,10 @@ class EpochRecord:
         mean_threshold: mean over classes of the thresholds at the end of the epoch; +inf before the first refresh.
         seconds: wall time.
         precision: precision of attacks and gradients: "float32", "bf16", or the precision of the accelerator.
-        validation: mean figures of the validation images by name; empty without a `Validation`.
+        validation: mean figures of the validation images by name; empty without a `Validation`. Those of an undone
+            epoch are of the weights that were taken.
+        check_success_rate: success rate of the attack of an `OverfittingCheck` after the epoch; None without one.
+        returned_to: number of the epoch whose weights were taken because this epoch had overfitted; None if it had not.
     """
 
     epoch: int
@@ -43,6 +47,8 @@ class EpochRecord:
     seconds: float
     precision: str = "float32"
     validation: Mapping[str, float] = field(default_factory=dict)
+    check_success_rate: float | None = None
+    returned_to: int | None = None
 
 
 @dataclass
@@ -178,6 +184,7 @@ class Kept:
         precision: precision that was taken.
         image_shape: shape of the images that the detector takes.
         best: best epoch so far.
+        last_good: what to go back to after catastrophic overfitting.
     """
 
     state: dict[str, Any]
@@ -188,6 +195,7 @@ class Kept:
     precision: Precision
     image_shape: Any
     best: Best
+    last_good: LastGood
 
 
 def read_values(
@@ -219,6 +227,7 @@ def read_values(
         thresholds = values["thresholds"].to(like.device).view_as(like)
         history = [EpochRecord(**record) for record in values["history"]]
         totals, best = EpochTotals(**state["totals"]), Best(**values.get("best", {}))
+        last_good = LastGood(**values.get("last_good", {}))
         pairs = zip(values.get("descriptions", ()), descriptions, strict=False)
         changed = [change for before, now in pairs for change in differences(before, now)]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
@@ -236,7 +245,7 @@ def read_values(
             f"{checkpoint.file} belongs to another run: {listed(changed)}; choose another file, or delete it to "
             "start anew"
         )
-    return Kept(state, thresholds, history, totals, steps, taken, values.get("image_shape"), best)
+    return Kept(state, thresholds, history, totals, steps, taken, values.get("image_shape"), best, last_good)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint | None:

@@ -1,5 +1,6 @@
 """Optimizer steps on one or many devices, with gradient clipping, weight averaging and a way back from divergence."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -45,6 +46,7 @@ class TrainingEngine:
 
     Attributes:
         steps: number of optimizer steps so far.
+        rate_factor: factor of the learning rate; below 1 after catastrophic overfitting.
         precision: precision and memory layout of the steps.
 
     Raises:
@@ -69,7 +71,7 @@ class TrainingEngine:
                 f"{self.accelerator.distributed_type.value}: attacks and thresholds need all weights. "
                 "Launch without it; accelerate then uses DDP"
             )
-        self.steps = 0
+        self.steps, self.rate_factor = 0, 1.0
         self.precision = StepPrecision(detector, optimizer, options, self.accelerator)
         step = WholeStep(detector, training_step, self.precision)
         self._module: nn.Module = self.accelerator.prepare_model(step)
@@ -239,7 +241,8 @@ class TrainingEngine:
 
     def _step(self) -> None:
         try:
-            self._optimizer.step()
+            with optimizers.scaled_rates(self._bare_optimizer, self.rate_factor):
+                self._optimizer.step()
         except RuntimeError as error:
             if type(error) is not RuntimeError:
                 raise  # an error of memory or the device
@@ -352,6 +355,29 @@ class TrainingEngine:
         finally:
             self.detector.load_state_dict(trained)
 
+    def snapshot(self) -> dict[str, Any]:
+        """Copies on the CPU of weights, averaged weights and the optimizer's moments, for `go_back`."""
+        average = {} if self._average is None else self._average.state_dict()
+        moments = self._bare_optimizer.state_dict()["state"]
+        copied: dict[str, Any] = _on_cpu(
+            {"detector": self.detector.state_dict(), "average": average, "moments": moments}
+        )
+        return copied
+
+    def go_back(self, snapshot: Mapping[str, Any], *, rate_factor: float) -> None:
+        """Restore weights, averaged weights and moments. The scheduler stays where it is.
+
+        Args:
+            snapshot: copies that `snapshot` made.
+            rate_factor: factor of the learning rate from now on.
+        """
+        self.detector.load_state_dict(snapshot["detector"])
+        if self._average is not None:
+            self._average.load_state_dict(snapshot["average"])
+        groups = self._bare_optimizer.state_dict()["param_groups"]  # with the rates that a scheduler has set
+        self._bare_optimizer.load_state_dict({"state": copy.deepcopy(snapshot["moments"]), "param_groups": groups})
+        self._last_good, self.rate_factor = (self.steps, {}), rate_factor
+
     def finish(self, best: Mapping[str, Tensor]) -> None:
         """Put the best or else averaged weights into the detector; a further training goes on from the trained ones.
 
@@ -374,7 +400,8 @@ class TrainingEngine:
 
     def report(self, values: Mapping[str, float]) -> None:
         """Send numbers to the accelerator's trackers."""
-        self.accelerator.log({"learning_rate": self._optimizer.param_groups[0]["lr"], **values}, step=self.steps)
+        rate = self.rate_factor * self._optimizer.param_groups[0]["lr"]
+        self.accelerator.log({"learning_rate": rate, **values}, step=self.steps)
 
     def report_epoch(self, record: EpochRecord) -> None:
         """Send the figures of an epoch, and those of its validation images, to the accelerator's trackers."""
@@ -410,3 +437,10 @@ class TrainingEngine:
             f"the loss became {loss.item()} at step {self.steps}; the detector holds the weights of step {step} again. "
             "Lower the learning rate, clip gradients, or train with fewer or smaller attack steps first"
         )
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy of nested dicts with all tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return {key: _on_cpu(part) for key, part in value.items()} if isinstance(value, Mapping) else value

@@ -4,7 +4,8 @@ import inspect
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -230,6 +231,21 @@ def check_keepable(optimizer: Any, scheduler: Any) -> None:
             "expected an optimizer and a scheduler whose states are plain numbers, to train with a checkpoint, got "
             f"other objects; pass float(...) in place of NumPy numbers, and functions in place of objects: {error}"
         ) from None
+
+
+@contextmanager
+def scaled_rates(optimizer: Any, factor: float) -> Iterator[None]:
+    """Multiply the learning rates of an optimizer by a factor within the block, whatever a scheduler makes of them."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if rate is not None and factor != 1:
+            group["lr"] = factor * rate
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            if rate is not None and factor != 1:
+                group["lr"] = rate
 
 
 def after_step(scheduler: Any, *, every: Literal["epoch", "step"], steps: int) -> None:

@@ -1,6 +1,7 @@
 """What a training takes its batches from, and what is checked before its first step."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ from clusterguard.detection import Calibrator, Loader, Pairs, Unpack, judge
 from clusterguard.detection._internal import check_evidence, check_passes
 from clusterguard.detectors import DetectorModule
 from clusterguard.training._engine import TrainingEngine
+from clusterguard.training._overfitting import OverfittingCheck
 from clusterguard.training._overlap import Overlap
 from clusterguard.training._replay import Replay, Run, restarting_workers
 from clusterguard.training._validation import Validation, check_monitor, measure
@@ -38,6 +40,7 @@ def make_run(
     train_loader: Loader,
     calibration_loader: Loader,
     validation: Validation | None,
+    overfitting: OverfittingCheck | None,
     *,
     engine: TrainingEngine,
     unpack: Unpack | None,
@@ -68,6 +71,8 @@ def make_run(
         stop_when,
         None if validation is None else replay(validation.loader),
         validation,
+        None if overfitting is None else replay(overfitting.loader),
+        overfitting,
     )
     with run.train.undisturbed(), run.calibration.undisturbed():
         check_passes(train_loader, "training loader")
@@ -89,6 +94,11 @@ def check_run(trainer: CheckedTrainer, run: Run, epochs: int, calibrate: bool) -
             trainer.thresholds = trainer.thresholds.to(trainer.engine.device)
             first = [(images[:4], labels[:4]) for images, labels in islice(run.judged.loader, 1)]
             check_monitor(run.validation, measure(trainer.validate, trainer.detector, first))
+    if run.held_out is not None and run.overfitting is not None:
+        with run.held_out.undisturbed():
+            trainer.thresholds = trainer.thresholds.to(trainer.engine.device)
+            first = [(images[:4], labels[:4]) for images, labels in islice(run.held_out.loader, 1)]
+            measure(partial(run.overfitting.success, trainer.detector, trainer.thresholds), trainer.detector, first)
     if run.checkpoint is not None:
         check_place(run.checkpoint)
 

@@ -17,6 +17,7 @@ from clusterguard.detection._internal import have_common_images, number_of_batch
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError
 from clusterguard.training._descriptions import describe, describe_data
 from clusterguard.training._loader_state import LoaderState
+from clusterguard.training._overfitting import OverfittingCheck
 from clusterguard.training._validation import Validation
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -288,6 +289,8 @@ class Run:
         stop_when: function that says after a step whether to stop; None never stops.
         judged: validation batches, which all processes have; None without validation.
         validation: what is done with their figures; None without validation.
+        held_out: batches of the check for catastrophic overfitting, which all processes have; None without a check.
+        overfitting: check for catastrophic overfitting, or None.
 
     Raises:
         ConfigurationError: `checkpoint_every` is below 1, or `stop_when` comes without a checkpoint.
@@ -301,6 +304,8 @@ class Run:
     stop_when: Callable[[], bool] | None
     judged: Replay | None = None
     validation: Validation | None = None
+    held_out: Replay | None = None
+    overfitting: OverfittingCheck | None = None
 
     def __post_init__(self) -> None:
         every = 1 if self.checkpoint_every is None else self.checkpoint_every
@@ -318,6 +323,8 @@ class Run:
         training = describe_data("training", self.train.loader)
         calibration = describe_data("calibration", self.calibration.loader)
         described = describe({"seed of the generator": seed}) | training | calibration
+        if self.held_out is not None:
+            described |= describe({"overfitting": self.overfitting}) | describe_data("held-out", self.held_out.loader)
         if self.judged is None or self.validation is None:
             return described
         return described | {"monitor": str(self.validation.monitor)} | describe_data("validation", self.judged.loader)

@@ -75,6 +75,8 @@ class Reporter:
         parts = [f"loss {record.loss:.3f}", f"accuracy {record.accuracy:.3f}"]
         if not math.isnan(record.attack_success_rate):
             parts.append(f"attack success {record.attack_success_rate:.3f}")
+        if record.check_success_rate is not None:
+            parts.append(f"success of the check's attack {record.check_success_rate:.3f}")
         figures = [f"{name} {value:.3f}" for name, value in record.validation.items()]
         if figures:
             parts.append(f"validation {', '.join(figures)}{' (best so far)' * is_best}")
@@ -82,6 +84,11 @@ class Reporter:
         if seconds is not None and seconds >= _WORTH_TELLING:
             parts.append(f"about {duration(seconds)} left")
         self.say(f"epoch {record.epoch}/{self.epochs}: {', '.join(parts)}")
+        if record.returned_to is not None:
+            self.say(
+                f"epoch {record.epoch} has overfitted catastrophically; training goes on from the weights of epoch "
+                f"{record.returned_to} with smaller steps"
+            )
 
 
 def _is_heard() -> bool:

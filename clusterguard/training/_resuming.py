@@ -19,6 +19,7 @@ from clusterguard.training._checkpoints import (
 from clusterguard.training._descriptions import describe, describe_detector, describe_options, digest_of_weights
 from clusterguard.training._engine import TrainingEngine
 from clusterguard.training._options import TrainingOptions
+from clusterguard.training._overfitting import LastGood
 from clusterguard.training._replay import Run
 from clusterguard.training._validation import Best
 from torch import Tensor
@@ -34,6 +35,7 @@ class Trainer(Protocol):
     history: list[EpochRecord]
     _totals: EpochTotals
     _best: Best
+    _last_good: LastGood
     _described_at_first: dict[str, str]
     _first_weights: str
     _descriptions: list[dict[str, str]]
@@ -63,6 +65,7 @@ def save(trainer: Trainer, run: Run) -> None:
         "descriptions": trainer._descriptions,
         "image_shape": trainer.detector.image_shape,
         "best": vars(trainer._best),
+        "last_good": vars(trainer._last_good),
         "first_weights": trainer._first_weights,
         "processes": gather({accelerator.process_index: state}, trainer.engine.shared),
     }
@@ -94,12 +97,8 @@ def resume(trainer: Trainer, run: Run) -> bool:
         if trainer.engine.shared is None:  # or a pass would have to be ended
             run.train.look_back()
             run.calibration.look_back()
-    trainer.thresholds, trainer.history, trainer._totals, trainer._best = (
-        kept.thresholds,
-        kept.history,
-        kept.totals,
-        kept.best,
-    )
+    trainer.thresholds, trainer.history, trainer._totals = kept.thresholds, kept.history, kept.totals
+    trainer._best, trainer._last_good = kept.best, kept.last_good
     trainer.engine.steps, trainer.engine.precision.name = kept.steps, kept.precision
     _warn_of_other_weights(checkpoint, {weights, trainer._first_weights})
     trainer._first_weights = checkpoint.values.get("first_weights", trainer._first_weights)

@@ -40,12 +40,14 @@ from clusterguard.training._descriptions import describe_steps
 from clusterguard.training._engine import TrainingEngine
 from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory, make_optimizer, make_scheduler
 from clusterguard.training._options import TrainingOptions
+from clusterguard.training._overfitting import LastGood, OverfittingCheck
 from clusterguard.training._overlap import Overlap
 from clusterguard.training._preparing import check_run, make_run
 from clusterguard.training._replay import Run, warn_of_shared_images
 from clusterguard.training._reporting import Reporter
 from clusterguard.training._resuming import resume, save
 from clusterguard.training._step import TrainingStep
+from clusterguard.training._undoing import undo_overfitting
 from clusterguard.training._validation import Best, Validation, check_validation, measure
 from clusterguard.training._weights import frozen_modules
 from torch import Generator, Tensor
@@ -104,7 +106,7 @@ class DetectorTrainer(ABC):
         self.thresholds = torch.full_like(detector.thresholds, torch.inf)
         self.history: list[EpochRecord] = []
         self._totals = EpochTotals()
-        self._best, self._overlap = Best(), Overlap()
+        self._best, self._overlap, self._last_good = Best(), Overlap(), LastGood()
         self._batches: int | None = None
         self._noted: dict[str, float] = {}
         self._described_at_first = describe_steps(self.optimizer, self.scheduler)  # before the first step changes them
@@ -148,6 +150,14 @@ class DetectorTrainer(ABC):
             seconds: seconds that it took.
         """
         return epochs * seconds
+
+    @property
+    def step_factor(self) -> float:
+        """The factor of the training attack's step size; below 1 after catastrophic overfitting.
+
+        A trainer of your own with an attack multiplies its step size by it in `training_step`, for `OverfittingCheck`.
+        """
+        return self._last_good.step_factor
 
     @property
     def epochs_before_full_strength(self) -> float:
@@ -209,6 +219,7 @@ class DetectorTrainer(ABC):
         generator: Generator | None = None,
         calibrate: bool = True,
         validation: Validation | None = None,
+        overfitting: OverfittingCheck | None = None,
         unpack: Unpack | None = None,
         progress: bool = True,
     ) -> list[EpochRecord]:
@@ -249,6 +260,7 @@ class DetectorTrainer(ABC):
                 given and the trained detector stays uncalibrated.
             validation: images on which the detector is judged after every epoch; the best epoch is kept, and training
                 can stop early. None keeps the last epoch.
+            overfitting: check that undoes epochs with catastrophic overfitting; None undoes none.
             unpack: function that takes images and labels from a batch of another form, such as
                 ``lambda batch: (batch["photo"], batch["species"])``.
             progress: whether to write a line after each epoch and an estimate of the time to stderr, with a bar on
@@ -282,6 +294,8 @@ class DetectorTrainer(ABC):
         check_loader(train_loader, "training loader")
         check_loader(calibration_loader, "calibration loader")
         check_validation(validation)
+        if overfitting is not None:
+            check_kind(overfitting, OverfittingCheck, "overfitting", "an OverfittingCheck(loader, attack)")
         if generator is not None:
             check_kind(generator, Generator, "generator", "a torch.Generator, such as torch.Generator().manual_seed(0)")
         with torch.inference_mode(False), torch.enable_grad(), without_autocast():
@@ -289,6 +303,7 @@ class DetectorTrainer(ABC):
                 train_loader,
                 calibration_loader,
                 validation,
+                overfitting,
                 engine=self.engine,
                 unpack=unpack,
                 generator=generator,
@@ -333,6 +348,7 @@ class DetectorTrainer(ABC):
         if not resume(self, run):
             self._totals = EpochTotals()  # an earlier call may have left an unfinished epoch
         self.engine.begin()
+        self.engine.rate_factor = self._last_good.rate_factor
         self.detector.reset_calibration()
         if self.detector.training:
             self.detector.frozen = names_in_eval_mode(self.detector)
@@ -398,7 +414,8 @@ class DetectorTrainer(ABC):
     def _end_epoch(self, run: Run, reporter: Reporter) -> None:
         epochs, started = len(self.history) + 1, time.perf_counter()
         record = self.engine.end_epoch(self._totals, epochs).record(epochs, float(self.thresholds.mean()))
-        record = replace(record, precision=self.engine.precision.in_use, validation=self._judge(run, epochs))
+        undone = undo_overfitting(self, run, epochs)
+        record = replace(record, precision=self.engine.precision.in_use, validation=self._judge(run, epochs), **undone)
         self.history.append(record)
         self._overlap.warn()
         self._totals = EpochTotals()

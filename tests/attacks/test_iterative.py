@@ -58,7 +58,9 @@ def test_noisy_fgsm_steps_from_noise_and_is_not_projected(small_guard):
     (gradient,) = torch.autograd.grad(wrong.sum(), leaf)
     assert torch.allclose(attacked, images + noise - 0.05 * gradient.sign(), atol=1e-6)
     assert 0.17 < (attacked - images).abs().max() <= attack.reach == 0.2
-    assert attack.scaled(0.5) == NoisyFGSM(eps=0.05, noise=1.5, step_size=0.025)
+    half = NoisyFGSM(eps=0.05, noise=1.5, step_size=0.025)
+    assert attack.scaled(0.5) == half
+    assert attack.as_pgd().scaled(0.5) == half.as_pgd()
     attacked = NoisyFGSM(eps=0.4)(small_guard, images, labels)  # a reach beyond the box
     assert 0 <= attacked.min() < attacked.max() <= 1
     still = NoisyFGSM(eps=0.1, noise=0.0)(small_guard, images, labels)
