@@ -105,14 +105,55 @@ def released_cnn(shape: InputShape) -> nn.Module:
     )
 
 
-def resnet18(shape: InputShape) -> nn.Module:
-    """ResNet-18 of timm with a stem for images of 32 × 32 pixels: one 3 × 3 convolution and no pooling."""
+def resnet18(shape: InputShape, *, width: int = 64) -> nn.Module:
+    """ResNet-18 of timm with a stem for images of 32 × 32 pixels: one 3 × 3 convolution to 64 channels and no pooling.
+
+    Args:
+        shape: shape (C, H, W) of an image.
+        width: number of channels of the first stage, which doubles with each further one. The published network has 64.
+    """
     import timm
 
-    model: nn.Module = timm.create_model("resnet18", num_classes=0, in_chans=shape[0])
+    channels = (width, 2 * width, 4 * width, 8 * width)
+    model: nn.Module = timm.create_model("resnet18", num_classes=0, in_chans=shape[0], channels=channels)
     model.conv1 = nn.Conv2d(shape[0], 64, kernel_size=3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
+
+
+class PlainBlock(nn.Module):
+    """A residual block of two 3 × 3 convolutions, whose sum has no activation behind it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*_convolve(channels, channels), *_convolve(channels, channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map feature maps (B, channels, H, W) to feature maps of the same shape."""
+        change: Tensor = self.layers(images)
+        return images + change
+
+
+def _convolve(inside: int, outside: int) -> list[nn.Module]:
+    return [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
+
+
+def resnet9(shape: InputShape) -> nn.Module:
+    """The fast residual network of nine layers by Page, "How to train your ResNet" (2018), without its classifier."""
+    pool = nn.MaxPool2d(2)
+    return nn.Sequential(
+        *_convolve(shape[0], 64),
+        *_convolve(64, 128),
+        pool,
+        PlainBlock(128),
+        *_convolve(128, 256),
+        pool,
+        *_convolve(256, 512),
+        pool,
+        PlainBlock(512),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+    )
 
 
 class WideBlock(nn.Module):
@@ -154,7 +195,9 @@ MODELS: dict[str, Callable[[InputShape], nn.Module]] = {
     "cnn-5": cnn_5,
     "small-cnn": small_cnn,
     "released-cnn": released_cnn,
+    "resnet9": resnet9,
     "resnet18": resnet18,
+    "resnet18-half": partial(resnet18, width=32),
     "wrn-10-1": partial(wide_resnet, depth=10, width=1),
     "wrn-16-4": partial(wide_resnet, depth=16, width=4),
     "wrn-28-10": partial(wide_resnet, depth=28, width=10),

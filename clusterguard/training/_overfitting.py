@@ -72,26 +72,6 @@ class OverfittingCheck:
                 f"expected step_factor and rate_factor in (0, 1], got {self.step_factor} and {self.rate_factor}"
             )
 
-    def success(
-        self, detector: DetectorModule, thresholds: Tensor, images: Tensor, labels: Tensor, generator: Generator
-    ) -> Mapping[str, Tensor]:
-        """Whether the attack gets images (B, C, H, W) with labels (B,) accepted under a wrong label.
-
-        Args:
-            detector: detector in eval mode.
-            thresholds: (K,) thresholds in use.
-            images: images of a batch.
-            labels: their class labels.
-            generator: randomness of the attack.
-
-        Returns:
-            Truth values (B,) under the name "success".
-        """
-        judge = WithThresholds(detector, thresholds)
-        attacked = self.attack(judge, images, labels, generator=generator)
-        with torch.no_grad():
-            return {"success": is_broken(Verdicts(decide(judge.evidence(attacked), thresholds), labels))}
-
 
 @dataclass(frozen=True)
 class LastGood:
@@ -112,3 +92,30 @@ class LastGood:
     rate_factor: float = 1.0
     snapshot: dict[str, Any] = field(default_factory=dict)
     thresholds: Tensor | None = None
+
+
+def successes(
+    check: OverfittingCheck,
+    detector: DetectorModule,
+    thresholds: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    generator: Generator,
+) -> Mapping[str, Tensor]:
+    """Whether the attack of a check gets images accepted under a wrong label.
+
+    Args:
+        check: check with the attack.
+        detector: detector in eval mode.
+        thresholds: (K,) thresholds in use.
+        images: (B, C, H, W) in [0, 1].
+        labels: class labels (B,).
+        generator: randomness of the attack.
+
+    Returns:
+        Truth values (B,) under the name "success".
+    """
+    judge = WithThresholds(detector, thresholds)
+    attacked = check.attack(judge, images, labels, generator=generator)
+    with torch.no_grad():
+        return {"success": is_broken(Verdicts(decide(judge.evidence(attacked), thresholds), labels))}

@@ -11,7 +11,7 @@ from clusterguard.detection import Calibrator, Loader, Pairs, Unpack, judge
 from clusterguard.detection._internal import check_evidence, check_passes
 from clusterguard.detectors import DetectorModule
 from clusterguard.training._engine import TrainingEngine
-from clusterguard.training._overfitting import OverfittingCheck
+from clusterguard.training._overfitting import OverfittingCheck, successes
 from clusterguard.training._overlap import Overlap
 from clusterguard.training._replay import Replay, Run, restarting_workers
 from clusterguard.training._validation import Validation, check_monitor, measure
@@ -98,7 +98,7 @@ def check_run(trainer: CheckedTrainer, run: Run, epochs: int, calibrate: bool) -
         with run.held_out.undisturbed():
             trainer.thresholds = trainer.thresholds.to(trainer.engine.device)
             first = [(images[:4], labels[:4]) for images, labels in islice(run.held_out.loader, 1)]
-            measure(partial(run.overfitting.success, trainer.detector, trainer.thresholds), trainer.detector, first)
+            measure(partial(successes, run.overfitting, trainer.detector, trainer.thresholds), trainer.detector, first)
     if run.checkpoint is not None:
         check_place(run.checkpoint)
 

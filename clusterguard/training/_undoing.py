@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from clusterguard.detectors import DetectorModule
 from clusterguard.training._engine import TrainingEngine
-from clusterguard.training._overfitting import LastGood
+from clusterguard.training._overfitting import LastGood, successes
 from clusterguard.training._replay import Run
 from clusterguard.training._validation import measure
 from torch import Tensor
@@ -40,7 +40,7 @@ def undo_overfitting(trainer: CheckedForOverfitting, run: Run, epoch: int) -> di
     if check is None or held_out is None:
         return {}
     with held_out.undisturbed():
-        success = partial(check.success, trainer.detector, trainer.thresholds)
+        success = partial(successes, check, trainer.detector, trainer.thresholds)
         rate = measure(success, trainer.detector, held_out.loader, trainer.engine.shared)["success"]
     good = trainer._last_good
     if rate <= good.lowest + check.max_rise:

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from clusterguard import ClusterGuard, recipes
+from clusterguard import PGD, ClusterGuard, recipes
+from clusterguard.attacks import NoisyFGSM
 from clusterguard.errors import ConfigurationError
-from clusterguard.training import Separate
+from clusterguard.training import Separate, crop_and_flip
 from torch import nn
 from trainings import held_out
 
@@ -21,7 +22,7 @@ def test_the_papers_recipe_has_no_ingredient_that_the_paper_lacks(guard):
     assert (trainer.options.clip_norm, trainer.options.average_decay, trainer.scheduler) == (None, None, None)
 
 
-@pytest.fixture(params=[recipes.robust, recipes.certified], ids=lambda recipe: recipe.__name__)
+@pytest.fixture(params=[recipes.robust, recipes.single_step, recipes.certified], ids=lambda recipe: recipe.__name__)
 def recipe(request):
     return request.param
 
@@ -36,11 +37,37 @@ def test_a_recipes_schedule_ends_with_its_epochs(recipe, guard, blobs, epochs):
 
 
 def test_a_recipe_learns(recipe, guard, blobs):
-    trainer = recipe(guard, blobs, epochs=18, eps=0.2)
+    eps = 0.06 if recipe is recipes.single_step else 0.2  # its noise and its step go three times as far
+    trainer = recipe(guard, blobs, epochs=18, eps=eps)
     history = trainer.fit(blobs, held_out(blobs), epochs=18, progress=False)
     assert guard.is_calibrated
     assert history[-1].accuracy > 0.97
     assert history[-1].attack_success_rate < 0.2
+
+
+def test_the_single_step_recipe_takes_an_attack_an_optimizer_and_averages_the_last_steps(guard, blobs):
+    pgd = PGD(eps=0.1, step_size=0.125, steps=1, start="random", keep="last")
+    trainer = recipes.single_step(
+        guard,
+        blobs,
+        epochs=20,
+        eps=0.1,
+        attack=pgd,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+        augment=crop_and_flip,
+        ramp_epochs=2,
+    )
+    assert (trainer.attack, trainer.ramp_epochs, trainer.options.augment) == (pgd, 2, crop_and_flip)
+    assert trainer.options.average_decay == 0.9  # ten of 200 steps
+    rates = []
+    for _ in range(199):
+        trainer.optimizer.step()
+        trainer.scheduler.step()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert 0.49 < max(rates) <= 0.5
+    default = recipes.single_step(guard, blobs, epochs=1, eps=0.1)
+    assert default.attack == NoisyFGSM(eps=0.1)
+    assert default.options.average_decay == 0.5
 
 
 def test_the_certified_recipe_weighs_bounds_as_asked(guard, blobs):
