@@ -16,8 +16,9 @@ from benchmarks.detectors._vanilla import vanilla_loss as benign_loss
 def attack_with_cross_entropy(
     detector: WithThresholds, images: Tensor, labels: Tensor, attack: PGD, generator: Generator | None
 ) -> Tensor:
-    """Attack images (B, C, H, W) from a random start with the objective cross-entropy."""
-    attack = replace(attack, objective="cross_entropy", start="random", keep="last")
+    """Attack images (B, C, H, W) with the objective cross-entropy, from a random start or that of N-FGSM."""
+    start = attack.start if callable(attack.start) else "random"
+    attack = replace(attack, objective="cross_entropy", start=start, keep="last")
     return attack(detector, images, labels, generator=generator)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Protocol, TypeAlias, cast, final
 
 from clusterguard import PGD, DetectorModule, DetectorTrainer, TrainingOptions
-from clusterguard.attacks import Objective, ramp
+from clusterguard.attacks import Objective, ramp, shorten_steps
 from clusterguard.detection import Loader
 from clusterguard.detectors import WithThresholds
 from clusterguard.training import TrainingStep
@@ -71,7 +71,8 @@ class LossTrainer(DetectorTrainer):
         """The loss, with the attack once the warm-up is over."""
         attack, warmup = None, self.schedule.warmup_epochs
         if len(self.history) >= warmup:
-            attack = cast(PGD, ramp(self.schedule.attack, self.epochs_done - warmup, self.ramp_epochs))
+            shortened = shorten_steps(self.schedule.attack, self.step_factor)
+            attack = cast(PGD, ramp(shortened, self.epochs_done - warmup, self.ramp_epochs))
         return self.loss(WithThresholds(self.detector, self.thresholds), images, labels, attack, generator)
 
 

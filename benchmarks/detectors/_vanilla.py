@@ -1,7 +1,7 @@
 """The undefended classifier, which refuses images whose label has low confidence."""
 
 from clusterguard import PGD, DetectorModule
-from clusterguard.detectors import ConfidenceDetector, WithThresholds
+from clusterguard.detectors import ConfidenceDetector, WithThresholds, find_normalization
 from clusterguard.training import TrainingStep
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -11,7 +11,8 @@ from benchmarks.detectors._recipe import LossTrainer, Recipe, add_classifier
 
 def build_classifier(network: nn.Module) -> DetectorModule:
     """A linear classifier on the network's features, with thresholds on −log p(label)."""
-    return ConfidenceDetector(add_classifier(network), num_classes=10)
+    mean, std = find_normalization(network)  # as a guard of the same network finds them
+    return ConfidenceDetector(add_classifier(network), num_classes=10, mean=mean, std=std)
 
 
 def vanilla_loss(
