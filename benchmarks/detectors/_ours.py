@@ -30,7 +30,8 @@ class AttackChanges:
     Attributes:
         method: algorithm. "apgd" takes as many steps as the attack of the experiment, but adapts their size and keeps
             the best iterate.
-        start: start of the attack, or several of which each batch takes one. The paper starts at the image.
+        start: start of the attack, or several of which each batch takes one. The paper starts at the image. That of
+            N-FGSM is not to be changed.
         objective: objective of the attack.
         radii: radii by norm, of which each batch takes one. None takes the norm and radius of the experiment's attack.
         targets: number of wrong classes, the most promising ones, that the attack aims at in turn. None does not aim.
@@ -54,11 +55,14 @@ class AttackChanges:
 
     def _descend(self, given: PGD, norm: str, eps: float, start: str) -> Attack:
         """One attack from one start. Its step is the same share of the radius in every norm."""
+        is_noisy = callable(given.start)
+        if is_noisy and (start != "image" or self.method != "pgd"):
+            raise ConfigurationError(f"expected N-FGSM as it is, got start {start!r} and method {self.method!r}")
         if self.method == "apgd":
             return APGD(norm=norm, eps=eps, steps=given.steps, start=start, objective=self.objective)
         size = given.step_size if eps == given.eps else given.step_size / given.eps * eps
         attack = replace(given, norm=norm, eps=eps, step_size=size)
-        return replace(attack, start=start, objective=self.objective, keep="last")
+        return replace(attack, start=given.start if is_noisy else start, objective=self.objective, keep="last")
 
 
 def make_ours(
@@ -96,7 +100,7 @@ def make_ours(
     def make_trainer(detector: DetectorModule, schedule: Schedule) -> DetectorTrainer:
         assert isinstance(detector, ClusterGuard)  # tells the type checker
         optimizer = schedule.optimizer(detector)
-        chosen = {name: getattr(options, name) for name in _STEPS}
+        chosen = {name: value for name in _STEPS if (value := getattr(options, name)) is not None}
         return AdversarialClusterTrainer(
             detector,
             attack.apply(schedule.attack),

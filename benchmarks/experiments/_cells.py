@@ -60,9 +60,12 @@ class Training:
             the first third of all steps and then lowers it.
         warmup_epochs: number of epochs at the beginning without the training attack.
         attack: options of PGD, the training attack.
+        noise: radius of the random start of N-FGSM as a multiple of the attack's, which then takes one step. 256 images
+            are then not trained on, but serve to look for catastrophic overfitting. 0 for PGD.
         augment: whether to crop and flip images at random.
         cutmix: largest share of an image that a part of another image covers, at most one half. The label stays.
         images: number of training images, the first ones. None takes all.
+        average_share: share of the steps, the last ones, over which weights are averaged. 0 keeps the last weights.
         half: whether to round the trained weights to half precision, which halves the size of the checkpoint.
         mixed_precision: whether to train in bfloat16, attacks included.
     """
@@ -82,6 +85,8 @@ class Training:
     attack: Options
     augment: bool = False
     cutmix: float = 0.0
+    noise: float = 0.0
+    average_share: float = 0.0
     images: int | None = None
     half: bool = False
     mixed_precision: bool = False
@@ -90,8 +95,9 @@ class Training:
     def key(self) -> str:
         """A short name of this training, which depends on everything that can change the outcome."""
         definition = asdict(self)
-        if not self.cutmix:
-            del definition["cutmix"]  # the keys of trainings that are older than this option stay valid
+        for name in ("cutmix", "noise", "average_share"):
+            if not definition[name]:
+                del definition[name]  # the keys of trainings that are older than this option stay valid
         checksums = dict(find_data_set(self.dataset).checksums)
         return digest(definition | {"checksums": checksums, "format": RESULT_FORMAT})
 

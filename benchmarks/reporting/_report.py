@@ -312,6 +312,7 @@ def _describe_schedule(training: Training) -> str:
         f"the radius growing over the next {ramp:g}" if (ramp := training.options.get("ramp_epochs")) else "",
         "random crops and flips" if training.augment else "",
         f"CutMix up to {training.cutmix:g} of an image" if training.cutmix else "",
+        f"weights averaged over the last {training.average_share:.0%} of the steps" if training.average_share else "",
         f"{training.images:,} images" if training.images else "",
         "bfloat16" if training.mixed_precision else "",
         "weights rounded to half precision" if training.half else "",
@@ -321,6 +322,8 @@ def _describe_schedule(training: Training) -> str:
 
 def _describe_attack(training: Training) -> str:
     attack = training.attack
+    if training.noise:
+        return f"N-FGSM {show_attack(attack['norm'])} {attack['eps']:g}, noise of {training.noise:g} times the radius"
     name, length = (
         ("APGD", "") if training.options.get("method") == "apgd" else ("PGD", f" step {attack['step_size']:g},")
     )

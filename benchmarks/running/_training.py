@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from clusterguard import PGD, DetectorModule, TrainingOptions
-from clusterguard.errors import TrainingStoppedError
+from clusterguard.attacks import NoisyFGSM, Precision
+from clusterguard.errors import ConfigurationError, TrainingStoppedError
+from clusterguard.training import OverfittingCheck
 from torch import Generator, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
-from benchmarks.data import DataSet, FloatBatches, load_data_set
+from benchmarks.data import DataSet, FloatBatches, Images, load_data_set
 from benchmarks.detectors import (
     CompileChoice,
     CompileMode,
@@ -28,6 +30,7 @@ from benchmarks.running._clock import Clock, OutOfTimeError
 from benchmarks.running._store import Store, provenance
 
 JUDGED_AT_ONCE = 500  # images in a batch that is judged without gradients
+HELD_OUT = 256  # training images that catastrophic overfitting is looked for on instead
 STEPS_AT_RISK = 100  # steps that a killed training repeats at most
 DETECTORS_KEPT = 4  # few are kept in memory, since cells of one training follow each other
 
@@ -152,8 +155,12 @@ def train_detector(
         detector.load_state_dict(saved[0])
         return detector, saved[1]["record"]
 
+    images, check = data.train.head(training.images), None
+    if recipe.attacked and training.noise:
+        held_out = Images(*(part[-HELD_OUT:] for part in images))
+        images, check = images.head(-HELD_OUT), look_for_overfitting(training, held_out)
     batches = FloatBatches(
-        data.train.head(training.images),
+        images,
         training.batch_size,
         shuffle=True,
         augment=training.augment,
@@ -170,6 +177,7 @@ def train_detector(
             stop_when=lambda: clock.is_ending,
             generator=Generator(device).manual_seed(training.seed),
             calibrate=False,
+            overfitting=check,
             progress=progress,
         )
     except TrainingStoppedError as error:
@@ -194,6 +202,29 @@ def train_detector(
     return detector, record
 
 
+def look_for_overfitting(training: Training, held_out: Images) -> OverfittingCheck:
+    """The check for catastrophic overfitting of a training with one attack step, by PGD with ten."""
+    norm, eps = training.attack["norm"], training.attack["eps"]
+    precision: Precision = "bf16" if training.mixed_precision else "float32"
+    attack = PGD(norm=norm, eps=eps, step_size=eps / 4, steps=10, start="random", precision=precision)
+    return OverfittingCheck(FloatBatches(held_out, HELD_OUT), attack)
+
+
+def make_attack(training: Training) -> PGD:
+    """The training attack that a training names.
+
+    Raises:
+        ConfigurationError: there is noise, and more than one step.
+    """
+    attack = PGD(**training.attack)
+    if not training.noise:
+        return attack
+    if attack.steps != 1:
+        raise ConfigurationError(f"expected an attack of one step with noise, got {training.attack}")
+    noisy = NoisyFGSM(norm=attack.norm, eps=attack.eps, noise=training.noise, step_size=training.attack["step_size"])
+    return noisy.as_pgd()
+
+
 def networks_in(detector: nn.Module) -> list[Features]:
     """The networks that a detector runs. A guard runs a copy of the network that it was built from."""
     return [module for module in detector.modules() if isinstance(module, Features)]
@@ -216,11 +247,14 @@ def make_schedule(training: Training, steps: int) -> Schedule:
         return MultiStepLR(optimizer, [training.epochs // 2, training.epochs * 3 // 4])
 
     return Schedule(
-        attack=PGD(**training.attack),
+        attack=make_attack(training),
         optimizer=make_optimizer,
         scheduler=None if training.schedule == "constant" else make_scheduler,
         options=TrainingOptions(
             schedule_every="step" if training.schedule == "one-cycle" else "epoch",
+            average_decay=1 - 1 / max(2.0, training.average_share * training.epochs * steps)
+            if training.average_share
+            else None,
             precision="bf16" if training.mixed_precision else "float32",
         ),
         warmup_epochs=training.warmup_epochs,
