@@ -32,7 +32,7 @@ from benchmarks.running import RESULTS, provenance
 
 NETWORKS = ("resnet18", "resnet18-half", "resnet9", "wrn-16-4")
 NETWORKS_FILE = RESULTS / "networks.json"
-Method = Literal["madry", "ours"]
+TrainerName = Literal["madry", "ours"]
 _EPS, _PGD_STEP = 8 / 255, 2 / 255
 _BATCH = 128
 _RATE, _DECAY = 0.2, 5e-4  # of SGD, as in the publications on training with a single step
@@ -141,7 +141,7 @@ _BUILD: dict[str, Callable[[str, Loader, Plan], DetectorTrainer]] = {
 }
 
 
-def time_steps(name: str, method: Method, data: DataSet) -> float:
+def time_steps(name: str, method: TrainerName, data: DataSet) -> float:
     """The CPU seconds of a training step, without the first one."""
     plan = Plan(1, _TRIAL + 1, 0.0)
     loader = Stopwatch(Passes(data.train, plan.steps, seed=0))
@@ -150,14 +150,14 @@ def time_steps(name: str, method: Method, data: DataSet) -> float:
     return (loader.readings[-1] - loader.readings[1]) / (_TRIAL - 1)
 
 
-def pgd(method: Method, steps: int) -> PGD:
+def pgd(method: TrainerName, steps: int) -> PGD:
     """The attack that a training is judged by. Its search is in bfloat16, and the detector judges in float32."""
     objective = "cross_entropy" if method == "madry" else "margin"
     return PGD(eps=_EPS, step_size=_PGD_STEP, steps=steps, start="random", objective=objective, precision="bf16")
 
 
 def train_network(
-    name: str, method: Method, data: DataSet, work: Path, *, minutes: float, seed: int
+    name: str, method: TrainerName, data: DataSet, work: Path, *, minutes: float, seed: int
 ) -> tuple[DetectorTrainer, Plan]:
     """Train a network, or go on from the checkpoint in a folder.
 
@@ -195,7 +195,7 @@ def train_network(
     return trainer, plan
 
 
-def judge_network(detector: DetectorModule, method: Method, data: DataSet) -> dict[str, Any]:
+def judge_network(detector: DetectorModule, method: TrainerName, data: DataSet) -> dict[str, Any]:
     """The accuracy of a detector that refuses nothing, on test images and on attacked ones."""
     accepting = WithThresholds(detector, torch.full_like(detector.thresholds, torch.inf))
     test = data.open_test()
@@ -247,7 +247,7 @@ def summarise_networks(rows: list[dict[str, Any]]) -> str:
 def main(
     minutes: Annotated[float, typer.Option(help="CPU minutes of each training.")] = 30.0,
     only: Annotated[list[str] | None, typer.Option(help="Networks to train; all by default.")] = None,
-    method: Annotated[Method, typer.Option(help="madry: a classifier; ours: a guard.")] = "madry",
+    method: Annotated[TrainerName, typer.Option(help="madry: a classifier; ours: a guard.")] = "madry",
     seed: Annotated[int, typer.Option(help="Seed of weights, batches, crops and attacks.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what was begun; keep what is done.")] = False,
     output: Annotated[Path, typer.Option(help="The JSON file.")] = NETWORKS_FILE,

@@ -141,7 +141,7 @@ def single_step(
 ) -> AdversarialClusterTrainer:
     """A fast trainer: attacks of one step, a one-cycle schedule, and weights averaged towards the end.
 
-    An epoch costs about twice as much as one without attacks. Training with a single step can overfit
+    An epoch costs less than three times as much as one without attacks. Training with a single step can overfit
     catastrophically: the step then hardly ever succeeds, and an attack of several steps nearly always does. So pass
     `fit` an `OverfittingCheck`, which undoes such epochs.
 
