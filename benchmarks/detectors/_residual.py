@@ -39,8 +39,24 @@ def _convolve(inside: int, outside: int) -> list[nn.Module]:
     return [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
 
 
+class Scaled(nn.Module):
+    """A multiplication by a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The features, of any shape, times the factor."""
+        return self.factor * features
+
+
 def resnet9(shape: InputShape) -> nn.Module:
-    """The fast residual network of nine layers by Page, "How to train your ResNet" (2018), without its classifier."""
+    """The fast residual network of nine layers by Page, "How to train your ResNet" (2018), without its classifier.
+
+    There the logits are multiplied by 0.125. Here it is the features, without which the last layer diverges at the
+    learning rates of the other networks.
+    """
     pool = nn.MaxPool2d(2)
     return nn.Sequential(
         *_convolve(shape[0], 64),
@@ -54,6 +70,7 @@ def resnet9(shape: InputShape) -> nn.Module:
         PlainBlock(512),
         nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
+        Scaled(0.125),
     )
 
 
