@@ -30,6 +30,7 @@ from clusterguard._support._files import check_archive, check_place, open_ordina
 from clusterguard._support._locks import only_writer
 from clusterguard._support._markdown import code_in_markdown, escape_markdown
 from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
+from clusterguard._support._pages import Markup, escape, html_page, html_table
 from clusterguard._support._processes import OneProcess, check_accelerator, gather, share
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
 from clusterguard._support._randomness import draws_random_numbers, random_states, set_random_states
@@ -42,6 +43,7 @@ __all__ = [
     "GENERATORS",
     "IN_GREY_LEVELS",
     "CompiledCall",
+    "Markup",
     "NetworkCall",
     "OneProcess",
     "ProcessSwitch",
@@ -71,9 +73,12 @@ __all__ = [
     "custom_classes",
     "digest_of",
     "draws_random_numbers",
+    "escape",
     "escape_markdown",
     "evaluation_mode",
     "gather",
+    "html_page",
+    "html_table",
     "in_range",
     "is_unicode",
     "is_user_module",

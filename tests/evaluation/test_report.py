@@ -75,7 +75,9 @@ def test_the_page_needs_nothing_else_and_fits_a_phone(report, tmp_path):
     assert "PGD &lt;linf&gt;" in page
     assert "PGD <linf>" not in page
     assert "Worst-broken images" in page
-    assert "<meta name=viewport content='width=device-width'>" in page
+    assert "<meta name=viewport content='width=device-width,initial-scale=1'>" in page
+    assert "@media(prefers-color-scheme:dark)" in page
+    assert '<td class=n data-head="forward">' in page  # on a phone, where rows are blocks without a head
     assert page.count("<div class=wide><table>") == page.count("<table>")  # each scrolls, not the page
 
 
