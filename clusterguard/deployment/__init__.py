@@ -2,7 +2,7 @@
 
 from clusterguard.deployment._export import OnnxDetector, export_onnx, export_program, load_onnx
 from clusterguard.deployment._images import ImageFile, fit_image, read_image
-from clusterguard.deployment._monitoring import FalsePositiveMonitor, MonitorReport, plausible_rate
+from clusterguard.deployment._monitoring import FalsePositiveMonitor, MonitorReport, expected_delay, plausible_rate
 from clusterguard.deployment._programs import load_program, save_program
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ImageFile",
     "MonitorReport",
     "OnnxDetector",
+    "expected_delay",
     "export_onnx",
     "export_program",
     "fit_image",

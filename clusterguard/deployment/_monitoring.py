@@ -251,6 +251,34 @@ def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mi
     return _mean_bound(parts, 1 - confidence)
 
 
+def expected_delay(limit: float, rate: float, *, run_length: float = 1_000_000) -> float:
+    """The approximate number of images from a rise of the refusal rate to the alarm of a `FalsePositiveMonitor`.
+
+    This is ``log(run_length) / KL(rate ‖ limit)``, the delay of the best test that knows the new rate. A monitor that
+    has to cover all of its factors at once needs somewhat more.
+
+    Args:
+        limit: refusal rate that must not be exceeded, in (0, 1).
+        rate: refusal rate after the rise, above the limit and below 1.
+        run_length: mean number of images until a false alarm, as in `FalsePositiveMonitor`.
+
+    Raises:
+        ConfigurationError: the rate is not between the limit and 1, or limit or run_length is out of its range.
+
+    Reference:
+        Lorden, "Procedures for reacting to a change in distribution" (1971).
+
+    Example:
+        >>> round(expected_delay(0.01, 0.05))
+        335
+    """
+    monitor = FalsePositiveMonitor(limit, run_length=run_length)  # checks both
+    if not limit < rate < 1:
+        raise ConfigurationError(f"expected a rate between the limit {limit} and 1, got {rate}")
+    divergence = rate * math.log(rate / limit) + (1 - rate) * math.log((1 - rate) / (1 - limit))
+    return math.log(monitor.run_length) / divergence
+
+
 def _flags(refused: Detection | Tensor | Iterable[bool], labels: Tensor | None) -> list[bool]:
     if isinstance(refused, Detection):
         flags = refused.is_adversarial

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from clusterguard import Calibration, Detection, FalsePositiveMonitor
-from clusterguard.deployment import plausible_rate
+from clusterguard.deployment import expected_delay, plausible_rate
 from clusterguard.errors import ConfigurationError, InputError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +27,12 @@ def test_false_alarms_are_as_rare_as_stated(limit):
     assert sum(min(run, 3000) for run in runs) / len(runs) >= 300  # cut short, so the mean is larger still
 
 
+@pytest.mark.parametrize(("limit", "rate"), [(0.01, 0.01), (0.01, 0.005), (0.01, 1.0), (0.0, 0.5), (0.01, math.nan)])
+def test_there_is_no_delay_without_a_rise(limit, rate):
+    with pytest.raises(ConfigurationError, match="expected a"):
+        expected_delay(limit, rate)
+
+
 def test_lower_rates_hardly_ever_raise_an_alarm():
     runs = [time_to_alarm(FalsePositiveMonitor(0.02, run_length=1000), flags(0.01, 3000, s)) for s in range(30)]
     assert sum(run < math.inf for run in runs) <= 5
@@ -37,13 +43,12 @@ def test_lower_rates_hardly_ever_raise_an_alarm():
 def test_a_rise_is_noticed_in_time_also_after_a_long_calm(factor, quiet):
     limit, level = 0.01, 1e5
     rate = factor * limit
-    divergence = rate * math.log(rate / limit) + (1 - rate) * math.log((1 - rate) / (1 - limit))
     delays = []
     for seed in range(10):
         monitor = FalsePositiveMonitor(limit, run_length=level)
         assert not monitor.update(flags(limit / 2, quiet, seed)).alarm
         delays.append(time_to_alarm(monitor, flags(rate, 20_000, 100 + seed)))
-    assert sum(delays) / len(delays) < 1.6 * math.log(level) / divergence
+    assert 0.5 < sum(delays) / len(delays) / expected_delay(limit, rate, run_length=level) < 1.6
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 7), st.floats(0.001, 0.9))
