@@ -21,7 +21,10 @@ __version__ = version("clusterguard")
 
 def __getattr__(name: str) -> object:
     """Raise an error that says which package has a name that the top level had in version 0.1."""
-    for package in ("attacks", "certification", "deployment", "detection", "detectors", "evaluation", "training"):
+    for package in (
+        *("assurance", "attacks", "certification", "deployment"),
+        *("detection", "detectors", "evaluation", "training"),
+    ):
         if name in importlib.import_module(f"clusterguard.{package}").__all__:
             raise AttributeError(f"clusterguard has no {name}, but clusterguard.{package} has; import it from there")
     raise AttributeError(f"module 'clusterguard' has no attribute {name!r}")

@@ -44,6 +44,7 @@ FLOORS = {
     "deployment": {"_support", "detection", "detectors", "errors"},
     "training": {"_support", "attacks", "certification", "detection", "detectors", "errors"},
 }
+FLOORS |= {"assurance": {"_support", "attacks", "deployment", "detection", "detectors", "errors", "evaluation"}}
 FLOORS |= {"": {*FLOORS} - {"_support"}}  # the top level hands on what users need most
 FLOORS |= {"cli": {*FLOORS}}
 PACKAGES = [name for name in FLOORS if (PACKAGE / name / "__init__.py").is_file()]

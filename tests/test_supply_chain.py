@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from clusterguard.assurance._bill import licence_of
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 sys.path.insert(0, str(ROOT / "docs"))
-from licences_table import licence_of, read_licences  # noqa: E402
+from licences_table import read_licences  # noqa: E402
 
 PERMISSIVE = {"Apache-2.0", "BSD", "MIT", "MIT-CMU", "ISC", "PSF-2.0"}
 WEAK_COPYLEFT = {"tqdm", "hypothesis"}  # MPL-2.0: changes to their own files stay open, nothing else

@@ -11,20 +11,22 @@ _STYLE = """
 --link:#8ab4f8;--warn:#3d3210;--warn-line:#d9a514;--good:#7fcf8d;--bad:#ff9b93}}
 *{box-sizing:border-box}
 body{font:16px/1.55 system-ui,sans-serif;color:var(--text);background:var(--back);max-width:70rem;margin:1.5rem auto;
-padding:0 1rem;overflow-wrap:anywhere}
+padding:0 1rem;overflow-wrap:anywhere}td,th{overflow-wrap:break-word}
 h1,h2,h3{line-height:1.25;overflow-wrap:break-word}
 h2{margin-top:2.2rem;border-top:1px solid var(--line);padding-top:1rem}
 p,li,dd{max-width:48rem}a{color:var(--link)}
 table{border-collapse:collapse;margin:.7rem 0;font-size:.94em}
 td,th{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+th{white-space:nowrap}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .wide{overflow-x:auto}img{max-width:100%;background:#fff}figure{margin:1rem 0}figcaption,.soft{color:var(--soft)}
 .warning{background:var(--warn);border-left:4px solid var(--warn-line);padding:.5rem .8rem;margin:.5rem 0;
 max-width:48rem}.good{color:var(--good)}.bad{color:var(--bad);font-weight:600}
 code,pre{background:var(--code);font-size:.92em}code{padding:0 .2rem}pre{padding:.7rem;white-space:pre-wrap}
 nav ol{columns:2 18rem;padding-left:1.4rem}
-@media(max-width:40rem){body{font-size:15px}thead{display:none}tr{display:block;border-bottom:1px solid var(--line);
-padding:.35rem 0}td,td.n{display:block;border:0;padding:.1rem 0;text-align:left;white-space:normal}
+@media(max-width:40rem){body{font-size:15px}thead,td:empty{display:none}table,tbody,tr{display:block}
+tr{border-bottom:1px solid var(--line);
+padding:.35rem 0}td,td.n{display:block;border:0;padding:.1rem 0;
+text-align:left;white-space:normal;overflow-wrap:anywhere}
 td:first-child{font-weight:600}td[data-head]::before{content:attr(data-head) ": ";color:var(--soft)}}
 @media print{:root{color-scheme:light;--back:#fff;--text:#000;--soft:#444;--line:#bbb;--code:#f2f2f2;--link:#000;
 --warn:#fff;--warn-line:#000;--good:#000;--bad:#000}body{font-size:10pt;max-width:none;margin:0;padding:0}
@@ -69,11 +71,11 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     Args:
         head: names of the columns; an empty one makes a table without a head.
-        rows: cells of each row, which are escaped unless they are `Markup`. A row may end early.
+        rows: cells of each row, which are escaped unless they are `Markup`. A row may end early, and is filled up.
 
     Example:
         >>> html_table([], [["a<b", "1"]])
-        '<div class=wide><table><tbody><tr><td>a&lt;b</td><td class=n>1</td></tr></tbody></table></div>'
+        '<div class=wide><table><tbody><tr><td>a&lt;b</td><td>1</td></tr></tbody></table></div>'
     """
     body = "".join(f"<tr>{''.join(_cells(head, row))}</tr>" for row in rows)
     names = "".join(f"<th scope=col>{escape(name)}</th>" for name in head)
@@ -82,7 +84,7 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cells(head: Sequence[str], row: Sequence[str]) -> Iterable[str]:
-    for index, cell in enumerate(row):
-        kind = " class=n" if index and _NUMBER.fullmatch(cell) else ""
+    for index, cell in enumerate([*row, *[""] * (len(head) - len(row))]):
+        kind = " class=n" if index and head and _NUMBER.fullmatch(cell) else ""
         label = f' data-head="{escape(head[index])}"' if index and head and cell else ""
         yield f"<td{kind}{label}>{escape(cell)}</td>"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from clusterguard.cli._evidence import file_evidence
 from clusterguard.cli._options import (
     BatchSize,
     Channels,
@@ -414,6 +415,9 @@ def evaluate(
     if record:
         detector.save_pretrained(guard, training=training, evaluation=result)
     show(as_json, result.to_dict(), result.to_markdown())
+
+
+app.command("evidence")(file_evidence)
 
 
 @app.command()

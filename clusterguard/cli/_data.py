@@ -1,7 +1,6 @@
 """Loads images, backbones, guards and interrupted trainings that a user names on the command line."""
 
 import json
-import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from clusterguard._support import check_archive, open_ordinary, previous, write_atomically
+from clusterguard.assurance._internal import trained_radius
 from clusterguard.cli._image_folders import ImageFolder, Part, listed_paths, open_folder
 from clusterguard.deployment import fit_image, read_image
 from clusterguard.detection import Calibration, Rate
@@ -306,11 +306,10 @@ def describe_unreadable(pictures: Pictures) -> list[str]:
 
 def describe_other_radius(training: Any, norm: str, eps: float) -> list[str]:
     """A list with a warning if a guard was trained against attacks of another norm or radius; empty if not."""
-    recorded = str(training.get("attack", "")) if isinstance(training, dict) else ""
-    trained = re.search(r"norm='(\w+)', eps=([0-9.e+-]+)", recorded)
-    if trained is None or (trained[1], float(trained[2])) == (norm, eps):
+    trained = trained_radius(training)
+    if trained is None or trained == (norm, eps):
         return []
-    return [f"attacks at {norm} {eps:g}, but the guard was trained at {trained[1]} {float(trained[2]):g}"]
+    return [f"attacks at {norm} {eps:g}, but the guard was trained at {trained[0]} {trained[1]:g}"]
 
 
 def divided_by(pictures: Pictures) -> str:

@@ -422,6 +422,12 @@ def find_copies(folder: ImageFolder | None, part: Part) -> list[str]:
     return _describe_copies(alike, _file_digest)
 
 
+def digests_by_class(folder: ImageFolder, part: Part) -> list[str]:
+    """A line with class and SHA-256 for each file of a part, sorted, whatever the files and their folder are called."""
+    samples = folder.parts[part].items()
+    return sorted(f"{_file_digest(path).hex()}  {name}\n" for name, paths in samples for path in paths)
+
+
 def _paths(classes: Classes) -> list[str]:
     return [path for paths in classes.values() for path in paths]
 

@@ -116,7 +116,7 @@ SkipUnreadable = Annotated[
 ]
 
 
-def _known_norm(name: str) -> str:
+def known_norm(name: str) -> str:
     """Check the name of a norm. This imports torch, which `--help` should not wait for, so it happens only here."""
     from clusterguard.attacks import NORMS
 
@@ -127,7 +127,7 @@ def _known_norm(name: str) -> str:
 
 NormOption = Annotated[
     str,
-    typer.Option(callback=_known_norm, metavar="NORM", help="Norm that bounds the attack: linf, l2, l1, l0 or patch."),
+    typer.Option(callback=known_norm, metavar="NORM", help="Norm that bounds the attack: linf, l2, l1, l0 or patch."),
 ]
 Eps = Annotated[float, typer.Option(min=0, help="Radius of the attack, for pixels in [0, 1].")]
 PrecisionOption = Annotated[

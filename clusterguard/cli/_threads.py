@@ -27,19 +27,20 @@ def settle_threads(detector: Detector, images: Tensor) -> int:
         return cores
     counts: list[int] = sorted({1, *(2**power for power in range(1, cores.bit_length()) if 2**power < cores), cores})
     with evaluation_mode(detector):
-        if _seconds(detector, images) > _LONG:  # this first call also does work that later calls need not do
+        if seconds_of_gradient(detector, images) > _LONG:  # this first call also does work that later calls need not do
             images = images[:_FEWEST]
         best, least = counts[0], float("inf")
         for count in counts:
             torch.set_num_threads(count)
-            seconds = min(_seconds(detector, images) for _ in range(3))
+            seconds = min(seconds_of_gradient(detector, images) for _ in range(3))
             if seconds < _WORTH_IT * least:
                 best, least = count, seconds
     torch.set_num_threads(best)
     return best
 
 
-def _seconds(detector: Detector, images: Tensor) -> float:
+def seconds_of_gradient(detector: Detector, images: Tensor) -> float:
+    """Seconds that one gradient of a detector takes for a batch of images (B, C, H, W)."""
     started = perf_counter()
     with torch.enable_grad():
         leaf = images.detach().requires_grad_()

@@ -1,14 +1,27 @@
 """What the other packages of clusterguard use of `detectors`, and users of it do not need."""
 
 from clusterguard.detectors._base import guarded_evidence
-from clusterguard.detectors._guard_files import CARD, CONFIG, check_overwritable, read_config, read_guard
-from clusterguard.detectors._model_card import describe_thresholds
+from clusterguard.detectors._guard_files import (
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    check_overwritable,
+    digest_of_config,
+    read_config,
+    read_guard,
+)
+from clusterguard.detectors._model_card import INTENDED_USE, LIMITS, describe_image_shape, describe_thresholds
 
 __all__ = [
     "CARD",
     "CONFIG",
+    "INTENDED_USE",
+    "LIMITS",
+    "WEIGHTS",
     "check_overwritable",
+    "describe_image_shape",
     "describe_thresholds",
+    "digest_of_config",
     "guarded_evidence",
     "read_config",
     "read_guard",

@@ -86,16 +86,18 @@ tags:
 {license}
 ---"""
 _NO_LICENCE = "# license: the publisher's choice"
-_LIMITS = """\
-It classifies images of the kind it was trained and calibrated on, and refuses those that look adversarial, for
-applications that can do without an answer: they defer to a human, a fallback, or a second look.
-
-- Attacks that were run prove nothing about others. An attacker who knows the guard, or is allowed larger changes than
-  it was trained against, may get through.
-- The false-positive rate holds for images exchangeable with the calibration images. Drift, another camera or another
-  preprocessing void it, and so does a change of weights or precision: fit the thresholds again.
-- Refusing is not explaining: an odd or blurred image is refused like an adversarial one.
-- Images go in as floating point in [0, 1]; normalisation is inside."""
+INTENDED_USE = (
+    "It classifies images of the kind it was trained and calibrated on, and refuses those that look adversarial, for "
+    "applications that can do without an answer: they defer to a human, a fallback, or a second look."
+)
+LIMITS = (
+    "Attacks that were run prove nothing about others. An attacker who knows the guard, or is allowed larger changes "
+    "than it was trained against, may get through.",
+    "The false-positive rate holds for images exchangeable with the calibration images. Drift, another camera or "
+    "another preprocessing void it, and so does a change of weights or precision: fit the thresholds again.",
+    "Refusing is not explaining: an odd or blurred image is refused like an adversarial one.",
+    "Images go in as floating point in [0, 1]; normalisation is inside.",
+)
 
 
 def model_card(
@@ -164,7 +166,8 @@ def model_card(
         "## Training",
         "Not recorded." if config["training"] is None else f"```json\n{json.dumps(config['training'], indent=2)}\n```",
         "## Intended use and limits",
-        f"{_LIMITS}\n- {describe_image_shape(guard.get('image_shape'))}",
+        INTENDED_USE,
+        "\n".join(f"- {limit}" for limit in (*LIMITS, describe_image_shape(guard.get("image_shape")))),
         "## Licence",
         "None is stated. Whoever publishes this guard chooses one, adds it to the header as `license:`, and minds "
         "those of the backbone's weights and of the training data."

@@ -28,7 +28,7 @@ def to_html(evaluation: Evaluation, path: str | Path) -> Path:
         "<h1>Evaluation of a detector</h1>",
         _headline(evaluation),
         "<h2>Attacks</h2>",
-        attack_table(evaluation, seconds=True),
+        attacks_table(evaluation, seconds=True),
         *(f"<p>{escape(text)}</p>" for text in evaluation.notes()),
         "<h2>Sanity</h2>",
         *sanity_parts(evaluation),
@@ -70,7 +70,7 @@ def _headline(evaluation: Evaluation) -> str:
     return html_table([], rows)
 
 
-def attack_table(evaluation: Evaluation, *, seconds: bool) -> str:
+def attacks_table(evaluation: Evaluation, *, seconds: bool) -> str:
     """The table of attacks as HTML, with what its columns mean.
 
     Args:

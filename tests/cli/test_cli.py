@@ -17,7 +17,7 @@ from clusterguard.cli._data import load_part
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("light_suites")
-COMMANDS = ("demo", "train", "guard", "calibrate", "evaluate", "export", "inspect")
+COMMANDS = ("demo", "train", "guard", "calibrate", "evaluate", "evidence", "export", "inspect")
 EPOCHS = 8  # of 7 steps
 SMALL = ["--backbone", "timm:test_resnet", "--image-size", "16", "--channels", "1", "--steps", "1", "--eps", "0.05"]
 SMALL += ["--batch-size", "32", "--learning-rate", "0.003", "--false-positive-rate", "0.1", "--precision", "float32"]

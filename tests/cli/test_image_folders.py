@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clusterguard.cli._data import describe_unreadable, load_part
-from clusterguard.cli._image_folders import find_copies, open_folder, summarise
+from clusterguard.cli._image_folders import digests_by_class, find_copies, open_folder, summarise
 from clusterguard.errors import InputError
 from PIL import Image
 
@@ -214,6 +214,20 @@ def test_a_division_follows_content_and_seed_alone(tmp_path):
     for part in PARTS:
         assert contents(tmp_path / "one", part) == contents(tmp_path / "two", part)
         assert contents(tmp_path / "one", part) != contents(tmp_path / "one", part, seed=1)
+
+
+def test_digests_of_a_part_follow_contents_and_classes_and_not_names(tmp_path):
+    one = fill(tmp_path / "one", "test/cat", "test/dog")
+    two = tmp_path / "two"
+    for path in one.rglob("*.png"):
+        target = two / "Testing" / path.parent.name / f"other {path.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    lines = digests_by_class(open_folder(one, 0), "test")
+    assert lines == digests_by_class(open_folder(two, 0), "test")
+    assert len({*lines}) == 6
+    (two / "Testing" / "cat" / "other 0.png").rename(two / "Testing" / "dog" / "moved.png")
+    assert len({*lines} - {*digests_by_class(open_folder(two, 0), "test")}) == 1
 
 
 def test_copies_stay_in_one_part_whatever_their_name_or_class(tmp_path):

@@ -22,14 +22,14 @@ def threads(monkeypatch):
     ids=["many", "one", "two"],
 )
 def test_as_many_threads_are_taken_as_pay(small_guard, monkeypatch, seconds, expected):
-    monkeypatch.setattr(_threads, "_seconds", lambda *_: seconds[torch.get_num_threads()])
+    monkeypatch.setattr(_threads, "seconds_of_gradient", lambda *_: seconds[torch.get_num_threads()])
     assert settle_threads(small_guard, torch.rand(20, 1, 8, 8)) == expected
     assert torch.get_num_threads() == expected
 
 
 def test_what_the_environment_says_counts(small_guard, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setattr(_threads, "_seconds", None)
+    monkeypatch.setattr(_threads, "seconds_of_gradient", None)
     assert settle_threads(small_guard, torch.rand(20, 1, 8, 8)) == 4
 
 
@@ -40,7 +40,7 @@ def test_a_slow_network_is_measured_on_few_images_and_the_detector_stays_as_it_i
         asked.append(len(images))
         return 1.0 if len(asked) == 1 else 0.1
 
-    monkeypatch.setattr(_threads, "_seconds", measure)
+    monkeypatch.setattr(_threads, "seconds_of_gradient", measure)
     small_guard.train()
     settle_threads(small_guard, torch.rand(20, 1, 8, 8))
     assert asked[0] == 20
@@ -50,4 +50,4 @@ def test_a_slow_network_is_measured_on_few_images_and_the_detector_stays_as_it_i
 
 def test_a_gradient_is_what_is_measured(small_guard):
     started = time.perf_counter()
-    assert 0 < _threads._seconds(small_guard.eval(), torch.rand(20, 1, 8, 8)) < time.perf_counter() - started
+    assert 0 < _threads.seconds_of_gradient(small_guard.eval(), torch.rand(20, 1, 8, 8)) < time.perf_counter() - started

@@ -30,6 +30,7 @@ def test_cells_are_shown_as_they_are_unless_they_are_html():
 def test_only_numbers_are_set_to_the_right():
     table = html_table(["a", "b"], [["1", "2"], ["1", "1e-3"], ["1", "none"], ["1", "3 classes"], ["1"]])
     assert table.count("class=n") == 2
+    assert "class=n" not in html_table([], [["1", "2"]])
 
 
 def test_a_page_loads_nothing():
