@@ -94,8 +94,11 @@ def status(profile: ProfileOption = "full", out: OutOption = None) -> None:
         keys = [cell.key for cell in load_experiment(name, profile).cells]
         done = sum(key in store.cell_keys() for key in keys)
         print(f"{name:20} {done:4} of {len(keys):4} cells done")
-    wanted = {cell.key for every in get_args(Profile) for _, cell in all_cells(every)}
-    for key in sorted(store.cell_keys() - wanted):
+    wanted = {every: {cell.key for _, cell in all_cells(every)} for every in get_args(Profile)}
+    for other, known in wanted.items():
+        if done := len((known - wanted[profile]) & store.cell_keys()):
+            print(f"profile {other}: {done} of {len(known)} cells done; --profile {other} shows them")
+    for key in sorted(store.cell_keys().difference(*wanted.values())):
         print(f"stale: {key} {(store.read_cell(key) or {})['title']}")
 
 
@@ -117,6 +120,8 @@ def plan(
     if calibrate:
         measure_throughput(cells, torch.device(device))
     print_plan(cells, find_throughput(device), trained=store.has_weights)
+    if profile == "full" and cells:
+        print("This is the paper's setting, for a GPU. --profile short and --profile cpu plan what a CPU can do.")
 
 
 @app.command()

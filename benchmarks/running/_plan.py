@@ -223,4 +223,10 @@ def print_plan(cells: Sequence[Cell], speed: Throughput, *, trained: Callable[[s
         seconds = (forward - backward) * alone + backward * both
         total += seconds
         print(f"  attack {cell.title:40} {backward:>14,} gradients {seconds:>9,.0f} s")
-    print(f"{len(cells)} cells, {len(needed)} trainings, about {total:,.0f} s in all")
+    print(f"{len(cells)} cells, {len(needed)} trainings, about {_duration(total)} in all")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, and from some hours on also hours or days, which people can imagine."""
+    longer = f", {seconds / 86400:.1f} days" if seconds >= 2 * 86400 else f", {seconds / 3600:.1f} hours"
+    return f"{seconds:,.0f} s" + longer * (seconds >= 7200)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from small_experiment import SMALL
@@ -25,6 +27,18 @@ def test_the_plan_adds_up(experiment, capsys):
     assert "4,000 gradients" in text
     assert "72 gradients" in text  # 12 images, 3 steps, 2 step sizes
     assert "1 cells, 1 trainings, about 41 s in all" in text
+
+
+def test_long_times_are_told_in_hours_and_days():
+    told = [plan._duration(seconds) for seconds in (41, 8377, 875_289)]
+    assert told == ["41 s", "8,377 s, 2.3 hours", "875,289 s, 10.1 days"]
+
+
+def test_the_status_tells_which_profile_has_results(tmp_path):
+    Store(tmp_path).write_cell(load_experiment("table2-mnist", "cpu").cells[0], {"title": "one"})
+    told = CliRunner().invoke(app, ["status", "--out", str(tmp_path)]).output
+    assert " 1 of" not in told.split("profile cpu")[0]
+    assert re.search(r"^profile cpu: 1 of \d+ cells done; --profile cpu shows them$", told, re.MULTILINE)
 
 
 @pytest.mark.parametrize("device", ["h200", "cpu", "cuda:0"])

@@ -293,6 +293,10 @@ def test_the_command_line_runs_plans_and_tells(experiment, finished, monkeypatch
     assert stopped.exit_code == 3
     assert "16 of 16 cells are left" in stopped.output
     assert "stale" not in call("status", *out).output
+    assert (
+        "--profile short and --profile cpu plan what a CPU can do"
+        in call("plan", "small", "--out", str(finished[0] / "new")).output
+    )
     cell = load_experiment("small").cells[0]
     old = replace(cell, seed=99, training=replace(cell.training, seed=99))
     Store(finished[0]).write_cell(old, {"title": "an old one"})
