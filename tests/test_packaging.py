@@ -1,9 +1,11 @@
 """What is in the wheel: the package with its data, its types and its licence, and nothing else."""
 
 import zipfile
+from importlib.metadata import metadata, version
 from pathlib import Path
 
 import pytest
+import yaml
 from hatchling.builders.wheel import WheelBuilder
 
 ROOT = Path(__file__).parents[1]
@@ -33,3 +35,12 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(names):
 def test_the_wheel_has_its_licence_and_its_command(names):
     inside = {name.split(".dist-info/")[1] for name in names if ".dist-info/" in name}
     assert inside == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
+
+
+def test_the_citation_names_the_version_that_there_is():
+    """And the paper; GitHub shows it as "Cite this repository"."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version("clusterguard")
+    assert citation["license"] == metadata("clusterguard")["License-Expression"]
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2012.03483"

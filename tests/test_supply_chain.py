@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from clusterguard.assurance._bill import licence_of
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,12 @@ def test_workflows_take_nothing_that_can_change_under_a_name(workflow):
     assert "pipx" not in text
     assert "--require-hashes --requirement .github/tools.txt" in text
     assert "permissions: {contents: read}" in text
+
+
+def test_newer_versions_of_actions_and_tools_are_proposed_every_week():
+    updates = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text())["updates"]
+    assert {one["package-ecosystem"] for one in updates} == {"github-actions", "pip"}
+    assert {one["schedule"]["interval"] for one in updates} == {"weekly"}
 
 
 def test_the_tools_of_the_workflows_have_hashes_and_are_those_that_are_asked_for():
