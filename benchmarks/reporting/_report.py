@@ -26,6 +26,7 @@ from benchmarks.reporting._tables import (
     stages_table,
     union_table,
 )
+from benchmarks.reporting._verdicts import explain_verdicts, verdict_table
 from benchmarks.running import Store
 
 PAPER: dict[str, Result] = read_toml(Path(__file__).parent / "paper.toml")
@@ -115,7 +116,7 @@ def render_page(every: Sequence[Results]) -> str:
     if profile == "quick":
         parts.append(f'!!! danger "{remark}"\n    {WARNING}')
     parts.append(f"{sum(asked.values())} of {len(asked)} cells are run; a cell is one detector under one attack.")
-    parts.append("\n".join(f"- {line}" for line in _list_settings(run or every)))
+    parts += _render_verdicts(run)
     if any(asked.values()):
         parts.append(LEGEND.strip())
     if any(map(_has_old_suite, every)):
@@ -125,7 +126,23 @@ def render_page(every: Sequence[Results]) -> str:
     left = dict.fromkeys(results.table.experiment for results in every if not results.finished)
     if run and left:
         parts.append(f"Not run yet: `python -m benchmarks run {' '.join(left)}{_profile_option(profile)}`.")
+    parts += ["## Settings", "\n".join(f"- {line}" for line in _list_settings(run or every))]
+    commits = _count_commits(run)
+    if commits:
+        parts.append(
+            '??? note "Commits at which the cells were computed"\n\n' + "\n".join(f"    - {line}" for line in commits)
+        )
     return "\n\n".join(parts) + "\n"
+
+
+def _render_verdicts(run: Sequence[Results]) -> list[str]:
+    """The paragraphs that answer in one table, if the paper's main table has results on this page."""
+    for results in run:
+        table = results.table
+        if table.form == "comparison" and table.suite and table.profile != "quick":
+            answer = verdict_table(results, _find_paper_table(table), _find_suite(table, run))
+            return ["## In one table", _caption(results, "Images broken."), explain_verdicts(), answer]
+    return []
 
 
 def _render_section(results: Results, every: Sequence[Results]) -> Iterator[str]:
@@ -262,10 +279,22 @@ def _list_settings(every: Sequence[Results]) -> Iterator[str]:
         cell.key: result["provenance"] for results in every for cell, result in results.cells if result is not None
     }
     if provenances:
-        devices = Counter(made["device"] for made in provenances.values())
-        commits = Counter(f"`{made['commit']}`" for made in provenances.values())
-        changed = " (+: with changes not committed)" if any("+" in commit for commit in commits) else ""
-        yield f"Computed on {_join_counts(devices)}, at {_join_counts(commits)}{changed}."
+        yield f"Computed on {_join_counts(Counter(made['device'] for made in provenances.values()))}."
+
+
+def _count_commits(every: Sequence[Results]) -> list[str]:
+    """How many cells were computed at each commit, in lines."""
+    commits = {
+        cell.key: result["provenance"]["commit"]
+        for results in every
+        for cell, result in results.cells
+        if result is not None
+    }
+    return [
+        f"`{commit.removesuffix('+')}`: {count} cell{'s' * (count > 1)}"
+        + ", with changes not committed" * commit.endswith("+")
+        for commit, count in sorted(Counter(commits.values()).items())
+    ]
 
 
 def _join_counts(counter: Counter[str]) -> str:

@@ -52,6 +52,34 @@ def test_other_seeds_and_networks_stand_beside_the_papers_numbers_and_under_thei
     assert "3 of 3 seeds" in section
 
 
+@pytest.mark.parametrize(
+    ("attacked", "by_suite", "verdict"),
+    [
+        ("00000000", "00000000", "**holds**"),
+        ("00000000", "11111111", "**in part**: not against stronger attacks"),
+        ("11111111", "11111111", "**does not hold**"),
+        ("11111111", "00000000", "**does not hold**"),
+        ("00000000", None, "reproduces; the suite is not run"),
+    ],
+)
+def test_a_page_begins_with_what_holds(store, attacked, by_suite, verdict):
+    rates = ("0.01", "0.02", "0.05", "0.1")
+    (cell,) = find("table2-mnist", detector="ours", attack="PGD linf 0.4 U")
+    store.write_cell(cell, made_up({"": attacked}, rates=rates))
+    (other,) = find("table2-mnist", detector="l-ben", attack="PGD linf 0.4 U")
+    store.write_cell(other, made_up({"": "11111111"}, rates=rates))
+    if by_suite is not None:
+        (cell,) = find("strict-mnist", detector="ours", attack="suite linf 0.4")
+        store.write_cell(cell, made_up({"": by_suite}, rates=rates))
+    page = render_page(read_results(store, "full")["mnist.md"])
+    answer = page.partition("## In one table")[2].partition("**Bold**")[0]
+    table = rows("\n".join(line for line in answer.splitlines() if line.startswith("|")))
+    assert table["PGD ℓ∞ 0.4 U breaks few images of Ours"]["verdict"] == [verdict]
+    assert table["PGD ℓ2 2.0 U breaks few images of Ours"]["verdict"] == ["not run"]
+    compared = table["PGD ℓ∞ 0.4 U breaks fewer images of Ours than of L-Ben"]["verdict"]
+    assert compared == ["**does not hold**" if "1" in attacked else "**holds**"]
+
+
 def test_a_page_says_what_it_rests_on_and_what_is_missing(store):
     first = find("table2-mnist", detector="ours")[0]
     wrong = made_up({"step 0.1": "10000000"}, rates=("0.01", "0.02", "0.05", "0.1"))
@@ -60,8 +88,10 @@ def test_a_page_says_what_it_rests_on_and_what_is_missing(store):
     text = render_page(read_results(store, "full")["mnist.md"])
     assert text.startswith("<!-- Generated from results by `python -m benchmarks report`;")
     assert re.search(r"^1 of \d+ cells are run", text, flags=re.MULTILINE)
-    assert "Computed on a machine, at `abc`." in text
-    assert "recipe" not in text.partition("\n## ")[0]  # what has not been run is nothing to rest on
+    settings = text.partition("\n## Settings\n")[2]
+    assert "Computed on a machine." in settings
+    assert "    - `abc`: 1 cell\n" in settings
+    assert "recipe" not in settings  # what has not been run is nothing to rest on
     assert "**3 attacked images left their budget or [0, 1] and were not counted.**" in text
     assert "1 of 80 cells are run, `python -m benchmarks run table2-mnist` runs the rest." in text
     assert "The first 1,000 test images, seed 0, network `small-cnn` (as in the paper)." in text
@@ -119,7 +149,7 @@ def test_quick_pages_say_quick_everywhere(store, tmp_path, monkeypatch):
     captions += [lines[at + 2] for at, line in enumerate(lines) if line.startswith("[![")]
     assert len(captions) >= 16
     assert all(caption.startswith("**Quick: wiring, not numbers.") for caption in captions)
-    assert all(line.endswith("(quick)") for line in lines if line.startswith("## "))
+    assert all(line.endswith("(quick)") for line in lines if line.startswith("## ") and line != "## Settings")
     assert "# MNIST, quick: wiring, not numbers" in lines
     assert '!!! danger "quick: wiring, not numbers"' in text
     assert len(titles) == sum(table.is_figure for table in tables) > 0
