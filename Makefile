@@ -1,4 +1,4 @@
-# make demo and make test need only Python >= 3.10; everything they install goes into .venv
+# make demo and make test need only Python >= 3.11; everything they install goes into .venv
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -2,13 +2,9 @@
 
 import re
 import runpy
+import tomllib
 from html import escape
 from pathlib import Path
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 

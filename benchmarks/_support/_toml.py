@@ -1,13 +1,8 @@
 """TOML files."""
 
-import sys
+import tomllib
 from pathlib import Path
 from typing import Any
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # the same parser as a package, for Python 3.10
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def save_outcomes(path: Path, outcomes: Outcomes, names: dict[str, list[str]], v
         for library, outcome in outcomes.items()
     }
     content = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions,
         "checks": CHECKS,
         "legend": {

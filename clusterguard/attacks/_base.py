@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from clusterguard._support import (
@@ -19,9 +19,6 @@ from clusterguard.attacks._norms import get_norm
 from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Generator, Tensor
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -135,7 +132,7 @@ class BuiltInAttack(ABC):
             ]
         return torch.cat(parts).detach()
 
-    def scaled(self, factor: float) -> "Self":
+    def scaled(self, factor: float) -> Self:
         """The same attack with radius and step size multiplied by a factor, for schedules.
 
         Args:
@@ -172,7 +169,7 @@ class WrappingAttack(BuiltInAttack):
 
     attack: Attack
 
-    def scaled(self, factor: float) -> "Self":
+    def scaled(self, factor: float) -> Self:
         """The same wrapper around the scaled inner attack.
 
         Args:

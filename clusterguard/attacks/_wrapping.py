@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, Self, final
 
 import torch
 from clusterguard._support import evaluation_mode
@@ -98,10 +98,6 @@ def _limit(images: Tensor) -> int:
     return 32 if images.device.type == "cpu" else 512
 
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class MixedAttack(BuiltInAttack):
@@ -146,7 +142,7 @@ class MixedAttack(BuiltInAttack):
         values = {getattr(attack, name, None) for attack in self.attacks}
         return values.pop() if len(values) == 1 else None
 
-    def scaled(self, factor: float) -> "Self":
+    def scaled(self, factor: float) -> Self:
         """The same mixture of scaled attacks.
 
         Args:

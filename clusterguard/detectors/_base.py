@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from clusterguard._support import (
@@ -23,9 +23,6 @@ from clusterguard.detection import Calibration, Detection, Detector, Evidence, d
 from clusterguard.detectors._records import digest_of_values
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 ImageShape: TypeAlias = tuple[int, int, int] | Literal["any"]
 """The shape (C, H, W) of all images that a detector takes, or "any" if it takes images of several shapes."""
@@ -259,13 +256,13 @@ class DetectorModule(nn.Module, ABC):
         self.thresholds = torch.full_like(self.thresholds, torch.nan)
         self.calibration = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Self":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy_values(self.__reduce_ex__(4)[2], memo, of=self))  # type: ignore[no-untyped-call]
         return copied
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact, before = self.thresholds, self._half_precisions()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
         if self.thresholds.dtype != exact.dtype:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from clusterguard._support import (
@@ -35,10 +35,6 @@ from clusterguard.detectors._model_card import CardDetails, EvaluationForCard
 from clusterguard.errors import ConfigurationError, in_one_line
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 _USUAL_LOGIT = 10  # usual logit of the label that a trained classifier gives to an image
 _KNOWS_NOTHING = "its new classifier knows nothing yet, so train the guard before use"
@@ -303,7 +299,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
-    ) -> "Self":
+    ) -> Self:
         """Load a guard that `save_pretrained` or `push_to_hub` wrote.
 
         The folder may come from an untrusted source. No code in it is run, nothing else is downloaded, and a network is
