@@ -7,6 +7,9 @@ representation; K classes. Rates are fractions, distances Euclidean, ε in pixel
 import importlib
 from importlib.metadata import version
 
+import clusterguard_command  # noqa: F401  # before all that takes time: it heeds signals to python -m clusterguard.cli
+
+# isort: split
 from clusterguard import attacks, errors, samples
 from clusterguard.attacks import APGD, FGSM, PGD, WorstCaseSuite
 from clusterguard.certification import certified_success_rate, certify

@@ -11,7 +11,7 @@ from clusterguard.detectors import ConfidenceDetector
 from clusterguard.errors import InputError
 from torch import Tensor, nn
 
-from benchmarks._support import evaluation_mode
+from benchmarks._support import evaluation_mode, sole_use
 from benchmarks.detectors._recipe import Finish
 
 
@@ -68,7 +68,7 @@ def fit_after_training(kind: type[FeatureDetector]) -> Finish:
 
 def _fit(kind: type[FeatureDetector], trained: DetectorModule, batches: Loader) -> FeatureDetector:
     detector = kind(trained).to(trained.thresholds.device)
-    with torch.no_grad(), evaluation_mode(detector):
+    with torch.no_grad(), sole_use(detector), evaluation_mode(detector):
         detector.fit(batches)
     return detector
 

@@ -44,8 +44,8 @@ def trades_loss(
     """Cross-entropy on benign images plus β times the divergence that the attack causes."""
     if attack is None:
         return benign_loss(detector, images, labels, attack, generator)
-    with torch.no_grad(), evaluation_mode(detector):  # the mode in which the attack sees the detector
-        benign = detector.evidence(images).class_scores.log_softmax(dim=1)
+    with torch.no_grad(), evaluation_mode(detector) as seen:  # the mode in which the attack sees the detector
+        benign = seen.evidence(images).class_scores.log_softmax(dim=1)
     # The objective compares with the rows of the whole batch, so the attack must not split the batch or drop rows.
     attack = replace(attack, batch_size=None, stop_early=False, keep="last")
     attack = replace(attack, objective=away_from(benign), start=start_near_image)

@@ -29,7 +29,8 @@ from clusterguard._support._copying import (
 from clusterguard._support._files import check_archive, check_place, open_ordinary, read_archive, write_atomically
 from clusterguard._support._locks import only_writer
 from clusterguard._support._markdown import code_in_markdown, escape_markdown
-from clusterguard._support._modes import evaluation_mode, names_in_eval_mode, to_eval_mode, training_mode
+from clusterguard._support._mode_flags import names_in_eval_mode, to_eval_mode
+from clusterguard._support._modes import evaluation_mode, sole_use, train_when_unread, training_mode
 from clusterguard._support._pages import Markup, escape, html_page, html_table
 from clusterguard._support._processes import OneProcess, check_accelerator, gather, share
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
@@ -98,7 +99,9 @@ __all__ = [
     "settle_weights",
     "share",
     "shorten",
+    "sole_use",
     "to_eval_mode",
+    "train_when_unread",
     "training_mode",
     "write_atomically",
     "write_line",

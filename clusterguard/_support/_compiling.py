@@ -58,8 +58,8 @@ class CompiledCall:
             ConfigurationError: the compiled gradient is wrong. This is checked at the first call that needs one.
         """
         if not self._is_checked and torch.is_grad_enabled() and images.requires_grad:
-            with evaluation_mode(module):
-                check_gradients(partial(self.compiled, module), partial(call_uncompiled, module), images)
+            with evaluation_mode(module) as seen:
+                check_gradients(partial(self.compiled, seen), partial(call_uncompiled, seen), images)
             self._is_checked = True
         return self.compiled(module, images).clone()  # CUDA graphs overwrite this output at the next call
 

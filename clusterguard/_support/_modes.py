@@ -1,101 +1,189 @@
-"""Train and eval mode, switched through the modules' own methods, restored one by one, and safe between threads."""
+"""Reading modules in eval mode and training them in train mode, without threads in each other's way."""
 
 import os
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
-from clusterguard.errors import ConfigurationError, in_one_line
+from clusterguard._support._eval_views import view_in_eval_mode
+from clusterguard._support._mode_flags import set_mode, switch, to_eval_mode
+from clusterguard.errors import ConfigurationError
 from torch import nn
 
-# Several threads may read one module. The first one puts it into eval mode, and the last one to leave restores it.
+Candidate = TypeVar("Candidate")
+
+# Modules in eval mode are read as they are, and whoever wants to put them into train mode waits for their readers.
 _lock = threading.RLock()
 _is_left = threading.Condition(_lock)  # a thread has left a module
-_trained: dict[nn.Module, int] = {}  # modules in train mode, and the thread that trains them
+_trained: dict[nn.Module, int] = {}  # modules that one thread alone uses, and that thread
 _readers: dict[nn.Module, int] = {}
-_to_restore: dict[nn.Module, None] = {}  # modules that were in train mode before anybody read them
+_wanted: dict[nn.Module, int] = {}  # modules that threads wait for, to put them into train mode
 _this_thread = threading.local()  # the modules that this thread reads; a forked child has no other thread
 
 
 @contextmanager
-def evaluation_mode(*candidates: object) -> Iterator[None]:
-    """Put every `nn.Module` among the candidates into eval mode, and restore the mode of each submodule afterwards.
+def evaluation_mode(candidate: Candidate) -> Iterator[Candidate]:
+    """Give what is to be read in eval mode: a module as it is, or a view of it if a part of it is in train mode.
 
-    Restoring with ``model.train()`` would also unfreeze a BatchNorm that its owner had frozen, so each submodule gets
-    back its own mode. A module that overrides `train` or `eval`, for instance to swap its graph, is switched by these
-    methods. If several threads use a module in this way, it stays in eval mode until the last of them has left.
+    A view is a copy in eval mode that shares parameters and buffers. So reading never changes the mode of a module that
+    others may use. Only a thread that trains a module with `training_mode` switches it, because no other thread reads
+    it then. What the module notes on itself while a view is read is lost.
 
     Args:
-        *candidates: objects of any type. Those that are no modules are ignored.
+        candidate: object of any type. One that is no module is given back.
+
+    Yields:
+        The candidate or its view.
 
     Raises:
-        ConfigurationError: another thread trains one of the modules, whose layers can be in one mode at a time only; or
-            a module's own `train` or `eval` raises an error.
+        ConfigurationError: another thread trains the module; no view of it can be made; a part was put into train mode
+            while it was read; the weights changed while a view was read; or a module's own `train` or `eval` raises
+            an error.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.Dropout())
-        >>> with evaluation_mode(model):
-        ...     [module.training for module in model]
-        [False, False]
-        >>> [module.training for module in model]
-        [False, True]
+        >>> with evaluation_mode(model) as view:
+        ...     [module.training for module in view], [module.training for module in model]
+        ([False, False], [False, True])
     """
-    roots = [candidate for candidate in candidates if isinstance(candidate, nn.Module)]
-    if torch.compiler.is_compiling() and not any(module.training for root in roots for module in root.modules()):
-        yield  # traced code cannot take a lock, and no mode has to change
+    if not isinstance(candidate, nn.Module):
+        yield candidate
         return
-    modules = dict.fromkeys(module for root in roots for module in root.modules())
-    read_here: list[dict[nn.Module, None]] = vars(_this_thread).setdefault("read", [])
+    modules = dict.fromkeys(candidate.modules())
+    if torch.compiler.is_compiling() and not any(module.training for module in modules):
+        yield candidate  # traced code cannot take a lock, and no mode has to change
+        return
     with _lock:
-        if any(_trained.get(module, threading.get_ident()) != threading.get_ident() for module in modules):
+        _refuse_if_trained_elsewhere(modules)
+        is_own = any(module in _trained for module in modules)
+        is_direct = not is_own and not any(map(_needs_view, modules))
+        read: Any = candidate if is_own or is_direct else view_in_eval_mode(candidate)
+        if is_direct:
+            _enter(modules)
+    if is_own:
+        with _switched(modules):
+            yield candidate
+    elif is_direct:
+        try:
+            yield candidate
+        finally:
+            _leave(modules)
+        if any(module.training for module in modules):
             raise ConfigurationError(
-                "another thread trains this module, so it cannot be in eval mode; use a copy, made by copy.deepcopy"
+                f"a part of this {type(candidate).__name__} was put into train mode while it was read, so the result "
+                "may be wrong; call train() of the whole detector, which waits for its readers, or train a copy, made "
+                "by copy.deepcopy"
             )
-        read_here.append(modules)
+    else:
+        versions = _versions(candidate)
+        yield read
+        if versions != _versions(candidate):
+            raise ConfigurationError(
+                f"the weights of this {type(candidate).__name__} changed while it was read, so the result may belong "
+                "to no state of it; read a copy, made by copy.deepcopy between two steps of the training"
+            )
+
+
+def _needs_view(module: nn.Module) -> bool:
+    """Whether a module is in train mode, or another thread waits to put it there. The lock is held."""
+    return module.training or (module in _wanted and not _read_here(module))
+
+
+def _enter(modules: dict[nn.Module, None]) -> None:
+    vars(_this_thread).setdefault("read", []).append(modules)
+    for module in modules:
+        _readers[module] = _readers.get(module, 0) + 1
+
+
+def _leave(modules: dict[nn.Module, None]) -> None:
+    with _lock:
+        _this_thread.read.remove(modules)
         for module in modules:
-            _readers[module] = _readers.get(module, 0) + 1
-            if module.training:
-                _to_restore[module] = None
+            _readers[module] -= 1
+            if not _readers[module]:
+                del _readers[module]
+        _is_left.notify_all()
+
+
+def _read_here(module: nn.Module) -> int:
+    """How often this thread reads a module at present."""
+    return sum(module in modules for modules in vars(_this_thread).get("read", []))
+
+
+@contextmanager
+def _switched(modules: dict[nn.Module, None]) -> Iterator[None]:
+    """Put modules that no other thread uses into eval mode, and restore the mode of each afterwards.
+
+    Restoring with ``model.train()`` would also unfreeze a BatchNorm that its owner had frozen.
+    """
+    before = dict.fromkeys(module for module in modules if module.training)
     try:
-        with _lock:
-            _set_mode(modules, training=False)
+        set_mode(modules, training=False)
         yield
     finally:
-        with _lock:
-            read_here.remove(modules)
-            for module in modules:
-                _readers[module] -= 1
-                if not _readers[module]:
-                    del _readers[module]
-            _is_left.notify_all()
-            _restore()
+        set_mode(before, training=True)
 
 
-def _restore() -> None:
-    """Put modules that no thread reads any more back into train mode."""
-    restored = dict.fromkeys(module for module in _to_restore if _may_change(module))
-    for module in restored:
-        del _to_restore[module]
-    _set_mode(restored, training=True)
+def _versions(module: nn.Module) -> list[int]:
+    """How often each parameter has been changed in place."""
+    return [parameter._version for parameter in module.parameters() if not parameter.is_inference()]
 
 
 def _forget_other_threads() -> None:
     """Drop the readers of other threads in a forked child, where only the forking thread goes on. It holds the lock."""
     try:
         _readers.clear()
+        _wanted.clear()
         for module in [module for module, thread in _trained.items() if thread != threading.get_ident()]:
             del _trained[module]
         for modules in vars(_this_thread).get("read", []):
             for module in modules:
                 _readers[module] = _readers.get(module, 0) + 1
-        _restore()
     finally:
         _lock.release()
 
 
 if hasattr(os, "register_at_fork"):  # a fork waits until no thread is in the middle of a change
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forget_other_threads)
+
+
+def train_when_unread(module: nn.Module, mode: bool) -> None:
+    """Call `nn.Module.train`; for train mode, wait until no other thread reads the module in eval mode.
+
+    Threads that begin to read in the meantime read a view. There is no wait in a thread that reads the detector itself.
+
+    Raises:
+        ConfigurationError: another thread trains the module.
+    """
+    parts = dict.fromkeys(module.modules())
+    with _lock:
+        _refuse_if_trained_elsewhere(parts)
+        if mode and not any(map(_read_here, parts)):
+            _wait_for_readers(parts)
+        nn.Module.train(module, mode)
+
+
+@contextmanager
+def sole_use(module: nn.Module) -> Iterator[None]:
+    """Let this thread alone use a module. It waits for other threads that read, and they cannot read it meanwhile.
+
+    Raises:
+        ConfigurationError: another thread trains the module.
+    """
+    modules = [part for part in dict.fromkeys(module.modules()) if _trained.get(part) != threading.get_ident()]
+    try:
+        with _lock:
+            _refuse_if_trained_elsewhere(modules)
+            _trained.update(dict.fromkeys(modules, threading.get_ident()))
+            _wait_for_readers(modules)
+        yield
+    finally:
+        with _lock:
+            for part in modules:
+                if _trained.get(part) == threading.get_ident():
+                    del _trained[part]
 
 
 @contextmanager
@@ -127,72 +215,34 @@ def training_mode(module: nn.Module, *, frozen: Collection[str] = ()) -> Iterato
             f"expected frozen to hold names of submodules of {type(module).__name__}, got {unknown[0]!r}, which is not "
             "one; set detector.frozen to names that named_modules() gives, or to set() to freeze none"
         )
-    with _lock:
-        _claim(parts.values())
-        _switch(module, training=True)
-        _set_mode({parts[name] for name in frozen}, training=False)
-    try:
-        yield
-    finally:
-        with _lock:
-            for part in parts.values():
-                _trained.pop(part, None)
+    with sole_use(module):
+        try:
+            switch(module, training=True)
+            set_mode({parts[name] for name in frozen}, training=False)
+            yield
+        finally:
             to_eval_mode(module)
 
 
-def _claim(modules: Collection[nn.Module]) -> None:
-    """Mark modules as trained by this thread, and wait until no other thread reads them. The lock is held."""
+def _refuse_if_trained_elsewhere(modules: Collection[nn.Module]) -> None:
+    """Refuse modules that another thread trains. The lock is held."""
     this = threading.get_ident()
     if any(_trained.get(module, this) != this for module in modules):
-        raise ConfigurationError("another thread trains this module; train a copy, as copy.deepcopy makes one")
-    _trained.update(dict.fromkeys(modules, this))
-    read_here = [module for reads in vars(_this_thread).get("read", []) for module in reads]
-    while any(_readers.get(module, 0) > read_here.count(module) for module in modules):
-        _is_left.wait()
-
-
-def to_eval_mode(module: nn.Module) -> None:
-    """Put a module and all its submodules into eval mode permanently."""
-    _set_mode(dict.fromkeys(module.modules()), training=False)
-
-
-def names_in_eval_mode(module: nn.Module) -> frozenset[str]:
-    """The names of those submodules that are in eval mode, as `named_modules` gives them."""
-    return frozenset(name for name, part in module.named_modules() if not part.training)
-
-
-def _set_mode(modules: Collection[nn.Module], *, training: bool) -> None:
-    """Switch the given modules through their own methods, parents first. Other submodules keep their mode."""
-    for module in modules:
-        if module.training == training:
-            continue
-        if _overrides_mode_methods(module):
-            before = {part: part.training for part in module.modules() if part not in modules}
-            _switch(module, training=training)
-            _set_mode({part for part, mode in before.items() if part.training != mode}, training=not training)
-        module.training = training  # the module's own method may have left the flag as it was
-
-
-def _switch(module: nn.Module, *, training: bool) -> None:
-    """Call the module's own `train` or `eval`."""
-    try:
-        module.train() if training else module.eval()
-    except Exception as error:  # a method of the user's may raise anything
-        name = "train" if training else "eval"
         raise ConfigurationError(
-            f"expected a module whose train() and eval() can be called, got {type(module).__name__}, whose {name}() "
-            f"raised {in_one_line(error)}; let it switch its layers"
-        ) from error
+            "another thread trains this module, so it cannot be read, trained or switched meanwhile; use a copy, made "
+            "by copy.deepcopy before the training"
+        )
 
 
-def _overrides_mode_methods(module: nn.Module) -> bool:
-    """Whether a module overrides `train` or `eval`, which may then do more than set flags."""
-    methods = (module.train, nn.Module.train), (module.eval, nn.Module.eval)
-    return any(getattr(method, "__func__", None) is not usual for method, usual in methods)
-
-
-def _may_change(module: nn.Module) -> bool:
-    """Whether no thread reads a module, nor a submodule that the module's own `train` or `eval` would switch too."""
-    if module in _readers:
-        return False
-    return not _overrides_mode_methods(module) or not any(part in _readers for part in module.modules())
+def _wait_for_readers(modules: Collection[nn.Module]) -> None:
+    """Wait until no other thread reads the modules. The lock is held, and released while this waits."""
+    for module in modules:
+        _wanted[module] = _wanted.get(module, 0) + 1
+    try:
+        while any(_readers.get(module, 0) > _read_here(module) for module in modules):
+            _is_left.wait()
+    finally:
+        for module in modules:
+            _wanted[module] = _wanted.get(module, 1) - 1
+            if not _wanted[module]:
+                del _wanted[module]

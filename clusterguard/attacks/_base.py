@@ -119,7 +119,7 @@ class BuiltInAttack(ABC):
         check_radius(self, images)
         if not len(images):
             return images
-        with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(detector):
+        with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(detector) as detector:
             # Inference tensors cannot take part in autograd; a clone made outside inference mode can.
             images, labels = images.detach().clone(), labels.long().clone()
             targets = None if targets is None else targets.long().clone()

@@ -56,7 +56,7 @@ class DetectorAsClassifier(nn.Module):
 
     def _logits(self, images: Tensor) -> Tensor:
         detector, to_logits = self._held
-        with evaluation_mode(detector):
+        with evaluation_mode(detector) as detector:
             logits = to_logits(detector.evidence(images), detector.thresholds)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits - logits.detach().amin(dim=1, keepdim=True)

@@ -56,8 +56,7 @@ class Metered(nn.Module):
         self.detector = detector
         self._meter = _Meter()
         if has_representation(detector):  # attacks on representations do not call `evidence`
-            represent = find_representation(detector)
-            self.represent = lambda images: represent(self._count(images))
+            self.represent = self._represent
 
     @property
     def cost(self) -> Cost:
@@ -76,6 +75,9 @@ class Metered(nn.Module):
     def evidence(self, images: Tensor) -> Evidence:
         """The detector's evidence on images (B, C, H, W), after counting them."""
         return self.detector.evidence(self._count(images))
+
+    def _represent(self, images: Tensor) -> Tensor:
+        return find_representation(self.detector)(self._count(images))
 
     def _count(self, images: Tensor) -> Tensor:
         self._meter.cost += (len(images), 0)

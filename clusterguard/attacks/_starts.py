@@ -76,7 +76,7 @@ def is_accepted(detector: Detector, images: Tensor, labels: Tensor, *, batch_siz
     """
     if not len(images):
         return torch.zeros(0, dtype=torch.bool, device=images.device)
-    with evaluation_mode(detector):
+    with evaluation_mode(detector) as detector:
         verdicts = [decide(detector.evidence(part), detector.thresholds) for part in images.split(batch_size)]
     predicted = torch.cat([verdict.labels for verdict in verdicts])
     refused = torch.cat([verdict.is_adversarial for verdict in verdicts])

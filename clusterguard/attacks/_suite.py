@@ -292,7 +292,7 @@ class WorstCaseSuite(BuiltInAttack):
         if check:
             check_attack_input(detector, images, labels, targets)
         check_radius(self, images)
-        with torch.inference_mode(False), evaluation_mode(detector), only_writer(checkpoint):
+        with torch.inference_mode(False), evaluation_mode(detector) as detector, only_writer(checkpoint):
             images, labels = images.detach().clone(), labels.long().clone()
             targets = None if targets is None else targets.long().clone()
             chosen = choose_precision(detector, images, labels) if self.precision == "auto" else self.precision

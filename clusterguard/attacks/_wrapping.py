@@ -212,7 +212,5 @@ class Transfer(WrappingAttack):
         generator: Generator | None,
     ) -> Tensor:
         check_attack_input(self.surrogate, images, labels, targets)
-        with evaluation_mode(self.surrogate):
-            return attack_checked_images(
-                self.attack, self.surrogate, images, labels, targets=targets, generator=generator
-            )
+        with evaluation_mode(self.surrogate) as surrogate:
+            return attack_checked_images(self.attack, surrogate, images, labels, targets=targets, generator=generator)

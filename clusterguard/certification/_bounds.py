@@ -154,8 +154,8 @@ class Proofs(NamedTuple):
 
 
 @contextmanager
-def as_in_service(guard: ClusterGuard) -> Iterator[None]:
-    """Put the guard into the mode and arithmetic in which `detect` runs it.
+def as_in_service(guard: ClusterGuard) -> Iterator[ClusterGuard]:
+    """Give the guard in the mode and arithmetic in which `detect` runs it.
 
     Raises:
         ConfigurationError: the guard's methods are not those that have bounds, a part of its network is compiled, or
@@ -165,8 +165,8 @@ def as_in_service(guard: ClusterGuard) -> Iterator[None]:
     _check_not_compiled(guard.encoder)
     if torch.is_autocast_enabled(guard.thresholds.device.type):
         raise ConfigurationError("expected certificates of a guard in float32 or float64, got autocast; leave it first")
-    with full_precision(), evaluation_mode(guard):
-        yield
+    with full_precision(), evaluation_mode(guard) as seen:
+        yield seen
 
 
 _METHODS = ("represent", "distances", "evidence", "detect", "forward", "__call__", "__getattribute__", "__getattr__")

@@ -94,7 +94,7 @@ def certify(
     radii = check_linf_radius(eps, images.shape[:1]).to(images.device)
     if not len(images):
         return Certificate(labels.bool(), labels.bool())
-    with as_in_service(guard):
+    with as_in_service(guard) as guard:
         proofs = _prove(guard, images, labels, radii, method)
         is_proved = proofs.certificate.is_secure | proofs.certificate.is_kept
         try_out(guard, images, labels, radii, is_proved, proofs)
@@ -144,7 +144,7 @@ def certified_radius(
     if not len(images):
         return radii
     proved, open_end, tried = torch.zeros_like(radii), radii, radii
-    with as_in_service(guard):
+    with as_in_service(guard) as guard:
         for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(tolerance)))):
             secure = _prove(guard, images, labels, tried, method).certificate.is_secure
             proved, open_end = torch.where(secure, tried, proved), torch.where(secure, open_end, tried)

@@ -39,7 +39,7 @@ def check_bounds(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: fl
     Raises:
         ConfigurationError: no bounds are known for the guard, as in `certify`.
     """
-    with torch.no_grad(), as_in_service(guard):
+    with torch.no_grad(), as_in_service(guard) as guard:
         try_out(guard, images, labels, torch.as_tensor(eps, dtype=torch.float64), torch.zeros_like(labels).bool())
 
 

@@ -1,6 +1,6 @@
 """Makes `python -m clusterguard.cli` the same as `clusterguard`."""
 
-from clusterguard.cli._app import app
+from clusterguard_command import main
 
 if __name__ == "__main__":
-    app(prog_name="clusterguard")
+    main()

@@ -26,7 +26,7 @@ def settle_threads(detector: Detector, images: Tensor) -> int:
     if images.device.type != "cpu" or cores == 1 or "OMP_NUM_THREADS" in os.environ:
         return cores
     counts: list[int] = sorted({1, *(2**power for power in range(1, cores.bit_length()) if 2**power < cores), cores})
-    with evaluation_mode(detector):
+    with evaluation_mode(detector) as detector:
         if seconds_of_gradient(detector, images) > _LONG:  # this first call also does work that later calls need not do
             images = images[:_FEWEST]
         best, least = counts[0], float("inf")

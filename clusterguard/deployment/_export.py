@@ -315,8 +315,8 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
     check_calibrated(detector.thresholds)
     if example is not None:
         check_images(example)
-    with evaluation_mode(detector):  # no other thread changes the mode while it is copied
-        decision = _Decision(copy.deepcopy(detector)).requires_grad_(False)
+    with evaluation_mode(detector) as seen:  # no other thread changes the mode while it is copied
+        decision = _Decision(copy.deepcopy(seen)).requires_grad_(False)
     to_eval_mode(decision)
     settle_weights(decision)
     like = next((weight for weight in decision.parameters() if weight.is_floating_point()), detector.thresholds)

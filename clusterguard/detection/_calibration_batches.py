@@ -88,7 +88,7 @@ def measure_rounding(detector: Detector, images: Tensor) -> float:
     if not len(images):
         return 0.0
     images = images.to(detector.thresholds.device)
-    with evaluation_mode(detector), full_precision():
+    with evaluation_mode(detector) as detector, full_precision():
         together = detector.evidence(images).suspicion.double()
         alone = torch.cat([detector.evidence(image).suspicion for image in images.split(1)]).double()
     largest = together.abs().masked_fill(~together.isfinite(), 0).amax(dim=1, keepdim=True)

@@ -66,7 +66,7 @@ def judge(
     """
     check_detector(detector)
     verdicts: dict[int, list[Tensor]] = {}
-    with evaluation_mode(detector), full_precision():
+    with evaluation_mode(detector) as detector, full_precision():
         pairs, batches = Pairs(loader, unpack), number_of_batches(loader)
         shown = bar(pairs, progress, total=batches)
         for position, (images, labels) in share(shown, accelerator):
@@ -104,7 +104,7 @@ def check_evidence(detector: Detector, images: Tensor) -> None:
         ConfigurationError: if the check fails.
     """
     images = images.to(detector.thresholds.device)
-    with evaluation_mode(detector), full_precision():
+    with evaluation_mode(detector) as detector, full_precision():
         first, *others = (detector.evidence(images[:100]) for _ in range(4))
         for other in others:
             _check_same(first, other, _repeated(first), "at every call", _CHANGING)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from clusterguard._support import bar, check_images, check_labels, evaluation_mode
+from clusterguard._support import bar, check_images, check_labels, evaluation_mode, sole_use
 from clusterguard.detection import Loader, Pairs, Unpack, full_precision
 from clusterguard.detection._internal import guessing_advice, learn_class_names, name_class, number_of_batches
 from clusterguard.detectors._dense_layers import Dense, dense_layers
@@ -104,7 +104,7 @@ def align(guard: ClusterGuard, loader: Loader, *, unpack: Unpack | None = None, 
     head = guard.head
     if not isinstance(head, GaussianClusters):
         raise ConfigurationError(f"expected a guard with GaussianClusters as its head, got {type(head).__name__}")
-    with evaluation_mode(guard), full_precision(), torch.no_grad():
+    with sole_use(guard), evaluation_mode(guard), full_precision(), torch.no_grad():
         return _fit(guard, head, *read_features(guard, loader, unpack=unpack, progress=progress))
 
 

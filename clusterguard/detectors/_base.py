@@ -18,6 +18,7 @@ from clusterguard._support import (
     copy_values,
     evaluation_mode,
     in_range,
+    train_when_unread,
 )
 from clusterguard.detection import Calibration, Detection, Detector, Evidence, decide, full_precision
 from clusterguard.detectors._records import digest_of_values
@@ -197,9 +198,27 @@ class DetectorModule(nn.Module, ABC):
         """Whether every class has a threshold."""
         return not bool(self.thresholds.isnan().any())
 
+    def train(self, mode: bool = True) -> "Self":
+        """Put the detector and all its modules into train mode, or into eval mode.
+
+        Train mode waits until no other thread reads the detector in eval mode.
+
+        Args:
+            mode: whether to choose train mode.
+
+        Raises:
+            ConfigurationError: another thread trains the detector.
+        """
+        train_when_unread(self, mode)
+        return self
+
+    train.only_sets_flags = True  # type: ignore[attr-defined]  # see overrides_mode_methods
+
     @torch.no_grad()
     def detect(self, images: Tensor, *, check: bool = True) -> Detection:
-        """Label images and decide which to refuse. This always runs in eval mode and restores the mode afterwards.
+        """Label images and decide which to refuse. This always runs in eval mode, and leaves the detector in its mode.
+
+        A detector in train mode is copied for this, apart from its weights, and is not compiled.
 
         It also runs in IEEE float32, whatever precision PyTorch is set to. Such a setting cannot be part of a compiled
         graph, so ``torch.compile(detector.detect)`` compiles the network alone, and ``fullgraph=True`` fails.
@@ -220,8 +239,8 @@ class DetectorModule(nn.Module, ABC):
         if check:
             check_images(images)
             check_calibrated(self.thresholds)
-        with evaluation_mode(self), full_precision():
-            return decide(guarded_evidence(self, images), self.thresholds)
+        with evaluation_mode(self) as seen, full_precision():
+            return decide(guarded_evidence(seen, images), seen.thresholds)
 
     def name_labels(self, detection: Detection) -> list[str | None]:
         """The class names of images.

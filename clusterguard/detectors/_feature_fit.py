@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from clusterguard._support import copy_module, evaluation_mode
+from clusterguard._support import copy_module, evaluation_mode, sole_use
 from clusterguard.detection import Loader, Unpack, full_precision
 from clusterguard.detection._internal import guessing_advice
 from clusterguard.detectors._alignment import FeatureSums, LastLayers, find_last_layers, read_features
@@ -102,7 +102,7 @@ def fit_feature_gaussians(
         >>> fit.accuracy_after, guard.distances(images).shape
         (1.0, torch.Size([100, 2]))
     """
-    with evaluation_mode(guard), full_precision(), torch.no_grad():
+    with sole_use(guard), evaluation_mode(guard), full_precision(), torch.no_grad():
         layers, sums, features, labels = read_features(guard, loader, unpack=unpack, progress=progress)
         right = int((_classify(guard, layers, features) == labels).sum())
         shrinkage, accuracy = _choose_shrinkage(sums, features, labels)
@@ -178,7 +178,7 @@ def _replace(guard: ClusterGuard, layers: LastLayers, centers: Tensor, weight: T
     before = guard.encoder, guard.head
     guard.encoder, guard.head = _widen(guard.encoder, layers, len(bias)), head
     try:
-        with evaluation_mode(guard), torch.no_grad():
+        with sole_use(guard), evaluation_mode(guard), torch.no_grad():
             find_last_layers(guard, layers.example).put(weight, bias)
     except BaseException:
         guard.encoder, guard.head = before

@@ -209,7 +209,7 @@ def _settled(
     """The attacks, with "auto" replaced by one precision for all of them and for all processes."""
     if not any(getattr(attack, "precision", None) == "auto" for attack in named.values()):
         return named
-    with evaluation_mode(detector):
+    with evaluation_mode(detector) as detector:
         choice = choose_precision(detector, images, labels)
     choices = gather({0 if accelerator is None else accelerator.process_index: choice}, accelerator)
     chosen: Precision = "bf16" if set(choices) == {"bf16"} else "float32"
@@ -294,7 +294,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 @torch.no_grad()
 def _judge_attacked(detector: Detector, batches: list[Tensor], valid: Tensor) -> Detection:
     """Verdicts on attacked images as they are stored; images that are not `valid` (B,) count as refused."""
-    with evaluation_mode(detector):
+    with evaluation_mode(detector) as detector:
         verdicts = [decide(detector.evidence(images), detector.thresholds) for images in batches]
     verdict = Detection(*(torch.cat(parts).cpu() for parts in zip(*verdicts, strict=True)))
     return verdict._replace(is_adversarial=verdict.is_adversarial | ~valid)

@@ -110,8 +110,8 @@ def examine(
         The report; None if no attack states its norm and eps, or if no image is labelled correctly and accepted.
     """
     stated = [result for result in results if result.norm is not None and result.eps]
-    with torch.no_grad(), evaluation_mode(detector):
-        usable = is_eligible(Verdicts(decide(detector.evidence(images), detector.thresholds), labels))
+    with torch.no_grad(), evaluation_mode(detector) as seen:
+        usable = is_eligible(Verdicts(decide(seen.evidence(images), detector.thresholds), labels))
     if not stated or not usable.any():
         return None
     norm, eps = str(stated[0].norm), float(stated[0].eps or 0)
@@ -120,8 +120,8 @@ def examine(
 
     def broken(attack: Attack) -> Tensor:
         attacked = attack_checked_images(attack, detector, probed, truth, generator=generator)
-        with torch.no_grad(), evaluation_mode(detector):
-            return is_broken(Verdicts(decide(detector.evidence(attacked), detector.thresholds), truth))
+        with torch.no_grad(), evaluation_mode(detector) as seen:
+            return is_broken(Verdicts(decide(seen.evidence(attacked), detector.thresholds), truth))
 
     def pgd(radius: float, start: Start | str) -> PGD:
         step = get_norm(norm).step_size(radius, images.shape[1:], share=0.1)
@@ -129,11 +129,11 @@ def examine(
         return PGD(norm=norm, eps=radius, step_size=step, **options)
 
     trace = _Trace()
-    problem = Problem(detector, probed, truth, None, get_norm(norm), eps, get_objective("margin"), generator)
     rule = SteepestDescent(pgd(eps, "image").step_size, sparsity=0.05)
-    with evaluation_mode(detector):
+    with evaluation_mode(detector) as seen:
+        problem = Problem(seen, probed, truth, None, get_norm(norm), eps, get_objective("margin"), generator)
         last = descend(problem, probed, rule, gradient=trace.gradient, steps=_STEPS, keep="last")
-    trace.margins.append(problem.margin(last))
+        trace.margins.append(problem.margin(last))
     margins = torch.stack(trace.margins)
     best = margins.cummin(dim=0).values
     late = best[-1 - _STEPS // 10] - best[-1]

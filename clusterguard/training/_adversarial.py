@@ -143,8 +143,8 @@ class AdversarialClusterTrainer(DetectorTrainer):
         if not self._is_warming_up:
             detector = WithThresholds(self.guard, self.thresholds)
             attacked = self._present_attack(detector, images, labels, generator=generator)
-            with torch.no_grad(), evaluation_mode(detector):
-                detection = decide(detector.evidence(attacked), self.thresholds)
+            with torch.no_grad(), evaluation_mode(detector) as seen:
+                detection = decide(seen.evidence(attacked), self.thresholds)
             got_through = is_broken(Verdicts(detection, labels))
             successes = got_through.sum()
             shares = self.relabel.shares(self.attack, images, attacked, got_through)

@@ -70,8 +70,8 @@ class StepPrecision:
         if self.name != "auto":
             return
         accepting = WithThresholds(self._detector, torch.full_like(self._detector.thresholds, torch.inf))
-        with evaluation_mode(accepting):
-            choice = choose_precision(accepting, images, labels)
+        with evaluation_mode(accepting) as seen:
+            choice = choose_precision(seen, images, labels)
         one = None if isinstance(self._accelerator, OneProcess) else self._accelerator
         self.name = "bf16" if set(gather({self._accelerator.process_index: choice}, one)) == {"bf16"} else "float32"
 
@@ -97,8 +97,8 @@ class StepPrecision:
             self._put_weights(torch.channels_last)
         few = images[:2].contiguous(memory_format=torch.channels_last)
         try:
-            with torch.no_grad(), evaluation_mode(self._detector), self.rounding(images.device):
-                self._detector.evidence(few)
+            with torch.no_grad(), evaluation_mode(self._detector) as seen, self.rounding(images.device):
+                seen.evidence(few)
         except (InputError, RuntimeError) as error:  # such as a network that flattens feature maps with `view`
             self.restore()
             if wanted == "auto":

@@ -274,16 +274,16 @@ def test_an_attack_holds_no_more_images_at_a_time_than_asked_to(attack, guard):
 
         def evidence(self, images):
             seen.append(len(images))
-            return guard.evidence(images)
+            return self.inner.evidence(images)
 
         def represent(self, images):
             seen.append(len(images))
-            return guard.represent(images)
+            return self.inner.represent(images)
 
     images, labels = torch.rand(7, 1, 8, 8), torch.arange(7) % 3
     bounded = replace(attack, batch_size=3)
     watched = Watched()
-    watched.inner = guard  # so that it is put into eval mode
+    watched.inner = guard
     bounded(watched, images, labels, generator=torch.Generator().manual_seed(0))
     assert max(seen) <= 3
 

@@ -370,12 +370,15 @@ def test_a_signal_elsewhere_is_one_line(guard, photos, monkeypatch, number, code
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no such signal")
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_while_modules_are_imported_is_one_line(tmp_path, number, code):
-    (tmp_path / "clusterguard").mkdir()
-    (tmp_path / "clusterguard" / "__init__.py").write_text(f"import signal; signal.raise_signal(signal.{number})")
+@pytest.mark.parametrize("way", ["command", "module"])
+def test_a_signal_while_modules_are_imported_is_one_line(tmp_path, number, code, way):
+    (tmp_path / "torch.py").write_text(f"import signal; signal.raise_signal(signal.{number})")
+    run_it = {
+        "command": "from clusterguard_command import main; main()",
+        "module": "import os; os.execv(sys.executable, [sys.executable, '-m', 'clusterguard.cli', '--version'])",
+    }
     code_of_command = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code_of_command += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
-    code_of_command += "from clusterguard_command import main; main()"
+    code_of_command += "signal.signal(signal.SIGHUP, signal.SIG_DFL); " + run_it[way]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
     done = subprocess.run(

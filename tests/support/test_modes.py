@@ -71,7 +71,7 @@ def state_of(module):
 
 
 @given(trees, st.data())
-def test_whoever_reads_sees_eval_mode_and_the_last_one_out_leaves_each_module_as_it_was(tree, data):
+def test_whoever_reads_sees_eval_mode_and_changes_no_mode(tree, data):
     modules = list(tree.modules())
     for module in modules:
         module.train(data.draw(st.booleans()))
@@ -80,14 +80,25 @@ def test_whoever_reads_sees_eval_mode_and_the_last_one_out_leaves_each_module_as
         if inside and data.draw(st.booleans()):
             inside.pop(data.draw(st.integers(0, len(inside) - 1)))[1].close()
         else:
-            read, stack = data.draw(st.sampled_from(modules)), ExitStack()
-            stack.enter_context(evaluation_mode(read))
-            inside.append((read, stack))
+            module, stack = data.draw(st.sampled_from(modules)), ExitStack()
+            inside.append((stack.enter_context(evaluation_mode(module)), stack))
+            assert (inside[-1][0] is module) == (not any(part.training for part in module.modules()))
         for read, _ in inside:
             assert not any(mode or graph for mode, graph in state_of(read))
-    for _, stack in inside:
-        stack.close()
-    assert state_of(tree) == before
+        assert state_of(tree) == before
+
+
+@given(trees, st.data())
+def test_who_trains_reads_the_module_itself_and_finds_each_mode_again(tree, data):
+    for module in tree.modules():
+        module.train(data.draw(st.booleans()))
+    frozen = names_in_eval_mode(tree) - {""}
+    with training_mode(tree, frozen=frozen):
+        before = state_of(tree)
+        with evaluation_mode(tree) as read, evaluation_mode(tree.parts):
+            assert read is tree
+            assert not any(mode or graph for mode, graph in state_of(tree))
+        assert state_of(tree) == before
 
 
 @given(trees, st.data())
@@ -105,12 +116,12 @@ def test_training_wakes_all_but_what_is_frozen(tree, data):
 
 def test_modules_can_be_copied_and_pickled_while_they_are_read():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    with evaluation_mode(model):
-        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    with evaluation_mode(model) as read:
+        copies = copy.deepcopy(read), pickle.loads(pickle.dumps(read))
     for other in copies:
         assert not other[1].training
-        with evaluation_mode(other.train()):
-            assert not other[1].training
+        with evaluation_mode(other.train()) as read:
+            assert not read[1].training
         assert other[1].training
 
 
@@ -122,26 +133,6 @@ def test_nothing_of_a_module_is_kept_when_nobody_reads_it_any_more():
     del model
     gc.collect()
     assert gone() is None
-
-
-class Gate(nn.Module):
-    """Lets the first reader wait inside until the second has come, and the second until the first has left."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.second_is_in, self.first_has_left = 0, threading.Event(), threading.Event()
-
-    def __deepcopy__(self, memo):  # events cannot be copied
-        return self
-
-    def forward(self, images):
-        self.calls += 1
-        if self.calls == 1:
-            self.second_is_in.wait(30)
-        else:
-            self.second_is_in.set()
-            self.first_has_left.wait(30)
-        return images
 
 
 def in_a_child(check):
@@ -179,103 +170,39 @@ class TestForking:
         has_begun.wait(30)
 
         def check():
-            with evaluation_mode(other), full_precision():
-                return not other.training
+            with evaluation_mode(other) as read, full_precision():
+                return not read.training
 
         assert in_a_child(check)
         thread.join(30)
 
     def test_what_other_threads_read_is_not_read_in_a_child(self):
-        model, mine, is_in, may_leave = nn.Dropout(), nn.Dropout(), threading.Event(), threading.Event()
+        model, is_in, may_leave = nn.Dropout().eval(), threading.Event(), threading.Event()
 
         def read():
             with evaluation_mode(model):
                 is_in.set()
                 may_leave.wait(30)
 
+        def train():
+            with training_mode(model):
+                return model.training
+
         thread = threading.Thread(target=read)
         thread.start()
         is_in.wait(30)
-        with evaluation_mode(mine):
-            assert in_a_child(lambda: model.training and not mine.training)
-            assert not model.training
+        assert in_a_child(train)  # it does not wait
         may_leave.set()
         thread.join(30)
-        assert model.training
-        assert mine.training
 
     def test_a_child_leaves_what_it_was_forked_in(self):
-        model = nn.Dropout()
+        model = nn.Dropout().eval()
         with evaluation_mode(model):
             child = os.fork()
         if not child:
-            os._exit(not model.training)
+            with training_mode(model):
+                os._exit(not model.training)
         assert os.waitpid(child, 0)[1] == 0
-
-
-def test_who_is_still_reading_when_another_thread_leaves_reads_in_eval_mode():
-    gate = Gate()
-    gate.second_is_in.set()
-    gate.first_has_left.set()
-    backbone = nn.Sequential(gate, nn.BatchNorm2d(1), nn.Dropout(0.9), nn.Flatten())
-    guard = cg.ClusterGuard(backbone, 2, example=IMAGES)
-    guard.thresholds = torch.full((2,), 100.0)
-    expected, statistics = guard.detect(IMAGES), guard.encoder[0][1].running_mean.clone()
-    guard.train()
-    gate.calls, gate.second_is_in, gate.first_has_left = 0, threading.Event(), threading.Event()
-    verdicts = {}
-
-    def read(name):
-        verdicts[name] = guard.detect(IMAGES)
-
-    first, second = (threading.Thread(target=read, args=(name,)) for name in ("first", "second"))
-    first.start()
-    while not gate.calls:
-        pass
-    second.start()
-    first.join(30)
-    gate.first_has_left.set()
-    second.join(30)
-    for verdict in verdicts.values():
-        torch.testing.assert_close(verdict, expected, rtol=0, atol=0)
-    assert set(verdicts) == {"first", "second"}
-    assert torch.equal(guard.encoder[0][1].running_mean, statistics)
-    assert all(module.training for module in guard.modules())
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_many_threads_that_detect_attack_and_certify_agree_and_leave_no_trace(training):
-    torch.manual_seed(0)
-    guard = cg.ClusterGuard(
-        nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten()),
-        2,
-        example=IMAGES,
-    )
-    guard.thresholds = torch.full((2,), 30.0)
-    labels, attack = torch.arange(8) % 2, cg.PGD(eps=0.1, step_size=0.05, steps=2)
-    reads = [
-        lambda: [guard.detect(IMAGES).distances],
-        lambda: [attack(guard, IMAGES, labels)],
-        lambda: list(cg.certify(guard, IMAGES, labels, eps=0.01)),
-    ]
-    expected = [read() for read in reads]
-    guard.train(training)
-    before, failures = copy.deepcopy(guard.state_dict()), []
-
-    def work(turn):
-        for step in range(12):
-            which = (turn + step) % len(reads)
-            if not all(map(torch.equal, reads[which](), expected[which])):
-                failures.append(which)
-
-    threads = [threading.Thread(target=work, args=(turn,)) for turn in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    torch.testing.assert_close(dict(guard.state_dict()), dict(before), rtol=0, atol=0)
-    assert {module.training for module in guard.modules()} == {training}
 
 
 class Dropping(nn.Module):
@@ -314,32 +241,6 @@ def test_a_backbone_whose_dropout_no_flag_reaches_is_used_in_eval_mode_everywher
     torch.testing.assert_close(program(IMAGES)[1], expected)
 
 
-def test_two_threads_that_take_gradients_through_a_classifier_leave_its_parameters_trainable():
-    """What is shown to other libraries: one thread stays inside while the other comes and leaves."""
-    gate = Gate()
-    gate.second_is_in.set()
-    gate.first_has_left.set()
-    guard = cg.ClusterGuard(nn.Sequential(gate, nn.Flatten()), 2, example=IMAGES)
-    gate.calls, gate.second_is_in, gate.first_has_left = 0, threading.Event(), threading.Event()
-    gradients = {}
-
-    def attack(name):
-        leaf = IMAGES.clone().requires_grad_()
-        cg.attacks.as_classifier(guard)(leaf).square().sum().backward()
-        gradients[name] = leaf.grad
-
-    first, second = (threading.Thread(target=attack, args=(name,)) for name in ("first", "second"))
-    first.start()
-    while not gate.calls:
-        pass
-    second.start()
-    first.join(30)
-    gate.first_has_left.set()
-    second.join(30)
-    assert torch.equal(gradients["first"], gradients["second"])
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in guard.parameters())
-
-
 def test_what_is_trained_in_one_thread_is_refused_in_another_and_stays_in_train_mode():
     model, refused = nn.Sequential(nn.BatchNorm1d(3)), []
 
@@ -364,7 +265,7 @@ def test_what_is_trained_in_one_thread_is_refused_in_another_and_stays_in_train_
 
 
 def test_training_waits_for_readers_in_other_threads():
-    model, order = nn.Sequential(nn.BatchNorm1d(3)), []
+    model, order = nn.Sequential(nn.BatchNorm1d(3)).eval(), []
     is_reading, may_leave = threading.Event(), threading.Event()
 
     def read():
