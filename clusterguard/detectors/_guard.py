@@ -1,5 +1,6 @@
 """ClusterGuard, the module that users work with: a backbone followed by a head such as a Gaussian mixture."""
 
+import itertools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from clusterguard.detectors._feature_gaussians import FeatureGaussians
 from clusterguard.detectors._folders import OtherHeadError, find_folder, load_guard, save_guard
 from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._model_card import CardDetails, EvaluationForCard
-from clusterguard.errors import ConfigurationError, in_one_line
+from clusterguard.errors import ConfigurationError, InputError, in_one_line
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
@@ -176,7 +177,21 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         """The representation z: images (B, C, H, W) in [0, 1] -> (B, m)."""
         normalised = self.normalize(images)
         self.check_image_shape(images)
-        return run_network(partial(self._encode, self.encoder), normalised)
+        try:
+            return run_network(partial(self._encode, self.encoder), normalised)
+        except InputError:
+            self._refuse_mixed_types()
+            raise
+
+    def _refuse_mixed_types(self) -> None:
+        """Refuse a guard of which only a part was cast to another data type."""
+        ours, others = _types_of(self.normalize), _types_of(self.encoder)
+        if others and not ours & others:
+            ours_listed, others_listed = (" and ".join(sorted(map(str, types))) for types in (ours, others))
+            raise ConfigurationError(
+                f"expected a guard of one data type, got one whose encoder has {others_listed} and whose other parts "
+                f"have {ours_listed}; convert the whole guard, as guard.float() does, and calibrate it again"
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """The head's logits: images (B, C, H, W) in [0, 1] -> (B, K). Their softmax is the posterior of the classes.
@@ -359,6 +374,12 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         for name in [name for name in state_dict if name.startswith(old)]:
             state_dict[new + name.removeprefix(old)] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _types_of(module: nn.Module) -> set[torch.dtype]:
+    """The floating-point types of a module's parameters and buffers."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
 
 def _device_of(module: nn.Module, example: Tensor) -> torch.device:

@@ -387,6 +387,17 @@ def _sweep(folder: Path) -> None:
     except PersistenceError:
         return
     for file in folder.glob("model-*.safetensors"):
-        if _NAMED.fullmatch(file.name) and file.name != _named_by(kept):
+        if _NAMED.fullmatch(file.name) and file.name != _named_by(kept) and _is_left_by_a_save(file):
             with suppress(OSError):
                 file.unlink()
+
+
+def _is_left_by_a_save(file: Path) -> bool:
+    """Whether a file holds a guard's weights whose digest is in its name. Any other may be another program's."""
+    with suppress(PersistenceError):
+        if not file.is_symlink() and _are_our_weights(file):
+            with _open(file) as stream:
+                weights = WeightsFile(file, stream, file.stem.removeprefix("model-"))
+                weights.check_digest()
+                return True
+    return False

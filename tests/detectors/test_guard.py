@@ -109,6 +109,14 @@ def test_a_rate_holds_only_in_the_precision_in_which_it_was_fitted(small_guard, 
         small_guard.float()
 
 
+@pytest.mark.parametrize(("part", "dtype"), [("encoder", torch.float16), ("normalize", torch.float64)])
+def test_a_guard_of_which_a_part_was_cast_says_so(small_guard, part, dtype):
+    getattr(small_guard, part).to(dtype)
+    ours, others = (torch.float32, dtype) if part == "encoder" else (dtype, torch.float32)
+    with pytest.raises(ConfigurationError, match=f"one data type, .*encoder has {others} .* have {ours}; convert"):
+        small_guard.detect(torch.rand(2, 1, 8, 8), check=False)
+
+
 def test_normalisation_is_inside():
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     example = torch.rand(2, 3, 2, 2)

@@ -1,5 +1,6 @@
 """A save that ends at any moment leaves the old guard or the new one, and readers see one of them at every moment."""
 
+import hashlib
 import json
 import os
 import random
@@ -169,10 +170,15 @@ def test_what_interrupted_saves_left_is_swept_and_nothing_else(saved, tmp_path_f
         folder.mkdir(exist_ok=True)
         (folder / "README.md").write_text("text")
     (saved / ".saving.linked00").symlink_to(elsewhere)
-    (saved / f"model-{'0' * 64}.safetensors").write_bytes(b"of an interrupted save")
-    (saved / "model-00001-of-00002.safetensors").write_bytes(b"another program's")
+    weights = (saved / "model.safetensors").read_bytes()
+    of_others = ["model-00001-of-00002.safetensors", f"model-{'0' * 64}.safetensors"]
+    contents = {hashlib.sha256(content).hexdigest(): content for content in (save({"weight": torch.ones(1)}), b"text")}
+    of_others = sorted([*of_others, *(f"model-{digest}.safetensors" for digest in contents)])
+    for name, content in zip(of_others, (contents.get(name[6:70], weights) for name in of_others), strict=True):
+        (saved / name).write_bytes(content)
+    (saved / f"model-{hashlib.sha256(weights).hexdigest()}.safetensors").write_bytes(weights)  # of an interrupted save
     make_guard().save_pretrained(saved)
-    assert names(saved) == [".saving.linked00", *FILES[:2], "model-00001-of-00002.safetensors", FILES[2]]
+    assert names(saved) == [".saving.linked00", *FILES[:2], *of_others, FILES[2]]
     assert names(elsewhere) == ["README.md"]
 
 
