@@ -11,7 +11,6 @@ from clusterguard.detectors import ConfidenceDetector
 from clusterguard.errors import InputError
 from torch import Tensor, nn
 
-from benchmarks._support import evaluation_mode, sole_use
 from benchmarks.detectors._recipe import Finish
 
 
@@ -67,8 +66,8 @@ def fit_after_training(kind: type[FeatureDetector]) -> Finish:
 
 
 def _fit(kind: type[FeatureDetector], trained: DetectorModule, batches: Loader) -> FeatureDetector:
-    detector = kind(trained).to(trained.thresholds.device)
-    with torch.no_grad(), sole_use(detector), evaluation_mode(detector):
+    detector = kind(trained).to(trained.thresholds.device).eval()
+    with torch.no_grad():
         detector.fit(batches)
     return detector
 

@@ -151,16 +151,38 @@ def check_place(path: str | Path) -> None:
 def open_ordinary(path: str | Path) -> BinaryIO:
     """Open a file for reading. A pipe would wait for a writer, and a device could give data without an end.
 
+    Files of the system, such as those in /proc, may do the same. They look like ordinary files, most of them like empty
+    ones.
+
     Args:
         path: path of a file, or of a symbolic link to one.
 
     Raises:
         OSError: the file is missing or cannot be read.
-        PersistenceError: there is a folder, a pipe or a device at the path.
+        PersistenceError: the file is empty, or there is a folder, a pipe, a device or a file of the system at the path.
     """
-    if not stat.S_ISREG(Path(path).stat().st_mode):
+    _check_ordinary(Path(path).stat(), path)  # first: to open a device may do something already
+    if os.path.realpath(path).startswith(("/proc/", "/sys/")):
+        raise PersistenceError(f"expected an ordinary file, got one of the system in the place of {path}")
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115  # pathlib has no opener
+    try:
+        _check_ordinary(os.fstat(file.fileno()), path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _check_ordinary(status: os.stat_result, path: str | Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
         raise PersistenceError(f"expected an ordinary file, got a folder, a pipe or a device in the place of {path}")
-    return Path(path).open("rb")
+    if not status.st_size:
+        raise PersistenceError(f"{path} is empty")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file, without waiting if it has become a pipe in the meantime."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def check_archive(file: BinaryIO, path: str | Path) -> None:

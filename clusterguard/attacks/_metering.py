@@ -55,6 +55,7 @@ class Metered(nn.Module):
         super().__init__()
         self.detector = detector
         self._meter = _Meter()
+        self.training = getattr(detector, "training", False)
         if has_representation(detector):  # attacks on representations do not call `evidence`
             self.represent = self._represent
 

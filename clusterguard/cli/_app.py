@@ -5,6 +5,7 @@ interruption by SIGHUP, Ctrl-C or SIGTERM.
 """
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +37,7 @@ from clusterguard.cli._options import (
     stderr_is_a_terminal,
     stopped_by_signals,
 )
-from clusterguard.errors import ConfigurationError, NotCalibratedError
+from clusterguard.errors import ConfigurationError, NotCalibratedError, PersistenceError
 
 if TYPE_CHECKING:
     from clusterguard.cli._data import Pictures
@@ -433,7 +434,7 @@ def export(
     Example: clusterguard export runs/guard --output guard.onnx
     """
     import torch
-    from clusterguard._support import check_place
+    from clusterguard._support import check_place, open_ordinary
     from clusterguard.cli._data import load_named_guard, recorded_images
     from clusterguard.deployment import export_onnx, save_program
     from clusterguard.detectors._internal import CARD
@@ -447,7 +448,9 @@ def export(
     size, depth = image_size or recorded.get("image_size"), channels or recorded.get("channels", 3)
     example = torch.zeros(2, depth, size, size) if size else None
     with Console(stderr=True).status("exporting"):
-        card = (guard / CARD).read_text(errors="replace") if (guard / CARD).is_file() else None
+        card = None
+        with suppress(OSError, PersistenceError), open_ordinary(guard / CARD) as file:
+            card = file.read().decode(errors="replace")
         for path in output:
             if path.suffix == ".onnx":
                 export_onnx(detector, path, example, card=card)

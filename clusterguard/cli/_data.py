@@ -480,6 +480,7 @@ def check_output(folder: Path, *ours: str) -> None:
 def _tells_a_training(record: Path) -> bool:
     """Whether `begin_run` wrote this file."""
     try:
-        return "calibrator" in json.loads(record.read_text()) if record.is_file() else False
-    except (OSError, ValueError, RecursionError, TypeError):
+        with open_ordinary(record) as file:
+            return "calibrator" in json.loads(file.read())
+    except (OSError, PersistenceError, ValueError, RecursionError, TypeError):
         return False

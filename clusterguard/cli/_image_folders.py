@@ -13,10 +13,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from clusterguard._support import is_unicode
+from clusterguard._support import is_unicode, open_ordinary
 from clusterguard.deployment import read_image
 from clusterguard.deployment._internal import FORMATS
-from clusterguard.errors import InputError
+from clusterguard.errors import InputError, PersistenceError
 from tqdm.auto import tqdm
 
 Part = Literal["train", "calibration", "test"]
@@ -261,7 +261,7 @@ def _part_of(identity: bytes, seed: int) -> Part:
 def _named(path: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, PersistenceError) as error:
         raise InputError(f"expected an image, got {path}, which cannot be read: {error}; remove it") from error
 
 
@@ -278,7 +278,8 @@ def _file_digest(path: str) -> bytes:
 
 @lru_cache(maxsize=2**20)
 def _digest_of_content(path: str, size: int, changed: int) -> bytes:
-    return hashlib.sha256(Path(path).read_bytes()).digest()
+    with open_ordinary(path) as file:
+        return hashlib.sha256(file.read()).digest()
 
 
 @dataclass(frozen=True)

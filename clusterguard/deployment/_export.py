@@ -174,6 +174,11 @@ class OnnxDetector(DetectorModule):
         self._model, self._session, self._folder = model, session, folder
         self._shape, self._dtype = images.shape[1:], _DTYPES[images.type]
         self.has_dynamic_scales = any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node)
+        self.training = False
+
+    def train(self, mode: bool = True) -> "OnnxDetector":
+        """Do nothing, because a graph has no train mode."""
+        return self
 
     def check_image_shape(self, images: Tensor) -> None:
         """Check that images have the shape that the graph was exported for. This shape cannot be changed.
@@ -434,7 +439,7 @@ def _content(tensor: Any, folder: Path) -> Iterator[bytes]:
         yield tensor.raw_data or tensor.SerializeToString(deterministic=True)
         return
     place = helper.ExternalDataInfo(tensor)
-    with (folder / place.location).open("rb") as file:
+    with open_ordinary(folder / place.location) as file:
         file.seek(place.offset or 0)
         left = place.length or 0
         while left and (part := file.read(min(left, _CHUNK))):

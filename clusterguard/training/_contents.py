@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from clusterguard._support import open_ordinary
+from clusterguard.errors import PersistenceError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -121,7 +123,7 @@ def _add_names(digest: Any, names: list[str]) -> None:
             digest.update(f"{Path(name).stat().st_size} ".encode())
     for name in _spaced(names, _MOST_FILES):
         if _is_file(name):
-            with suppress(OSError), Path(name).open("rb") as file:
+            with suppress(OSError, PersistenceError), open_ordinary(name) as file:
                 digest.update(file.read(_MOST_OF_A_FILE))
 
 

@@ -221,7 +221,7 @@ def test_an_exported_graph(tmp_path):
     assert_refused_or_read(file, lambda: load_onnx(file))
     with pytest.raises(PersistenceError, match=r"nothing\.onnx is missing"):
         load_onnx(tmp_path / "nothing.onnx")
-    assert torch.equal(load_onnx(file).detect(images).labels, guard.detect(images).labels)
+    assert torch.equal(load_onnx(file).train().detect(images).labels, guard.detect(images).labels)
 
 
 def test_a_record_of_a_training(tmp_path):

@@ -1,5 +1,6 @@
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +94,17 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(tmp_path, name):
     with pytest.raises(ClusterGuardError, match=r"a folder, a pipe or a device|damaged or cannot be read"):
         READERS[name](tmp_path / name)
     assert (tmp_path / name).is_fifo()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+@pytest.mark.parametrize("name", sorted(set(READERS) - {"run.lock", "output", "place"}))
+def test_a_link_to_a_file_of_the_system_is_not_read(tmp_path, name, monkeypatch):
+    """Some of these wait for something to read, as a pipe does. They look like ordinary files, which may be empty."""
+    (tmp_path / "checkpoint.pt").touch()
+    for place in ("/proc/self/status", "/proc/self/../kmsg", "/sys/kernel/notes"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(place)
+        monkeypatch.setattr("clusterguard._support._files._open_at_once", pytest.fail)
+        if Path(place).exists():
+            with pytest.raises(ClusterGuardError, match=r"is empty|one of the system|cannot be read"):
+                READERS[name](tmp_path / name)
