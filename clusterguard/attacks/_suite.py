@@ -33,7 +33,7 @@ from clusterguard.attacks._representation import RepelThenMinimise, Representati
 from clusterguard.attacks._sigma_zero import SigmaZero
 from clusterguard.attacks._sparse_pgd import SparsePGD
 from clusterguard.attacks._starts import AtPoints, Start, Towards, is_accepted
-from clusterguard.attacks._suite_state import StageRecord, SuiteState
+from clusterguard.attacks._suite_state import StageRecord, SuiteState, digests_of_inputs
 from clusterguard.attacks._wrapping import MultiTarget, Transfer
 from clusterguard.detection import Detector, success_margin
 from clusterguard.errors import ConfigurationError
@@ -413,5 +413,7 @@ class WorstCaseSuite(BuiltInAttack):
         eligible = is_accepted(detector, images, labels, batch_size=self.batch_size or 500)
         state = SuiteState(repr(self), clean, images.clone(), clean.clone(), [], eligible)
         if checkpoint is not None:
+            inputs = {"images": images, "labels": labels, "targets": targets, "references": self.references}
+            state.inputs = digests_of_inputs(detector, inputs)
             state.load(checkpoint, generator)
         return state

@@ -1,16 +1,19 @@
 """The state from which an interrupted suite continues, with a record of each finished stage."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from clusterguard._support import read_progress, save_progress
+from clusterguard._support import digest_of, read_progress, save_progress
 from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 _KIND = "suite"
 _KEYS = {"suite", "clean_margins", "best", "margins", "records", "generator", "runs"}
+_OPTIONAL_KEYS = {"cost", "inputs"}  # which other versions wrote, or did not write
 
 
 @final
@@ -40,12 +43,14 @@ class SuiteState:
 
     Attributes:
         suite: `repr` of the suite.
-        clean_margins: (B,) success margins of the clean images, which differ for another detector or other images.
+        clean_margins: (B,) success margins of the clean images, which differ for another detector. They are compared
+            with a tolerance, because another device or batch size rounds them differently.
         best: (B, C, H, W) attacked images with the smallest success margins so far.
         margins: (B,) success margins of these images.
         records: records of the finished stages.
         eligible: (B,) whether the clean image is accepted under its true label; it is not saved.
         runs: number of runs, including this one.
+        inputs: digest of each input, as `digests_of_inputs` makes them.
     """
 
     suite: str
@@ -55,6 +60,7 @@ class SuiteState:
     records: list[StageRecord]
     eligible: Tensor
     runs: int = 1
+    inputs: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: str | Path, generator: Generator | None) -> None:
         """Write the state to a file, completely or not at all."""
@@ -66,6 +72,7 @@ class SuiteState:
             "records": [asdict(record) for record in self.records],
             "generator": None if generator is None else generator.get_state(),
             "runs": self.runs,
+            "inputs": self.inputs,
         }
         save_progress(path, _KIND, state)
 
@@ -81,12 +88,18 @@ class SuiteState:
         if progress is None:
             return
         state = progress.state
-        if set(state) - {"cost"} != _KEYS or not _is_state(state):
+        if set(state) - _OPTIONAL_KEYS != _KEYS or not _is_state(state):
             raise PersistenceError(f"{path} holds no state of a suite; {again}")
         clean = state["clean_margins"]
         if state["suite"] != self.suite or state["best"].shape != self.best.shape:
             raise ConfigurationError(
                 f"{path} belongs to {state['suite'][:200]} on {len(clean)} images; use another checkpoint"
+            )
+        noted = state.get("inputs", self.inputs)
+        changed = [name for name, digest in self.inputs.items() if noted.get(name) != digest]
+        if changed:
+            raise ConfigurationError(
+                f"{path} belongs to a run with other {' and '.join(changed)}; use the same, or another checkpoint"
             )
         if not torch.allclose(clean.to(self.clean_margins), self.clean_margins, rtol=1e-3, atol=1e-3):
             raise ConfigurationError(f"{path} belongs to another detector or other images; use another checkpoint")
@@ -100,6 +113,25 @@ class SuiteState:
         self.best, self.margins = state["best"], state["margins"]
         self.records = [StageRecord(**record) for record in state["records"]]
         self.runs = state["runs"] + 1
+
+
+def digests_of_inputs(detector: object, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of a suite's inputs, and of the weights and thresholds of a detector that is a module.
+
+    Args:
+        detector: detector that the suite attacks.
+        inputs: tensors, tuples of tensors and None, by name.
+
+    Returns:
+        A digest by name, which does not depend on the device.
+    """
+    digests = {name: digest_of(value) for name, value in inputs.items()}
+    if isinstance(detector, nn.Module):
+        tensors = {**dict(detector.named_parameters()), **dict(detector.named_buffers())}
+        weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]  # whole numbers may be counters
+        with suppress(RuntimeError, TypeError):  # of sparse weights, for instance; the margins stand for them
+            digests["weights of the detector"] = digest_of(weights)
+    return digests
 
 
 def _is_state(state: dict[str, Any]) -> bool:
@@ -116,6 +148,7 @@ def _is_state(state: dict[str, Any]) -> bool:
         isinstance(state["suite"], str)
         and type(state["runs"]) is int
         and (generator is None or isinstance(generator, Tensor))
+        and isinstance(state.get("inputs", {}), dict)
         and isinstance(state["records"], list)
         and all(
             isinstance(record, dict) and {k: type(v) for k, v in record.items()} == kinds for record in state["records"]

@@ -203,8 +203,25 @@ def test_a_checkpoint_of_something_else_is_refused(small_guard, cases, tmp_path,
     WorstCaseSuite("linf", eps=0.01, budget="quick").run(small_guard, images[:4], labels[:4], checkpoint=file)
     with pytest.raises(ConfigurationError, match="another checkpoint"):
         WorstCaseSuite("linf", eps=0.02, budget="quick").run(small_guard, images[:4], labels[:4], checkpoint=file)
+    suite, moved = WorstCaseSuite("linf", eps=0.01, budget="quick"), images[:4].clone()
+    moved[0, 0, 0, 0] = moved[0, 0, 0, 0].nextafter(torch.tensor(0.5))
+    with pytest.raises(ConfigurationError, match="a run with other images; use the same"):
+        suite.run(small_guard, moved, labels[:4], checkpoint=file)
+    with torch.no_grad():
+        next(small_guard.parameters()).flatten()[0] += 1e-6
+    with pytest.raises(ConfigurationError, match="a run with other weights of the detector; use the same"):
+        suite.run(small_guard, images[:4], labels[:4], checkpoint=file)
+
+
+def test_a_state_without_digests_of_its_inputs_is_told_apart_by_margins(small_guard, cases, tmp_path, light_suites):
+    (images, labels), file = cases, tmp_path / "suite.pt"
+    suite = WorstCaseSuite("linf", eps=0.01, budget="quick")
+    suite.run(small_guard, images[:4], labels[:4], checkpoint=file)
+    state = read_progress(file, "suite", hint="").state
+    state.pop("inputs")
+    save_progress(file, "suite", state)
     with pytest.raises(ConfigurationError, match="other images"):
-        WorstCaseSuite("linf", eps=0.01, budget="quick").run(small_guard, images[4:8], labels[4:8], checkpoint=file)
+        suite.run(small_guard, images[4:8], labels[4:8], checkpoint=file)
 
 
 def test_a_second_suite_on_the_same_checkpoint_is_told_so(small_guard, cases, tmp_path, light_suites):
