@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from clusterguard._support import read_progress, save_progress
 from clusterguard.attacks import Precision
 from clusterguard.attacks._internal import check_precision
 from clusterguard.errors import PersistenceError, in_one_line
-from clusterguard.training._descriptions import differences, listed
+from clusterguard.training._descriptions import differences, doubts, listed
 from clusterguard.training._overfitting import LastGood
 from clusterguard.training._validation import Best
 from torch import Tensor
@@ -229,7 +230,10 @@ def read_values(
         totals, best = EpochTotals(**state["totals"]), Best(**values.get("best", {}))
         last_good = LastGood(**values.get("last_good", {}))
         pairs = zip(values.get("descriptions", ()), descriptions, strict=False)
-        changed = [change for before, now in pairs for change in differences(before, now)]
+        changed, open_questions = [], []
+        for before, now in pairs:
+            changed += differences(before, now)
+            open_questions += doubts(before, now)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise PersistenceError(
             f"{checkpoint.file} is not a checkpoint of this training ({in_one_line(error)}); choose another file, "
@@ -244,6 +248,11 @@ def read_values(
         raise PersistenceError(
             f"{checkpoint.file} belongs to another run: {listed(changed)}; choose another file, or delete it to "
             "start anew"
+        )
+    if open_questions:
+        warnings.warn(
+            f"the training goes on from {checkpoint.file}. Make sure that it is the same one: {listed(open_questions)}",
+            stacklevel=6,
         )
     return Kept(state, thresholds, history, totals, steps, taken, values.get("image_shape"), best, last_good)
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
 from numbers import Integral, Real
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from clusterguard._support import digest_of, names_in_eval_mode
@@ -23,7 +23,8 @@ from clusterguard.detection._internal import number_of_batches
 from clusterguard.detectors import DetectorModule, Head, Normalize
 from clusterguard.training._contents import describe_contents
 from clusterguard.training._options import TrainingOptions
-from torch import Tensor, nn
+from clusterguard.training._own_code import MAY_CHANGE, UNKNOWN, settings_inside
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 _LONGEST = 200  # largest number of characters of a value
@@ -37,8 +38,8 @@ _HOW = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
 def describe(options: Mapping[str, Any]) -> dict[str, str]:
     """Describe options as text, with a line for each option and for each part of an option that has parts.
 
-    Functions are described by their names. Objects without a readable `repr` are described by the names of their
-    classes. So the text contains no addresses in memory.
+    Functions are described by their names, and objects without a readable `repr` by the names of their classes. If they
+    are a user's own, the settings inside them are described too. So the text contains no addresses in memory.
 
     Args:
         options: values of any type by name, such as numbers, dataclasses and functions.
@@ -47,8 +48,8 @@ def describe(options: Mapping[str, Any]) -> dict[str, str]:
         >>> from clusterguard.training import ClusterLoss, Outside
         >>> list(describe({"loss": ClusterLoss(target=Outside()), "rate": 0.5}).items())[:3]
         [('loss', 'ClusterLoss'), ('loss.target', 'Outside'), ('loss.target.margin', '0.1')]
-        >>> describe({"attack": lambda detector, images, labels: images})
-        {'attack': '<lambda>'}
+        >>> describe({"attack": lambda detector, images, labels: images + 0.1})
+        {'attack': '<lambda>', 'attack.numbers': '(0.1)'}
     """
     return dict(line for name, value in options.items() for line in _lines(name, value, 0))
 
@@ -65,7 +66,7 @@ def _lines(name: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
             return
         yield name, f"{len(value)} values"
     elif not isinstance(value, Mapping):
-        yield name, type(value).__qualname__
+        yield name, _text(value) if isinstance(value, FunctionType | MethodType) else type(value).__qualname__
     yield from inner
 
 
@@ -81,7 +82,7 @@ def _parts(value: Any) -> list[tuple[str, Any]] | None:
         return [(key if isinstance(key, str) else _text(key), part) for key, part in value.items()]
     if isinstance(value, list | tuple):
         return [(str(index), part) for index, part in enumerate(value)]
-    return None
+    return settings_inside(value) or None
 
 
 def _text(value: Any) -> str:
@@ -162,6 +163,10 @@ def describe_data(name: str, loader: Loader) -> dict[str, str]:
     sizes = {"batches": number_of_batches(loader), "batch size": getattr(loader, "batch_size", None)}
     with suppress(AttributeError, TypeError, NotImplementedError):  # lists and streams have no such length
         sizes["images"] = len(loader.dataset)  # type: ignore[attr-defined]
+    generators = (getattr(place, "generator", None) for place in (loader, getattr(loader, "sampler", None)))
+    for generator in generators:
+        if isinstance(generator, Generator):  # a checkpoint keeps its state, so another seed is no other run
+            sizes[f"seed of the loader{MAY_CHANGE}"] = generator.initial_seed()
     numbers = describe({f"{name} {what}": size for what, size in sizes.items() if isinstance(size, int)})
     return numbers | describe_contents(name, loader)
 
@@ -214,7 +219,8 @@ def digest_of_weights(state: Mapping[str, Any]) -> str:
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """The differences between two descriptions, in words.
 
-    Lines that only one of the descriptions has do not count, because another version may describe more or less.
+    Lines that only one of the descriptions has do not count, because another version may describe more or less. Nor do
+    those of `doubts`.
 
     Args:
         before: description in a checkpoint.
@@ -224,7 +230,31 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         >>> differences({"eps": "0.1", "steps": "3"}, {"eps": "0.2", "steps": "3", "start": "image"})
         ['eps was 0.1, is 0.2']
     """
-    return [f"{key} was {before[key]}, is {text}" for key, text in now.items() if before.get(key, text) != text]
+    return [
+        f"{key} was {before[key]}, is {text}"
+        for key, text in now.items()
+        if before.get(key, text) != text and not key.endswith(MAY_CHANGE)
+    ]
+
+
+def doubts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What two descriptions leave open, in words: values that may change by themselves, and that cannot be compared.
+
+    Args:
+        before: description in a checkpoint.
+        now: description of the present training.
+
+    Example:
+        >>> doubts({"attack.calls (may change)": "0"}, {"attack.calls (may change)": "7"})
+        ['attack.calls was 0, is 7']
+    """
+    return [
+        f"{key} is {text}, which cannot be compared"
+        if text.startswith(UNKNOWN)
+        else f"{key.removesuffix(MAY_CHANGE)} was {before[key]}, is {text}"
+        for key, text in now.items()
+        if text.startswith(UNKNOWN) or (key.endswith(MAY_CHANGE) and before.get(key, text) != text)
+    ]
 
 
 def listed(names: Iterable[str]) -> str:

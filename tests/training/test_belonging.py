@@ -139,6 +139,56 @@ def test_a_run_of_the_same_options_goes_on_whatever_may_differ(written, tmp_path
     assert len(fit(file, epochs=3)) == 3
 
 
+class Noise:
+    """An attack of a user's own."""
+
+    def __init__(self, scale, extra=None):
+        self.scale, self.extra, self.calls = scale, extra, 0
+
+    def __call__(self, detector, images, labels, *, targets=None, generator=None):
+        self.calls += 1
+        return (images + self.scale).clamp(0, 1)
+
+
+def noise(scale, how="closure"):
+    def in_closure(detector, images, labels, *, targets=None, generator=None):
+        return (images + scale).clamp(0, 1)
+
+    def by_default(detector, images, labels, *, targets=None, generator=None, scale=scale):
+        return (images + scale).clamp(0, 1)
+
+    if how == "object":
+        return Noise(scale)
+    if how == "method":
+        return Noise(scale).__call__
+    if how == "number":
+        numbers = {0.1: lambda _, images, *__, **___: images * 0.1, 0.2: lambda _, images, *__, **___: images * 0.2}
+        return numbers[scale]
+    return in_closure if how == "closure" else by_default
+
+
+@pytest.mark.parametrize("how", ["object", "method", "closure", "default", "number"])
+def test_other_settings_inside_code_of_a_users_own_are_refused(tmp_path, how):
+    fit(tmp_path / "run.pt", attack=noise(0.1, how))
+    fit(tmp_path / "run.pt", attack=noise(0.1, how))
+    with pytest.raises(PersistenceError, match=r"belongs to another run: attack\.\S+ was \(?0\.1\)?, is \(?0\.2\)?;"):
+        fit(tmp_path / "run.pt", attack=noise(0.2, how))
+
+
+def test_what_may_change_by_itself_or_cannot_be_compared_is_said_once(tmp_path):
+    attack = Noise(0.1, extra=object())
+    loaders = [DataLoader(DATA, 6, shuffle=True, generator=seeded(seed)) for seed in (1, 2)]
+    fit(tmp_path / "run.pt", attack=attack, train=loaders[0])
+    calls = attack.calls
+    with pytest.warns(UserWarning, match="Make sure that it is the same one: ") as caught:
+        fit(tmp_path / "run.pt", attack=attack, train=loaders[1])
+    assert str(caught[0].message).partition(" one: ")[2] == (
+        f"attack.extra is an unknown object, which cannot be compared; attack.calls was 0, is {calls}; training seed of "
+        "the loader was 1, is 2"
+    )
+    assert len(caught) == 1
+
+
 class Drawn(Dataset):
     """A data set that makes its images when they are asked for."""
 
