@@ -48,8 +48,8 @@ def describe(options: Mapping[str, Any]) -> dict[str, str]:
         >>> from clusterguard.training import ClusterLoss, Outside
         >>> list(describe({"loss": ClusterLoss(target=Outside()), "rate": 0.5}).items())[:3]
         [('loss', 'ClusterLoss'), ('loss.target', 'Outside'), ('loss.target.margin', '0.1')]
-        >>> describe({"attack": lambda detector, images, labels: images + 0.1})
-        {'attack': '<lambda>', 'attack.numbers': '(0.1)'}
+        >>> describe({"attack": lambda detector, images, labels: images})
+        {'attack': '<lambda>'}
     """
     return dict(line for name, value in options.items() for line in _lines(name, value, 0))
 

@@ -51,12 +51,6 @@ def settings_inside(value: Any) -> list[tuple[str, Any]]:
 
     Args:
         value: value of any type.
-
-    Example:
-        >>> def scaled(factor):
-        ...     return lambda images: images * factor
-        >>> settings_inside(scaled(2))
-        [('factor', 2)]
     """
     if isinstance(value, MethodType):
         return settings_inside(value.__self__)

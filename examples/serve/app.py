@@ -1,6 +1,7 @@
 """A guard as a web service: `POST /detect` with image files or a JSON batch, `/model`, `/health`, `/metrics`.
 
-CLUSTERGUARD_GRAPH=guard.onnx uvicorn --app-dir examples/serve --factory app:create_app
+export CLUSTERGUARD_GRAPH=guard.onnx
+uvicorn --app-dir examples/serve --http connections:PromptProtocol --factory app:create_app
 """
 
 import asyncio

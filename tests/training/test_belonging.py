@@ -183,8 +183,8 @@ def test_what_may_change_by_itself_or_cannot_be_compared_is_said_once(tmp_path):
     with pytest.warns(UserWarning, match="Make sure that it is the same one: ") as caught:
         fit(tmp_path / "run.pt", attack=attack, train=loaders[1])
     assert str(caught[0].message).partition(" one: ")[2] == (
-        f"attack.extra is an unknown object, which cannot be compared; attack.calls was 0, is {calls}; training seed of "
-        "the loader was 1, is 2"
+        f"attack.extra is an unknown object, which cannot be compared; attack.calls was 0, is {calls}; training seed "
+        "of the loader was 1, is 2"
     )
     assert len(caught) == 1
 

@@ -160,13 +160,18 @@ _INSERTS = (
 
 
 @contextmanager
-def served(application: Any) -> Iterator[int]:
-    """Run a server with an application for the block, and yield its port."""
+def served(application: Any, protocol: Any = "auto") -> Iterator[int]:
+    """Run a server with an application for the block, and yield its port.
+
+    Args:
+        application: ASGI application.
+        protocol: class of a connection, or a name that uvicorn knows.
+    """
     import uvicorn
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(application, log_level="critical", lifespan="on"))
+        server = uvicorn.Server(uvicorn.Config(application, http=protocol, log_level="critical", lifespan="on"))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         while not server.started and thread.is_alive():
