@@ -1,9 +1,13 @@
 """The command line."""
 
 from clusterguard.cli._app import app
+from clusterguard.cli._data import begin_run
 from clusterguard.cli._demo import digit_network
+from clusterguard.cli._reports import write_report
 
 __all__ = [
     "app",
+    "begin_run",
     "digit_network",
+    "write_report",
 ]

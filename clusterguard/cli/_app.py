@@ -363,12 +363,13 @@ def evaluate(
     Example: clusterguard evaluate runs/guard --data photos --norm linf --eps 0.03 --budget quick --output report.html
     """
     import torch
-    from clusterguard._support import check_place, write_atomically
+    from clusterguard._support import check_place
     from clusterguard.attacks import LInf, WorstCaseSuite
     from clusterguard.certification import certified_success_rate
     from clusterguard.cli._data import describe_other_radius, describe_unreadable, open_guard, sample
     from clusterguard.cli._image_folders import find_copies
-    from clusterguard.evaluation import CertifiedBound, to_html
+    from clusterguard.cli._reports import write_report
+    from clusterguard.evaluation import CertifiedBound
     from clusterguard.evaluation import evaluate as run
     from torch.utils.data import DataLoader
 
@@ -407,12 +408,7 @@ def evaluate(
     )
     result = replace(result, certified=proved)
     for path in output or []:
-        if path.suffix == ".md":
-            write_atomically(path, lambda file: file.write_text(result.to_markdown() + "\n", encoding="utf-8"))
-        elif path.suffix == ".json":
-            result.to_json(path)
-        else:
-            to_html(result, path)
+        write_report(result, path)
     if record:
         detector.save_pretrained(guard, training=training, evaluation=result)
     show(as_json, result.to_dict(), result.to_markdown())

@@ -2,7 +2,9 @@
 
 import importlib.util
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
@@ -24,7 +26,9 @@ from clusterguard import (
     export_onnx,
     load_onnx,
 )
+from clusterguard.cli import begin_run, write_report
 from clusterguard.deployment import load_program, save_program
+from clusterguard.errors import ConfigurationError
 from clusterguard.evaluation import to_html
 from torch import Tensor, nn
 
@@ -176,6 +180,23 @@ def _read_monitor(folder: Path) -> Any:
     return monitor.state_dict()
 
 
+def _options(version: int) -> dict[str, Any]:
+    return {"data": "photos", "epochs": 12, "seed": version, "calibrator": {"false_positive_rate": 0.01}}
+
+
+def _read_record(folder: Path) -> int:
+    """The version of the training that may go on."""
+    text = (folder / "training.json").read_bytes()
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "checkpoint.pt").touch()
+        for version in (0, 1):
+            (Path(place) / "training.json").write_bytes(text)
+            with suppress(ConfigurationError):
+                begin_run(Path(place), _options(version), resume=True)
+                return version
+    raise ConfigurationError("expected the record of one of the trainings, got another")
+
+
 def all_writers(*, epochs: int = 3) -> dict[str, Writer]:
     """Every kind, by name.
 
@@ -216,6 +237,15 @@ def all_writers(*, epochs: int = 3) -> dict[str, Writer]:
             lambda folder, version: to_html(_evaluation(version), folder / "report.html"),
             lambda folder: (folder / "report.html").read_text(),
             is_checked=False,
+        ),
+        "report as Markdown": Writer(
+            ("report.md",),
+            lambda folder, version: write_report(_evaluation(version), folder / "report.md"),
+            lambda folder: (folder / "report.md").read_text(),
+            is_checked=False,
+        ),
+        "record of a training": Writer(
+            ("training.json",), lambda folder, version: begin_run(folder, _options(version), resume=False), _read_record
         ),
         "weights of a benchmark": Writer(
             ("models/key.json", "models/key-1.safetensors"),
