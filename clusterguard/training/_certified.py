@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import final
 
 import torch
-from clusterguard._support import IN_GREY_LEVELS, check_numbers, evaluation_mode
+from clusterguard._support import IN_GREY_LEVELS, check_numbers, evaluation_mode, sole_use
 from clusterguard.certification import Interval, bound
 from clusterguard.certification._internal import Box, check_bounds, followed_activations
 from clusterguard.detection import Calibrator
@@ -182,7 +182,12 @@ class CertifiedTrainer(DetectorTrainer):
             return TrainingStep(loss, right, terms={"loss/benign": loss.detach()})
         # Bounds are known for given statistics only, and not for dropout.
         boxes: list[Box] = []
-        with evaluation_mode(self.guard), normalized_by(statistics), followed_activations(boxes.append):
+        with (
+            sole_use(self.guard),
+            evaluation_mode(self.guard),
+            normalized_by(statistics),
+            followed_activations(boxes.append),
+        ):
             leads = bound(self.guard, images, labels, eps=share * self.eps).leads
         worst = (-leads / (2 * self.temperature)).logsumexp(dim=1).mean()  # includes the label, whose lead is 0
         weight = share * self.bound_weight

@@ -21,6 +21,7 @@ _COMPARABLE = (
     *(bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device),
     *(type, FunctionType, BuiltinFunctionType, MethodType, partial, nn.Module, torch.Generator),  # by their names
 )
+_MUTABLE = (list, dict, set)
 _LONGEST_ROW = 20  # largest number of values in a row
 
 
@@ -47,7 +48,7 @@ def settings_inside(value: Any) -> list[tuple[str, Any]]:
 
     Those of a function are the values that it holds on to from outside, its defaults, and the numbers in it. Those of
     an object are its public attributes. An attribute that is no option of the class may be a counter, for example, so
-    its name ends in `MAY_CHANGE`.
+    its name ends in `MAY_CHANGE`, and so does that of every list, dict and set.
 
     Args:
         value: value of any type.
@@ -59,7 +60,7 @@ def settings_inside(value: Any) -> list[tuple[str, Any]]:
         return []
     if isinstance(value, FunctionType):
         found = dict(_held(value)) | {f"{name}=": default for name, default in _defaults(value)}
-        if numbers := [*_numbers(value.__code__)]:
+        if numbers := tuple(_numbers(value.__code__)):
             found["numbers"] = numbers
     elif not isinstance(value, type) and getattr(type(value), "__repr__", None) is object.__repr__:
         options = _options_of(type(value))
@@ -67,7 +68,12 @@ def settings_inside(value: Any) -> list[tuple[str, Any]]:
         found = {name if name in options else f"{name}{MAY_CHANGE}": part for name, part in public.items()}
     else:
         return []
-    return [(name, _comparable(part)) for name, part in found.items()]
+    return [(_marked(name, part), _comparable(part)) for name, part in found.items()]
+
+
+def _marked(name: str, value: Any) -> str:
+    """The name of a setting, which says so if the value may change: lists and the like often record something."""
+    return f"{name}{MAY_CHANGE}" if isinstance(value, _MUTABLE) and not name.endswith(MAY_CHANGE) else name
 
 
 def _held(function: FunctionType) -> Iterator[tuple[str, Any]]:

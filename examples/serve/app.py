@@ -22,7 +22,7 @@ import clusterguard as cg
 import torch
 from anyio import move_on_after
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -251,7 +251,7 @@ def create_app(graph: str | None = None, state: str | None = None) -> FastAPI:
         """The service is up; nothing is said of the traffic, for which see the monitor."""
         return {"status": "ok", "classes": detector.num_classes, "image_shape": detector.image_shape}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def report() -> Response:
         """For Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

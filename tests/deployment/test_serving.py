@@ -1,7 +1,6 @@
 """The service of examples/serve, over HTTP."""
 
 import asyncio
-import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -411,27 +410,6 @@ def test_a_slow_client_is_dropped(address, app, monkeypatch):
         answer = b"".join(iter(lambda: client.recv(1000), b""))  # ends, for the connection is closed
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"within 0.2 seconds, got 4 bytes" in answer
-
-
-def test_a_client_whose_headers_come_slowly_is_dropped(app, graph, monkeypatch):
-    connections = load("connections")
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
-    with served(app.create_app(str(graph)), connections.PromptProtocol) as port:
-        for first in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):  # also those of a second request
-            with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
-                client.sendall(first)
-                assert not first or client.recv(1000).startswith(b"HTTP/1.1 200")
-                client.sendall(b"GET / HTTP/1.1\r\n")
-                started = time.monotonic()
-                with contextlib.suppress(ConnectionError):
-                    for _ in iter(lambda: client.recv(1000), b""):  # ends, for the connection is closed
-                        pass
-                assert 0.2 < time.monotonic() - started < 20
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:  # a slow body has its own limit
-            client.sendall(b"POST /detect HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{")
-            time.sleep(0.5)
-            client.sendall(b"}")
-            assert client.recv(1000).startswith(b"HTTP/1.1 415")
 
 
 def test_the_api_describes_bodies_and_errors(address):

@@ -67,6 +67,7 @@ def run(blobs, augment, file=None, stop_at=None, loader=None):
     return weights(guard)
 
 
+@pytest.mark.filterwarnings("ignore:.*Make sure that it is the same one. options.augment.seen was")
 @pytest.mark.parametrize(
     "transform",
     [

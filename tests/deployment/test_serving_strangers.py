@@ -1,0 +1,63 @@
+"""The service of examples/serve from outside: slow clients, and answers as its OpenAPI document describes them."""
+
+import contextlib
+import socket
+import time
+
+import pytest
+from clusterguard import export_onnx
+from hypothesis import HealthCheck, given, settings
+
+from benchmarks.studies.chaos._requests import served
+from benchmarks.studies.chaos._writers import load_service, make_guard
+
+
+def service(folder):
+    return load_service().create_app(str(export_onnx(make_guard(), folder / "guard.onnx")))
+
+
+def test_a_client_whose_headers_come_slowly_is_dropped(tmp_path, monkeypatch):
+    application = service(tmp_path)
+    import connections  # which `service` has put into reach
+
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
+    with served(application, connections.PromptProtocol) as port:
+        for first in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):  # also those of a second request
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+                client.sendall(first)
+                assert not first or client.recv(1000).startswith(b"HTTP/1.1 200")
+                client.sendall(b"GET / HTTP/1.1\r\n")
+                started = time.monotonic()
+                with contextlib.suppress(ConnectionError):
+                    for _ in iter(lambda: client.recv(1000), b""):  # ends, for the connection is closed
+                        pass
+                assert 0.2 < time.monotonic() - started < 20
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:  # a slow body has its own limit
+            client.sendall(b"POST /detect HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{")
+            time.sleep(0.5)
+            client.sendall(b"}")
+            assert client.recv(1000).startswith(b"HTTP/1.1 415")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_every_answer_is_one_that_the_schema_describes(tmp_path, monkeypatch):
+    schemathesis = pytest.importorskip("schemathesis")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with served(service(tmp_path)) as port:
+        schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
+        operations = [found.ok() for found in schema.get_all_operations()]
+        assert {operation.path for operation in operations} == {"/detect", "/model", "/health", "/metrics"}
+        for operation in operations:
+            check(operation)
+
+
+def check(operation):
+    """Send requests of an operation, and hold each answer to the statuses, media types and bodies in the schema."""
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy())
+    def send(case):
+        case.call_and_validate(excluded_checks=[positive_data_acceptance])  # a schema cannot tell which bytes are a PNG
+
+    send()
