@@ -11,12 +11,12 @@ from clusterguard._support._mode_flags import overrides_mode_methods, to_eval_mo
 from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 
-Module = TypeVar("Module", bound=nn.Module)
+Viewed = TypeVar("Viewed", bound=nn.Module)
 
 _DICTS = (dict, OrderedDict)
 
 
-def view_in_eval_mode(module: Module) -> Module:
+def view_in_eval_mode(module: Viewed) -> Viewed:
     """Copy a module into eval mode. The copy shares parameters and buffers with the module, which does not change.
 
     A module that overrides `train` or `eval` may merge weights there. So its part of the copy has its own tensors.

@@ -12,7 +12,7 @@ from clusterguard._support._mode_flags import set_mode, switch, to_eval_mode
 from clusterguard.errors import ConfigurationError
 from torch import nn
 
-Candidate = TypeVar("Candidate")
+Readable = TypeVar("Readable")
 
 # Modules in eval mode are read as they are, and whoever wants to put them into train mode waits for their readers.
 _lock = threading.RLock()
@@ -24,7 +24,7 @@ _this_thread = threading.local()  # the modules that this thread reads; a forked
 
 
 @contextmanager
-def evaluation_mode(candidate: Candidate) -> Iterator[Candidate]:
+def evaluation_mode(candidate: Readable) -> Iterator[Readable]:
     """Give what is to be read in eval mode: a module as it is, or a view of it if a part of it is in train mode.
 
     A view is a copy in eval mode that shares parameters and buffers. So reading never changes the mode of a module that

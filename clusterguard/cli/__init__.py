@@ -3,11 +3,11 @@
 from clusterguard.cli._app import app
 from clusterguard.cli._data import begin_run
 from clusterguard.cli._demo import digit_network
-from clusterguard.cli._reports import write_report
+from clusterguard.cli._reports import write_evaluation
 
 __all__ = [
     "app",
     "begin_run",
     "digit_network",
-    "write_report",
+    "write_evaluation",
 ]

@@ -368,7 +368,7 @@ def evaluate(
     from clusterguard.certification import certified_success_rate
     from clusterguard.cli._data import describe_other_radius, describe_unreadable, open_guard, sample
     from clusterguard.cli._image_folders import find_copies
-    from clusterguard.cli._reports import write_report
+    from clusterguard.cli._reports import write_evaluation
     from clusterguard.evaluation import CertifiedBound
     from clusterguard.evaluation import evaluate as run
     from torch.utils.data import DataLoader
@@ -408,7 +408,7 @@ def evaluate(
     )
     result = replace(result, certified=proved)
     for path in output or []:
-        write_report(result, path)
+        write_evaluation(result, path)
     if record:
         detector.save_pretrained(guard, training=training, evaluation=result)
     show(as_json, result.to_dict(), result.to_markdown())

@@ -6,7 +6,7 @@ from clusterguard._support import write_atomically
 from clusterguard.evaluation import Evaluation, to_html
 
 
-def write_report(result: Evaluation, path: str | Path) -> Path:
+def write_evaluation(result: Evaluation, path: str | Path) -> Path:
     """Write the report of an evaluation as JSON, Markdown or HTML, completely or not at all.
 
     Args:

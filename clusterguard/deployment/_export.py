@@ -177,7 +177,14 @@ class OnnxDetector(DetectorModule):
         self.training = False
 
     def train(self, mode: bool = True) -> "OnnxDetector":
-        """Do nothing, because a graph has no train mode."""
+        """Do nothing, because a graph has no train mode.
+
+        Args:
+            mode: as in `nn.Module.train`.
+
+        Returns:
+            The detector itself.
+        """
         return self
 
     def check_image_shape(self, images: Tensor) -> None:

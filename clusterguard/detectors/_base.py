@@ -206,6 +206,9 @@ class DetectorModule(nn.Module, ABC):
         Args:
             mode: whether to choose train mode.
 
+        Returns:
+            The detector itself.
+
         Raises:
             ConfigurationError: another thread trains the detector.
         """

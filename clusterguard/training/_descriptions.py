@@ -23,7 +23,7 @@ from clusterguard.detection._internal import number_of_batches
 from clusterguard.detectors import DetectorModule, Head, Normalize
 from clusterguard.training._contents import describe_contents
 from clusterguard.training._options import TrainingOptions
-from clusterguard.training._own_code import MAY_CHANGE, UNKNOWN, settings_inside
+from clusterguard.training._own_code import MAY_CHANGE, UNKNOWN_KIND, settings_inside
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
@@ -250,10 +250,10 @@ def doubts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """
     return [
         f"{key} is {text}, which cannot be compared"
-        if text.startswith(UNKNOWN)
+        if text.startswith(UNKNOWN_KIND)
         else f"{key.removesuffix(MAY_CHANGE)} was {before[key]}, is {text}"
         for key, text in now.items()
-        if text.startswith(UNKNOWN) or (key.endswith(MAY_CHANGE) and before.get(key, text) != text)
+        if text.startswith(UNKNOWN_KIND) or (key.endswith(MAY_CHANGE) and before.get(key, text) != text)
     ]
 
 

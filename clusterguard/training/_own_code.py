@@ -25,7 +25,7 @@ _MUTABLE = (list, dict, set)
 _LONGEST_ROW = 20  # largest number of values in a row
 
 
-class Unknown:
+class Incomparable:
     """Stands for a value that cannot be compared.
 
     Args:
@@ -36,10 +36,10 @@ class Unknown:
         self.value = value
 
     def __repr__(self) -> str:
-        return f"{UNKNOWN}{type(self.value).__qualname__}"
+        return f"{UNKNOWN_KIND}{type(self.value).__qualname__}"
 
 
-UNKNOWN = "an unknown "
+UNKNOWN_KIND = "an unknown "
 """Beginning of the description of a value that cannot be compared."""
 
 
@@ -109,11 +109,11 @@ def _options_of(cls: type) -> set[str]:
 
 
 def _comparable(value: Any) -> Any:
-    """The value, if it can be described so that equal settings have equal descriptions; an `Unknown` otherwise."""
+    """The value, if it can be described so that equal settings have equal descriptions; an `Incomparable` otherwise."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, dict | list | tuple | set | frozenset):
         parts = [*value.values(), *value] if isinstance(value, dict) else [*value]
-        known = len(value) <= _LONGEST_ROW and not any(isinstance(_comparable(part), Unknown) for part in parts)
-        return value if known else Unknown(value)
-    return value if value is None or isinstance(value, _COMPARABLE) or is_dataclass(value) else Unknown(value)
+        known = len(value) <= _LONGEST_ROW and not any(isinstance(_comparable(part), Incomparable) for part in parts)
+        return value if known else Incomparable(value)
+    return value if value is None or isinstance(value, _COMPARABLE) or is_dataclass(value) else Incomparable(value)

@@ -26,7 +26,7 @@ from clusterguard import (
     export_onnx,
     load_onnx,
 )
-from clusterguard.cli import begin_run, write_report
+from clusterguard.cli import begin_run, write_evaluation
 from clusterguard.deployment import load_program, save_program
 from clusterguard.errors import ConfigurationError
 from clusterguard.evaluation import to_html
@@ -240,7 +240,7 @@ def all_writers(*, epochs: int = 3) -> dict[str, Writer]:
         ),
         "report as Markdown": Writer(
             ("report.md",),
-            lambda folder, version: write_report(_evaluation(version), folder / "report.md"),
+            lambda folder, version: write_evaluation(_evaluation(version), folder / "report.md"),
             lambda folder: (folder / "report.md").read_text(),
             is_checked=False,
         ),
