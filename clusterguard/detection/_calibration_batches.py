@@ -50,6 +50,8 @@ class CalibrationBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in Pairs(self.loader, self.unpack):
+            if len(self.images) and isinstance(self.detector, KeepsCalibration):
+                self.detector.learn_image_shape(images)  # what judges may be a view that does not know the shape yet
             yield images, labels  # before they are used below, because the caller checks them
             kept = images[: 16 - len(self.images)].detach().cpu()
             if not len(self.images):
