@@ -1,11 +1,13 @@
 """Views of modules in eval mode, for reading a module that stays in train mode."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
+import torch
 from clusterguard._support._copying import copy_module, shorten
 from clusterguard._support._mode_flags import overrides_mode_methods, to_eval_mode
 from clusterguard.errors import ConfigurationError
@@ -33,6 +35,13 @@ def view_in_eval_mode(module: Viewed) -> Viewed:
         >>> view.training, layer.training, view[0].weight is layer[0].weight
         (False, True, True)
     """
+    if "torch._dynamo" not in sys.modules:  # importing it, as the next line does, takes seconds
+        return _view(module)
+    view: Viewed = torch.compiler.disable(_view)(module)  # deepcopy cannot be compiled
+    return view
+
+
+def _view(module: Viewed) -> Viewed:
     modules = dict.fromkeys(module.modules())
     held = {id(part) for part in modules}
     for function, name in _functions_of(modules):
