@@ -35,8 +35,9 @@ def set_thresholds(detector: DetectorModule, images: Tensor) -> None:
 def spread(guard: ClusterGuard, images: Tensor) -> None:
     """Let the representations of these images vary as if the guard were trained, so that labels differ."""
     last = [layer for layer in guard.encoder.modules() if isinstance(layer, nn.Linear)][-1]
-    with torch.no_grad(), evaluation_mode(guard):
-        representations = guard.represent(images)
+    with torch.no_grad():
+        with evaluation_mode(guard) as read:
+            representations = read.represent(images)
         scale = 5 / representations.std(dim=0)
         last.bias.copy_((last.bias - representations.mean(dim=0)) * scale + 3)
         last.weight.mul_(scale[:, None])
