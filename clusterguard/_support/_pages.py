@@ -32,7 +32,7 @@ td:first-child{font-weight:600}td[data-head]::before{content:attr(data-head) ": 
 --warn:#fff;--warn-line:#000;--good:#000;--bad:#000}body{font-size:10pt;max-width:none;margin:0;padding:0}
 nav,details{display:none}tr,figure,.warning{break-inside:avoid}h2,h3{break-after:avoid}.wide{overflow:visible}}
 """
-_NUMBER = re.compile(r"[\d\s.,:/%–−+\-\[\]()e]+|–|")
+_NUMBER = re.compile(r"[\d\s.,:/%–−+\-\[\]()e]+|–")
 
 
 class Markup(str):

@@ -198,7 +198,7 @@ class DetectorModule(nn.Module, ABC):
         """Whether every class has a threshold."""
         return not bool(self.thresholds.isnan().any())
 
-    def train(self, mode: bool = True) -> "Self":
+    def train(self, mode: bool = True) -> Self:
         """Put the detector and all its modules into train mode, or into eval mode.
 
         Train mode waits until no other thread reads the detector in eval mode.

@@ -122,6 +122,7 @@ def test_an_undone_epoch_is_never_the_best_one():
 ATTACK = PGD(eps=0.1, step_size=0.03, steps=3, start="random")
 
 
+@pytest.mark.filterwarnings("ignore:.*Make sure that it is the same one")  # the attack holds the trainer
 @pytest.mark.parametrize("stop_at", [4, 5])
 def test_a_resumed_training_is_bit_identical(blobs, tmp_path, stop_at):
     def run(file, stop_at=None):
