@@ -12,10 +12,12 @@ _MOST = 10  # classes that a message names
 
 @runtime_checkable
 class HasClassNames(Protocol):
-    """A detector that can know what its classes are called."""
+    """A detector that can know what its classes are called.
+
+    It states no buffer, which `isinstance` does not find from Python 3.12 on.
+    """
 
     class_names: Sequence[str] | None
-    thresholds: Tensor
 
 
 def _names_of_data_set(loader: object) -> tuple[str, ...] | None:
@@ -50,7 +52,11 @@ def learn_class_names(detector: object, loader: object) -> None:
         UserWarning: the loader has the same classes in another order.
     """
     names = _names_of_data_set(loader)
-    if names is None or not isinstance(detector, HasClassNames) or len(names) != len(detector.thresholds):
+    if (
+        names is None
+        or not isinstance(detector, HasClassNames)
+        or len(names) != len(getattr(detector, "thresholds", ()))
+    ):
         return
     if detector.class_names is None:
         detector.class_names = names

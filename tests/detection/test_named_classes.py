@@ -1,8 +1,11 @@
 """Names of classes are taken from where they are known, and used wherever a class is named."""
 
+from inspect import getattr_static
+
 import pytest
 import torch
 from clusterguard import Calibrator, ClusterGuard, align, errors, evaluate
+from clusterguard.detection._class_names import HasClassNames
 from clusterguard.evaluation import to_html
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -42,6 +45,11 @@ def test_a_data_set_tells_the_names(blobs, wrap, use):
     guard = ClusterGuard(nearest(), 3)
     use(guard, DataLoader(wrap(blobs.dataset), 100))
     assert guard.class_names == tuple(NAMES)
+
+
+def test_python_3_12_finds_what_a_guard_must_have_to_learn_names():
+    for name in HasClassNames.__annotations__:
+        getattr_static(ClusterGuard(nearest(), 3), name)  # as isinstance looks a protocol's attributes up there
 
 
 def test_names_that_are_set_or_do_not_fit_stay(blobs):
