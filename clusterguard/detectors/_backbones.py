@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from clusterguard._support import check_numbers, copy_backbone, refuse_unusable
-from clusterguard.detectors._dense_layers import last_parameter, take_over
+from clusterguard.detectors._dense_layers import is_in_users_module, last_parameter, take_over
 from clusterguard.detectors._families import family_of
 from clusterguard.detectors._family import Replacement
 from clusterguard.detectors._outputs import PASS_EXAMPLE, find_output, run_once
@@ -302,15 +302,18 @@ def adapt_backbone(
             return Adapted(layered, had_classifier=True, keeps_logits=True)
         _warn_of_classifier(backbone, encoder)
         return Adapted(layered, had_classifier=False, keeps_logits=False)
-    keeps = keep is not None and classes == keep.num_classes and _take_over_all(replaced, keep.scale)
+    keeps = keep is not None and classes == keep.num_classes and _take_over_all(encoder, replaced, keep.scale)
     encoder = family.as_function(encoder)
     if example is not None:
         run_once(encoder, example)
     return Adapted(encoder, had_classifier=True, keeps_logits=keeps)
 
 
-def _take_over_all(replaced: Replacement, scale: float) -> bool:
-    return bool(replaced) and all(take_over(old, new, scale) for old, new in replaced)
+def _take_over_all(encoder: nn.Module, replaced: Replacement, scale: float) -> bool:
+    """Let new layers compute what the old ones did, times a scale. Those in a user's head must not change at all."""
+    return bool(replaced) and all(
+        take_over(old, new, scale, exactly=is_in_users_module(new, encoder)) for old, new in replaced
+    )
 
 
 def _repeat_inputs(layer: nn.Linear, scale: float) -> None:

@@ -30,10 +30,17 @@ def dense_layers(module: nn.Module) -> list[Dense]:
     ]
 
 
-def is_usual(layer: Dense) -> bool:
-    """Whether a layer only multiplies by its weight and adds its bias. A user's subclass or a hook may do more."""
+def is_usual(layer: nn.Module) -> bool:
+    """Whether a layer computes what its library says. A user's subclass or a hook may do more."""
     is_known = type(layer).__module__.split(".")[0] in ("torch", "timm", "torchvision", "transformers")
     return is_known and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def is_in_users_module(layer: nn.Module, model: nn.Module) -> bool:
+    """Whether a layer is a part of a user's module inside a model, whose forward may do anything with its outputs."""
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is layer]
+    holders = {path[:end] for path in paths for end, letter in enumerate(path) if letter == "."}
+    return not all(is_usual(model.get_submodule(path)) for path in holders)
 
 
 def changes_no_label(module: nn.Module) -> bool:
@@ -42,9 +49,11 @@ def changes_no_label(module: nn.Module) -> bool:
 
 
 def is_one_layer(head: nn.Module) -> bool:
-    """Whether the labels of a head are those of the only dense layer in it."""
-    parts = [part for part in head.modules() if not any(part.children())]
-    return len(dense_layers(head)) == 1 and all(isinstance(part, (*_HARMLESS, nn.Linear, nn.Conv2d)) for part in parts)
+    """Whether the labels of a head are those of the only dense layer in it. A user's module may compute anything."""
+    inside = {part for layer in dense_layers(head) for part in layer.modules() if part is not layer}
+    known = (*_HARMLESS, nn.Linear, nn.Conv2d, nn.Sequential)
+    parts = [part for part in head.modules() if part not in inside]
+    return len(dense_layers(head)) == 1 and all(isinstance(part, known) and is_usual(part) for part in parts)
 
 
 def last_parameter(module: nn.Module) -> Tensor | None:
@@ -67,7 +76,7 @@ def make_layer_like(layer: Dense, out_features: int) -> Dense:
     return fresh
 
 
-def take_over(old: nn.Module, new: nn.Module, scale: float) -> bool:
+def take_over(old: nn.Module, new: nn.Module, scale: float, *, exactly: bool = False) -> bool:
     """Let a new classifier compute the outputs of an old one times a scale, each of them several times.
 
     Only an offset that all outputs share is left out.
@@ -77,9 +86,10 @@ def take_over(old: nn.Module, new: nn.Module, scale: float) -> bool:
         new: classifier of the same layers with m outputs, a multiple of K. Output i of the old one becomes the outputs
             i·m/K to (i + 1)·m/K − 1.
         scale: factor of all outputs.
+        exactly: whether the outputs must be those of the old one, with the offset that they share.
 
     Returns:
-        Whether the layers correspond. If they do not, the new classifier is unchanged.
+        Whether the layers correspond, and the outputs are as wanted. If they do not, the new classifier is unchanged.
     """
     pairs = list(zip(dense_layers(old), dense_layers(new), strict=False))
     if not pairs or len(pairs) != len(dense_layers(old)) or len(pairs) != len(dense_layers(new)):
@@ -89,6 +99,8 @@ def take_over(old: nn.Module, new: nn.Module, scale: float) -> bool:
     if any(n.bias is None and o.bias is not None for o, n in pairs):
         return False
     if not all(is_usual(before) for before, _ in pairs):
+        return False
+    if exactly and (scale != 1 or any(len(o.weight) != len(n.weight) for o, n in pairs)):
         return False
     others, fresh = _other_tensors(old), _other_tensors(new)
     if {name: value.shape for name, value in others.items()} != {name: value.shape for name, value in fresh.items()}:
@@ -101,7 +113,8 @@ def take_over(old: nn.Module, new: nn.Module, scale: float) -> bool:
             after.weight.copy_(scale * repeat(before.weight, "k ... -> (k l) ...", l=copies))
             if after.bias is not None:
                 bias = torch.zeros_like(before.weight[:, 0]).flatten() if before.bias is None else before.bias
-                bias = bias - bias.mean()  # moves no label, and distances do not drown in an offset of all logits
+                if not exactly:  # this moves no label, and distances do not drown in an offset of all logits
+                    bias = bias - bias.mean()
                 after.bias.copy_(scale * repeat(bias, "k -> (k l)", l=copies))
     return True
 

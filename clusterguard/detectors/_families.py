@@ -8,7 +8,7 @@ recognised too.
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Set
-from typing import Any, final
+from typing import Any, TypeGuard, final
 
 from clusterguard.detectors._dense_layers import (
     Dense,
@@ -16,15 +16,12 @@ from clusterguard.detectors._dense_layers import (
     dense_layers,
     is_one_layer,
     last_parameter,
-    make_layer_like,
-    put_in_place,
 )
-from clusterguard.detectors._family import Family, Replacement, replace_end
+from clusterguard.detectors._family import Family, Replacement, replace_end, replace_head
 from clusterguard.detectors._hugging_face import HuggingFace
 from clusterguard.detectors._layers import build_layers, describe_layers
-from clusterguard.detectors._outputs import has_width
 from clusterguard.detectors._wrappers import Normalization
-from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
+from clusterguard.errors import ConfigurationError
 from einops.layers.torch import Reduce
 from torch import nn
 from torch.fx import GraphModule
@@ -73,6 +70,8 @@ class Timm(Family):
         classifier = getattr(model, "get_classifier", nn.Identity)()
         if _is_users_sequence(classifier):
             return replace_end(model, classifier, out_features)
+        if _is_users_module(classifier):
+            return replace_head(self, model, classifier, out_features)
         like = last_parameter(model)
         pools = [getattr(owner, "global_pool", None) for owner in (getattr(model, "head", None), model)]
         # Without pooling, a model that returns its feature map would apply the layer at every position of the map.
@@ -150,21 +149,7 @@ class Torchvision(Family):
         ending = self._find_head(model)
         if ending is None:
             return None
-        head = ending[0]
-        is_simple, replacement = is_one_layer(head), replace_end(model, head, out_features)
-        if all(type(part).__module__.split(".")[0] in ("torch", "torchvision") for part in head.modules()):
-            return replacement
-        # In a user's head, such as an adapter beside its base, the last layer need not be the one that makes the
-        # output.
-        if not has_width(model, out_features):
-            put_in_place(model, head, make_layer_like(dense_layers(head)[0], out_features))
-            if not has_width(model, out_features):
-                raise UnsupportedBackboneError(
-                    f"expected a classifier that one linear layer can replace, got {type(head).__name__}; put such a "
-                    "layer in its place"
-                )
-            return []
-        return replacement if is_simple else []
+        return replace_head(self, model, ending[0], out_features)
 
     def recipes(self, model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """The functions that build models of this class."""
@@ -263,6 +248,13 @@ def _is_users_sequence(classifier: object) -> bool:
         and len(dense_layers(classifier)) > 1
         and all(type(part).__module__.startswith("torch.nn.") for part in classifier.modules())
     )
+
+
+def _is_users_module(classifier: object) -> TypeGuard[nn.Module]:
+    """Whether a user put a module of another library, with a linear layer in it, in the place of a classifier."""
+    if not (isinstance(classifier, nn.Module) and dense_layers(classifier)):
+        return False
+    return any(type(part).__module__.split(".")[0] not in ("torch", "timm") for part in classifier.modules())
 
 
 def _new_modules(module: nn.Module, old: Set[nn.Module], path: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -7,9 +7,10 @@ from itertools import dropwhile
 from typing import Any, ClassVar, TypeAlias
 
 from clusterguard.detectors._dense_layers import changes_no_label, dense_layers, make_layer_like, put_in_place
+from clusterguard.detectors._outputs import has_width
 from clusterguard.detectors._recipe_settings import may_be_set
 from clusterguard.detectors._wrappers import Normalization
-from clusterguard.errors import ConfigurationError
+from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
 from torch import nn
 
 Replacement: TypeAlias = Sequence[tuple[nn.Module, nn.Module]]
@@ -132,3 +133,25 @@ def replace_end(model: nn.Module, head: nn.Module, out_features: int) -> Replace
             head.set_submodule(path, nn.Identity().train(module.training))
     put_in_place(model, layer, fresh)
     return [(layer, fresh)] if all(changes_no_label(module) for _, module in after) else []
+
+
+def replace_head(family: Family, model: nn.Module, head: nn.Module, out_features: int) -> Replacement:
+    """Replace the last layer of a head, or all of a user's head if its last layer does not make the output.
+
+    Raises:
+        UnsupportedBackboneError: no linear layer can replace the head.
+    """
+    replacement = replace_end(model, head, out_features)
+    if all(type(part).__module__.split(".")[0] in ("torch", family.name) for part in head.modules()):
+        return replacement
+    # In a user's head, such as an adapter beside its base, the last layer need not be the one that makes the output.
+    function, usual = family.as_function(model), family.image_shape(model)
+    if has_width(function, out_features, usual=usual):
+        return replacement
+    put_in_place(model, head, make_layer_like(dense_layers(head)[0], out_features))
+    if not has_width(function, out_features, usual=usual):
+        raise UnsupportedBackboneError(
+            f"expected a classifier that one linear layer can replace, got {type(head).__name__}; put such a layer in "
+            "its place"
+        )
+    return []

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 from clusterguard.detectors._dense_layers import count_outputs, dense_layers
-from clusterguard.detectors._family import Family, Replacement, replace_end
+from clusterguard.detectors._family import Family, Replacement, replace_head
 from clusterguard.detectors._recipe_settings import CONFIGURATIONS, may_be_set
 from clusterguard.detectors._wrappers import Normalization
 from clusterguard.errors import ConfigurationError, UnsupportedBackboneError
@@ -109,7 +109,8 @@ class HuggingFace(Family):
         """Replace the last layer of each head.
 
         Raises:
-            UnsupportedBackboneError: the model has no head of a known name.
+            UnsupportedBackboneError: the model has no head of a known name, or a user replaced the head, and its last
+                layer does not make the output.
         """
         heads = self._find_heads(model)
         if not heads:
@@ -117,7 +118,7 @@ class HuggingFace(Family):
                 f"expected a model with a linear classifier, got a {type(model).__name__}; pass the network inside it, "
                 "such as timm_model, or wrap it so that it returns features (B, D)"
             )
-        pairs = [replace_end(model, head, out_features) for head in heads]
+        pairs = [replace_head(self, model, head, out_features) for head in heads]
         return [pair for replacement in pairs for pair in replacement] if all(pairs) else []
 
     def as_function(self, model: nn.Module) -> nn.Module:

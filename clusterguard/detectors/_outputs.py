@@ -95,9 +95,9 @@ def run_once(module: nn.Module, images: Tensor) -> Tensor:
     )
 
 
-def has_width(encoder: nn.Module, out_features: int) -> bool:
-    """Whether a module returns (B, out_features) for blank images that fit."""
+def has_width(encoder: nn.Module, out_features: int, *, usual: tuple[int, ...] | None = None) -> bool:
+    """Whether a module returns (B, out_features) for blank images that fit, the first of them of the usual shape."""
     try:
-        return find_output(encoder, encoder, None).shape[1] == out_features
+        return find_output(encoder, encoder, None, usual=usual).shape[1] == out_features
     except UnsupportedBackboneError:
         return False
