@@ -145,6 +145,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         self.head = copy_module(head) if head else GaussianClusters(classes, representation_dim, center_scale=scale)
         shape = self.image_shape if isinstance(self.image_shape, tuple) else None
         self.encoder = self._adapt(backbone, classifier, example, shape)
+        self._join_encoder()
         self._encode: NetworkCall = call_uncompiled
         if example is not None:
             self.learn_image_shape(example)
@@ -172,6 +173,14 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
                 stacklevel=3,
             )
         return encoder
+
+    def _join_encoder(self) -> None:
+        """Put the parts around the encoder on its devices, and normalise in the data type of its first layer."""
+        weights = [weight for weight in self.encoder.parameters() if weight.is_floating_point()]
+        if weights:
+            self.normalize.to(weights[0])
+            self.head.to(weights[-1].device)
+            self.thresholds = self.thresholds.to(weights[-1].device)
 
     def represent(self, images: Tensor) -> Tensor:
         """The representation z: images (B, C, H, W) in [0, 1] -> (B, m)."""

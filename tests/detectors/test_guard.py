@@ -8,6 +8,7 @@ from clusterguard.deployment import export_program
 from clusterguard.detection import Calibration
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from torch import nn
+from torchvision import models
 
 
 def test_a_guard_is_a_detector_and_a_classifier(small_guard):
@@ -126,6 +127,21 @@ def test_normalisation_is_inside():
     normalised.encoder.load_state_dict(plain.encoder.state_dict())
     by_hand = (example - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(normalised.represent(example), plain.represent(by_hand))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_guard_of_a_model_in_another_precision_takes_the_images_of_this_model(dtype):
+    model = models.resnet18(num_classes=4).to(dtype)
+    images = torch.rand(3, 3, 32, 32)
+    guard, cast = ClusterGuard(model), ClusterGuard(model.float()).to(dtype)
+    assert torch.allclose(guard.distances(images.to(dtype)), cast.distances(images.to(dtype)), rtol=1e-5)
+    assert guard.thresholds.dtype == torch.float32
+
+
+def test_a_guard_is_on_the_device_of_its_model():
+    guard = ClusterGuard(models.resnet18(num_classes=4).to("meta"))
+    assert {tensor.device.type for tensor in guard.state_dict().values()} == {"meta"}
+    assert guard.distances(torch.rand(3, 3, 32, 32, device="meta")).shape == (3, 4)
 
 
 def test_normalisation_for_other_channels_is_refused():
