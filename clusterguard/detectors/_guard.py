@@ -211,10 +211,10 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
 
         Raises:
             InputError: pixels are outside of [0, 1], for instance because the images were normalised already. This is
-                not checked while gradients are recorded, because it would cost time in every step of a training or an
-                attack.
+                not checked in train mode, nor for images that require gradients, because it would cost time in every
+                step of a training or an attack.
         """
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if not (self.training or torch.compiler.is_compiling() or getattr(images, "requires_grad", False)):
             check_images(images)
         return self.head.logits(self.represent(images))
 

@@ -59,8 +59,9 @@ def test_representations_that_are_not_finite_are_refused(small_guard):
     ],
 )
 def test_images_of_the_wrong_kind_are_named(small_guard, images, message):
-    with pytest.raises(InputError, match=message):
-        small_guard.detect(images)
+    for call in (small_guard.detect, small_guard):  # also where gradients are recorded, as they usually are
+        with pytest.raises(InputError, match=message):
+            call(images)
 
 
 def test_rounding_beyond_the_box_is_tolerated(small_guard):
