@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from clusterguard.detectors._backbones import make_encoder
-from clusterguard.detectors._families import FAMILIES
+from clusterguard.detectors._families import FAMILIES, family_of
 from clusterguard.detectors._family import Family
 from clusterguard.detectors._hugging_face import MainLogits
 from clusterguard.detectors._recipe_settings import is_plain
@@ -64,7 +64,10 @@ def describe_backbone(
             if not changed:
                 break
             recipe = _recipe(FAMILIES[recipe["source"]], recipe["name"], {**recipe["arguments"], **changed})
-    if near_misses and FAMILIES[recipe["source"]].rebuilds:  # nobody expects this of a user's module
+    family = family_of(model)
+    if not near_misses and family.rebuilds and family.is_model(model):
+        near_misses.append((0, f"{type(model).__name__} has settings that a recipe may not hold, or is a subclass"))
+    if near_misses and family.rebuilds:  # nobody expects this of a user's module
         warnings.warn(
             f"no recipe rebuilds this backbone ({max(near_misses)[1]}); from_pretrained will need backbone=, the "
             "module that the guard was made with",
