@@ -201,6 +201,10 @@ def _explained_downloads(name: str) -> Iterator[None]:
         ) from error
 
 
+_STATE_DICTS = ("state_dict", "model_state_dict", "model")  # names under which checkpoints hold a state dict
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # what wrappers put before the names of all weights
+
+
 def _read_weights(file: Path) -> Any:
     with open_ordinary(file) as stream:
         if file.suffix == ".safetensors":
@@ -216,16 +220,19 @@ def load_weights(network: nn.Module, file: Path) -> None:
 
     Args:
         network: network whose weights are replaced.
-        file: file of safetensors, or a state dict that `torch.save` wrote, perhaps under the name "state_dict" or
-            "model" in a checkpoint, or with the prefix "module." of a parallel training.
+        file: file of safetensors, or a state dict that `torch.save` wrote, perhaps under the name "state_dict",
+            "model_state_dict" or "model" in a checkpoint, or with the prefix of a wrapper before all names, such as
+            "module." of a parallel training, "_orig_mod." of a compiled model or "model." of a Lightning module.
 
     Raises:
         PersistenceError: the file is damaged, holds no state dict, or does not fit the network.
     """
     try:
         content = _read_weights(file)
-        weights = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
-        network.load_state_dict({name.removeprefix("module."): value for name, value in weights.items()})
+        weights = next((content[key] for key in _STATE_DICTS if isinstance(content.get(key), dict)), content)
+        while weights and (prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in weights)), "")):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        network.load_state_dict(weights)
     except UnpicklingError as error:
         raise PersistenceError(
             f"{file} holds other things than tensors, such as a whole model, which could run code; save "

@@ -69,11 +69,12 @@ def test_gaussians_of_features_are_fitted_if_asked_for(photos, weights, tmp_path
 
 
 @pytest.mark.parametrize(
-    "wrap", [dict, lambda state: {"state_dict": state}, lambda state: {"model": state, "epoch": 3}]
+    ("key", "prefix"),
+    [("", "module."), ("state_dict", "model."), ("model", "module._orig_mod."), ("model_state_dict", "")],
 )
-def test_checkpoints_of_torch_are_read(wrap, photos, model, tmp_path):
-    state = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save(wrap(state), tmp_path / "last.pth")
+def test_checkpoints_of_torch_are_read(key, prefix, photos, model, tmp_path):
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    torch.save({key: state, "epoch": 3} if key else state, tmp_path / "last.pth")
     result = run("--data", photos, "--weights", tmp_path / "last.pth", "--output", tmp_path / "guard", *OPTIONS)
     assert result.exit_code == 0, result.output
 
