@@ -25,16 +25,23 @@ def balanced_sampler(labels: Any, *, generator: Generator | None = None) -> Weig
         The sampler, for `DataLoader(data, batch_size, sampler=...)`.
 
     Raises:
-        InputError: the data set tells no labels, or there are none.
+        InputError: the data set tells no labels, or there are none, or they are no whole numbers from 0.
 
     Example:
         >>> sampler = balanced_sampler([0, 0, 0, 0, 0, 0, 0, 1], generator=Generator().manual_seed(0))
         >>> len(sampler), set(sampler) == {7}  # half of what it draws is the last image
         (8, False)
     """
-    class_labels = torch.as_tensor(_labels_of(labels)).long().flatten()
-    if not len(class_labels):
+    try:
+        class_labels = torch.as_tensor(_labels_of(labels))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"expected whole numbers as labels, got others; number the classes from 0 ({error})") from None
+    if not class_labels.numel():
         raise InputError("expected labels of at least one image, got none")
+    if class_labels.ndim != 1 or class_labels.is_floating_point() or class_labels.min() < 0:
+        got = f"{class_labels.dtype} of shape {tuple(class_labels.shape)}, the smallest {class_labels.min()}"
+        raise InputError(f"expected whole numbers from 0 as labels, one an image, got {got}")
+    class_labels = class_labels.long()
     weights = 1 / torch.bincount(class_labels).double()[class_labels]
     return WeightedRandomSampler(weights.tolist(), len(class_labels), replacement=True, generator=generator)
 

@@ -48,6 +48,9 @@ def test_data_without_labels_is_refused():
         balanced_sampler(object())
     with pytest.raises(InputError, match="at least one image"):
         balanced_sampler([])
+    for labels in ([-1, 0], ["cat", "dog"], np.array(["cat", "dog"]), [0.5, 1.5], [[0, 1], [1, 0]]):
+        with pytest.raises(InputError, match="expected whole numbers"):
+            balanced_sampler(labels)
 
 
 def run(blobs, augment, file=None, stop_at=None, loader=None):
