@@ -479,7 +479,8 @@ def check_output(folder: Path, *ours: str) -> None:
     others = sorted(name for name in there if name not in ours and not name.startswith("."))
     if others:
         raise PersistenceError(
-            f"expected an empty folder, or one that this command wrote, got {folder} with {others[0]!a} in it; "
+            f"expected an empty folder{', or one that this command wrote' if ours else ''}, got {folder} with "
+            f"{others[0]!a} in it; "
             "choose another folder"
         )
 

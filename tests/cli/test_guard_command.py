@@ -134,4 +134,5 @@ def test_another_guard_is_not_overwritten(photos, weights, tmp_path):
     (tmp_path / "guard" / "config.json").write_text("{}")
     result = run("--data", photos, "--weights", weights, "--output", tmp_path / "guard", *OPTIONS)
     assert result.exit_code == 1
+    assert "expected an empty folder, got" in result.stderr  # also if this command wrote it
     assert "choose another folder" in result.stderr
