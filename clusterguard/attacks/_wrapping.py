@@ -72,12 +72,17 @@ class MultiTarget(WrappingAttack):
             rows = (best_margin > 0).nonzero().squeeze(1)  # broken images stay as they are
             if not len(rows):
                 break
-            aims = order[rows, tried : tried + max(1, _limit(images) // len(rows))]
+            aims = order[rows, tried : tried + max(1, self._limit(images) // len(rows))]
             attacked, margin = self._aim(detector, images[rows], labels[rows], aims, generator)
             better = margin < best_margin[rows]
             best[rows[better]], best_margin[rows[better]] = attacked[better], margin[better].to(best_margin.dtype)
             tried += aims.shape[1]
         return best
+
+    def _limit(self, images: Tensor) -> int:
+        """The number of attacked images up to which a larger batch takes little more time for each step."""
+        limit = 32 if images.device.type == "cpu" else 512
+        return limit if self.batch_size is None else min(limit, self.batch_size)
 
     def _aim(
         self, detector: Detector, images: Tensor, labels: Tensor, aims: Tensor, generator: Generator | None
@@ -91,11 +96,6 @@ class MultiTarget(WrappingAttack):
         margins = rearrange(margins.nan_to_num(torch.inf), "(b n) -> b n", n=count)
         margin, chosen = margins.min(dim=1)
         return rearrange(attacked, "(b n) c h w -> b n c h w", n=count)[torch.arange(len(images)), chosen], margin
-
-
-def _limit(images: Tensor) -> int:
-    """The number of attacked images up to which a larger batch takes little more time for each step."""
-    return 32 if images.device.type == "cpu" else 512
 
 
 @final

@@ -210,7 +210,9 @@ def _trained_radii(guard: Path, training: Any) -> list[tuple[str, float]]:
 
 
 def _radius_of_proof(radii: list[tuple[str, float]], asked: float | None) -> float:
-    in_linf = [eps for norm, eps in radii if norm == "linf"]
+    from clusterguard.attacks import LInf  # certificates are in l∞
+
+    in_linf = [eps for norm, eps in radii if norm == LInf.name]
     if asked is None and not in_linf:
         raise ConfigurationError("expected --certified-radius together with --certify, because no attack is in linf")
     return in_linf[0] if asked is None else asked

@@ -151,7 +151,7 @@ def test_it_aims_at_the_target(small_guard, strategy):
 
 
 def test_a_step_asks_for_evidence_once():
-    detector = SeparateDetector()
+    detector = SeparateDetector().eval()  # in train mode a copy of it would be attacked, and count
     OrthogonalPGD(eps=0.1, step_size=0.1, steps=7)(detector, torch.rand(3, 1, 4, 4), torch.zeros(3, dtype=torch.long))
     assert detector.calls == 7 + 1  # the last iterate is judged too
 

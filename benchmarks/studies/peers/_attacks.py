@@ -153,16 +153,18 @@ def build_peer(peer: Peer, norm: str, eps: float, references: Towards) -> PeerAt
 
 def build_all(norm: str, eps: float, references: Towards) -> dict[str, Attack]:
     """Make our suite, our PGD, all peers and the held-back attack for one norm and radius, by name."""
-    step_size = get_norm(norm).step_size(eps, references.images.shape[1:], share=0.1)
+    known = get_norm(norm)
+    step_size = known.step_size(eps, references.images.shape[1:], share=0.1)
+    over_patches = known.searched_over == "patches"
     attacks: dict[str, Attack] = {
         SUITE: build_suite(norm, eps, references),
         IN_BFLOAT16: build_suite(norm, eps, references, precision="bf16"),
         PLAIN: PGD(norm=norm, eps=eps, step_size=step_size, steps=100),
-        HELD_BACK: EveryPlace(side=int(eps)) if norm == "patch" else RectanglesAndPGD(norm=norm, eps=eps),
+        HELD_BACK: EveryPlace(side=int(eps)) if over_patches else RectanglesAndPGD(norm=norm, eps=eps),
     }
     for peer in PEERS[norm](eps):
         attacks[f"{peer.library} {peer.attack}"] = build_peer(peer, norm, eps, references)
-    if norm in ("linf", "l2", "l1"):
+    if not known.grain:
         attacks["AutoAttack"] = replace(from_autoattack(norm=norm, eps=eps), temperature=0.3)
     return attacks
 
