@@ -271,6 +271,14 @@ OUTSIDE_THE_SITE = [
 ]
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_files_that_pages_include_are_named_as_the_site_reads_them(page):
+    """A formatter that takes the line for Python moves its parts, and the page shows the line instead of the file."""
+    for line in page.read_text().splitlines():
+        if re.match(r"\s*-+\s*8\s*<", line):
+            assert re.fullmatch(r'--8<-- "[\w./:-]+"', line)
+
+
 @pytest.mark.parametrize("file", OUTSIDE_THE_SITE, ids=lambda file: str(file.relative_to(ROOT)))
 def test_links_of_pages_outside_the_site_lead_somewhere(file):
     assert not broken_links(file)

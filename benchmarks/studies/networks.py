@@ -287,7 +287,7 @@ def main(
             },
             "rows": rows,
         }
-        write_atomically(output, lambda new, content=content: new.write_text(json.dumps(content, indent=1) + "\n"))  # type: ignore[misc]
+        write_atomically(output, partial(Path.write_text, data=json.dumps(content, indent=1) + "\n"))
         shutil.rmtree(work, ignore_errors=True)
         print(summarise_networks([row]))
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from clusterguard import DetectorModule, evaluate
-from clusterguard.attacks import Attack, Towards
+from clusterguard.attacks import Attack, Towards, get_norm
 from clusterguard.detection import Verdicts, is_broken
 from torch import Tensor
 from tqdm import tqdm
@@ -70,12 +70,8 @@ def table(output: Annotated[Path, typer.Option(help="Folder of results.")] = PEE
     for title, case in cases.items():
         for threat, results in case["results"].items():
             norm, seed = threat.split("/")
-            details += [
-                f"### {title}, {norm} {case['radii'][norm]:g}, seed {seed}",
-                "",
-                *attack_lines(results),
-                "",
-            ]
+            heading = f"### {title}, {get_norm(norm).symbol} {case['radii'][norm]:g}, seed {seed}"
+            details += [heading, "", *attack_lines(results), ""]
     _write(output / "attacks.md", details[:-1])
 
 
