@@ -37,7 +37,7 @@ from clusterguard.cli._options import (
     stderr_is_a_terminal,
     stopped_by_signals,
 )
-from clusterguard.errors import ConfigurationError, NotCalibratedError, PersistenceError
+from clusterguard.errors import ConfigurationError, PersistenceError
 
 if TYPE_CHECKING:
     from clusterguard.cli._data import Pictures
@@ -388,8 +388,6 @@ def evaluate(
         device=find_device(device),
         skip_unreadable=skip_unreadable,
     )
-    if not detector.is_calibrated:
-        raise NotCalibratedError(f"{guard} has no thresholds yet; run: clusterguard calibrate {guard} --data {data}")
     doubts = (*describe_unreadable(pictures), *find_copies(pictures.folder, "test"))
     for doubt in (*doubts, *describe_other_radius(training, norm, eps)):
         say(f"warning: {doubt}")

@@ -18,7 +18,7 @@ from clusterguard.deployment import fit_image, read_image
 from clusterguard.detection import Calibration, Rate
 from clusterguard.detectors import ClusterGuard, make_encoder
 from clusterguard.detectors._internal import CONFIG, check_overwritable, describe_thresholds, read_config, read_guard
-from clusterguard.errors import ConfigurationError, InputError, PersistenceError, in_one_line
+from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError, PersistenceError, in_one_line
 from clusterguard.samples import load_digits
 from PIL import Image
 from safetensors.torch import load
@@ -270,11 +270,14 @@ def open_guard(
 
     Raises:
         PersistenceError: there is no guard, or it is damaged.
+        NotCalibratedError: the guard is to be tested, and has no thresholds.
         InputError: there are no images.
         ConfigurationError: the classes of the images are not those of the guard, or an older version of clusterguard
             split the folder by other rules.
     """
     guard, training = load_named_guard(folder)
+    if part == "test" and not guard.is_calibrated:
+        raise NotCalibratedError(f"{folder} has no thresholds yet; run: clusterguard calibrate {folder} --data {data}")
     recorded = recorded_images(training)
     guard = guard.to(device)
     options = image_options(data, image_size or recorded.get("image_size"), channels or recorded.get("channels"))

@@ -22,7 +22,7 @@ from clusterguard.cli._options import (
     show,
     stderr_is_a_terminal,
 )
-from clusterguard.errors import ConfigurationError, NotCalibratedError
+from clusterguard.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from clusterguard.assurance import FailureCheck
@@ -95,8 +95,6 @@ def file_evidence(
         device=find_device(device),
         skip_unreadable=skip_unreadable,
     )
-    if not detector.is_calibrated:
-        raise NotCalibratedError(f"{guard} has no thresholds yet; run: clusterguard calibrate {guard} --data {data}")
     radii = radii or _trained_radii(guard, training)
     proved_at = _radius_of_proof(radii, certified_radius) if certify else None
     suites = {
