@@ -39,7 +39,7 @@ FLOORS = {
     "detection": {"_support", "errors"},
     "attacks": {"_support", "detection", "errors"},
     "detectors": {"_support", "detection", "errors"},
-    "certification": {"_support", "detection", "detectors", "errors"},
+    "certification": {"_support", "attacks", "detection", "detectors", "errors"},
     "evaluation": {"_support", "attacks", "detection", "errors"},
     "deployment": {"_support", "detection", "detectors", "errors"},
     "training": {"_support", "attacks", "certification", "detection", "detectors", "errors"},

@@ -129,6 +129,22 @@ class Norm(ABC):
                 The other norms ignore it.
         """
 
+    def largest_fall(self, slopes: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
+        """How far a linear function of the image can fall within the ball, which certificates ask for.
+
+        Args:
+            slopes: (B, C, H, W) slopes of the functions, of any values.
+            images: (B, C, H, W) in [0, 1].
+            eps: radius, at least 0, one number or (B,).
+
+        Returns:
+            (B,) an upper bound on the sum of slope times (image - other), over all others in ball ∩ box.
+
+        Raises:
+            ConfigurationError: the norm does not define this method.
+        """
+        raise ConfigurationError(f"no certificates are known in the norm {self.name!r}, which defines no largest_fall")
+
     def shrink(self, perturbations: Tensor, amount: float | Tensor) -> Tensor:
         """The perturbations z that minimise ``‖z − perturbation‖² / 2 + amount · size(z)``, each the proximal point.
 
@@ -213,6 +229,11 @@ def move_at_most(images: Tensor, reach: Tensor) -> Tensor:
     """Images moved by `reach`, and rounded towards the image where rounding would move them further."""
     moved = images + reach
     return torch.where((moved - images).abs() > reach.abs(), torch.nextafter(moved, images), moved)
+
+
+def room_to_fall(slopes: Tensor, images: Tensor) -> Tensor:
+    """How far each value of images in [0, 1] can move in the direction in which a linear function falls."""
+    return torch.where(slopes > 0, images, torch.where(slopes < 0, 1 - images, 0))
 
 
 def mask_largest(scores: Tensor, count: Tensor) -> Tensor:

@@ -10,7 +10,16 @@ from typing import final
 import torch
 from clusterguard._support import look_up
 from clusterguard.attacks._multipliers import l1_lengths, l2_lengths
-from clusterguard.attacks._norm_base import Norm, just_inside, mask_largest, move_at_most, per_image, rescale, spread
+from clusterguard.attacks._norm_base import (
+    Norm,
+    just_inside,
+    mask_largest,
+    move_at_most,
+    per_image,
+    rescale,
+    room_to_fall,
+    spread,
+)
 from clusterguard.attacks._patch_norm import Patch
 from torch import Generator, Tensor
 
@@ -53,6 +62,12 @@ class LInf(Norm):
         nearest = l1_lengths(lengths, torch.zeros_like(lengths), radii)
         removed = torch.where(lengths.sum(dim=1, keepdim=True) > radii, nearest, lengths)
         return perturbations.sign() * (lengths - removed).clamp_min(0).view_as(perturbations)
+
+    def largest_fall(self, slopes: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
+        """The sum of all absolute slopes, each times `eps` or what is left of the box: exact."""
+        return (
+            (slopes.abs() * torch.minimum(room_to_fall(slopes, images), per_image(eps, images))).flatten(1).sum(dim=1)
+        )
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A point from the uniform distribution on ball ∩ box."""
@@ -104,6 +119,13 @@ class L2(Norm):
         left = (sizes - per_image(amount, perturbations)).clamp_min(0)
         return perturbations * (left / torch.where(sizes > 0, sizes, 1))
 
+    def largest_fall(self, slopes: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
+        """The norm of those slopes along which there is room, times `eps`; at most the fall to the end of the box."""
+        room = room_to_fall(slopes, images)
+        usable = torch.where(room > 0, slopes, 0).flatten(1)
+        radii = per_image(eps, images).flatten()
+        return torch.minimum(radii * usable.norm(dim=1), (usable.abs() * room.flatten(1)).sum(dim=1))
+
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A point from the uniform distribution on the ball, projected onto the box."""
         noise = torch.empty_like(images).normal_(generator=generator)
@@ -150,6 +172,15 @@ class L1(Norm):
         """The perturbations with each coordinate moved towards 0 by the amount."""
         return perturbations.sign() * (perturbations.abs() - per_image(amount, perturbations)).clamp_min(0)
 
+    def largest_fall(self, slopes: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
+        """The fall when `eps` is spent on the steepest values first, each to the end of the box: exact."""
+        steepness, order = slopes.abs().flatten(1).sort(dim=1, descending=True)
+        room = room_to_fall(slopes, images).flatten(1).gather(1, order)
+        spent = room.cumsum(dim=1)
+        return (steepness * torch.minimum(room, (per_image(eps, images).flatten(1) - (spent - room)).clamp_min(0))).sum(
+            dim=1
+        )
+
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A point from the uniform distribution on the ball, projected onto the box."""
         first, second = (torch.empty_like(images).exponential_(generator=generator) for _ in range(2))
@@ -191,6 +222,14 @@ class L0(Norm):
     def direction(self, gradient: Tensor, *, sparsity: int | Tensor | None = None) -> Tensor:
         """The gradient divided by its l1 norm, as in PGD0 (Croce & Hein 2019), because l0 has no steepest step."""
         return dense_l1_direction(gradient)
+
+    def largest_fall(self, slopes: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
+        """The sum of the `eps` largest falls of one pixel, with all its channels: exact."""
+        falls = (slopes.abs() * room_to_fall(slopes, images)).sum(dim=1).flatten(1)
+        counts = per_image(eps, images).flatten(1)
+        most = min(int(counts.max()), falls.shape[1]) if len(counts) else 0
+        places = torch.arange(1, most + 1, device=falls.device)
+        return torch.where(places <= counts, falls.topk(most, dim=1).values, 0).sum(dim=1)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """The images with eps random pixels set to random corners of the colour cube, so to channels of 0 or 1."""

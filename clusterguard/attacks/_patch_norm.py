@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
-from clusterguard.attacks._norm_base import Norm, per_image, rescale
+from clusterguard.attacks._norm_base import Norm, per_image, rescale, room_to_fall
 from torch import Generator, Tensor
 from torch.nn import functional
 
@@ -60,6 +60,11 @@ class Patch(Norm):
         """The gradient divided by its l1 norm, as for l0, because there is no steepest step."""
         scaled = rescale(gradient)
         return scaled / scaled.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1)
+
+    def largest_fall(self, slopes: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
+        """The largest sum of falls of single pixels within one square: exact."""
+        falls = (slopes.abs() * room_to_fall(slopes, images)).sum(dim=1, keepdim=True)
+        return (falls * _best_window(falls, per_image(eps, images))).flatten(1).sum(dim=1)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """The images with a patch at a random place, whose pixels have channels of 0 or 1."""

@@ -61,6 +61,19 @@ class Box:
         lowest = self.source.inside.lowest(directions @ self.source.weight)
         return lowest if self.source.bias is None else lowest + directions @ self.source.bias
 
+    def lowest_above(self, places: Tensor) -> Tensor:
+        """The smallest computed value of z_i − z_p over z (B, m), for all i and a place p for each z (B,): (B, m)."""
+        rows, column = torch.arange(len(places), device=places.device), places[:, None]
+        if self.source is None:
+            lowest = self.lower - self.upper.gather(1, column)
+        else:
+            lowest = self.source.inside.lowest(self.source.weight - self.source.weight[places][:, None])
+            if self.source.bias is not None:
+                lowest = lowest + self.source.bias - self.source.bias[places][:, None]
+        if self.error is not None:
+            lowest = lowest - self.error - self.error.gather(1, column)
+        return lowest.index_put((rows, places), lowest.new_zeros(()))
+
     def slack(self, directions: Tensor) -> Tensor:
         """How far rounding may take ⟨direction, z⟩ below `lowest` for a computed z (B, m): (B, S)."""
         if self.error is None:

@@ -11,7 +11,9 @@ from clusterguard._support import (
     check_images,
     check_labels,
     check_linf_radius,
+    check_numbers,
 )
+from clusterguard.attacks import LInf, Norm, get_norm
 from clusterguard.certification._bounds import (
     Certificate,
     Proofs,
@@ -20,7 +22,8 @@ from clusterguard.certification._bounds import (
     check_methods,
 )
 from clusterguard.certification._linear_bounds import tighten
-from clusterguard.certification._trial import try_out
+from clusterguard.certification._pixel_balls import bound_in_norm
+from clusterguard.certification._trial import try_out, try_out_in_norm
 from clusterguard.detection import Loader, Pairs, Rate, Unpack, Verdicts, is_eligible
 from clusterguard.detectors import ClusterGuard
 from clusterguard.errors import ConfigurationError, InputError
@@ -36,6 +39,7 @@ def certify(
     labels: Tensor,
     *,
     eps: float | Tensor,
+    norm: str = "linf",
     method: ProofMethod = "intervals",
 ) -> Certificate:
     """Prove that no perturbation within a radius changes the guard's decision to a wrong one.
@@ -64,7 +68,11 @@ def certify(
         guard: calibrated guard with a network as in `bound`.
         images: (B, C, H, W) in [0, 1], in the guard's data type.
         labels: (B,) true labels, or the guard's labels.
-        eps: radius in l∞, one number or (B,), in [0, 1].
+        eps: radius in `norm`. In l∞ it is in [0, 1], one number or (B,); in l0 it is the number of pixels, for patches
+            the side in pixels.
+        norm: name of the norm, a key of `clusterguard.attacks.NORMS`. Norms other than l∞ need a network that is one
+            linear layer of the pixels, as `make_template_guard` makes it. Its bounds are exact for each linear
+            function in l1, l0 and for patches.
         method: "intervals", or "linear", which tries images that intervals do not prove secure once more with linear
             bounds. These are tighter, and take about half a second an image for a small network. They need a network of
             ReLUs, linear layers, convolutions, batch normalisation, average pooling and sums.
@@ -91,13 +99,13 @@ def certify(
         tensor(True)
     """
     _check(guard, images, labels, method)
-    radii = check_linf_radius(eps, images.shape[:1]).to(images.device)
+    ball = _find_norm(norm, method)
+    radii = _check_radii(ball, eps, images).to(images.device).expand(len(images))
     if not len(images):
         return Certificate(labels.bool(), labels.bool())
     with as_in_service(guard) as guard:
-        proofs = _prove(guard, images, labels, radii, method)
-        is_proved = proofs.certificate.is_secure | proofs.certificate.is_kept
-        try_out(guard, images, labels, radii, is_proved, proofs)
+        proofs = _prove(guard, images, labels, ball, radii, method)
+        _try_out(guard, images, labels, ball, radii, proofs)
     return proofs.certificate
 
 
@@ -107,7 +115,8 @@ def certified_radius(
     images: Tensor,
     labels: Tensor,
     *,
-    largest: float = 1.0,
+    norm: str = "linf",
+    largest: float | None = None,
     tolerance: float = 1e-3,
     method: ProofMethod = "intervals",
 ) -> Tensor:
@@ -117,12 +126,14 @@ def certified_radius(
         guard: guard as in `certify`.
         images: (B, C, H, W) in [0, 1].
         labels: (B,) true labels, or the guard's labels.
-        largest: largest radius to try, in (0, 1].
-        tolerance: largest error of the radius, positive.
+        norm: name of the norm, as in `certify`.
+        largest: largest radius to try, positive; None takes the size of the largest change that an image can have, 1
+            in l∞ and the number of pixels in l0.
+        tolerance: largest error of the radius, positive. Where radii are whole numbers, they are exact.
         method: method as in `certify`.
 
     Returns:
-        (B,) radii in l∞ at which `certify` proves the image secure; 0 where it proves it at none of the tried radii.
+        (B,) radii at which `certify` proves the image secure; 0 where it proves it at none of the tried radii.
 
     Raises:
         ConfigurationError: `largest` or `tolerance` is out of its range.
@@ -134,23 +145,28 @@ def certified_radius(
         >>> certified_radius(guard, torch.rand(4, 1, 1, 2), torch.tensor([0, 1, 0, 1])).shape
         torch.Size([4])
     """
-    if not (0 < tolerance < torch.inf and 0 < largest <= 1):
+    _check(guard, images, labels, method)
+    ball = _find_norm(norm, method)
+    most = ball.largest(images.shape[1:])
+    largest = most if largest is None else largest
+    check_numbers(largest=largest, tolerance=tolerance)
+    if not (0 < tolerance < torch.inf and 0 < largest <= most):
         raise ConfigurationError(
-            f"expected a positive tolerance and a largest radius in (0, 1], got {tolerance} and {largest}; "
+            f"expected a positive tolerance and a largest radius in (0, {most:g}], got {tolerance} and {largest}; "
             f"{IN_GREY_LEVELS}"
         )
-    _check(guard, images, labels, method)
-    radii = images.new_full((len(images),), largest, dtype=torch.float64)
+    radii = images.new_full((len(images),), ball.round_radius(largest), dtype=torch.float64)
     if not len(images):
         return radii
     proved, open_end, tried = torch.zeros_like(radii), radii, radii
     with as_in_service(guard) as guard:
-        for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(tolerance)))):
-            secure = _prove(guard, images, labels, tried, method).certificate.is_secure
+        for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(max(tolerance, ball.grain))))):
+            secure = _prove(guard, images, labels, ball, tried, method).certificate.is_secure
             proved, open_end = torch.where(secure, tried, proved), torch.where(secure, open_end, tried)
             tried = (proved + open_end) / 2
-        proofs = _prove(guard, images, labels, proved, method)
-        try_out(guard, images, labels, proved, proved > 0, proofs)
+            tried = tried // ball.grain * ball.grain if ball.grain else tried
+        proofs = _prove(guard, images, labels, ball, proved, method)
+        _try_out(guard, images, labels, ball, proved, proofs)
     return proved
 
 
@@ -160,6 +176,7 @@ def certified_success_rate(
     loader: Loader,
     *,
     eps: float,
+    norm: str = "linf",
     method: ProofMethod = "intervals",
     unpack: Unpack | None = None,
 ) -> Rate:
@@ -168,7 +185,8 @@ def certified_success_rate(
     Args:
         guard: guard as in `certify`.
         loader: batches of images (B, C, H, W) in [0, 1] and their true labels (B,).
-        eps: radius in l∞, in [0, 1].
+        eps: radius in `norm`.
+        norm: name of the norm, as in `certify`.
         method: method as in `certify`. Only images that are accepted before an attack are tried with linear bounds.
         unpack: function that takes images and labels from batches of another form.
 
@@ -186,13 +204,14 @@ def certified_success_rate(
         >>> certified_success_rate(guard, [(images, guard.detect(images).labels)], eps=0.0).value
         0.0
     """
-    check_linf_radius(eps)
+    if isinstance(_find_norm(norm, method), LInf):  # other norms have a limit that depends on the images
+        check_linf_radius(eps)
     counted, broken, is_empty = 0, 0, True
     for images, labels in Pairs(loader, unpack):
         images, labels = images.to(guard.thresholds.device), labels.to(guard.thresholds.device)
         eligible = is_eligible(Verdicts(guard.detect(images), labels))
         counted += int(eligible.sum())
-        secure = certify(guard, images[eligible], labels[eligible], eps=eps, method=method).is_secure
+        secure = certify(guard, images[eligible], labels[eligible], eps=eps, norm=norm, method=method).is_secure
         broken += int((~secure).sum())
         is_empty = False
     if is_empty:
@@ -200,9 +219,51 @@ def certified_success_rate(
     return Rate(broken, counted)
 
 
-def _prove(guard: ClusterGuard, images: Tensor, labels: Tensor, radii: Tensor, method: ProofMethod) -> Proofs:
+def _prove(
+    guard: ClusterGuard, images: Tensor, labels: Tensor, norm: Norm, radii: Tensor, method: ProofMethod
+) -> Proofs:
+    if not isinstance(norm, LInf):
+        return bound_in_norm(guard, images, labels, norm, radii)
     proofs = bound_in_service(guard, images, labels, radii)
     return proofs if method == "intervals" else tighten(guard, images, labels, radii, proofs)
+
+
+def _try_out(guard: ClusterGuard, images: Tensor, labels: Tensor, norm: Norm, radii: Tensor, proofs: Proofs) -> None:
+    if not isinstance(norm, LInf):
+        try_out_in_norm(guard, images, labels, norm, radii, proofs)
+        return
+    is_proved = proofs.certificate.is_secure | proofs.certificate.is_kept
+    try_out(guard, images, labels, radii, is_proved, proofs)
+
+
+def _find_norm(name: str, method: ProofMethod) -> Norm:
+    """The norm with this name.
+
+    Raises:
+        ConfigurationError: the norm is unknown, or the method is not for it.
+    """
+    norm = get_norm(name)
+    if method != "intervals" and not isinstance(norm, LInf):
+        raise ConfigurationError(f"expected method='intervals' in {name}, got {method!r}, which is for linf")
+    return norm
+
+
+def _check_radii(norm: Norm, eps: float | Tensor, images: Tensor) -> Tensor:
+    """The radii in float64, () or (B,).
+
+    Raises:
+        InputError: a radius is out of range, or there are not as many as images.
+    """
+    if isinstance(norm, LInf):
+        return check_linf_radius(eps, images.shape[:1])
+    most = norm.largest(images.shape[1:])
+    radii = torch.as_tensor(eps, dtype=torch.float64)
+    if radii.shape not in (torch.Size([]), images.shape[:1]) or not bool(((radii >= 0) & (radii <= most)).all()):
+        raise InputError(
+            f"expected a radius eps from 0 to {most:g} in {norm.name}, one number or a tensor of shape "
+            f"({len(images)},), got {eps}"
+        )
+    return radii
 
 
 def _check(guard: ClusterGuard, images: Tensor, labels: Tensor, method: ProofMethod) -> None:

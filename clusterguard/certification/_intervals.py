@@ -211,6 +211,10 @@ class Interval:
         """
         return self._box.lowest(directions)
 
+    def lowest_above(self, places: Tensor) -> Tensor:
+        """The smallest computed difference z_i − z_p of every coordinate i and that at place p, (B,): (B, m)."""
+        return self._box.lowest_above(places)
+
     def slack(self, directions: Tensor) -> Tensor:
         """How far rounding may take ⟨direction, z⟩ below `lowest`, for directions (B, S, m): (B, S)."""
         return self._box.slack(directions)

@@ -108,6 +108,10 @@ class _TightBox:
         by_intervals = self._intervals.lowest(directions) - self._intervals.slack(directions)
         return torch.maximum(by_intervals, self._lines.lowest(directions))
 
+    def lowest_above(self, places: Tensor) -> Tensor:
+        """The smallest z_i − z_p over representations z that the guard computes: places p (B,) -> (B, m)."""
+        return self._intervals.lowest_above(places)
+
     def slack(self, directions: Tensor) -> Tensor:
         """Zeros (B, S), because `lowest` holds for what the guard computes."""
         return torch.zeros_like(directions[..., 0])

@@ -4,6 +4,7 @@ import itertools
 
 import torch
 from clusterguard._support import draws_random_numbers
+from clusterguard.attacks import Norm
 from clusterguard.certification._bounds import (
     DEVICE_ERRORS,
     Proofs,
@@ -79,6 +80,25 @@ def try_out(
         outputs = _run(guard, points[:1, :1].expand(1, count, *points.shape[2:]), alone=True)
         _check_outputs(guard, first, labels[:1], *outputs)
     _check_steps(guard, images.to(dtype))
+
+
+def try_out_in_norm(
+    guard: ClusterGuard, images: Tensor, labels: Tensor, norm: Norm, radii: Tensor, proofs: Proofs
+) -> None:
+    """Check that the bounds contain the guard's outputs at random points of a few balls, and at their centres.
+
+    The network itself is checked as for l∞, in balls of radius 0.
+    """
+    try_out(guard, images, labels, torch.zeros(len(images), dtype=torch.float64), torch.zeros_like(labels).bool())
+    certificate = proofs.certificate
+    chosen = _choose(certificate.is_secure | certificate.is_kept)
+    generator = torch.Generator(images.device).manual_seed(0)
+    points = [
+        images[chosen],
+        *(norm.random_start(images[chosen], radii[chosen], generator) for _ in range(_SAMPLED_POINTS)),
+    ]
+    outputs = _run(guard, torch.stack(points, dim=1))
+    _check_outputs(guard, _take(proofs, chosen), labels[chosen], *outputs)
 
 
 def _check_repeatable(guard: ClusterGuard, images: Tensor) -> None:

@@ -12,6 +12,8 @@ from clusterguard.detectors._guard import ClusterGuard
 from clusterguard.detectors._head_bounds import Bounds, RepresentationBox
 from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._model_card import CardDetails
+from clusterguard.detectors._template_guard import make_template_guard
+from clusterguard.detectors._templates import NearestTemplate
 
 __all__ = [
     "Alignment",
@@ -26,6 +28,7 @@ __all__ = [
     "FeatureGaussians",
     "GaussianClusters",
     "Head",
+    "NearestTemplate",
     "Normalize",
     "RepresentationBox",
     "WithThresholds",
@@ -34,4 +37,5 @@ __all__ = [
     "find_num_classes",
     "fit_feature_gaussians",
     "make_encoder",
+    "make_template_guard",
 ]

@@ -29,9 +29,9 @@ from clusterguard.detectors._backbones import (
     find_num_classes,
 )
 from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network, valid_images
-from clusterguard.detectors._feature_gaussians import FeatureGaussians
 from clusterguard.detectors._folders import OtherHeadError, find_folder, load_guard, save_guard
 from clusterguard.detectors._heads import GaussianClusters, Head
+from clusterguard.detectors._known_heads import HEADS
 from clusterguard.detectors._model_card import CardDetails, EvaluationForCard
 from clusterguard.errors import ConfigurationError, InputError, in_one_line
 from huggingface_hub import ModelHubMixin
@@ -440,11 +440,11 @@ def _head_options(options: Mapping[str, Any], head: Head | None) -> dict[str, An
                 "others; pass a head that was made with the same options as head="
             )
         return {"head": head}
-    if head is None and name == FeatureGaussians.__qualname__:
-        return {"head": FeatureGaussians(options["num_classes"], options["representation_dim"])}
-    if head is not None or name != GaussianClusters.__qualname__:
+    if head is not None or name not in HEADS:
         raise OtherHeadError(
             f"this guard was saved with the head {name}; pass a head that was made like it as head= to "
             "ClusterGuard.from_pretrained, which the command line cannot do"
         )
+    if HEADS[name] is not GaussianClusters:
+        return {"head": HEADS[name](options["num_classes"], options["representation_dim"])}
     return {"representation_dim": options["representation_dim"], "center_scale": options["center_scale"]}

@@ -37,6 +37,10 @@ class RepresentationBox(Protocol):
         """
         ...
 
+    def lowest_above(self, places: Tensor) -> Tensor:
+        """The smallest computed difference z_i − z_p of every coordinate i and that at place p, (B,): (B, m)."""
+        ...
+
     def slack(self, directions: Tensor) -> Tensor:
         """How far rounding may take ⟨direction, z⟩ below `lowest`, for directions (B, S, m): (B, S)."""
         ...

@@ -11,6 +11,7 @@ from clusterguard.detectors._guard_files import (
     read_guard,
 )
 from clusterguard.detectors._model_card import INTENDED_USE, LIMITS, describe_image_shape, describe_thresholds
+from clusterguard.detectors._template_guard import project_templates
 
 __all__ = [
     "CARD",
@@ -23,6 +24,7 @@ __all__ = [
     "describe_thresholds",
     "digest_of_config",
     "guarded_evidence",
+    "project_templates",
     "read_config",
     "read_guard",
 ]

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, final
 from clusterguard._support import code_in_markdown, escape_markdown
 from clusterguard.detection import Calibration, Rate
 from clusterguard.detection._internal import list_classes
+from clusterguard.detectors._known_heads import HEADS
 from clusterguard.errors import ConfigurationError
 
 
@@ -73,7 +74,6 @@ def _check_code(name: str, code: str, mode: Literal["eval", "exec"], expected: s
         raise ConfigurationError(f"expected {name} without ```, which ends the block of code on the card, got {code!r}")
 
 
-_HEADS = ("GaussianClusters", "FeatureGaussians")  # what from_pretrained makes by itself
 MARK = "library_name: clusterguard"
 _HEADER = """---
 {mark}
@@ -137,7 +137,7 @@ def model_card(
     head = escape_markdown(guard["head"]["description"])
     builds = (details.backbone or ("your_module" if is_module else "")).strip()
     imports = "\n\n".join(["from clusterguard import ClusterGuard", *filter(None, [details.imports.strip()])])
-    is_own_head = guard["head"].get("type", "GaussianClusters") not in _HEADS
+    is_own_head = guard["head"].get("type", "GaussianClusters") not in HEADS
     arguments_of_loading = (f", backbone={builds}" if builds else "") + ", head=your_head" * is_own_head
     code = (
         f"{imports}\n\n"

@@ -18,6 +18,7 @@ from clusterguard.training._overfitting import OverfittingCheck
 from clusterguard.training._relabelling import Graded, Original, Relabel, Separate
 from clusterguard.training._sampling import EachImage, balanced_sampler, crop_and_flip
 from clusterguard.training._step import TrainingStep
+from clusterguard.training._templates import TemplateTrainer
 from clusterguard.training._trainer import DetectorTrainer
 from clusterguard.training._validation import Validation
 
@@ -38,6 +39,7 @@ __all__ = [
     "RelabelledBatch",
     "Separate",
     "Target",
+    "TemplateTrainer",
     "TrainingOptions",
     "TrainingStep",
     "Validation",

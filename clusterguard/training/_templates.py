@@ -1,0 +1,115 @@
+"""Training of a guard that compares images with templates."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import final
+
+import torch
+from clusterguard._support import check_numbers
+from clusterguard.certification._internal import linear_layer_of
+from clusterguard.detection import Calibrator
+from clusterguard.detectors import ClusterGuard, NearestTemplate
+from clusterguard.detectors._internal import project_templates
+from clusterguard.errors import ConfigurationError
+from clusterguard.training._optimizers import OptimizerOrFactory, SchedulerOrFactory
+from clusterguard.training._options import TrainingOptions
+from clusterguard.training._step import TrainingStep
+from clusterguard.training._trainer import DetectorTrainer
+from einops import rearrange
+from torch import Generator, Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+
+@final
+class TemplateTrainer(DetectorTrainer):
+    """Trains a guard of `make_template_guard` so that few changed pixels can't change its decision.
+
+    After every step, templates are limited so that one pixel adds at most 1 to a cost. So t changed pixels move every
+    distance by at most t, and so does a change of size t in l1. The loss asks for room: it is the cross-entropy of
+    −distance / temperature, where 2·pixels is first taken from the distances to the wrong classes. During training, the
+    distance to a class is a smooth minimum over its templates, so that all templates learn. Nothing is attacked.
+
+    Args:
+        guard: guard to train, in place and on its own device, as `make_template_guard` returns it.
+        pixels: number of pixels for which to make room, at least 0. More of them give larger certificates, and a lower
+            accuracy.
+        temperature: divisor of the distances, positive, in pixels.
+        smoothness: temperature of the smooth minimum, positive, in pixels.
+        optimizer: optimizer of ``guard.parameters()``, or a function that makes one from the guard's parameters; None
+            takes Adam with learning rate 1e-2.
+        scheduler: scheduler of the optimizer, or a function that makes one from it; see `DetectorTrainer`.
+        calibrator: calibrator that fits the final thresholds; None takes `Calibrator()`.
+        options: options of the training steps; None takes `TrainingOptions()`.
+
+    Raises:
+        ConfigurationError: an option is out of its range, or the guard is another one.
+
+    Reference:
+        Pal, Vidal & Sulam, "Certified robustness against sparse adversarial perturbations via data localization"
+        (2024), for classifiers whose scores change by at most 1 with a pixel.
+
+    Example:
+        >>> from clusterguard.detectors import make_template_guard
+        >>> labels = torch.arange(200) % 2
+        >>> images = 0.6 * torch.rand(200, 1, 4, 4) + 0.4 * labels.view(-1, 1, 1, 1)
+        >>> guard = make_template_guard([(images, labels)], num_classes=2, templates=3)
+        >>> trainer = TemplateTrainer(guard, pixels=2)
+        >>> history = trainer.fit([(images, labels)], [(images, labels)], epochs=20, progress=False)
+        >>> history[-1].accuracy
+        1.0
+    """
+
+    def __init__(
+        self,
+        guard: ClusterGuard,
+        *,
+        pixels: float = 12.0,
+        temperature: float = 5.0,
+        smoothness: float = 1.0,
+        optimizer: OptimizerOrFactory | None = None,
+        scheduler: SchedulerOrFactory | None = None,
+        calibrator: Calibrator | None = None,
+        options: TrainingOptions | None = None,
+    ) -> None:
+        check_numbers(pixels=pixels, temperature=temperature, smoothness=smoothness)
+        if not (0 <= pixels < math.inf and 0 < temperature < math.inf and 0 < smoothness < math.inf):
+            raise ConfigurationError(
+                "expected pixels of at least 0, and a positive temperature and smoothness, got "
+                f"{pixels}, {temperature} and {smoothness}"
+            )
+        if not isinstance(guard, ClusterGuard) or not isinstance(guard.head, NearestTemplate):
+            raise ConfigurationError("expected a guard as make_template_guard returns it, got one without templates")
+        self.layer = linear_layer_of(guard)
+        self.channels = guard.image_shape[0] if isinstance(guard.image_shape, tuple) else 1
+        super().__init__(
+            guard,
+            optimizer=_adam if optimizer is None else optimizer,
+            scheduler=scheduler,
+            calibrator=calibrator,
+            options=options,
+        )
+        self.guard = guard
+        self.pixels = pixels
+        self.temperature = temperature
+        self.smoothness = smoothness
+
+    def defining_options(self) -> dict[str, float]:
+        """All that the trainer was made with, beside the guard."""
+        return {name: getattr(self, name) for name in ("pixels", "temperature", "smoothness")}
+
+    def training_step(self, images: Tensor, labels: Tensor, generator: Generator | None) -> TrainingStep:
+        """The loss of a batch of images (B, C, H, W) in [0, 1] and labels (B,); the generator is not used."""
+        costs = rearrange(self.guard.represent(images).float(), "b (k j) -> b k j", k=self.guard.num_classes)
+        distances = -self.smoothness * (-costs / self.smoothness).logsumexp(dim=2)
+        is_other = 1 - one_hot(labels.long(), self.guard.num_classes)
+        logits = (2 * self.pixels * is_other - distances) / self.temperature
+        right = (costs.detach().amin(dim=2).argmin(dim=1) == labels).sum()
+        return TrainingStep(cross_entropy(logits, labels), right)
+
+    def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Limit what one pixel may add to a cost."""
+        project_templates(self.layer, self.channels)
+
+
+def _adam(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-2)
