@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks._support import write_atomically
+from benchmarks._support import write_json
 from benchmarks.data import find_data_set
 from benchmarks.detectors import RECIPES, build_network
 from benchmarks.experiments import KINDS, Cell
@@ -69,7 +69,7 @@ def measure_throughput(cells: Sequence[Cell], device: torch.device) -> None:
     for model, dataset, batch, precision in sorted(wanted):
         shape = find_data_set(dataset).image_shape
         measured[f"{model} {dataset} {batch} {precision}"] = _measure(model, shape, batch, device, precision)
-    write_atomically(THROUGHPUT_FILE, lambda file: file.write_text(json.dumps(known, indent=1) + "\n"))
+    write_json(THROUGHPUT_FILE, known)
 
 
 def _training_precision(cell: Cell) -> str:

@@ -23,7 +23,7 @@ from clusterguard.detectors import ClusterGuard, find_normalization, find_num_cl
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks._support import write_atomically
+from benchmarks._support import write_json
 
 COVERAGE_FILE = Path(__file__).parents[1] / "results" / "coverage.json"
 LIBRARIES = ("timm", "torchvision")
@@ -231,7 +231,7 @@ def save_outcomes(path: Path, outcomes: Outcomes, names: dict[str, list[str]], v
         },
         "libraries": libraries,
     }
-    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(path, content)
 
 
 def main(

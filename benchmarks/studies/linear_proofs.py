@@ -4,7 +4,6 @@
 a CPU it takes about ten minutes.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +12,7 @@ import torch
 import typer
 from clusterguard import ClusterGuard, certified_success_rate
 
-from benchmarks._support import write_atomically
+from benchmarks._support import write_json
 from benchmarks.data import load_data_set
 from benchmarks.running import provenance
 
@@ -48,7 +47,7 @@ def main(
                 rows.append({"guard": name, **try_method(guard, images, eps, method)})
                 print(rows[-1])
     content = {"images": images, "provenance": provenance(torch.device("cpu")), "rows": rows}
-    write_atomically(output, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(output, content)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from benchmarks._support import write_atomically
+from benchmarks._support import write_atomically, write_json
 from benchmarks.data import DataSet, FloatBatches, Images, load_data_set
 from benchmarks.detectors import RECIPES, Schedule, build_network
 from benchmarks.running import RESULTS, provenance
@@ -287,7 +287,7 @@ def main(
             },
             "rows": rows,
         }
-        write_atomically(output, partial(Path.write_text, data=json.dumps(content, indent=1) + "\n"))
+        write_json(output, content)
         shutil.rmtree(work, ignore_errors=True)
         print(summarise_networks([row]))
 

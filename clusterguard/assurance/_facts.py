@@ -131,7 +131,7 @@ def describe_certificate(guard: ClusterGuard, evaluation: Evaluation, settings: 
     if evaluation.certified is None:
         return None
     return {
-        "norm": "linf",
+        "norm": evaluation.certified.norm,
         "eps": evaluation.certified.eps,
         "success": evaluation.certified.success,
         "method": settings.get("proof"),

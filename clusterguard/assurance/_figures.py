@@ -44,7 +44,7 @@ def name_figures(content: Mapping[str, Any], evaluation: Evaluation, packages: i
         count = len(evaluation.sanity.warnings)
         figures["sanity"] = Figure(f"warnings of the sanity probe: {count}", "attacks")
     if evaluation.certified is not None:
-        proved, radius = evaluation.certified.success, f"linf {evaluation.certified.eps:g}"
+        proved, radius = evaluation.certified.success, f"{evaluation.certified.norm} {evaluation.certified.eps:g}"
         figures["certificate"] = Figure(f"no attack at {radius} breaks more than {proved}", "certificate")
         figures["proof arithmetic"] = Figure("IEEE floating point, rounding included", "certificate")
     checks = content["failure"]["checks"]

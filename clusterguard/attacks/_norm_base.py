@@ -231,6 +231,11 @@ def move_at_most(images: Tensor, reach: Tensor) -> Tensor:
     return torch.where((moved - images).abs() > reach.abs(), torch.nextafter(moved, images), moved)
 
 
+def falls_to_the_end(slopes: Tensor, images: Tensor) -> Tensor:
+    """How far a linear function falls if each value of images in [0, 1] alone moves to the end of the box."""
+    return torch.maximum(slopes * images, slopes * (images - 1))
+
+
 def room_to_fall(slopes: Tensor, images: Tensor) -> Tensor:
     """How far each value of images in [0, 1] can move in the direction in which a linear function falls."""
     return torch.where(slopes > 0, images, torch.where(slopes < 0, 1 - images, 0))

@@ -12,6 +12,7 @@ from clusterguard._support import look_up
 from clusterguard.attacks._multipliers import l1_lengths, l2_lengths
 from clusterguard.attacks._norm_base import (
     Norm,
+    falls_to_the_end,
     just_inside,
     mask_largest,
     move_at_most,
@@ -124,7 +125,7 @@ class L2(Norm):
         room = room_to_fall(slopes, images)
         usable = torch.where(room > 0, slopes, 0).flatten(1)
         radii = per_image(eps, images).flatten()
-        return torch.minimum(radii * usable.norm(dim=1), (usable.abs() * room.flatten(1)).sum(dim=1))
+        return torch.minimum(radii * usable.norm(dim=1), falls_to_the_end(slopes, images).flatten(1).sum(dim=1))
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A point from the uniform distribution on the ball, projected onto the box."""
@@ -225,7 +226,7 @@ class L0(Norm):
 
     def largest_fall(self, slopes: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
         """The sum of the `eps` largest falls of one pixel, with all its channels: exact."""
-        falls = (slopes.abs() * room_to_fall(slopes, images)).sum(dim=1).flatten(1)
+        falls = falls_to_the_end(slopes, images).sum(dim=1).flatten(1)
         counts = per_image(eps, images).flatten(1)
         most = min(int(counts.max()), falls.shape[1]) if len(counts) else 0
         places = torch.arange(1, most + 1, device=falls.device)

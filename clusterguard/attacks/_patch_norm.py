@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
-from clusterguard.attacks._norm_base import Norm, per_image, rescale, room_to_fall
+from clusterguard.attacks._norm_base import Norm, falls_to_the_end, per_image, rescale
 from torch import Generator, Tensor
 from torch.nn import functional
 
@@ -63,7 +63,7 @@ class Patch(Norm):
 
     def largest_fall(self, slopes: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
         """The largest sum of falls of single pixels within one square: exact."""
-        falls = (slopes.abs() * room_to_fall(slopes, images)).sum(dim=1, keepdim=True)
+        falls = falls_to_the_end(slopes, images).sum(dim=1, keepdim=True)
         return (falls * _best_window(falls, per_image(eps, images))).flatten(1).sum(dim=1)
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:

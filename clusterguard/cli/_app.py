@@ -37,7 +37,7 @@ from clusterguard.cli._options import (
     stderr_is_a_terminal,
     stopped_by_signals,
 )
-from clusterguard.errors import ConfigurationError, PersistenceError
+from clusterguard.errors import PersistenceError
 
 if TYPE_CHECKING:
     from clusterguard.cli._data import Pictures
@@ -341,9 +341,7 @@ def evaluate(
         list[Path] | None, typer.Option(help="Report to write, .json, .md or .html; may be given several times.")
     ] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the figures in the guard's folder.")] = False,
-    certified: Annotated[
-        bool, typer.Option("--certify", help="Also prove a rate that no attack can exceed; linf only.")
-    ] = False,
+    certified: Annotated[bool, typer.Option("--certify", help="Also prove a rate that no attack can exceed.")] = False,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="Folder for intermediate results, from which an interrupted evaluation continues."),
@@ -364,7 +362,7 @@ def evaluate(
     """
     import torch
     from clusterguard._support import check_place
-    from clusterguard.attacks import LInf, WorstCaseSuite
+    from clusterguard.attacks import WorstCaseSuite
     from clusterguard.certification import certified_success_rate
     from clusterguard.cli._data import describe_other_radius, describe_unreadable, open_guard, sample
     from clusterguard.cli._image_folders import find_copies
@@ -376,8 +374,6 @@ def evaluate(
     check_suffixes(output or [], ".json", ".md", ".html")
     for path in output or []:
         check_place(path)
-    if certified and norm != LInf.name:
-        raise ConfigurationError(f"expected --norm linf together with --certify, got {norm}")
     suite = WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)
     detector, training, pictures = open_guard(
         guard,
@@ -393,7 +389,9 @@ def evaluate(
         say(f"warning: {doubt}")
     chosen = DataLoader(sample(pictures, images, seed), batch_size)
     _settle_threads(pictures, detector)
-    proved = CertifiedBound(eps, certified_success_rate(detector, chosen, eps=eps)) if certified else None
+    proved = None
+    if certified:
+        proved = CertifiedBound(eps, certified_success_rate(detector, chosen, eps=eps, norm=norm), norm)
     result = run(
         detector,
         {f"suite {budget} {norm} {eps:g}": suite},

@@ -38,12 +38,14 @@ class CertifiedBound(NamedTuple):
     """A proved upper bound on the success rate of every attack on an evaluation's images.
 
     Attributes:
-        eps: radius in l∞.
+        eps: radius.
         success: upper bound, as `certified_success_rate` counts it.
+        norm: name of the norm.
     """
 
     eps: float
     success: Rate
+    norm: str = "linf"
 
 
 @final
@@ -145,7 +147,7 @@ class Evaluation:
     def proved(self) -> list[tuple[str, Rate]]:
         """The certified bound as a row of a table; empty without one."""
         bound = self.certified
-        return [] if bound is None else [(f"proved upper bound, linf {bound.eps:g}", bound.success)]
+        return [] if bound is None else [(f"proved upper bound, {bound.norm} {bound.eps:g}", bound.success)]
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values for JSON: rates with count, total, value and 95 % interval, and versions used."""

@@ -1,6 +1,5 @@
 """Time two ways to do the same in turns, so that a machine that becomes slower or faster favours neither."""
 
-import json
 import math
 import statistics
 import time
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks._support import write_atomically
+from benchmarks._support import write_json
 from benchmarks.running import RESULTS, provenance
 
 SPEED_RESULTS = RESULTS / "speed"
@@ -150,7 +149,7 @@ def measure_group(name: str, compare: Compare, device: torch.device) -> None:
         }
     content = {"rows": measured, "provenance": provenance(device)}
     file = SPEED_RESULTS / f"{name}-{device.type}.json"
-    write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(file, content)
 
 
 def seconds_of(work: Work, calls: int) -> float:

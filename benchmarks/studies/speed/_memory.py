@@ -1,6 +1,5 @@
 """Peak memory by batch size for ResNet-50 at 224. Attacks and evaluations should hold one batch at a time only."""
 
-import json
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 from clusterguard import PGD, ClusterGuard, evaluate
 from torch import Tensor
 
-from benchmarks._support import write_atomically
+from benchmarks._support import write_json
 from benchmarks.running import provenance
 from benchmarks.studies.speed._measure import SPEED_RESULTS
 
@@ -90,4 +89,4 @@ def measure_memory(device: torch.device) -> None:
             print(f"{work}, batch {batch}: {megabytes:,.0f} MB", flush=True)
     content = {"images": IMAGES, "megabytes": peaks, "provenance": provenance(device)}
     file = SPEED_RESULTS / f"memory-{device.type}.json"
-    write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(file, content)

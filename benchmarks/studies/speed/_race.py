@@ -1,6 +1,5 @@
 """Races: several ways to do the same, timed in turns in one process."""
 
-import json
 import platform
 import statistics
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from clusterguard.attacks import Precision
 
-from benchmarks._support import write_atomically
+from benchmarks._support import write_json
 from benchmarks.running import provenance
 from benchmarks.studies.speed._measure import SPEED_RESULTS, Ratio, Work, median_ratio, seconds_of
 
@@ -104,7 +103,7 @@ def write_results(name: str, content: dict[str, Any], device: torch.device) -> N
     """Write results with the date and the machine to a file in benchmarks/results/speed."""
     source = provenance(device) | {"processor": processor_name(), "date": date.today().isoformat()}
     file = SPEED_RESULTS / f"{name}-{device.type}.json"
-    write_atomically(file, lambda path: path.write_text(json.dumps(content | {"provenance": source}, indent=1) + "\n"))
+    write_json(file, content | {"provenance": source})
 
 
 def processor_name() -> str:

@@ -1,0 +1,172 @@
+"""What a guard of templates can prove about changed pixels on MNIST, with refusal and without, and what attacks find.
+
+`python -m benchmarks.studies.changed_pixels` trains one guard for each seed, and writes counts and a table of them to
+benchmarks/results/changed-pixels after each. Seeds that the file of counts holds are not run again. On one core of a
+CPU a seed takes about half an hour, most of it for proofs and attacks.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, evaluate
+from clusterguard.attacks import Attack, SigmaZero
+from clusterguard.certification import certified_radius, certify
+from clusterguard.detectors import make_template_guard
+from clusterguard.training import TemplateTrainer
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks._support import write_atomically, write_json
+from benchmarks.data import load_data_set
+from benchmarks.running import provenance
+
+CHANGED_PIXELS = Path(__file__).parents[1] / "results" / "changed-pixels"
+PIXELS = (5, 10, 15, 25)
+PATCHES = (3, 5)
+LENGTHS = (5.0, 10.0, 15.0)  # in l1
+_TEMPLATES, _EPOCHS, _ROOM, _RATE = 50, 12, 12.0, 0.05
+_CALIBRATION = 5000  # training images that only thresholds are fitted to
+_AT_ONCE = 100
+
+
+def train(seed: int, progress: bool = True) -> ClusterGuard:
+    """A guard of templates for MNIST."""
+    torch.manual_seed(seed)
+    images, labels = load_data_set("mnist").train.floats()
+    train_set = TensorDataset(images[:-_CALIBRATION], labels[:-_CALIBRATION])
+    guard = make_template_guard(DataLoader(train_set, 1000, shuffle=True), 10, templates=_TEMPLATES)
+    trainer = TemplateTrainer(
+        guard,
+        pixels=_ROOM,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _EPOCHS),
+        calibrator=Calibrator(_RATE),
+    )
+    held_out = [(images[-_CALIBRATION:], labels[-_CALIBRATION:])]
+    trainer.fit(DataLoader(train_set, 250, shuffle=True), held_out, epochs=_EPOCHS, progress=progress)
+    return guard
+
+
+def prove(guard: ClusterGuard, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What is proved of images that the guard labels correctly and accepts; other images have radius −1."""
+    detection = guard.detect(images)
+    eligible = (detection.labels == labels) & ~detection.is_adversarial
+    parts = [*zip(images[eligible].split(_AT_ONCE), labels[eligible].split(_AT_ONCE), strict=True)]
+    radii = torch.cat([certified_radius(guard, *part, norm="l0", largest=64) for part in parts])
+    everyone = torch.full(labels.shape, -1.0, dtype=torch.float64).index_put((eligible,), radii)
+
+    def unproved(norm: str, eps: float) -> int:
+        return int(sum((~certify(guard, *part, eps=eps, norm=norm).is_secure).sum() for part in parts))
+
+    return {
+        "eligible": int(eligible.sum()),
+        "median_radius": float(everyone.median()),
+        "unproved_pixels": {str(eps): int((radii < eps).sum()) for eps in PIXELS},
+        "unproved_patches": {str(side): unproved("patch", side) for side in PATCHES},
+        "unproved_l1": {f"{eps:g}": unproved("l1", eps) for eps in LENGTHS},
+    }
+
+
+def attack(guard: ClusterGuard, images: Tensor, labels: Tensor, seed: int) -> list[dict[str, Any]]:
+    """How many images each attack breaks, of how many, and how many of these are proved secure, which must be none."""
+    rows = []
+    for norm, eps in (*(("l0", float(eps)) for eps in PIXELS), *(("patch", float(side)) for side in PATCHES)):
+        attacks: dict[str, Attack] = {"suite": WorstCaseSuite(norm, eps=eps, budget="standard")}
+        if norm == "l0":
+            attacks["sigma-zero"] = SigmaZero(eps=eps)
+        started = time.process_time()
+        generator = torch.Generator().manual_seed(seed)
+        report = evaluate(guard, attacks, [(images, labels)], generator=generator, sanity_images=0)
+        for result in report.results:
+            rows.append({"norm": norm, "eps": eps, "attack": result.name, "broken": result.success.count})
+            rows[-1] |= {"of": result.success.total, "cpu_seconds": round(time.process_time() - started)}
+    return rows
+
+
+def run_seed(seed: int, proved: int, attacked: int, progress: bool = True) -> dict[str, Any]:
+    """Everything for one seed."""
+    guard = train(seed, progress)
+    images, labels = load_data_set("mnist").open_test().floats()
+    with torch.no_grad():
+        detection = guard.detect(images)
+    accepting = without_refusal(guard)
+    few, their = images[:proved], labels[:proved]
+    return {
+        "seed": seed,
+        "test_images": len(labels),
+        "right": int((detection.labels == labels).sum()),
+        "refused": int(detection.is_adversarial.sum()),
+        "right_and_accepted": int(((detection.labels == labels) & ~detection.is_adversarial).sum()),
+        "proved_images": proved,
+        "with_refusal": prove(guard, few, their),
+        "without_refusal": prove(accepting, few, their),
+        "attacks": attack(guard, images[:attacked], labels[:attacked], seed),
+    }
+
+
+def without_refusal(guard: ClusterGuard) -> ClusterGuard:
+    """A guard with the same network that accepts every image."""
+    accepting = copy.deepcopy(guard)
+    accepting.thresholds = torch.full_like(guard.thresholds, torch.inf)
+    return accepting
+
+
+def table_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The counts as a table in Markdown, with a column for each seed."""
+
+    def row(name: str, values: Sequence[object]) -> str:
+        return f"| {name} | " + " | ".join(map(str, values)) + " |"
+
+    def share(count: int, total: int) -> str:
+        return f"{count / total:.3f}"
+
+    lines = [
+        row("", [f"seed {run['seed']}" for run in runs]),
+        "|---|" + "---|" * len(runs),
+        row("accuracy", [share(run["right"], run["test_images"]) for run in runs]),
+        row("refused test images", [share(run["refused"], run["test_images"]) for run in runs]),
+    ]
+    for key, words in (("without_refusal", "without refusal"), ("with_refusal", "with refusal")):
+        results = [run[key] for run in runs]
+        lines.append(row(f"{words}: median certified radius in pixels", [f"{x['median_radius']:.0f}" for x in results]))
+        for of, unit in (("pixels", "pixels"), ("patches", ""), ("l1", "in ℓ1")):
+            for eps in results[0][f"unproved_{of}"]:
+                what = f"a patch of {eps}×{eps}" if of == "patches" else f"{eps} {unit}"
+                counts = [share(x[f"unproved_{of}"][eps], x["eligible"]) for x in results]
+                lines.append(row(f"{words}: certified ASR, {what}", counts))
+    for index, attack in enumerate(runs[0]["attacks"]):
+        side, name = f"{attack['eps']:g}", attack["attack"]
+        what = f"{side} pixels" if attack["norm"] == "l0" else f"a patch of {side}×{side}"
+        found = [run["attacks"][index] for run in runs]
+        lines.append(row(f"with refusal: {name} breaks, {what}", [f"{x['broken']} of {x['of']}" for x in found]))
+    return lines
+
+
+def main(
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    proved: Annotated[int, typer.Option(min=1, help="Test digits to prove something about, the first ones.")] = 1000,
+    attacked: Annotated[int, typer.Option(min=1, help="Test digits to attack, the first ones.")] = 100,
+    output: Annotated[Path, typer.Option(help="The folder for results.")] = CHANGED_PIXELS,
+) -> None:
+    """Train, prove and attack."""
+    torch.set_num_threads(1)
+    file = output / "counts.json"
+    runs = json.loads(file.read_text())["runs"] if file.exists() else []
+    for seed in range(seeds):
+        if seed not in [run["seed"] for run in runs]:
+            runs.append(run_seed(seed, proved, attacked))
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"runs": runs, "provenance": provenance(torch.device("cpu"))})
+            text = "\n".join(table_lines(runs)) + "\n"
+            write_atomically(output / "table.md", partial(Path.write_text, data=text, encoding="utf-8"))
+    print("\n".join(table_lines(runs)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
