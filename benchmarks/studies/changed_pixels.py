@@ -31,7 +31,7 @@ CHANGED_PIXELS = Path(__file__).parents[1] / "results" / "changed-pixels"
 PIXELS = (5, 10, 15, 25)
 PATCHES = (3, 5)
 LENGTHS = (5.0, 10.0, 15.0)  # in l1
-_TEMPLATES, _EPOCHS, _ROOM, _RATE = 50, 12, 12.0, 0.05
+_TEMPLATES, _EPOCHS, _ROOM, _RATE = 50, 12, 8.0, 0.05
 _CALIBRATION = 5000  # training images that only thresholds are fitted to
 _AT_ONCE = 100
 
@@ -117,7 +117,7 @@ def without_refusal(guard: ClusterGuard) -> ClusterGuard:
     return accepting
 
 
-def table_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def proof_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The counts as a table in Markdown, with a column for each seed."""
 
     def row(name: str, values: Sequence[object]) -> str:
@@ -163,9 +163,9 @@ def main(
             runs.append(run_seed(seed, proved, attacked))
             output.mkdir(parents=True, exist_ok=True)
             write_json(file, {"runs": runs, "provenance": provenance(torch.device("cpu"))})
-            text = "\n".join(table_lines(runs)) + "\n"
+            text = "\n".join(proof_lines(runs)) + "\n"
             write_atomically(output / "table.md", partial(Path.write_text, data=text, encoding="utf-8"))
-    print("\n".join(table_lines(runs)))
+    print("\n".join(proof_lines(runs)))
 
 
 if __name__ == "__main__":

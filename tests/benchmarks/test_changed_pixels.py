@@ -46,4 +46,4 @@ def test_no_attack_breaks_more_than_is_unproved_and_the_table_is_of_these_counts
             of = "unproved_pixels" if attack["norm"] == "l0" else "unproved_patches"
             assert attack["broken"] <= proofs[of][f"{attack['eps']:g}"]
     table = (changed_pixels.CHANGED_PIXELS / "table.md").read_text()
-    assert table == "\n".join(changed_pixels.table_lines(runs)) + "\n"
+    assert table == "\n".join(changed_pixels.proof_lines(runs)) + "\n"
