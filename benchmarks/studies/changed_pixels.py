@@ -36,7 +36,7 @@ _CALIBRATION = 5000  # training images that only thresholds are fitted to
 _AT_ONCE = 100
 
 
-def train(seed: int, progress: bool = True) -> ClusterGuard:
+def train_guard(seed: int, progress: bool = True) -> ClusterGuard:
     """A guard of templates for MNIST."""
     torch.manual_seed(seed)
     images, labels = load_data_set("mnist").train.floats()
@@ -53,7 +53,7 @@ def train(seed: int, progress: bool = True) -> ClusterGuard:
     return guard
 
 
-def prove(guard: ClusterGuard, images: Tensor, labels: Tensor) -> dict[str, Any]:
+def count_proofs(guard: ClusterGuard, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """What is proved of images that the guard labels correctly and accepts; other images have radius −1."""
     detection = guard.detect(images)
     eligible = (detection.labels == labels) & ~detection.is_adversarial
@@ -73,7 +73,7 @@ def prove(guard: ClusterGuard, images: Tensor, labels: Tensor) -> dict[str, Any]
     }
 
 
-def attack(guard: ClusterGuard, images: Tensor, labels: Tensor, seed: int) -> list[dict[str, Any]]:
+def count_successes(guard: ClusterGuard, images: Tensor, labels: Tensor, seed: int) -> list[dict[str, Any]]:
     """How many images each attack breaks, of how many, and how many of these are proved secure, which must be none."""
     rows = []
     for norm, eps in (*(("l0", float(eps)) for eps in PIXELS), *(("patch", float(side)) for side in PATCHES)):
@@ -91,7 +91,7 @@ def attack(guard: ClusterGuard, images: Tensor, labels: Tensor, seed: int) -> li
 
 def run_seed(seed: int, proved: int, attacked: int, progress: bool = True) -> dict[str, Any]:
     """Everything for one seed."""
-    guard = train(seed, progress)
+    guard = train_guard(seed, progress)
     images, labels = load_data_set("mnist").open_test().floats()
     with torch.no_grad():
         detection = guard.detect(images)
@@ -104,9 +104,9 @@ def run_seed(seed: int, proved: int, attacked: int, progress: bool = True) -> di
         "refused": int(detection.is_adversarial.sum()),
         "right_and_accepted": int(((detection.labels == labels) & ~detection.is_adversarial).sum()),
         "proved_images": proved,
-        "with_refusal": prove(guard, few, their),
-        "without_refusal": prove(accepting, few, their),
-        "attacks": attack(guard, images[:attacked], labels[:attacked], seed),
+        "with_refusal": count_proofs(guard, few, their),
+        "without_refusal": count_proofs(accepting, few, their),
+        "attacks": count_successes(guard, images[:attacked], labels[:attacked], seed),
     }
 
 
