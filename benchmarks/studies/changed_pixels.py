@@ -36,7 +36,7 @@ _CALIBRATION = 5000  # training images that only thresholds are fitted to
 _AT_ONCE = 100
 
 
-def train_guard(seed: int, progress: bool = True) -> ClusterGuard:
+def train_templates(seed: int, progress: bool = True) -> ClusterGuard:
     """A guard of templates for MNIST."""
     torch.manual_seed(seed)
     images, labels = load_data_set("mnist").train.floats()
@@ -91,7 +91,7 @@ def count_successes(guard: ClusterGuard, images: Tensor, labels: Tensor, seed: i
 
 def run_seed(seed: int, proved: int, attacked: int, progress: bool = True) -> dict[str, Any]:
     """Everything for one seed."""
-    guard = train_guard(seed, progress)
+    guard = train_templates(seed, progress)
     images, labels = load_data_set("mnist").open_test().floats()
     with torch.no_grad():
         detection = guard.detect(images)

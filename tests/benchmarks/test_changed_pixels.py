@@ -39,7 +39,7 @@ def test_the_study_runs_and_resumes(tmp_path, monkeypatch, capsys):
 
 def test_no_attack_breaks_more_than_is_unproved_and_the_table_is_of_these_counts():
     runs = json.loads((changed_pixels.CHANGED_PIXELS / "counts.json").read_text())["runs"]
-    assert [run["seed"] for run in runs] == [0, 1, 2]
+    assert [run["seed"] for run in runs] == [*range(len(runs))] != []
     for run in runs:
         proofs = run["with_refusal"]
         for attack in run["attacks"]:
