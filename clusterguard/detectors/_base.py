@@ -350,7 +350,9 @@ class Normalize(nn.Module):
         channels = max(len(self.mean), len(self.std))
         if channels not in (1, images.shape[1]):
             advice = _CHANNELS_FIRST if images.shape[3] == channels else _OTHER_CHANNELS
-            raise InputError(f"expected images with {channels} channels, got {images.shape[1]}; {advice}")
+            raise InputError(
+                f"expected images with {channels} channels, as mean and std have, got {images.shape[1]}; {advice}"
+            )
         images = images.to(torch.promote_types(images.dtype, self.mean.dtype))  # half the bits would move the verdict
         return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
 
@@ -402,11 +404,22 @@ def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     except raised as error:
         if type(error) not in raised:
             raise  # an error of memory or the device, for which the images are not to blame
-        advice = "images.float() makes float32 of them; " if images.dtype == torch.float64 else ""
         raise InputError(
             f"expected images that the network can take, got {images.dtype} of shape {tuple(images.shape)} on "
-            f"{images.device}; {advice}it failed with: {error}"
+            f"{images.device}; {_advice_after(error, images)}it failed with: {error}"
         ) from error
+
+
+def _advice_after(error: Exception, images: Tensor) -> str:
+    """What to do about images on which a network failed, as far as it can be guessed."""
+    if images.dtype == torch.float64:
+        return "images.float() makes float32 of them; "
+    usual = (1, 3, 4)  # numbers of channels
+    if images.shape[3] in usual and images.shape[1] not in usual:
+        return f"{_CHANNELS_FIRST}; "
+    if images.dtype == torch.float32 and any(name in str(error) for name in ("BFloat16", "Half")):
+        return "guard.float() makes float32 of the guard, which must then be calibrated anew; "
+    return ""
 
 
 def valid_images(images: Tensor) -> tuple[Tensor, Tensor]:

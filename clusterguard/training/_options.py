@@ -104,6 +104,11 @@ class TrainingOptions:
             raise ConfigurationError(f"expected schedule_every 'epoch' or 'step', got {self.schedule_every!r}")
         if self.augment is not None and not callable(self.augment):
             raise ConfigurationError(f"expected augment to be a function of images, got {type(self.augment).__name__}")
+        if type(self.augment).__name__ in ("CutMix", "MixUp"):  # of torchvision
+            raise ConfigurationError(
+                f"expected augment to change images only, got {type(self.augment).__name__}, which mixes labels too; "
+                "the paper's loss needs one label for each image"
+            )
         if self.log_every < 1:
             raise ConfigurationError(f"expected log_every of at least 1, got {self.log_every}")
         check_precision(self.precision)

@@ -147,7 +147,7 @@ def test_a_guard_is_on_the_device_of_its_model():
 
 def test_normalisation_for_other_channels_is_refused():
     guard = ClusterGuard(nn.Flatten(), 2, mean=[0.5] * 3, std=[0.5] * 3, example=torch.rand(1, 3, 2, 2))
-    with pytest.raises(InputError, match="3 channels, got 1"):
+    with pytest.raises(InputError, match="3 channels, as mean and std have, got 1"):
         guard(torch.rand(1, 1, 2, 2))
 
 
@@ -270,3 +270,14 @@ def test_a_compiler_that_gets_gradients_wrong_is_found_out_before_an_attack_beli
     small_guard.detect(images)  # no gradient, no harm
     with pytest.raises(ConfigurationError, match="wrong input gradients"):
         PGD(eps=0.2, step_size=0.05, steps=5)(small_guard, images, labels)
+
+
+def test_images_that_the_network_does_not_take_get_advice():
+    guard = ClusterGuard(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), 3)
+    with pytest.raises(InputError, match=r"permute\(0, 3, 1, 2\) puts the channels first"):
+        guard.distances(torch.rand(2, 8, 8, 3))
+    with pytest.raises(InputError, match=r"guard.float\(\) makes float32 of the guard"):
+        guard.bfloat16().distances(torch.rand(2, 3, 8, 8))
+    two = ClusterGuard(guard.encoder.float(), 3, mean=(0.5, 0.5))
+    with pytest.raises(InputError, match="2 channels, as mean and std have, got 3"):
+        two.distances(torch.rand(2, 3, 8, 8))

@@ -11,6 +11,7 @@ from clusterguard.errors import ConfigurationError
 from clusterguard.training import Graded, Original, _losses
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from trainings import ATTACK, fit, new_guard, weights
 
 
@@ -257,3 +258,8 @@ def test_training_does_not_touch_how_the_detector_works(blobs):
     assert type(guard) is ClusterGuard
     assert guard.state_dict().keys() == before.state_dict().keys()
     assert "forward" not in vars(guard)
+
+
+def test_a_transform_that_mixes_labels_is_refused():
+    with pytest.raises(ConfigurationError, match="got CutMix, which mixes labels too"):
+        TrainingOptions(augment=v2.CutMix(num_classes=3))
