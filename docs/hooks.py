@@ -1,4 +1,4 @@
-"""While the site is built: formulas become MathML, so that reading them takes no script, and every link is followed."""
+"""While the site is built: formulas become MathML, pictures take the page's colours, and every link is followed."""
 
 import html
 import logging
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads this file by its 
 from licences_table import draw_licences
 from plan import draw_plan, list_modules
 
+_PICTURES = Path(__file__).parent / "pictures"
 _LOG = logging.getLogger("mkdocs.hooks.links")  # mkdocs counts what is logged under its name, and fails if it is strict
 
 
@@ -24,6 +25,7 @@ def on_page_content(content: str, **_: object) -> str:
     drawings = {"<!-- plan -->": draw_plan, "<!-- modules -->": list_modules, "<!-- licences -->": draw_licences}
     for mark, draw in drawings.items():
         content = content.replace(mark, draw()) if mark in content else content
+    content = re.sub(r'<img [^>]*src="[./]*pictures/(\w+)\.svg"[^>]*>', _to_drawing, content)
     return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', _to_mathml, content, flags=re.DOTALL)
 
 
@@ -62,6 +64,11 @@ class _Page(HTMLParser):
             target = target / "index.html" if target.is_dir() else target
             if not target.exists() or (target in pages and unquote(parts.fragment) not in pages[target].anchors):
                 yield link
+
+
+def _to_drawing(image: re.Match[str]) -> str:
+    """The picture itself, which takes the colours of the page; an image would not know the reader's scheme."""
+    return (_PICTURES / f"{image[1]}.svg").read_text(encoding="utf-8")
 
 
 def _to_mathml(formula: re.Match[str]) -> str:
