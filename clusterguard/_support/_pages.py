@@ -18,7 +18,7 @@ p,li,dd{max-width:48rem}a{color:var(--link)}
 table{border-collapse:collapse;margin:.7rem 0;font-size:.94em}
 td,th{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 th{white-space:nowrap}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.wide{overflow-x:auto}img{max-width:100%;background:#fff}figure{margin:1rem 0}figcaption,.soft{color:var(--soft)}
+.wide{overflow-x:auto}svg{max-width:100%;height:auto}figure{margin:1rem 0}figcaption,.soft{color:var(--soft)}
 .warning{background:var(--warn);border-left:4px solid var(--warn-line);padding:.5rem .8rem;margin:.5rem 0;
 max-width:48rem}.good{color:var(--good)}.bad{color:var(--bad);font-weight:600}
 code,pre{background:var(--code);font-size:.92em}code{padding:0 .2rem}pre{padding:.7rem;white-space:pre-wrap}
