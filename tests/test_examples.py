@@ -20,6 +20,9 @@ SHOWN = (
     "10 of 10 verdicts the same",
     "largest loss of accuracy in a step",
     "evidence.html",
+    "proved secure",
+    "processes;",
+    "false positives by class",
 )
 SMALLER = "batch_size=100", "batch_size=25"
 FEW = {"train": 400, "calibration": 1500, "test": 20}
