@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all benchmark-quick speed chaos lint types docs format clean
+.PHONY: demo test test-all benchmark-quick speed chaos lint types docs look format clean
 
 demo: .venv/installed
 	$(BIN)/clusterguard demo
@@ -38,6 +38,10 @@ types: .venv/installed
 # not --quiet: that drops warnings before they are counted, so nothing would ever be an error
 docs: .venv/installed
 	@log=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict 2>&1) || { echo "$$log"; exit 1; }
+
+# opens every page in a Chromium; needs `.venv/bin/pip install playwright` besides
+look: docs
+	$(BIN)/python docs/look.py site
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
