@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks._support import write_atomically
+from benchmarks._support import write_atomically, write_json
 from benchmarks.running import RESULTS, provenance
 from benchmarks.studies.pictures._draw import draw_cost, draw_drift, draw_radii, draw_thresholds
 from benchmarks.studies.pictures._measure import measure_radii, measure_service
@@ -36,7 +36,7 @@ def measure_guards(
     """
     torch.set_num_threads(1)
     content = {"radii": measure_radii(images), **measure_service(), "provenance": provenance(torch.device("cpu"))}
-    write_atomically(output, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(output, content)
 
 
 @app.command("draw")
