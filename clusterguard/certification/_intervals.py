@@ -212,7 +212,7 @@ class Interval:
         return self._box.lowest(directions)
 
     def lowest_above(self, places: Tensor) -> Tensor:
-        """The smallest computed difference z_i − z_p of every coordinate i and that at place p, (B,): (B, m)."""
+        """The smallest computed z_i − z_p of every coordinate i, for the coordinate p in `places` (B,): (B, m)."""
         return self._box.lowest_above(places)
 
     def slack(self, directions: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class RepresentationBox(Protocol):
         ...
 
     def lowest_above(self, places: Tensor) -> Tensor:
-        """The smallest computed difference z_i − z_p of every coordinate i and that at place p, (B,): (B, m)."""
+        """The smallest computed z_i − z_p of every coordinate i, for the coordinate p in `places` (B,): (B, m)."""
         ...
 
     def slack(self, directions: Tensor) -> Tensor:
