@@ -23,6 +23,7 @@ _OPAQUE = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "RGBX": "RGB", "YCbCr":
 _TRANSPARENT = {"LA": "L", "La": "L", "RGBA": "RGB", "RGBa": "RGB", "PA": "RGB"}
 _PNG_SINGLE = {b"IHDR", b"PLTE", b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf", b"acTL"}
 _PNG_FIRST = _PNG_SINGLE - {b"eXIf"}  # these must come before the pixels, or some programs ignore them
+_PNG_BEGINNING = b"\x89PNG\r\n\x1a\n"
 _PNG_CRITICAL = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _PNG_WHOLE = ((0, 0, 1, 1),)  # passes over an image: first column and row, and the steps between these
@@ -30,6 +31,7 @@ _PNG_INTERLACED = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # other bytes after 0xFF belong to the compressed data
 _JPEG_RESTART = re.compile(rb"\xff+[\xd0-\xd7]")
 _JPEG_SCANS = 50  # encoders write at most some 20; the time of decoding grows with their number
+_MOST_PARTS = 1000  # of a file, and one more for each KiB: a small part takes longer to read than its bytes
 _JPEG_PADDING = bytes((37 * index + 254) % 255 for index in range(64))  # any bytes but 0xFF
 _SRGB_GAMMA = 45455
 _SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
@@ -88,6 +90,7 @@ def read_image(
     name = name or ("a file" if isinstance(file, bytes) else str(file))
     try:
         content = file if isinstance(file, bytes) else _content_of(file)
+        _refuse_many_parts(content)
         picture = Image.open(io.BytesIO(content), formats=formats)
         with _truncated_images_refused.on():
             return _read(picture, content, max_pixels)
@@ -107,6 +110,27 @@ def read_image(
 def _content_of(path: str | Path) -> bytes:
     with open_ordinary(path) as file:
         return file.read()
+
+
+def _refuse_many_parts(content: bytes) -> None:
+    """Refuse a PNG or JPEG of so many small parts that reading them would take seconds, before a decoder reads them."""
+    is_png, position, most = content.startswith(_PNG_BEGINNING), 2, _MOST_PARTS + len(content) // 1024
+    if is_png:
+        position = len(_PNG_BEGINNING)
+    elif not content.startswith(b"\xff\xd8"):
+        return
+    for _ in range(most):
+        if position + 4 > len(content):
+            return
+        if is_png:
+            position += 12 + int.from_bytes(content[position : position + 4])
+        elif content[position : position + 2] in (b"\xff\xda", b"\xff\xd9"):  # the pixels begin
+            return
+        elif content[position + 1] == 0xFF:  # a byte that fills a gap
+            position += 1
+        else:
+            position += 2 + int.from_bytes(content[position + 2 : position + 4])
+    raise _RefusedError(f"it has more than {most} parts; save it again")
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], channels: int) -> Tensor:
@@ -305,7 +329,7 @@ def _check_png_colours(parts: dict[bytes, bytes]) -> None:
 def _examine_jpeg(picture: Any, content: bytes) -> list[str]:
     position, marker, interval = 2, b"", 0
     scans: list[bytes] = []  # headers
-    padded = bytearray(content[:2])
+    padded, parts = bytearray(content[:2]), 0
     while marker != b"\xd9":
         match = _JPEG_MARKER.search(content, position)
         if match is None:
@@ -313,13 +337,17 @@ def _examine_jpeg(picture: Any, content: bytes) -> list[str]:
         between = content[position : match.start()]
         if marker == b"\xda":  # the pixels of a scan
             restarts = len(_JPEG_RESTART.findall(between))
+            if not interval and restarts:
+                raise _RefusedError("its pixels have restarts that it does not announce; save it again")
             if interval and restarts != -(-_count_jpeg_units(picture, scans[-1]) // interval) - 1:
                 raise _RefusedError("its pixels end before their time; save it again")
             between = _JPEG_RESTART.sub(_JPEG_PADDING + rb"\g<0>", between) + _JPEG_PADDING
         marker, position = match[1], match.end()
         if marker not in (b"\xd9", b"\x01"):  # only these have no length
             position += struct.unpack_from(">H", content, position)[0]
-        segment = content[match.end() + 2 : position]
+        segment, parts = content[match.end() + 2 : position], parts + 1
+        if parts > _MOST_PARTS + len(content) // 1024:
+            raise _RefusedError(f"it has more than {parts - 1} parts; save it again")
         padded += between + content[match.start() : position]
         if marker == b"\xda":
             scans.append(segment)

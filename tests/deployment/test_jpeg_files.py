@@ -59,5 +59,3 @@ def test_a_jpeg_that_takes_long_to_decode_is_refused_before_it_is_decoded():
     content = encode(Image.new("L", (40, 40)), "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
     refuses("more than 50 scans", content[:-2] + content[last:-2] * 60 + b"\xff\xd9")
-    comments = b"\xff\xfe\x00\x02" * 200_000  # in time that grows with their number alone
-    assert read_image(content[:2] + comments + content[2:]).doubts == ()
