@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
 from numbers import Integral, Real
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from clusterguard._support import digest_of, names_in_eval_mode
@@ -66,23 +66,23 @@ def _lines(name: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
             return
         yield name, f"{len(value)} values"
     elif not isinstance(value, Mapping):
-        yield name, _text(value) if isinstance(value, FunctionType | MethodType) else type(value).__qualname__
+        yield name, type(value).__qualname__ if is_dataclass(value) or isinstance(value, partial) else _text(value)
     yield from inner
 
 
 def _parts(value: Any) -> list[tuple[str, Any]] | None:
     """The named parts of a value; None if it has none."""
-    if isinstance(value, type):
-        return None
-    if is_dataclass(value):
-        return [(part.name, getattr(value, part.name, None)) for part in fields(value) if part.repr]
+    if is_dataclass(value) and not isinstance(value, type):
+        named = [(part.name, getattr(value, part.name, None)) for part in fields(value) if part.repr]
+        return named + settings_inside(value)
     if isinstance(value, partial):
         return [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
     if isinstance(value, Mapping):
         return [(key if isinstance(key, str) else _text(key), part) for key, part in value.items()]
     if isinstance(value, list | tuple):
         return [(str(index), part) for index, part in enumerate(value)]
-    return settings_inside(value) or None
+    printed = [("printed", repr(value))] if isinstance(value, nn.Module) else []
+    return settings_inside(value) + printed or None
 
 
 def _text(value: Any) -> str:
@@ -113,7 +113,9 @@ def _clipped(text: str) -> str:
 
 
 def describe_steps(optimizer: Optimizer, scheduler: Any) -> dict[str, str]:
-    """Describe an optimizer with its hyperparameters, and the class of a scheduler.
+    """Describe an optimizer with its hyperparameters, and a scheduler.
+
+    Settings of the scheduler may change, because some depend on the number of epochs.
 
     Args:
         optimizer: optimizer that has taken no step of this training yet.
@@ -128,7 +130,20 @@ def describe_steps(optimizer: Optimizer, scheduler: Any) -> dict[str, str]:
         {"optimizer": groups[0]} if len(groups) == 1 else {f"optimizer.{i}": group for i, group in enumerate(groups)}
     )
     kinds = {"optimizer": type(optimizer), "scheduler": None if scheduler is None else type(scheduler)}
-    return describe(kinds) | describe(named)
+    settings = describe({"scheduler": _settings_of_scheduler(scheduler)})
+    may_change = {f"{name.removesuffix(MAY_CHANGE)}{MAY_CHANGE}": text for name, text in settings.items()}
+    return describe(kinds) | describe(named) | may_change
+
+
+def _settings_of_scheduler(scheduler: Any) -> dict[str, Any]:
+    """The settings of a scheduler that has taken no step yet, and of those inside it."""
+    with suppress(Exception):  # a scheduler of the user's may raise anything
+        inner = enumerate(getattr(scheduler, "_schedulers", ()))
+        settings: dict[str, Any] = {str(index): _settings_of_scheduler(part) for index, part in inner}
+        settings["lr_lambdas"] = getattr(scheduler, "lr_lambdas", None)
+        state = scheduler.state_dict().items()
+        return {name: value for name, value in state if name not in ("_schedulers", "_last_lr")} | settings
+    return {}
 
 
 def describe_options(options: TrainingOptions, precision: str) -> dict[str, str]:

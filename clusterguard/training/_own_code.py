@@ -1,8 +1,10 @@
 """The settings inside functions and objects of a user's own, by which two trainings are told apart."""
 
 import dis
+import hashlib
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import partial
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from clusterguard._support import is_user_module
+from clusterguard._support import attributes_of, is_user_module
 from torch import Tensor, nn
 
 MAY_CHANGE = " (may change)"
@@ -22,7 +24,9 @@ _COMPARABLE = (
     *(type, FunctionType, BuiltinFunctionType, MethodType, partial, nn.Module, torch.Generator),  # by their names
 )
 _MUTABLE = (list, dict, set)
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _LONGEST_ROW = 20  # largest number of values in a row
+_MOST_FUNCTIONS = 200  # of which code is compared
 
 
 class Incomparable:
@@ -43,32 +47,118 @@ UNKNOWN_KIND = "an unknown "
 """Beginning of the description of a value that cannot be compared."""
 
 
+_CODE = f"code in Python {sys.version_info.major}.{sys.version_info.minor}{MAY_CHANGE}"  # versions compile differently
+
+
 def settings_inside(value: Any) -> list[tuple[str, Any]]:
     """The named settings inside a function, a method or an object of a user's class; none for anything else.
 
-    Those of a function are the values that it holds on to from outside, its defaults, and the numbers in it. Those of
-    an object are its public attributes. An attribute that is no option of the class may be a counter, for example, so
-    its name ends in `MAY_CHANGE`, and so does that of every list, dict and set.
+    Those of a function are the values that it holds on to from outside, its defaults, the numbers in it, and the
+    plain values in its module that it uses. Those of an object are its attributes, and the plain ones of its classes.
+    For both there is a digest of the code, so that another operator or method is noticed, too.
+
+    An attribute that is no option of the class may be a counter, for example. So its name ends in `MAY_CHANGE`, and so
+    do those of every list, dict and set, of values that all functions of a module share, and of code.
 
     Args:
         value: value of any type.
     """
     if isinstance(value, MethodType):
         return settings_inside(value.__self__)
-    module = str(getattr(value if isinstance(value, FunctionType) else type(value), "__module__", None))
-    if not is_user_module(module) or module.partition(".")[0] == "clusterguard":
+    if not _is_own(value if isinstance(value, FunctionType | type) else type(value)):
         return []
+    found: dict[str, Any] = {}
     if isinstance(value, FunctionType):
         found = dict(_held(value)) | {f"{name}=": default for name, default in _defaults(value)}
         if numbers := tuple(_numbers(value.__code__)):
             found["numbers"] = numbers
-    elif not isinstance(value, type) and getattr(type(value), "__repr__", None) is object.__repr__:
-        options = _options_of(type(value))
-        public = {name: part for name, part in getattr(value, "__dict__", {}).items() if name[0] != "_"}
-        found = {name if name in options else f"{name}{MAY_CHANGE}": part for name, part in public.items()}
-    else:
-        return []
+        found |= {f"{name}{MAY_CHANGE}": part for name, part in _used(value).items() if _is_plain(part)}
+    elif not isinstance(value, type) and not is_dataclass(value):
+        found = dict(_attributes(value))
+    found[_CODE] = _digest_of_code(value)
     return [(_marked(name, part), _comparable(part)) for name, part in found.items()]
+
+
+def _is_own(owner: Any) -> bool:
+    """Whether a function or class is neither Python's, nor of an installed package, nor of clusterguard."""
+    module = str(getattr(owner, "__module__", None))
+    return is_user_module(module) and module.partition(".")[0] != "clusterguard"
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object of a user's class. Private ones only if they can be compared."""
+    options = _options_of(type(value))
+    own = attributes_of(value)
+    for name, part in own.items():
+        is_private = name[0] == "_"
+        if is_private and (isinstance(value, nn.Module) or isinstance(_comparable(part), Incomparable)):
+            continue
+        if not (isinstance(value, nn.Module) and name == "training"):
+            yield name if name.lstrip("_") in options else f"{name}{MAY_CHANGE}", part
+    for cls in reversed(_own_classes(type(value))):
+        for name, part in vars(cls).items():
+            if name not in own and name[:2] != "__" and _is_plain(part):
+                yield f"{name}{MAY_CHANGE}", part
+
+
+def _own_classes(cls: type) -> list[type]:
+    return [part for part in cls.__mro__ if _is_own(part)]
+
+
+def _used(function: FunctionType) -> dict[str, Any]:
+    """The values of its module that a function may use, by name: attributes of the same names cannot be told apart."""
+    names = sorted(_names(function.__code__) & function.__globals__.keys())
+    return {name: function.__globals__[name] for name in names}
+
+
+def _names(code: CodeType) -> set[str]:
+    return set(code.co_names).union(*(_names(part) for part in code.co_consts if isinstance(part, CodeType)))
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, tuple) else (value,)
+    return len(values) <= _LONGEST_ROW and all(part is None or type(part) in _PLAIN for part in values)
+
+
+def _digest_of_code(value: Any) -> str:
+    """A short digest of a function or of the user's classes of an object, with the user's functions that they call."""
+    digest, waiting = hashlib.sha256(), [value]
+    found: dict[int, FunctionType] = {}
+    while waiting and len(found) < _MOST_FUNCTIONS:
+        for function in _functions_of(waiting.pop()):
+            if id(function) not in found:
+                found[id(function)] = function
+                digest.update(repr([*_words_of(function.__code__, function.__doc__)]).encode(errors="replace"))
+                waiting += [part for part in _used(function).values() if _has_code(part)]
+    return digest.hexdigest()[:8]
+
+
+def _has_code(value: Any) -> bool:
+    return isinstance(value, FunctionType | type) and _is_own(value)
+
+
+def _functions_of(value: Any) -> Iterable[FunctionType]:
+    """A function itself, or the methods of a user's class or of an object of one."""
+    if isinstance(value, FunctionType):
+        return [value]
+    members = [
+        getattr(member, "__func__", getattr(member, "fget", getattr(member, "func", member)))
+        for cls in _own_classes(value if isinstance(value, type) else type(value))
+        for _, member in sorted(vars(cls).items(), key=lambda item: item[0])
+    ]
+    return [member for member in members if isinstance(member, FunctionType) and _is_own(member)]
+
+
+def _words_of(code: CodeType, documentation: str | None) -> Iterator[Any]:
+    """The instructions of a function with their names and constants, but not the names of its variables."""
+    yield from (code.co_code, code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words_of(constant, None)
+        elif isinstance(constant, frozenset):
+            yield sorted(map(repr, constant))
+        elif constant != documentation:
+            yield constant
 
 
 def _marked(name: str, value: Any) -> str:

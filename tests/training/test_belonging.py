@@ -255,9 +255,10 @@ def test_the_same_trainer_goes_on_after_its_scheduler_has_changed_the_rate(tmp_p
     trainer = new_trainer(2)
     for epochs in (1, 2):
         trainer.fit(LOADER, LOADER, epochs=epochs, checkpoint=tmp_path / "run.pt", calibrate=False, progress=False)
-    history = new_trainer(4).fit(
-        LOADER, LOADER, epochs=4, checkpoint=tmp_path / "run.pt", calibrate=False, progress=False
-    )
+    with pytest.warns(UserWarning, match=r"it is the same one: scheduler\.lr_lambdas\.0\.epochs was 2, is 4"):
+        history = new_trainer(4).fit(
+            LOADER, LOADER, epochs=4, checkpoint=tmp_path / "run.pt", calibrate=False, progress=False
+        )
     assert len(history) == 4
 
 
