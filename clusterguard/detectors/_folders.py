@@ -28,6 +28,7 @@ from clusterguard.detectors._guard_files import (
     write_guard,
 )
 from clusterguard.detectors._model_card import CardDetails, EvaluationForCard, model_card
+from clusterguard.detectors._records import check_evaluated
 from clusterguard.errors import ConfigurationError, PersistenceError, UnsupportedBackboneError, in_one_line
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -59,19 +60,16 @@ def save_guard(
         backbone: recipe that `describe_backbone` returned.
         options: further options of the guard, as plain values. `load_guard` passes them to its `build`.
         training: record of the training, saved unchanged.
-        evaluation: evaluation at the guard's thresholds.
+        evaluation: evaluation of the guard with its present thresholds and weights.
         card: details that the publisher adds to the model card.
 
     Raises:
         PersistenceError: the folder holds another program's files.
-        ConfigurationError: JSON cannot represent the training, or the evaluation has other thresholds.
+        ConfigurationError: JSON cannot represent the training, or the evaluation is of other thresholds or weights.
     """
     check_overwritable(folder)
-    thresholds = guard.thresholds.tolist()
-    if evaluation is not None and str(list(evaluation.thresholds)) != str(
-        thresholds
-    ):  # compared as text, because NaN is not equal to NaN
-        raise ConfigurationError("expected an evaluation at this guard's thresholds, got another's; evaluate it again")
+    if evaluation is not None:
+        check_evaluated(guard, evaluation)
     try:
         json.dumps(training, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

@@ -270,15 +270,16 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         Args:
             save_directory: path of the folder. An older guard in it is replaced, and other files stay.
             training: record of the training, in types that JSON has; it is saved unchanged.
-            evaluation: result of `evaluate` for this guard with its present thresholds. Its figures go into the card.
+            evaluation: result of `evaluate` for this guard with its present thresholds and weights. Its figures go into
+                the card.
             card: details to add to the model card: a licence, and the code that builds the backbone.
             config: the same as `training`, under the name that `push_to_hub` uses.
             model_card_kwargs: dict ``{"evaluation": ..., "card": ...}``, with which `push_to_hub` passes these two.
 
         Raises:
             PersistenceError: the folder holds another model's files.
-            ConfigurationError: JSON cannot represent the training, the training is too large, or the evaluation has
-                other thresholds.
+            ConfigurationError: JSON cannot represent the training, the training is too large, or the evaluation is
+                of other thresholds or weights.
 
         Warns:
             UserWarning: the backbone cannot be rebuilt from a recipe, so loading will need the module. Models of timm,

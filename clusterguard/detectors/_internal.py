@@ -11,6 +11,7 @@ from clusterguard.detectors._guard_files import (
     read_guard,
 )
 from clusterguard.detectors._model_card import INTENDED_USE, LIMITS, describe_image_shape, describe_thresholds
+from clusterguard.detectors._records import check_evaluated
 from clusterguard.detectors._template_guard import project_templates
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "INTENDED_USE",
     "LIMITS",
     "WEIGHTS",
+    "check_evaluated",
     "check_overwritable",
     "describe_image_shape",
     "describe_thresholds",

@@ -104,7 +104,8 @@ def evaluate(
         PersistenceError: a checkpoint is damaged or cannot be written.
 
     Warns:
-        UserWarning: no more images are labelled correctly than by guessing.
+        UserWarning: no more images are labelled correctly than by guessing, or the weights have changed since the
+            thresholds were fitted.
 
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".
@@ -125,7 +126,7 @@ def evaluate(
     check_detector(detector)
     if sanity_images < 0:
         raise ConfigurationError(f"expected sanity_images of at least 0, got {sanity_images}")
-    num_classes = len(detector.thresholds)
+    num_classes, weights = len(detector.thresholds), _digest(detector)
     if checkpoint is not None:
         _check_seed(Path(checkpoint), generator, is_main=accelerator is None or accelerator.is_main_process)
     batches = _read_batches(detector, named.values(), Pairs(loader, unpack))
@@ -176,8 +177,18 @@ def evaluate(
         clean=clean.detection,
         labels=labels,
         gallery=gallery,
+        weights=weights,
         class_names=None if (names := getattr(detector, "class_names", None)) is None else tuple(names),
     )
+
+
+def _digest(detector: Any) -> str | None:
+    """The digest of a detector's weights; None if it has none. Warn if its thresholds were fitted for other weights."""
+    if not hasattr(detector, "current_record"):
+        return None
+    detector.current_record()
+    digest: str | None = detector.digest()
+    return digest
 
 
 def _by_name(attacks: Attack | Mapping[str, Attack]) -> dict[str, Attack]:

@@ -107,6 +107,7 @@ class Evaluation:
         labels: (n,) true labels; not part of the JSON.
         gallery: worst-broken images; None without attacks; not part of the JSON.
         class_names: K names of the classes; None if the detector does not know them.
+        weights: digest of the detector's weights, as `DetectorModule.digest` gives it; None for other detectors.
         certified: proved bound for reports to show; `evaluate` leaves it None, and ``dataclasses.replace`` adds one.
     """
 
@@ -127,6 +128,7 @@ class Evaluation:
     gallery: Gallery | None = field(repr=False, metadata={"json": False})
     certified: CertifiedBound | None = None
     class_names: tuple[str, ...] | None = None
+    weights: str | None = None
 
     @property
     def asr(self) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, evaluate
+from clusterguard import FGSM, Calibrator, ClusterGuard, WorstCaseSuite, evaluate
 from clusterguard.detectors import CardDetails
 from clusterguard.detectors._model_card import model_card
 from clusterguard.errors import ConfigurationError
@@ -56,6 +56,13 @@ def test_a_card_shows_the_calibration_and_the_evaluation_of_this_guard(small_gua
     assert (
         ClusterGuard.from_pretrained(tmp_path, backbone=nn.Flatten(), example=loader[0][0]).calibration == calibration
     )
+    weight = guard.encoder[-1].weight.data
+    weight[0, 0] += 1
+    with pytest.raises(ConfigurationError, match="expected an evaluation of this guard's weights"):
+        guard.save_pretrained(tmp_path, evaluation=report)
+    with pytest.warns(UserWarning, match="weights have changed since the thresholds were fitted"):
+        evaluate(guard, FGSM(eps=0.01), loader, sanity_images=0)
+    weight[0, 0] -= 1
     guard.thresholds = guard.thresholds + 1  # neither the record nor the report is about these
     with pytest.raises(ConfigurationError, match="evaluate it again"):
         guard.save_pretrained(tmp_path, evaluation=report)
