@@ -11,7 +11,7 @@ import torch
 from clusterguard._support._copying import copy_module, shorten
 from clusterguard._support._mode_flags import overrides_mode_methods, to_eval_mode
 from clusterguard.errors import ConfigurationError
-from torch import Tensor, nn
+from torch import nn
 
 Viewed = TypeVar("Viewed", bound=nn.Module)
 
@@ -19,9 +19,10 @@ _DICTS = (dict, OrderedDict)
 
 
 def view_in_eval_mode(module: Viewed) -> Viewed:
-    """Copy a module into eval mode. The copy shares parameters and buffers with the module, which does not change.
+    """Copy a module into eval mode. The copy shares parameters with the module, which does not change.
 
-    A module that overrides `train` or `eval` may merge weights there. So its part of the copy has its own tensors.
+    Buffers are copied, because a thread that trains the module changes batch statistics in every forward pass. A module
+    that overrides `train` or `eval` may merge weights there. So its part of the copy has its own parameters, too.
 
     Args:
         module: module in any mode.
@@ -48,9 +49,8 @@ def _view(module: Viewed) -> Viewed:
         if _uses(function, held):
             raise _not_copied(module, f"a {name} has a function that holds on to a module")
     switching = {part for root in modules if overrides_mode_methods(root) for part in root.modules()}
-    own = {id(tensor) for part in switching for tensor in _tensors_of(part)}
-    memo: dict[int, Any] = {id(tensor): tensor for part in modules for tensor in _tensors_of(part)}
-    memo = {key: tensor for key, tensor in memo.items() if key not in own}
+    own = {id(weight) for part in switching for weight in part.parameters(recurse=False)}
+    memo: dict[int, Any] = {id(weight): weight for weight in module.parameters() if id(weight) not in own}
     for part in modules:  # for speed: a module has ten dicts of hooks, which are nearly always empty
         memo |= {id(value): type(value)() for value in vars(part).values() if type(value) in _DICTS and not value}
     try:
@@ -62,12 +62,6 @@ def _view(module: Viewed) -> Viewed:
             raise _not_copied(module, f"a {type(part).__name__} is shared by copies")
     to_eval_mode(view)
     return view
-
-
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """The parameters and buffers of a module, without those of its submodules."""
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
 
 
 def _functions_of(modules: Collection[nn.Module]) -> Iterator[tuple[FunctionType, str]]:

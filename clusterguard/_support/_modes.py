@@ -1,5 +1,6 @@
 """Reading modules in eval mode and training them in train mode, without threads in each other's way."""
 
+import itertools
 import os
 import threading
 from collections.abc import Collection, Iterator
@@ -27,7 +28,7 @@ _this_thread = threading.local()  # the modules that this thread reads; a forked
 def evaluation_mode(candidate: Readable) -> Iterator[Readable]:
     """Give what is to be read in eval mode: a module as it is, or a view of it if a part of it is in train mode.
 
-    A view is a copy in eval mode that shares parameters and buffers. So reading never changes the mode of a module that
+    A view is a copy in eval mode that shares parameters. So reading never changes the mode of a module that
     others may use. Only a thread that trains a module with `training_mode` switches it, because no other thread reads
     it then. What the module notes on itself while a view is read is lost.
 
@@ -39,8 +40,8 @@ def evaluation_mode(candidate: Readable) -> Iterator[Readable]:
 
     Raises:
         ConfigurationError: another thread trains the module; no view of it can be made; a part was put into train mode
-            while it was read; the weights changed while a view was read; or a module's own `train` or `eval` raises
-            an error.
+            while it was read; weights or buffers changed while a view was read; or a module's own `train` or `eval`
+            raises an error.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.Dropout())
@@ -59,6 +60,7 @@ def evaluation_mode(candidate: Readable) -> Iterator[Readable]:
         _refuse_if_trained_elsewhere(modules)
         is_own = any(module in _trained for module in modules)
         is_direct = not is_own and not any(map(_needs_view, modules))
+        versions = [] if is_own or is_direct else _versions(candidate)
         read: Any = candidate if is_own or is_direct else view_in_eval_mode(candidate)
         if is_direct:
             _enter(modules)
@@ -77,12 +79,11 @@ def evaluation_mode(candidate: Readable) -> Iterator[Readable]:
                 "by copy.deepcopy"
             )
     else:
-        versions = _versions(candidate)
         yield read
         if versions != _versions(candidate):
             raise ConfigurationError(
-                f"the weights of this {type(candidate).__name__} changed while it was read, so the result may belong "
-                "to no state of it; read a copy, made by copy.deepcopy between two steps of the training"
+                f"weights or buffers of this {type(candidate).__name__} changed while it was read, so the result may "
+                "belong to no state of it; read a copy, made by copy.deepcopy between two steps of the training"
             )
 
 
@@ -126,9 +127,10 @@ def _switched(modules: dict[nn.Module, None]) -> Iterator[None]:
         set_mode(before, training=True)
 
 
-def _versions(module: nn.Module) -> list[int]:
-    """How often each parameter has been changed in place."""
-    return [parameter._version for parameter in module.parameters() if not parameter.is_inference()]
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Which parameters and buffers a module has, and how often each has been changed in place."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return [(id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]
 
 
 def _forget_other_threads() -> None:

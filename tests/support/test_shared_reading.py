@@ -115,15 +115,17 @@ def test_a_part_that_is_put_into_train_mode_meanwhile_is_an_error():
     assert "was put into train mode while it was read" in reader.error
 
 
-def test_weights_that_change_under_a_guard_in_train_mode_are_an_error():
+@pytest.mark.parametrize("part", ["weights", "statistics"])
+def test_weights_and_statistics_that_change_under_a_guard_in_train_mode_are_an_error(part):
     guard, gate = paused_guard()
     reader = Reader(guard.train(), gate)
-    optimizer = torch.optim.SGD(guard.parameters(), lr=0.1)
-    guard(IMAGES).square().sum().backward()
-    optimizer.step()
+    if part == "weights":
+        torch.nn.init.zeros_(guard.encoder[-1].weight)
+    else:
+        guard(IMAGES)  # as a training does before it takes a step
     gate.open.set()
     reader.join(30)
-    assert "weights of this ClusterGuard changed while it was read" in reader.error
+    assert "weights or buffers of this ClusterGuard changed while it was read" in reader.error
     guard.detect(IMAGES)
 
 
@@ -212,12 +214,14 @@ class Merging(nn.Linear):
 
 
 class TestViews:
-    def test_they_share_tensors_but_those_that_a_switch_may_merge(self):
+    def test_they_share_parameters_but_those_that_a_switch_may_merge(self):
         model = nn.Sequential(nn.Linear(2, 2), Merging(2, 2), nn.BatchNorm1d(2))
         with evaluation_mode(model) as read:
             shared = [mine is its for mine, its in zip(model.parameters(), read.parameters(), strict=True)]
             assert shared == [True, True, False, False, True, True]
-            assert read[2].running_mean is model[2].running_mean
+            assert torch.equal(read[2].running_mean, model[2].running_mean)
+            read[2].running_mean += 1  # a note of a layer, which is lost with the view
+            assert model[2].running_mean.eq(0).all()
             assert torch.equal(read[1].weight, model[1].weight + 1)
 
     def test_they_have_their_own_hooks_methods_and_shared_modules(self):
