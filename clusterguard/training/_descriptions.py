@@ -81,8 +81,11 @@ def _parts(value: Any) -> list[tuple[str, Any]] | None:
         return [(key if isinstance(key, str) else _text(key), part) for key, part in value.items()]
     if isinstance(value, list | tuple):
         return [(str(index), part) for index, part in enumerate(value)]
-    printed = [("printed", repr(value))] if isinstance(value, nn.Module) else []
-    return settings_inside(value) + printed or None
+    parts = settings_inside(value)
+    if isinstance(value, nn.Module):
+        with suppress(Exception):  # a module of the user's may print itself with an error
+            parts.append(("printed", repr(value)))
+    return parts or None
 
 
 def _text(value: Any) -> str:

@@ -86,12 +86,17 @@ def _is_own(owner: Any) -> bool:
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """The attributes of an object of a user's class. Private ones only if they can be compared."""
-    options = _options_of(type(value))
+    """The attributes of an object of a user's class, without private ones that cannot be compared.
+
+    An object that prints itself is compared by its text, too, so its other unknown attributes are left out as well.
+    """
+    options, has_text = _options_of(type(value)), type(value).__repr__ is not object.__repr__
     own = attributes_of(value)
     for name, part in own.items():
         is_private = name[0] == "_"
-        if is_private and (isinstance(value, nn.Module) or isinstance(_comparable(part), Incomparable)):
+        if is_private and isinstance(value, nn.Module):
+            continue
+        if (is_private or has_text) and isinstance(_comparable(part), Incomparable):
             continue
         if not (isinstance(value, nn.Module) and name == "training"):
             yield name if name.lstrip("_") in options else f"{name}{MAY_CHANGE}", part

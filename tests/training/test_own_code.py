@@ -21,7 +21,7 @@ class Keeping:
     factor = 1.0
 
     def __init__(self, scale):
-        self._scale, self._lock = scale, object()
+        self._scale, self._lock, self.extra = scale, object(), object()
 
     def __repr__(self):
         return "Keeping()"
