@@ -90,7 +90,7 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
 
     An object that prints itself is compared by its text, too, so its other unknown attributes are left out as well.
     """
-    options, has_text = _options_of(type(value)), type(value).__repr__ is not object.__repr__
+    options, has_text = _options_of(type(value)), getattr(type(value), "__repr__", None) is not object.__repr__
     own = attributes_of(value)
     for name, part in own.items():
         is_private = name[0] == "_"
