@@ -177,13 +177,13 @@ def check_methods(guard: ClusterGuard) -> None:
     if not isinstance(guard, ClusterGuard):
         raise ConfigurationError(f"expected a ClusterGuard, got {type(guard).__name__}; nothing else has bounds")
     changed = [name for name in _METHODS if getattr(type(guard), name, None) is not getattr(ClusterGuard, name, None)]
-    changed += _changed_in_place(guard)
+    changed += changed_in_place(guard)
     if not (guard._encode is call_uncompiled or type(guard._encode) is CompiledCall):
         changed.append("_encode")
     is_known = {"head": _has_own_bounds(type(guard.head)), "normalize": type(guard.normalize) is Normalize}
     for name in is_known:
         part = getattr(guard, name)
-        if not is_known[name] or _changed_in_place(part) or part._forward_hooks or part._forward_pre_hooks:
+        if not is_known[name] or changed_in_place(part) or part._forward_hooks or part._forward_pre_hooks:
             changed.append(name)
     if not is_known["head"] and changed == ["head"]:
         raise ConfigurationError(
@@ -221,7 +221,8 @@ def _has_own_bounds(kind: type[Head]) -> bool:
     return "bound_distances" in vars(newest)
 
 
-def _changed_in_place(module: nn.Module) -> list[str]:
+def changed_in_place(module: nn.Module) -> list[str]:
+    """The names of a module's methods that this one object has of its own, such as another `forward`."""
     return [name for name in vars(module) if callable(getattr(type(module), name, None))]
 
 

@@ -2,12 +2,19 @@
 
 import torch
 from clusterguard.attacks import Norm
-from clusterguard.certification._bounds import Proofs, ball_in_service, bound_representations, prove
+from clusterguard.certification._bounds import (
+    Proofs,
+    ball_in_service,
+    bound_representations,
+    changed_in_place,
+    prove,
+)
 from clusterguard.certification._intervals import Interval
 from clusterguard.detection import Arithmetic
 from clusterguard.detectors import Bounds, ClusterGuard
 from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 _AT_ONCE = 2**24  # slopes, each of one function at one pixel, that are sorted at once
 _ROOM = 2.0**-40  # share of a sum of float64 that its rounding may take, for at most 2**12 terms
@@ -97,16 +104,22 @@ def linear_layer_of(guard: ClusterGuard) -> nn.Linear:
     Raises:
         ConfigurationError: the encoder is another one.
     """
-    parts = [*guard.encoder.children()]
-    hooks = [hook for part in (guard.encoder, *parts) for hook in (part._forward_hooks, part._forward_pre_hooks)]
-    if type(guard.encoder) is nn.Sequential and [*map(type, parts)] == [nn.Flatten, nn.Linear] and not any(hooks):
+    # `children` would leave out a layer that is applied twice.
+    parts = [*guard.encoder._modules.values()] if type(guard.encoder) is nn.Sequential else []
+    if [*map(type, parts)] == [nn.Flatten, nn.Linear] and not any(map(_is_changed, (guard.encoder, *parts))):
         flatten, layer = parts
-        if flatten.start_dim == 1 and flatten.end_dim == -1 and isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and vars(flatten).items() >= {"start_dim": 1, "end_dim": -1}.items():
             return layer
     raise ConfigurationError(
         "no bounds are known for this network in norms other than linf; they need one linear layer of the pixels, as "
         "make_template_guard makes it"
     )
+
+
+def _is_changed(part: nn.Module) -> bool:
+    """Whether a module may compute something else than its class says: by hooks, or by a method of its own."""
+    of_all = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    return any((part._forward_hooks, part._forward_pre_hooks, *of_all, changed_in_place(part)))
 
 
 def bound_in_norm(guard: ClusterGuard, images: Tensor, labels: Tensor, norm: Norm, radii: Tensor) -> Proofs:

@@ -151,9 +151,44 @@ def test_other_networks_and_methods_are_refused():
         certify(linear, images, labels, eps=5, norm="l0")
     with pytest.raises(ConfigurationError, match="expected a norm"):
         certify(linear, images, labels, eps=1, norm="l7")
-    linear.encoder[1].register_forward_hook(lambda module, inputs, output: output + 1)
-    with pytest.raises(ConfigurationError, match="one linear layer"):
-        certify(linear, images, labels, eps=1, norm="l0")
+
+
+def cut(costs):
+    """Costs as they are, except that the second class gets cheap below 6.5."""
+    return costs - 100 * (6.5 - costs).relu() * torch.tensor([0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda encoder: setattr(encoder[1], "forward", lambda x: cut(nn.functional.linear(x, *encoder[1].parameters()))),
+        lambda encoder: setattr(encoder, "forward", lambda x: cut(encoder[1](x.flatten(1)))),
+        lambda encoder: setattr(encoder[0], "forward", lambda x: x.flatten(1) - 10 * (-x.flatten(1)).relu()),
+        lambda encoder: encoder[1].register_forward_hook(lambda _, __, costs: cut(costs)),
+        lambda encoder: nn.modules.module.register_module_forward_hook(
+            lambda module, _, out: cut(out) if module is encoder[1] else None
+        ),
+        lambda encoder: encoder.append(encoder[0]),
+    ],
+    ids=["layer", "encoder", "flatten", "hook", "global hook", "twice"],
+)
+def test_a_layer_that_computes_something_else_is_refused(change):
+    """Random points of a ball of 2 among 400 pixels would not meet the two that matter."""
+    guard = ClusterGuard(nn.Flatten(), head=NearestTemplate(2, 2), mean=0.5, std=1.0, example=torch.rand(1, 1, 20, 20))
+    guard.thresholds = torch.ones(2)
+    layer = guard.requires_grad_(False).encoder[1]
+    layer.weight.zero_()
+    layer.weight[:, :8] = torch.tensor([[-1.0], [1.0]])
+    layer.bias.fill_(4)
+    images, labels = torch.ones(1, 1, 20, 20), torch.tensor([0])
+    assert certify(guard, images, labels, eps=2, norm="l0").is_secure
+    hook = change(guard.encoder)
+    try:
+        with pytest.raises(ConfigurationError, match="one linear layer"):
+            certify(guard, images, labels, eps=2, norm="l0")
+    finally:
+        if isinstance(hook, torch.utils.hooks.RemovableHandle):
+            hook.remove()
 
 
 def test_an_image_that_is_not_finite_is_not_proved():
