@@ -86,11 +86,15 @@ def project_templates(layer: nn.Linear, channels: int) -> None:
 def _first_of_each_class(loader: Loader, num_classes: int, count: int, unpack: Unpack | None) -> Tensor:
     """The first images of every class, class by class: (K·count, C, H, W)."""
     chosen: list[list[Tensor]] = [[] for _ in range(num_classes)]
+    shapes: set[tuple[int, ...]] = set()
     for images, labels in Pairs(loader, unpack):
         check_images(images)
         check_labels(labels, images, num_classes)
         for label, group in enumerate(chosen):
             group.extend(images[labels.to(images.device) == label][: count - len(group)])
+        shapes |= {tuple(images.shape[1:])}
+        if len(shapes) > 1:
+            raise InputError(f"expected images of one shape, got {sorted(shapes)}; resize or crop them")
         if all(len(group) == count for group in chosen):
             return torch.stack([image for group in chosen for image in group])
     short = [f"{label} has {len(group)}" for label, group in enumerate(chosen) if len(group) < count]

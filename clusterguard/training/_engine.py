@@ -43,6 +43,7 @@ class TrainingEngine:
         optimizer: optimizer of the detector's parameters.
         scheduler: scheduler of the optimizer, or None.
         options: options of the steps.
+        limit_weights: function that is called after each step, before weights are averaged; None changes nothing.
 
     Attributes:
         steps: number of optimizer steps so far.
@@ -62,7 +63,9 @@ class TrainingEngine:
         optimizer: Optimizer,
         scheduler: Any,
         options: TrainingOptions,
+        limit_weights: Callable[[], None] | None = None,
     ) -> None:
+        self._limit_weights = limit_weights
         self.detector, self.scheduler, self.options = detector, scheduler, options
         self.accelerator: Accelerator | OneProcess = options.make_accelerator()
         if self.accelerator.distributed_type in _SHARDED:
@@ -227,6 +230,8 @@ class TrainingEngine:
         with self._in_sync():
             self._step()
             self._optimizer.zero_grad()
+        if self._limit_weights is not None:
+            self._limit_weights()
         self._gathered = 0
         self.steps += 1
         if any(not torch.equal(weight, before) for weight, before in self._at_first.items()):

@@ -1,7 +1,7 @@
 """Training of a guard that compares images with templates."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import final
 
 import torch
@@ -80,7 +80,13 @@ class TemplateTrainer(DetectorTrainer):
         if not isinstance(guard, ClusterGuard) or not isinstance(guard.head, NearestTemplate):
             raise ConfigurationError("expected a guard as make_template_guard returns it, got one without templates")
         self.layer = linear_layer_of(guard)
-        self.channels = guard.image_shape[0] if isinstance(guard.image_shape, tuple) else 1
+        if self.layer.bias is None or not isinstance(guard.image_shape, tuple) or not _is_centred(guard):
+            raise ConfigurationError(
+                "expected a guard as make_template_guard returns it, with mean=0.5, std=1.0, a bias and a known "
+                f"image_shape, got {guard.normalize.mean.flatten().tolist()}, {guard.normalize.std.flatten().tolist()}, "
+                f"{self.layer} and {guard.image_shape}"
+            )
+        self.channels = guard.image_shape[0]
         super().__init__(
             guard,
             optimizer=_adam if optimizer is None else optimizer,
@@ -106,9 +112,14 @@ class TemplateTrainer(DetectorTrainer):
         right = (costs.detach().amin(dim=2).argmin(dim=1) == labels).sum()
         return TrainingStep(cross_entropy(logits, labels), right)
 
-    def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def limit_weights(self) -> None:
         """Limit what one pixel may add to a cost."""
         project_templates(self.layer, self.channels)
+
+
+def _is_centred(guard: ClusterGuard) -> bool:
+    """Whether pixels reach the network shifted by -0.5 and otherwise as they are."""
+    return bool((guard.normalize.mean == 0.5).all() and (guard.normalize.std == 1).all())
 
 
 def _adam(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -164,6 +164,12 @@ class DetectorTrainer(ABC):
         """The number of first epochs that count neither as the best one nor for the patience of a `Validation`."""
         return 0
 
+    def limit_weights(self) -> None:  # noqa: B027  # optional
+        """A hook that is called after every optimizer step, before weights are averaged.
+
+        Override it to move weights into a set that they must not leave. If the set is convex, averages stay in it.
+        """
+
     def after_step(self, calibration_batches: Iterator[tuple[Tensor, Tensor]]) -> None:  # noqa: B027  # optional
         """A hook that is called after every optimizer step, with an endless iterator of calibration batches."""
 
@@ -204,6 +210,7 @@ class DetectorTrainer(ABC):
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             options=self.options,
+            limit_weights=self.limit_weights,
         )
 
     def fit(

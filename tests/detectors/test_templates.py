@@ -6,7 +6,7 @@ from clusterguard import Calibrator, ClusterGuard, certify, export_onnx, load_on
 from clusterguard.certification import Interval
 from clusterguard.detectors import NearestTemplate, make_template_guard
 from clusterguard.errors import ConfigurationError, InputError
-from clusterguard.training import TemplateTrainer
+from clusterguard.training import TemplateTrainer, TrainingOptions
 from torch import nn
 
 
@@ -49,6 +49,8 @@ def test_the_first_templates_are_the_first_images_of_each_class(data):
     assert (guard.distances(images) >= 0).all()
     with pytest.raises(InputError, match="class 0 has 100"):
         make_template_guard([data], 3, templates=101)
+    with pytest.raises(InputError, match="images of one shape"):
+        make_template_guard([data, (torch.rand(3, 1, 5, 5), torch.arange(3))], 3, templates=101)
     with pytest.raises(ConfigurationError, match="at least 1 template"):
         make_template_guard([data], 3, templates=0)
 
@@ -70,6 +72,19 @@ def test_channels_share_what_a_pixel_may_add():
     guard = make_template_guard(loader, 2, templates=1)
     TemplateTrainer(guard).fit(loader, loader, epochs=1, calibrate=False, progress=False)
     assert guard.encoder[1].weight.abs().max() <= 1 / 3 + 1e-6
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_averaged_templates_keep_the_limits(channels):
+    images, labels = torch.rand(60, channels, 4, 4), torch.arange(60) % 3
+    loader = [(images[:30], labels[:30]), (images[30:], labels[30:])]
+    guard = make_template_guard(loader, 3, templates=2)
+    options = TrainingOptions(average_decay=0.5)
+    trainer = TemplateTrainer(guard, optimizer=torch.optim.SGD(guard.parameters(), lr=5.0), options=options)
+    trainer.fit(loader, loader, epochs=3, calibrate=False, progress=False)
+    layer = guard.encoder[1]
+    assert layer.weight.unflatten(1, (channels, 16)).abs().sum(dim=1).max() <= 1 + 1e-6
+    assert (layer.bias >= layer.weight.abs().sum(dim=1) / 2 - 1e-5).all()
 
 
 def test_it_is_saved_and_exported_like_any_guard(data, trained, tmp_path):
@@ -104,5 +119,7 @@ def test_the_trainer_refuses_other_guards(data):
     guard = ClusterGuard(nn.Flatten(), 3, example=data[0][:1])
     with pytest.raises(ConfigurationError, match="as make_template_guard returns it"):
         TemplateTrainer(guard)
+    with pytest.raises(ConfigurationError, match="with mean=0.5, std=1.0"):
+        TemplateTrainer(ClusterGuard(nn.Flatten(), head=NearestTemplate(3, 6), std=0.2, example=data[0][:1]))
     with pytest.raises(ConfigurationError, match="positive temperature"):
         TemplateTrainer(make_template_guard([data], 3, templates=1), temperature=0)
