@@ -122,10 +122,10 @@ class L2(Norm):
 
     def largest_fall(self, slopes: Tensor, images: Tensor, eps: float | Tensor) -> Tensor:
         """The norm of those slopes along which there is room, times `eps`; at most the fall to the end of the box."""
-        room = room_to_fall(slopes, images)
-        usable = torch.where(room > 0, slopes, 0).flatten(1)
+        usable = torch.where(room_to_fall(slopes, images) > 0, slopes, 0)
         radii = per_image(eps, images).flatten()
-        return torch.minimum(radii * usable.norm(dim=1), falls_to_the_end(slopes, images).flatten(1).sum(dim=1))
+        # `Norm.slope` rescales, so that squares of tiny slopes do not become 0.
+        return torch.minimum(radii * super().slope(usable), falls_to_the_end(slopes, images).flatten(1).sum(dim=1))
 
     def random_start(self, images: Tensor, eps: float | Tensor, generator: Generator | None = None) -> Tensor:
         """A point from the uniform distribution on the ball, projected onto the box."""

@@ -127,8 +127,8 @@ def certified_radius(
         images: (B, C, H, W) in [0, 1].
         labels: (B,) true labels, or the guard's labels.
         norm: name of the norm, as in `certify`.
-        largest: largest radius to try, positive; None takes the size of the largest change that an image can have, 1
-            in l∞ and the number of pixels in l0.
+        largest: largest radius to try, positive, and at least 1 where radii are whole numbers; None takes the size of
+            the largest change that an image can have, 1 in l∞ and the number of pixels in l0.
         tolerance: largest error of the radius, positive. Where radii are whole numbers, they are exact.
         method: method as in `certify`.
 
@@ -150,9 +150,10 @@ def certified_radius(
     most = ball.largest(images.shape[1:])
     largest = most if largest is None else largest
     check_numbers(largest=largest, tolerance=tolerance)
-    if not (0 < tolerance < torch.inf and 0 < largest <= most):
+    if not (0 < tolerance < torch.inf and 0 < largest <= most and ball.grain <= largest):
+        least = f"[{ball.grain:g}" if ball.grain else "(0"
         raise ConfigurationError(
-            f"expected a positive tolerance and a largest radius in (0, {most:g}], got {tolerance} and {largest}; "
+            f"expected a positive tolerance and a largest radius in {least}, {most:g}], got {tolerance} and {largest}; "
             f"{IN_GREY_LEVELS}"
         )
     radii = images.new_full((len(images),), ball.round_radius(largest), dtype=torch.float64)
@@ -160,7 +161,7 @@ def certified_radius(
         return radii
     proved, open_end, tried = torch.zeros_like(radii), radii, radii
     with as_in_service(guard) as guard:
-        for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(max(tolerance, ball.grain))))):
+        for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(ball.grain or tolerance)))):
             secure = _prove(guard, images, labels, ball, tried, method).certificate.is_secure
             proved, open_end = torch.where(secure, tried, proved), torch.where(secure, open_end, tried)
             tried = (proved + open_end) / 2

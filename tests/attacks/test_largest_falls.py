@@ -52,6 +52,16 @@ def test_l2_is_exact_where_the_box_cuts_nothing():
     assert norm.largest_fall(slopes, images, 0.3).tolist() == pytest.approx(expected.tolist())
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_falls_of_tiny_and_huge_slopes_are_in_proportion(norm):
+    slopes = torch.tensor([[[[1.0, -2.0], [3.0, 0.5]]]], dtype=torch.float64)
+    images = torch.full_like(slopes, 0.4)
+    fall = NORMS[norm].largest_fall(slopes, images, 0.5 if norm == "linf" else 1.0).item()
+    for scale in (1e-200, 1e200):
+        scaled = NORMS[norm].largest_fall(scale * slopes, images, 0.5 if norm == "linf" else 1.0).item()
+        assert scaled == pytest.approx(scale * fall, rel=1e-12, abs=0)
+
+
 def test_a_norm_without_certificates_says_so():
     with pytest.raises(ConfigurationError, match="defines no largest_fall"):
         Norm.largest_fall(NORMS["l1"], torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 1.0)

@@ -116,6 +116,18 @@ def test_radii_are_the_largest_that_are_proved(norm):
     assert radii.max() > 0
 
 
+@pytest.mark.parametrize("norm", ["l0", "patch"])
+def test_whole_radii_are_exact_and_at_most_the_largest(norm):
+    guard = random_guard(2)
+    images = torch.rand(6, 1, 2, 2)
+    labels = guard.distances(images).argmin(dim=1)
+    exact = certified_radius(guard, images, labels, norm=norm)
+    assert torch.equal(certified_radius(guard, images, labels, norm=norm, tolerance=100), exact)
+    assert torch.equal(certified_radius(guard, images, labels, norm=norm, largest=1.5), exact.clamp_max(1))
+    with pytest.raises(ConfigurationError, match=r"largest radius in \[1, [24]\]"):
+        certified_radius(guard, images, labels, norm=norm, largest=0.5)
+
+
 def test_refusal_adds_to_the_radius():
     guard = random_guard(1, thresholds=torch.inf)
     images = torch.rand(40, 1, 2, 2)
