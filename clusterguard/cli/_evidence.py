@@ -208,7 +208,7 @@ def _trained_radii(guard: Path, training: Any) -> list[tuple[str, float]]:
 
 
 def _radius_of_proof(radii: list[tuple[str, float]], asked: float | None) -> float:
-    from clusterguard.attacks import LInf  # certificates are in l∞
+    from clusterguard.attacks import LInf  # this command proves in l∞ only
 
     in_linf = [eps for norm, eps in radii if norm == LInf.name]
     if asked is None and not in_linf:

@@ -173,7 +173,9 @@ def cut(costs):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda encoder: setattr(encoder[1], "forward", lambda x: cut(nn.functional.linear(x, *encoder[1].parameters()))),
+        lambda encoder: setattr(
+            encoder[1], "forward", lambda x: cut(nn.functional.linear(x, *encoder[1].parameters()))
+        ),
         lambda encoder: setattr(encoder, "forward", lambda x: cut(encoder[1](x.flatten(1)))),
         lambda encoder: setattr(encoder[0], "forward", lambda x: x.flatten(1) - 10 * (-x.flatten(1)).relu()),
         lambda encoder: encoder[1].register_forward_hook(lambda _, __, costs: cut(costs)),

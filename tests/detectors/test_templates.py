@@ -119,7 +119,7 @@ def test_the_trainer_refuses_other_guards(data):
     guard = ClusterGuard(nn.Flatten(), 3, example=data[0][:1])
     with pytest.raises(ConfigurationError, match="as make_template_guard returns it"):
         TemplateTrainer(guard)
-    with pytest.raises(ConfigurationError, match="with mean=0.5, std=1.0"):
+    with pytest.raises(ConfigurationError, match=r"with mean=0\.5, std=1\.0"):
         TemplateTrainer(ClusterGuard(nn.Flatten(), head=NearestTemplate(3, 6), std=0.2, example=data[0][:1]))
     with pytest.raises(ConfigurationError, match="positive temperature"):
         TemplateTrainer(make_template_guard([data], 3, templates=1), temperature=0)
