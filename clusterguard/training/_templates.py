@@ -83,8 +83,8 @@ class TemplateTrainer(DetectorTrainer):
         if self.layer.bias is None or not isinstance(guard.image_shape, tuple) or not _is_centred(guard):
             raise ConfigurationError(
                 "expected a guard as make_template_guard returns it, with mean=0.5, std=1.0, a bias and a known "
-                f"image_shape, got {guard.normalize.mean.flatten().tolist()}, {guard.normalize.std.flatten().tolist()}, "
-                f"{self.layer} and {guard.image_shape}"
+                f"image_shape, got {guard.normalize.mean.flatten().tolist()}, "
+                f"{guard.normalize.std.flatten().tolist()}, {self.layer} and {guard.image_shape}"
             )
         self.channels = guard.image_shape[0]
         super().__init__(
