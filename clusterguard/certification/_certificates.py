@@ -258,6 +258,8 @@ def _check_radii(norm: Norm, eps: float | Tensor, images: Tensor) -> Tensor:
     if isinstance(norm, LInf):
         return check_linf_radius(eps, images.shape[:1])
     most = norm.largest(images.shape[1:])
+    if not isinstance(eps, Tensor):
+        check_numbers(eps=eps)
     radii = torch.as_tensor(eps, dtype=torch.float64)
     if radii.shape not in (torch.Size([]), images.shape[:1]) or not bool(((radii >= 0) & (radii <= most)).all()):
         raise InputError(

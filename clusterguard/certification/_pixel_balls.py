@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _AT_ONCE = 2**24  # slopes, each of one function at one pixel, that are sorted at once
-_ROOM = 2.0**-40  # share of a sum of float64 that its rounding may take, for at most 2**12 terms
+_ROOM = 2.0**-51  # share of a sum of float64 that its rounding may take, for each of its terms
 
 
 class PixelBall:
@@ -48,7 +48,7 @@ class PixelBall:
         self._bias = bias - (self._slopes * mean).flatten(1).sum(dim=1)
         size = self._slopes.flatten(1).abs().sum(dim=1) * (1 + mean.abs().max()) + self._bias.abs()
         computed = torch.full_like(self._cube.lower, torch.inf) if self._cube.error is None else self._cube.error
-        self._error: Tensor = _ROOM * size + computed
+        self._error: Tensor = _ROOM * layer.in_features * size + computed
         self._center = self._images.flatten(1) @ self._slopes.flatten(1).T + self._bias
         self.lower = self._center - self._falls(self._slopes)
         self.upper = self._center + self._falls(-self._slopes)

@@ -161,6 +161,8 @@ def test_other_networks_and_methods_are_refused():
         certify(linear, images, labels, eps=1, norm="l0", method="linear")
     with pytest.raises(InputError, match="from 0 to 4 in l0"):
         certify(linear, images, labels, eps=5, norm="l0")
+    with pytest.raises(ConfigurationError, match="expected a number as eps"):
+        certify(linear, images, labels, eps="3", norm="l0")
     with pytest.raises(ConfigurationError, match="expected a norm"):
         certify(linear, images, labels, eps=1, norm="l7")
 
