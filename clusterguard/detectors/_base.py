@@ -21,6 +21,7 @@ from clusterguard._support import (
     train_when_unread,
 )
 from clusterguard.detection import Calibration, Detection, Detector, Evidence, decide, full_precision
+from clusterguard.detectors._networks import CHANNELS_FIRST
 from clusterguard.detectors._records import digest_of_values
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor, nn
@@ -189,7 +190,7 @@ class DetectorModule(nn.Module, ABC):
         shape = self._image_shape
         if shape is not None and shape != "any" and tuple(images.shape[1:]) != shape:
             if tuple(images.shape[1:]) == (shape[1], shape[2], shape[0]):
-                raise InputError(f"expected images of shape {shape}, got {tuple(images.shape[1:])}; {_CHANNELS_FIRST}")
+                raise InputError(f"expected images of shape {shape}, got {tuple(images.shape[1:])}; {CHANNELS_FIRST}")
             raise InputError(
                 f"expected images of shape {shape}, as this detector was made for, got {tuple(images.shape[1:])}; "
                 "resize or convert them, or set detector.image_shape to None before you train or calibrate it at "
@@ -322,7 +323,6 @@ class DetectorModule(nn.Module, ABC):
         return {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dtype.itemsize < 4}
 
 
-_CHANNELS_FIRST = "images.permute(0, 3, 1, 2) puts the channels first"
 _OTHER_CHANNELS = "make the backbone for that many, as timm's in_chans= does, or repeat the channel of grey images"
 
 
@@ -367,7 +367,7 @@ class Normalize(nn.Module):
         check_tensor(images, "images", "B", "C", "H", "W", like=self.mean)
         channels = max(len(self.mean), len(self.std))
         if channels not in (1, images.shape[1]):
-            advice = _CHANNELS_FIRST if images.shape[3] == channels else _OTHER_CHANNELS
+            advice = CHANNELS_FIRST if images.shape[3] == channels else _OTHER_CHANNELS
             raise InputError(
                 f"expected images with {channels} channels, as mean and std have, got {images.shape[1]}; {advice}"
             )
@@ -406,38 +406,6 @@ class WithThresholds(nn.Module):
     def evidence(self, images: Tensor) -> Evidence:
         """The wrapped detector's evidence on images (B, C, H, W)."""
         return self.detector.evidence(images)
-
-
-def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """The output of a network for images (B, C, H, W).
-
-    Raises:
-        InputError: the network fails on images of this size, dtype or device.
-    """
-    if torch.compiler.is_compiling():
-        return network(images)
-    raised = (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError)
-    try:
-        return network(images)
-    except raised as error:
-        if type(error) not in raised:
-            raise  # an error of memory or the device, for which the images are not to blame
-        raise InputError(
-            f"expected images that the network can take, got {images.dtype} of shape {tuple(images.shape)} on "
-            f"{images.device}; {_advice_after(error, images)}it failed with: {error}"
-        ) from error
-
-
-def _advice_after(error: Exception, images: Tensor) -> str:
-    """What to do about images on which a network failed, as far as it can be guessed."""
-    if images.dtype == torch.float64:
-        return "images.float() makes float32 of them; "
-    usual = (1, 3, 4)  # numbers of channels
-    if images.shape[3] in usual and images.shape[1] not in usual:
-        return f"{_CHANNELS_FIRST}; "
-    if images.dtype == torch.float32 and any(name in str(error) for name in ("BFloat16", "Half")):
-        return "guard.float() makes float32 of the guard, which must then be calibrated anew; "
-    return ""
 
 
 def valid_images(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from clusterguard.detection import Evidence
 from clusterguard.detectors._backbones import choose_normalization, choose_num_classes
-from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network
+from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize
+from clusterguard.detectors._networks import run_network
 from torch import Tensor, nn
 
 

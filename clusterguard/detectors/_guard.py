@@ -28,11 +28,12 @@ from clusterguard.detectors._backbones import (
     find_class_names,
     find_num_classes,
 )
-from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, run_network, valid_images
+from clusterguard.detectors._base import DetectorModule, ImageShape, Normalize, valid_images
 from clusterguard.detectors._folders import OtherHeadError, find_folder, load_guard, save_guard
 from clusterguard.detectors._heads import GaussianClusters, Head
 from clusterguard.detectors._known_heads import HEADS
 from clusterguard.detectors._model_card import CardDetails, EvaluationForCard
+from clusterguard.detectors._networks import run_network
 from clusterguard.errors import ConfigurationError, InputError, in_one_line
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
