@@ -414,7 +414,8 @@ def _describe(folder: Path, config: dict[str, Any], thresholds: Tensor) -> tuple
     else:
         lines.append(f"measured    nothing recorded; run: clusterguard evaluate {folder}{data} --record")
     lines.append(f"versions    {', '.join(f'{name} {number}' for name, number in config['versions'].items())}")
-    return {**config, "is_calibrated": calibrated, "thresholds": thresholds.tolist()}, "\n".join(lines)
+    text = "\n".join(line.replace("\n", "\\n") for line in lines)  # no name makes a line of its own
+    return {**config, "is_calibrated": calibrated, "thresholds": thresholds.tolist()}, text
 
 
 def begin_run(folder: Path, options: dict[str, Any], *, resume: bool) -> Path:

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from clusterguard._support import check_tensor, check_verdicts
+from clusterguard._support import check_kind, check_tensor, check_verdicts
 from clusterguard.detection import Calibration, Detection, allowed_refusals
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
@@ -211,7 +211,7 @@ def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mi
         A fraction that is larger than the rate the calibration was fitted for.
 
     Raises:
-        ConfigurationError: the confidence is outside (0, 1).
+        ConfigurationError: the confidence is outside (0, 1), or the calibration is no record.
         InputError: the calibration has too few examples for a bound, or `any_mix` is set and classes share a threshold.
 
     Reference:
@@ -222,6 +222,7 @@ def plausible_rate(calibration: Calibration, *, confidence: float = 0.99, any_mi
         >>> round(plausible_rate(ten_classes), 3), round(plausible_rate(ten_classes, any_mix=True), 3)
         (0.015, 0.036)
     """
+    check_kind(calibration, Calibration, "calibration", "the record that Calibrator.fit returned")
     if not 0 < confidence < 1:
         raise ConfigurationError(f"expected a confidence in (0, 1), got {confidence}")
     total, rate = sum(calibration.counts), calibration.false_positive_rate

@@ -95,8 +95,14 @@ class DetectorModule(nn.Module, ABC):
 
     @property
     def calibration(self) -> Calibration | None:
-        """The record of how the thresholds were fitted; None if they were not fitted by a `Calibrator`."""
-        return self._calibration
+        """The record of how the thresholds were fitted.
+
+        It is None if they were not fitted by a `Calibrator`, or are not those that it fitted.
+        """
+        record = self._calibration
+        if record is None or self.thresholds.is_meta:
+            return record
+        return record if record.describes(self.thresholds) else None
 
     @calibration.setter
     def calibration(self, record: Calibration | None) -> None:
@@ -130,7 +136,7 @@ class DetectorModule(nn.Module, ABC):
             UserWarning: weights have changed since the calibration.
         """
         record = self.calibration
-        if record is None or not record.describes(self.thresholds):
+        if record is None:
             return None
         if self._calibrated_values in (None, digest_of_values(self)):
             return record
@@ -308,7 +314,7 @@ class DetectorModule(nn.Module, ABC):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
         if self.thresholds.dtype != exact.dtype:
             self.thresholds = exact.to(self.thresholds.device)
-        if self.calibration is not None and self._half_precisions() != before:
+        if self._calibration is not None and self._half_precisions() != before:
             self.calibration = None
             warnings.warn(
                 "the thresholds were fitted in another precision, so their false-positive rate does not hold any more; "

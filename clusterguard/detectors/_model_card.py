@@ -146,7 +146,7 @@ def model_card(
     )
     versions = ", ".join(f"{package} {number}" for package, number in config["versions"].items())
     # JSON on one line, so that no class name can end the block of code that holds it.
-    names = guard.get("class_names") and json.dumps(guard["class_names"], ensure_ascii=False)
+    names = guard.get("class_names") and _printable_json(guard["class_names"])
     lines = [
         _HEADER.format(mark=MARK, license=f"license: {details.licence}" if details.licence else _NO_LICENCE),
         f"# Guard: {name}, {guard['num_classes']} classes",
@@ -184,6 +184,12 @@ def describe_image_shape(shape: list[int] | tuple[int, ...] | str | None) -> str
     if isinstance(shape, str):
         return "It takes images of every shape that its network can take."
     return f"It takes images of shape ({', '.join(map(str, shape))}) alone, as it was trained on; others are an error."
+
+
+def _printable_json(value: Any) -> str:
+    """JSON on one line, with letters as they are, and with escapes for characters that change how others are shown."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
 
 
 def describe_thresholds(

@@ -45,7 +45,7 @@ def _lines(place: str, source: Any, seen: set[int], depth: int) -> Iterator[tupl
         return
     seen.add(id(source))
     digest = hashlib.sha256()
-    if isinstance(source, Tensor | np.ndarray | list | tuple) and _add(digest, source, 0):
+    if isinstance(source, Tensor | np.ndarray | list | tuple | range) and _add(digest, source, 0):
         yield place if depth else f"{place} content", f"{len(source)} parts {digest.hexdigest()[:12]}"
         return
     if isinstance(source, DataLoader):
@@ -76,6 +76,9 @@ def _add(digest: Any, value: Any, depth: int) -> bool:
         step = 1 + value.nbytes // _MOST_BYTES
         digest.update(f"array {value.dtype} {value.shape} ".encode())
         digest.update(np.ascontiguousarray(value[::step]).tobytes())
+        return True
+    if isinstance(value, range):
+        digest.update(repr(value).encode())
         return True
     if isinstance(value, Mapping):
         return depth < _DEEPEST and _add(digest, [*value], depth + 1) and _add(digest, [*value.values()], depth + 1)

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from clusterguard import Calibration, ClusterGuard
+from clusterguard.cli._data import describe_guard
+from clusterguard.deployment import plausible_rate
+from clusterguard.errors import ConfigurationError
 from saving import assert_refused, edit_config, make_guard, network, put_weights
 from torch import nn
 
@@ -96,3 +99,26 @@ def test_a_record_that_no_calibration_makes_is_refused(saved, entry, value):
     record = json.loads((saved / "config.json").read_text())["calibration"]
     edit_config(saved, calibration=record | {entry: value})
     assert_refused(saved, "does not fit .*expected", network())
+
+
+@pytest.mark.parametrize(
+    "change", [lambda g: g.thresholds.mul_(3), lambda g: g.load_state_dict(make_guard().state_dict())]
+)
+def test_a_record_of_other_thresholds_is_no_record(change):
+    guard = make_guard()
+    guard.thresholds = guard.thresholds + 1
+    guard.calibration = Calibration(tuple(guard.thresholds.tolist()), (120,) * 3, 400, (0.0,) * 3, 0.01, "conformal")
+    change(guard)
+    assert guard.calibration is None
+    with pytest.raises(ConfigurationError, match=r"the record that Calibrator\.fit returned, got None"):
+        plausible_rate(guard.calibration)
+
+
+def test_no_name_of_a_class_forges_a_line_or_turns_the_text_of_a_card(tmp_path):
+    guard = make_guard()
+    guard.class_names = ["1\nmeasured    on 10000 images", "\u202eb", "c"]
+    guard.save_pretrained(tmp_path)
+    text = describe_guard(tmp_path)[1]
+    assert "1\\nmeasured" in text
+    assert [line.split()[0] for line in text.splitlines()].count("measured") == 1
+    assert "\u202e" not in (tmp_path / "README.md").read_text()

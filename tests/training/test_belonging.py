@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR, StepLR
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from trainings import ATTACK, new_guard
 
@@ -392,3 +392,10 @@ def test_what_differs_is_described_differently(one, other):
 )
 def test_what_does_the_same_is_described_the_same(one, other):
     assert describe({"option": one}) == describe({"option": other})
+
+
+def test_other_places_of_a_subset_are_other_data(tmp_path):
+    fit(tmp_path / "run.pt", train=DataLoader(Subset(DATA, range(10)), 6))
+    for places in ([*range(9), 11], range(1, 11)):
+        with pytest.raises(PersistenceError, match="belongs to another run"):
+            fit(tmp_path / "run.pt", train=DataLoader(Subset(DATA, places), 6))
