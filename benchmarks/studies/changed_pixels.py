@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, evaluate
-from clusterguard.attacks import Attack, SigmaZero
+from clusterguard.attacks import L0, Attack, SigmaZero
 from clusterguard.certification import certified_radius, certify
 from clusterguard.detectors import make_template_guard
 from clusterguard.training import TemplateTrainer
@@ -78,7 +78,7 @@ def count_successes(guard: ClusterGuard, images: Tensor, labels: Tensor, seed: i
     rows = []
     for norm, eps in (*(("l0", float(eps)) for eps in PIXELS), *(("patch", float(side)) for side in PATCHES)):
         attacks: dict[str, Attack] = {"suite": WorstCaseSuite(norm, eps=eps, budget="standard")}
-        if norm == "l0":
+        if norm == L0.name:
             attacks["sigma-zero"] = SigmaZero(eps=eps)
         started = time.process_time()
         generator = torch.Generator().manual_seed(seed)
@@ -142,7 +142,7 @@ def proof_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:
                 lines.append(row(f"{words}: certified ASR, {what}", counts))
     for index, attack in enumerate(runs[0]["attacks"]):
         side, name = f"{attack['eps']:g}", attack["attack"]
-        what = f"{side} pixels" if attack["norm"] == "l0" else f"a patch of {side}×{side}"
+        what = f"{side} pixels" if attack["norm"] == L0.name else f"a patch of {side}×{side}"
         found = [run["attacks"][index] for run in runs]
         lines.append(row(f"with refusal: {name} breaks, {what}", [f"{x['broken']} of {x['of']}" for x in found]))
     return lines

@@ -65,7 +65,7 @@ def export_program(detector: DetectorModule, example: Tensor | None = None) -> E
             cannot follow its network.
 
     Warns:
-        UserWarning: the detector's `image_shape` is "any", but a graph has one fixed shape; or thresholds are infinite.
+        UserWarning: the detector's `image_shape` is "any", but a graph has one fixed shape.
 
     Example:
         >>> from clusterguard import ClusterGuard
@@ -337,11 +337,6 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
     with quiet(), torch.no_grad():
         decision(images)  # work that a detector does only at its first batch must not become part of the graph
         check_evidence(decision.detector, noise)
-    if detector.thresholds.isinf().any():
-        warnings.warn(
-            "some thresholds are infinite, so the graph accepts every image with such a label; calibrate the detector",
-            stacklevel=3,
-        )
     if detector.image_shape == "any":
         warnings.warn(
             f"this detector takes images of every shape, but the graph will take those of shape {(*images.shape[1:],)} "

@@ -54,7 +54,8 @@ class TemplateTrainer(DetectorTrainer):
         >>> images = 0.6 * torch.rand(200, 1, 4, 4) + 0.4 * labels.view(-1, 1, 1, 1)
         >>> guard = make_template_guard([(images, labels)], num_classes=2, templates=3)
         >>> trainer = TemplateTrainer(guard, pixels=2)
-        >>> history = trainer.fit([(images, labels)], [(images, labels)], epochs=20, progress=False)
+        >>> loader = [(images, labels)]
+        >>> history = trainer.fit(loader, loader, epochs=20, calibrate=False, progress=False)
         >>> history[-1].accuracy
         1.0
     """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
 import torch
-from clusterguard._support import check_images, check_labels, check_numbers, evaluation_mode, gather, share
+from clusterguard._support import check_images, check_labels, check_numbers, evaluation_mode, gather, share, sole_use
 from clusterguard.detection import Loader, full_precision
 from clusterguard.detection._internal import check_loader
 from clusterguard.detectors import DetectorModule
@@ -128,7 +128,8 @@ def measure(
         InputError: there are no images, or they have a wrong form.
     """
     device, results = detector.thresholds.device, {}
-    with evaluation_mode(detector), full_precision():
+    # What validates uses the detector itself, not a view of it.
+    with sole_use(detector), evaluation_mode(detector), full_precision():
         for position, (images, labels) in share(batches, accelerator):
             check_images(images)
             check_labels(labels, images, detector.num_classes)

@@ -101,6 +101,7 @@ def test_thresholds_travel_in_the_state_dict_and_stay_exact_in_half_precision(sm
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, lambda guard: guard.to(torch.bfloat16)])
 def test_a_rate_holds_only_in_the_precision_in_which_it_was_fitted(small_guard, convert):
     record = Calibration((1.0, 2.0, 3.0), (90,) * 3, 300, (0.01,) * 3, 0.01, "conformal")
+    small_guard.thresholds = torch.tensor(record.thresholds)
     small_guard.calibration = record
     assert small_guard.double().float().cpu().calibration == record
     with pytest.warns(UserWarning, match=r"fitted in another precision.* calibrate the detector again"):
