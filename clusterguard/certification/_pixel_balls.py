@@ -23,8 +23,8 @@ _ROOM = 2.0**-51  # share of a sum of float64 that its rounding may take, for ea
 class PixelBall:
     """All representations of images in a ball in any norm, as heads ask for them; see `RepresentationBox`.
 
-    The network must be linear in the pixels. The largest fall of a linear function in a ball is known exactly, and so
-    are these bounds.
+    The network must be linear in the pixels. The norm bounds how far a linear function can fall in a ball, exactly in
+    all norms but l2, and so do these bounds.
 
     Args:
         guard: guard whose encoder is one linear layer of the pixels.

@@ -78,16 +78,15 @@ class NearestTemplate(Head):
         """
         error = torch.zeros_like(box.lower) if box.error is None else box.error
         lower, upper = box.lower - error, box.upper + error
-        nearest, farthest = self.distances(lower), self.distances(upper).gather(1, labels[:, None].long())
+        nearest, most, column = self.distances(lower), self.distances(upper), labels[:, None].long()
+        farthest = most.gather(1, column)
         # The label's distance is at most the cost of any one of its templates. The best one at the centre is taken.
         centers = self._costs((lower + upper) / 2)[torch.arange(len(labels), device=labels.device), labels.long()]
         template = labels.long() * centers.shape[1] + centers.argmin(dim=1)
         above = self._costs(box.lowest_above(template)).amin(dim=2)
         gaps = torch.maximum(above.clamp_max(nearest), nearest - farthest)  # a negative cost counts as 0
         # A lead is a difference of squares, so of distances times their sum, which is between these bounds.
-        sums = torch.where(gaps > 0, nearest, self.distances(upper)) + torch.where(
-            gaps > 0, self.distances(lower).gather(1, labels[:, None].long()), farthest
-        )
+        sums = torch.where(gaps > 0, nearest + nearest.gather(1, column), most + farthest)
         is_label = one_hot(labels.long(), self.num_classes).bool()
         return Bounds(nearest, (gaps * sums).masked_fill(is_label, 0), farthest.squeeze(1))
 
