@@ -7,7 +7,6 @@ CPU a seed takes about half an hour, most of it for proofs and attacks.
 
 import copy
 import json
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -74,18 +73,17 @@ def count_proofs(guard: ClusterGuard, images: Tensor, labels: Tensor) -> dict[st
 
 
 def count_successes(guard: ClusterGuard, images: Tensor, labels: Tensor, seed: int) -> list[dict[str, Any]]:
-    """How many images each attack breaks, of how many, and how many of these are proved secure, which must be none."""
+    """How many images each attack breaks, of how many that are labelled correctly and accepted."""
     rows = []
     for norm, eps in (*(("l0", float(eps)) for eps in PIXELS), *(("patch", float(side)) for side in PATCHES)):
         attacks: dict[str, Attack] = {"suite": WorstCaseSuite(norm, eps=eps, budget="standard")}
         if norm == L0.name:
             attacks["sigma-zero"] = SigmaZero(eps=eps)
-        started = time.process_time()
         generator = torch.Generator().manual_seed(seed)
         report = evaluate(guard, attacks, [(images, labels)], generator=generator, sanity_images=0)
         for result in report.results:
-            rows.append({"norm": norm, "eps": eps, "attack": result.name, "broken": result.success.count})
-            rows[-1] |= {"of": result.success.total, "cpu_seconds": round(time.process_time() - started)}
+            broken = {"broken": result.success.count, "of": result.success.total}
+            rows.append({"norm": norm, "eps": eps, "attack": result.name, **broken})
     return rows
 
 
@@ -150,7 +148,7 @@ def proof_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
-    proved: Annotated[int, typer.Option(min=1, help="Test digits to prove something about, the first ones.")] = 1000,
+    proved: Annotated[int, typer.Option(min=1, help="Test digits to prove something about, the first ones.")] = 500,
     attacked: Annotated[int, typer.Option(min=1, help="Test digits to attack, the first ones.")] = 100,
     output: Annotated[Path, typer.Option(help="The folder for results.")] = CHANGED_PIXELS,
 ) -> None:
