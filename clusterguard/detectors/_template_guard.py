@@ -34,8 +34,7 @@ def make_template_guard(
         loader: batches of images (B, C, H, W) in [0, 1] and labels (B,), with at least `templates` images of each
             class; the first ones are taken.
         num_classes: number K of classes, at least 2.
-        templates: number of templates of each class, positive. More of them give a higher accuracy; the time of
-            certificates grows with the square of their number.
+        templates: number of templates of each class, positive. The time of certificates grows with it.
         class_names: names of the classes, as in `ClusterGuard`.
         unpack: function that finds images and labels in batches of another form.
 

@@ -26,7 +26,8 @@ class _Digits:
 @pytest.mark.slow
 def test_the_study_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(changed_pixels, "load_data_set", lambda name: _Digits)
-    for name, value in {"_TEMPLATES": 2, "_EPOCHS": 2, "_CALIBRATION": 200, "PIXELS": (5,), "PATCHES": (3,)}.items():
+    small = {"_TEMPLATES": 2, "_EPOCHS": 2, "_CALIBRATION": 400, "_RATE": 0.2, "PIXELS": (1,), "PATCHES": (1,)}
+    for name, value in small.items():
         monkeypatch.setattr(changed_pixels, name, value)
     assert isinstance(load_digits("train"), TensorDataset)
     changed_pixels.main(seeds=1, proved=20, attacked=4, output=tmp_path)
