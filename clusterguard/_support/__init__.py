@@ -4,6 +4,7 @@ from clusterguard._support._bars import bar, is_watched, write_line
 from clusterguard._support._checks import (
     IN_GREY_LEVELS,
     check_calibrated,
+    check_deployable,
     check_detector,
     check_images,
     check_kind,
@@ -55,6 +56,7 @@ __all__ = [
     "check_accelerator",
     "check_archive",
     "check_calibrated",
+    "check_deployable",
     "check_detector",
     "check_gradients",
     "check_images",

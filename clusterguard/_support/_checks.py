@@ -266,3 +266,18 @@ def check_calibrated(thresholds: Tensor) -> None:
             "this detector has no thresholds yet; call "
             "Calibrator(false_positive_rate=0.01).fit(detector, calibration_loader) first"
         )
+
+
+def check_deployable(thresholds: Tensor) -> None:
+    """Check that thresholds have been fitted, and that each can refuse something.
+
+    Raises:
+        NotCalibratedError: a threshold is NaN or infinite.
+    """
+    check_calibrated(thresholds)
+    if thresholds.isinf().any():
+        classes = ", ".join(map(str, thresholds.isinf().nonzero().flatten().tolist()))
+        raise NotCalibratedError(
+            f"expected finite thresholds, got infinite ones for classes {classes}, which judge nothing; fit them with "
+            "Calibrator before you hand the detector on"
+        )

@@ -1,19 +1,15 @@
 """Exports a detector as one graph, images -> labels, distances, is_adversarial, by `torch.export` or as ONNX."""
 
 import copy
-import glob
-import hashlib
-import importlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from clusterguard._support import (
-    check_calibrated,
+    check_deployable,
     check_images,
     check_tensor,
     evaluation_mode,
@@ -21,24 +17,24 @@ from clusterguard._support import (
     open_ordinary,
     settle_weights,
     to_eval_mode,
-    write_atomically,
 )
 from clusterguard.deployment._exporters import exporting, quiet
+from clusterguard.deployment._graph_files import (
+    check_digests,
+    check_external,
+    import_optional,
+    take_thresholds_out,
+    write_graph,
+)
 from clusterguard.detection import Calibration, Detection, Evidence, decide
 from clusterguard.detection._internal import check_evidence
 from clusterguard.detectors import DetectorModule
-from clusterguard.detectors._internal import guarded_evidence
-from clusterguard.errors import ConfigurationError, MissingDependencyError, PersistenceError, in_one_line
+from clusterguard.detectors._internal import drop_infinite_thresholds, guarded_evidence
+from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import one_hot
 
-_LARGEST_GRAPH = 2**31 - 2**24
-"""Bytes of weights that fit into protobuf's 2 GiB with room for the rest. More go into a file beside the graph."""
-_SMALLEST_TENSOR = 1024  # bytes; smaller tensors stay in the graph, as with ONNX's own tools
-_CHUNK = 2**24  # bytes of weights that are read at a time
-_RECORD = ("num_classes", "class_names", "false_positive_rate", "method", "calibration")
-"""Keys of the metadata that belong to the thresholds."""
 _DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 
@@ -58,7 +54,7 @@ def export_program(detector: DetectorModule, example: Tensor | None = None) -> E
         torch's errors: an AssertionError such as "Guard failed: images.size()[2] == 28", or a RuntimeError.
 
     Raises:
-        NotCalibratedError: the detector has no thresholds.
+        NotCalibratedError: a threshold is missing or infinite.
         InputError: the example has a wrong shape, dtype or range.
         ConfigurationError: there is no example, and neither the detector nor a timm backbone tells the size of the
             images; or the detector's evidence for an image differs between calls or with its batch; or torch.export
@@ -101,7 +97,7 @@ def export_onnx(
 
     Raises:
         MissingDependencyError: onnx or onnxscript is not installed.
-        NotCalibratedError: the detector has no thresholds.
+        NotCalibratedError: a threshold is missing or infinite.
         InputError: the example has a wrong shape, dtype or range.
         ConfigurationError: as in `export_program`; or the detector has another precision, the path is that of a folder,
             or the card is no text.
@@ -118,7 +114,7 @@ def export_onnx(
         ...     export_onnx(guard, f"{folder}/guard.onnx", torch.rand(1, 1, 4, 4)).name
         'guard.onnx'
     """
-    _import("onnx", "onnxscript")
+    import_optional("onnx", "onnxscript")
     _check_path(path)
     if card is not None and not (isinstance(card, str) and is_unicode(card)):
         raise ConfigurationError(f"expected a card that is a text which UTF-8 can encode, got {type(card).__name__}")
@@ -141,7 +137,7 @@ def export_onnx(
     del model.graph.value_info[:]
     for value in [model.graph.input[0], *model.graph.output]:
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    return _write(model, detector, path, card)
+    return write_graph(model, detector, path, card)
 
 
 @final
@@ -216,14 +212,14 @@ class OnnxDetector(DetectorModule):
             The path.
 
         Raises:
-            NotCalibratedError: the detector has no thresholds.
+            NotCalibratedError: a threshold is missing or infinite.
             ConfigurationError: the path is that of a folder.
             PersistenceError: the file with the weights of the loaded graph is missing or damaged.
         """
-        check_calibrated(self.thresholds)
+        check_deployable(self.thresholds)
         _check_path(path)
         model = copy.deepcopy(self._model)
-        (helper,) = _import("onnx.external_data_helper")
+        (helper,) = import_optional("onnx.external_data_helper")
         try:
             helper.load_external_data_for_model(model, str(self._folder))
         except Exception as error:  # errors of ONNX and of the file system have no common base class
@@ -232,7 +228,7 @@ class OnnxDetector(DetectorModule):
                 "their file back, or export the detector again"
             ) from error
         is_described = torch.equal(self.thresholds.cpu(), self._exported_thresholds)
-        return _write(model, self, path, self.card if is_described else None)
+        return write_graph(model, self, path, self.card if is_described else None)
 
     def _run(self, images: Tensor, thresholds: Tensor) -> Detection:
         check_tensor(thresholds, "thresholds", self.num_classes)
@@ -263,6 +259,9 @@ def load_onnx(
         MissingDependencyError: onnx or onnxruntime is not installed.
         PersistenceError: the file, or the file with its weights, is missing, damaged, or not from `export_onnx`.
 
+    Warns:
+        UserWarning: a threshold of the file is infinite; the detector is then not calibrated.
+
     Example:
         >>> import tempfile
         >>> from clusterguard import ClusterGuard
@@ -275,17 +274,17 @@ def load_onnx(
         ...     load_onnx(detector.save(path)).thresholds
         tensor([9., 9.])
     """
-    onnx, onnxruntime = _import("onnx", "onnxruntime")
+    onnx, onnxruntime = import_optional("onnx", "onnxruntime")
     try:
         folder = Path(path).absolute().parent
         with open_ordinary(path) as file:
             model = onnx.load(file, load_external_data=False)
-        _check_external(model, folder)
+        check_external(model, folder)
         properties = {entry.key: entry.value for entry in model.metadata_props}
         if "clusterguard" not in properties:
             raise ValueError("its metadata do not name clusterguard")
-        _check_digests(model, properties, folder)
-        thresholds = _open(model)
+        check_digests(model, properties, folder)
+        thresholds = take_thresholds_out(model)
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
@@ -299,6 +298,7 @@ def load_onnx(
             f"{path} is missing, damaged, or not written by export_onnx; export the detector again. What went wrong: "
             f"{in_one_line(error)}"
         ) from error
+    drop_infinite_thresholds(detector, path)
     return detector
 
 
@@ -324,7 +324,7 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
         raise ConfigurationError(
             f"expected a DetectorModule, got {type(detector).__name__}; set the thresholds of the detector inside it"
         )
-    check_calibrated(detector.thresholds)
+    check_deployable(detector.thresholds)
     if example is not None:
         check_images(example)
     with evaluation_mode(detector) as seen:  # no other thread changes the mode while it is copied
@@ -370,131 +370,3 @@ def _clamp_min(values: Tensor, smallest: float) -> Tensor:
     # ONNX does not define Clip for NaN, and onnxruntime turns +inf into a finite number. Both must stay as they are,
     # because otherwise images with such evidence would be accepted.
     return torch.where(values < smallest, smallest, values)
-
-
-def _write(model: Any, detector: DetectorModule, path: str | Path, card: str | None = None) -> Path:
-    """Turn the input "thresholds" into an initializer, add the record of its calibration, and write the graph."""
-    (onnx,) = _import("onnx")
-    record = detector.current_record()
-    properties = {"clusterguard": version("clusterguard"), "num_classes": str(detector.num_classes)}
-    if detector.class_names is not None:
-        properties["class_names"] = json.dumps(detector.class_names)
-    if card is not None:
-        properties["card"] = card
-    if record is not None:
-        properties |= {
-            "false_positive_rate": str(record.false_positive_rate),
-            "method": record.method,
-            "calibration": json.dumps(record.to_dict()),
-        }
-    weights = _move_weights_out(model, Path(path).name)
-    model.graph.input.remove(next(value for value in model.graph.input if value.name == "thresholds"))
-    model.graph.initializer.append(onnx.numpy_helper.from_array(detector.thresholds.cpu().numpy(), "thresholds"))
-    properties["digest"] = json.dumps(_digests(model, properties, Path()))
-    onnx.helper.set_model_props(model, properties)
-
-    def write(file: Path) -> None:
-        onnx.save(model, file)
-        onnx.checker.check_model(str(file))
-        if weights is not None:  # its name holds its hash, so the old pair stays complete until the graph is replaced
-            file.with_name(weights).replace(Path(path).with_name(weights))
-
-    written = write_atomically(path, write)
-    for old in written.parent.glob(f"{glob.escape(written.name)}.{'[0-9a-f]' * 16}.data"):
-        if old.name != weights:
-            old.unlink()
-    return written
-
-
-def _move_weights_out(model: Any, name: str) -> str | None:
-    """If a graph is too large for one file, mark its weights to be saved in a second one, and return its name."""
-    large = [tensor for tensor in model.graph.initializer if len(tensor.raw_data) >= _SMALLEST_TENSOR]
-    if sum(len(tensor.raw_data) for tensor in large) <= _LARGEST_GRAPH:
-        return None
-    digest = hashlib.sha256()
-    for tensor in large:
-        digest.update(tensor.raw_data)
-    location = f"{name}.{digest.hexdigest()[:16]}.data"
-    (helper,) = _import("onnx.external_data_helper")
-    for tensor in large:
-        helper.set_external_data(tensor, location)
-    return location
-
-
-def _digests(model: Any, properties: dict[str, str], folder: Path) -> dict[str, str]:
-    """SHA-256 of a graph's form, of its weights and operations, of its thresholds with their metadata, and its card."""
-    weights, thresholds = hashlib.sha256(), hashlib.sha256()
-    parts = (*model.graph.node, *model.functions, *model.graph.input, *model.graph.output)
-    for message in parts:
-        weights.update(message.SerializeToString(deterministic=True))
-    # The form leaves out the names of operations, because one damaged bit can turn Relu into Selu.
-    form = hashlib.sha256(str(len(parts)).encode())
-    for tensor in sorted(model.graph.initializer, key=lambda initializer: str(initializer.name)):
-        form.update(f"\n{tensor.name} {tensor.data_type} {[*tensor.dims]}".encode())
-        for part in _content(tensor, folder):
-            (thresholds if tensor.name == "thresholds" else weights).update(part)
-    thresholds.update(json.dumps([properties.get(key) for key in _RECORD]).encode())
-    card = hashlib.sha256(json.dumps([properties.get("card"), properties["clusterguard"]]).encode())
-    digests = {"form": form, "weights": weights, "thresholds": thresholds, "card": card}
-    return {name: digest.hexdigest() for name, digest in digests.items()}
-
-
-def _content(tensor: Any, folder: Path) -> Iterator[bytes]:
-    """The bytes of a tensor, from the graph or from the file beside it."""
-    (helper,) = _import("onnx.external_data_helper")
-    if tensor.raw_data or not helper.uses_external_data(tensor):
-        yield tensor.raw_data or tensor.SerializeToString(deterministic=True)
-        return
-    place = helper.ExternalDataInfo(tensor)
-    with open_ordinary(folder / place.location) as file:
-        file.seek(place.offset or 0)
-        left = place.length or 0
-        while left and (part := file.read(min(left, _CHUNK))):
-            yield part
-            left -= len(part)
-
-
-def _check_digests(model: Any, properties: dict[str, str], folder: Path) -> None:
-    """Check a graph against its digest, if it has one. If another tool changed its form, its weights may differ."""
-    if "digest" not in properties:
-        return
-    noted, actual = json.loads(properties["digest"]), _digests(model, properties, folder)
-    if noted["thresholds"] != actual["thresholds"]:
-        raise ValueError("its thresholds, or the record of their calibration, are not those that were exported")
-    if noted.get("card", actual["card"]) != actual["card"]:  # graphs of older versions have none
-        raise ValueError("its card is not the one that was exported")
-    if noted["form"] == actual["form"] and noted["weights"] != actual["weights"]:
-        raise ValueError("its weights or operations are not those that were exported")
-
-
-def _check_external(model: Any, folder: Path) -> None:
-    """Check that weights outside of a graph are in plain files beside it, and nowhere else."""
-    (helper,) = _import("onnx.external_data_helper")
-    for tensor in helper._get_all_tensors(model):
-        if not helper.uses_external_data(tensor):
-            continue
-        name = helper.ExternalDataInfo(tensor).location
-        file = folder / name
-        if Path(name).name != name or "\\" in name or file.is_symlink():
-            raise ValueError(f"its weights are said to be in {name!r}, which is no plain file beside it")
-        if not file.is_file():
-            raise ValueError(f"its weights are in {name!r}, which is not beside it; put that file there too")
-
-
-def _open(model: Any) -> Tensor:
-    """Turn the initializer "thresholds" into an input, and return its values."""
-    (onnx,) = _import("onnx")
-    initializer = next(tensor for tensor in model.graph.initializer if tensor.name == "thresholds")
-    values = onnx.numpy_helper.to_array(initializer)
-    model.graph.initializer.remove(initializer)
-    model.graph.input.append(onnx.helper.make_tensor_value_info("thresholds", initializer.data_type, values.shape))
-    return torch.tensor(values)
-
-
-def _import(*names: str) -> list[Any]:
-    try:
-        return [importlib.import_module(name) for name in names]
-    except ImportError as error:
-        raise MissingDependencyError(
-            f'{" and ".join(names)} are needed for this; run: pip install "clusterguard[export]"'
-        ) from error

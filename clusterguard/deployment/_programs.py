@@ -30,7 +30,7 @@ def save_program(detector: DetectorModule, path: str | Path, example: Tensor | N
         The path.
 
     Raises:
-        NotCalibratedError: the detector has no thresholds.
+        NotCalibratedError: a threshold is missing or infinite.
         InputError: the example has a wrong shape, dtype or range.
         ConfigurationError: as in `export_program`.
         PersistenceError: the file cannot be written, for example because the disk is full.

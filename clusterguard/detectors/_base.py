@@ -220,8 +220,8 @@ class DetectorModule(nn.Module, ABC):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether every class has a threshold."""
-        return not bool(self.thresholds.isnan().any())
+        """Whether every class has a finite threshold. An infinite one judges nothing."""
+        return bool(self.thresholds.isfinite().all())
 
     def train(self, mode: bool = True) -> Self:
         """Put the detector and all its modules into train mode, or into eval mode.

@@ -118,14 +118,27 @@ def load_guard(
         UserWarning: thresholds are infinite; the guard is then not calibrated.
     """
     guard = read_guard(folder, lambda config, weights: _load(build, config, weights, folder, backbone))
-    if guard.thresholds.isinf().any():
-        guard.reset_calibration()
-        warnings.warn(
-            f"expected finite thresholds in {folder}, got infinite ones, which judge nothing; the guard is not "
-            "calibrated, fit its thresholds with Calibrator",
-            stacklevel=3,
-        )
+    drop_infinite_thresholds(guard, folder)
     return guard
+
+
+def drop_infinite_thresholds(detector: DetectorModule, path: str | Path) -> None:
+    """Make a detector that was read from a file uncalibrated if one of its thresholds is infinite.
+
+    Args:
+        detector: the detector.
+        path: where it was read from.
+
+    Warns:
+        UserWarning: a threshold is infinite.
+    """
+    if detector.thresholds.isinf().any():
+        detector.reset_calibration()
+        warnings.warn(
+            f"expected finite thresholds in {path}, got infinite ones, which judge nothing; the detector is not "
+            "calibrated, fit its thresholds with Calibrator",
+            stacklevel=4,
+        )
 
 
 class OtherHeadError(ConfigurationError):

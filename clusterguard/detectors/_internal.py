@@ -1,6 +1,7 @@
 """What the other packages of clusterguard use of `detectors`, and users of it do not need."""
 
 from clusterguard.detectors._base import guarded_evidence
+from clusterguard.detectors._folders import drop_infinite_thresholds
 from clusterguard.detectors._guard_files import (
     CARD,
     CONFIG,
@@ -25,6 +26,7 @@ __all__ = [
     "describe_image_shape",
     "describe_thresholds",
     "digest_of_config",
+    "drop_infinite_thresholds",
     "guarded_evidence",
     "project_templates",
     "read_config",

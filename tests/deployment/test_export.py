@@ -94,7 +94,7 @@ def test_what_overflows_inside_is_refused_even_without_limits(tmp_path):
         hidden.weight[3, 2] = 3e38
         hidden.weight[:, 3] = torch.tensor([1.2e19, 0.6e19, 1.2e19, 1.2e19])
         last.weight.copy_(torch.tensor([[1.0, 0, 2, -2], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
-    guard.thresholds = torch.full((4,), torch.inf)
+    guard.thresholds = torch.full((4,), torch.finfo(torch.float32).max)
     images = torch.cat([torch.zeros(1, 4), torch.eye(4)]).view(5, 1, 2, 2)
     expected = guard.detect(images)
     assert expected.is_adversarial.tolist() == [False, True, True, True, True]
@@ -192,10 +192,12 @@ def test_detectors_that_cannot_be_exported_say_what_to_do(tmp_path):
         export_onnx(guard, tmp_path / "guard.onnx")
     with pytest.raises(InputError, match="divide 8-bit images by 255"):
         export_program(guard, torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
-    guard.reset_calibration()
-    for export in (export_program, lambda guard, images: export_onnx(guard, tmp_path / "guard.onnx", images)):
-        with pytest.raises(NotCalibratedError, match=r"call Calibrator"):
-            export(guard, torch.rand(1, 1, 4, 4))
+    thresholds = {"call Calibrator": [torch.nan, 9.0], "infinite ones for classes 0, 1": [torch.inf, -torch.inf]}
+    for problem, values in thresholds.items():
+        guard.thresholds = torch.tensor(values)
+        for export in (export_program, lambda guard, images: export_onnx(guard, tmp_path / "guard.onnx", images)):
+            with pytest.raises(NotCalibratedError, match=problem):
+                export(guard, torch.rand(1, 1, 4, 4))
     assert not list(tmp_path.iterdir())
 
 

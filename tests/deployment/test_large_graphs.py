@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from clusterguard import Calibrator, ClusterGuard, export_onnx, load_onnx
-from clusterguard.deployment import _export as export
+from clusterguard.deployment import _graph_files as files
 from clusterguard.errors import PersistenceError
 from exporting import assert_same, run_alone, set_thresholds, spread
 from torch import nn
@@ -22,14 +22,14 @@ def exported(tmp_path_factory):
     spread(guard, images)
     set_thresholds(guard, images)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "_LARGEST_GRAPH", 2000)
+        patch.setattr(files, "_LARGEST_GRAPH", 2000)
         return guard, export_onnx(guard, tmp_path_factory.mktemp("large") / "guard.onnx", images), images
 
 
 @pytest.fixture
 def large(exported, tmp_path, monkeypatch):
     """A copy of each."""
-    monkeypatch.setattr(export, "_LARGEST_GRAPH", 2000)
+    monkeypatch.setattr(files, "_LARGEST_GRAPH", 2000)
     guard, path, images = exported
     shutil.copytree(path.parent, tmp_path / "here")
     return copy.deepcopy(guard), tmp_path / "here" / path.name, images

@@ -139,6 +139,19 @@ def test_a_graph_without_a_digest_as_older_versions_wrote_it_is_read(calibrated,
     assert {entry.key for entry in onnx.load(detector.save(tmp_path / "new.onnx")).metadata_props} > {"digest"}
 
 
+def test_a_graph_with_infinite_thresholds_is_not_calibrated(calibrated, tmp_path):
+    model = onnx.load(calibrated[1])
+    onnx.helper.set_model_props(model, {"clusterguard": "0.2"})  # no digest, as in older versions
+    (initializer,) = (entry for entry in model.graph.initializer if entry.name == "thresholds")
+    initializer.raw_data = torch.full_like(calibrated[0].thresholds, torch.inf).numpy().tobytes()
+    onnx.save(model, tmp_path / "open.onnx")
+    with pytest.warns(UserWarning, match=r"expected finite thresholds in .*open\.onnx, got infinite ones"):
+        detector = load_onnx(tmp_path / "open.onnx")
+    assert not detector.is_calibrated
+    with pytest.raises(NotCalibratedError):
+        detector.detect(torch.rand(2, 1, 4, 4))
+
+
 def test_a_card_with_a_flipped_bit_is_noticed(calibrated, tmp_path):
     detector, text = load_onnx(calibrated[1]), "Refuses 1 % of benign images."
     detector.card = text

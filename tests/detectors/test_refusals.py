@@ -76,7 +76,7 @@ def network(out):
 
 
 def with_thresholds(detector):
-    detector.thresholds = torch.full((CLASSES,), torch.inf)
+    detector.thresholds = torch.full((CLASSES,), 1e30)
     return detector.eval()
 
 

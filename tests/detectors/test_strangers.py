@@ -186,12 +186,13 @@ def test_a_header_tells_what_is_in_its_file(saved, header):
 
 def test_infinite_thresholds_are_not_calibrated(saved):
     put_weights(saved, thresholds=torch.tensor([1.0, torch.inf, 2.0]))
-    with pytest.warns(UserWarning, match="expected finite thresholds in .*; the guard is not calibrated"):
+    with pytest.warns(UserWarning, match="expected finite thresholds in .*; the detector is not calibrated"):
         guard = ClusterGuard.from_pretrained(saved, backbone=network())
     assert not guard.is_calibrated
     assert guard.detect(torch.rand(4, 3, 2, 2), check=False).is_adversarial.all()
     guard = make_guard()
-    guard.thresholds = torch.full((3,), torch.inf)
+    guard.thresholds = torch.tensor([1.0, torch.inf, 2.0])
+    assert not guard.is_calibrated
     guard.save_pretrained(saved)
     assert "None: fit them with" in (saved / "README.md").read_text()
 

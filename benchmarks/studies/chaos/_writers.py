@@ -116,7 +116,7 @@ def _read_program(folder: Path) -> Any:
 
 def _write_large_graph(folder: Path, version: int) -> None:
     """Export a graph as if its weights did not fit into it, so that they go into a second file."""
-    with mock.patch("clusterguard.deployment._export._LARGEST_GRAPH", 0):
+    with mock.patch("clusterguard.deployment._graph_files._LARGEST_GRAPH", 0):
         export_onnx(make_guard(version), folder / "guard.onnx")
 
 
