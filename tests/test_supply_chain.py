@@ -34,13 +34,25 @@ def test_newer_versions_of_actions_and_tools_are_proposed_every_week():
     assert {one["schedule"]["interval"] for one in updates} == {"weekly"}
 
 
+def read_hashed(name):
+    """The packages of a file, as "name==version", each of which has a hash."""
+    text = (ROOT / ".github" / name).read_text()
+    pinned = re.findall(r"^([\w-]+==\S+)[^\n]*\\\n    --hash=sha256:[0-9a-f]{64}", text, re.MULTILINE)
+    assert len(pinned) == len(re.findall(r"^\w", text, re.MULTILINE)) > 20
+    assert "://" not in text  # no host is written down
+    return {one.lower() for one in pinned}
+
+
 def test_the_tools_of_the_workflows_have_hashes_and_are_those_that_are_asked_for():
-    tools = (ROOT / ".github" / "tools.txt").read_text()
-    pinned = re.findall(r"^([\w-]+)==(\S+)[^\n]*\\\n    --hash=sha256:[0-9a-f]{64}", tools, re.MULTILINE)
-    assert len(pinned) == len(re.findall(r"^\w", tools, re.MULTILINE)) > 20
-    asked = (ROOT / ".github" / "tools.in").read_text().split()
-    assert {f"{name}=={version}" for name, version in pinned} >= set(asked)
-    assert "://" not in tools  # no host is written down
+    assert read_hashed("tools.txt") >= set((ROOT / ".github" / "tools.in").read_text().split())
+
+
+def test_all_packages_of_the_tests_but_torch_have_hashes():
+    text = "\n".join(path.read_text() for path in (ROOT / "constraints.txt", ROOT / "tests" / "peers.txt"))
+    pinned = {one.lower() for one in re.findall(r"^[\w-]+==\S+", text, re.MULTILINE)}
+    left_out = {one for one in pinned if one.startswith(("torch==", "torchvision=="))}
+    assert read_hashed("packages.txt") == pinned - left_out
+    assert len(left_out) == 2
 
 
 def test_every_package_that_is_named_has_a_licence_that_allows_any_use():
