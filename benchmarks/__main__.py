@@ -9,6 +9,7 @@ import torch
 import typer
 from clusterguard.errors import ClusterGuardError, ConfigurationError
 
+from benchmarks._support import keep_freed_memory
 from benchmarks.data import DATA_SETS, fetch_data_set
 from benchmarks.detectors import CompileChoice
 from benchmarks.experiments import Cell, Profile, all_cells, list_experiments, load_experiment
@@ -65,6 +66,7 @@ def run(
 
     Example: python -m benchmarks run table2-mnist --device cuda --time-budget 540
     """
+    keep_freed_memory()
     store = Store(_folder(out, profile), profile)
     cells = [cell for cell in _cells(names, profile, only) if store.read_cell(cell.key) is None]
     trainings = Trainings(

@@ -22,7 +22,7 @@ from clusterguard.training import TemplateTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks._support import write_atomically, write_json
+from benchmarks._support import keep_freed_memory, write_atomically, write_json
 from benchmarks.data import load_data_set
 from benchmarks.running import provenance
 
@@ -153,6 +153,7 @@ def main(
     output: Annotated[Path, typer.Option(help="The folder for results.")] = CHANGED_PIXELS,
 ) -> None:
     """Train, prove and attack."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     file = output / "counts.json"
     runs = json.loads(file.read_text())["runs"] if file.exists() else []

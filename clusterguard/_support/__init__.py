@@ -1,5 +1,6 @@
 """Private helpers that several packages share: checks, copies, files, modes, processes and compilation."""
 
+from clusterguard._support._allocator import keep_freed_memory
 from clusterguard._support._bars import bar, is_watched, write_line
 from clusterguard._support._checks import (
     IN_GREY_LEVELS,
@@ -86,6 +87,7 @@ __all__ = [
     "is_unicode",
     "is_user_module",
     "is_watched",
+    "keep_freed_memory",
     "look_up",
     "names_in_eval_mode",
     "only_writer",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from clusterguard._support import keep_freed_memory
 from clusterguard.cli._evidence import file_evidence
 from clusterguard.cli._options import (
     BatchSize,
@@ -60,6 +61,7 @@ def main(
     ] = False,
 ) -> None:
     """Put a guard in front of an image classifier: it detects adversarial examples."""
+    keep_freed_memory()
 
 
 @app.command()

@@ -24,7 +24,7 @@ from clusterguard.detection import Verdicts, is_broken
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks._support import write_atomically
+from benchmarks._support import keep_freed_memory, write_atomically
 from benchmarks.running import RESULTS, provenance
 from benchmarks.studies.peers._attacks import THOROUGH, build_all, build_suite
 from benchmarks.studies.peers._guards import CASES, Case
@@ -47,6 +47,7 @@ def run(
 
     Example: python -m benchmarks.studies.peers run --only 'mnist-certified/l2/0/*'
     """
+    keep_freed_memory()
     torch.set_num_threads(1)
     for name, case in CASES.items():
         threats = [f"{norm}/{seed}" for seed in range(seeds) for norm in case.radii]

@@ -11,6 +11,7 @@ from benchmarks.studies.speed._batches import compare_batches
 from benchmarks.studies.speed._compiled import compare_compiled
 from benchmarks.studies.speed._detection import compare_detection
 from benchmarks.studies.speed._float32 import compare_in_float32
+from benchmarks.studies.speed._freed_memory import measure_freed_memory
 from benchmarks.studies.speed._head import compare_heads
 from benchmarks.studies.speed._measure import measure_group
 from benchmarks.studies.speed._memory import measure_memory
@@ -77,6 +78,15 @@ def memory(device: Annotated[str, _DEVICE] = "cpu") -> None:
     Example: python -m benchmarks.studies.speed memory --device cpu
     """
     measure_memory(torch.device(device))
+
+
+@app.command("freed-memory")
+def freed_memory(device: Annotated[str, _DEVICE] = "cpu") -> None:
+    """Time attacks while the C library keeps freed memory, and while it hands it back.
+
+    Example: python -m benchmarks.studies.speed freed-memory
+    """
+    measure_freed_memory(torch.device(device))
 
 
 @app.command()

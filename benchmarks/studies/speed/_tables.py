@@ -64,6 +64,7 @@ def table_lines() -> Iterator[str]:
         ("Compiled", "compiled", _compiled_lines),
         ("Before and after the working copy", "profile", _profile_lines),
         ("Folded, and in channels last, in float32", "float32", _plain_lines),
+        ("Freed memory", "freed-memory", _kept_lines),
     ):
         yield from ("", f"### {title}", "")
         contents = {device: _read(group, device) for device in _DEVICES}
@@ -178,6 +179,15 @@ def _plain_lines(races: dict[str, Any]) -> Iterator[str]:
         for side, taken in race["seconds"].items():
             ratio = "1" if side == first else _short(ratio_of(race["seconds"], first, side))
             yield f"| {name} | {side} | {_rate(race['gradients'] / statistics.median(taken))} | {ratio} |"
+    yield ""
+
+
+def _kept_lines(races: dict[str, Any]) -> Iterator[str]:
+    yield "| attack | gradients/s, freed memory handed back | kept | gain |"
+    yield "| --- | --- | --- | --- |"
+    for name, race in races.items():
+        speeds = [_rate(race["gradients"] / statistics.median(taken)) for taken in race["seconds"].values()]
+        yield f"| {name} | {' | '.join(speeds)} | {_short(ratio_of(race['seconds'], *race['seconds']))} |"
     yield ""
 
 
