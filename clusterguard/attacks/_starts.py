@@ -7,7 +7,7 @@ from typing import final
 import torch
 from clusterguard._support import check_detector, check_images, check_labels, check_tensor, evaluation_mode, look_up
 from clusterguard.attacks._descent import Problem, backpropagate
-from clusterguard.detection import Detector, Evidence, decide
+from clusterguard.detection import Detector, Evidence, decide, full_precision
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
 
@@ -76,7 +76,7 @@ def is_accepted(detector: Detector, images: Tensor, labels: Tensor, *, batch_siz
     """
     if not len(images):
         return torch.zeros(0, dtype=torch.bool, device=images.device)
-    with evaluation_mode(detector) as detector:
+    with evaluation_mode(detector) as detector, full_precision():
         verdicts = [decide(detector.evidence(part), detector.thresholds) for part in images.split(batch_size)]
     predicted = torch.cat([verdict.labels for verdict in verdicts])
     refused = torch.cat([verdict.is_adversarial for verdict in verdicts])

@@ -35,7 +35,7 @@ from clusterguard.attacks._sparse_pgd import SparsePGD
 from clusterguard.attacks._starts import AtPoints, Start, Towards, is_accepted
 from clusterguard.attacks._suite_state import StageRecord, SuiteState, digests_of_inputs
 from clusterguard.attacks._wrapping import MultiTarget, Transfer
-from clusterguard.detection import Detector, success_margin
+from clusterguard.detection import Detector, full_precision, success_margin
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor
 
@@ -388,6 +388,7 @@ class WorstCaseSuite(BuiltInAttack):
         )
 
     @torch.no_grad()
+    @full_precision()
     def _margins(self, detector: Detector, images: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
         margins = [
             success_margin(

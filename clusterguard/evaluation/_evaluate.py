@@ -35,6 +35,7 @@ from clusterguard.detection import (
     decide,
     expected_roc_auc,
     false_positive_rate,
+    full_precision,
     is_broken,
     is_eligible,
     judge,
@@ -305,7 +306,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 @torch.no_grad()
 def _judge_attacked(detector: Detector, batches: list[Tensor], valid: Tensor) -> Detection:
     """Verdicts on attacked images as they are stored; images that are not `valid` (B,) count as refused."""
-    with evaluation_mode(detector) as detector:
+    with evaluation_mode(detector) as detector, full_precision():
         verdicts = [decide(detector.evidence(images), detector.thresholds) for images in batches]
     verdict = Detection(*(torch.cat(parts).cpu() for parts in zip(*verdicts, strict=True)))
     return verdict._replace(is_adversarial=verdict.is_adversarial | ~valid)

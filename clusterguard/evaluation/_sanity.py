@@ -25,7 +25,7 @@ from clusterguard.attacks._internal import (
     descend,
     make_random_search,
 )
-from clusterguard.detection import Detection, Detector, Rate, Verdicts, decide, is_broken, is_eligible
+from clusterguard.detection import Detection, Detector, Rate, Verdicts, decide, full_precision, is_broken, is_eligible
 from torch import Generator, Tensor
 
 _STEPS = 40
@@ -110,7 +110,7 @@ def examine(
         The report; None if no attack states its norm and eps, or if no image is labelled correctly and accepted.
     """
     stated = [result for result in results if result.norm is not None and result.eps]
-    with torch.no_grad(), evaluation_mode(detector) as seen:
+    with torch.no_grad(), evaluation_mode(detector) as seen, full_precision():
         usable = is_eligible(Verdicts(decide(seen.evidence(images), detector.thresholds), labels))
     if not stated or not usable.any():
         return None
@@ -120,7 +120,7 @@ def examine(
 
     def broken(attack: Attack) -> Tensor:
         attacked = attack_checked_images(attack, detector, probed, truth, generator=generator)
-        with torch.no_grad(), evaluation_mode(detector) as seen:
+        with torch.no_grad(), evaluation_mode(detector) as seen, full_precision():
             return is_broken(Verdicts(decide(seen.evidence(attacked), detector.thresholds), truth))
 
     def pgd(radius: float, start: Start | str) -> PGD:

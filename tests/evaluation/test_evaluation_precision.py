@@ -85,3 +85,18 @@ def test_attacks_inside_others_get_it_and_functions_stay_as_they_are():
         return images
 
     assert in_precision(attack, "bf16") is attack
+
+
+def test_autocast_around_an_evaluation_changes_no_verdict_and_no_stage(small_guard, loader):
+    attacked = []
+
+    def note(detector, images, labels, **options):
+        attacked.append(PGD(**STEPS)(detector, images, labels, **options))
+        return attacked[-1]
+
+    suite = WorstCaseSuite("linf", eps=0.05, budget="quick")
+    with torch.autocast("cpu", torch.bfloat16):
+        report = evaluate(small_guard, {"noted": note, "suite": suite}, loader, sanity_images=0)
+    expected = small_guard.detect(torch.cat(attacked))
+    assert torch.equal(report.results[0].verdict.distances, expected.distances)
+    assert sum(stage.broken for stage in report.results[1].stages) == report.results[1].success.count
