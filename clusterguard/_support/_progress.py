@@ -84,7 +84,7 @@ def read_progress(path: str | Path, kind: str, *, hint: str, device: torch.devic
         PersistenceError: no file can be used. Each is damaged, of another kind, or of a newer version.
 
     Warns:
-        UserWarning: the last file is damaged, and the one before it is used.
+        UserWarning: the last file is damaged or missing, and the one before it is used.
     """
     files = [file for file in (Path(path), previous(path)) if file.exists()]
     faults = []
@@ -94,8 +94,12 @@ def read_progress(path: str | Path, kind: str, *, hint: str, device: torch.devic
         except PersistenceError as error:
             faults.append(str(error))
             continue
-        if file != files[0]:
+        if faults:
             warnings.warn(f"{files[0]} is damaged; going on from the one before it, {file} ({faults[0]})", stacklevel=3)
+        elif file != Path(path):
+            warnings.warn(
+                f"{path} is missing; going on from the one before it, {file}; delete that too to begin anew", stacklevel=3
+            )
         return Progress(file, state)
     if files:
         raise PersistenceError(f"{faults[0]}; {hint}")

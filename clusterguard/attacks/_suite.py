@@ -415,6 +415,6 @@ class WorstCaseSuite(BuiltInAttack):
         state = SuiteState(repr(self), clean, images.clone(), clean.clone(), [], eligible)
         if checkpoint is not None:
             inputs = {"images": images, "labels": labels, "targets": targets, "references": self.references}
-            state.inputs = digests_of_inputs(detector, inputs)
+            state.inputs = digests_of_inputs(detector, inputs, surrogates=self.surrogates)
             state.load(checkpoint, generator)
         return state

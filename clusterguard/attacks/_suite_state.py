@@ -1,6 +1,6 @@
 """The state from which an interrupted suite continues, with a record of each finished stage."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any, final
 
 import torch
 from clusterguard._support import digest_of, read_progress, save_progress
+from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
 from torch import Generator, Tensor, nn
 
@@ -96,7 +97,7 @@ class SuiteState:
                 f"{path} belongs to {state['suite'][:200]} on {len(clean)} images; use another checkpoint"
             )
         noted = state.get("inputs", self.inputs)
-        changed = [name for name, digest in self.inputs.items() if noted.get(name) != digest]
+        changed = [name for name in {**self.inputs, **noted} if noted.get(name) != self.inputs.get(name)]
         if changed:
             raise ConfigurationError(
                 f"{path} belongs to a run with other {' and '.join(changed)}; use the same, or another checkpoint"
@@ -115,22 +116,27 @@ class SuiteState:
         self.runs = state["runs"] + 1
 
 
-def digests_of_inputs(detector: object, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of a suite's inputs, and of the weights and thresholds of a detector that is a module.
+def digests_of_inputs(
+    detector: object, inputs: Mapping[str, Any], *, surrogates: Sequence[Detector] = ()
+) -> dict[str, str]:
+    """Digests of a suite's inputs, and of the weights and thresholds of detectors that are modules.
 
     Args:
         detector: detector that the suite attacks.
         inputs: tensors, tuples of tensors and None, by name.
+        surrogates: detectors whose adversarial images the suite tries.
 
     Returns:
         A digest by name, which does not depend on the device.
     """
     digests = {name: digest_of(value) for name, value in inputs.items()}
-    if isinstance(detector, nn.Module):
-        tensors = {**dict(detector.named_parameters()), **dict(detector.named_buffers())}
-        weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]  # whole numbers may be counters
-        with suppress(RuntimeError, TypeError):  # of sparse weights, for instance; the margins stand for them
-            digests["weights of the detector"] = digest_of(weights)
+    named = {"the detector": detector, **{f"surrogate {index + 1}": one for index, one in enumerate(surrogates)}}
+    for name, one in named.items():
+        if isinstance(one, nn.Module):
+            tensors = {**dict(one.named_parameters()), **dict(one.named_buffers())}
+            weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]  # others may be counters
+            with suppress(RuntimeError, TypeError):  # of sparse weights, for instance; the margins stand for them
+                digests[f"weights of {name}"] = digest_of(weights)
     return digests
 
 

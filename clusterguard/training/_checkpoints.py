@@ -270,7 +270,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint | None:
         PersistenceError: files exist, but all of them are damaged.
 
     Warns:
-        UserWarning: the last file is damaged, and the one before it is used.
+        UserWarning: the last file is damaged or missing, and the one before it is used.
     """
     progress = read_progress(path, _KIND, hint="delete it to start anew, or choose another checkpoint")
     if progress is None:

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,6 +212,21 @@ def test_a_checkpoint_of_something_else_is_refused(small_guard, cases, tmp_path,
         next(small_guard.parameters()).flatten()[0] += 1e-6
     with pytest.raises(ConfigurationError, match="a run with other weights of the detector; use the same"):
         suite.run(small_guard, images[:4], labels[:4], checkpoint=file)
+
+
+def test_a_checkpoint_of_other_surrogates_is_refused(small_guard, cases, tmp_path, light_suites):
+    images, labels = (part[:4] for part in cases)
+    file, surrogate = tmp_path / "suite.pt", deepcopy(small_guard)
+    suite = WorstCaseSuite("linf", eps=0.01, budget="quick", surrogates=(surrogate,))
+    suite.run(small_guard, images, labels, checkpoint=file)
+    suite.run(small_guard, images, labels, checkpoint=file)
+    with torch.no_grad():
+        next(surrogate.parameters()).flatten()[0] += 1
+    with pytest.raises(ConfigurationError, match="a run with other weights of surrogate 1; use the same"):
+        suite.run(small_guard, images, labels, checkpoint=file)
+    for others in ((), (small_guard, surrogate)):
+        with pytest.raises(ConfigurationError, match="surrogate"):
+            replace(suite, surrogates=others).run(small_guard, images, labels, checkpoint=file)
 
 
 def test_a_state_without_digests_of_its_inputs_is_told_apart_by_margins(small_guard, cases, tmp_path, light_suites):

@@ -66,9 +66,10 @@ def test_a_truncated_file_gives_way_to_the_one_before_with_a_warning(path, kept)
     assert torch.equal(fresh["guard"].weight, parts(1)["guard"].weight)
 
 
-def test_killed_between_the_two_moves_the_previous_one_stands(path):
+def test_where_the_last_file_was_deleted_the_previous_one_is_not_taken_without_a_word(path):
     path.unlink()
-    assert load_checkpoint(path, parts=parts()) == {"step": 1}
+    with pytest.warns(UserWarning, match=r"run.pt is missing; going on from .*run.pt.previous; delete that too"):
+        assert load_checkpoint(path, parts=parts()) == {"step": 1}
 
 
 def test_nothing_whole_is_an_error_and_changes_nothing(path):
