@@ -342,7 +342,8 @@ class Calibrator:
                 stacklevel=2,
             )
         with torch.inference_mode(False):  # autograd could not use an inference tensor later
-            detector.thresholds = detector.thresholds.new_tensor(calibration.thresholds)
+            dtype = torch.promote_types(detector.thresholds.dtype, torch.float32)  # rounding would change the rate
+            detector.thresholds = detector.thresholds.new_tensor(calibration.thresholds, dtype=dtype)
         if isinstance(detector, KeepsCalibration):
             detector.calibration = calibration
         return calibration

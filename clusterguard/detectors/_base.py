@@ -85,7 +85,7 @@ class DetectorModule(nn.Module, ABC):
         if num_classes < 2:
             raise ConfigurationError(f"expected num_classes of at least 2, got {num_classes}")
         self.num_classes = num_classes
-        self.register_buffer("thresholds", torch.full((num_classes,), torch.nan))
+        self.register_buffer("thresholds", torch.full((num_classes,), torch.nan, dtype=torch.float32))
         self.image_shape = image_shape
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -65,9 +65,15 @@ def save_guard(
 
     Raises:
         PersistenceError: the folder holds another program's files.
-        ConfigurationError: JSON cannot represent the training, or the evaluation is of other thresholds or weights.
+        ConfigurationError: JSON cannot represent the training, thresholds are not of float32, or the evaluation is of
+            other thresholds or weights.
     """
     check_overwritable(folder)
+    if guard.thresholds.dtype != torch.float32:
+        raise ConfigurationError(
+            f"expected thresholds of float32, got {guard.thresholds.dtype}; set guard.thresholds to "
+            "guard.thresholds.float()"
+        )
     if evaluation is not None:
         check_evaluated(guard, evaluation)
     try:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from clusterguard import Calibration, ClusterGuard
+from clusterguard import Calibration, Calibrator, ClusterGuard
 from clusterguard.cli._data import describe_guard
 from clusterguard.deployment import plausible_rate
 from clusterguard.errors import ConfigurationError
 from saving import assert_refused, edit_config, make_guard, network, put_weights
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 
 def calibrated(folder: Path) -> None:
@@ -122,3 +123,28 @@ def test_no_name_of_a_class_forges_a_line_or_turns_the_text_of_a_card(tmp_path):
     assert "1\\nmeasured" in text
     assert [line.split()[0] for line in text.splitlines()].count("measured") == 1
     assert "\u202e" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:classes .* share the pooled threshold")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_default_dtype_changes_no_threshold_and_no_saved_guard(dtype, tmp_path):
+    try:
+        torch.set_default_dtype(dtype)
+        guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(16, 8)), num_classes=2)
+        images = torch.rand(60, 1, 4, 4)
+        loader = DataLoader(TensorDataset(images, guard.evidence(images).class_scores.argmax(1)), batch_size=20)
+        record = Calibrator(0.2, scarce="pool").fit(guard, loader)
+        guard.save_pretrained(tmp_path / "guard")
+        loaded = ClusterGuard.from_pretrained(tmp_path / "guard")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loaded.thresholds.dtype == torch.float32
+    assert loaded.calibration == record
+    assert torch.equal(loaded.detect(images).is_adversarial, guard.detect(images).is_adversarial)
+
+
+def test_a_guard_that_could_not_be_loaded_again_is_not_saved(small_guard, tmp_path):
+    small_guard.thresholds = small_guard.thresholds.double()
+    with pytest.raises(ConfigurationError, match="expected thresholds of float32, got torch.float64"):
+        small_guard.save_pretrained(tmp_path / "guard")
+    assert not (tmp_path / "guard").exists()
