@@ -98,7 +98,8 @@ def read_progress(path: str | Path, kind: str, *, hint: str, device: torch.devic
             warnings.warn(f"{files[0]} is damaged; going on from the one before it, {file} ({faults[0]})", stacklevel=3)
         elif file != Path(path):
             warnings.warn(
-                f"{path} is missing; going on from the one before it, {file}; delete that too to begin anew", stacklevel=3
+                f"{path} is missing; going on from the one before it, {file}; delete that too to begin anew",
+                stacklevel=3,
             )
         return Progress(file, state)
     if files:

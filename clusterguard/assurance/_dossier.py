@@ -27,7 +27,7 @@ from clusterguard.assurance._frameworks import AI_ACT, ATLAS, ISO_24029, NIST, f
 from clusterguard.assurance._page import draw_page
 from clusterguard.detection import Verdicts
 from clusterguard.detectors import ClusterGuard
-from clusterguard.detectors._internal import CARD, CONFIG, check_evaluated, digest_of_config, read_config
+from clusterguard.detectors._internal import CARD, CONFIG, check_evaluated, check_saved, digest_of_config, read_config
 from clusterguard.errors import ConfigurationError
 from clusterguard.evaluation import Evaluation
 from clusterguard.evaluation._internal import to_json_value
@@ -110,7 +110,7 @@ def assemble_dossier(
         The evidence.
 
     Raises:
-        ConfigurationError: the evaluation is of other thresholds or weights, `run_length` is out of its
+        ConfigurationError: the evaluation or the folder is of other thresholds or weights, `run_length` is out of its
             range, or JSON cannot represent `data` or `settings`.
         PersistenceError: the folder holds no guard.
 
@@ -130,6 +130,7 @@ def assemble_dossier(
         1.0
     """
     check_evaluated(guard, evaluation)
+    check_saved(guard, Path(folder))
     config = read_config(Path(folder) / CONFIG)
     record = guard.current_record()
     extras = ["transformers"] if config["backbone"]["source"] == "transformers" else []

@@ -309,11 +309,12 @@ def calibrate(
     """
     from clusterguard.cli._data import describe_guard, describe_unreadable, open_guard
     from clusterguard.cli._image_folders import find_copies
+    from clusterguard.cli._reports import save_again
     from clusterguard.detection import Calibrator
     from torch.utils.data import DataLoader
 
     calibrator = Calibrator(false_positive_rate, method=method, scarce=scarce)
-    detector, training, pictures = open_guard(
+    detector, config, pictures = open_guard(
         guard,
         data,
         "calibration",
@@ -325,7 +326,7 @@ def calibrate(
     for doubt in (*describe_unreadable(pictures), *find_copies(pictures.folder, "calibration")):
         say(f"warning: {doubt}")
     calibrator.fit(detector, DataLoader(pictures, batch_size), progress=stderr_is_a_terminal())
-    detector.save_pretrained(guard, training=training)
+    save_again(detector, guard, config)
     show(as_json, *describe_guard(guard))
 
 
@@ -368,7 +369,7 @@ def evaluate(
     from clusterguard.certification import certified_success_rate
     from clusterguard.cli._data import describe_other_radius, describe_unreadable, open_guard, sample
     from clusterguard.cli._image_folders import find_copies
-    from clusterguard.cli._reports import write_evaluation
+    from clusterguard.cli._reports import save_again, write_evaluation
     from clusterguard.evaluation import CertifiedBound
     from clusterguard.evaluation import evaluate as run
     from torch.utils.data import DataLoader
@@ -377,7 +378,7 @@ def evaluate(
     for path in output or []:
         check_place(path)
     suite = WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)
-    detector, training, pictures = open_guard(
+    detector, config, pictures = open_guard(
         guard,
         data,
         "test",
@@ -387,7 +388,7 @@ def evaluate(
         skip_unreadable=skip_unreadable,
     )
     doubts = (*describe_unreadable(pictures), *find_copies(pictures.folder, "test"))
-    for doubt in (*doubts, *describe_other_radius(training, norm, eps)):
+    for doubt in (*doubts, *describe_other_radius(config["training"], norm, eps)):
         say(f"warning: {doubt}")
     chosen = DataLoader(sample(pictures, images, seed), batch_size)
     _settle_threads(pictures, detector)
@@ -407,9 +408,11 @@ def evaluate(
     result = replace(result, certified=proved)
     for path in output or []:
         write_evaluation(result, path)
-    if record:
-        detector.save_pretrained(guard, training=training, evaluation=result)
-    show(as_json, result.to_dict(), result.to_markdown())
+    try:
+        if record:
+            save_again(detector, guard, config, evaluation=result)
+    finally:  # hours of work, which a folder that changed meanwhile must not cost
+        show(as_json, result.to_dict(), result.to_markdown())
 
 
 app.command("evidence")(file_evidence)
@@ -437,8 +440,8 @@ def export(
     check_suffixes(output, ".onnx", ".pt2")
     for path in output:
         check_place(path)
-    detector, training = load_named_guard(guard)
-    recorded = recorded_images(training)
+    detector, config = load_named_guard(guard)
+    recorded = recorded_images(config["training"])
     size, depth = image_size or recorded.get("image_size"), channels or recorded.get("channels", 3)
     example = torch.zeros(2, depth, size, size) if size else None
     with Console(stderr=True).status("exporting"):

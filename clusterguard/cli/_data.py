@@ -256,8 +256,8 @@ def open_guard(
     channels: int | None,
     device: torch.device,
     skip_unreadable: bool = False,
-) -> tuple[ClusterGuard, dict[str, Any] | None, Pictures]:
-    """Load a saved guard, the record of its training, and images in the form that it was trained on.
+) -> tuple[ClusterGuard, dict[str, Any], Pictures]:
+    """Load a saved guard, its config, and images in the form that it was trained on.
 
     Args:
         folder: folder of the guard.
@@ -275,10 +275,10 @@ def open_guard(
         ConfigurationError: the classes of the images are not those of the guard, or an older version of clusterguard
             split the folder by other rules.
     """
-    guard, training = load_named_guard(folder)
+    guard, config = load_named_guard(folder)
     if part == "test" and not guard.is_calibrated:
         raise NotCalibratedError(f"{folder} has no thresholds yet; run: clusterguard calibrate {folder} --data {data}")
-    recorded = recorded_images(training)
+    recorded = recorded_images(config["training"])
     guard = guard.to(device)
     options = image_options(data, image_size or recorded.get("image_size"), channels or recorded.get("channels"))
     pictures = load_part(data, part, **options, seed=recorded.get("seed", 0), skip_unreadable=skip_unreadable)
@@ -291,16 +291,16 @@ def open_guard(
         )
     if len(pictures.classes) != guard.num_classes:
         raise ConfigurationError(f"expected {guard.num_classes} classes, as the guard has, got {pictures.classes}")
-    return guard, training, pictures
+    return guard, config, pictures
 
 
-def load_named_guard(folder: Path) -> tuple[ClusterGuard, Any]:
-    """Load a guard and the record of its training. A guard of an older version gets its class names from the record."""
-    training = read_config(folder / CONFIG)["training"]
+def load_named_guard(folder: Path) -> tuple[ClusterGuard, dict[str, Any]]:
+    """Load a guard and its config. A guard of an older version gets its class names from the record of its training."""
+    config = read_config(folder / CONFIG)
     guard = ClusterGuard.from_pretrained(folder)
     if guard.class_names is None:
-        guard.class_names = recorded_images(training).get("classes")
-    return guard, training
+        guard.class_names = recorded_images(config["training"]).get("classes")
+    return guard, config
 
 
 def describe_images(pictures: Pictures) -> dict[str, Any]:

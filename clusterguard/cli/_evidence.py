@@ -86,7 +86,7 @@ def file_evidence(
 
     radii = [_norm_and_radius(text) for text in attack or []]
     _check_places(output, checkpoint)
-    detector, training, pictures = cli_data.open_guard(
+    detector, config, pictures = cli_data.open_guard(
         guard,
         data,
         "test",
@@ -95,7 +95,7 @@ def file_evidence(
         device=find_device(device),
         skip_unreadable=skip_unreadable,
     )
-    radii = radii or _trained_radii(guard, training)
+    radii = radii or _trained_radii(guard, config["training"])
     proved_at = _radius_of_proof(radii, certified_radius) if certify else None
     suites = {
         f"suite {budget} {norm} {eps:g}": WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)

@@ -128,6 +128,31 @@ def load_guard(
     return guard
 
 
+def check_saved(guard: DetectorModule, folder: Path) -> None:
+    """Check that a folder holds a guard as it is now, with the same weights and thresholds.
+
+    Args:
+        guard: guard that was saved to the folder or loaded from it.
+        folder: folder that `save_guard` wrote.
+
+    Raises:
+        ConfigurationError: the folder holds other weights or thresholds.
+        PersistenceError: the folder holds no guard, or a damaged one.
+    """
+    saved = read_guard(folder, lambda _, weights: weights.read())
+    now = {name: value.cpu() for name, value in guard.state_dict().items()}
+    if saved.keys() != now.keys() or not all(_are_same(saved[name], value) for name, value in now.items()):
+        raise ConfigurationError(
+            f"expected the folder in which this guard is saved, got {folder} with other weights or thresholds, perhaps "
+            "because it was saved again meanwhile; load that guard and evaluate it, or save this one"
+        )
+
+
+def _are_same(saved: Tensor, value: Tensor) -> bool:
+    widest = torch.promote_types(saved.dtype, value.dtype)
+    return saved.shape == value.shape and torch.equal(saved.to(widest), value.to(widest))
+
+
 def drop_infinite_thresholds(detector: DetectorModule, path: str | Path) -> None:
     """Make a detector that was read from a file uncalibrated if one of its thresholds is infinite.
 

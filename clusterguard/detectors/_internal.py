@@ -1,7 +1,7 @@
 """What the other packages of clusterguard use of `detectors`, and users of it do not need."""
 
 from clusterguard.detectors._base import guarded_evidence
-from clusterguard.detectors._folders import drop_infinite_thresholds
+from clusterguard.detectors._folders import check_saved, drop_infinite_thresholds
 from clusterguard.detectors._guard_files import (
     CARD,
     CONFIG,
@@ -23,6 +23,7 @@ __all__ = [
     "WEIGHTS",
     "check_evaluated",
     "check_overwritable",
+    "check_saved",
     "describe_image_shape",
     "describe_thresholds",
     "digest_of_config",

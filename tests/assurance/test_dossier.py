@@ -100,12 +100,13 @@ def test_it_holds_no_place_no_machine_and_no_time_and_is_always_the_same(measure
     assert not re.search(r"\d\d:\d\d:\d\d", first.page)
 
 
-def test_what_was_not_measured_says_so(measured):
-    guard, folder, result, benign = measured
+def test_what_was_not_measured_says_so(measured, tmp_path):
+    guard, _, result, benign = measured
     guard = copy.deepcopy(guard)
     guard.thresholds = guard.thresholds + 1.0  # by hand, so that no calibration describes them
     bare = replace(result, sanity=None, thresholds=tuple(guard.thresholds.tolist()))
-    dossier = assemble_dossier(guard, folder, bare, benign)
+    guard.save_pretrained(tmp_path)
+    dossier = assemble_dossier(guard, tmp_path, bare, benign)
     content = dossier.content
     assert (content["certificate"], content["monitoring"], content["failure"]["checks"]) == (None, None, [])
     assert content["thresholds"]["guarantee"].startswith("None is known")
@@ -142,6 +143,11 @@ def test_evidence_of_another_guard_is_refused(measured, tmp_path):
         assemble_dossier(guard, folder, result, benign, settings={"folder": tmp_path})
     with pytest.raises(PersistenceError, match="found none"):
         assemble_dossier(guard, tmp_path, result, benign)
+    again = copy.deepcopy(guard)
+    again.thresholds = again.thresholds + 1  # as if it was calibrated again while this one was attacked
+    again.save_pretrained(tmp_path / "again")
+    with pytest.raises(ConfigurationError, match="again with other weights or thresholds"):
+        assemble_dossier(guard, tmp_path / "again", result, benign)
     with pytest.raises(ConfigurationError, match="run_length"):
         assemble_dossier(guard, folder, result, benign, run_length=1)
 

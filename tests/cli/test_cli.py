@@ -14,6 +14,7 @@ from clusterguard import ClusterGuard, load_onnx
 from clusterguard.attacks import NORMS
 from clusterguard.cli import app
 from clusterguard.cli._data import load_part
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("light_suites")
@@ -204,6 +205,25 @@ def test_evaluate_reports_and_records(guard, photos, tmp_path):
     assert "suite quick linf 0.05" in (guard / "README.md").read_text()
     run("calibrate", guard, "--data", photos, "--false-positive-rate", 0.2)
     assert "nothing recorded" in run("inspect", guard).stdout  # figures at other thresholds would be a lie
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate"])
+def test_what_another_process_saved_meanwhile_is_not_overwritten(guard, photos, monkeypatch, command):
+    class CalibratedMeanwhile(DataLoader):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            monkeypatch.setattr("torch.utils.data.DataLoader", DataLoader)
+            run("calibrate", guard, "--data", photos, "--false-positive-rate", 0.2)
+
+    monkeypatch.setattr("torch.utils.data.DataLoader", CalibratedMeanwhile)
+    options = {
+        "calibrate": ("--false-positive-rate", 0.1),
+        "evaluate": ("--budget", "quick", "--images", 4, "--sanity-images", 0, "--record"),
+    }[command]
+    result = run(command, guard, "--data", photos, *options)
+    assert (result.exit_code, "was saved by another process" in result.stderr) == (1, True), result.output
+    assert ("worst case per image" in result.stdout) == (command == "evaluate")
+    assert ClusterGuard.from_pretrained(guard).calibration.false_positive_rate == 0.2
 
 
 def test_evaluate_says_in_which_precision_it_searched(guard, photos):

@@ -145,6 +145,6 @@ def test_a_default_dtype_changes_no_threshold_and_no_saved_guard(dtype, tmp_path
 
 def test_a_guard_that_could_not_be_loaded_again_is_not_saved(small_guard, tmp_path):
     small_guard.thresholds = small_guard.thresholds.double()
-    with pytest.raises(ConfigurationError, match="expected thresholds of float32, got torch.float64"):
+    with pytest.raises(ConfigurationError, match=r"expected thresholds of float32, got torch\.float64"):
         small_guard.save_pretrained(tmp_path / "guard")
     assert not (tmp_path / "guard").exists()
