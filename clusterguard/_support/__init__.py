@@ -33,7 +33,7 @@ from clusterguard._support._locks import only_writer
 from clusterguard._support._markdown import code_in_markdown, escape_markdown
 from clusterguard._support._mode_flags import names_in_eval_mode, to_eval_mode
 from clusterguard._support._modes import evaluation_mode, sole_use, train_when_unread, training_mode
-from clusterguard._support._pages import Markup, escape, html_page, html_table
+from clusterguard._support._pages import Markup, escape, html_page, html_table, visible
 from clusterguard._support._processes import OneProcess, check_accelerator, gather, share
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
 from clusterguard._support._randomness import draws_random_numbers, random_states, set_random_states
@@ -107,6 +107,7 @@ __all__ = [
     "to_eval_mode",
     "train_when_unread",
     "training_mode",
+    "visible",
     "write_atomically",
     "write_line",
 ]

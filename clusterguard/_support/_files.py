@@ -51,7 +51,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], *, keep:
         >>> folder.cleanup()
     """
     target = real_path(path)
-    if target.exists() and not target.is_file():
+    if exists(target) and not target.is_file():
         raise PersistenceError(
             f"expected the path of an ordinary file, got a folder, a pipe or a device in the place of {path}"
         )
@@ -81,7 +81,22 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], *, keep:
 
 def real_path(path: str | Path) -> Path:
     """The path that symbolic links lead to."""
-    return Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
+    with suppress(OSError):  # such as a name that is too long, which whoever opens the path will notice
+        if Path(path).is_symlink():
+            return Path(os.path.realpath(path))
+    return Path(path)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything at a path.
+
+    Raises:
+        PersistenceError: nobody can tell, for example because its name is too long or its folder cannot be read.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise PersistenceError(f"{path} cannot be reached ({in_one_line(error)}); choose another place") from error
 
 
 def _link(file: Path, other: Path) -> None:

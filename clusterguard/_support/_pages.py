@@ -32,6 +32,7 @@ td:first-child{font-weight:600}td[data-head]::before{content:attr(data-head) ": 
 --warn:#fff;--warn-line:#000;--good:#000;--bad:#000}body{font-size:10pt;max-width:none;margin:0;padding:0}
 nav,details{display:none}tr,figure,.warning{break-inside:avoid}h2,h3{break-after:avoid}.wide{overflow:visible}}
 """
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _NUMBER = re.compile(r"[\d\s.,:/%–−+\-\[\]()e]+|–")
 
 
@@ -42,13 +43,20 @@ class Markup(str):
 
 
 def escape(text: str) -> Markup:
-    """The text as HTML that shows it literally.
+    """The text as HTML that shows it literally, with escapes for characters that control, reorder or end lines.
 
     Example:
         >>> escape("<b>"), escape(Markup("<b>"))
         ('&lt;b&gt;', '<b>')
     """
-    return text if isinstance(text, Markup) else Markup(html.escape(text))
+    if isinstance(text, Markup):
+        return text
+    return Markup(html.escape(visible(text)))
+
+
+def visible(text: str) -> str:
+    """The text with escapes for characters that control, reorder or end lines, but for tabs and line feeds."""
+    return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def html_page(title: str, parts: Iterable[str]) -> str:

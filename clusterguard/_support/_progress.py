@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clusterguard._support._files import read_archive, real_path, write_atomically
+from clusterguard._support._files import exists, read_archive, real_path, write_atomically
 from clusterguard.errors import PersistenceError, in_one_line
 from torch import Tensor
 
@@ -81,12 +81,13 @@ def read_progress(path: str | Path, kind: str, *, hint: str, device: torch.devic
         The progress, or None if there is neither this file nor a previous one.
 
     Raises:
-        PersistenceError: no file can be used. Each is damaged, of another kind, or of a newer version.
+        PersistenceError: no file can be used. Each is damaged, of another kind, or of a newer version; or the path
+            cannot be reached.
 
     Warns:
         UserWarning: the last file is damaged or missing, and the one before it is used.
     """
-    files = [file for file in (Path(path), previous(path)) if file.exists()]
+    files = [file for file in (Path(path), previous(path)) if exists(file)]
     faults = []
     for file in files:
         try:

@@ -1,5 +1,6 @@
 """Evaluate a detector: run attacks, check every image that they return, and count those that get through."""
 
+import hashlib
 import inspect
 import time
 import warnings
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+_LONGEST_NAME = 200  # bytes; file systems take 255, and other files add a little to the name
 _SEED_FILE = "evaluation.seed"  # the files of attacks end in .pt
 
 
@@ -247,7 +249,11 @@ def _check_seed(folder: Path, generator: Generator | None, *, is_main: bool) -> 
 def _file_name(name: str) -> str:
     """The file name of an attack's checkpoint, which is different for each attack and never leads out of the folder."""
     quoted = [one if one.isprintable() and one not in '%/\\:*?"<>|' else quote(one, safe="") for one in name]
-    return f"{''.join(quoted)}.pt"
+    text = "".join(quoted)
+    if len(text.encode()) > _LONGEST_NAME:
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        text = text.encode()[: _LONGEST_NAME - len(digest) - 1].decode(errors="ignore") + f"-{digest}"
+    return f"{text}.pt"
 
 
 def _attack(

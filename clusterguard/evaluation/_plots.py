@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from clusterguard._support import check_tensor, write_atomically
+from clusterguard._support import check_tensor, visible, write_atomically
 from clusterguard.detection import Detection, Verdicts, is_broken
 from clusterguard.errors import InputError, MissingDependencyError
 from clusterguard.evaluation._results import Evaluation
@@ -252,7 +252,7 @@ def _class_name(index: int, names: Sequence[str] | None) -> str:
 
 def _plain(name: str) -> str:
     """Escape a name, so that matplotlib reads no formula in it and does not hide it for a leading underscore."""
-    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+    return (" " if name.startswith("_") else "") + visible(name).replace("$", r"\$")
 
 
 def _figure(columns: int, *, height: float, width: float = 4.8, rows: int = 1) -> "tuple[Figure, list[Axes]]":

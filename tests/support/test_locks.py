@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from clusterguard._support import only_writer
+from clusterguard._support import only_writer, read_progress, save_progress
 from clusterguard.errors import PersistenceError
 
 HAS_FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
@@ -22,6 +22,17 @@ with only_writer(sys.argv[1]):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "run.pt"
+
+
+def test_a_name_that_is_too_long_is_an_error_of_ours(tmp_path):
+    path = tmp_path / ("x" * 300)
+    for use in (
+        only_writer(path).__enter__,
+        lambda: save_progress(path, "count", {}),
+        lambda: read_progress(path, "count", hint=""),
+    ):
+        with pytest.raises(PersistenceError, match="File name too long"):
+            use()
 
 
 def test_a_second_writer_in_the_same_process_is_told_so_until_the_first_has_ended(path):

@@ -27,6 +27,12 @@ def test_cells_are_shown_as_they_are_unless_they_are_html():
     assert page.tags.count("i") == 1
 
 
+def test_a_name_cannot_control_or_reorder_the_text_around_it():
+    page = html_page("a\x1b[31m\x00", [html_table([], [["\u202etxt.exe\u2028", "two\nlines", "e\u0301 \u200d 名"]])])
+    assert "<title>a\\x1b[31m\\x00</title>" in page
+    assert "<td>\\u202etxt.exe\\u2028</td><td>two\nlines</td><td>e\u0301 \u200d 名</td>" in page
+
+
 def test_only_numbers_are_set_to_the_right():
     table = html_table(["a", "b"], [["1", "2"], ["1", "1e-3"], ["1", "none"], ["1", "3 classes"], ["1"]])
     assert table.count("class=n") == 2
