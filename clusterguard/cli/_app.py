@@ -5,7 +5,6 @@ interruption by SIGHUP, Ctrl-C or SIGTERM.
 """
 
 import math
-from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +37,6 @@ from clusterguard.cli._options import (
     stderr_is_a_terminal,
     stopped_by_signals,
 )
-from clusterguard.errors import PersistenceError
 
 if TYPE_CHECKING:
     from clusterguard.cli._data import Pictures
@@ -431,10 +429,10 @@ def export(
     Example: clusterguard export runs/guard --output guard.onnx
     """
     import torch
-    from clusterguard._support import check_place, open_ordinary
+    from clusterguard._support import check_place
     from clusterguard.cli._data import load_named_guard, recorded_images
     from clusterguard.deployment import export_onnx, save_program
-    from clusterguard.detectors._internal import CARD
+    from clusterguard.detectors._internal import read_card
     from rich.console import Console
 
     check_suffixes(output, ".onnx", ".pt2")
@@ -444,10 +442,10 @@ def export(
     recorded = recorded_images(config["training"])
     size, depth = image_size or recorded.get("image_size"), channels or recorded.get("channels", 3)
     example = torch.zeros(2, depth, size, size) if size else None
+    card, doubts = read_card(guard)
+    for doubt in doubts:
+        say(f"warning: {doubt}")
     with Console(stderr=True).status("exporting"):
-        card = None
-        with suppress(OSError, PersistenceError), open_ordinary(guard / CARD) as file:
-            card = file.read().decode(errors="replace")
         for path in output:
             if path.suffix == ".onnx":
                 export_onnx(detector, path, example, card=card)

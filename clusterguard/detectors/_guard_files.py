@@ -31,6 +31,7 @@ T = TypeVar("T")
 FORMAT, FORMAT_VERSION = "clusterguard", 1
 WEIGHTS, CARD, CONFIG = "model.safetensors", "README.md", "config.json"
 _AGAIN = "download it or save the guard again"
+_CARD_DIGEST = "card_sha256"
 _DIGEST = "content_sha256"  # name of the digest of everything else in config.json
 _LARGEST_JSON = 2**24  # bytes; a guard of 20,000 classes needs a fifth of that
 _LARGEST_TO_EXPLAIN = 2**30  # bytes of weights that are hashed only to say what is wrong with them
@@ -197,6 +198,29 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+def read_card(folder: Path) -> tuple[str | None, list[str]]:
+    """Read the model card of a saved guard.
+
+    Returns:
+        The text, which is None if there is no file or one that is no model card of a guard; and a list of doubts about
+        it in words, with at most one entry.
+    """
+    file = folder / CARD
+    try:
+        with open_ordinary(file) as stream:
+            content = stream.read(_LARGEST_JSON + 1)
+    except FileNotFoundError:
+        return None, []
+    except (OSError, PersistenceError) as error:
+        return None, [f"the model card is left out ({in_one_line(error)})"]
+    if MARK.encode() not in content or len(content) > _LARGEST_JSON:
+        return None, [f"{file} is left out, because it is no model card that clusterguard wrote"]
+    noted, doubts = read_config(folder / CONFIG).get(_CARD_DIGEST), []
+    if noted not in (None, hashlib.sha256(content).hexdigest()):  # older versions noted none
+        doubts = [f"{file} was edited, or is of another version of this guard; make sure that it describes this one"]
+    return content.decode(errors="replace"), doubts
+
+
 def digest_of_config(config: Mapping[str, Any]) -> str:
     """The digest of a config's content, whatever its layout."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
@@ -238,7 +262,7 @@ def write_guard(folder: Path, config: Mapping[str, Any], weights: bytes, card: s
         PersistenceError: a file cannot be written, for example because the disk is full.
     """
     digest = hashlib.sha256(weights).hexdigest()
-    content = {**config, "weights_sha256": digest}
+    content = {**config, "weights_sha256": digest, _CARD_DIGEST: hashlib.sha256(card.encode()).hexdigest()}
     text = json.dumps(content, allow_nan=False)
     try:
         whole = {**content, _DIGEST: digest_of_config(read_json(text.encode()))}  # JSON has no tuples

@@ -8,6 +8,7 @@ from clusterguard.detectors._guard_files import (
     WEIGHTS,
     check_overwritable,
     digest_of_config,
+    read_card,
     read_config,
     read_guard,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "drop_infinite_thresholds",
     "guarded_evidence",
     "project_templates",
+    "read_card",
     "read_config",
     "read_guard",
 ]

@@ -106,6 +106,20 @@ def test_class_names_go_from_folders_to_guard_and_graph(guard, tmp_path):
     assert detector.card == (guard / "README.md").read_text()
 
 
+def test_only_the_card_of_a_guard_goes_into_its_graph(guard, tmp_path):
+    card, graph = guard / "README.md", tmp_path / "guard.onnx"
+    card.write_text(card.read_text() + "Edited.")
+    result = run("export", guard, "--output", graph)
+    assert (result.exit_code, result.stderr.count("README.md was edited, or is of another version")) == (0, 1)
+    assert load_onnx(graph).card.endswith("Edited.")
+    (tmp_path / "secret").write_text("password")  # where a folder from a stranger may have a link to
+    card.unlink()
+    card.symlink_to(tmp_path / "secret")
+    result = run("export", guard, "--output", graph)
+    assert (result.exit_code, result.stderr.count("README.md is left out")) == (0, 1)
+    assert load_onnx(graph).card is None
+
+
 def test_data_of_other_classes_or_in_another_order_is_refused(guard, photos, tmp_path):
     detector = ClusterGuard.from_pretrained(guard)
     detector.class_names = ("1", "0", "7")
