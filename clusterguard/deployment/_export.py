@@ -278,7 +278,7 @@ def load_onnx(
     try:
         folder = Path(path).absolute().parent
         with open_ordinary(path) as file:
-            model = onnx.load(file, load_external_data=False)
+            model = onnx.load(file, format="protobuf", load_external_data=False)
         check_external(model, folder)
         properties = {entry.key: entry.value for entry in model.metadata_props}
         if "clusterguard" not in properties:

@@ -45,7 +45,7 @@ def write_graph(model: Any, detector: DetectorModule, path: str | Path, card: st
     onnx.helper.set_model_props(model, properties)
 
     def write(file: Path) -> None:
-        onnx.save(model, file)
+        onnx.save(model, file, format="protobuf")  # whatever the name of the file ends in
         onnx.checker.check_model(str(file))
         if weights is not None:  # its name holds its hash, so the old pair stays complete until the graph is replaced
             file.with_name(weights).replace(Path(path).with_name(weights))

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from clusterguard._support import check_kind, check_tensor, check_verdicts
+from clusterguard._support import check_kind, check_numbers, check_tensor, check_verdicts
 from clusterguard.detection import Calibration, Detection, allowed_refusals
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
@@ -81,12 +81,12 @@ class FalsePositiveMonitor:
     """
 
     def __init__(self, limit: float, *, run_length: float = 1_000_000) -> None:
+        check_numbers(limit=limit, run_length=run_length)
         if not 0 < limit < 1:
             raise ConfigurationError(f"expected a limit in (0, 1), such as 0.01 for 1 %, got {limit}")
         if not 2 <= run_length <= _MAX_RUN_LENGTH:
             raise ConfigurationError(f"expected a run_length of 2 to {_MAX_RUN_LENGTH:g} images, got {run_length}")
-        self.limit = limit
-        self.run_length = run_length
+        self.limit, self.run_length = float(limit), float(run_length)  # those of NumPy are nothing that JSON has
         self.reset()
 
     def reset(self) -> None:

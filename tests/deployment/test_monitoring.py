@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from clusterguard import Calibration, Detection, FalsePositiveMonitor
@@ -53,7 +54,7 @@ def test_a_rise_is_noticed_in_time_also_after_a_long_calm(factor, quiet):
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 7), st.floats(0.001, 0.9))
 def test_batches_do_not_matter_and_the_state_survives_json(stream, size, limit):
-    whole, parts = (FalsePositiveMonitor(limit, run_length=50) for _ in range(2))
+    whole, parts = (FalsePositiveMonitor(np.float64(limit), run_length=np.int64(50)) for _ in range(2))
     whole.update(stream)
     for start in range(0, len(stream), size):
         parts.update(torch.tensor(stream[start : start + size], dtype=torch.bool))
@@ -122,7 +123,11 @@ def test_a_flood_of_refusals_raises_an_alarm_at_every_run_length(limit, run_leng
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"limit": 0}, {"limit": 1.0}, {"limit": math.nan}, {"run_length": 1}, {"run_length": 1e301}]
+    "wrong",
+    [
+        *({"limit": 0}, {"limit": 1.0}, {"limit": math.nan}, {"run_length": 1}, {"run_length": 1e301}),
+        *({"limit": "0.1"}, {"limit": torch.tensor(0.1)}, {"run_length": True}),
+    ],
 )
 def test_options_are_checked_at_once(wrong):
     with pytest.raises(ConfigurationError, match="expected"):
