@@ -203,7 +203,7 @@ def read_json(content: bytes, shape: Shape) -> Tensor:
     channels, height, width = shape
     # More of these than the largest batch has, and a few for other keys: known before anything is built from them.
     if content.count(b",") > MAX_IMAGES * channels * height * width + 16:
-        raise HTTPException(413, f"expected at most {MAX_IMAGES} images, {wanted[9:]}, got more numbers")
+        raise HTTPException(413, f"expected at most {MAX_IMAGES} images in {wanted[9:]}, got more numbers")
     if content.count(b"[") > MAX_IMAGES * (1 + channels * (1 + height)) + 16 or content.count(b"{") > 16:
         raise HTTPException(422, f"{wanted}, got more lists or objects")
     try:

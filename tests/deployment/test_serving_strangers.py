@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import time
+from http.client import HTTPConnection
 
 import pytest
 from clusterguard import export_onnx
@@ -39,6 +40,35 @@ def test_a_client_whose_headers_come_slowly_is_dropped(graph, monkeypatch):
             time.sleep(0.5)
             client.sendall(b"}")
             assert client.recv(1000).startswith(b"HTTP/1.1 415")
+
+
+def test_who_is_connected_is_served_though_others_are_turned_away(graph):
+    application = load_service().create_app(graph)
+    import connections
+
+    with served(application, connections.PromptProtocol, limit_concurrency=2) as port, contextlib.ExitStack() as opened:
+
+        def connect():
+            return opened.enter_context(contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=30)))
+
+        def ask(client):
+            client.request("GET", "/health")
+            response = client.getresponse()
+            return response.read() and response.status
+
+        first, second = connect(), connect()
+        assert (ask(first), ask(second)) == (200, 200)
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as third:
+            answer = b"".join(iter(lambda: third.recv(1000), b""))  # ends, for the connection is closed
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"\r\nRetry-After: 1\r\n" in answer
+        assert ask(first) == 200
+        second.close()
+        status, deadline = None, time.monotonic() + 20
+        while status != 200:  # until the server has seen that a place is free
+            assert time.monotonic() < deadline
+            with contextlib.suppress(ConnectionError):
+                status = ask(connect())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

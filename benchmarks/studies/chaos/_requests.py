@@ -160,18 +160,22 @@ _INSERTS = (
 
 
 @contextmanager
-def served(application: Any, protocol: Any = "auto") -> Iterator[int]:
+def served(application: Any, protocol: Any = "auto", limit_concurrency: int | None = None) -> Iterator[int]:
     """Run a server with an application for the block, and yield its port.
 
     Args:
         application: ASGI application.
         protocol: class of a connection, or a name that uvicorn knows.
+        limit_concurrency: number of connections or requests at a time; None for any number.
     """
     import uvicorn
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(application, http=protocol, log_level="critical", lifespan="on"))
+        config = uvicorn.Config(
+            application, http=protocol, log_level="critical", lifespan="on", limit_concurrency=limit_concurrency
+        )
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         while not server.started and thread.is_alive():
