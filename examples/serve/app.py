@@ -199,7 +199,9 @@ def create_app(graph: str | None = None, state: str | None = None) -> FastAPI:
         graph: path of the graph; None takes CLUSTERGUARD_GRAPH.
         state: path of a file for the monitor's state; None takes CLUSTERGUARD_STATE, and keeps none if that is not set.
     """
-    path, state = Path(graph or os.environ["CLUSTERGUARD_GRAPH"]), state or os.environ.get("CLUSTERGUARD_STATE")
+    path, state = check_paths(
+        graph or os.environ.get("CLUSTERGUARD_GRAPH"), state or os.environ.get("CLUSTERGUARD_STATE")
+    )
     torch.set_num_threads(1)  # batches are small, and threads would wait for each other
     detector = cg.load_onnx(path, spinning=False)
     if detector.calibration is None:
@@ -259,6 +261,15 @@ def create_app(graph: str | None = None, state: str | None = None) -> FastAPI:
     return app
 
 
+def check_paths(graph: str | None, state: str | None) -> tuple[Path, str | None]:
+    """The paths of the graph and of the monitor's state; an error now, and not after the first traffic."""
+    if not graph:
+        raise RuntimeError("expected the path of a graph in CLUSTERGUARD_GRAPH, got none")
+    if state and not Path(state).resolve().parent.is_dir():
+        raise RuntimeError(f"expected an existing folder for the monitor's state, got {printable(state)}")
+    return Path(graph), state
+
+
 def describe_model(path: Path, detector: cg.deployment.OnnxDetector) -> Model:
     """What `/model` answers."""
     return Model(
@@ -310,6 +321,7 @@ def digest_of(sha256: str, state: dict[str, Any]) -> str:
 
 def save(path: Path, sha256: str, monitor: cg.FalsePositiveMonitor) -> None:
     """Write the monitor's state beside its file, then move it there: a kill in between leaves the old one whole."""
+    path = path.resolve()  # a link stays
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("w", encoding="utf-8") as file:

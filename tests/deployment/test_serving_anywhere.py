@@ -1,14 +1,17 @@
-"""The example service, loaded by its path from another folder, answers also where no server has started it."""
+"""The example service and its paths: loaded from another folder, and with paths that are missing, or links."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from clusterguard import Calibrator, ClusterGuard, export_onnx
+from clusterguard import Calibrator, ClusterGuard, FalsePositiveMonitor, export_onnx
 from starlette.testclient import TestClient
 from torch import nn
+
+from benchmarks.studies.chaos._writers import load_service
 
 APP = Path(__file__).parents[2] / "examples" / "serve" / "app.py"
 
@@ -34,3 +37,20 @@ def test_the_service_answers(tmp_path, monkeypatch, is_started):
     refused = [verdict["is_adversarial"] for verdict in answers[1].json()["verdicts"]]
     assert [answer.status_code for answer in answers] == [200, 200]
     assert refused == guard.detect(images[:3]).is_adversarial.tolist()
+
+
+def test_paths_that_cannot_work_stop_the_start(tmp_path, monkeypatch):
+    app = load_service()
+    with pytest.raises(RuntimeError, match=r"existing folder for .*no folder"):
+        app.create_app("guard.onnx", str(tmp_path / "no folder" / "state"))
+    monkeypatch.delenv("CLUSTERGUARD_GRAPH", raising=False)
+    with pytest.raises(RuntimeError, match="path of a graph in CLUSTERGUARD_GRAPH, got none"):
+        app.create_app()
+
+
+def test_a_link_to_the_state_stays_a_link(tmp_path):
+    link, target = tmp_path / "link", tmp_path / "state"
+    link.symlink_to(target)
+    load_service().save(link, "0", FalsePositiveMonitor(0.1))
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["sha256"] == "0"
