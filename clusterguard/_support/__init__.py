@@ -38,7 +38,7 @@ from clusterguard._support._processes import OneProcess, check_accelerator, gath
 from clusterguard._support._progress import Progress, digest_of, previous, read_progress, save_progress
 from clusterguard._support._randomness import draws_random_numbers, random_states, set_random_states
 from clusterguard._support._reachable import GENERATORS, attributes_of, custom_classes, is_user_module, reachable
-from clusterguard._support._switches import ProcessSwitch
+from clusterguard._support._switches import ProcessSwitch, no_warnings
 from clusterguard._support._tables import look_up
 from clusterguard_torchvision import on_torch_import
 
@@ -90,6 +90,7 @@ __all__ = [
     "keep_freed_memory",
     "look_up",
     "names_in_eval_mode",
+    "no_warnings",
     "only_writer",
     "open_ordinary",
     "previous",

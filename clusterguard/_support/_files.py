@@ -7,7 +7,6 @@ import stat
 import sys
 import tempfile
 import time
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from clusterguard._support._switches import no_warnings
 from clusterguard.errors import ClusterGuardError, ConfigurationError, PersistenceError, in_one_line
 from safetensors import SafetensorError
 
@@ -246,8 +246,7 @@ def read_archive(path: str | Path, *keys: str, device: torch.device | str = "cpu
     try:
         with open_ordinary(path) as file:
             check_archive(file, path)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about old storage formats, which the caller cannot change
+            with no_warnings.on():  # about old storage formats, which the caller cannot change
                 state = torch.load(file, weights_only=True, map_location=device)
     except PersistenceError:
         raise

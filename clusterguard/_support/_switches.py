@@ -2,8 +2,10 @@
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 
 class ProcessSwitch:
@@ -59,3 +61,14 @@ class ProcessSwitch:
             self._users -= 1
             if not self._users:
                 self._restore()
+
+
+def _ignore_warnings() -> Callable[[], object]:
+    """Ignore all warnings, and return what gives them back."""
+    block = warnings.catch_warnings(action="ignore")
+    block.__enter__()
+    return partial(block.__exit__, None, None, None)
+
+
+no_warnings = ProcessSwitch(_ignore_warnings)
+"""Ignores other libraries' warnings. `warnings.catch_warnings` would ignore them for good if two threads overlap."""

@@ -2,23 +2,33 @@
 
 import io
 import logging
-import warnings
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
 import torch
-from clusterguard.detection._internal import without_autocast
+from clusterguard._support import no_warnings
+from clusterguard.detection import full_precision
 from clusterguard.errors import ConfigurationError, in_one_line
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Disable autocast, whose casts would become part of the graph, and warnings of exporters about their own code."""
-    with warnings.catch_warnings(), without_autocast():
-        warnings.simplefilter("ignore")
+    """Disable autocast, whose casts would become part of the graph, and warnings of exporters about their own code.
+
+    An exporter restores the settings that it found, so they are those of a detection from before it starts until after
+    it has ended. Otherwise a detection in another thread could lose them, or leave them behind.
+    """
+    with no_warnings.on(), full_precision():
         yield
 
 
+_one_at_a_time = threading.RLock()  # exporters change settings of torch, loggers and stderr of the whole process
+if hasattr(os, "register_at_fork"):  # a fork waits until no thread exports
+    os.register_at_fork(
+        before=_one_at_a_time.acquire, after_in_parent=_one_at_a_time.release, after_in_child=_one_at_a_time.release
+    )
 _LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.export")
 
 
@@ -38,8 +48,8 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Enter `quiet` and `_silent`, and turn an exporter's error into one of clusterguard."""
-    with quiet(), _silent():
+    """Enter `quiet` and `_silent`, one thread at a time, and turn an exporter's error into one of clusterguard."""
+    with _one_at_a_time, quiet(), _silent():
         try:
             yield
         except (MemoryError, torch.OutOfMemoryError):

@@ -1,12 +1,11 @@
 """Files of `torch.export` that hold a detector, with a digest of weights and thresholds."""
 
 import json
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from clusterguard._support import check_archive, digest_of, open_ordinary, write_atomically
+from clusterguard._support import check_archive, digest_of, no_warnings, open_ordinary, write_atomically
 from clusterguard.deployment._export import export_program
 from clusterguard.detectors import DetectorModule
 from clusterguard.errors import PersistenceError, in_one_line
@@ -76,8 +75,7 @@ def load_program(path: str | Path) -> ExportedProgram:
     try:
         with open_ordinary(path) as file:
             check_archive(file, path)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about how torch stores tensors, which the caller cannot change
+            with no_warnings.on():  # about how torch stores tensors, which the caller cannot change
                 program = torch.export.load(file, extra_files=extra)
         if json.loads(extra[_RECORD])["digest"] != _digest(program):
             raise ValueError("its weights or thresholds are not those that were exported")

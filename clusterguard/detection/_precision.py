@@ -68,10 +68,8 @@ def full_precision() -> Iterator[None]:
     ``torch.set_float32_matmul_precision`` allows it. Such rounding invalidates thresholds and proofs.
 
     The settings belong to PyTorch and hold for the whole process. The first block that any thread enters switches
-    them, and the last block that is left restores them. Inside, reading the older ``torch.backends.cudnn.allow_tf32``
-    raises an error of torch, because this flag cannot express the new setting. A function that torch.compile meets
-    with such a block runs as it is written, and those that are called in the block are compiled; with
-    ``fullgraph=True`` torch refuses it.
+    them, and the last block that is left restores them. A function that torch.compile meets with such a block runs as
+    it is written, and those that are called in the block are compiled; with ``fullgraph=True`` torch refuses it.
 
     Returns:
         A context manager, also a decorator.
@@ -149,6 +147,7 @@ def _switch_by_name(restore: ExitStack) -> None:
 
     The others inherit theirs from a parent setting, and must go on doing so.
     """
+    allows_tf32 = _allows_tf32()
     for name in _NAMES:
         if _get(name) != "ieee":  # so it has a value of its own, because all that it could follow is "ieee" by now
             _change(restore, _get(name), partial(_set, name), "ieee")
@@ -156,6 +155,18 @@ def _switch_by_name(restore: ExitStack) -> None:
         for name in (("cuda", "matmul"), ("mkldnn", "matmul")):
             restore.callback(_set, name, _get_alone(name))
         _change(restore, torch.get_float32_matmul_precision(), torch.set_float32_matmul_precision, "highest")
+    if allows_tf32:  # likewise; torch's exporters read this flag in other threads, which raises where they disagree
+        for name in (("cuda", "conv"), ("cuda", "rnn")):
+            restore.callback(_set, name, _get_alone(name))
+        _change(restore, True, torch._C._set_cudnn_allow_tf32, False)
+
+
+def _allows_tf32() -> bool:
+    """The older flag of cuDNN; False where it contradicts the settings by name, for then torch refuses to read it."""
+    try:
+        return torch._C._get_cudnn_allow_tf32()
+    except RuntimeError:
+        return False
 
 
 def _get_alone(name: tuple[str, str]) -> str:

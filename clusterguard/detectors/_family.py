@@ -1,11 +1,11 @@
 """The base class of families, which define everything that differs between kinds of backbones."""
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import dropwhile
 from typing import Any, ClassVar, TypeAlias
 
+from clusterguard._support import no_warnings
 from clusterguard.detectors._dense_layers import changes_no_label, dense_layers, make_layer_like, put_in_place
 from clusterguard.detectors._outputs import has_width
 from clusterguard.detectors._recipe_settings import may_be_set
@@ -111,8 +111,7 @@ class Family(ABC):
         refused = [key for key, value in arguments.items() if not self.may_be_set(key, value)]
         if refused:
             raise ConfigurationError(f"expected settings that a recipe may hold, got {refused!s:.100}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # libraries warn about initial weights and old names
+        with no_warnings.on():  # libraries warn about initial weights and old names
             return self._build(name, arguments)
 
     @abstractmethod

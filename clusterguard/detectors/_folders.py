@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from clusterguard._support import no_warnings
 from clusterguard.detection import Calibration
 from clusterguard.detectors._backbone_recipes import at_most, build_backbone
 from clusterguard.detectors._base import DetectorModule
@@ -192,8 +193,7 @@ def _load(
             )
         # The random weights are overwritten, so drawing them must not change the user's random state. Warnings were
         # already given when the guard was made.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.random.fork_rng(devices=[]), no_warnings.on():
             _check_sizes(options, blanks)
             if backbone is None:
                 _check_recipe(build, recipe, options, blanks)

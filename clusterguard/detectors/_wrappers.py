@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from clusterguard._support import copy_module
+from clusterguard._support import copy_module, no_warnings
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
@@ -356,8 +356,7 @@ def _undisturbed(device: torch.device | str) -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  # a module may draw from it
     devices = [device] if torch.device(device).type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.random.fork_rng(devices), torch.no_grad(), no_warnings.on():
             yield
     finally:
         random.setstate(python_state)

@@ -1,6 +1,8 @@
 import copy
 import logging
 import sys
+import threading
+import time
 import warnings
 
 import pytest
@@ -8,6 +10,7 @@ import timm
 import torch
 from clusterguard import ClusterGuard, Detection, DetectorModule, Evidence, decide, export_onnx, load_onnx
 from clusterguard.deployment import export_program, load_program, save_program
+from clusterguard.detection import full_precision
 from clusterguard.detectors import ConfidenceDetector, WithThresholds
 from clusterguard.errors import (
     ConfigurationError,
@@ -270,6 +273,27 @@ def test_graphs_hold_no_casts_of_an_autocast_around_the_export(tmp_path):
         assert torch.equal(guard.detect(images).distances, expected.distances)
     for verdict in (load_onnx(path).detect(images), Detection(*program.module()(images))):
         torch.testing.assert_close(verdict.distances, expected.distances, rtol=1e-5, atol=1e-5)
+
+
+def test_exports_in_two_threads_beside_a_detection_leave_the_process_as_it_was():
+    guard, images = flat_guard(), torch.rand(2, 1, 4, 4)
+    before, errors = (sys.stderr, [*warnings.filters], logging.getLogger("torch.export").level), []
+
+    def export():
+        try:
+            with full_precision():  # as detect does
+                export_program(guard, images)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=export) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)  # so that the first to begin is the first to end
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert (sys.stderr, warnings.filters, logging.getLogger("torch.export").level) == before
 
 
 def test_what_is_no_module_of_ours_is_not_exported():
