@@ -40,6 +40,7 @@ from clusterguard._support._randomness import draws_random_numbers, random_state
 from clusterguard._support._reachable import GENERATORS, attributes_of, custom_classes, is_user_module, reachable
 from clusterguard._support._switches import ProcessSwitch, no_warnings
 from clusterguard._support._tables import look_up
+from clusterguard._support._tracing import call_untraced, is_traced, tracing_in_this_thread
 from clusterguard_torchvision import on_torch_import
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "attributes_of",
     "bar",
     "call_uncompiled",
+    "call_untraced",
     "check_accelerator",
     "check_archive",
     "check_calibrated",
@@ -84,6 +86,7 @@ __all__ = [
     "html_page",
     "html_table",
     "in_range",
+    "is_traced",
     "is_unicode",
     "is_user_module",
     "is_watched",
@@ -106,6 +109,7 @@ __all__ = [
     "shorten",
     "sole_use",
     "to_eval_mode",
+    "tracing_in_this_thread",
     "train_when_unread",
     "training_mode",
     "visible",

@@ -5,6 +5,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
+from clusterguard._support._tracing import is_traced
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def check_tensor(
     Raises:
         InputError: if the check fails.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         return
     is_right = isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in _DTYPES[kind]
     if is_right:
@@ -263,8 +264,8 @@ def check_calibrated(thresholds: Tensor) -> None:
     """
     if thresholds.is_meta or thresholds.isnan().any():
         raise NotCalibratedError(
-            "this detector has no thresholds yet; call "
-            "Calibrator(false_positive_rate=0.01).fit(detector, calibration_loader) first"
+            "this detector has no thresholds yet; call Calibrator(false_positive_rate=0.01).fit(detector, "
+            "calibration_loader) first; if another thread trains it, wait for the end of the training"
         )
 
 

@@ -1,15 +1,14 @@
 """Views of modules in eval mode, for reading a module that stays in train mode."""
 
-import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
-import torch
 from clusterguard._support._copying import copy_module, shorten
 from clusterguard._support._mode_flags import overrides_mode_methods, to_eval_mode
+from clusterguard._support._tracing import call_untraced
 from clusterguard.errors import ConfigurationError
 from torch import nn
 
@@ -36,10 +35,7 @@ def view_in_eval_mode(module: Viewed) -> Viewed:
         >>> view.training, layer.training, view[0].weight is layer[0].weight
         (False, True, True)
     """
-    if "torch._dynamo" not in sys.modules:  # importing it, as the next line does, takes seconds
-        return _view(module)
-    view: Viewed = torch.compiler.disable(_view)(module)  # deepcopy cannot be compiled
-    return view
+    return call_untraced(_view, module)  # deepcopy cannot be compiled
 
 
 def _view(module: Viewed) -> Viewed:

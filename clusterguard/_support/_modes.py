@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from clusterguard._support._eval_views import view_in_eval_mode
 from clusterguard._support._mode_flags import set_mode, switch, to_eval_mode
+from clusterguard._support._tracing import is_traced
 from clusterguard.errors import ConfigurationError
 from torch import nn
 
@@ -53,7 +53,7 @@ def evaluation_mode(candidate: Readable) -> Iterator[Readable]:
         yield candidate
         return
     modules = dict.fromkeys(candidate.modules())
-    if torch.compiler.is_compiling() and not any(module.training for module in modules):
+    if is_traced() and not any(module.training for module in modules):
         yield candidate  # traced code cannot take a lock, and no mode has to change
         return
     with _lock:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from clusterguard._support import is_traced
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn import functional
@@ -73,7 +74,7 @@ def _is_searched(reach: Tensor) -> bool:
 
 
 def _search_l2(reach: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
-    memory = None if torch.compiler.is_compiling() else torch.empty_like(distance)
+    memory = None if is_traced() else torch.empty_like(distance)
 
     def stretched(s: Tensor) -> Tensor:
         return torch.minimum(torch.mul(distance, s, out=memory), reach, out=memory)
@@ -87,7 +88,7 @@ def _search_l2(reach: Tensor, distance: Tensor, radius: Tensor) -> Tensor:
 
 
 def _search_l1(reach: Tensor, distance: Tensor, radius: Tensor, over: _End, under: _End) -> Tensor:
-    memory = None if torch.compiler.is_compiling() else torch.empty_like(distance)
+    memory = None if is_traced() else torch.empty_like(distance)
 
     def grown(level: Tensor) -> Tensor:
         return _clamped(torch.sub(distance, level, out=memory), reach)
@@ -97,7 +98,7 @@ def _search_l1(reach: Tensor, distance: Tensor, radius: Tensor, over: _End, unde
         return _sum(grown(level)).sqrt_()
 
     low, high = _search(root, radius.sqrt(), *(_End(end.level, end.size.sqrt()) for end in (over, under)))
-    if not torch.compiler.is_compiling() and torch.equal(low, high):
+    if not is_traced() and torch.equal(low, high):
         return grown(low)
     # Neighbouring λ can lie far apart by rounding, and the sum is a line between them.
     excess, lack = ((_sum(grown(level)) - radius).abs() for level in (low, high))
@@ -145,7 +146,7 @@ def _search(measure: Callable[[Tensor], Tensor], wanted: Tensor, over: _End, und
     nowhere = torch.zeros_like(wanted, dtype=torch.bool)
     state: tuple[Tensor, ...]
     state = torch.zeros((), dtype=torch.int64), over.level, under.level, excess, lack, nowhere, nowhere.clone()
-    if torch.compiler.is_compiling():  # keeps the loop in the graph; two looks a round, as the check costs much
+    if is_traced():  # keeps the loop in the graph; two looks a round, as the check costs much
         state = while_loop(goes_on, lambda *state: look(*look(*state)), state)
     else:
         while goes_on(*state):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
 import torch
-from clusterguard._support import no_warnings
+from clusterguard._support import no_warnings, tracing_in_this_thread
 from clusterguard.detection import full_precision
 from clusterguard.errors import ConfigurationError, in_one_line
 
@@ -49,7 +49,7 @@ def _silent() -> Iterator[None]:
 @contextmanager
 def exporting() -> Iterator[None]:
     """Enter `quiet` and `_silent`, one thread at a time, and turn an exporter's error into one of clusterguard."""
-    with _one_at_a_time, quiet(), _silent():
+    with _one_at_a_time, tracing_in_this_thread(), quiet(), _silent():
         try:
             yield
         except (MemoryError, torch.OutOfMemoryError):

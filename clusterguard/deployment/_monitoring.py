@@ -152,6 +152,10 @@ class FalsePositiveMonitor:
             InputError: the dict is not such a state, or a value in it has another type, is out of its range, or
                 contradicts another one.
         """
+        if isinstance(state, Mapping) and (unknown := state.keys() - _STATE):
+            raise InputError(
+                f"expected the state_dict of a FalsePositiveMonitor, got other keys: {sorted(map(repr, unknown))}"
+            )
         for key, (fits, wanted) in _STATE.items():
             value = state.get(key) if isinstance(state, Mapping) else None
             if not fits(value):

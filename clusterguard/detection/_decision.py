@@ -6,7 +6,7 @@ The guard, the baselines, relabelling in training, attacks and metrics all call 
 from typing import NamedTuple, Protocol
 
 import torch
-from clusterguard._support import check_range, check_tensor
+from clusterguard._support import check_range, check_tensor, is_traced
 from clusterguard.errors import InputError
 from torch import Tensor
 
@@ -180,7 +180,7 @@ def check_goal(evidence: Evidence, thresholds: Tensor, labels: Tensor, targets: 
     for name, values in {"labels": labels, "targets": labels if targets is None else targets}.items():
         check_tensor(values, name, len(scores), kind="integer", like=scores)
         # Values are read on the CPU only, because reading them from another device would have to wait for it.
-        if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        if values.device.type == "cpu" and not is_traced():
             check_range(values, scores.shape[1], name=name)
 
 

@@ -1,13 +1,12 @@
 """The arithmetic of a guard: how far it rounds, and how to keep the hardware from rounding further."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from clusterguard._support import ProcessSwitch
+from clusterguard._support import ProcessSwitch, call_untraced
 from clusterguard.errors import ConfigurationError
 
 _BOUNDS_UNIT = 2.0**-41  # room for the rounding of the bounds themselves, which are computed in float64
@@ -83,12 +82,12 @@ def full_precision() -> Iterator[None]:
         'medium'
         >>> torch.set_float32_matmul_precision("highest")
     """
-    _call_untraced(_ieee.enter)
+    call_untraced(_ieee.enter)
     try:
         with without_autocast():
             yield
     finally:
-        _call_untraced(_ieee.leave)
+        call_untraced(_ieee.leave)
 
 
 @contextmanager
@@ -108,14 +107,6 @@ def without_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 blocks.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-_disable = cache(torch.compiler.disable)
-
-
-def _call_untraced(function: Callable[[], None]) -> None:
-    """Call a function untraced. If torch.compile gives up on a function, it still traces the functions called in it."""
-    (_disable(function) if "torch._dynamo" in sys.modules else function)()
 
 
 def _switch_to_ieee() -> Callable[[], None]:

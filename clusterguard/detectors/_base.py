@@ -48,7 +48,8 @@ class DetectorModule(nn.Module, ABC):
         ConfigurationError: there are fewer than two classes, or the image shape is not valid.
 
     Attributes:
-        thresholds: (K,) float32 buffer, NaN until calibrated. It stays float32 under ``.half()``.
+        thresholds: (K,) float32 buffer, NaN until calibrated. It stays float32 under ``.half()``. A class whose
+            threshold is set to infinity by hand is never refused, unless an image cannot be judged.
         calibration: record of how the thresholds were fitted; None if they were not fitted by a `Calibrator`. The
             record holds for one precision: a conversion to or from half precision, such as ``.half()``, removes it
             with a warning, because other images are refused then. Float32 and float64 differ less than the slack for

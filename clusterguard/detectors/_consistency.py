@@ -3,7 +3,7 @@
 import math
 
 import torch
-from clusterguard._support import check_detector
+from clusterguard._support import check_detector, is_traced
 from clusterguard.detection import Detector, Evidence
 from clusterguard.detectors._base import DetectorModule
 from clusterguard.errors import ConfigurationError
@@ -76,7 +76,7 @@ class ConsistentDetector(DetectorModule):
         Raises:
             ConfigurationError: the detector is being exported or compiled. A graph cannot hold the search's gradients.
         """
-        if torch.compiler.is_compiling():
+        if is_traced():
             raise ConfigurationError(
                 "a ConsistentDetector needs gradients to judge images, and no exported graph has them; "
                 "export what it wraps"

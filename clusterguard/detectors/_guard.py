@@ -15,6 +15,7 @@ from clusterguard._support import (
     call_uncompiled,
     check_images,
     copy_module,
+    is_traced,
     names_in_eval_mode,
     to_eval_mode,
 )
@@ -215,7 +216,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
                 not checked in train mode, nor for images that require gradients, because it would cost time in every
                 step of a training or an attack.
         """
-        if not (self.training or torch.compiler.is_compiling() or getattr(images, "requires_grad", False)):
+        if not (self.training or is_traced() or getattr(images, "requires_grad", False)):
             check_images(images)
         return self.head.logits(self.represent(images))
 

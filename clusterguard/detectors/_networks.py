@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from clusterguard._support import is_traced
 from clusterguard.errors import InputError
 from torch import Tensor
 
@@ -15,7 +16,7 @@ def run_network(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     Raises:
         InputError: the network fails on images of this size, dtype or device.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         return network(images)
     raised = (RuntimeError, NotImplementedError, AssertionError, ValueError, IndexError)
     try:

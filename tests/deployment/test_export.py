@@ -296,6 +296,42 @@ def test_exports_in_two_threads_beside_a_detection_leave_the_process_as_it_was()
     assert (sys.stderr, warnings.filters, logging.getLogger("torch.export").level) == before
 
 
+class Waiting(nn.Module):
+    """Lets others go on in the middle of an export, and waits for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.flatten, self.begun, self.read = nn.Flatten(), threading.Event(), threading.Event()
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, images):
+        if torch.compiler.is_compiling():
+            self.begun.set()
+            self.read.wait(30)
+        return self.flatten(images)
+
+
+def test_others_read_as_ever_while_a_thread_exports():
+    waiting, images = Waiting(), torch.rand(6, 1, 4, 4)
+    slow = ClusterGuard(nn.Sequential(waiting, nn.Linear(16, 8)), 3, example=images)
+    slow.thresholds = torch.ones(3)
+    guard = flat_guard().train()
+    expected = guard.detect(images)
+    thread = threading.Thread(target=export_program, args=(slow, images))
+    thread.start()
+    try:
+        assert waiting.begun.wait(30)
+        assert_same(guard.detect(images), expected, rtol=0)  # in train mode, which takes a view
+        with pytest.raises(InputError, match="images"):
+            guard.evidence(images[0])
+        assert guard.training
+    finally:
+        waiting.read.set()
+        thread.join()
+
+
 def test_what_is_no_module_of_ours_is_not_exported():
     guard = ClusterGuard(nn.Flatten(), 2, example=IMAGES)
     with pytest.raises(ConfigurationError, match="expected a DetectorModule, got WithThresholds"):

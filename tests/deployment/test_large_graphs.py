@@ -87,7 +87,7 @@ def test_a_failing_export_leaves_the_older_one_whole(large, monkeypatch, name):
     guard, path, images = large
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
     with torch.no_grad():

@@ -134,7 +134,9 @@ def test_options_are_checked_at_once(wrong):
         FalsePositiveMonitor(**({"limit": 0.1} | wrong))
 
 
-@pytest.mark.parametrize("state", [{}, {"limit": 0.1}, {"limit": "x", "run_length": 5}, None, [], "state", 3])
+@pytest.mark.parametrize(
+    "state", [{}, {"limit": 0.1}, {"later": 1}, {"limit": "x", "run_length": 5}, None, [], "state", 3]
+)
 def test_a_state_of_something_else_is_named(state):
     with pytest.raises(InputError, match="state_dict"):
         FalsePositiveMonitor.from_state_dict(state)

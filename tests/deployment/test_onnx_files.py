@@ -183,7 +183,7 @@ def test_a_graph_needs_a_name_in_utf_8(calibrated, tmp_path):
 
 
 def test_a_failing_export_leaves_the_old_file(calibrated, monkeypatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
     guard, path, loader = calibrated
