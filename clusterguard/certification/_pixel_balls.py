@@ -6,15 +6,15 @@ from clusterguard.certification._bounds import (
     Proofs,
     ball_in_service,
     bound_representations,
-    changed_in_place,
+    is_changed,
     prove,
 )
 from clusterguard.certification._intervals import Interval
+from clusterguard.certification._window_balls import WindowBall, window_parts
 from clusterguard.detection import Arithmetic
 from clusterguard.detectors import Bounds, ClusterGuard
 from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 _AT_ONCE = 2**24  # slopes, each of one function at one pixel, that are sorted at once
 _ROOM = 2.0**-51  # share of a sum of float64 that its rounding may take, for each of its terms
@@ -106,7 +106,7 @@ def linear_layer_of(guard: ClusterGuard) -> nn.Linear:
     """
     # `children` would leave out a layer that is applied twice.
     parts = [*guard.encoder._modules.values()] if type(guard.encoder) is nn.Sequential else []
-    if [*map(type, parts)] == [nn.Flatten, nn.Linear] and not any(map(_is_changed, (guard.encoder, *parts))):
+    if [*map(type, parts)] == [nn.Flatten, nn.Linear] and not any(map(is_changed, (guard.encoder, *parts))):
         flatten, layer = parts
         if isinstance(layer, nn.Linear) and vars(flatten).items() >= {"start_dim": 1, "end_dim": -1}.items():
             return layer
@@ -116,15 +116,13 @@ def linear_layer_of(guard: ClusterGuard) -> nn.Linear:
     )
 
 
-def _is_changed(part: nn.Module) -> bool:
-    """Whether a module may compute something else than its class says: by hooks, or by a method of its own."""
-    of_all = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-    return any((part._forward_hooks, part._forward_pre_hooks, *of_all, changed_in_place(part)))
-
-
 def bound_in_norm(guard: ClusterGuard, images: Tensor, labels: Tensor, norm: Norm, radii: Tensor) -> Proofs:
-    """Bounds on the guard's outputs for every image in a ball of any norm, and what they prove."""
-    ball = PixelBall(guard, images, norm, radii)
+    """Bounds on the guard's outputs for every image in a ball of any norm, and what they prove.
+
+    Raises:
+        ConfigurationError: no bounds are known for the network in this norm.
+    """
+    ball = (WindowBall if window_parts(guard) else PixelBall)(guard, images, norm, radii)
     bounds = guard.head.bound_distances(ball, labels)
     box = Interval(ball.lower, ball.upper, error=ball.error, arithmetic=ball.arithmetic)
     # A pixel that is not finite is refused whatever its ball holds; nothing is proved of it.

@@ -6,7 +6,7 @@ from typing import final
 
 import torch
 from clusterguard._support import check_numbers
-from clusterguard.certification._internal import linear_layer_of
+from clusterguard.certification._internal import linear_layer_of, window_parts
 from clusterguard.detection import Calibrator
 from clusterguard.detectors import ClusterGuard, NearestTemplate
 from clusterguard.detectors._internal import project_templates
@@ -16,23 +16,25 @@ from clusterguard.training._options import TrainingOptions
 from clusterguard.training._step import TrainingStep
 from clusterguard.training._trainer import DetectorTrainer
 from einops import rearrange
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 
 @final
 class TemplateTrainer(DetectorTrainer):
-    """Trains a guard of `make_template_guard` so that few changed pixels can't change its decision.
+    """Trains a guard of `make_template_guard` or `make_local_guard` so that few changes can't change its decision.
 
     After every step, templates are limited so that one pixel adds at most 1 to a cost. So t changed pixels move every
-    distance by at most t, and so does a change of size t in l1. The loss asks for room: it is the cross-entropy of
+    distance by at most t, and so does a change of size t in l1. In a guard of `make_local_guard`, a window adds at most
+    1, so t windows take the part of t pixels. The loss asks for room: it is the cross-entropy of
     −distance / temperature, where 2·pixels is first taken from the distances to the wrong classes. During training, the
     distance to a class is a smooth minimum over its templates, so that all templates learn. Nothing is attacked.
 
     Args:
-        guard: guard to train, in place and on its own device, as `make_template_guard` returns it.
-        pixels: number of pixels for which to make room, at least 0. More of them give larger certificates, and a lower
-            accuracy.
+        guard: guard to train, in place and on its own device, as `make_template_guard` or `make_local_guard` returns
+            it.
+        pixels: number of pixels, or of windows, for which to make room, at least 0. More of them give larger
+            certificates, and a lower accuracy. A square patch of side k meets up to ⌈(k + size − 1) / stride⌉² windows.
         temperature: divisor of the distances, positive, in pixels.
         smoothness: temperature of the smooth minimum, positive, in pixels.
         optimizer: optimizer of ``guard.parameters()``, or a function that makes one from the guard's parameters; None
@@ -79,15 +81,10 @@ class TemplateTrainer(DetectorTrainer):
                 f"{pixels}, {temperature} and {smoothness}"
             )
         if not isinstance(guard, ClusterGuard) or not isinstance(guard.head, NearestTemplate):
-            raise ConfigurationError("expected a guard as make_template_guard returns it, got one without templates")
-        self.layer = linear_layer_of(guard)
-        if self.layer.bias is None or not isinstance(guard.image_shape, tuple) or not _is_centred(guard):
             raise ConfigurationError(
-                "expected a guard as make_template_guard returns it, with mean=0.5, std=1.0, a bias and a known "
-                f"image_shape, got {guard.normalize.mean.flatten().tolist()}, "
-                f"{guard.normalize.std.flatten().tolist()}, {self.layer} and {guard.image_shape}"
+                "expected a guard as make_template_guard or make_local_guard returns it, got one without templates"
             )
-        self.channels = guard.image_shape[0]
+        self.layer = None if window_parts(guard) else _find_templates(guard)
         super().__init__(
             guard,
             optimizer=_adam if optimizer is None else optimizer,
@@ -114,8 +111,25 @@ class TemplateTrainer(DetectorTrainer):
         return TrainingStep(cross_entropy(logits, labels), right)
 
     def limit_weights(self) -> None:
-        """Limit what one pixel may add to a cost."""
-        project_templates(self.layer, self.channels)
+        """Limit what one pixel may add to a cost. Costs of windows have their limits by themselves."""
+        if self.layer is not None and isinstance(self.guard.image_shape, tuple):
+            project_templates(self.layer, self.guard.image_shape[0])
+
+
+def _find_templates(guard: ClusterGuard) -> nn.Linear:
+    """The layer that holds the templates of a guard.
+
+    Raises:
+        ConfigurationError: the guard does not shift pixels by -0.5, or has no bias, or knows no image shape.
+    """
+    layer = linear_layer_of(guard)
+    if layer.bias is None or not isinstance(guard.image_shape, tuple) or not _is_centred(guard):
+        raise ConfigurationError(
+            "expected a guard as make_template_guard returns it, with mean=0.5, std=1.0, a bias and a known "
+            f"image_shape, got {guard.normalize.mean.flatten().tolist()}, {guard.normalize.std.flatten().tolist()}, "
+            f"{layer} and {guard.image_shape}"
+        )
+    return layer
 
 
 def _is_centred(guard: ClusterGuard) -> bool:
@@ -123,5 +137,5 @@ def _is_centred(guard: ClusterGuard) -> bool:
     return bool((guard.normalize.mean == 0.5).all() and (guard.normalize.std == 1).all())
 
 
-def _adam(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-2)
