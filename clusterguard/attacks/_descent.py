@@ -9,7 +9,8 @@ import torch
 from clusterguard.attacks._norm_base import Norm
 from clusterguard.attacks._objectives import Objective
 from clusterguard.attacks._objectives import margin as margin_objective
-from clusterguard.detection import Detector, success_margin
+from clusterguard.attacks._precision import InBfloat16
+from clusterguard.detection import Detector, Evidence, success_margin
 from torch import Generator, Tensor
 
 Keep = Literal["best", "last", "nearest"]
@@ -43,7 +44,7 @@ class Problem:
     eps: float | Tensor
     objective: Objective
     generator: Generator | None = None
-    search: Detector | None = None
+    search: InBfloat16 | None = None
     settled: Tensor | None = None
 
     def project(self, candidates: Tensor) -> Tensor:
@@ -257,6 +258,7 @@ class _Best:
 # Checking which images are done waits for the device, and dropping them copies the rest, so both are done rarely.
 _LOOK_EVERY = 5
 _WORTH_IT = 0.9
+_ERRORS = 4  # multiple of the error measured on a few images that may occur on others
 
 
 def backpropagate(problem: Problem, iterates: Tensor, *, with_margin: bool = True) -> ObjectiveValues:
@@ -276,19 +278,22 @@ def backpropagate(problem: Problem, iterates: Tensor, *, with_margin: bool = Tru
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     loss = loss.detach()
     if problem.objective is margin_objective:
-        return ObjectiveValues(loss, _judged(problem, iterates, loss, evidence.suspicion), gradient)
+        return ObjectiveValues(loss, _judged(problem, iterates, loss, evidence), gradient)
     if not with_margin:
         return ObjectiveValues(loss, torch.full_like(loss, torch.inf), gradient)
     with torch.no_grad():
         margin = success_margin(evidence, detector.thresholds, problem.labels, problem.targets)
-    return ObjectiveValues(loss, _judged(problem, iterates, margin, evidence.suspicion), gradient)
+    return ObjectiveValues(loss, _judged(problem, iterates, margin, evidence), gradient)
 
 
-def _judged(problem: Problem, iterates: Tensor, margin: Tensor, suspicion: Tensor) -> Tensor:
+def _judged(problem: Problem, iterates: Tensor, margin: Tensor, evidence: Evidence) -> Tensor:
     """Margins (B,) in lower precision. Margins that may be successes are computed again by the detector itself."""
     if problem.search is None:
         return margin
-    near = ~(margin > suspicion.detach().abs().amax(dim=1) / 64)  # bfloat16 has 8 bits, and errors add up
+    scores, suspicion = (part.detach().abs().amax(dim=1) for part in evidence)
+    # bfloat16 has 8 bits, and errors add up. Where a network subtracts large numbers, they are larger than that.
+    doubt = (torch.maximum(scores, suspicion) / 64).clamp_min(_ERRORS * problem.search.error)
+    near = ~(margin > doubt)
     if problem.settled is not None:
         near &= ~problem.settled
     rows = near.nonzero().squeeze(1)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from clusterguard.attacks._base import Attack
-from clusterguard.attacks._working_copy import fold_batch_norms, put_into_bfloat16, working_copy
+from clusterguard.attacks._working_copy import exact_evidence, fold_batch_norms, put_into_bfloat16, working_copy
 from clusterguard.detection import Detector, Evidence, success_margin
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
@@ -29,11 +29,16 @@ class InBfloat16:
     """A detector whose network computes in bfloat16, with channels last, the layout that matrix units need.
 
     Distances and everything after them stay in float32. The evidence is precise enough for gradients to follow, but not
-    for deciding whether an attack has succeeded.
+    for deciding whether an attack has succeeded. If the copy fails in bfloat16, or if its evidence on the first images
+    is far from the detector's, the detector itself is used, in its own precision.
 
     Args:
         detector: detector in eval mode. A copy of it is used, see `working_copy`, so later changes of the detector have
             no effect.
+
+    Attributes:
+        is_rough: whether the evidence is in bfloat16; False if the detector itself is used in its own precision.
+        error: largest error of the evidence on the first images; 0 if it was not measured.
 
     Example:
         >>> from clusterguard import ClusterGuard
@@ -47,18 +52,30 @@ class InBfloat16:
     def __init__(self, detector: Detector) -> None:
         self.detector = working_copy(detector)
         self.thresholds = detector.thresholds
+        self.is_rough, self.error = True, 0.0
+        self._exact = detector
         self._is_ready = self.detector is detector  # without a copy, the user's detector must not change
         self._format = torch.contiguous_format
 
     def evidence(self, images: Tensor) -> Evidence:
         """The evidence on images (B, C, H, W), computed in bfloat16 and returned in float32."""
         if not self._is_ready:
-            fold_batch_norms(self.detector, images.detach())
-            self._format = put_into_bfloat16(self.detector, images.detach())
-            self._is_ready = True
-        with torch.autocast(images.device.type, torch.bfloat16):
+            self._prepare(images.detach())
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.is_rough):
             scores, suspicion = self.detector.evidence(images.contiguous(memory_format=self._format))
         return Evidence(scores.float(), suspicion.float())
+
+    def _prepare(self, images: Tensor) -> None:
+        self._is_ready = True
+        exact = exact_evidence(self._exact, images)
+        try:
+            fold_batch_norms(self.detector, images)
+            self._format, self.error = put_into_bfloat16(self.detector, images, exact)
+        except Exception:  # a copy that needs its original may raise anything
+            self.error = math.inf
+        if self.error == math.inf:
+            self.detector, self._format = self._exact, torch.contiguous_format
+            self.is_rough, self.error = False, 0.0
 
 
 def check_precision(precision: str) -> None:
@@ -131,14 +148,17 @@ def choose_precision(detector: Detector, images: Tensor, labels: Tensor) -> Lite
     exact = _try_out(detector, detector, images, labels)
     if exact.seconds < _TOO_SHORT:
         return "float32"
+    search = InBfloat16(detector)
     try:
-        rough = _try_out(InBfloat16(detector), detector, images, labels)
+        rough = _try_out(search, detector, images, labels)
     except Exception:  # a network or layer without bfloat16 may raise anything
         return "float32"
     cosine = functional.cosine_similarity(exact.gradient.flatten(1), rough.gradient.flatten(1))
     agrees = bool(cosine.isfinite().all()) and float(cosine.mean()) >= _AGREES
     succeeds = rough.lowered >= _AGREES * exact.lowered
-    return "bf16" if agrees and succeeds and rough.seconds <= _WORTH_IT * exact.seconds else "float32"
+    return (
+        "bf16" if search.is_rough and agrees and succeeds and rough.seconds <= _WORTH_IT * exact.seconds else "float32"
+    )
 
 
 class _Trial(NamedTuple):

@@ -4,6 +4,7 @@ A copy takes images with channels last. Its weights are cast once, and its batch
 convolutions.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +13,11 @@ from clusterguard._support import CompiledCall, copy_module
 from clusterguard.attacks._metering import Metered
 from clusterguard.detection import Detector, Evidence
 from clusterguard.detection._internal import without_autocast
-from clusterguard.errors import ClusterGuardError
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 _FEW = 2  # number of images on which a change is tried
+_TOO_FAR = 1 / 4  # share of the largest value by which evidence in bfloat16 may be wrong
 _TOLERANCE = 1e-3  # largest change as a share of the largest value, because folding may only change rounding
 
 
@@ -51,7 +52,14 @@ def working_copy(detector: Detector) -> Detector:
 
 
 @torch.no_grad()
-def put_into_bfloat16(detector: Detector, images: Tensor) -> torch.memory_format:
+def exact_evidence(detector: Detector, images: Tensor) -> Evidence:
+    """The evidence of a detector on the few images (B, C, H, W) on which its copy is tried. It counts as no cost."""
+    with without_autocast():
+        return _without_meter(detector).evidence(images[:_FEW])
+
+
+@torch.no_grad()
+def put_into_bfloat16(detector: Detector, images: Tensor, exact: Evidence) -> tuple[torch.memory_format, float]:
     """Cast weights to bfloat16, and put weights and images into channels last, as far as the detector works so.
 
     Nearly every detector works with both. For the others the layout is tried first, and then the casts. A network that
@@ -61,26 +69,33 @@ def put_into_bfloat16(detector: Detector, images: Tensor) -> torch.memory_format
     Args:
         detector: working copy, which is changed.
         images: (B, C, H, W); the first few are used for the trials.
+        exact: what `exact_evidence` gives for the detector itself.
 
     Returns:
-        The memory layout for images.
+        The memory layout for images, and the largest error that evidence then has. The error is infinite if the
+        detector does not work in bfloat16, or if the copy computes something else.
     """
     detector = _without_meter(detector)
     if not isinstance(detector, nn.Module):
-        return torch.contiguous_format
-    arrange_weights(detector, torch.channels_last)
-    exact = _cast_weights(detector)
-    if _works(detector, images, torch.channels_last):
-        return torch.channels_last
-    _uncast(exact)
+        return torch.contiguous_format, math.inf
     layout = torch.channels_last
-    if not _works(detector, images, layout):
+    arrange_weights(detector, layout)
+    weights = _cast_weights(detector)
+    error = _error(detector, images, layout, exact)
+    if error < math.inf:
+        return layout, error
+    _uncast(weights)
+    error = _error(detector, images, layout, exact)
+    if error == math.inf:
         layout = torch.contiguous_format
         arrange_weights(detector, layout)
-    exact = _cast_weights(detector)
-    if not _works(detector, images, layout):
-        _uncast(exact)
-    return layout
+        error = _error(detector, images, layout, exact)
+    weights = _cast_weights(detector)
+    cast = _error(detector, images, layout, exact)
+    if cast == math.inf:
+        _uncast(weights)
+        return layout, error
+    return layout, cast
 
 
 def arrange_weights(module: nn.Module, layout: torch.memory_format) -> None:
@@ -107,13 +122,29 @@ def _uncast(exact: list[tuple[Tensor, Tensor]]) -> None:
         parameter.data = value
 
 
-def _works(detector: Detector, images: Tensor, layout: torch.memory_format) -> bool:
+def _error(detector: Detector, images: Tensor, layout: torch.memory_format, exact: Evidence) -> float:
+    """The largest error of evidence in bfloat16; infinite if it is of no use for a search.
+
+    It is of no use if it cannot be computed, if it has no gradient, or if it is far from the exact evidence. A copy may
+    for example read what a hook writes into the original.
+    """
     try:
-        with torch.autocast(images.device.type, torch.bfloat16):
-            detector.evidence(images[:_FEW].contiguous(memory_format=layout))
-    except (ClusterGuardError, RuntimeError):
-        return False
-    return True
+        with torch.enable_grad(), torch.autocast(images.device.type, torch.bfloat16):
+            rough = detector.evidence(images[:_FEW].contiguous(memory_format=layout).requires_grad_())
+    except Exception:  # a network or layer without bfloat16 may raise anything
+        return math.inf
+    if not any(part.requires_grad for part in rough):
+        return math.inf
+    largest = 0.0
+    for old, new in zip(exact, rough, strict=True):
+        if new.shape != old.shape:
+            return math.inf
+        known = old.isfinite()  # the others are refused in any precision
+        gap = (new.detach().to(old.dtype) - old).abs().masked_fill(~known, 0).amax().item()
+        if not gap <= _TOO_FAR * old.abs().masked_fill(~known, 0).amax().item():
+            return math.inf
+        largest = max(largest, gap)
+    return largest
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from clusterguard import APGD, PGD, ClusterGuard, Evidence, WorstCaseSuite, decide, success_margin
-from clusterguard.attacks import FastMinimumNorm, Metered, OrthogonalPGD, _precision, get_norm
+from clusterguard.attacks import FastMinimumNorm, Metered, OrthogonalPGD, _precision, get_norm, in_precision
 from clusterguard.attacks._internal import choose_precision
 from clusterguard.attacks._precision import InBfloat16
 from clusterguard.detection import Verdicts, is_broken
@@ -39,6 +39,11 @@ def test_a_suite_in_bfloat16_breaks_at_least_as_many(trained_guard, images, labe
     assert counts[1] >= counts[0]
 
 
+def is_rough(images):
+    """Whether the search asks; the two images of its first trial get honest answers, or it would stop there."""
+    return torch.is_autocast_enabled(images.device.type) and len(images) > 2
+
+
 class Liar(nn.Module):
     """Accepts everything under a wrong label, but only in bfloat16."""
 
@@ -48,7 +53,7 @@ class Liar(nn.Module):
 
     def evidence(self, images):
         scores, suspicion = self.guard.evidence(images)
-        if torch.is_autocast_enabled(images.device.type):
+        if is_rough(images):
             return Evidence(-scores, 0 * suspicion)
         return Evidence(scores, suspicion)
 
@@ -81,7 +86,7 @@ class Boaster(Liar):
 
     def evidence(self, images):
         scores, suspicion = self.guard.evidence(images)
-        if not torch.is_autocast_enabled(images.device.type):
+        if not is_rough(images):
             return Evidence(scores, suspicion)
         change = (images - self.images).abs().flatten(1).mean(dim=1, keepdim=True)
         return Evidence(-scores, suspicion * 0 - change)
@@ -117,6 +122,33 @@ def test_images_with_a_success_are_judged_once_more_and_not_at_every_step(traine
     margins = success_margin(trained_guard.evidence(attacked), permissive.thresholds, wrong)
     torch.testing.assert_close(margins, last[-1])
     assert (margins < last[0]).all()
+
+
+class Large(nn.Module):
+    """Adds a large number to what a layer makes, within the network or in the scores, so that bfloat16 rounds a lot."""
+
+    def __init__(self, *, within: float, beyond: float) -> None:
+        super().__init__()
+        self.layer, self.within, self.beyond = nn.Linear(16, 2), within, beyond
+        self.register_buffer("thresholds", torch.full((2,), 0.6))
+
+    def evidence(self, images):
+        scores = self.layer(images.flatten(1)) + self.within - self.within + self.beyond
+        return Evidence(scores, -scores.log_softmax(dim=1))
+
+
+@pytest.mark.parametrize(("within", "beyond"), [(0, -500), (20, 0), (150, 0)])
+def test_no_success_is_lost_to_the_rounding_of_large_numbers(within, beyond):
+    torch.manual_seed(1)
+    detector, images = Large(within=within, beyond=beyond), torch.rand(256, 1, 4, 4)
+    verdict = decide(detector.evidence(images), detector.thresholds)
+    images, wrong = images[~verdict.is_adversarial], 1 - verdict.labels[~verdict.is_adversarial]
+    assert len(images) > 100  # and each is a success, some by little
+    last = []
+    PGD(eps=1e-6, step_size=1e-6, steps=2, precision="bf16", on_step=lambda step, margins: last.append(margins))(
+        detector, images, wrong
+    )
+    assert (last[0] <= 0).all()
 
 
 def test_evidence_in_bfloat16_is_near_and_in_float32(trained_guard, images):
@@ -172,7 +204,9 @@ def test_other_precisions_are_refused():
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, AssertionError, KeyError, RuntimeError])
-def test_auto_is_float32_whatever_a_network_raises_in_bfloat16(trained_guard, images, labels, monkeypatch, error):
+def test_the_search_is_in_float32_whatever_a_network_raises_in_bfloat16(
+    trained_guard, images, labels, monkeypatch, error
+):
     monkeypatch.setattr(_precision, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(_precision, "_TOO_SHORT", 0)
 
@@ -186,7 +220,9 @@ def test_auto_is_float32_whatever_a_network_raises_in_bfloat16(trained_guard, im
                 raise error("only float32")
             return self.guard.evidence(images)
 
-    assert choose_precision(Picky(trained_guard), images, labels) == "float32"
+    picky, attack = Picky(trained_guard), PGD(eps=0.1, step_size=0.02, steps=3)
+    assert choose_precision(picky, images, labels) == "float32"
+    assert torch.equal(in_precision(attack, "bf16")(picky, images, labels), attack(trained_guard, images, labels))
 
 
 def test_a_detector_that_cannot_be_copied_for_any_reason_is_shared(trained_guard, images):

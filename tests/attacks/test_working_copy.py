@@ -81,6 +81,34 @@ def test_a_layer_with_hooks_keeps_them_and_its_weights():
     assert set(seen) == {torch.float32}
 
 
+class Listening(nn.Module):
+    """Takes its evidence from what a hook writes down; the hook of a copy writes into the original."""
+
+    def __init__(self, guard):
+        super().__init__()
+        self.guard, self.heard, self.thresholds = guard, {}, guard.thresholds
+        heard = self.heard
+        guard.encoder.register_forward_hook(lambda module, inputs, output: heard.update(found=output))
+
+    def evidence(self, images):
+        self.guard.evidence(images)
+        distances = self.guard.head.distances(self.heard["found"].float())
+        return Evidence(-distances, distances)
+
+
+@pytest.mark.parametrize("seen_before", [0, 2, 12])
+def test_a_detector_whose_copy_would_use_the_original_is_used_itself(seen_before):
+    listening = Listening(new_guard()).eval()
+    if seen_before:
+        listening.evidence(IMAGES[:seen_before])
+    rough = InBfloat16(listening)
+    for images in (IMAGES[:2], 1 - IMAGES):
+        assert torch.equal(rough.evidence(images).suspicion, listening.evidence(images).suspicion)
+    assert not rough.is_rough
+    attack = PGD(eps=0.1, step_size=0.02, steps=3, precision="bf16")
+    assert not torch.equal(attack(listening, IMAGES, torch.arange(12) % 4), IMAGES)
+
+
 @pytest.mark.parametrize("wrap", [lambda guard: guard, Metered, lambda guard: WithThresholds(guard, torch.ones(4))])
 def test_an_attack_leaves_the_detector_as_it_was(wrap):
     guard = new_guard(Block(early=False))
@@ -152,5 +180,8 @@ def test_maps_of_one_channel_also_lead_to_channels_last():
     next(part for part in guard.modules() if isinstance(part, nn.Conv2d)).register_forward_hook(
         lambda module, inputs, output: seen.append(output.is_contiguous(memory_format=torch.channels_last))
     )
-    InBfloat16(guard).evidence(torch.rand(12, 1, 16, 16))
-    assert set(seen) == {True}
+    rough = InBfloat16(guard)
+    rough.evidence(torch.rand(12, 1, 16, 16))
+    seen.clear()  # the guard itself has judged the first images, too
+    rough.evidence(torch.rand(12, 1, 16, 16))
+    assert seen == [True]
