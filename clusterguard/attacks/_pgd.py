@@ -44,7 +44,8 @@ class IteratedAttack(BuiltInAttack):
         stop_early: whether broken images leave the batch, which breaks the same images at a lower cost.
         precision: precision of the search, "float32", "bf16", or "auto", which times both and takes bfloat16 if it is
             faster and works as well. An image counts as broken only if the detector says so in its own precision. Equal
-            seeds give equal results on any machine only with "float32".
+            seeds give equal results on any machine only with "float32". `NES` and `OrthogonalPGD` always search in the
+            detector's precision.
         on_step: callback for traces, which gets the step and the best margins so far (B,).
     """
 

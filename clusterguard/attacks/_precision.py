@@ -96,12 +96,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(ask() for ask in supports if ask is not None)
 
 
-def in_precision(attack: Attack, precision: Precision) -> Attack:
+def in_precision(attack: Attack, precision: Precision, *, instead_of: Precision | None = None) -> Attack:
     """An attack with another precision, if it has this option; attacks inside wrappers get it too.
 
     Args:
         attack: any attack; one without the option is returned as it is.
         precision: "float32", "bf16" or "auto".
+        instead_of: the only precision that is replaced; None replaces all.
 
     Raises:
         ConfigurationError: the precision is unknown.
@@ -116,12 +117,22 @@ def in_precision(attack: Attack, precision: Precision) -> Attack:
     if not is_dataclass(given) or isinstance(given, type):
         return attack
     options = {option.name: getattr(given, option.name) for option in fields(given)}
-    changed: dict[str, Any] = {"precision": precision} if "precision" in options else {}
+    changed: dict[str, Any] = {}
+    if "precision" in options and instead_of in (None, options["precision"]):
+        changed["precision"] = precision
     if "attack" in options:
-        changed["attack"] = in_precision(options["attack"], precision)
+        changed["attack"] = in_precision(options["attack"], precision, instead_of=instead_of)
     if "attacks" in options:
-        changed["attacks"] = tuple(in_precision(inner, precision) for inner in options["attacks"])
+        inside = (in_precision(inner, precision, instead_of=instead_of) for inner in options["attacks"])
+        changed["attacks"] = tuple(inside)
     return cast(Attack, replace(given, **changed)) if changed else attack
+
+
+def precisions_of(attack: object) -> set[str]:
+    """The precisions in which an attack and those inside it search; empty if none of them has this option."""
+    inside = [getattr(attack, "attack", None), *getattr(attack, "attacks", ())] if is_dataclass(attack) else []
+    own = getattr(attack, "precision", None)
+    return {own for own in (own,) if isinstance(own, str)}.union(*map(precisions_of, inside))
 
 
 def choose_precision(detector: Detector, images: Tensor, labels: Tensor) -> Literal["float32", "bf16"]:

@@ -49,12 +49,14 @@ class SuiteResult(NamedTuple):
         cost: cost of all stages together, including stages of earlier runs. Judging clean images and references before
             the stages is not part of it.
         runs: number of runs, including earlier ones that this one resumed.
+        precision: precision of the gradients, "float32" or "bf16".
     """
 
     images: Tensor
     stages: tuple[StageRecord, ...]
     cost: Cost
     runs: int
+    precision: str
 
 
 _TRIES = 5  # references of each class that starts are chosen from
@@ -111,7 +113,8 @@ class WorstCaseSuite(BuiltInAttack):
         references: benign images (R, C, H, W) and their labels (R,), as starts for attacks; None takes the attacked
             images. Only images that the detector accepts are used.
         surrogates: detectors whose adversarial images are tried too.
-        precision: precision of the gradients, as in `IteratedAttack`; "auto" decides once for each run.
+        precision: precision of the gradients, as in `IteratedAttack`; "auto" decides once, also for runs
+            that continue from a checkpoint.
 
     Raises:
         ConfigurationError: an option is out of its range.
@@ -295,13 +298,16 @@ class WorstCaseSuite(BuiltInAttack):
         with torch.inference_mode(False), evaluation_mode(detector) as detector, only_writer(checkpoint):
             images, labels = images.detach().clone(), labels.long().clone()
             targets = None if targets is None else targets.long().clone()
-            chosen = choose_precision(detector, images, labels) if self.precision == "auto" else self.precision
             state = self._begin(detector, images, labels, targets, checkpoint, generator)
+            if self.precision != "auto":
+                state.precision = self.precision
+            elif state.precision is None:
+                state.precision = choose_precision(detector, images, labels)
             if self.references is None:
                 accepted = Towards(images[state.eligible], labels[state.eligible])
             else:
                 accepted = Towards.accepted(detector, *self.references, batch_size=self.batch_size or 500)
-            stages = replace(self, precision=chosen).stages(detector, accepted)
+            stages = replace(self, precision=state.precision).stages(detector, accepted)
             shown = bar(self._plan(stages, state), f"{self.norm} {self.eps:g}" * progress, total=len(stages))
             for name, attack in shown:
                 rows = (state.margins > 0).nonzero().squeeze(1)
@@ -317,7 +323,7 @@ class WorstCaseSuite(BuiltInAttack):
                 if on_stage is not None:
                     on_stage(record)
         cost = sum((Cost(record.forward, record.backward) for record in state.records), Cost())
-        return SuiteResult(state.best, tuple(state.records), cost, state.runs)
+        return SuiteResult(state.best, tuple(state.records), cost, state.runs, state.precision)
 
     def _attack_checked(
         self,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from clusterguard._support import digest_of, read_progress, save_progress
@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 _KIND = "suite"
 _KEYS = {"suite", "clean_margins", "best", "margins", "records", "generator", "runs"}
-_OPTIONAL_KEYS = {"cost", "inputs"}  # which other versions wrote, or did not write
+_OPTIONAL_KEYS = {"cost", "inputs", "precision"}  # which other versions wrote, or did not write
 
 
 @final
@@ -52,6 +52,7 @@ class SuiteState:
         eligible: (B,) whether the clean image is accepted under its true label; it is not saved.
         runs: number of runs, including this one.
         inputs: digest of each input, as `digests_of_inputs` makes them.
+        precision: precision of the search, "float32" or "bf16"; None until it is chosen.
     """
 
     suite: str
@@ -62,6 +63,7 @@ class SuiteState:
     eligible: Tensor
     runs: int = 1
     inputs: dict[str, str] = field(default_factory=dict)
+    precision: Literal["float32", "bf16"] | None = None
 
     def save(self, path: str | Path, generator: Generator | None) -> None:
         """Write the state to a file, completely or not at all."""
@@ -74,6 +76,7 @@ class SuiteState:
             "generator": None if generator is None else generator.get_state(),
             "runs": self.runs,
             "inputs": self.inputs,
+            "precision": self.precision,
         }
         save_progress(path, _KIND, state)
 
@@ -113,7 +116,7 @@ class SuiteState:
                 ) from error
         self.best, self.margins = state["best"], state["margins"]
         self.records = [StageRecord(**record) for record in state["records"]]
-        self.runs = state["runs"] + 1
+        self.runs, self.precision = state["runs"] + 1, state.get("precision")
 
 
 def digests_of_inputs(
@@ -155,6 +158,7 @@ def _is_state(state: dict[str, Any]) -> bool:
         and type(state["runs"]) is int
         and (generator is None or isinstance(generator, Tensor))
         and isinstance(state.get("inputs", {}), dict)
+        and state.get("precision") in (None, "float32", "bf16")
         and isinstance(state["records"], list)
         and all(
             isinstance(record, dict) and {k: type(v) for k, v in record.items()} == kinds for record in state["records"]

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import torch
@@ -21,7 +21,7 @@ from clusterguard._support import (
     save_progress,
 )
 from clusterguard.attacks import Attack, Precision, get_norm, in_precision
-from clusterguard.attacks._internal import check_attack_input, check_radius, choose_precision
+from clusterguard.attacks._internal import check_attack_input, check_radius, choose_precision, precisions_of
 from clusterguard.detection import (
     Detection,
     Detector,
@@ -53,8 +53,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+_Chosen = Literal["float32", "bf16"]
 _LONGEST_NAME = 200  # bytes; file systems take 255, and other files add a little to the name
-_SEED_FILE = "evaluation.seed"  # the files of attacks end in .pt
+_FOLDER_FILE = "evaluation.seed"  # with the seed and the precision of all attacks; the files of attacks end in .pt
 
 
 def evaluate(
@@ -87,8 +88,8 @@ def evaluate(
         checkpoint: folder in which suites keep their progress, so that an interrupted run can continue with the same
             seed of the generator.
         precision: precision of the search, "float32", "bf16", or "auto", for all attacks that have this option. "auto"
-            decides once for all of them. None leaves the attacks as they are. Verdicts are in the detector's own
-            precision.
+            decides once for all of them, and a run that continues from a checkpoint keeps the decision. None leaves the
+            attacks as they are. Verdicts are in the detector's own precision.
         accelerator: accelerator whose processes take the batches in turn; a suite then runs batch by batch. All
             processes get the same result, whatever their number, if they have the same batches and the same seed of
             the generator.
@@ -123,17 +124,16 @@ def evaluate(
         >>> evaluate(detector, {"FGSM": FGSM(eps=0.1)}, loader).images
         8
     """
-    named = _by_name(attacks)
-    if precision is not None:
-        named = {name: in_precision(attack, precision) for name, attack in named.items()}
+    named = _by_name(attacks, precision)
     check_detector(detector)
     if sanity_images < 0:
         raise ConfigurationError(f"expected sanity_images of at least 0, got {sanity_images}")
     num_classes, weights = len(detector.thresholds), _digest(detector)
-    if checkpoint is not None:
-        _check_seed(Path(checkpoint), generator, is_main=accelerator is None or accelerator.is_main_process)
+    kept = _read_folder(checkpoint, generator)
     batches = _read_batches(detector, named.values(), Pairs(loader, unpack))
-    named = _settled(named, detector, *batches[0], accelerator)
+    named, kept = _settled(named, detector, *batches[0], accelerator, kept)
+    if accelerator is None or accelerator.is_main_process:
+        _write_folder(checkpoint, generator, kept)
     clean = judge(detector, batches, accelerator=accelerator, check=False)
     benign, labels, eligible = clean, clean.labels, is_eligible(clean)
     if doubt := guessing_advice(accuracy(clean).count, len(labels), num_classes):
@@ -194,7 +194,7 @@ def _digest(detector: Any) -> str | None:
     return digest
 
 
-def _by_name(attacks: Attack | Mapping[str, Attack]) -> dict[str, Attack]:
+def _by_name(attacks: Attack | Mapping[str, Attack], precision: Precision | None) -> dict[str, Attack]:
     named = dict(attacks) if isinstance(attacks, Mapping) else {type(attacks).__name__: attacks}
     if not named:
         raise ConfigurationError("expected at least one attack, got none")
@@ -214,36 +214,67 @@ def _by_name(attacks: Attack | Mapping[str, Attack]) -> dict[str, Attack]:
             raise ConfigurationError(
                 f"expected a name for each attack, of characters that UTF-8 can write, got {name!r}; rename it"
             )
-    return named
+    if precision is None:
+        return named
+    return {name: in_precision(attack, precision) for name, attack in named.items()}
 
 
 def _settled(
-    named: dict[str, Attack], detector: Detector, images: Tensor, labels: Tensor, accelerator: "Accelerator | None"
-) -> dict[str, Attack]:
-    """The attacks, with "auto" replaced by one precision for all of them and for all processes."""
-    if not any(getattr(attack, "precision", None) == "auto" for attack in named.values()):
-        return named
+    named: dict[str, Attack],
+    detector: Detector,
+    images: Tensor,
+    labels: Tensor,
+    accelerator: "Accelerator | None",
+    kept: _Chosen | None,
+) -> tuple[dict[str, Attack], _Chosen | None]:
+    """The attacks, with "auto" replaced by one precision for all of them, and this precision."""
+    if not any("auto" in precisions_of(attack) for attack in named.values()):
+        return named, kept
+    chosen = _choose_for_all(detector, images, labels, accelerator, kept)
+    return {name: in_precision(attack, chosen, instead_of="auto") for name, attack in named.items()}, chosen
+
+
+def _choose_for_all(
+    detector: Detector, images: Tensor, labels: Tensor, accelerator: "Accelerator | None", kept: _Chosen | None
+) -> _Chosen:
+    """The precision for all processes: what one of them has kept, or what suits all."""
+    index = 0 if accelerator is None else accelerator.process_index
+    for noted in gather({index: kept}, accelerator):  # not every machine need have the file
+        if noted is not None:
+            return noted
     with evaluation_mode(detector) as detector:
         choice = choose_precision(detector, images, labels)
-    choices = gather({0 if accelerator is None else accelerator.process_index: choice}, accelerator)
-    chosen: Precision = "bf16" if set(choices) == {"bf16"} else "float32"
-    return {
-        name: in_precision(attack, chosen) if getattr(attack, "precision", None) == "auto" else attack
-        for name, attack in named.items()
-    }
+    return "bf16" if set(gather({index: choice}, accelerator)) == {"bf16"} else "float32"
 
 
-def _check_seed(folder: Path, generator: Generator | None, *, is_main: bool) -> None:
-    """Check that a folder of checkpoints was begun with this seed; a new folder is begun with it."""
-    file, seed = folder / _SEED_FILE, None if generator is None else generator.initial_seed()
-    progress = read_progress(file, "evaluation", hint="delete it if the seed of the generator is the same as before")
-    if progress is None and is_main:
-        save_progress(file, "evaluation", {"seed": seed})
-    elif progress is not None and progress.state.get("seed") != seed:
+def _read_folder(folder: str | Path | None, generator: Generator | None) -> _Chosen | None:
+    """The precision that "auto" took when a folder of checkpoints was begun; None without one, or if it took none.
+
+    Raises:
+        ConfigurationError: the folder was begun with another seed.
+    """
+    hint = "delete it if the seed of the generator is the same as before"
+    progress = None if folder is None else read_progress(Path(folder) / _FOLDER_FILE, "evaluation", hint=hint)
+    if progress is None:
+        return None
+    seed = None if generator is None else generator.initial_seed()
+    if progress.state.get("seed") != seed:
         raise ConfigurationError(
             f"expected the seed of the generator with which the evaluation in {folder} was begun, "
             f"{progress.state.get('seed')!r:.50}, got {seed}; use that seed, or choose another folder as checkpoint"
         )
+    kept = progress.state.get("precision")
+    return kept if kept in ("float32", "bf16") else None
+
+
+def _write_folder(folder: str | Path | None, generator: Generator | None, precision: _Chosen | None) -> None:
+    """Note the seed and the precision with which a folder of checkpoints was begun, if they are not noted so far."""
+    if folder is None:
+        return
+    file, seed = Path(folder) / _FOLDER_FILE, None if generator is None else generator.initial_seed()
+    progress = read_progress(file, "evaluation", hint="delete it")
+    if progress is None or progress.state.get("precision") != precision:
+        save_progress(file, "evaluation", {"seed": seed, "precision": precision})
 
 
 def _file_name(name: str) -> str:
@@ -285,7 +316,7 @@ def _attack(
         seconds=seconds,
         runs=done.runs,
         stages=done.stages,
-        precision=getattr(attack, "precision", None),
+        precision=" and ".join(sorted(precisions_of(attack))) or None,
         verdict=verdict,
     )
     return result, torch.cat(attacked)

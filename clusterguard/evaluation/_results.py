@@ -66,7 +66,8 @@ class AttackResult:
         seconds: wall time of the last run.
         runs: number of runs; more than one if a suite was resumed.
         stages: number of images that each stage of a suite attacked and broke, with its cost; empty for other attacks.
-        precision: precision in which the attack searched; None if it has no such option.
+        precision: precision in which the attack searched; "bf16 and float32" if attacks inside it differ, None if it
+            has no such option.
         verdict: verdicts on the n attacked images; not part of the JSON.
     """
 
@@ -214,7 +215,7 @@ class Evaluation:
 
     def notes(self) -> list[str]:
         """A sentence if attacks searched in bfloat16, and one for each suite that was resumed."""
-        is_rough = any(result.precision == "bf16" for result in self.results)
+        is_rough = any("bf16" in (result.precision or "") for result in self.results)
         rough = ["Attacks searched in bfloat16; every verdict is in the detector's own precision."] * is_rough
         return rough + [
             f"{result.name} took {result.runs} runs, because it was resumed; its cost is that of all runs' stages."

@@ -6,7 +6,7 @@ import pytest
 import torch
 from clusterguard import PGD, ClusterGuard, Evidence, WorstCaseSuite, decide, evaluate
 from clusterguard._support import read_progress, save_progress
-from clusterguard.attacks import EFFORTS, Cost, Metered, SparseRS, Towards, get_norm
+from clusterguard.attacks import EFFORTS, Cost, Metered, SparseRS, Towards, _suite, get_norm
 from clusterguard.detection import Verdicts, is_broken, is_eligible
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError, PersistenceError
@@ -196,6 +196,15 @@ def test_a_state_that_also_holds_its_cost_is_read(small_guard, cases, tmp_path, 
     state = read_progress(file, "suite", hint="").state
     save_progress(file, "suite", state | {"cost": [10**6, 10**6]})
     assert suite.run(small_guard, *cases, checkpoint=file).cost == whole.cost
+
+
+def test_a_resumed_suite_keeps_the_precision_that_auto_took(small_guard, cases, tmp_path, light_suites, monkeypatch):
+    suite = WorstCaseSuite("linf", eps=0.01, budget="quick", precision="auto")
+    for choice in ("bf16", "float32"):
+        monkeypatch.setattr(_suite, "choose_precision", lambda *arguments, choice=choice: choice)
+        result = suite.run(small_guard, *cases, checkpoint=tmp_path / "suite.pt")
+        assert result.precision == "bf16"
+    assert result.runs == 2
 
 
 def test_a_checkpoint_of_something_else_is_refused(small_guard, cases, tmp_path, light_suites):

@@ -55,6 +55,30 @@ def test_auto_decides_once_for_all_batches_and_attacks(small_guard, loader, atta
     assert "precision='bf16'" in result.attack
 
 
+def test_a_resumed_evaluation_keeps_the_precision_that_auto_took(
+    small_guard, loader, tmp_path, monkeypatch, light_suites
+):
+    """Timings differ from run to run, and a suite refuses a checkpoint of another precision."""
+    suite = WorstCaseSuite("linf", eps=0.05, budget="quick")
+    reports = []
+    for choice in ("bf16", "float32"):
+        monkeypatch.setattr(_evaluate, "choose_precision", lambda *arguments, choice=choice: choice)
+        options = {"checkpoint": tmp_path, "precision": "auto", "sanity_images": 0}
+        reports.append(evaluate(small_guard, suite, loader, generator=torch.Generator().manual_seed(0), **options))
+    assert precisions(reports[1]) == ["bf16"]
+    assert reports[1].results[0].runs == 2
+    assert torch.equal(reports[0].results[0].verdict.distances, reports[1].results[0].verdict.distances)
+
+
+def test_attacks_inside_others_are_decided_and_told_too(small_guard, loader, monkeypatch):
+    monkeypatch.setattr(_evaluate, "choose_precision", lambda *arguments: "float32")
+    mixed = MixedAttack(attacks=[PGD(**STEPS, precision="auto"), PGD(**STEPS, precision="bf16"), FGSM(eps=0.2)])
+    report = evaluate(small_guard, {"mixed": mixed, "nested": MultiTarget(attack=mixed)}, loader, sanity_images=0)
+    assert precisions(report) == ["bf16 and float32"] * 2
+    assert "auto" not in report.results[1].attack
+    assert NOTE in report.to_markdown()
+
+
 def test_successes_in_bfloat16_are_judged_like_all_others(small_guard, loader):
     exact, rough = (
         evaluate(small_guard, PGD(**STEPS), loader, sanity_images=0, precision=name) for name in ("float32", "bf16")
