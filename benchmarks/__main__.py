@@ -21,6 +21,7 @@ from benchmarks.running import (
     Trainings,
     find_throughput,
     measure_throughput,
+    print_experience,
     print_plan,
     publish_guard,
     run_cells,
@@ -106,7 +107,7 @@ def status(profile: ProfileOption = "full", out: OutOption = None) -> None:
 
 @app.command()
 def plan(
-    names: Names,
+    names: Annotated[list[str] | None, typer.Argument(help="As for run; by default all.")] = None,
     profile: ProfileOption = "full",
     device: Annotated[str, typer.Option(help="One that has been measured, or cpu, cuda, or h200.")] = "h200",
     calibrate: Annotated[bool, typer.Option(help="Measure this machine's throughput first.")] = False,
@@ -115,13 +116,18 @@ def plan(
 ) -> None:
     """Print the cells that are left, their gradient evaluations and the time that they should take.
 
+    If cells are done on the same device, it ends with the time that they took, and with what the plan says of them.
+
     Example: python -m benchmarks plan table2-mnist --device h200
     """
     store = Store(_folder(out, profile), profile)
-    cells = [cell for cell in _cells(names, profile, only) if store.read_cell(cell.key) is None]
+    matching, results = _cells(names or ["all"], profile, only), store.read_cells()
+    cells = [cell for cell in matching if cell.key not in results]
     if calibrate:
         measure_throughput(cells, torch.device(device))
-    print_plan(cells, find_throughput(device), trained=store.has_weights)
+    speed = find_throughput(device)
+    print_plan(cells, speed, trained=store.has_weights)
+    print_experience(matching, results, speed, device)
     if profile == "full" and cells:
         print("This is the paper's setting, for a GPU. --profile short and --profile cpu plan what a CPU can do.")
 

@@ -2,7 +2,7 @@
 
 from benchmarks.running._clock import Clock, OutOfTimeError
 from benchmarks.running._judging import from_hex
-from benchmarks.running._plan import Throughput, find_throughput, measure_throughput, print_plan
+from benchmarks.running._plan import Throughput, find_throughput, measure_throughput, print_experience, print_plan
 from benchmarks.running._publish import publish_guard
 from benchmarks.running._runner import run_cell
 from benchmarks.running._schedule import run_cells
@@ -19,6 +19,7 @@ __all__ = [
     "find_throughput",
     "from_hex",
     "measure_throughput",
+    "print_experience",
     "print_plan",
     "provenance",
     "publish_guard",

@@ -6,7 +6,7 @@ The definitions of cells give the number of gradient evaluations, and the measur
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -162,7 +162,7 @@ def _assumed(
 @cache
 def _flops(model: str, shape: tuple[int, int, int]) -> int:
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with counter, torch.no_grad(), torch.device("meta"):  # operations are counted without computing them
         build_network(model, shape).eval()(torch.rand(1, *shape))
     total: int = counter.get_total_flops()
     return total
@@ -210,20 +210,53 @@ def print_plan(cells: Sequence[Cell], speed: Throughput, *, trained: Callable[[s
     total = 0.0
     needed = {owner.training.key: owner for cell in cells for owner in (cell, cell.surrogate) if owner is not None}
     for owner in (owner for key, owner in needed.items() if not trained(key)):
-        training, count = owner.training, training_passes(owner)
-        seconds = (
-            count * speed.seconds(training.model, training.dataset, training.batch_size, _training_precision(owner))[1]
-        )
+        seconds = _training_seconds(owner, speed)
         total += seconds
-        print(f"  train  {owner.detector:40} {count:>14,} gradients {seconds:>9,.0f} s")
+        print(f"  train  {owner.detector:40} {training_passes(owner):>14,} gradients {seconds:>9,.0f} s")
     for cell in cells:
-        forward, backward = attack_passes(cell)
-        batch = min(cell.chunk, cell.images) * len(cell.options.get("step_sizes", [0]))
-        alone, both = speed.seconds(cell.training.model, cell.training.dataset, batch, _attack_precision(cell))
-        seconds = (forward - backward) * alone + backward * both
+        seconds = _attack_seconds(cell, speed)
         total += seconds
-        print(f"  attack {cell.title:40} {backward:>14,} gradients {seconds:>9,.0f} s")
+        print(f"  attack {cell.title:40} {attack_passes(cell)[1]:>14,} gradients {seconds:>9,.0f} s")
     print(f"{len(cells)} cells, {len(needed)} trainings, about {_duration(total)} in all")
+
+
+def print_experience(
+    cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]], speed: Throughput, device: str
+) -> None:
+    """Print how long trainings and attacks took that are done, and what the plan says of them.
+
+    Args:
+        cells: cells, done or not.
+        results: results by the key of the cell.
+        speed: throughput of the device.
+        device: part of the name of the device. Results of other devices are left out.
+    """
+    done = [
+        (cell, results[cell.key])
+        for cell in cells
+        if cell.key in results and device.lower() in results[cell.key]["provenance"]["device"].lower()
+    ]
+    trained = {
+        cell.training.key: (result["training"]["seconds"], _training_seconds(cell, speed)) for cell, result in done
+    }
+    attacked = [(result["seconds"], _attack_seconds(cell, speed)) for cell, result in done]
+    for what, pairs in (("trainings", [*trained.values()]), ("attacks", attacked)):
+        if pairs:
+            taken, planned = (sum(column) for column in zip(*pairs, strict=True))
+            print(f"done: {len(pairs)} {what} in {taken:,.0f} s, where the plan says {planned:,.0f} s")
+
+
+def _training_seconds(cell: Cell, speed: Throughput) -> float:
+    training = cell.training
+    precision = _training_precision(cell)
+    return training_passes(cell) * speed.seconds(training.model, training.dataset, training.batch_size, precision)[1]
+
+
+def _attack_seconds(cell: Cell, speed: Throughput) -> float:
+    forward, backward = attack_passes(cell)
+    batch = min(cell.chunk, cell.images) * len(cell.options.get("step_sizes", [0]))
+    alone, both = speed.seconds(cell.training.model, cell.training.dataset, batch, _attack_precision(cell))
+    return (forward - backward) * alone + backward * both
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,6 @@
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,49 @@ def test_the_plan_adds_up(experiment, capsys):
     assert "4,000 gradients" in text
     assert "72 gradients" in text  # 12 images, 3 steps, 2 step sizes
     assert "1 cells, 1 trainings, about 41 s in all" in text
+
+
+def test_what_is_done_on_the_device_is_told_beside_its_plan(experiment, capsys):
+    speed = plan.Throughput("made up", lambda model, dataset, batch, precision: (0.001, 0.01))
+    here = {"seconds": 2.0, "training": {"seconds": 80.4}, "provenance": {"device": "x86_64 CPU"}}
+    elsewhere = here | {"seconds": 500.0, "provenance": {"device": "NVIDIA H200"}}
+    first, second, third, *_ = experiment.cells
+    results = {first.key: here, second.key: elsewhere}
+    plan.print_experience([first, second, third], results, speed, "cpu")
+    assert capsys.readouterr().out.splitlines() == [
+        "done: 1 trainings in 80 s, where the plan says 40 s",
+        "done: 1 attacks in 2 s, where the plan says 1 s",
+    ]
+
+
+_ROW = re.compile(r"^\| `?(.+?)`?(?: besides)? \| (?:([\d,]+) \| )?([\d,]+) \|$", re.MULTILINE)
+_OF_MNIST = ["table2", "table3", "table4", "figure1", "figure2", "figure6", "figure7", "strict"]
+
+
+@pytest.mark.parametrize(
+    ("title", "options"),
+    [
+        ("--device cuda`", ["--device", "h200"]),
+        ("--profile short`", ["--profile", "short", "--device", "h200"]),
+        ("--profile short --device cpu`", ["--profile", "short", "--device", "cpu"]),
+    ],
+)
+def test_the_page_of_results_says_what_the_plan_says(title, options, tmp_path):
+    page = Path("docs/results/index.md").read_text()
+    rows = _ROW.findall(page.split(f"`python -m benchmarks run … {title} |")[1].split("\n\n")[0])
+    assert rows
+    for names, count, seconds in rows:
+        given = [f"{name}-mnist" for name in _OF_MNIST] if names.startswith("Tables 2 to 4") else shlex.split(names)
+        told = CliRunner().invoke(app, ["plan", *given, *options, "--out", str(tmp_path)]).output
+        planned = re.search(r"(\d+) cells, .* about ([\d,]+) s", told)
+        assert count in ("", planned[1]), names
+        assert int(seconds.replace(",", "")) == pytest.approx(int(planned[2].replace(",", "")), rel=0.02), names
+
+
+def test_without_a_name_everything_is_planned(tmp_path):
+    told = CliRunner().invoke(app, ["plan", "--profile", "cpu", "--device", "cpu", "--out", str(tmp_path)])
+    assert told.exit_code == 0
+    assert "attack ours, PGD linf 0.3 T, seed 0" in told.output
 
 
 def test_long_times_are_told_in_hours_and_days():
