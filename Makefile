@@ -23,6 +23,7 @@ speed: .venv/installed
 	$(BIN)/python -m benchmarks.studies.speed profile --device cpu
 	$(BIN)/python -m benchmarks.studies.speed memory --device cpu
 	$(BIN)/python -m benchmarks.studies.speed freed-memory --device cpu
+	$(BIN)/python -m benchmarks.studies.speed harm --device cpu
 	$(BIN)/python -m benchmarks.studies.speed table
 
 # damages files, kills writers, shares guards between threads and attacks the service; fails if anything goes unnoticed

@@ -2,8 +2,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from clusterguard import PGD, ClusterGuard
+from clusterguard.detection import Verdicts, is_broken
 from torch import nn
 
+from benchmarks.studies.speed import _harm as harm
 from benchmarks.studies.speed import _head as head
 from benchmarks.studies.speed import _tables as tables
 from benchmarks.studies.speed._measure import count_operators, median_ratio, time_in_pairs
@@ -85,6 +88,15 @@ def test_a_step_is_counted_without_what_an_attack_does_once():
         return lambda: [image.exp() for _ in range(steps + 5)]
 
     assert count_step({"stage": (work(10), work(2))})["stage"]["operators"] == 1
+
+
+def test_the_harm_of_an_attack_is_counted_in_each_precision():
+    guard = ClusterGuard.from_pretrained("guards/mnist")
+    images, labels = harm.accepted_digits(guard, torch.device("cpu"))
+    broken = harm.count_broken(guard, images[:4], labels[:4], eps=0.5, steps=20)
+    assert list(broken) == ["float32", "autocast alone", "working copy"]
+    attacked = guard.detect(PGD(eps=0.5, step_size=0.05, steps=20)(guard, images[:4], labels[:4]))
+    assert broken["float32"] == int(is_broken(Verdicts(attacked, labels[:4])).sum()) > 0
 
 
 def test_the_committed_tables_are_those_of_the_committed_measurements():

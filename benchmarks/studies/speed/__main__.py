@@ -12,6 +12,7 @@ from benchmarks.studies.speed._compiled import compare_compiled
 from benchmarks.studies.speed._detection import compare_detection
 from benchmarks.studies.speed._float32 import compare_in_float32
 from benchmarks.studies.speed._freed_memory import measure_freed_memory
+from benchmarks.studies.speed._harm import measure_harm
 from benchmarks.studies.speed._head import compare_heads
 from benchmarks.studies.speed._measure import measure_group
 from benchmarks.studies.speed._memory import measure_memory
@@ -87,6 +88,15 @@ def freed_memory(device: Annotated[str, _DEVICE] = "cpu") -> None:
     Example: python -m benchmarks.studies.speed freed-memory
     """
     measure_freed_memory(torch.device(device))
+
+
+@app.command()
+def harm(device: Annotated[str, _DEVICE] = "cpu") -> None:
+    """Count what PGD breaks in float32, under autocast alone and on a working copy.
+
+    Example: python -m benchmarks.studies.speed harm
+    """
+    measure_harm(torch.device(device))
 
 
 @app.command()

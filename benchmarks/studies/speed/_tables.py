@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from benchmarks.studies.speed._harm import harm_lines
 from benchmarks.studies.speed._measure import SPEED_RESULTS, Ratio
 from benchmarks.studies.speed._memory import BATCHES
 from benchmarks.studies.speed._peers import PEER_NAMES
@@ -64,6 +65,7 @@ def table_lines() -> Iterator[str]:
         ("Compiled", "compiled", _compiled_lines),
         ("Before and after the working copy", "profile", _profile_lines),
         ("Folded, and in channels last, in float32", "float32", _plain_lines),
+        ("Harm in each precision", "harm", harm_lines),
         ("Freed memory", "freed-memory", _kept_lines),
     ):
         yield from ("", f"### {title}", "")
