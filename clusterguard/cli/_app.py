@@ -206,7 +206,8 @@ def train(
             stop_when=is_asked_to_stop,
             generator=torch.Generator(target).manual_seed(seed),
         )
-    guard.save_pretrained(output, training=record | {"epochs": len(history), "last_epoch": to_json_value(history[-1])})
+    done = {"precision": history[-1].precision, "epochs": len(history), "last_epoch": to_json_value(history[-1])}
+    guard.save_pretrained(output, training=record | done)
     result, text = cli_data.describe_guard(output)
     show(as_json, {**result, "history": history, "images": summary}, text)
 
