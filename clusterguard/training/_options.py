@@ -55,9 +55,11 @@ class TrainingOptions:
             image. None changes nothing.
         log_every: number of steps between two reports to the accelerator's trackers, such as TensorBoard.
         precision: precision of attacks and gradients, "float32", "bf16", or "auto", which times both on the first batch
-            and takes bfloat16 if it is faster and works as well. Weights, optimizer, thresholds and the head's
-            distances stay in float32. If an accelerator sets a mixed precision, that one is used. With "auto", the
-            choice can depend on what else the machine does. A resumed training keeps the first choice.
+            and takes bfloat16 if it is faster and works as well. On a CPU, PyTorch computes wrong gradients in bfloat16
+            for padded convolutions whose stride exceeds their feature map. There, "auto" takes float32, and "bf16"
+            makes the training raise an error. Weights, optimizer, thresholds and the head's distances stay in float32.
+            If an accelerator sets a mixed precision, that one is used. With "auto", the choice can depend on what else
+            the machine does. A resumed training keeps the first choice.
         memory_format: layout of the images that the network gets, "channels_last", which convolutions in bfloat16 need
             to be fast, "contiguous", or "auto", which is channels_last in bfloat16 and contiguous in float32.
 

@@ -9,6 +9,7 @@ from clusterguard.attacks import Precision
 from clusterguard.attacks._internal import choose_precision
 from clusterguard.detectors import DetectorModule, WithThresholds
 from clusterguard.errors import ConfigurationError, InputError
+from clusterguard.training._faulty_convolutions import find_faulty_convolution
 from clusterguard.training._options import TrainingOptions
 from torch import Tensor
 from torch.optim import Optimizer
@@ -48,7 +49,7 @@ class StepPrecision:
             )
         self.name: Precision = "float32" if is_theirs else options.precision
         self._detector, self._optimizer, self._accelerator = detector, optimizer, accelerator
-        self._memory_format = options.memory_format
+        self._options = options
         self._rearranged: list[Tensor] = []  # weights that were contiguous before the training
         self._layout: torch.memory_format | None = None  # of images; None until the first batch has decided
 
@@ -66,12 +67,22 @@ class StepPrecision:
         Args:
             images: (B, C, H, W) on the detector's device.
             labels: class labels (B,).
+
+        Raises:
+            ConfigurationError: the options name bfloat16, and PyTorch computes gradients of this network wrongly in it.
         """
-        if self.name != "auto":
+        if self.name not in ("auto", "bf16") or self._layout is not None:
             return
         accepting = WithThresholds(self._detector, torch.full_like(self._detector.thresholds, torch.inf))
         with evaluation_mode(accepting) as seen:
-            choice = choose_precision(seen, images, labels)
+            faulty = find_faulty_convolution(seen, images)
+            if faulty and self._options.precision == "bf16":
+                raise ConfigurationError(
+                    "expected precision='float32' or larger images, because in bfloat16 on a CPU PyTorch computes "
+                    f"wrong gradients for the weights of {faulty}"
+                )
+            choice: Precision = self.name if self.name == "bf16" else choose_precision(seen, images, labels)
+        choice = "float32" if faulty else choice
         one = None if isinstance(self._accelerator, OneProcess) else self._accelerator
         self.name = "bf16" if set(gather({self._accelerator.process_index: choice}, one)) == {"bf16"} else "float32"
 
@@ -87,7 +98,7 @@ class StepPrecision:
 
     def _choose_layout(self, images: Tensor) -> torch.memory_format:
         """The layout of the options; "auto" is channels last in bfloat16 if the network works with it."""
-        wanted = self._memory_format
+        wanted = self._options.memory_format
         if wanted == "contiguous" or (wanted == "auto" and self.name == "float32"):
             return torch.contiguous_format
         if isinstance(self._accelerator, OneProcess):  # under DDP, gradients keep the first layout of weights

@@ -5,6 +5,7 @@ from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard, TrainingO
 from clusterguard.attacks import _precision as attack_precision
 from clusterguard.errors import ConfigurationError, PersistenceError, TrainingDivergedError
 from clusterguard.training import _precision as training_precision
+from clusterguard.training._faulty_convolutions import find_faulty_convolution
 from torch import nn
 from trainings import ATTACK, fit, weights
 
@@ -55,6 +56,39 @@ def test_a_step_in_bfloat16_is_nearly_that_in_float32(blobs):
     for exact, rough in zip(*steps, strict=True):
         assert torch.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.98
         assert (rough.norm() / exact.norm()).item() == pytest.approx(1, abs=0.1)
+
+
+def test_bfloat16_is_not_taken_where_torch_computes_gradients_wrongly(blobs, fast):
+    """A strided convolution on one pixel: torch leaves the gradients of weights that meet only padding unwritten."""
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.Flatten())
+    network.append(nn.Linear(8, 8))
+    guard = ClusterGuard(network, num_classes=3, example=torch.rand(2, 1, 8, 8))
+    with pytest.raises(ConfigurationError, match=r"or larger images, because .* the weights of Conv2d"):
+        fit(guard, blobs, epochs=1, options=TrainingOptions(precision="bf16"))
+    (layer,) = (module for module in guard.modules() if isinstance(module, nn.Conv2d))
+    before = layer.weight.detach().clone()
+    assert fit(guard, blobs, epochs=1, options=TrainingOptions(precision="auto")).history[0].precision == "float32"
+    after = layer.weight.detach()
+    assert after[:, :, 0, 0].equal(before[:, :, 0, 0])
+    assert not after[:, :, 1, 1].equal(before[:, :, 1, 1])
+
+
+@pytest.mark.parametrize(("stride", "size"), [(2, 1), (2, 2), (1, 1), (3, 2), (3, 3)])
+def test_gradients_of_weights_in_bfloat16_are_right_unless_we_say_so(stride, size):
+    layer = nn.Conv2d(16, 32, 3, stride=stride, padding=1, bias=False)
+    detector = nn.Sequential(layer)
+    detector.evidence = detector.forward
+    images = torch.rand(4, 16, size, size)
+    if find_faulty_convolution(detector, images) is not None:
+        assert size < stride
+        return
+    (exact,) = torch.autograd.grad(layer(images).square().sum(), layer.weight)
+    for _ in range(3):
+        torch.full((2 * layer.weight.numel(),), torch.nan)  # what memory may hold that is not written
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = layer(images).float()
+        (rough,) = torch.autograd.grad(outputs.square().sum(), layer.weight)
+        assert (rough - exact).abs().max() < 0.03 * exact.abs().max()
 
 
 @pytest.mark.parametrize(
