@@ -93,7 +93,7 @@ def test_a_step_is_counted_without_what_an_attack_does_once():
 def test_the_harm_of_an_attack_is_counted_in_each_precision():
     guard = ClusterGuard.from_pretrained("guards/mnist")
     images, labels = harm.accepted_digits(guard, torch.device("cpu"))
-    broken = harm.count_broken(guard, images[:4], labels[:4], eps=0.5, steps=20)
+    broken = harm.count_broken_by_precision(guard, images[:4], labels[:4], eps=0.5, steps=20)
     assert list(broken) == ["float32", "autocast alone", "working copy"]
     attacked = guard.detect(PGD(eps=0.5, step_size=0.05, steps=20)(guard, images[:4], labels[:4]))
     assert broken["float32"] == int(is_broken(Verdicts(attacked, labels[:4])).sum()) > 0

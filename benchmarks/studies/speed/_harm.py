@@ -19,7 +19,9 @@ _SHIPPED, _DEMO = "guards/mnist", "the demo's guard after five epochs"
 _RADII = {_DEMO: (0.1, 0.2, 0.3), _SHIPPED: (0.3, 0.35, 0.4)}
 
 
-def count_broken(guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float, steps: int) -> dict[str, int]:
+def count_broken_by_precision(
+    guard: ClusterGuard, images: Tensor, labels: Tensor, *, eps: float, steps: int
+) -> dict[str, int]:
     """Count the images that PGD in linf breaks, by the way in which it computes.
 
     The guard judges every attacked image in float32. All images are accepted under their true label when clean.
@@ -52,7 +54,7 @@ def measure_harm(device: torch.device) -> None:
     for name, guard in guards.items():
         images, labels = accepted_digits(guard, device)
         for eps in _RADII[name]:
-            broken = count_broken(guard, images, labels, eps=eps, steps=_STEPS)
+            broken = count_broken_by_precision(guard, images, labels, eps=eps, steps=_STEPS)
             races[f"{name} | {eps:g}"] = {"images": len(images), "broken": broken}
             print(name, eps, len(images), broken, flush=True)
             write_results("harm", {"races": races}, device)
