@@ -69,19 +69,22 @@ class StepPrecision:
             labels: class labels (B,).
 
         Raises:
-            ConfigurationError: the options name bfloat16, and PyTorch computes gradients of this network wrongly in it.
+            ConfigurationError: the options or the accelerator name bfloat16, and PyTorch computes gradients of this
+                network wrongly in it.
         """
-        if self.name not in ("auto", "bf16") or self._layout is not None:
+        if self.in_use not in ("auto", "bf16") or self._layout is not None:
             return
         accepting = WithThresholds(self._detector, torch.full_like(self._detector.thresholds, torch.inf))
         with evaluation_mode(accepting) as seen:
             faulty = find_faulty_convolution(seen, images)
-            if faulty and self._options.precision == "bf16":
+            if faulty and self.in_use == "bf16":
                 raise ConfigurationError(
-                    "expected precision='float32' or larger images, because in bfloat16 on a CPU PyTorch computes "
+                    "expected float32 or larger images, because in bfloat16 on a CPU PyTorch computes "
                     f"wrong gradients for the weights of {faulty}"
                 )
-            choice: Precision = self.name if self.name == "bf16" else choose_precision(seen, images, labels)
+            if self.in_use == "bf16":
+                return
+            choice = choose_precision(seen, images, labels)
         choice = "float32" if faulty else choice
         one = None if isinstance(self._accelerator, OneProcess) else self._accelerator
         self.name = "bf16" if set(gather({self._accelerator.process_index: choice}, one)) == {"bf16"} else "float32"

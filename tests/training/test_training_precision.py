@@ -58,13 +58,15 @@ def test_a_step_in_bfloat16_is_nearly_that_in_float32(blobs):
         assert (rough.norm() / exact.norm()).item() == pytest.approx(1, abs=0.1)
 
 
-def test_bfloat16_is_not_taken_where_torch_computes_gradients_wrongly(blobs, fast):
+def test_bfloat16_is_not_taken_where_torch_computes_gradients_wrongly(blobs, fast, fresh_accelerate):
     """A strided convolution on one pixel: torch leaves the gradients of weights that meet only padding unwritten."""
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.Flatten())
     network.append(nn.Linear(8, 8))
     guard = ClusterGuard(network, num_classes=3, example=torch.rand(2, 1, 8, 8))
-    with pytest.raises(ConfigurationError, match=r"or larger images, because .* the weights of Conv2d"):
-        fit(guard, blobs, epochs=1, options=TrainingOptions(precision="bf16"))
+    theirs = Accelerator(cpu=True, mixed_precision="bf16")
+    for options in (TrainingOptions(precision="bf16"), TrainingOptions(accelerator=theirs)):
+        with pytest.raises(ConfigurationError, match=r"or larger images, because .* the weights of Conv2d"):
+            fit(guard, blobs, epochs=1, options=options)
     (layer,) = (module for module in guard.modules() if isinstance(module, nn.Conv2d))
     before = layer.weight.detach().clone()
     assert fit(guard, blobs, epochs=1, options=TrainingOptions(precision="auto")).history[0].precision == "float32"
