@@ -58,8 +58,8 @@ class TemplateTrainer(DetectorTrainer):
         >>> trainer = TemplateTrainer(guard, pixels=2)
         >>> loader = [(images, labels)]
         >>> history = trainer.fit(loader, loader, epochs=20, calibrate=False, progress=False)
-        >>> history[-1].accuracy
-        1.0
+        >>> history[-1].accuracy > 0.95
+        True
     """
 
     def __init__(
