@@ -22,7 +22,6 @@ speed: .venv/installed
 	$(BIN)/python -m benchmarks.studies.speed run --device cpu
 	$(BIN)/python -m benchmarks.studies.speed profile --device cpu
 	$(BIN)/python -m benchmarks.studies.speed memory --device cpu
-	$(BIN)/python -m benchmarks.studies.speed freed-memory --device cpu
 	$(BIN)/python -m benchmarks.studies.speed harm --device cpu
 	$(BIN)/python -m benchmarks.studies.speed table
 

@@ -117,7 +117,7 @@ def test_interval_bounds_hold_for_any_network(data):
 
 def test_the_trainer_refuses_other_guards(data):
     guard = ClusterGuard(nn.Flatten(), 3, example=data[0][:1])
-    with pytest.raises(ConfigurationError, match="as make_template_guard (or make_local_guard )?returns it"):
+    with pytest.raises(ConfigurationError, match=r"as make_template_guard (or make_local_guard )?returns it"):
         TemplateTrainer(guard)
     with pytest.raises(ConfigurationError, match=r"with mean=0\.5, std=1\.0"):
         TemplateTrainer(ClusterGuard(nn.Flatten(), head=NearestTemplate(3, 6), std=0.2, example=data[0][:1]))
