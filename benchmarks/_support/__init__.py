@@ -2,8 +2,17 @@
 
 from clusterguard._support import evaluation_mode, keep_freed_memory, write_atomically
 
+from benchmarks._support._accepting import without_refusal
 from benchmarks._support._adv_lib import import_adv_lib
 from benchmarks._support._json import write_json
 from benchmarks._support._toml import read_toml
 
-__all__ = ["evaluation_mode", "import_adv_lib", "keep_freed_memory", "read_toml", "write_atomically", "write_json"]
+__all__ = [
+    "evaluation_mode",
+    "import_adv_lib",
+    "keep_freed_memory",
+    "read_toml",
+    "without_refusal",
+    "write_atomically",
+    "write_json",
+]

@@ -5,7 +5,6 @@ benchmarks/results/changed-pixels after each. Seeds that the file of counts hold
 CPU a seed takes about half an hour, most of it for proofs and attacks.
 """
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from clusterguard.training import TemplateTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks._support import keep_freed_memory, write_atomically, write_json
+from benchmarks._support import keep_freed_memory, without_refusal, write_atomically, write_json
 from benchmarks.data import load_data_set
 from benchmarks.running import provenance
 
@@ -106,13 +105,6 @@ def run_seed(seed: int, proved: int, attacked: int, progress: bool = True) -> di
         "without_refusal": count_proofs(accepting, few, their),
         "attacks": count_successes(guard, images[:attacked], labels[:attacked], seed),
     }
-
-
-def without_refusal(guard: ClusterGuard) -> ClusterGuard:
-    """A guard with the same network that accepts every image."""
-    accepting = copy.deepcopy(guard)
-    accepting.thresholds = torch.full_like(guard.thresholds, torch.inf)
-    return accepting
 
 
 def proof_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,7 +5,6 @@ benchmarks/results/patches after each. A killed training goes on where its last 
 epoch takes a few minutes.
 """
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from benchmarks._support import keep_freed_memory, write_atomically, write_json
+from benchmarks._support import keep_freed_memory, without_refusal, write_atomically, write_json
 from benchmarks.data import FloatBatches, load_data_set
 from benchmarks.running import RESULTS, provenance
 
@@ -91,13 +90,6 @@ def train_local_guard(seed: int, *, epochs: int, room: float, temperature: float
         generator=Generator().manual_seed(seed),
     )
     return guard
-
-
-def accept_all(guard: ClusterGuard) -> ClusterGuard:
-    """A guard with the same network that accepts every image."""
-    accepting = copy.deepcopy(guard)
-    accepting.thresholds = torch.full_like(guard.thresholds, torch.inf)
-    return accepting
 
 
 def count_secure(guard: ClusterGuard, images: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -177,7 +169,7 @@ def main(
         few, their = images[:proved], labels[:proved]
         settings = {"seed": seed, "epochs": epochs, "room": room, "temperature": temperature}
         results = {
-            "without_refusal": count_secure(accept_all(guard), few, their),
+            "without_refusal": count_secure(without_refusal(guard), few, their),
             "with_refusal": count_secure(guard, few, their),
             "attacks": count_broken(guard, images[:attacked], labels[:attacked], seed),
         }

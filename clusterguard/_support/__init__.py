@@ -2,6 +2,7 @@
 
 from clusterguard._support._allocator import keep_freed_memory
 from clusterguard._support._bars import bar, is_watched, write_line
+from clusterguard._support._changes import changed_in_place, is_changed
 from clusterguard._support._checks import (
     IN_GREY_LEVELS,
     check_calibrated,
@@ -56,6 +57,7 @@ __all__ = [
     "bar",
     "call_uncompiled",
     "call_untraced",
+    "changed_in_place",
     "check_accelerator",
     "check_archive",
     "check_calibrated",
@@ -86,6 +88,7 @@ __all__ = [
     "html_page",
     "html_table",
     "in_range",
+    "is_changed",
     "is_traced",
     "is_unicode",
     "is_user_module",

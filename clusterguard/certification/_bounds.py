@@ -8,14 +8,13 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from clusterguard._support import CompiledCall, call_uncompiled, evaluation_mode, reachable
+from clusterguard._support import CompiledCall, call_uncompiled, changed_in_place, evaluation_mode, reachable
 from clusterguard.certification._intervals import Interval, final_refusals
 from clusterguard.detection import Arithmetic, full_precision
 from clusterguard.detectors import Bounds, ClusterGuard, Head, Normalize
 from clusterguard.errors import ClusterGuardError, ConfigurationError, in_one_line
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from torch.nn.modules import module as torch_module
 
 # Errors of memory or of the device, which are no faults of a network. Older torch has no AcceleratorError.
 DEVICE_ERRORS = (
@@ -220,17 +219,6 @@ def _has_own_bounds(kind: type[Head]) -> bool:
     """Whether no attribute of a class is newer than its bounds, which could be of other distances then."""
     newest = next(parent for parent in kind.__mro__ if vars(parent).keys() - vars(_EmptyHead).keys())
     return "bound_distances" in vars(newest)
-
-
-def changed_in_place(module: nn.Module) -> list[str]:
-    """The names of a module's methods that this one object has of its own, such as another `forward`."""
-    return [name for name in vars(module) if callable(getattr(type(module), name, None))]
-
-
-def is_changed(part: nn.Module) -> bool:
-    """Whether a module may compute something else than its class says: by hooks, or by a method of its own."""
-    of_all = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-    return any((part._forward_hooks, part._forward_pre_hooks, *of_all, changed_in_place(part)))
 
 
 def arithmetic_of(guard: ClusterGuard) -> Arithmetic:

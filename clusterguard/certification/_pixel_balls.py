@@ -1,12 +1,12 @@
 """Bounds in norms other than l∞, on representations that are linear in the pixels."""
 
 import torch
+from clusterguard._support import is_changed
 from clusterguard.attacks import Norm
 from clusterguard.certification._bounds import (
     Proofs,
     ball_in_service,
     bound_representations,
-    is_changed,
     prove,
 )
 from clusterguard.certification._intervals import Interval

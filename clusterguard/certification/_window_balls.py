@@ -1,8 +1,9 @@
 """Bounds for patches and changed pixels, on costs that are sums over windows of the image."""
 
 import torch
+from clusterguard._support import is_changed
 from clusterguard.attacks import L0, Norm, Patch
-from clusterguard.certification._bounds import ball_in_service, bound_representations, is_changed
+from clusterguard.certification._bounds import ball_in_service, bound_representations
 from clusterguard.detection import Arithmetic
 from clusterguard.detectors import ClusterGuard, LocalCosts
 from clusterguard.errors import ConfigurationError

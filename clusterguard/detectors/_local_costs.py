@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, final
 
 import torch
+from clusterguard._support import is_changed
 from clusterguard.detectors._guard import ClusterGuard
 from clusterguard.detectors._templates import NearestTemplate
 from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 _POINTWISE = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.BatchNorm2d, nn.Dropout)
 _WINDOWED = (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)
@@ -123,6 +123,8 @@ def make_local_guard(
     )
     _, last = guard.encoder.children()
     assert isinstance(last, nn.Linear)
+    if last.in_features != num_classes:
+        raise ConfigurationError(f"expected a network that returns {num_classes} maps, got {last.in_features}")
     with torch.no_grad():  # the costs are the distances, which leaves nothing to learn here
         last.weight.copy_(torch.eye(num_classes))
         last.bias.zero_()
@@ -136,15 +138,13 @@ def _layers(network: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ConfigurationError: one of them is not.
     """
-    hooks = (network._forward_hooks, network._forward_pre_hooks)
-    own = [name for name in vars(network) if callable(getattr(type(network), name, None))]
-    if type(network) is nn.Sequential and not any((*hooks, own)):
+    is_known = not is_changed(network)
+    if is_known and type(network) is nn.Sequential:
         for part in network._modules.values():  # `children` would leave out a layer that is applied twice
             assert part is not None
             yield from _layers(part)
         return
-    of_all = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-    is_known = type(network) in (*_POINTWISE, *_WINDOWED) and not any((*hooks, *of_all, own))
+    is_known = is_known and type(network) in (*_POINTWISE, *_WINDOWED)
     if not is_known or (type(network) is nn.BatchNorm2d and not network.track_running_stats):
         raise ConfigurationError(
             f"expected nn.Sequential of {', '.join(kind.__name__ for kind in (*_WINDOWED, *_POINTWISE))} without "

@@ -108,6 +108,8 @@ def test_other_norms_and_networks_have_no_bounds():
     guard.encoder[0].network[0].register_forward_hook(lambda *_: None)
     with pytest.raises(ConfigurationError, match="without hooks, got Conv2d"):
         certify(guard, images, labels, eps=1, norm=Patch.name)
+    with pytest.raises(ConfigurationError, match="returns 4 maps, got 3"):
+        make_local_guard(nn.Sequential(nn.Conv2d(1, 3, 2)), 4, example=images)
     for layer in (nn.Linear(2, 2), nn.Conv2d(1, 2, (1, 3)), nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")):
         with pytest.raises(ConfigurationError, match="expected"):
             LocalCosts(nn.Sequential(layer))
