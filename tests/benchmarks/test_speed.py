@@ -5,14 +5,17 @@ import torch
 from clusterguard import PGD, ClusterGuard
 from clusterguard.detection import Verdicts, is_broken
 from torch import nn
+from typer.testing import CliRunner
 
 from benchmarks.studies.speed import _harm as harm
 from benchmarks.studies.speed import _head as head
+from benchmarks.studies.speed import _race as race
 from benchmarks.studies.speed import _tables as tables
+from benchmarks.studies.speed.__main__ import app
 from benchmarks.studies.speed._measure import count_operators, median_ratio, time_in_pairs
 from benchmarks.studies.speed._operators import count_step
 from benchmarks.studies.speed._race import BARE, OUR_SIDES, Race, ratio_of, run_races, time_in_rounds
-from benchmarks.studies.speed._roofline import count_gflop, record_convolutions
+from benchmarks.studies.speed._roofline import CONVOLUTIONS, count_gflop, record_convolutions
 
 
 def test_the_faster_side_wins_whichever_it_is():
@@ -71,6 +74,31 @@ def test_a_race_is_written_with_its_machine_and_becomes_a_table(tmp_path, monkey
     assert "| PGD-40 linf, SmallCNN, batch 1 | clusterguard, float32 | ART (best peer) |" in lines
     assert "### Training steps\n\n*Not run: cpu and cuda.*" in lines
     assert lines.count("attack-cpu.json") == 1
+
+
+def test_a_processor_without_instructions_for_bfloat16_races_in_float32_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(race, "SPEED_RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "SPEED_RESULTS", tmp_path)
+    monkeypatch.setattr(race, "processor_name", lambda: "Some CPU, no instructions for bfloat16")
+    sides = {OUR_SIDES[0]: lambda: None, OUR_SIDES[1]: pytest.fail, BARE[0]: lambda: None, BARE[1]: pytest.fail}
+    alone = dict.fromkeys(CONVOLUTIONS, lambda: None) | {CONVOLUTIONS[1]: pytest.fail}
+    facts = {"GFLOP of a gradient": 1.0}
+    for group, name in (("batches", "PGD-4, SmallCNN, batch 1"), ("roofline", "PGD-4, SmallCNN, batch 64")):
+        run_races(group, iter([Race(name, sides | alone, gradients=1, facts=facts)]), torch.device("cpu"))
+    lines = list(tables.table_lines())
+    assert any(line.startswith("| PGD-4, SmallCNN, batch 1 |") and line.endswith("| – |  |") for line in lines)
+    assert [line.split(" | ")[1] for line in lines if line.startswith("| PGD-4, SmallCNN, batch 64 |")] == ["float32"]
+    assert "| PGD-4, SmallCNN | clusterguard, bfloat16 | bare loop, bfloat16 | not run | ≥ 0.9 |" in lines
+
+
+@pytest.mark.parametrize("command", [["run", "compiled"], ["profile"], ["harm"]])
+def test_groups_about_bfloat16_are_skipped_with_a_word_where_a_processor_has_no_instructions_for_it(
+    command, monkeypatch
+):
+    monkeypatch.setattr(race, "processor_name", lambda: "Some CPU, no instructions for bfloat16")
+    outcome = CliRunner().invoke(app, [*command, "--device", "cpu"])
+    assert (outcome.exit_code, outcome.exception) == (0, None)
+    assert outcome.output.startswith(f"{command[-1]}: skipped")
 
 
 def test_the_operations_of_convolutions_are_counted_forward_and_back():

@@ -18,9 +18,9 @@ from benchmarks.studies.speed._measure import measure_group
 from benchmarks.studies.speed._memory import measure_memory
 from benchmarks.studies.speed._operators import compare_stages
 from benchmarks.studies.speed._projection import compare_projections
-from benchmarks.studies.speed._race import run_races
+from benchmarks.studies.speed._race import computes_bfloat16, run_races
 from benchmarks.studies.speed._roofline import compare_to_convolutions
-from benchmarks.studies.speed._suite import compare_precisions, compare_suites
+from benchmarks.studies.speed._suite import compare_suites
 from benchmarks.studies.speed._tables import TABLE, table_lines
 from benchmarks.studies.speed._training import compare_certified_steps, compare_training_steps
 
@@ -29,7 +29,6 @@ RACES = {
     "resnet18": compare_on_resnet18,
     "resnet50": compare_on_resnet50,
     "training": compare_training_steps,
-    "precision": compare_precisions,
     "batches": compare_batches,
     "roofline": compare_to_convolutions,
     "compiled": compare_compiled,
@@ -42,6 +41,8 @@ GROUPS = {
     "projection": compare_projections,
     "detection": compare_detection,
 }
+
+_ONLY_IN_BFLOAT16 = ("compiled", "profile", "harm")  # these compare it with float32, or with itself
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 _DEVICE = typer.Option(help="cpu or cuda.")
@@ -57,6 +58,8 @@ def run(
     Example: python -m benchmarks.studies.speed run head --device cpu
     """
     for name in names or [*RACES, *GROUPS]:
+        if _has_to_skip(name, device):
+            continue
         if name in RACES:
             run_races(name, RACES[name](torch.device(device)), torch.device(device))
         else:
@@ -69,7 +72,8 @@ def profile(device: Annotated[str, _DEVICE] = "cpu") -> None:
 
     Example: python -m benchmarks.studies.speed profile --device cpu
     """
-    run_races("profile", compare_stages(torch.device(device)), torch.device(device))
+    if not _has_to_skip("profile", device):
+        run_races("profile", compare_stages(torch.device(device)), torch.device(device))
 
 
 @app.command()
@@ -96,7 +100,8 @@ def harm(device: Annotated[str, _DEVICE] = "cpu") -> None:
 
     Example: python -m benchmarks.studies.speed harm
     """
-    measure_harm(torch.device(device))
+    if not _has_to_skip("harm", device):
+        measure_harm(torch.device(device))
 
 
 @app.command()
@@ -106,6 +111,16 @@ def table() -> None:
     Example: python -m benchmarks.studies.speed table
     """
     write_atomically(TABLE, lambda file: file.write_text("\n".join(table_lines()) + "\n"))
+
+
+def _has_to_skip(group: str, device: str) -> bool:
+    """Whether a group needs instructions for bfloat16 that a device lacks. If so, say that its results stay."""
+    skipped = group in _ONLY_IN_BFLOAT16 and not computes_bfloat16(torch.device(device))
+    if skipped:
+        print(
+            f"{group}: skipped, because this processor has no instructions for bfloat16; its results stay as they are"
+        )
+    return skipped
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 
 from benchmarks.studies.speed._attack import put_channels_last, run_gradients, train_on_digits, untrained
 from benchmarks.studies.speed._measure import Work
@@ -17,6 +16,8 @@ _STEPS = 3
 
 def compare_in_float32(device: torch.device) -> Iterator[Race]:
     """Race loops of input gradients in float32 on two networks as they are, folded, and in channels last."""
+    from torch.fx.experimental.optimization import fuse  # warns of torch's own deprecated code
+
     victims = {
         "SmallCNN": partial(train_on_digits, device, 32),
         "ResNet-18": partial(untrained, "ResNet-18", device, 4),

@@ -1,6 +1,7 @@
 """What the same attack breaks in float32, under autocast alone, and with its search in bfloat16."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from benchmarks.studies.speed._operators import STAGES, under_autocast
 from benchmarks.studies.speed._race import write_results
-from benchmarks.studies.speed._suite import GUARDS, train_guard
+from benchmarks.studies.speed._suite import train_guard
 
+_GUARDS = Path(__file__).parents[3] / "guards"
 _STEPS, _IMAGES = 40, 300
 _SHIPPED, _DEMO = "guards/mnist", "the demo's guard after five epochs"
 _RADII = {_DEMO: (0.1, 0.2, 0.3), _SHIPPED: (0.3, 0.35, 0.4)}
@@ -50,7 +52,7 @@ def measure_harm(device: torch.device) -> None:
     """Count what PGD breaks at several radii of two guards, and write the counts to benchmarks/results/speed."""
     torch.set_num_threads(1)
     races: dict[str, Any] = {}
-    guards = {_DEMO: train_guard(device), _SHIPPED: ClusterGuard.from_pretrained(GUARDS / "mnist").to(device)}
+    guards = {_DEMO: train_guard(device), _SHIPPED: ClusterGuard.from_pretrained(_GUARDS / "mnist").to(device)}
     for name, guard in guards.items():
         images, labels = accepted_digits(guard, device)
         for eps in _RADII[name]:

@@ -20,6 +20,7 @@ Seconds = dict[str, list[float]]
 OUR_SIDES = ("clusterguard, float32", "clusterguard, bfloat16")
 OUR_PRECISIONS: dict[str, Precision] = {OUR_SIDES[0]: "float32", OUR_SIDES[1]: "bf16"}
 BARE = ("bare loop, float32", "bare loop, bfloat16")
+_NO_INSTRUCTIONS = "no instructions for bfloat16"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def ratio_of(seconds: Seconds, theirs: str, ours: str) -> Ratio:
 def run_races(name: str, races: Iterator[Race], device: torch.device) -> None:
     """Run races, print their results, and write them to a file in benchmarks/results/speed.
 
+    Sides in bfloat16 are left out on a processor without instructions for it.
+
     Args:
         name: name of the group.
         races: races, each of which is made when the one before is done.
@@ -77,10 +80,11 @@ def run_races(name: str, races: Iterator[Race], device: torch.device) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for race in races:
-        outcomes = {side: work() for side, work in race.sides.items()}  # warm-up, too
+        sides = race.sides if computes_bfloat16(device) else _in_float32(race.sides)
+        outcomes = {side: work() for side, work in sides.items()}  # warm-up, too
         attacks = {} if race.success is None else {side: outcomes[side] for side in outcomes if side not in BARE}
         success = {side: race.success(result) for side, result in attacks.items() if race.success is not None}
-        seconds = time_in_rounds(race.sides, race.rounds)
+        seconds = time_in_rounds(sides, race.rounds)
         results[race.name] = {
             "gradients": race.gradients,
             "success": success,
@@ -106,12 +110,25 @@ def write_results(name: str, content: dict[str, Any], device: torch.device) -> N
     write_json(file, content | {"provenance": source})
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16. Without them it takes many times as long as float32."""
+    return device.type != "cpu" or has_instructions(processor_name())
+
+
+def has_instructions(processor: str) -> bool:
+    """Whether a processor, named as by `processor_name`, has instructions for bfloat16."""
+    return not processor.endswith(_NO_INSTRUCTIONS)
+
+
 def processor_name() -> str:
     """The processor's name, and its instructions for bfloat16 as Linux calls them."""
     information = Path("/proc/cpuinfo")
-    if not information.exists():
-        return platform.processor()
-    fields = dict(line.split(":", 1) for line in information.read_text().splitlines() if ":" in line)
+    text = information.read_text() if information.exists() else ""
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     found = {name.strip(): value.strip() for name, value in fields.items()}
     units = [unit for unit in ("avx512_bf16", "amx_bf16") if unit in found.get("flags", "").split()]
-    return f"{found.get('model name', platform.processor())}, {' and '.join(units) or 'no instructions for bfloat16'}"
+    return f"{found.get('model name', platform.processor())}, {' and '.join(units) or _NO_INSTRUCTIONS}"
+
+
+def _in_float32(sides: dict[str, Work]) -> dict[str, Work]:
+    return {name: work for name, work in sides.items() if "bfloat16" not in name}
