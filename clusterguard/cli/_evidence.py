@@ -50,8 +50,9 @@ def file_evidence(
     ] = "quick",
     images: Annotated[int, typer.Option(min=2, help="Number of images to attack, drawn from the test part.")] = 200,
     certify: Annotated[bool, typer.Option("--certify", help="Also prove a rate that no attack can exceed.")] = False,
-    certified_radius: Annotated[
-        float | None, typer.Option(min=0, help="Radius of the proof in linf; else that of the first linf attack.")
+    certified_at: Annotated[
+        str | None,
+        typer.Option(help="Norm and radius of the proof, such as l0:5; else the first attack's, an linf one if any."),
     ] = None,
     proof: Annotated[
         Literal["intervals", "linear"], typer.Option(help="Bounds of the proof; linear ones are tighter and slower.")
@@ -85,6 +86,7 @@ def file_evidence(
     from torch.utils.data import DataLoader
 
     radii = [_norm_and_radius(text) for text in attack or []]
+    asked = _norm_and_radius(certified_at) if certified_at is not None else None
     _check_places(output, checkpoint)
     detector, config, pictures = cli_data.open_guard(
         guard,
@@ -96,7 +98,7 @@ def file_evidence(
         skip_unreadable=skip_unreadable,
     )
     radii = radii or _trained_radii(guard, config["training"])
-    proved_at = _radius_of_proof(radii, certified_radius) if certify else None
+    proved_at = (asked or _radius_of_proof(radii)) if certify else None
     suites = {
         f"suite {budget} {norm} {eps:g}": WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)
         for norm, eps in radii
@@ -122,7 +124,7 @@ def file_evidence(
             "seed": seed,
             "batch_size": batch_size,
             "certify": certify,
-            "proof": proof if certify else None,
+            "proof": _describe_proof(proved_at, proof),
             "device": detector.thresholds.device.type,
             "threads": torch.get_num_threads(),
         },
@@ -165,7 +167,7 @@ def _attack(
     chosen: Any,
     seed: int,
     checkpoint: Path | None,
-    proved_at: float | None,
+    proved_at: tuple[str, float] | None,
     proof: Literal["intervals", "linear"],
 ) -> "Evaluation":
     """Prove a bound if it is asked for, which fails early where there is none, and then attack."""
@@ -177,8 +179,10 @@ def _attack(
 
     proved = None
     if proved_at is not None:
-        say(f"proving at linf {proved_at:g}, by {proof}")
-        proved = CertifiedBound(proved_at, certified_success_rate(detector, chosen, eps=proved_at, method=proof))
+        norm, eps = proved_at
+        say(f"proving at {norm} {eps:g}")
+        rate = certified_success_rate(detector, chosen, eps=eps, norm=norm, method=proof)
+        proved = CertifiedBound(eps, rate, norm)
     generator = torch.Generator(detector.thresholds.device).manual_seed(seed)
     bar = stderr_is_a_terminal()
     result = evaluate(detector, suites, chosen, generator=generator, checkpoint=checkpoint, progress=bar)
@@ -207,13 +211,19 @@ def _trained_radii(guard: Path, training: Any) -> list[tuple[str, float]]:
     return [trained]
 
 
-def _radius_of_proof(radii: list[tuple[str, float]], asked: float | None) -> float:
-    from clusterguard.attacks import LInf  # this command proves in l∞ only
+def _radius_of_proof(radii: list[tuple[str, float]]) -> tuple[str, float]:
+    """The attack in l∞, for which every network of known layers has bounds, or else the first one."""
+    from clusterguard.attacks import LInf
 
-    in_linf = [eps for norm, eps in radii if norm == LInf.name]
-    if asked is None and not in_linf:
-        raise ConfigurationError("expected --certified-radius together with --certify, because no attack is in linf")
-    return in_linf[0] if asked is None else asked
+    return next((pair for pair in radii if pair[0] == LInf.name), radii[0])
+
+
+def _describe_proof(proved_at: tuple[str, float] | None, proof: str) -> str | None:
+    from clusterguard.attacks import LInf
+
+    if proved_at is None:
+        return None
+    return proof if proved_at[0] == LInf.name else "the worst pixels of its costs"
 
 
 def _say_how_long(

@@ -7,6 +7,8 @@ import pytest
 from clusterguard.attacks import EFFORTS, Polish, WorstCaseSuite
 from clusterguard.cli import app
 from clusterguard.cli._evidence import _steps
+from clusterguard.detectors import make_template_guard
+from clusterguard.samples import load_digits
 from effort import FEW_STEPS
 from typer.testing import CliRunner
 
@@ -81,7 +83,6 @@ def test_an_interrupted_run_elsewhere_goes_on_and_writes_the_same_bytes(written,
     ("options", "message"),
     [
         (("--checkpoint", "out/state"), "a checkpoint outside out"),
-        (("--certify", "--attack", "l2:0.5"), "expected --certified-radius together with --certify"),
         (("--output", "full"), "expected an empty folder"),
         (("--data", "nowhere"), "'digits' or a folder of images, got 'nowhere'"),
     ],
@@ -96,6 +97,30 @@ def test_it_refuses_at_once_in_one_line(tmp_path, monkeypatch, options, message)
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_proof_in_a_norm_without_bounds_for_the_network_is_refused_before_attacks(tmp_path, monkeypatch):
+    monkeypatch.setattr("clusterguard.evaluation.evaluate", None)
+    for options in (("--attack", "l2:0.5"), ("--attack", "linf:0.1", "--certified-at", "l0:5")):
+        result = run(GUARD, "--output", tmp_path / "out", "--certify", *options)
+        assert result.exit_code == 1
+        assert "for this network in norms other than linf" in result.stderr
+    assert not any((tmp_path / "out").glob("*"))
+
+
+def test_a_guard_of_templates_is_proved_in_its_own_norm(tmp_path):
+    folder, out = tmp_path / "guard", tmp_path / "out"
+    guard = make_template_guard([load_digits("train").tensors], 10, templates=2)
+    cg.Calibrator(0.05).fit(guard, [load_digits("calibration").tensors], progress=False)
+    guard.save_pretrained(folder)
+    result = run(folder, "--output", out, "--attack", "l0:2", "--images", 20, "--certify")
+    assert result.exit_code == 0, result.output
+    content = json.loads((out / "evidence.json").read_text())
+    assert (content["certificate"]["norm"], content["certificate"]["eps"]) == ("l0", 2.0)
+    assert content["certificate"]["method"] == "the worst pixels of its costs"
+    assert "no attack at l0 2 breaks more than" in result.stdout
+    other = run(folder, "--output", out, "--attack", "l0:2", "--images", 20, "--certify", "--certified-at", "patch:2")
+    assert "no attack at patch 2 breaks more than" in other.stdout
 
 
 def test_a_guard_without_thresholds_or_without_a_known_attack_is_refused(tmp_path):
