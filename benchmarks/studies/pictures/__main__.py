@@ -17,6 +17,7 @@ from benchmarks.running import RESULTS, provenance
 from benchmarks.studies.pictures._draw import draw_cost, draw_drift, draw_radii, draw_thresholds
 from benchmarks.studies.pictures._measure import measure_radii, measure_service
 from benchmarks.studies.pictures._method import draw_method
+from benchmarks.studies.pictures._templates import draw_templates, measure_templates
 
 MEASURED = RESULTS / "pictures.json"
 PICTURES = Path(__file__).parents[3] / "docs" / "pictures"
@@ -35,8 +36,8 @@ def measure_guards(
     Example: python -m benchmarks.studies.pictures measure
     """
     torch.set_num_threads(1)
-    content = {"radii": measure_radii(images), **measure_service(), "provenance": provenance(torch.device("cpu"))}
-    write_json(output, content)
+    content = {"radii": measure_radii(images), **measure_service(), "templates": measure_templates()}
+    write_json(output, content | {"provenance": provenance(torch.device("cpu"))})
 
 
 @app.command("draw")
@@ -59,6 +60,7 @@ def draw_pictures() -> dict[str, str]:
         "thresholds": draw_thresholds(measured["thresholds"]),
         "drift": draw_drift(measured["drift"]),
         "cost": draw_cost(speed["rows"]),
+        "templates": draw_templates(measured["templates"]),
     }
 
 
