@@ -1,4 +1,4 @@
-"""Whether two runs of the suite foretell what further runs break: capture–recapture, checked on runs that were held out.
+"""Whether two runs of the suite foretell what further runs break: capture–recapture, checked on runs held out.
 
 `python -m benchmarks.studies.recapture` runs the quick suite with six seeds on guards that ship with the project. From
 each of three pairs of runs it estimates how many images can be broken. What the other four runs broke, and one run of
