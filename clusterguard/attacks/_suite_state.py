@@ -37,6 +37,11 @@ class StageRecord:
     forward: int
     backward: int
 
+    @property
+    def broken_per_thousand(self) -> float:
+        """The number of images broken for each 1,000 passes; judging an image is one pass, and a gradient another."""
+        return 1000 * self.broken / max(1, self.forward + self.backward)
+
 
 @dataclass
 class SuiteState:

@@ -7,7 +7,7 @@ from clusterguard._support import escape, html_page, html_table, write_atomicall
 from clusterguard.attacks import StageRecord
 from clusterguard.detection import Rate
 from clusterguard.evaluation._plots import evaluation_figures
-from clusterguard.evaluation._results import Evaluation, show_number
+from clusterguard.evaluation._results import STAGE_HEAD, Evaluation, show_number, stage_figures
 
 
 def to_html(evaluation: Evaluation, path: str | Path) -> Path:
@@ -105,10 +105,7 @@ def sanity_parts(evaluation: Evaluation) -> list[str]:
 
 def stage_table(stages: tuple[StageRecord, ...]) -> str:
     """The stages of a suite as a table in HTML."""
-    return html_table(
-        ["stage", "attacked", "broken", "forward", "gradients"],
-        [[s.name, f"{s.attacked:,}", f"{s.broken:,}", f"{s.forward:,}", f"{s.backward:,}"] for s in stages],
-    )
+    return html_table([*STAGE_HEAD], [[stage.name, *stage_figures(stage)] for stage in stages])
 
 
 def rate_cells(rate: Rate) -> list[str]:

@@ -34,6 +34,15 @@ class Gallery(NamedTuple):
     ratios: Tensor
 
 
+STAGE_HEAD = ("stage", "attacked", "broken", "forward", "gradients", "broken per 1,000 passes")
+
+
+def stage_figures(stage: StageRecord) -> list[str]:
+    """The figures of a stage under `STAGE_HEAD`, all but its name."""
+    counts = stage.attacked, stage.broken, stage.forward, stage.backward
+    return [*(f"{count:,}" for count in counts), f"{stage.broken_per_thousand:.3g}"]
+
+
 class CertifiedBound(NamedTuple):
     """A proved upper bound on the success rate of every attack on an evaluation's images.
 
@@ -205,11 +214,9 @@ class Evaluation:
                     f"Stages of {escape_markdown(result.name)}, each on the survivors of those before it:",
                     "",
                 ]
-                lines += ["| stage | attacked | broken | forward | gradients |", "|---|---|---|---|---|"]
+                lines += [f"| {' | '.join(STAGE_HEAD)} |", "|" + "---|" * len(STAGE_HEAD)]
                 lines += [
-                    f"| {escape_markdown(stage.name)} | {stage.attacked} | {stage.broken} | {stage.forward:,} "
-                    f"| {stage.backward:,} |"
-                    for stage in result.stages
+                    f"| {' | '.join([escape_markdown(stage.name), *stage_figures(stage)])} |" for stage in result.stages
                 ]
         return "\n".join(lines + self.sanity_lines())
 

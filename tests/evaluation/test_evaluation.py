@@ -74,10 +74,15 @@ def test_images_outside_box_or_budget_do_not_count(small_guard, loader):
 
 def test_stages_of_a_suite_and_its_success_count_the_same_images(small_guard, loader, light_suites):
     suite = WorstCaseSuite("linf", eps=0.1, budget="quick")
-    (result,) = evaluate(small_guard, suite, loader, sanity_images=0).results
+    report = evaluate(small_guard, suite, loader, sanity_images=0)
+    (result,) = report.results
     assert result.success.total < 85  # some are refused or labelled wrongly when clean
     assert result.stages[0].attacked == result.success.total
     assert sum(stage.broken for stage in result.stages) == result.success.count
+    first = result.stages[0]
+    assert first.broken_per_thousand == 1000 * first.broken / (first.forward + first.backward)
+    row = next(line for line in report.to_markdown().splitlines() if line.startswith(f"| {first.name} |"))
+    assert row.endswith(f"| {first.broken_per_thousand:.3g} |")
 
 
 def test_an_attack_of_another_signature_is_named_before_anything_runs(small_guard, loader):
