@@ -4,7 +4,7 @@ from clusterguard.attacks._base import attack_checked_images, check_attack_input
 from clusterguard.attacks._descent import backpropagate, descend
 from clusterguard.attacks._fitting_search import make_random_search
 from clusterguard.attacks._pgd import SteepestDescent
-from clusterguard.attacks._precision import check_precision, choose_precision, precisions_of
+from clusterguard.attacks._precision import check_precision, choose_precision, precisions_of, searches_in_bfloat16
 
 __all__ = [
     "SteepestDescent",
@@ -18,4 +18,5 @@ __all__ = [
     "make_random_search",
     "precisions_of",
     "scale",
+    "searches_in_bfloat16",
 ]

@@ -172,6 +172,19 @@ def choose_precision(detector: Detector, images: Tensor, labels: Tensor) -> Lite
     )
 
 
+def searches_in_bfloat16(detector: Detector, images: Tensor) -> bool:
+    """Whether bfloat16 works for a detector; if not, its attacks search in the detector's own precision.
+
+    Args:
+        detector: detector in eval mode.
+        images: (B, C, H, W), of which the first few are used.
+    """
+    search = InBfloat16(detector)
+    with torch.no_grad():
+        search.evidence(images[:_FEW])
+    return search.is_rough
+
+
 class _Trial(NamedTuple):
     """The outcome of a short attack.
 

@@ -21,7 +21,13 @@ from clusterguard._support import (
     save_progress,
 )
 from clusterguard.attacks import Attack, Precision, get_norm, in_precision
-from clusterguard.attacks._internal import check_attack_input, check_radius, choose_precision, precisions_of
+from clusterguard.attacks._internal import (
+    check_attack_input,
+    check_radius,
+    choose_precision,
+    precisions_of,
+    searches_in_bfloat16,
+)
 from clusterguard.detection import (
     Detection,
     Detector,
@@ -108,8 +114,8 @@ def evaluate(
         PersistenceError: a checkpoint is damaged or cannot be written.
 
     Warns:
-        UserWarning: no more images are labelled correctly than by guessing, or the weights have changed since the
-            thresholds were fitted.
+        UserWarning: no more images are labelled correctly than by guessing, the weights have changed since the
+            thresholds were fitted, or attacks should search in bfloat16, in which the detector does not work.
 
     Reference:
         arXiv 2012.03483, section 5, "Evaluation metric".
@@ -227,11 +233,26 @@ def _settled(
     accelerator: "Accelerator | None",
     kept: _Chosen | None,
 ) -> tuple[dict[str, Attack], _Chosen | None]:
-    """The attacks, with "auto" replaced by one precision for all of them, and this precision."""
-    if not any("auto" in precisions_of(attack) for attack in named.values()):
-        return named, kept
-    chosen = _choose_for_all(detector, images, labels, accelerator, kept)
-    return {name: in_precision(attack, chosen, instead_of="auto") for name, attack in named.items()}, chosen
+    """The attacks, with "auto" replaced by one precision for all of them, and this precision.
+
+    Warns:
+        UserWarning: attacks should search in bfloat16, but the detector does not work in it.
+    """
+    asked = set().union(*(precisions_of(attack) for attack in named.values()))
+    if "bf16" in asked and not _works_in_bfloat16(detector, images):
+        warnings.warn(
+            "the detector's evidence is of no use in bfloat16, so all attacks search in float32", stacklevel=3
+        )
+        named = {name: in_precision(attack, "float32", instead_of="bf16") for name, attack in named.items()}
+    if "auto" in asked:
+        kept = _choose_for_all(detector, images, labels, accelerator, kept)
+        named = {name: in_precision(attack, kept, instead_of="auto") for name, attack in named.items()}
+    return named, kept
+
+
+def _works_in_bfloat16(detector: Detector, images: Tensor) -> bool:
+    with evaluation_mode(detector) as detector:
+        return searches_in_bfloat16(detector, images)
 
 
 def _choose_for_all(

@@ -55,6 +55,28 @@ def test_auto_decides_once_for_all_batches_and_attacks(small_guard, loader, atta
     assert "precision='bf16'" in result.attack
 
 
+class Coarse(torch.nn.Module):
+    """A guard whose evidence is lost in bfloat16."""
+
+    def __init__(self, guard):
+        super().__init__()
+        self.guard, self.thresholds = guard, guard.thresholds
+
+    def evidence(self, images):
+        if torch.is_autocast_enabled("cpu"):
+            raise NotImplementedError("no kernel for bfloat16")
+        return self.guard.evidence(images)
+
+
+def test_a_search_that_bfloat16_cannot_do_is_recorded_as_what_it_was(small_guard, loader, attacks):
+    with pytest.warns(UserWarning, match="of no use in bfloat16, so all attacks search in float32"):
+        evaluation = evaluate(Coarse(small_guard), attacks, loader, sanity_images=0, precision="bf16")
+    assert precisions(evaluation) == ["float32", "float32", None]
+    assert NOTE not in evaluation.to_markdown()
+    plain = evaluate(Coarse(small_guard), attacks, loader, sanity_images=0, precision="float32")
+    assert evaluation.asr == plain.asr
+
+
 def test_a_resumed_evaluation_keeps_the_precision_that_auto_took(
     small_guard, loader, tmp_path, monkeypatch, light_suites
 ):
