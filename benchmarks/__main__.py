@@ -19,11 +19,13 @@ from benchmarks.running import (
     Clock,
     Store,
     Trainings,
+    choose_cells,
     find_throughput,
     measure_throughput,
     print_experience,
     print_plan,
     publish_guard,
+    repeat_cell,
     run_cells,
 )
 
@@ -166,6 +168,34 @@ def publish(
     trainings = Trainings(Store(_folder(out, profile), profile), device=torch.device(device), data=data, progress=True)
     publish_guard(cells[0], trainings, to)
     print(f"saved in {to}")
+
+
+@app.command()
+def repeat(
+    names: Names,
+    profile: ProfileOption = "full",
+    count: Annotated[int, typer.Option(min=1, help="Number of cells, drawn at random.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    device: Annotated[str, typer.Option(help="Such as cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    out: OutOption = None,
+    only: OnlyOption = "*",
+    data: DataOption = None,
+) -> None:
+    """Run a few finished cells again from the weights that are kept, and compare the verdicts of all images.
+
+    Results stay as they are. Exit status 1 says that some verdict differs, as it may on another processor.
+
+    Example: python -m benchmarks repeat mnist --profile cpu --only '*PGD linf*'
+    """
+    keep_freed_memory()
+    store = Store(_folder(out, profile), profile)
+    changed = 0
+    for cell in choose_cells(_cells(names, profile, only), store, count, seed):
+        for repeated in repeat_cell(cell, store, device=torch.device(device), data=data):
+            print(repeated, flush=True)
+            changed += repeated.changed
+    if changed:
+        raise typer.Exit(1)
 
 
 def _folder(out: Path | None, profile: Profile) -> Path:

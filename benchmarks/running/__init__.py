@@ -1,9 +1,11 @@
 """Running experiments: train detectors, attack them, judge the attacked images, keep results, and stop in time."""
 
 from benchmarks.running._clock import Clock, OutOfTimeError
+from benchmarks.running._guards import load_trained
 from benchmarks.running._judging import from_hex
 from benchmarks.running._plan import Throughput, find_throughput, measure_throughput, print_experience, print_plan
 from benchmarks.running._publish import publish_guard
+from benchmarks.running._repeat import Repeated, choose_cells, repeat_cell
 from benchmarks.running._runner import run_cell
 from benchmarks.running._schedule import run_cells
 from benchmarks.running._store import RESULTS, Store, provenance, read_chunk, save_chunk
@@ -13,17 +15,21 @@ __all__ = [
     "RESULTS",
     "Clock",
     "OutOfTimeError",
+    "Repeated",
     "Store",
     "Throughput",
     "Trainings",
+    "choose_cells",
     "find_throughput",
     "from_hex",
+    "load_trained",
     "measure_throughput",
     "print_experience",
     "print_plan",
     "provenance",
     "publish_guard",
     "read_chunk",
+    "repeat_cell",
     "run_cell",
     "run_cells",
     "save_chunk",

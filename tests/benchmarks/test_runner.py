@@ -9,6 +9,7 @@ import pytest
 import torch
 from clusterguard.attacks import EFFORTS, Metered
 from clusterguard.detectors import WithThresholds
+from clusterguard.errors import ConfigurationError
 from effort import FEW_STEPS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -302,6 +303,27 @@ def test_the_command_line_runs_plans_and_tells(experiment, finished, monkeypatch
     Store(finished[0]).write_cell(old, {"title": "an old one"})
     assert f"stale: {old.key} an old one" in call("status", *out).output
     next(finished[0].rglob("*-seed99-*.jsonl")).unlink()
+
+
+def test_finished_cells_are_run_again_and_a_changed_verdict_is_counted(finished, experiment, tmp_path):
+    root = shutil.copytree(finished[0], tmp_path / "store")
+    options = ["repeat", "small", "--count", "2", "--device", "cpu", "--out", str(root)]
+    before = {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
+    outcome = CliRunner().invoke(app, [*options, "--only", "*PGD*"])
+    assert (outcome.exit_code, outcome.exception) == (0, None), outcome.output
+    assert outcome.output.count("the same verdicts on all of 12 images") == 8  # two detectors, settings and rates
+    assert {file: file.read_bytes() for file in root.rglob("*") if file.is_file()} == before
+    store, cell = Store(root), next(cell for cell in experiment.cells if "FGSM" in cell.title)
+    result = store.read_cell(cell.key)
+    verdict = result["results"][""]["rates"]["0.05"]
+    verdict["broken"] = f"{int(verdict['broken'], 16) ^ 0b1100:0{len(verdict['broken'])}x}"
+    shutil.rmtree(root / "cells")
+    store.write_cell(cell, result)
+    outcome = CliRunner().invoke(app, [*options[:3], "1", *options[4:]])
+    assert outcome.exit_code == 1
+    assert "rate 0.05: verdicts differ on 2 of 12 images" in outcome.output
+    with pytest.raises(ConfigurationError, match="expected 2 matching cells with results and weights, found 1"):
+        CliRunner().invoke(app, options, catch_exceptions=False)
 
 
 def test_every_detector_is_there():

@@ -2,18 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
-import torch
-from clusterguard import Calibrator, ClusterGuard, DetectorModule
+from clusterguard import ClusterGuard, DetectorModule
 from clusterguard.errors import ConfigurationError
 from clusterguard.samples import load_digits
 from torch import Tensor
 
-from benchmarks.data import FloatBatches, load_data_set
-from benchmarks.experiments import load_experiment
-from benchmarks.running import RESULTS, Store, Trainings
+from benchmarks.data import load_data_set
+from benchmarks.running import load_trained
 
 _ROOT = Path(__file__).parents[3]
 _REFERENCES = 1000  # test digits that references are chosen from, beside those attacked
@@ -54,16 +51,6 @@ def _demo() -> ClusterGuard:
     return ClusterGuard.from_pretrained(folder)
 
 
-def _l_ben() -> DetectorModule:
-    """The guard of L-Ben in Table 2, trained on SmallCNN, with thresholds for 1 % false positives."""
-    cells = load_experiment("table2-mnist", "short").cells
-    cell = next(cell for cell in cells if fnmatch(cell.title, "l-ben*") and cell.training.seed == 0)
-    trainings = Trainings(Store(RESULTS, "short"), device=torch.device("cpu"))
-    detector, _ = trainings.detector(cell)
-    Calibrator().fit(detector, FloatBatches(trainings.dataset("mnist").calibration, 500), progress=False)
-    return detector
-
-
 _CERTIFIED = {"linf": 0.4, "l2": 1.0, "l1": 4.0, "l0": 4.0, "patch": 3.0}
 _ON_SMALL_CNN = {"linf": 0.3, "l2": 1.5, "l1": 8.0, "l0": 8.0, "patch": 5.0}
 CASES = {
@@ -71,5 +58,5 @@ CASES = {
     "mnist-certified": Case("certified", lambda: _shipped("mnist-certified"), _CERTIFIED),
     "mnist-certified-accurate": Case("certified, accurate", lambda: _shipped("mnist-certified-accurate"), _CERTIFIED),
     "mnist": Case("Ours, SmallCNN", lambda: _shipped("mnist"), _ON_SMALL_CNN),
-    "l-ben": Case("L-Ben, SmallCNN", _l_ben, _ON_SMALL_CNN),
+    "l-ben": Case("L-Ben, SmallCNN", lambda: load_trained("l-ben"), _ON_SMALL_CNN),
 }
