@@ -33,14 +33,14 @@ _FOLDERS = Path(__file__).parents[2] / "guards"
 _STANDARD = "standard"
 
 
-def accepted_digits(guard: ClusterGuard, count: int) -> tuple[Tensor, Tensor]:
+def digits_to_attack(guard: ClusterGuard, count: int) -> tuple[Tensor, Tensor]:
     """The first test digits that a guard accepts under their true label, and their labels."""
     images, labels = load_digits("test").tensors
     rows = is_eligible(Verdicts(guard.detect(images), labels)).nonzero().flatten()[:count]
     return images[rows], labels[rows]
 
 
-def run_suite(guard: ClusterGuard, norm: str, eps: float, images: Tensor, labels: Tensor, run: str) -> list[int]:
+def rows_broken_by(guard: ClusterGuard, norm: str, eps: float, images: Tensor, labels: Tensor, run: str) -> list[int]:
     """The rows that a run breaks. It is named by the seed of the quick budget, or is the one of the standard budget."""
     budget: Literal["quick", "standard"] = "standard" if run == _STANDARD else "quick"
     seed = SEEDS if run == _STANDARD else int(run)
@@ -96,13 +96,13 @@ def main(
     planned = [(guard, norm, eps) for guard in GUARDS for norm, eps in THREATS]
     for name, norm, eps in (bar := tqdm(planned)):
         guard = ClusterGuard.from_pretrained(_FOLDERS / name)
-        pictures, labels = accepted_digits(guard, results["images"])
+        pictures, labels = digits_to_attack(guard, results["images"])
         runs = results["runs"].setdefault(f"{name}/{norm}/{eps:g}", {})
         for run in [*map(str, range(SEEDS)), _STANDARD]:
             if run in runs:
                 continue
             bar.set_postfix_str(f"{name} {norm} {eps:g}, run {run}")
-            runs[run] = run_suite(guard, norm, eps, pictures, labels, run)
+            runs[run] = rows_broken_by(guard, norm, eps, pictures, labels, run)
             output.mkdir(parents=True, exist_ok=True)
             write_json(file, results | {"provenance": provenance(torch.device("cpu"))})
             text = "\n".join(recapture_lines(results)) + "\n"

@@ -6,7 +6,11 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
+from clusterguard.errors import ConfigurationError
+from typer.testing import CliRunner
 
+import benchmarks.studies.pictures.__main__ as pictures
 from benchmarks.studies.pictures.__main__ import MEASURED, PICTURES, draw_pictures
 
 ROOT = Path(__file__).parents[2]
@@ -65,8 +69,22 @@ def test_the_site_takes_pictures_into_its_pages(monkeypatch):
     assert '<img alt="y" src="other.svg" />' in page
 
 
+def test_a_part_is_measured_alone_and_the_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "PARTS", {"radii": lambda images: [images], "service": pytest.fail})
+    file = tmp_path / "pictures.json"
+    file.write_text(json.dumps({"service": {"figures": 5}}))
+    outcome = CliRunner().invoke(pictures.app, ["measure", "radii", "--images", "7", "--output", str(file)])
+    assert (outcome.exit_code, outcome.exception) == (0, None)
+    content = json.loads(file.read_text())
+    assert content["service"] == {"figures": 5}
+    assert content["radii"]["figures"] == [7]
+    assert content["radii"]["provenance"]["versions"]["torch"] == torch.__version__
+    with pytest.raises(ConfigurationError, match="a part among radii, service, got 'colour'"):
+        CliRunner().invoke(pictures.app, ["measure", "colour", "--output", str(file)], catch_exceptions=False)
+
+
 def test_what_captions_say_is_what_was_measured():
-    measured = json.loads(MEASURED.read_text())
+    measured = json.loads(MEASURED.read_text())["service"]["figures"]
     page = " ".join((ROOT / "docs" / "how-to" / "monitor.md").read_text().split())
     drift = measured["drift"]
     assert f"rises from {drift['rate_before']:.3f} to {drift['rate_after']:.3f}" in page

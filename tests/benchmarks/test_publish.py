@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from clusterguard import PGD, ClusterGuard, certified_success_rate, certify
+from clusterguard.attacks import SparseRS
 from clusterguard.detection import Verdicts, accuracy, false_positive_rate, is_broken
 from clusterguard.errors import ConfigurationError
 from clusterguard.samples import load_digits
@@ -33,12 +34,29 @@ def test_a_guard_that_ships_does_what_its_card_says(shipped):
     images, labels = load_digits("test").tensors  # of MNIST's test set, which its training never saw
     verdict = guard.detect(images)
     assert accuracy(Verdicts(verdict, labels)).value > 0.92
-    assert false_positive_rate(Verdicts(verdict, labels)).value < 0.03
-    said = {name: float(rate.split()[0]) for name, rate in training["on the test set"].items()}
+    assert false_positive_rate(Verdicts(verdict, labels)).value < 2 * guard.calibration.false_positive_rate + 0.01
+    said = {name: float(rate.split()[0]) for name, rate in training.get("on the test set", {}).items()}
     for name, rate in said.items():
         if match := re.fullmatch("any attack of linf (.*) breaks at most", name):
             bound = certified_success_rate(guard, [(images[:300], labels[:300])], eps=float(match[1]))
             assert bound.interval[0] <= rate <= bound.interval[1]
+
+
+def test_the_guard_against_changed_pixels_proves_what_its_card_says():
+    folder = RESULTS.parents[1] / "guards" / "mnist-pixels"
+    guard, config = ClusterGuard.from_pretrained(folder), json.loads((folder / "config.json").read_text())
+    proved = config["evaluation"]["certified"]
+    images, labels = (part[:60] for part in load_digits("test").tensors)
+    bound = certified_success_rate(guard, [(images, labels)], eps=proved["eps"], norm=proved["norm"])
+    low, high = bound.interval
+    assert low <= proved["success"]["value"] <= high
+    row = f"proved upper bound, l0 {proved['eps']:g} | {proved['success']['value']:.3f}"
+    assert row in (folder / "README.md").read_text()
+    search = SparseRS(eps=proved["eps"], queries=200)
+    attacked = search(guard, images, labels, generator=torch.Generator().manual_seed(0))
+    found = is_broken(Verdicts(guard.detect(attacked), labels))
+    secure = certify(guard, images, labels, eps=proved["eps"], norm="l0").is_secure
+    assert not (found & secure).any()
 
 
 @pytest.mark.parametrize("eps", [0.3, 0.45])

@@ -26,7 +26,7 @@ def test_a_stopped_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return [0] if name != "standard" else [0, 1]
 
-    monkeypatch.setattr(recapture, "run_suite", run)
+    monkeypatch.setattr(recapture, "rows_broken_by", run)
     monkeypatch.setattr(recapture, "GUARDS", ("mnist-certified",))
     monkeypatch.setattr(recapture, "THREATS", (("linf", 0.4),))
     with pytest.raises(KeyboardInterrupt):
@@ -40,8 +40,8 @@ def test_a_stopped_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 
 def test_a_run_breaks_only_digits_that_were_accepted():
     guard = recapture.ClusterGuard.from_pretrained("guards/mnist-certified")
-    images, labels = recapture.accepted_digits(guard, 3)
-    broken = recapture.run_suite(guard, "l0", 30.0, images, labels, "0")
+    images, labels = recapture.digits_to_attack(guard, 3)
+    broken = recapture.rows_broken_by(guard, "l0", 30.0, images, labels, "0")
     assert set(broken) == {0, 1, 2}
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from clusterguard.detection import wilson_interval
 
+from benchmarks.reporting import PAPER
 from benchmarks.studies.pictures._svg import COLOURS, Chart, Scale, picture
 
 _SHARES = {value / 5: f"{value / 5:g}" for value in range(6)}
@@ -33,6 +34,32 @@ def draw_radii(rows: list[Mapping[str, Any]]) -> str:
         "guards/mnist-certified. Beyond it the first guard breaks at once, and the certificate rises."
     )
     return picture("radii", "Attack success rate by radius", text, parts)
+
+
+def draw_paper(rows: list[Mapping[str, Any]]) -> str:
+    """ASR by radius of Ours and L-Ben under the paper's attack, with the figures that the paper prints."""
+    names = {"ours": "Ours", "l-ben": "L-Ben"}
+    colours = dict(zip(names, COLOURS, strict=False))
+    legend = [(colours[key], "", f"{name}, measured here") for key, name in names.items()]
+    legend.append(("none", "", "what the paper prints"))
+    x = Scale("radius of PGD with 100 steps of 0.01, ℓ∞", 0, 0.5, {value / 10: f"{value / 10:g}" for value in range(6)})
+    chart = Chart(x, Scale("attack success rate", 0, 1, _SHARES), legend)
+    parts, said = [*chart.frame(), _ring(chart.place(0, 0)[0] + 14, 54, "currentColor")], []
+    printed = PAPER["table2-mnist"]
+    for key, colour in colours.items():
+        ours = [row for row in rows if row["detector"] == key]
+        parts.append(chart.band([(row["eps"], *wilson_interval(row["broken"], row["of"])) for row in ours], colour))
+        parts.append(chart.line([(row["eps"], row["broken"] / row["of"]) for row in ours], colour, dots=True))
+        for eps in (0.3, 0.4):
+            share = printed[f"PGD linf {eps} U"]["ASR-1"][printed["detectors"].index(key)]
+            parts.append(_ring(*chart.place(eps, share), colour))
+            (row,) = (row for row in ours if row["eps"] == eps)
+            said.append(f"{names[key]} at {eps}: {row['broken']} of {row['of']} here, {share:g} in the paper.")
+    return picture("paper", "The paper's attack by radius", " ".join(said), parts)
+
+
+def _ring(x: float, y: float, colour: str) -> str:
+    return f'<circle cx="{x}" cy="{y}" r="7" fill="none" stroke="{colour}" stroke-width="2"/>'
 
 
 def draw_thresholds(rows: list[Mapping[str, Any]]) -> str:

@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clusterguard import APGD, ClusterGuard, FalsePositiveMonitor, certified_success_rate, evaluate
+from clusterguard import APGD, PGD, ClusterGuard, FalsePositiveMonitor, certified_success_rate, evaluate
 from clusterguard.deployment import plausible_rate
 from clusterguard.detection import fit_thresholds
 from torch import Generator, Tensor
 
 from benchmarks.data import load_data_set
+from benchmarks.running import load_trained
 
 _GUARDS = Path(__file__).parents[3] / "guards"
 RADII = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+PAPER_RADII = (0.1, 0.2, 0.25, 0.3, 0.325, 0.35, 0.375, 0.4, 0.45)  # closer where the guards begin to give way
+PAPER_STEP, PAPER_STEPS = 0.01, 100
 ASKED = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
 _QUARTER = 2500  # of the stream: so many images come before the drift
 _SHIFT = 3  # pixels to the right, as if the camera had moved
@@ -33,6 +36,19 @@ def measure_radii(images: int) -> list[dict[str, Any]]:
             if name == "mnist-certified":
                 row["unproved"] = certified_success_rate(guard, [batch], eps=eps).count
             rows.append(row)
+    return rows
+
+
+def measure_paper(images: int) -> list[dict[str, Any]]:
+    """How many of the first test digits the paper's PGD breaks at each radius, of Ours and of L-Ben on its network."""
+    batch = load_data_set("mnist").open_test().head(images).floats()
+    rows = []
+    for name in ("ours", "l-ben"):
+        detector = load_trained(name)
+        for eps in PAPER_RADII:
+            attack = PGD(norm="linf", eps=eps, step_size=PAPER_STEP, steps=PAPER_STEPS, keep="last")
+            found = evaluate(detector, attack, [batch], sanity_images=0).worst_case
+            rows.append({"detector": name, "eps": eps, "broken": found.count, "of": found.total})
     return rows
 
 
