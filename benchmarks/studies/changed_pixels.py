@@ -111,7 +111,7 @@ def run_seed(seed: int, proved: int, attacked: int, progress: bool = True) -> di
     }
 
 
-def save_guard(folder: Path, attacked: int, progress: bool = True) -> None:
+def save_template_guard(folder: Path, attacked: int, progress: bool = True) -> None:
     """Train the guard of seed 0, and save it with what is proved and what the suite finds at ten changed pixels."""
     guard = train_templates(0, progress)
     images, labels = load_data_set("mnist").open_test().head(attacked).floats()
@@ -186,7 +186,7 @@ def main(
     keep_freed_memory()
     torch.set_num_threads(1)
     if save is not None:
-        save_guard(save, attacked)
+        save_template_guard(save, attacked)
         return
     file = output / "counts.json"
     runs = json.loads(file.read_text())["runs"] if file.exists() else []

@@ -70,7 +70,7 @@ def test_the_site_takes_pictures_into_its_pages(monkeypatch):
 
 
 def test_a_part_is_measured_alone_and_the_others_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "PARTS", {"radii": lambda images: [images], "service": pytest.fail})
+    monkeypatch.setattr(pictures, "MEASUREMENTS", {"radii": lambda images: [images], "service": pytest.fail})
     file = tmp_path / "pictures.json"
     file.write_text(json.dumps({"service": {"figures": 5}}))
     outcome = CliRunner().invoke(pictures.app, ["measure", "radii", "--images", "7", "--output", str(file)])

@@ -26,7 +26,7 @@ MEASURED = RESULTS / "pictures.json"
 PICTURES = Path(__file__).parents[3] / "docs" / "pictures"
 _OUTPUT = typer.Option(help="Where to write.")
 
-PARTS: dict[str, Callable[[int], Any]] = {
+MEASUREMENTS: dict[str, Callable[[int], Any]] = {
     "radii": measure_radii,
     "paper": measure_paper,
     "service": lambda images: measure_service(),
@@ -39,7 +39,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__d
 
 @app.command("measure")
 def measure_guards(
-    parts: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(PARTS)}; else all.")] = None,
+    parts: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(MEASUREMENTS)}; else all.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Test digits that are attacked, the first ones.")] = 200,
     output: Annotated[Path, _OUTPUT] = MEASURED,
 ) -> None:
@@ -49,10 +49,10 @@ def measure_guards(
     """
     torch.set_num_threads(1)
     content = json.loads(output.read_text()) if output.exists() else {}
-    for part in parts or PARTS:
-        if part not in PARTS:
-            raise ConfigurationError(f"expected a part among {', '.join(PARTS)}, got {part!r}")
-        content[part] = {"figures": PARTS[part](images), "provenance": provenance(torch.device("cpu"))}
+    for part in parts or MEASUREMENTS:
+        if part not in MEASUREMENTS:
+            raise ConfigurationError(f"expected a part among {', '.join(MEASUREMENTS)}, got {part!r}")
+        content[part] = {"figures": MEASUREMENTS[part](images), "provenance": provenance(torch.device("cpu"))}
         write_json(output, content)
 
 

@@ -22,6 +22,4 @@ def compare_batches(device: torch.device) -> Iterator[Race]:
         victim = train_on_digits(device, most) if network == "SmallCNN" else untrained(network, device, most)
         for size in sizes:
             part = Victim(victim.model, victim.images[:size], victim.labels[:size])
-            yield Race(
-                f"PGD-{_STEPS}, {network}, batch {size}", our_sides(attack, part), gradients=_STEPS * size, rounds=6
-            )
+            yield Race(f"PGD-{_STEPS}, {network}, batch {size}", our_sides(attack, part), gradients=_STEPS * size)

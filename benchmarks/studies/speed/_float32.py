@@ -36,4 +36,4 @@ def compare_in_float32(device: torch.device) -> Iterator[Race]:
             sides[name] = partial(run_gradients, model, images, victim.labels, steps=_STEPS, half=False)
         count = len(victim.images)
         name = f"input gradients in float32, {network}, batch {count}"
-        yield Race(name, sides, gradients=_STEPS * count, rounds=9)
+        yield Race(name, sides, gradients=_STEPS * count)

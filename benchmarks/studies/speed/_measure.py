@@ -42,7 +42,7 @@ class Comparison:
     target: float
     check: Check | None = None
     gradients: Callable[[Any], int] | None = None
-    pairs: int = 21
+    pairs: int = 13
 
 
 Compare = Callable[[torch.device], list[Comparison]]

@@ -68,6 +68,5 @@ def compare_stages(device: torch.device) -> Iterator[Race]:
             f"PGD-{_STEPS}, {network}, batch {count}",
             {stage: longer for stage, (longer, _) in works.items()},
             gradients=_STEPS * count,
-            rounds=6,
             facts={"of one step": count_step(works)},
         )

@@ -41,7 +41,7 @@ class Race:
     sides: dict[str, Work]
     gradients: int
     success: Callable[[Any], float] | None = None
-    rounds: int = 7
+    rounds: int = 6
     facts: dict[str, Any] = field(default_factory=dict)
 
 

@@ -80,7 +80,7 @@ def compare_to_convolutions(device: torch.device) -> Iterator[Race]:
     on_gpu = device.type == "cuda"
     victims: dict[str, Callable[[], Victim]] = {
         "SmallCNN": lambda: train_on_digits(device, 500 if on_gpu else 64),
-        "ResNet-18": lambda: untrained("ResNet-18", device, 128 if on_gpu else 16),
+        "ResNet-18": lambda: untrained("ResNet-18", device, 128 if on_gpu else 8),
         "ResNet-50 at 224": lambda: untrained("ResNet-50", device, 64 if on_gpu else 1),
     }
     attack = PGD(eps=0.1, step_size=0.02, steps=_STEPS, objective="cross_entropy", keep="last")
@@ -96,6 +96,5 @@ def compare_to_convolutions(device: torch.device) -> Iterator[Race]:
             f"PGD-{_STEPS}, {network}, batch {count}",
             sides,
             gradients=_STEPS * count,
-            rounds=6,
             facts={"GFLOP of a gradient": count_gflop(calls) / count},
         )

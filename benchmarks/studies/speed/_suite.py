@@ -93,7 +93,7 @@ def compare_suites(device: torch.device) -> list[Comparison]:
                 target=2.0,
                 check=check_same_broken,
                 gradients=lambda result: result[0].cost.backward,
-                pairs=7,  # a pair takes some ten seconds
+                pairs=6,  # a pair takes some ten seconds
             )
         )
     return comparisons
