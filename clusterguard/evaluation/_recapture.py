@@ -14,13 +14,13 @@ _Z = 1.96  # of a normal distribution, for 95 %
 
 
 class Breakable(NamedTuple):
-    """An estimate of how many images an attack could break in the end.
+    """An estimate of how many images an attack could break in the end, rather too low.
 
     Attributes:
         either: number of images that at least one of two runs broke.
         both: number of images that both runs broke.
         total: estimated number of images that further runs would break, those of `either` included.
-        interval: approximate 95 % interval of `total`.
+        interval: approximate 95 % interval of `total`, which supposes that all breakable images are equally hard.
     """
 
     either: int
@@ -34,8 +34,9 @@ def estimate_breakable(first: Tensor, second: Tensor) -> Breakable:
 
     This is capture–recapture: if the second run broke few of the images that the first one broke, both miss many. The
     estimate is exact on average if every breakable image is as likely to be broken as any other, and the runs are
-    independent. In truth some images are harder than others, so the estimate is rather too low. An image that no run
-    can break is not part of it.
+    independent. In truth some images are harder than others, so the estimate is too low, sometimes by a tenth or more,
+    and its interval may lie below the truth. Read it as "at least about so many". An image that no run can break is not
+    part of it.
 
     Args:
         first: (B,) boolean, whether the first run broke each image.
@@ -85,6 +86,6 @@ def repeats_that_differ(results: Sequence[AttackResult], labels: Tensor) -> Iter
                 low, high = estimate.interval
                 yield (
                     f"{one.name} and {two.name} are the same attack, and broke {int(first.sum())} and "
-                    f"{int(second.sum())} images, {estimate.both} of them both: about {estimate.total:.0f} "
+                    f"{int(second.sum())} images, {estimate.both} of them both: at least about {estimate.total:.0f} "
                     f"[{low:.0f}, {high:.0f}] can be broken, so take a larger budget"
                 )
