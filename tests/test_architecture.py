@@ -251,6 +251,12 @@ def test_files_and_functions_stay_short(path):
             assert (node.end_lineno or 0) - first.lineno < 60, node.name
 
 
+def test_no_two_files_of_tests_share_a_name():
+    """They are imported by their bare names, so pytest would refuse to collect the second one."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 def test_importing_clusterguard_imports_neither_timm_nor_torchvision():
     code = f"import clusterguard, sys; print(sorted({HEAVY} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
