@@ -77,7 +77,7 @@ def test_images_of_another_size_are_named(calibrated):
 
 def test_quantised_weights_leave_thresholds_exact_and_can_be_calibrated(calibrated, tmp_path):
     guard, path, loader = calibrated
-    quantize_dynamic(path, tmp_path / "int8.onnx")
+    quantize_dynamic(path, tmp_path / "int8.onnx", reduce_range=True)  # else sums saturate on CPUs without VNNI
     detector = load_onnx(tmp_path / "int8.onnx")
     assert torch.equal(detector.thresholds, guard.thresholds)
     assert detector.calibration == guard.calibration
