@@ -9,6 +9,7 @@ from benchmarks.running._repeat import Repeated, choose_cells, repeat_cell
 from benchmarks.running._runner import run_cell
 from benchmarks.running._schedule import run_cells
 from benchmarks.running._store import RESULTS, Store, provenance, read_chunk, save_chunk
+from benchmarks.running._studies import write_study
 from benchmarks.running._training import Trainings
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "run_cell",
     "run_cells",
     "save_chunk",
+    "write_study",
 ]

@@ -6,7 +6,6 @@ a minute on one core of a CPU.
 """
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,8 +18,8 @@ from clusterguard.training import initialise
 from torch import nn
 from torch.utils.data import DataLoader
 
-from benchmarks._support import keep_freed_memory, write_atomically, write_json
-from benchmarks.running import RESULTS, provenance
+from benchmarks._support import keep_freed_memory
+from benchmarks.running import RESULTS, write_study
 
 CERTIFIED_PRECISION = RESULTS / "certified-precision"
 _EPS = 0.2
@@ -78,10 +77,7 @@ def main(
             counts = count_certified(train_certified(seed, precision, epochs))
             runs.append({"seed": seed, "precision": precision, "epochs": epochs} | counts)
             print(runs[-1], flush=True)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "counts.json", {"runs": runs, "provenance": provenance(torch.device("cpu"))})
-    text = "\n".join(certified_lines(runs)) + "\n"
-    write_atomically(output / "table.md", partial(Path.write_text, data=text, encoding="utf-8"))
+    write_study(output, {"runs": runs}, certified_lines(runs))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ guard of seed 0, attacks and proves it at ten pixels, and saves it with these fi
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +23,9 @@ from clusterguard.training import TemplateTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks._support import keep_freed_memory, without_refusal, write_atomically, write_json
+from benchmarks._support import keep_freed_memory, without_refusal
 from benchmarks.data import load_data_set
-from benchmarks.running import provenance
+from benchmarks.running import provenance, write_study
 
 CHANGED_PIXELS = Path(__file__).parents[1] / "results" / "changed-pixels"
 PIXELS = (5, 10, 15, 25)
@@ -193,10 +192,7 @@ def main(
     for seed in range(seeds):
         if seed not in [run["seed"] for run in runs]:
             runs.append(run_seed(seed, proved, attacked))
-            output.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"runs": runs, "provenance": provenance(torch.device("cpu"))})
-            text = "\n".join(proof_lines(runs)) + "\n"
-            write_atomically(output / "table.md", partial(Path.write_text, data=text, encoding="utf-8"))
+            write_study(output, {"runs": runs}, proof_lines(runs))
     print("\n".join(proof_lines(runs)))
 
 

@@ -21,9 +21,9 @@ from torch import Generator, Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from benchmarks._support import keep_freed_memory, without_refusal, write_atomically, write_json
+from benchmarks._support import keep_freed_memory, without_refusal
 from benchmarks.data import FloatBatches, load_data_set
-from benchmarks.running import RESULTS, provenance
+from benchmarks.running import RESULTS, write_study
 
 PATCH_RESULTS = RESULTS / "patches"
 PATCH_SIDES = (2, 3, 5)
@@ -174,10 +174,7 @@ def main(
             "attacks": count_broken(guard, images[:attacked], labels[:attacked], seed),
         }
         runs.append(settings | {"windows": guard.encoder[0].windows()._asdict()} | results)
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"runs": runs, "provenance": provenance(torch.device("cpu"))})
-        text = "\n".join(patch_lines(runs)) + "\n"
-        write_atomically(output / "table.md", partial(Path.write_text, data=text, encoding="utf-8"))
+        write_study(output, {"runs": runs}, patch_lines(runs))
         guard.save_pretrained(work / f"guard-{seed}")
     print("\n".join(patch_lines(runs)))
 

@@ -8,7 +8,6 @@ file of counts holds are not repeated. On one core of a CPU all take about an ho
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +21,8 @@ from clusterguard.samples import load_digits
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from benchmarks._support import keep_freed_memory, write_atomically, write_json
-from benchmarks.running import RESULTS, provenance
+from benchmarks._support import keep_freed_memory
+from benchmarks.running import RESULTS, write_study
 
 RECAPTURE = RESULTS / "recapture"
 GUARDS = ("mnist-certified", "mnist-certified-accurate")
@@ -103,10 +102,7 @@ def main(
                 continue
             bar.set_postfix_str(f"{name} {norm} {eps:g}, run {run}")
             runs[run] = rows_broken_by(guard, norm, eps, pictures, labels, run)
-            output.mkdir(parents=True, exist_ok=True)
-            write_json(file, results | {"provenance": provenance(torch.device("cpu"))})
-            text = "\n".join(recapture_lines(results)) + "\n"
-            write_atomically(output / "table.md", partial(Path.write_text, data=text, encoding="utf-8"))
+            write_study(output, results, recapture_lines(results))
     print("\n".join(recapture_lines(results)))
 
 

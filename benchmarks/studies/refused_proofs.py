@@ -6,7 +6,6 @@ a table go to benchmarks/results/refused-proofs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +16,9 @@ from clusterguard.certification import certify
 from clusterguard.detection import Verdicts, is_eligible
 from torch import Tensor
 
-from benchmarks._support import keep_freed_memory, without_refusal, write_atomically, write_json
+from benchmarks._support import keep_freed_memory, without_refusal
 from benchmarks.data import FloatBatches, Images, load_data_set
-from benchmarks.running import RESULTS, provenance
+from benchmarks.running import RESULTS, write_study
 
 REFUSED_PROOFS = RESULTS / "refused-proofs"
 _FOLDERS = Path(__file__).parents[2] / "guards"
@@ -83,13 +82,8 @@ def main(
     for name in _GUARDS:
         guard = ClusterGuard.from_pretrained(_FOLDERS / name)
         counts[name] = [count_with_and_without(guard, data.calibration, *batch, rate) for rate in _RATES]
-    text = "\n".join(refusal_lines(counts)) + "\n"
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(
-        output / "counts.json", {"images": images, "guards": counts, "provenance": provenance(torch.device("cpu"))}
-    )
-    write_atomically(output / "table.md", partial(Path.write_text, data=text, encoding="utf-8"))
-    print(text, end="")
+    write_study(output, {"images": images, "guards": counts}, refusal_lines(counts))
+    print("\n".join(refusal_lines(counts)))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import torch
 import typer
 
-from benchmarks._support import write_atomically, write_json
-from benchmarks.running import RESULTS, provenance
+from benchmarks.running import RESULTS, write_study
 
 SUITE_RUNS = RESULTS / "suite-runs"
 _ROOT = Path(__file__).parents[2]
@@ -162,10 +159,7 @@ def main(
             folder = demo if run.guard == "demo" else _ROOT / "guards" / run.guard
             runs[run.key] = run_suite_once(run, folder, old, budget=budget) | {"budget": budget}
             print(run.key, len(runs[run.key]["broken"]), "broken,", runs[run.key]["seconds"], "s", flush=True)
-            output.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"runs": runs, "provenance": provenance(torch.device("cpu"))})
-            text = "\n".join(run_lines(runs)) + "\n"
-            write_atomically(output / "table.md", partial(Path.write_text, data=text, encoding="utf-8"))
+            write_study(output, {"runs": runs}, run_lines(runs))
     print("\n".join(run_lines(runs)))
 
 

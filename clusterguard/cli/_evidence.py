@@ -87,6 +87,8 @@ def file_evidence(
 
     radii = [_norm_and_radius(text) for text in attack or []]
     asked = _norm_and_radius(certified_at) if certified_at is not None else None
+    if asked is not None and not certify:
+        raise ConfigurationError("expected --certify together with --certified-at, which says where to prove")
     _check_places(output, checkpoint)
     detector, config, pictures = cli_data.open_guard(
         guard,

@@ -83,6 +83,7 @@ def test_an_interrupted_run_elsewhere_goes_on_and_writes_the_same_bytes(written,
     ("options", "message"),
     [
         (("--checkpoint", "out/state"), "a checkpoint outside out"),
+        (("--certified-at", "linf:0.1"), "expected --certify together with --certified-at"),
         (("--output", "full"), "expected an empty folder"),
         (("--data", "nowhere"), "'digits' or a folder of images, got 'nowhere'"),
     ],
