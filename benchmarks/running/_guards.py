@@ -1,7 +1,5 @@
 """Detectors whose weights are among the results, ready to be attacked."""
 
-from fnmatch import fnmatch
-
 import torch
 from clusterguard import Calibrator, DetectorModule
 
@@ -18,7 +16,7 @@ def load_trained(title: str) -> DetectorModule:
         title: beginning of its name, such as "l-ben".
     """
     cells = load_experiment("table2-mnist", "short").cells
-    cell = next(cell for cell in cells if fnmatch(cell.title, f"{title}*") and cell.training.seed == 0)
+    cell = next(cell for cell in cells if cell.title.startswith(title) and cell.training.seed == 0)
     trainings = Trainings(Store(RESULTS, "short"), device=torch.device("cpu"))
     detector, _ = trainings.detector(cell)
     Calibrator().fit(detector, FloatBatches(trainings.dataset("mnist").calibration, JUDGED_AT_ONCE), progress=False)
