@@ -1,4 +1,4 @@
-"""The attacks of the comparison: our suite in both precisions, our PGD, the peers, and attacks that are held back."""
+"""The attacks of the comparison: our suite, our PGD, the peers, and attacks that are held back."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +10,6 @@ from clusterguard import PGD, WorstCaseSuite
 from clusterguard.attacks import (
     Attack,
     PeerAttack,
-    Precision,
     Towards,
     from_adv_lib,
     from_art,
@@ -23,9 +22,9 @@ from clusterguard.attacks import (
 from benchmarks._support import import_adv_lib
 from benchmarks.studies.peers._held_back import EveryPlace, RectanglesAndPGD
 
-SUITE, IN_BFLOAT16, PLAIN = "suite", "suite, bfloat16 search", "PGD, objective of the paper"
+SUITE, PLAIN = "suite", "PGD, objective of the paper"
 THOROUGH, HELD_BACK = "suite, thorough", "held back"
-OUR_ATTACKS = (SUITE, IN_BFLOAT16, PLAIN, THOROUGH)
+OUR_ATTACKS = (SUITE, PLAIN, THOROUGH)
 
 
 class Peer(NamedTuple):
@@ -158,7 +157,6 @@ def build_all(norm: str, eps: float, references: Towards) -> dict[str, Attack]:
     over_patches = known.searched_over == "patches"
     attacks: dict[str, Attack] = {
         SUITE: build_suite(norm, eps, references),
-        IN_BFLOAT16: build_suite(norm, eps, references, precision="bf16"),
         PLAIN: PGD(norm=norm, eps=eps, step_size=step_size, steps=100),
         HELD_BACK: EveryPlace(side=int(eps)) if over_patches else RectanglesAndPGD(norm=norm, eps=eps),
     }
@@ -175,8 +173,7 @@ def build_suite(
     references: Towards,
     *,
     budget: Literal["standard", "thorough"] = "standard",
-    precision: Precision = "float32",
 ) -> WorstCaseSuite:
     """Our suite, which starts from accepted images that are not attacked."""
     known = references.images, references.labels
-    return WorstCaseSuite(norm, eps=eps, budget=budget, precision=precision, references=known)
+    return WorstCaseSuite(norm, eps=eps, budget=budget, references=known)

@@ -6,7 +6,7 @@ from typing import Any
 from clusterguard.attacks import get_norm
 from clusterguard.detection import Rate
 
-from benchmarks.studies.peers._attacks import IN_BFLOAT16, OUR_ATTACKS, PLAIN, SUITE, THOROUGH
+from benchmarks.studies.peers._attacks import OUR_ATTACKS, PLAIN, SUITE, THOROUGH
 
 ByAttack = Mapping[str, Mapping[str, Any]]
 """What each attack did to the images of one case, by the attack's name."""
@@ -19,9 +19,9 @@ def summary_lines(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
         cases: contents of the results files, by the guard's title.
     """
     lines = [
-        "| guard | norm, radius | seed | our PGD | strongest other | suite | suite, bfloat16 search "
-        "| others only | left by the thorough suite |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| guard | norm, radius | seed | our PGD | strongest other | suite | others only "
+        "| left by the thorough suite |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for title, case in cases.items():
         for threat, results in case["results"].items():
@@ -42,7 +42,6 @@ def _summarise(results: ByAttack) -> Iterable[str]:
     else:
         yield "–"
     yield _share(results, SUITE)
-    yield _share(results, IN_BFLOAT16)
     yield str(len(missed))
     yield str(len(missed - set(results[THOROUGH]["broken"]))) if THOROUGH in results else "0" if not missed else "–"
 
