@@ -21,6 +21,7 @@ from benchmarks.running import (
     Trainings,
     choose_cells,
     find_throughput,
+    measure_again,
     measure_throughput,
     print_experience,
     print_plan,
@@ -168,6 +169,21 @@ def publish(
     trainings = Trainings(Store(_folder(out, profile), profile), device=torch.device(device), data=data, progress=True)
     publish_guard(cells[0], trainings, to)
     print(f"saved in {to}")
+
+
+@app.command()
+def remeasure(
+    folder: Annotated[Path, typer.Argument(help="Folder of a guard that `publish` saved.", exists=True)],
+    device: Annotated[str, typer.Option(help="Such as cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    data: DataOption = None,
+) -> None:
+    """Attack a published guard with the suite of today, and write the figures into its folder.
+
+    Example: python -m benchmarks remeasure guards/mnist-certified
+    """
+    keep_freed_memory()
+    measure_again(folder, device=torch.device(device), data=data, progress=True)
+    print(f"saved in {folder}")
 
 
 @app.command()

@@ -18,6 +18,7 @@ def make_certified(
     temperature: float = 1.0,
     regularization: float = 0.0,
     stability_weight: float = 0.0,
+    bound_radius: float | None = None,
     clip_norm: float | None = None,
 ) -> Recipe:
     """A recipe for the guard of the library with the certified trainer of the library.
@@ -31,6 +32,7 @@ def make_certified(
         temperature: temperature of the cross-entropies.
         regularization: weight of the terms that keep intervals tight and balanced while the radius grows.
         stability_weight: weight of the term that keeps ReLUs on one side.
+        bound_radius: radius of the balls that are bounded; None takes that of the attack.
         clip_norm: largest norm of a gradient.
     """
 
@@ -54,6 +56,7 @@ def make_certified(
             temperature=temperature,
             regularization=regularization,
             stability_weight=stability_weight,
+            bound_radius=bound_radius,
             options=replace(schedule.options, clip_norm=clip_norm),
         )
 
@@ -65,7 +68,8 @@ def make_certified(
         build=build,
         trainer=make_trainer,
         attacked=False,
-        passes=3,  # one for the image, and one each for the centre and the radius of its box
+        # One for the image, and one each for the centre and the radius of its box; an attack with eight steps more.
+        passes=3 if bound_radius is None else 11,
         with_options=make_certified,
     )
 

@@ -4,7 +4,7 @@ from benchmarks.running._clock import Clock, OutOfTimeError
 from benchmarks.running._guards import load_trained
 from benchmarks.running._judging import from_hex
 from benchmarks.running._plan import Throughput, find_throughput, measure_throughput, print_experience, print_plan
-from benchmarks.running._publish import publish_guard
+from benchmarks.running._publish import measure_again, publish_guard
 from benchmarks.running._repeat import Repeated, choose_cells, repeat_cell
 from benchmarks.running._runner import run_cell
 from benchmarks.running._schedule import run_cells
@@ -24,6 +24,7 @@ __all__ = [
     "find_throughput",
     "from_hex",
     "load_trained",
+    "measure_again",
     "measure_throughput",
     "print_experience",
     "print_plan",

@@ -1,15 +1,17 @@
 """Publish a trained guard of the benchmarks as a calibrated and evaluated folder with a model card."""
 
+import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, certified_success_rate, evaluate
 from clusterguard.detection import accuracy, false_positive_rate, judge
 from clusterguard.detectors import CardDetails
 from clusterguard.errors import ConfigurationError
 from torch import Generator, nn
 
-from benchmarks.data import FloatBatches
+from benchmarks.data import DataSet, FloatBatches, load_data_set
 from benchmarks.detectors import Features
 from benchmarks.experiments import Cell
 from benchmarks.running._attacking import REFERENCE_IMAGES
@@ -37,22 +39,68 @@ def publish_guard(
     encoder = cast(nn.Sequential, guard.encoder)
     if isinstance(encoder[0], Features):
         encoder[0] = encoder[0].body  # so that the folder loads where benchmarks is not installed
-    data, eps = trainings.dataset(cell.training.dataset), cell.training.attack["eps"]
+    data = trainings.dataset(cell.training.dataset)
     Calibrator().fit(guard, FloatBatches(data.calibration, JUDGED_AT_ONCE), progress=trainings.progress)
+    _measure_and_save(guard, record, data, folder, trainings.device, images, attacked, cell.seed, trainings.progress)
+
+
+def measure_again(
+    folder: Path,
+    *,
+    images: int | None = None,
+    attacked: int = 300,
+    device: torch.device,
+    data: Path | None = None,
+    progress: bool = False,
+) -> None:
+    """Write new figures into the folder of a guard that `publish_guard` saved, as the suite finds them today.
+
+    Args:
+        folder: folder of the guard.
+        images: number of test images for accuracy and certificates, the first ones. None takes all.
+        attacked: number of test images for the suite, the first ones.
+        device: where to attack.
+        data: folder of the data sets; None means CLUSTERGUARD_DATA or data/.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ConfigurationError: the folder does not tell what the guard was trained on and against which attack.
+    """
+    guard = ClusterGuard.from_pretrained(folder).to(device)
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("training") or {}
+    if "definition" not in record:
+        raise ConfigurationError(f"expected a guard that `python -m benchmarks publish` saved, got {folder}")
+    definition = record["definition"]
+    source = load_data_set(definition["dataset"], data)
+    _measure_and_save(guard, record, source, folder, device, images, attacked, definition["seed"], progress)
+
+
+def _measure_and_save(
+    guard: ClusterGuard,
+    record: dict[str, Any],
+    data: DataSet,
+    folder: Path,
+    device: torch.device,
+    images: int | None,
+    attacked: int,
+    seed: int,
+    progress: bool,
+) -> None:
+    eps = record["definition"]["attack"]["eps"]
     references = data.calibration.head(REFERENCE_IMAGES).floats()
     test = data.open_test()
+    few = FloatBatches(test.head(attacked).to(device), attacked)
     report = evaluate(
         guard,
         {f"suite linf {eps:g}": WorstCaseSuite("linf", eps=eps, references=references)},
-        FloatBatches(test.head(attacked).to(trainings.device), attacked),
-        generator=Generator(trainings.device).manual_seed(cell.seed),
+        few,
+        generator=Generator(device).manual_seed(seed),
         sanity_images=0,
         precision="auto",
-        progress=trainings.progress,
+        progress=progress,
     )
-    judged = FloatBatches(test.head(images).to(trainings.device), JUDGED_AT_ONCE)
+    judged = FloatBatches(test.head(images).to(device), JUDGED_AT_ONCE)
     verdicts = judge(guard, judged)
-    few = FloatBatches(test.head(attacked).to(trainings.device), attacked)
     is_provable = certified_success_rate(guard, few, eps=0.75 * eps).value < 1
     figures = {
         "accuracy": accuracy(verdicts),

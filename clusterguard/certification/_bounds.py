@@ -257,8 +257,12 @@ def ball_in_service(guard: ClusterGuard, images: Tensor, radii: Tensor) -> Inter
 
 def prove(guard: ClusterGuard, representations: Interval, bounds: Bounds, labels: Tensor) -> Proofs:
     """What bounds on the guard's distances prove, given its thresholds."""
-    thresholds = guard.thresholds.double()
     leads = (bounds.leads > 0) | one_hot(labels.long(), guard.num_classes).bool()
-    is_secure = (leads | (bounds.nearest > thresholds)).all(dim=1)
-    is_kept = leads.all(dim=1) & (bounds.farthest <= thresholds[labels.long()])
-    return Proofs(representations, bounds, Certificate(is_secure, is_kept))
+    is_kept = leads.all(dim=1) & (bounds.farthest <= guard.thresholds.double()[labels.long()])
+    return Proofs(representations, bounds, Certificate(is_excluded(guard, bounds, labels).all(dim=1), is_kept))
+
+
+def is_excluded(guard: ClusterGuard, bounds: Bounds, labels: Tensor) -> Tensor:
+    """Whether bounds prove that no image of the ball is accepted under each wrong label, (B, K); true of the label."""
+    is_label = one_hot(labels.long(), guard.num_classes).bool()
+    return is_label | (bounds.leads > 0) | (bounds.nearest > guard.thresholds.double())

@@ -21,15 +21,16 @@ from clusterguard.certification._bounds import (
     bound_in_service,
     check_methods,
 )
-from clusterguard.certification._linear_bounds import tighten
 from clusterguard.certification._pixel_balls import bound_in_norm
+from clusterguard.certification._tightening import tighten
 from clusterguard.certification._trial import try_out, try_out_in_norm
 from clusterguard.detection import Loader, Pairs, Rate, Unpack, Verdicts, is_eligible
 from clusterguard.detectors import ClusterGuard
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
 
-ProofMethod = Literal["intervals", "linear"]
+MOST_BRANCHES = 500
+ProofMethod = Literal["intervals", "linear", "branching"]
 
 
 @torch.no_grad()
@@ -41,6 +42,7 @@ def certify(
     eps: float | Tensor,
     norm: str = "linf",
     method: ProofMethod = "intervals",
+    branches: int = MOST_BRANCHES,
 ) -> Certificate:
     """Prove that no perturbation within a radius changes the guard's decision to a wrong one.
 
@@ -73,9 +75,15 @@ def certify(
         norm: name of the norm, a key of `clusterguard.attacks.NORMS`. Norms other than l∞ need a network that is one
             linear layer of the pixels, as `make_template_guard` makes it. Its bounds are exact for each linear
             function in l1, l0 and for patches.
-        method: "intervals", or "linear", which tries images that intervals do not prove secure once more with linear
-            bounds. These are tighter, and take about half a second an image for a small network. They need a network of
-            ReLUs, linear layers, convolutions, batch normalisation, average pooling and sums.
+        method: "intervals", "linear" or "branching", each of which also tries what the one before it does not prove
+            secure. "linear" takes linear bounds. These are tighter, and take about half a second an image for a small
+            network. They need a network of ReLUs, linear layers, convolutions, batch normalisation, average pooling and
+            sums. "branching" also splits the ball of an image into branches in which some ReLUs are known to be on or
+            off (branch and bound). It first attacks the image, and leaves out those that a short APGD breaks. Under a
+            head that does not ask for one direction for each class, it proves what "linear" proves; `GaussianClusters`
+            and `FeatureGaussians` ask for them.
+        branches: how many branches to try for an image at most, from 2 on; for method "branching" only. A hundred take
+            about two seconds for a small network.
 
     Returns:
         Whether each image is proved secure and whether it is proved to be kept, each (B,).
@@ -89,7 +97,8 @@ def certify(
 
     Reference:
         Zhang et al., "Efficient neural network robustness certification with general activation functions" (2018), for
-        linear bounds.
+        linear bounds. Wang et al., "Beta-CROWN: efficient bound propagation with per-neuron split constraints for
+        complete and incomplete neural network robustness verification" (2021), for branches.
 
     Example:
         >>> guard = ClusterGuard(torch.nn.Flatten(), num_classes=2, example=torch.rand(1, 1, 1, 2))
@@ -98,13 +107,13 @@ def certify(
         >>> certify(guard, images, guard.detect(images).labels, eps=0.0).is_secure.all()
         tensor(True)
     """
-    _check(guard, images, labels, method)
+    _check(guard, images, labels, method, branches)
     ball = _find_norm(norm, method)
     radii = _check_radii(ball, eps, images).to(images.device).expand(len(images))
     if not len(images):
         return Certificate(labels.bool(), labels.bool())
     with as_in_service(guard) as guard:
-        proofs = _prove(guard, images, labels, ball, radii, method)
+        proofs = _prove(guard, images, labels, ball, radii, method, branches)
         _try_out(guard, images, labels, ball, radii, proofs)
     return proofs.certificate
 
@@ -119,6 +128,7 @@ def certified_radius(
     largest: float | None = None,
     tolerance: float = 1e-3,
     method: ProofMethod = "intervals",
+    branches: int = MOST_BRANCHES,
 ) -> Tensor:
     """The largest radius at which each image is proved secure, by bisection.
 
@@ -131,6 +141,7 @@ def certified_radius(
             the largest change that an image can have, 1 in l∞ and the number of pixels in l0.
         tolerance: largest error of the radius, positive. Where radii are whole numbers, they are exact.
         method: method as in `certify`.
+        branches: number as in `certify`.
 
     Returns:
         (B,) radii at which `certify` proves the image secure; 0 where it proves it at none of the tried radii.
@@ -145,7 +156,7 @@ def certified_radius(
         >>> certified_radius(guard, torch.rand(4, 1, 1, 2), torch.tensor([0, 1, 0, 1])).shape
         torch.Size([4])
     """
-    _check(guard, images, labels, method)
+    _check(guard, images, labels, method, branches)
     ball = _find_norm(norm, method)
     most = ball.largest(images.shape[1:])
     largest = most if largest is None else largest
@@ -162,11 +173,11 @@ def certified_radius(
     proved, open_end, tried = torch.zeros_like(radii), radii, radii
     with as_in_service(guard) as guard:
         for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(ball.grain or tolerance)))):
-            secure = _prove(guard, images, labels, ball, tried, method).certificate.is_secure
+            secure = _prove(guard, images, labels, ball, tried, method, branches).certificate.is_secure
             proved, open_end = torch.where(secure, tried, proved), torch.where(secure, open_end, tried)
             tried = (proved + open_end) / 2
             tried = tried // ball.grain * ball.grain if ball.grain else tried
-        proofs = _prove(guard, images, labels, ball, proved, method)
+        proofs = _prove(guard, images, labels, ball, proved, method, branches)
         _try_out(guard, images, labels, ball, proved, proofs)
     return proved
 
@@ -179,6 +190,7 @@ def certified_success_rate(
     eps: float,
     norm: str = "linf",
     method: ProofMethod = "intervals",
+    branches: int = MOST_BRANCHES,
     unpack: Unpack | None = None,
 ) -> Rate:
     """An upper bound on the success rate of every attack within a radius, known or not.
@@ -188,7 +200,8 @@ def certified_success_rate(
         loader: batches of images (B, C, H, W) in [0, 1] and their true labels (B,).
         eps: radius in `norm`.
         norm: name of the norm, as in `certify`.
-        method: method as in `certify`. Only images that are accepted before an attack are tried with linear bounds.
+        method: method as in `certify`. Only images that are accepted before an attack are tried.
+        branches: number as in `certify`.
         unpack: function that takes images and labels from batches of another form.
 
     Returns:
@@ -212,7 +225,9 @@ def certified_success_rate(
         images, labels = images.to(guard.thresholds.device), labels.to(guard.thresholds.device)
         eligible = is_eligible(Verdicts(guard.detect(images), labels))
         counted += int(eligible.sum())
-        secure = certify(guard, images[eligible], labels[eligible], eps=eps, norm=norm, method=method).is_secure
+        secure = certify(
+            guard, images[eligible], labels[eligible], eps=eps, norm=norm, method=method, branches=branches
+        ).is_secure
         broken += int((~secure).sum())
         is_empty = False
     if is_empty:
@@ -221,12 +236,20 @@ def certified_success_rate(
 
 
 def _prove(
-    guard: ClusterGuard, images: Tensor, labels: Tensor, norm: Norm, radii: Tensor, method: ProofMethod
+    guard: ClusterGuard,
+    images: Tensor,
+    labels: Tensor,
+    norm: Norm,
+    radii: Tensor,
+    method: ProofMethod,
+    branches: int,
 ) -> Proofs:
     if not isinstance(norm, LInf):
         return bound_in_norm(guard, images, labels, norm, radii)
     proofs = bound_in_service(guard, images, labels, radii)
-    return proofs if method == "intervals" else tighten(guard, images, labels, radii, proofs)
+    if method == "intervals":
+        return proofs
+    return tighten(guard, images, labels, radii, proofs, branches if method == "branching" else 0)
 
 
 def _try_out(guard: ClusterGuard, images: Tensor, labels: Tensor, norm: Norm, radii: Tensor, proofs: Proofs) -> None:
@@ -269,9 +292,12 @@ def _check_radii(norm: Norm, eps: float | Tensor, images: Tensor) -> Tensor:
     return radii
 
 
-def _check(guard: ClusterGuard, images: Tensor, labels: Tensor, method: ProofMethod) -> None:
+def _check(guard: ClusterGuard, images: Tensor, labels: Tensor, method: ProofMethod, branches: int) -> None:
     if method not in get_args(ProofMethod):
-        raise ConfigurationError(f"expected method 'intervals' or 'linear', got {method!r}")
+        raise ConfigurationError(f"expected method 'intervals', 'linear' or 'branching', got {method!r}")
+    check_numbers(whole=True, branches=branches)
+    if branches < 2:
+        raise ConfigurationError(f"expected at least 2 branches, because a ball splits into two, got {branches}")
     check_methods(guard)
     if isinstance(guard._encode, CompiledCall):
         raise ConfigurationError(

@@ -1,24 +1,16 @@
 """Linear bounds, which follow a direction backwards through a network of ReLUs: tighter than intervals."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from clusterguard.certification._bounds import (
-    Proofs,
-    ball_in_service,
-    bound_representations,
-    normalize_box,
-    prove,
-    run_encoder,
-)
+from clusterguard.certification._bounds import errors_of_network, normalize_box, run_encoder
 from clusterguard.certification._boxes import Box
 from clusterguard.certification._interval_activations import followed_activations
 from clusterguard.certification._intervals import Interval, differentiated_steps
 from clusterguard.certification._steps import Dependent, Step, recorded_steps
-from clusterguard.detection import Arithmetic
-from clusterguard.detectors import Bounds, ClusterGuard
+from clusterguard.detectors import ClusterGuard
 from clusterguard.errors import ConfigurationError
 from torch import Tensor
 
@@ -29,8 +21,7 @@ _LINEAR = {
     *("flatten", "unflatten", "reshape", "view", "squeeze", "unsqueeze", "contiguous", "permute", "transpose"),
     *("clone", "to", "float", "double"),
 }
-_ITERATIONS = 60
-_LEARNING_RATE = 0.2
+_ITERATIONS, _LEARNING_RATE = 60, 0.2
 _DECAY = 0.95
 _FIRST_SLOPE = 0.2
 _ROWS = 256  # pairs of an image and a direction that run at once
@@ -39,82 +30,92 @@ _ROWS = 256  # pairs of an image and a direction that run at once
 class _Line(torch.autograd.Function):
     """A ReLU whose gradient is that of a line: below the ReLU where the incoming gradient is positive, above elsewhere.
 
-    So the gradient of a network's output is that of an affine function below the output, everywhere in the box. The
-    gradient of `offset` (B,) is by how much the lines lie below the ReLUs at the inputs. The gradient of `rounding`
+    So the gradient of a network's output is that of an affine function below the output, everywhere in the box. `push`
+    times the input is subtracted from the output of the network; it is at least 0 wherever the branch allows an input.
+    The gradient of `offset` (B,) is by how much the lines lie below the ReLUs at the inputs. The gradient of `rounding`
     (B,) is the sum of the inputs' rounding errors, weighted by absolute gradients.
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, offset: Tensor, rounding: Tensor, slope: Tensor, box: Box) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, offset: Tensor, rounding: Tensor, slope: Tensor, push: Tensor, box: Box
+    ) -> Tensor:
         outputs = inputs.clamp_min(0)
-        ctx.save_for_backward(inputs, outputs, slope)
+        ctx.save_for_backward(inputs, outputs, slope, push)
         ctx.box = box
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (inputs, outputs, slope), box = ctx.saved_tensors, ctx.box
+        (inputs, outputs, slope, push), box = ctx.saved_tensors, ctx.box
         is_on, is_unstable = (box.lower >= 0).to(inputs), _is_unstable(box)
         width = torch.where(is_unstable, box.upper - box.lower, 1.0)
         below = torch.where(is_unstable, slope, is_on)
         above = torch.where(is_unstable, box.upper / width, is_on)
         start = torch.where(is_unstable, box.lower, 0.0)
         rising, falling = gradients[0].clamp_min(0), gradients[0].clamp_max(0)
-        change = rising * (below * inputs - outputs) + falling * (above * (inputs - start) - outputs)
-        result = rising * below + falling * above
-        return result, _row_sum(change), _row_sum(result.abs() * box.error), None, None
+        change = rising * (below * inputs - outputs) + falling * (above * (inputs - start) - outputs) - push * inputs
+        line = rising * below + falling * above
+        result = line - push
+        # Where the line and the push cancel, the difference itself is rounded, in float64.
+        cancelled = 2 * torch.finfo(inputs.dtype).eps / box.arithmetic.unit * (line.abs() + push.abs())
+        return result, _row_sum(change), _row_sum((result.abs() + cancelled) * box.error), None, None, None
 
 
-def tighten(guard: ClusterGuard, images: Tensor, labels: Tensor, radii: Tensor, proofs: Proofs) -> Proofs:
-    """The proofs of intervals, with linear bounds for those images that intervals do not prove secure.
+@dataclass(frozen=True)
+class Branches:
+    """Parts of balls in which some inputs of ReLUs have a known sign, and what the best bound of each part came from.
 
-    Raises:
-        ConfigurationError: the network has a step without linear bounds.
+    Together, all branches of an image hold every number that the guard computes for an image of the ball.
+
+    Args:
+        rows: (R,) image that each branch belongs to.
+        bounds: (R,) largest bound so far.
+        signs: for each layer of ReLUs, (R, …): 1 where inputs are at least 0, -1 where they are at most 0, 0 elsewhere.
+        slopes: for each layer, slopes of the lines below the ReLUs.
+        pushes: for each layer, multipliers of the known signs, at least 0.
+        choices: (R,) the ReLU, counted through all layers, whose line above gave away the most; -1 if none gave
+            anything away.
     """
-    rows = (~proofs.certificate.is_secure).nonzero().squeeze(1)
-    if not len(rows):
-        return proofs
-    with torch.inference_mode(False):  # tensors made in inference mode have no gradients
-        box = _TightBox(guard, ball_in_service(guard, images[rows], radii.expand(len(images))[rows]))
-        tight = guard.head.bound_distances(box, labels[rows])
-    bounds = Bounds(*(whole.index_put((rows,), part) for whole, part in zip(proofs.bounds, tight, strict=True)))
-    return prove(guard, proofs.representations, bounds, labels)
 
+    rows: Tensor
+    bounds: Tensor
+    signs: Sequence[Tensor]
+    slopes: Sequence[Tensor]
+    pushes: Sequence[Tensor]
+    choices: Tensor
 
-class _TightBox:
-    """The box of intervals, and the larger of both bounds along a direction; see `RepresentationBox`."""
+    def __getitem__(self, rows: Tensor) -> "Branches":
+        def take(layers: Sequence[Tensor]) -> list[Tensor]:
+            return [layer[rows] for layer in layers]
 
-    def __init__(self, guard: ClusterGuard, ball: Interval) -> None:
-        self._intervals, self._lines = bound_representations(guard, ball), LinearBounds(guard, ball)
+        signs, slopes, pushes = take(self.signs), take(self.slopes), take(self.pushes)
+        return Branches(self.rows[rows], self.bounds[rows], signs, slopes, pushes, self.choices[rows])
 
-    @property
-    def lower(self) -> Tensor:
-        return self._intervals.lower
+    @staticmethod
+    def join(parts: Sequence["Branches"]) -> "Branches":
+        """All branches of several collections."""
 
-    @property
-    def upper(self) -> Tensor:
-        return self._intervals.upper
+        def layers(name: str) -> list[Tensor]:
+            return [torch.cat(layer) for layer in zip(*(getattr(part, name) for part in parts), strict=True)]
 
-    @property
-    def error(self) -> Tensor | None:
-        return self._intervals.error
+        rows, bounds, choices = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "bounds", "choices")
+        )
+        return Branches(rows, bounds, layers("signs"), layers("slopes"), layers("pushes"), choices)
 
-    @property
-    def arithmetic(self) -> Arithmetic | None:
-        return self._intervals.arithmetic
-
-    def lowest(self, directions: Tensor) -> Tensor:
-        """The smallest ⟨direction, z⟩ over representations z that the guard computes: (B, S, m) -> (B, S)."""
-        by_intervals = self._intervals.lowest(directions) - self._intervals.slack(directions)
-        return torch.maximum(by_intervals, self._lines.lowest(directions))
-
-    def lowest_above(self, places: Tensor) -> Tensor:
-        """The smallest z_i − z_p over representations z that the guard computes: places p (B,) -> (B, m)."""
-        return self._intervals.lowest_above(places)
-
-    def slack(self, directions: Tensor) -> Tensor:
-        """Zeros (B, S), because `lowest` holds for what the guard computes."""
-        return torch.zeros_like(directions[..., 0])
+    def split(self) -> "Branches":
+        """Two branches in place of each, in which the chosen ReLU is on and off."""
+        both = self[torch.arange(len(self.rows), device=self.rows.device).repeat(2)]
+        on = torch.arange(len(both.rows), device=self.rows.device) < len(self.rows)
+        first = 0
+        for signs in both.signs:
+            flat = signs.flatten(1)
+            is_chosen = torch.arange(flat.shape[1], device=flat.device) == (both.choices - first)[:, None]
+            sign = torch.where(on, 1.0, -1.0).to(flat)[:, None]
+            signs.copy_(torch.where(is_chosen, sign, flat).view_as(signs))
+            first += flat.shape[1]
+        return both
 
 
 class LinearBounds:
@@ -140,71 +141,158 @@ class LinearBounds:
         self.guard = guard
         box = normalize_box(guard, ball)
         self._ball = _absorb(Box(box.lower, box.upper, error=box.error, arithmetic=box.arithmetic))
-        self._boxes: list[Box] = []
-
-        def follow(box: Box) -> Box:
-            wide = _absorb(box)
-            self._boxes.append(replace(wide, error=box.error))
-            return replace(wide, lower=wide.lower.clamp_min(0), upper=wide.upper.clamp_min(0))
-
-        start = Interval(self._ball.lower, self._ball.upper, error=self._ball.error, arithmetic=self._ball.arithmetic)
-        with recorded_steps() as self._steps, followed_activations(follow):
-            output = run_encoder(guard, start)
+        self._steps, self._boxes, output = _run(guard, self._ball)
         self._output_error = torch.zeros_like(output.lower) if output.error is None else output.error
         _check_linear(self._steps)
+        _check_batch_axis(guard, self._ball, self._boxes)
 
     def lowest(self, directions: Tensor) -> Tensor:
         """A lower bound of ⟨direction, z⟩ over computed representations z: directions (B, S, m) -> (B, S)."""
         rows = torch.arange(len(directions), device=directions.device).repeat_interleave(directions.shape[1])
         parts = zip(rows.split(_ROWS), directions.flatten(0, 1).split(_ROWS), strict=True)
-        return torch.cat([self._search(*part) for part in parts]).view(directions.shape[:2])
+        bounds = [self.improve(self.whole(part), along).bounds for part, along in parts]
+        return torch.cat(bounds).view(directions.shape[:2])
 
-    def _search(self, rows: Tensor, directions: Tensor) -> Tensor:
-        """The best bounds (R,) along directions (R, m) that gradient steps on the slopes of lines find.
+    def whole(self, rows: Tensor) -> Branches:
+        """For each image at a position in `rows` (R,), the one branch that is its whole ball."""
+        signs, slopes, pushes = (
+            [torch.full_like(box.lower[rows], value) for box in self._boxes] for value in (0.0, _FIRST_SLOPE, 0.0)
+        )
+        bounds = self._ball.lower.new_full(rows.shape, -torch.inf)
+        return Branches(rows, bounds, signs, slopes, pushes, torch.full_like(rows, -1))
 
-        Each direction goes with the ball of the image at its position in `rows` (R,).
-        """
-        boxes, ball = [_take(box, rows) for box in self._boxes], _take(self._ball, rows)
-        output_error = (directions.abs() * self._output_error[rows]).sum(dim=1)
-        best = directions.new_full(rows.shape, -torch.inf)
+    def improve(
+        self, branches: Branches, directions: Tensor, *, iterations: int = _ITERATIONS, rate: float = _LEARNING_RATE
+    ) -> Branches:
+        """The same branches, with better bounds along directions (R, m) that gradient steps find."""
+        boxes, ball = self._parts(branches)
+        best = branches.bounds
         with torch.enable_grad():
-            slopes = [torch.full_like(box.lower, _FIRST_SLOPE).requires_grad_() for box in boxes]
-            optimizer = torch.optim.Adam(slopes, lr=_LEARNING_RATE)
-            for _ in range(_ITERATIONS):
-                bounds = self._bound(directions, ball, boxes, slopes) - output_error
+            slopes, pushes = (
+                [part.clone().requires_grad_() for part in parts] for parts in (branches.slopes, branches.pushes)
+            )
+            learned = [*slopes, *(push for push, signs in zip(pushes, branches.signs, strict=True) if signs.any())]
+            optimizer = torch.optim.Adam(learned, lr=rate) if learned else None
+            for iteration in range(iterations):
+                now = replace(branches, slopes=slopes, pushes=pushes)
+                bounds, incoming, _ = self._bound(directions, ball, boxes, now)
                 best = torch.where(bounds > best, bounds.detach(), best)
+                if optimizer is None or iteration == iterations - 1:
+                    break
                 optimizer.zero_grad()
-                torch.autograd.backward(-bounds.nan_to_num(0.0, 0.0, 0.0).sum(), inputs=slopes)
+                with errors_of_network():
+                    torch.autograd.backward(-bounds.nan_to_num(0.0, 0.0, 0.0).sum(), inputs=learned)
                 optimizer.step()
                 for group in optimizer.param_groups:
                     group["lr"] *= _DECAY
-                for slope in slopes:
+                for slope, push in zip(slopes, pushes, strict=True):
                     slope.data.clamp_(0, 1)
-        return best
+                    push.data.clamp_(min=0)
+        slopes, pushes = ([part.detach() for part in parts] for parts in (slopes, pushes))
+        choices = _choose(boxes, incoming) if boxes else branches.choices
+        return replace(branches, bounds=best, slopes=slopes, pushes=pushes, choices=choices)
 
-    def _bound(self, directions: Tensor, ball: Box, boxes: Sequence[Box], slopes: Sequence[Tensor]) -> Tensor:
-        """Bounds (R,) by lines with these slopes below the ReLUs; differentiable in the slopes."""
+    def corners(self, branches: Branches, directions: Tensor) -> Tensor:
+        """The corner of each ball at which the affine function below ⟨direction, z⟩ is smallest, as signs (R, …)."""
+        boxes, ball = self._parts(branches)
+        with torch.enable_grad():
+            return -self._bound(directions, ball, boxes, branches)[2].sign()
+
+    def _parts(self, branches: Branches) -> tuple[list[Box], Box]:
+        """The boxes before the ReLUs in each branch, and the balls of the branches."""
+        pairs = zip(self._boxes, branches.signs, strict=True)
+        return [_cut(_take(box, branches.rows), signs) for box, signs in pairs], _take(self._ball, branches.rows)
+
+    def _bound(
+        self, directions: Tensor, ball: Box, boxes: Sequence[Box], branches: Branches
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Bounds (R,) by the lines of branches, differentiable in their slopes and pushes.
+
+        Returns:
+            The bounds, the gradients that come into each layer of ReLUs, and that of the images.
+        """
         point = ball.center.requires_grad_()
         offset, rounding = (torch.zeros_like(directions[:, 0]).requires_grad_() for _ in range(2))
-        left = [*zip(slopes, boxes, strict=True)]
+        pushes = [signs * push for signs, push in zip(branches.signs, branches.pushes, strict=True)]
+        left, after = [*zip(branches.slopes, pushes, boxes, strict=True)], []
 
         def follow(here: Box) -> Box:
-            outputs: Tensor = _Line.apply(here.lower, offset, rounding, *left.pop(0))  # type: ignore[no-untyped-call]
+            line = left.pop(0)
+            if here.lower.shape != line[0].shape:
+                raise _other_axis()
+            outputs: Tensor = _Line.apply(here.lower, offset, rounding, *line)  # type: ignore[no-untyped-call]
+            after.append(outputs)
             return Box(outputs, outputs, arithmetic=here.arithmetic)
 
         with recorded_steps() as steps, differentiated_steps(), followed_activations(follow):
             output = run_encoder(self.guard, Interval(point, point, arithmetic=ball.arithmetic))
         _check_same(self._steps, steps)
         values = (directions * output.lower).sum(dim=1)
-        slope, below, errors = torch.autograd.grad(
-            values.sum(), (point, offset, rounding), create_graph=True, materialize_grads=True
-        )
+        with errors_of_network():
+            slope, change, errors, *incoming = torch.autograd.grad(
+                values.sum(), (point, offset, rounding, *after), create_graph=True, materialize_grads=True
+            )
+        errors = errors + (directions.abs() * self._output_error[branches.rows]).sum(dim=1)
         # All this is computed in float64. Each coefficient is a sum of at most as many products as a layer has numbers.
         # The network's own errors count at least one rounding of each product, in its coarser arithmetic.
         terms = 8 * max(part[0].numel() for part in (ball.lower, directions, *(box.lower for box in boxes)))
         share = terms * torch.finfo(torch.float64).eps / ball.arithmetic.unit  # type: ignore[union-attr]
-        bounds = values + below - _row_sum(slope.abs() * ball.radius) - (1 + share) * errors
-        return bounds.nan_to_num(nan=-torch.inf)
+        bounds = values + change - _row_sum(slope.abs() * ball.radius) - (1 + share) * errors
+        return bounds.nan_to_num(nan=-torch.inf), [part.detach() for part in incoming], slope.detach()
+
+
+def _run(guard: ClusterGuard, ball: Box) -> tuple[list[Step], list[Box], Interval]:
+    """The steps of a network, the boxes before its ReLUs, and its output, for balls of normalised images."""
+    boxes: list[Box] = []
+
+    def follow(box: Box) -> Box:
+        wide = _absorb(box)
+        boxes.append(replace(wide, error=box.error))
+        return replace(wide, lower=wide.lower.clamp_min(0), upper=wide.upper.clamp_min(0))
+
+    start = Interval(ball.lower, ball.upper, error=ball.error, arithmetic=ball.arithmetic)
+    with recorded_steps() as steps, followed_activations(follow):
+        output = run_encoder(guard, start)
+    return steps, boxes, output
+
+
+def _check_batch_axis(guard: ClusterGuard, ball: Box, boxes: Sequence[Box]) -> None:
+    """Refuse a network in which a ReLU gets numbers whose first axis is not that of the images.
+
+    The axis must grow with the number of images, and no other may.
+    """
+    count = len(ball.lower)
+    _, longer, _ = _run(guard, _take(ball, torch.arange(count + 1, device=ball.device) % count))
+    for box, other in zip(boxes, longer, strict=True):
+        if len(box.lower) != count or other.lower.shape != (count + 1, *box.lower.shape[1:]):
+            raise _other_axis()
+
+
+def _other_axis() -> ConfigurationError:
+    return ConfigurationError(
+        "no linear bounds are known for this network: a ReLU gets numbers whose first axis is not that of the images. "
+        "Take method='intervals'"
+    )
+
+
+def _cut(box: Box, signs: Tensor) -> Box:
+    """The part of a box that has these signs."""
+    lower = torch.where(signs > 0, box.lower.clamp_min(0), box.lower)
+    return replace(box, lower=lower, upper=torch.where(signs < 0, box.upper.clamp_max(0), box.upper))
+
+
+def _choose(boxes: Sequence[Box], incoming: Sequence[Tensor]) -> Tensor:
+    """The ReLU of each branch (R,) whose line above gives away the most, as `Branches.choices` counts them.
+
+    Lines below are left out, because gradient steps choose their slopes.
+    """
+    given = []
+    for box, gradient in zip(boxes, incoming, strict=True):
+        width = (box.upper - box.lower).clamp_min(torch.finfo(box.lower.dtype).tiny)
+        lost = gradient.clamp_max(0) * box.lower * box.upper / width
+        given.append(torch.where(_is_unstable(box), lost, 0.0).flatten(1))
+    most, places = torch.cat(given, dim=1).max(dim=1)
+    return torch.where(most > 0, places, -1)
 
 
 def _check_linear(steps: Sequence[Step]) -> None:

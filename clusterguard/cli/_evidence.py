@@ -55,7 +55,8 @@ def file_evidence(
         typer.Option(help="Norm and radius of the proof, such as l0:5; else the first attack's, an linf one if any."),
     ] = None,
     proof: Annotated[
-        Literal["intervals", "linear"], typer.Option(help="Bounds of the proof; linear ones are tighter and slower.")
+        Literal["intervals", "linear", "branching"],
+        typer.Option(help="Method of the proof; each is tighter and slower than the one before."),
     ] = "intervals",
     purpose: Annotated[
         str | None, typer.Option(help="What the guard is used for and by whom, in your words, for the first section.")
@@ -170,7 +171,7 @@ def _attack(
     seed: int,
     checkpoint: Path | None,
     proved_at: tuple[str, float] | None,
-    proof: Literal["intervals", "linear"],
+    proof: Literal["intervals", "linear", "branching"],
 ) -> "Evaluation":
     """Prove a bound if it is asked for, which fails early where there is none, and then attack."""
     from dataclasses import replace

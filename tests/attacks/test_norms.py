@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from clusterguard.attacks import Norm, get_norm
+from clusterguard.attacks._norm_base import mask_largest
 from clusterguard.attacks._norms import dense_l1_direction
 from clusterguard.errors import ConfigurationError, InputError
 from hypothesis import given
@@ -247,3 +248,17 @@ def test_a_high_price_leaves_nothing_and_no_price_leaves_everything(name):
     assert not norm.shrink(perturbations, 1e3).any()
     torch.testing.assert_close(norm.shrink(perturbations, 0.0), perturbations)
     assert not norm.shrink(torch.zeros(2, 1, 3, 3), torch.tensor([0.0, 1.0])).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@given(levels=st.integers(1, 5), columns=st.integers(1, 9), seed=st.integers(0, 10**6))
+def test_the_largest_scores_are_masked_and_the_first_ones_on_ties(dtype, levels, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-levels, levels + 1, (6, columns), generator=generator).to(dtype)
+    scores[0] = torch.inf
+    count = torch.tensor([[0.0], [1.0], [2.7], [columns], [columns + 3.0], [torch.inf]]).to(dtype)
+    order = scores.double().sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(1, columns + 1)
+    expected = torch.zeros(6, columns, dtype=torch.bool).scatter(1, order, places <= count.double())
+    assert mask_largest(scores, count).equal(expected)
+    assert mask_largest(scores[:0], count[:0]).shape == (0, columns)

@@ -13,7 +13,7 @@ from clusterguard.errors import ConfigurationError
 from clusterguard.samples import load_digits
 
 from benchmarks.experiments import load_experiment
-from benchmarks.running import RESULTS, Store, Trainings, publish_guard
+from benchmarks.running import RESULTS, Store, Trainings, measure_again, publish_guard
 
 FOLDERS = sorted((RESULTS.parents[1] / "guards").glob("*/"))
 
@@ -91,6 +91,22 @@ def test_publishing_saves_a_calibrated_guard_with_its_figures(trainings, tmp_pat
     assert ("any attack of linf 0.4 breaks at most" in card) == (bound.value < 1)
     assert "suite linf 0.4" in card
     assert "\nlicense: mit\n" in card
+
+
+def test_measuring_again_changes_figures_only(trainings, tmp_path):
+    cell = load_experiment("certified-mnist", "quick").cells[0]
+    cell = replace(cell, training=replace(cell.training, epochs=3, warmup_epochs=3))
+    publish_guard(cell, trainings, tmp_path / "guard", images=50, attacked=5)
+    first = json.loads((tmp_path / "guard" / "config.json").read_text())
+    measure_again(tmp_path / "guard", images=40, attacked=4, device=torch.device("cpu"))
+    second = json.loads((tmp_path / "guard" / "config.json").read_text())
+    for key in ("backbone", "guard", "calibration", "weights_sha256"):
+        assert first[key] == second[key]
+    assert first["training"]["definition"] == second["training"]["definition"]
+    assert (first["evaluation"]["images"], second["evaluation"]["images"]) == (5, 4)
+    ClusterGuard.from_pretrained(tmp_path / "guard").save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigurationError, match="publish"):
+        measure_again(tmp_path / "other", device=torch.device("cpu"))
 
 
 def test_cards_that_ship_say_how_to_load_their_guards(shipped_folder):

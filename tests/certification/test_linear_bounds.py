@@ -1,12 +1,15 @@
 """Linear bounds hold for all that a guard computes, and prove what intervals prove and more."""
 
+import itertools
+
 import pytest
 import torch
 from certifiable import guard_of
-from clusterguard import ClusterGuard, certified_success_rate, certify
-from clusterguard.certification import certified_radius
+from clusterguard import PGD, ClusterGuard, certified_success_rate, certify
+from clusterguard.certification import Interval, certified_radius
 from clusterguard.certification._bounds import as_in_service, ball_in_service, bound_representations
-from clusterguard.certification._linear_bounds import LinearBounds
+from clusterguard.certification._linear_bounds import Branches, LinearBounds
+from clusterguard.detectors import FeatureGaussians, GaussianClusters
 from clusterguard.errors import ConfigurationError
 from torch import nn
 
@@ -74,22 +77,172 @@ def test_a_difference_that_cancels_is_exact_where_intervals_are_wide(dtype):
         assert -1e-5 < LinearBounds(guard, ball).lowest(directions) <= 0
 
 
-def test_linear_bounds_prove_all_that_intervals_prove_and_more_of_a_guard():
-    guard = make_guard("dense")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(3))
+def test_branches_meet_the_lowest_value_and_no_image_lies_below(seed, dtype):
+    torch.manual_seed(seed)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU())
+    guard = ClusterGuard(body, 3, example=torch.rand(1, 1, 1, 3), center_scale=1.0).to(dtype).eval()
+    images, radii = torch.rand(2, 1, 1, 3).to(dtype), torch.tensor([0.2, 0.5]).double()
+    directions = torch.randn(2, 3).double()
+    steps = torch.linspace(-1, 1, 41).double()
+    grid = torch.cartesian_prod(steps, steps, steps).view(-1, 1, 1, 1, 3)
+    points = (images + radii.view(-1, 1, 1, 1) * grid).clamp(0, 1)
+    with torch.no_grad(), as_in_service(guard):
+        values = guard.represent(points.flatten(0, 1).to(dtype)).double().unflatten(0, (-1, 2))
+        lines = LinearBounds(guard, ball_in_service(guard, images, radii))
+        branches = lines.improve(lines.whole(torch.arange(2)), directions)
+        at_first = branches.bounds
+        for _ in range(11):  # ReLUs
+            can_split = branches.choices >= 0
+            if not can_split.any():
+                break
+            parts = branches[can_split].split()
+            parts = lines.improve(parts, directions[parts.rows], iterations=40, rate=0.05)
+            branches = Branches.join([branches[~can_split], parts])
+    reached = torch.einsum("pbm,bm->pb", values, directions).amin(dim=0)
+    lowest = torch.stack([branches.bounds[branches.rows == row].amin() for row in range(2)])
+    assert (lowest <= reached).all()
+    torch.testing.assert_close(lowest, reached, rtol=0, atol=0.02)
+    assert (lowest >= at_first).all()
+
+
+@pytest.mark.parametrize(("head", "eps"), [("clusters", 0.03), ("features", 0.2)])
+def test_each_method_proves_all_that_the_one_before_proves_and_more(head, eps):
+    methods = ("intervals", "linear", "branching")
+    guard = make_guard("dense", seed=2)
+    if head == "features":
+        guard.head = FeatureGaussians(3, guard.head.representation_dim)
+        guard.head.centers = torch.randn(3, guard.head.representation_dim)
     guard.thresholds = torch.full((3,), 100.0)
-    images = torch.rand(60, 1, 4, 4)
-    labels = guard.represent(images).argmax(dim=1)
-    proofs = [certify(guard, images, labels, eps=0.05, method=method) for method in ("intervals", "linear")]
-    assert (proofs[1].is_secure >= proofs[0].is_secure).all()
-    assert proofs[1].is_secure.sum() > proofs[0].is_secure.sum()
+    images = torch.rand(12, 1, 4, 4)
+    labels = guard.detect(images).labels
+    options = {"eps": eps, "branches": 60}
+    proved = [certify(guard, images, labels, method=method, **options).is_secure for method in methods]
+    attacked = PGD(norm="linf", eps=eps, step_size=eps / 6, steps=40)(guard, images, labels)
+    assert not proved[2][guard.detect(attacked).labels != labels].any()
+    for weak, strong in itertools.pairwise(proved):
+        assert (strong >= weak).all()
+        assert strong.sum() > weak.sum()
+    few = certify(guard, images, labels, eps=eps, method="branching", branches=2).is_secure
+    assert few.sum() < proved[2].sum()
+    rate = certified_success_rate(guard, [(images[:4], labels[:4])], method="branching", **options)
+    assert rate.count == 4 - proved[2][:4].sum()
+    one = images[:1], labels[:1]
     radii = [
-        certified_radius(guard, images[:3], labels[:3], tolerance=0.1, method=method)
-        for method in ("intervals", "linear")
+        certified_radius(guard, *one, largest=eps, tolerance=eps / 4, method=method, branches=60) for method in methods
     ]
-    assert (radii[1] >= radii[0]).all()
-    rates = [certified_success_rate(guard, [(images, labels)], eps=0.05, method=m) for m in ("intervals", "linear")]
-    assert rates[1].count <= rates[0].count
-    assert rates[0].total == rates[1].total
+    assert radii[2] >= radii[1] >= radii[0]
+
+
+def test_branching_takes_a_radius_of_0_and_images_that_are_not_accepted():
+    guard = make_guard("dense")
+    images, labels = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
+    detection = guard.detect(images)
+    is_harmless = detection.is_adversarial | (detection.labels == labels)
+    assert certify(guard, images, labels, eps=0, method="branching").is_secure.equal(is_harmless)
+    radii = torch.tensor([0, 0.01, 0.02, 0.03, 0.04, 1]).double()
+    proved = [
+        certify(guard, images, labels, eps=radii, method=method, branches=30).is_secure
+        for method in ("linear", "branching")
+    ]
+    assert (proved[1] >= proved[0]).all()
+
+
+class TwoDirections(GaussianClusters):
+    def bound_distances(self, box, labels):
+        bounds = super().bound_distances(box, labels)
+        box.lowest(torch.zeros(len(labels), 2, self.representation_dim).double())
+        return bounds
+
+
+class NoDirections(GaussianClusters):
+    def bound_distances(self, box, labels):
+        return super().bound_distances(bound_only(box), labels)
+
+
+def bound_only(box):
+    return Interval(box.lower, box.upper, error=box.error, arithmetic=box.arithmetic)
+
+
+@pytest.mark.parametrize("head", [TwoDirections, NoDirections])
+def test_branching_proves_what_linear_bounds_prove_if_directions_are_not_those_of_classes(head):
+    guard = make_guard("dense")
+    guard.head = head(3, guard.head.representation_dim, center_scale=1.0)
+    guard.thresholds = torch.full((3,), 100.0)
+    images = torch.rand(8, 1, 4, 4)
+    labels = guard.detect(images).labels
+    linear, branching = (
+        certify(guard, images, labels, eps=0.02, method=method).is_secure for method in ("linear", "branching")
+    )
+    assert linear.equal(branching)
+
+
+class Transposed(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.layer, self.order = nn.Linear(16, 12), order
+
+    def forward(self, images):
+        values = self.layer(images.flatten(1)).unflatten(1, (-1, 4))
+        return torch.relu(values.permute(*self.order)).permute(*(self.order.index(axis) for axis in range(3)))
+
+
+class Ensemble(nn.Module):
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(nn.Linear(16, 6) for _ in range(members))
+
+    def forward(self, images):
+        return torch.relu(torch.stack([member(images.flatten(1)) for member in self.members])).mean(0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize(
+    "body",
+    [lambda: Ensemble(3), lambda: Ensemble(4), *(lambda o=o: Transposed(o) for o in ((1, 0, 2), (2, 0, 1), (1, 2, 0)))],
+)
+def test_relus_whose_first_axis_is_not_that_of_the_images_are_refused(body, count):
+    guard = ClusterGuard(nn.Sequential(body(), nn.Flatten()), 3, example=torch.rand(1, 1, 4, 4), center_scale=1.0)
+    guard.thresholds = torch.full((3,), 100.0)
+    images = torch.rand(count, 1, 4, 4)
+    certify(guard, images, torch.zeros(count).long(), eps=0.3)
+    for method in ("linear", "branching"):
+        with pytest.raises(ConfigurationError, match=r"first axis.*method='intervals'"):
+            certify(guard, images, torch.zeros(count).long(), eps=0.3, method=method)
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1), (0, 1, 2)])
+def test_other_axes_may_be_exchanged(order):
+    guard = ClusterGuard(nn.Sequential(Transposed(order), nn.Flatten()), 3, example=torch.rand(1, 1, 4, 4))
+    guard.thresholds = torch.full((3,), 100.0)
+    certify(guard, torch.rand(4, 1, 4, 4), torch.zeros(4).long(), eps=0.3, method="branching")
+
+
+@pytest.mark.parametrize("method", ["linear", "branching"])
+def test_linear_guards_and_inference_mode_and_broken_images_are_no_trouble(method):
+    options = {"method": method, "branches": 20}
+    linear = ClusterGuard(nn.Flatten(), 3, example=torch.rand(1, 1, 2, 2), center_scale=1.0)
+    linear.thresholds = torch.full((3,), 100.0)
+    images = torch.rand(6, 1, 2, 2)
+    labels = linear.detect(images).labels
+    one, other = (certify(linear, images, labels, eps=0.1, method=name).is_secure for name in ("intervals", method))
+    assert one.equal(other)
+    guard = make_guard("dense")
+    images, labels = torch.rand(4, 1, 4, 4), torch.zeros(4).long()
+    expected = certify(guard, images, labels, eps=0.03, **options).is_secure
+    with torch.inference_mode():
+        assert certify(guard, images.clone(), labels.clone(), eps=0.03, **options).is_secure.equal(expected)
+    images[1, 0, 2, 3] = torch.nan
+    proved = certify(guard, images, labels, eps=0.03, **options).is_secure
+    assert proved[[0, 2, 3]].equal(expected[[0, 2, 3]])
+    assert not certified_radius(guard, images, labels, tolerance=0.5, **options)[1]
+
+
+@pytest.mark.parametrize("branches", [1, 0, -3, True, "many", 2.5])
+def test_wrong_numbers_of_branches_are_refused(branches):
+    with pytest.raises(ConfigurationError, match="branches"):
+        certify(guard_of(), torch.rand(1, 1, 2, 2).double(), torch.tensor([0]), eps=0.05, branches=branches)
 
 
 class Detached(nn.Module):
@@ -122,5 +275,5 @@ def test_steps_without_linear_bounds_are_refused(layer):
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(ConfigurationError, match=r"'intervals' or 'linear', got 'crown'"):
+    with pytest.raises(ConfigurationError, match=r"'intervals', 'linear' or 'branching', got 'crown'"):
         certify(guard_of(), torch.rand(1, 1, 2, 2).double(), torch.tensor([0]), eps=0.05, method="crown")

@@ -113,6 +113,55 @@ def test_without_bounds_the_loss_is_that_of_benign_images_and_with_them_that_of_
     assert all(module.training for module in guard.modules())
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_small_balls_lie_where_an_attack_goes_and_within_the_whole_ball(monkeypatch, share):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    guard = ClusterGuard(body, 3, example=torch.rand(4, 1, 2, 2)).train()
+    images, labels = torch.rand(6, 1, 2, 2), torch.arange(6) % 3
+    trainer = CertifiedTrainer(guard, eps=0.2, bound_radius=0.05, warmup_epochs=0)
+    monkeypatch.setattr(type(trainer), "_grown", share)
+    bounded = []
+
+    def watch(seen, centers, given, *, eps):
+        bounded.append((centers, eps))
+        return bound(seen, centers, given, eps=eps)
+
+    monkeypatch.setattr("clusterguard.training._certified.bound", watch)
+    step = trainer.training_step(images, labels, torch.Generator().manual_seed(0))
+    step.loss.backward()
+    assert guard.encoder[0][1].num_batches_tracked == 1  # of the benign batch alone
+    ((centers, radius),) = bounded
+    assert radius == pytest.approx(share * 0.05)
+    moved = (centers - images).abs()
+    assert moved.max() > 0.9 * share * 0.15
+    assert moved.max() <= share * 0.15 * (1 + 1e-5)
+    assert ((centers >= 0) & (centers <= 1)).all()
+    guard.eval()
+    loss = [nn.functional.cross_entropy(guard.head.logits(guard.represent(x)), labels) for x in (images, centers)]
+    assert loss[1] > loss[0]
+    assert all(parameter.grad is not None for parameter in guard.parameters())
+
+
+def test_of_a_guard_trained_on_small_balls_branches_prove_more_than_intervals():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 4, 4, 4), nn.ReLU(), nn.Flatten())
+    guard = ClusterGuard(body, 10, example=torch.rand(1, 1, 28, 28))
+    digits = TensorDataset(*(part[:1000] for part in load_digits("train").tensors))
+    loader = DataLoader(digits, batch_size=50, shuffle=True, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(guard.parameters(), 4e-3)
+    options = {"eps": 0.05, "ramp_epochs": 2, "optimizer": optimizer}
+    trainer = CertifiedTrainer(guard, bound_radius=0.02, **options)
+    trainer.fit(loader, CALIBRATION, epochs=4, calibrate=False, progress=False)
+    guard.thresholds = torch.full((10,), 100.0)
+    few = [(TEST.tensors[0][:40], TEST.tensors[1][:40])]
+    left = [
+        certified_success_rate(guard, few, eps=0.05, method=method, branches=100).count
+        for method in ("intervals", "branching")
+    ]
+    assert left[1] < left[0]
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -125,6 +174,9 @@ def test_without_bounds_the_loss_is_that_of_benign_images_and_with_them_that_of_
         {"temperature": 0.0},
         {"regularization": -1.0},
         {"stability_weight": math.nan},
+        {"bound_radius": 0.0},
+        {"bound_radius": 0.2},
+        {"bound_radius": "0.1"},
         {"eps": "0.1"},
         {"ramp_epochs": None},
     ],
