@@ -322,7 +322,10 @@ def from_adv_lib(
             `functools.partial`, whose `repr` is readable.
         norm: norm of the budget, as in `PeerAttack`.
         eps: radius of the budget, as in `PeerAttack`.
-        rejecting: whether to attack the detector with its refusals, as in `PeerAttack`.
+        rejecting: whether to attack the detector with its refusals, as in `PeerAttack`; only for attacks that can aim.
+
+    Raises:
+        ConfigurationError: at the first call, if the attack gets targets and takes none.
 
     Example:
         >>> from functools import partial
@@ -334,6 +337,11 @@ def from_adv_lib(
 
     def run(problem: Problem, goal: Tensor, model: DetectorAsClassifier) -> Tensor:
         attacked = torch.as_tensor(function(model, problem.images, goal, targeted=problem.targets is not None))
+        if problem.targets is not None and attacked is problem.images:  # what adv-lib's untargeted attacks do
+            raise ConfigurationError(
+                f"expected an attack that can aim at classes, got {function!r}, which returned its images; give no "
+                "targets, and leave rejecting=False"
+            )
         return attacked if problem.eps == math.inf else problem.project(attacked.detach().to(problem.images))
 
     return PeerAttack(peer=repr(function), norm=norm, eps=eps, rejecting=rejecting, run=run)

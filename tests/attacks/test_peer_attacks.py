@@ -1,7 +1,7 @@
 import pytest
 import torch
 from clusterguard import FGSM, PGD, Evidence
-from clusterguard.attacks import MIM, MultiTarget, Towards
+from clusterguard.attacks import MIM, MultiTarget, Towards, from_adv_lib
 from clusterguard.detection import Verdicts, is_broken
 from clusterguard.errors import ConfigurationError
 from peer_makers import LARGE, adv_lib, art, autoattack, check_valid, foolbox, seeded, torchattacks
@@ -183,3 +183,16 @@ def test_the_same_attack_takes_the_same_steps(name, targeted):
     expected = ours(detector, images, labels, targets=targets)
     assert (expected - images).abs().max() > 0.01
     torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rejecting", [True, False])
+def test_an_attack_that_cannot_aim_is_refused_instead_of_giving_images_back(trained_guard, images, labels, rejecting):
+    def untargeted(model, pictures, goal, *, targeted):
+        return pictures if targeted else 1 - pictures
+
+    attack = from_adv_lib(untargeted, norm="linf", eps=0.1, rejecting=rejecting)
+    targets = None if rejecting else (labels + 1) % 10
+    with pytest.raises(ConfigurationError, match=r"aim at classes.*rejecting=False"):
+        attack(trained_guard, images, labels, targets=targets, generator=seeded())
+    plain = from_adv_lib(untargeted, norm="linf", eps=0.1)
+    assert not torch.equal(plain(trained_guard, images, labels, generator=seeded()), images)

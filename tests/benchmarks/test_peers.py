@@ -43,6 +43,8 @@ def test_a_measured_case_is_complete_and_nothing_is_left_by_the_thorough_suite(n
         norm, _ = threat.split("/")
         peers = {f"{peer.library} {peer.attack}" for peer in PEERS[norm](1.0)}
         assert {SUITE, HELD_BACK, *peers} <= set(results)
+        for result in results.values():  # an attack that gives images back is judged once for each class
+            assert result["gradients"] + result["judged"] > 20 * len(result["attacked"])
         missed = list_missed(results)
         assert not missed or set(missed) == set(results[THOROUGH]["broken"])
 

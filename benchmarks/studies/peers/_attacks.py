@@ -103,7 +103,7 @@ def _of_l0(eps: float) -> list[Peer]:
         Peer("torchattacks", "OnePixel", {"pixels": int(eps), "steps": 10, "popsize": 10}),
         Peer("torchattacks", "Pixle", {"max_iterations": 20, "restarts": 10}, aimed=False),
         Peer("Foolbox", "L0FMNAttack", {"steps": 100}),
-        Peer("adv-lib", "sigma_zero", {"num_steps": 300}),
+        Peer("adv-lib", "sigma_zero", {"num_steps": 300}, aimed=False),
         Peer("adv-lib", "fmn", {"norm": 0, "steps": 100}),
         Peer("adv-lib", "pdpgd", {"norm": 0, "num_steps": 300}),
         Peer("adv-lib", "vfga", {"max_iter": int(eps)}),
