@@ -160,9 +160,8 @@ class CertifiedTrainer(DetectorTrainer):
                 "expected regularization and stability_weight of at least 0, got "
                 f"{regularization} and {stability_weight}"
             )
-        bound_radius = eps if bound_radius is None else bound_radius
-        check_numbers(bound_radius=bound_radius)
-        if not 0 < bound_radius <= eps:
+        check_numbers(bound_radius=eps if bound_radius is None else bound_radius)
+        if bound_radius is not None and not 0 < bound_radius <= eps:
             raise ConfigurationError(f"expected bound_radius in (0, eps], got {bound_radius} with eps {eps}")
         super().__init__(guard, optimizer=optimizer, scheduler=scheduler, calibrator=calibrator, options=options)
         self.guard = guard
@@ -176,7 +175,11 @@ class CertifiedTrainer(DetectorTrainer):
         self.stability_weight = stability_weight
         self.bound_radius = bound_radius
 
-    def defining_options(self) -> dict[str, float]:
+    @property
+    def _bound_radius(self) -> float:
+        return self.eps if self.bound_radius is None else self.bound_radius
+
+    def defining_options(self) -> dict[str, float | None]:
         """All that the trainer was made with, beside the guard."""
         plain = ("eps", "warmup_epochs", "ramp_epochs", "bound_weight", "center_weight", "temperature")
         return {name: getattr(self, name) for name in (*plain, "regularization", "stability_weight", "bound_radius")}
@@ -203,7 +206,7 @@ class CertifiedTrainer(DetectorTrainer):
             return TrainingStep(loss, right, terms={"loss/benign": loss.detach()})
         # Bounds are known for given statistics only, and not for dropout.
         boxes: list[Box] = []
-        centers, radius = self._move(images, labels, generator, statistics), share * self.bound_radius
+        centers, radius = self._move(images, labels, generator, statistics), share * self._bound_radius
         with (
             sole_use(self.guard),
             evaluation_mode(self.guard),
@@ -228,7 +231,7 @@ class CertifiedTrainer(DetectorTrainer):
 
     def _move(self, images: Tensor, labels: Tensor, generator: Generator | None, statistics: Statistics) -> Tensor:
         """The centres of the balls that are bounded: images, or where an attack takes them."""
-        reach = self._grown * (self.eps - self.bound_radius)
+        reach = self._grown * (self.eps - self._bound_radius)
         if not reach:
             return images
         attack = PGD(
