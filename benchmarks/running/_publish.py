@@ -86,6 +86,7 @@ def _measure_and_save(
     seed: int,
     progress: bool,
 ) -> None:
+    """Attack, judge and certify a guard at the radius of its training, and save it with these figures."""
     eps = record["definition"]["attack"]["eps"]
     references = data.calibration.head(REFERENCE_IMAGES).floats()
     test = data.open_test()

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.studies.tighter_proofs` goes through the first test digits of MNIST, a hundred at a time, and
 writes counts and a table to benchmarks/results/tighter-proofs after each. It goes on from the counts that are there. A
-hundred digits take about ten minutes on one core of a CPU, most of it for branches and for the suite.
+hundred digits take about 25 minutes on one slow core of a CPU, most of it for the suite.
 """
 
 import json

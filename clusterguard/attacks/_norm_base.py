@@ -246,7 +246,7 @@ def mask_largest(scores: Tensor, count: Tensor) -> Tensor:
     if not scores.numel():
         return torch.zeros_like(scores, dtype=torch.bool)
     whole = count.clamp(0, scores.shape[1]).long()
-    # Partial sorting takes a quarter of the time of sorting. On an accelerator the largest count is not waited for.
+    # A CPU sorts only as far as it must. On an accelerator the largest count is not waited for.
     most = max(1, int(whole.max())) if scores.device.type == "cpu" else scores.shape[1]
     last = scores.topk(most, dim=1).values.gather(1, (whole - 1).clamp_min(0))
     is_above, is_tied = scores > last, scores == last
