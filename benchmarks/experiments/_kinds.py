@@ -193,7 +193,7 @@ def _suite(scene: Scene, *, norm: str, **options: Any) -> Outcome:
 
 
 def _certificate(
-    scene: Scene, *, norm: str, eps: float, method: Literal["intervals", "linear"] = "intervals"
+    scene: Scene, *, norm: str, eps: float, method: Literal["intervals", "linear", "branching"] = "intervals"
 ) -> Outcome:
     if norm != LInf.name:
         raise ConfigurationError(f"expected a certificate in {LInf.name}, got {norm!r}")
@@ -207,8 +207,14 @@ def _certificate(
 
 
 def _certificate_cost(classes: int, *, method: str = "intervals", **_: Any) -> PlannedCost:
-    """Three passes for intervals; linear bounds take 60 steps for each class, if intervals prove nothing."""
-    return PlannedCost(3, 0) if method == "intervals" else PlannedCost(3 + 60 * classes, 120 * classes)
+    """What a proof takes if intervals prove nothing.
+
+    Intervals take three passes, and linear bounds 60 steps for each class. Branches may take thirty times as long.
+    """
+    if method == "intervals":
+        return PlannedCost(3, 0)
+    steps = 60 * classes * (30 if method == "branching" else 1)
+    return PlannedCost(3 + steps, 2 * steps)
 
 
 def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) -> PlannedCost:

@@ -121,10 +121,10 @@ def render_page(every: Sequence[Results]) -> str:
         parts.append(LEGEND.strip())
     if any(map(_has_old_suite, every)):
         parts.append(WITHDRAWN.strip())
-    for results in run or every:
+    for results in run:
         parts += _render_section(results, every)
     left = dict.fromkeys(results.table.experiment for results in every if not results.finished)
-    if run and left:
+    if left:
         parts.append(f"Not run yet: `python -m benchmarks run {' '.join(left)}{_profile_option(profile)}`.")
     parts += ["## Settings", "\n".join(f"- {line}" for line in _list_settings(run or every))]
     commits = _count_commits(run)
@@ -150,9 +150,6 @@ def _render_section(results: Results, every: Sequence[Results]) -> Iterator[str]
     table = results.table
     yield f"## {show_attack(table.title)}" + (f" ({table.profile})" if REMARKS[table.profile] else "")
     command = f"`python -m benchmarks run {table.experiment}{_profile_option(table.profile)}`"
-    if not results.finished:
-        yield f"Not run yet: {command}."
-        return
     if len(results.finished) < len(results.cells):
         yield f"{len(results.finished)} of {len(results.cells)} cells are run, {command} runs the rest."
     if table.form == "comparison":

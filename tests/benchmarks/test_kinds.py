@@ -91,7 +91,9 @@ def test_a_certificate_is_of_a_guard_and_of_the_thresholds_in_question(case, tmp
         with pytest.raises(ConfigurationError, match="guard"):
             run(scene, norm="linf", eps=0.1)
         return
-    assert run(scene, norm="linf", eps=0.1).unproved.shape == (3,)
+    by_intervals = run(scene, norm="linf", eps=0.1).unproved
+    assert by_intervals.shape == (3,)
+    assert (run(scene, norm="linf", eps=0.1, method="branching").unproved <= by_intervals).all()
     nothing = replace(scene, detector=WithThresholds(inner, torch.full((10,), -1.0)))
     assert not run(nothing, norm="linf", eps=0.1).unproved.any()  # what accepts nothing cannot be broken
     assert not inner.is_calibrated
