@@ -9,7 +9,7 @@ from benchmarks.running._repeat import Repeated, choose_cells, repeat_cell
 from benchmarks.running._runner import run_cell
 from benchmarks.running._schedule import run_cells
 from benchmarks.running._store import RESULTS, Store, provenance, read_chunk, save_chunk
-from benchmarks.running._studies import write_study
+from benchmarks.running._studies import read_study, write_study
 from benchmarks.running._training import Trainings
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "provenance",
     "publish_guard",
     "read_chunk",
+    "read_study",
     "repeat_cell",
     "run_cell",
     "run_cells",

@@ -1,5 +1,6 @@
 """What the studies keep: their counts, and a table of them for the documentation."""
 
+import json
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,18 @@ import torch
 
 from benchmarks._support import write_atomically, write_json
 from benchmarks.running._store import provenance
+
+
+def read_study(folder: Path, nothing: Mapping[str, Any]) -> dict[str, Any]:
+    """The counts that `write_study` has written to a folder, so that a study can go on with them.
+
+    Args:
+        folder: folder of the study's results.
+        nothing: counts of a study that has not begun.
+    """
+    file = folder / "counts.json"
+    counts: dict[str, Any] = json.loads(file.read_text()) if file.exists() else dict(nothing)
+    return counts
 
 
 def write_study(folder: Path, counts: Mapping[str, Any], lines: Iterable[str]) -> None:

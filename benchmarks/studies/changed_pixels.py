@@ -6,7 +6,6 @@ CPU a seed takes about half an hour, most of it for proofs and attacks. `--save 
 guard of seed 0, attacks and proves it at ten pixels, and saves it with these figures.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks._support import keep_freed_memory, without_refusal
 from benchmarks.data import load_data_set
-from benchmarks.running import provenance, write_study
+from benchmarks.running import provenance, read_study, write_study
 
 CHANGED_PIXELS = Path(__file__).parents[1] / "results" / "changed-pixels"
 PIXELS = (5, 10, 15, 25)
@@ -187,8 +186,7 @@ def main(
     if save is not None:
         save_template_guard(save, attacked)
         return
-    file = output / "counts.json"
-    runs = json.loads(file.read_text())["runs"] if file.exists() else []
+    runs = read_study(output, {"runs": []})["runs"]
     for seed in range(seeds):
         if seed not in [run["seed"] for run in runs]:
             runs.append(run_seed(seed, proved, attacked))

@@ -5,7 +5,6 @@ benchmarks/results/patches after each. A killed training goes on where its last 
 epoch takes a few minutes.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from benchmarks._support import keep_freed_memory, without_refusal
 from benchmarks.data import FloatBatches, load_data_set
-from benchmarks.running import RESULTS, write_study
+from benchmarks.running import RESULTS, read_study, write_study
 
 PATCH_RESULTS = RESULTS / "patches"
 PATCH_SIDES = (2, 3, 5)
@@ -156,8 +155,7 @@ def main(
     """Train, prove and attack."""
     keep_freed_memory()
     torch.set_num_threads(1)
-    file = output / "counts.json"
-    runs = json.loads(file.read_text())["runs"] if file.exists() else []
+    runs = read_study(output, {"runs": []})["runs"]
     images, labels = load_data_set("cifar10").open_test().floats()
     for seed in range(seeds):
         if seed in [run["seed"] for run in runs]:

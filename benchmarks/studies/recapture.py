@@ -6,7 +6,6 @@ the standard budget, was not known to the estimate. Counts and a table go to ben
 file of counts holds are not repeated. On one core of a CPU all take about an hour.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +21,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from benchmarks._support import keep_freed_memory
-from benchmarks.running import RESULTS, write_study
+from benchmarks.running import RESULTS, read_study, write_study
 
 RECAPTURE = RESULTS / "recapture"
 GUARDS = ("mnist-certified", "mnist-certified-accurate")
@@ -90,8 +89,7 @@ def main(
     """Run what is not there yet, and write counts and table after each run."""
     keep_freed_memory()
     torch.set_num_threads(1)
-    file = output / "counts.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"images": images, "runs": {}}
+    results = read_study(output, {"images": images, "runs": {}})
     planned = [(guard, norm, eps) for guard in GUARDS for norm, eps in THREATS]
     for name, norm, eps in (bar := tqdm(planned)):
         guard = ClusterGuard.from_pretrained(_FOLDERS / name)

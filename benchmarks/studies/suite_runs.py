@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from benchmarks.running import RESULTS, write_study
+from benchmarks.running import RESULTS, read_study, write_study
 
 SUITE_RUNS = RESULTS / "suite-runs"
 _ROOT = Path(__file__).parents[2]
@@ -152,8 +152,7 @@ def main(
     old, demo = old.resolve(), Path("runs/suite-runs/guard.safetensors").resolve()
     if not demo.exists():
         _python(old, "-m", "clusterguard", "demo", "--output", str(demo.parent))
-    file = output / "counts.json"
-    runs = json.loads(file.read_text())["runs"] if file.exists() else {}
+    runs = read_study(output, {"runs": {}})["runs"]
     for run in planned_runs():
         if run.key not in runs:
             folder = demo if run.guard == "demo" else _ROOT / "guards" / run.guard

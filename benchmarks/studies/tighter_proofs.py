@@ -5,7 +5,6 @@ writes counts and a table to benchmarks/results/tighter-proofs after each. It go
 hundred digits take about 25 minutes on one slow core of a CPU, most of it for the suite.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks._support import keep_freed_memory
 from benchmarks.data import load_data_set
-from benchmarks.running import RESULTS, write_study
+from benchmarks.running import RESULTS, read_study, write_study
 
 TIGHTER_PROOFS = RESULTS / "tighter-proofs"
 _FOLDERS = Path(__file__).parents[2] / "guards"
@@ -88,8 +87,7 @@ def main(
     """Attack and prove what has not been tried yet, and write counts and table."""
     keep_freed_memory()
     torch.set_num_threads(1)
-    file = output / "counts.json"
-    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"images": 0, "cases": {}}
+    content = read_study(output, {"images": 0, "cases": {}})
     pixels, labels = load_data_set("mnist").open_test().head(images).floats()
     guards = {name: ClusterGuard.from_pretrained(_FOLDERS / name) for name, _ in _CASES}
     for start in tqdm(range(content["images"], images, _AT_ONCE)):

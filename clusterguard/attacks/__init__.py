@@ -28,10 +28,10 @@ from clusterguard.attacks._patch_attack import PatchAttack
 from clusterguard.attacks._patch_norm import Patch
 from clusterguard.attacks._pgd import BIM, FGSM, MIM, NES, PGD, FixedSchedule, IteratedAttack, NoisyFGSM, SteppedAttack
 from clusterguard.attacks._polish import Polish
-from clusterguard.attacks._precision import Precision, in_precision
 from clusterguard.attacks._primal_dual import PDPGD
 from clusterguard.attacks._random_search import RandomSearch, SparseRS, Square
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
+from clusterguard.attacks._search_precision import Precision, in_precision
 from clusterguard.attacks._sigma_zero import SigmaZero
 from clusterguard.attacks._sparse_pgd import SparsePGD
 from clusterguard.attacks._starts import (

@@ -9,7 +9,7 @@ import torch
 from clusterguard.attacks._norm_base import Norm
 from clusterguard.attacks._objectives import Objective
 from clusterguard.attacks._objectives import margin as margin_objective
-from clusterguard.attacks._precision import InBfloat16
+from clusterguard.attacks._search_precision import InBfloat16
 from clusterguard.detection import Detector, Evidence, success_margin
 from torch import Generator, Tensor
 

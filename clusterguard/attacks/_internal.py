@@ -4,7 +4,12 @@ from clusterguard.attacks._base import attack_checked_images, check_attack_input
 from clusterguard.attacks._descent import backpropagate, descend
 from clusterguard.attacks._fitting_search import make_random_search
 from clusterguard.attacks._pgd import SteepestDescent
-from clusterguard.attacks._precision import check_precision, choose_precision, precisions_of, searches_in_bfloat16
+from clusterguard.attacks._search_precision import (
+    check_precision,
+    choose_precision,
+    precisions_of,
+    searches_in_bfloat16,
+)
 
 __all__ = [
     "SteepestDescent",

@@ -9,7 +9,7 @@ from clusterguard.attacks._descent import ObjectiveValues, Problem, backpropagat
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective, get_objective
 from clusterguard.attacks._patch_norm import Patch
-from clusterguard.attacks._precision import InBfloat16, Precision, check_precision, choose_precision
+from clusterguard.attacks._search_precision import InBfloat16, Precision, check_precision, choose_precision
 from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError
 from torch import Generator, Tensor

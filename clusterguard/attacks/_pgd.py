@@ -22,7 +22,7 @@ from clusterguard.attacks._descent import (
 )
 from clusterguard.attacks._norms import dense_l1_direction, get_norm
 from clusterguard.attacks._objectives import Objective, get_objective
-from clusterguard.attacks._precision import InBfloat16, Precision, check_precision, choose_precision
+from clusterguard.attacks._search_precision import InBfloat16, Precision, check_precision, choose_precision
 from clusterguard.attacks._starts import RandomWithin, Start, get_start
 from clusterguard.detection import Detector
 from clusterguard.errors import ConfigurationError

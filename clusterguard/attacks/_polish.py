@@ -9,7 +9,7 @@ from clusterguard.attacks._descent import Problem, backpropagate, descend
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import margin as margin_objective
 from clusterguard.attacks._pgd import SteepestDescent
-from clusterguard.attacks._precision import InBfloat16, Precision, check_precision, choose_precision
+from clusterguard.attacks._search_precision import InBfloat16, Precision, check_precision, choose_precision
 from clusterguard.attacks._starts import Start, get_start
 from clusterguard.detection import Detector, class_margins
 from clusterguard.errors import ConfigurationError

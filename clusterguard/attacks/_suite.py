@@ -27,9 +27,9 @@ from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._orthogonal import OrthogonalPGD
 from clusterguard.attacks._pgd import MIM, PGD
 from clusterguard.attacks._polish import Polish
-from clusterguard.attacks._precision import Precision, check_precision, choose_precision
 from clusterguard.attacks._random_search import SparseRS
 from clusterguard.attacks._representation import RepelThenMinimise, RepresentationMatching
+from clusterguard.attacks._search_precision import Precision, check_precision, choose_precision
 from clusterguard.attacks._sigma_zero import SigmaZero
 from clusterguard.attacks._sparse_pgd import SparsePGD
 from clusterguard.attacks._starts import AtPoints, Start, Towards, is_accepted

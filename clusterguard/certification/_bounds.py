@@ -257,12 +257,15 @@ def ball_in_service(guard: ClusterGuard, images: Tensor, radii: Tensor) -> Inter
 
 def prove(guard: ClusterGuard, representations: Interval, bounds: Bounds, labels: Tensor) -> Proofs:
     """What bounds on the guard's distances prove, given its thresholds."""
-    leads = (bounds.leads > 0) | one_hot(labels.long(), guard.num_classes).bool()
-    is_kept = leads.all(dim=1) & (bounds.farthest <= guard.thresholds.double()[labels.long()])
+    is_kept = _leads(bounds, labels).all(dim=1) & (bounds.farthest <= guard.thresholds.double()[labels.long()])
     return Proofs(representations, bounds, Certificate(is_excluded(guard, bounds, labels).all(dim=1), is_kept))
 
 
 def is_excluded(guard: ClusterGuard, bounds: Bounds, labels: Tensor) -> Tensor:
     """Whether bounds prove that no image of the ball is accepted under each wrong label, (B, K); true of the label."""
-    is_label = one_hot(labels.long(), guard.num_classes).bool()
-    return is_label | (bounds.leads > 0) | (bounds.nearest > guard.thresholds.double())
+    return _leads(bounds, labels) | (bounds.nearest > guard.thresholds.double())
+
+
+def _leads(bounds: Bounds, labels: Tensor) -> Tensor:
+    """Whether the label is proved to be nearer than each class, (B, K); true of the label itself."""
+    return (bounds.leads > 0) | one_hot(labels.long(), bounds.leads.shape[1]).bool()

@@ -1,7 +1,8 @@
 """Certificates: a proof for each image that holds for every perturbation within a radius."""
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from clusterguard._support import (
@@ -12,6 +13,7 @@ from clusterguard._support import (
     check_labels,
     check_linf_radius,
     check_numbers,
+    is_changed,
 )
 from clusterguard.attacks import LInf, Norm, get_norm
 from clusterguard.certification._bounds import (
@@ -25,17 +27,20 @@ from clusterguard.certification._pixel_balls import bound_in_norm
 from clusterguard.certification._tightening import tighten
 from clusterguard.certification._trial import try_out, try_out_in_norm
 from clusterguard.detection import Loader, Pairs, Rate, Unpack, Verdicts, is_eligible
-from clusterguard.detectors import ClusterGuard
+from clusterguard.detectors import ClusterGuard, UnanimousDetector
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor
 
 MOST_BRANCHES = 500
+Certifiable: TypeAlias = ClusterGuard | UnanimousDetector
+"""What certificates can be about."""
 ProofMethod = Literal["intervals", "linear", "branching"]
+_Proof = TypeVar("_Proof")
 
 
 @torch.no_grad()
 def certify(
-    guard: ClusterGuard,
+    guard: Certifiable,
     images: Tensor,
     labels: Tensor,
     *,
@@ -67,7 +72,8 @@ def certify(
     NumPy or Python.
 
     Args:
-        guard: calibrated guard with a network as in `bound`.
+        guard: calibrated guard with a network as in `bound`, or a `UnanimousDetector`, for which a proof about one
+            member is enough. Members without bounds in this norm, or of another kind, prove nothing.
         images: (B, C, H, W) in [0, 1], in the guard's data type.
         labels: (B,) true labels, or the guard's labels.
         eps: radius in `norm`. In l∞ it is in [0, 1], one number or (B,); in l0 it is the number of pixels, for patches
@@ -93,7 +99,8 @@ def certify(
         NotCalibratedError: the guard has no thresholds.
         ConfigurationError: the network has a layer without known bounds, or treats intervals differently from tensors;
             the guard runs in half precision or under autocast, or is compiled; one of its methods is not that of
-            `ClusterGuard`; the method is unknown.
+            `ClusterGuard`; the method is unknown. For a `UnanimousDetector`: none of its members has bounds, or its
+            own thresholds are larger than 0.
 
     Reference:
         Zhang et al., "Efficient neural network robustness certification with general activation functions" (2018), for
@@ -107,6 +114,12 @@ def certify(
         >>> certify(guard, images, guard.detect(images).labels, eps=0.0).is_secure.all()
         tensor(True)
     """
+    if isinstance(guard, UnanimousDetector):
+        options: dict[str, Any] = {"eps": eps, "norm": norm, "method": method, "branches": branches}
+        known = _about_members(guard, lambda member: certify(member, images, labels, **options))
+        is_kept = torch.stack([proof.is_kept for proof in known]).all(dim=0) & (len(known) == len(guard.members))
+        is_kept &= guard.thresholds[labels.long()] >= 0
+        return Certificate(torch.stack([proof.is_secure for proof in known]).any(dim=0), is_kept)
     _check(guard, images, labels, method, branches)
     ball = _find_norm(norm, method)
     radii = _check_radii(ball, eps, images).to(images.device).expand(len(images))
@@ -120,7 +133,7 @@ def certify(
 
 @torch.no_grad()
 def certified_radius(
-    guard: ClusterGuard,
+    guard: Certifiable,
     images: Tensor,
     labels: Tensor,
     *,
@@ -156,6 +169,11 @@ def certified_radius(
         >>> certified_radius(guard, torch.rand(4, 1, 1, 2), torch.tensor([0, 1, 0, 1])).shape
         torch.Size([4])
     """
+    if isinstance(guard, UnanimousDetector):
+        options: dict[str, Any] = {"norm": norm, "largest": largest, "tolerance": tolerance}
+        options |= {"method": method, "branches": branches}
+        found = _about_members(guard, lambda member: certified_radius(member, images, labels, **options))
+        return torch.stack(found).amax(dim=0)
     _check(guard, images, labels, method, branches)
     ball = _find_norm(norm, method)
     most = ball.largest(images.shape[1:])
@@ -184,7 +202,7 @@ def certified_radius(
 
 @torch.no_grad()
 def certified_success_rate(
-    guard: ClusterGuard,
+    guard: Certifiable,
     loader: Loader,
     *,
     eps: float,
@@ -233,6 +251,30 @@ def certified_success_rate(
     if is_empty:
         raise InputError("expected a loader with at least one batch, got an empty one")
     return Rate(broken, counted)
+
+
+def _about_members(detector: UnanimousDetector, prove: Callable[[Any], _Proof]) -> list[_Proof]:
+    """What is proved about each member that has bounds.
+
+    Raises:
+        ConfigurationError: none has, or the detector accepts images that a member refuses.
+    """
+    if is_changed(detector):
+        raise ConfigurationError("no bounds are known for a UnanimousDetector with hooks or methods of its own")
+    if not bool((detector.thresholds <= 0).all()):
+        raise ConfigurationError(
+            f"expected thresholds of at most 0, got {detector.thresholds.tolist()}; with larger ones this detector "
+            "accepts images that a member refuses, so that proofs about members are not about it"
+        )
+    proofs, reasons = [], []
+    for member in detector.detectors:
+        try:
+            proofs.append(prove(member))
+        except ConfigurationError as error:
+            reasons.append(error)
+    if not proofs:
+        raise reasons[0]
+    return proofs
 
 
 def _prove(

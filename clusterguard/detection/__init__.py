@@ -1,5 +1,6 @@
 """The rule that turns evidence into verdicts, thresholds for it, and rates of verdicts."""
 
+from clusterguard.detection._arithmetic import Arithmetic, full_precision
 from clusterguard.detection._calibration import Calibration, Calibrator, fit_thresholds
 from clusterguard.detection._decision import Detection, Detector, Evidence, class_margins, decide, success_margin
 from clusterguard.detection._judging import judge
@@ -17,7 +18,6 @@ from clusterguard.detection._metrics import (
     roc_auc,
     wilson_interval,
 )
-from clusterguard.detection._precision import Arithmetic, full_precision
 from clusterguard.detection._thresholds import allowed_refusals, fit_shared_threshold, minimum_examples
 
 __all__ = [

@@ -6,11 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from clusterguard._support import evaluation_mode
+from clusterguard.detection._arithmetic import full_precision
 from clusterguard.detection._class_names import learn_class_names
 from clusterguard.detection._decision import Detector
 from clusterguard.detection._judging import check_evidence
 from clusterguard.detection._loaders import Loader, Pairs, Unpack
-from clusterguard.detection._precision import full_precision
 from clusterguard.errors import InputError
 from torch import Tensor
 

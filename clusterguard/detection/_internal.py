@@ -1,5 +1,6 @@
 """What the other packages of clusterguard use of `detection`, and users of it do not need."""
 
+from clusterguard.detection._arithmetic import without_autocast
 from clusterguard.detection._class_names import learn_class_names, list_classes, name_class
 from clusterguard.detection._decision import check_goal
 from clusterguard.detection._judging import check_evidence
@@ -12,7 +13,6 @@ from clusterguard.detection._loaders import (
     set_epoch,
 )
 from clusterguard.detection._metrics import guessing_advice
-from clusterguard.detection._precision import without_autocast
 
 __all__ = [
     "check_evidence",

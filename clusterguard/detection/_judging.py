@@ -14,10 +14,10 @@ from clusterguard._support import (
     gather,
     share,
 )
+from clusterguard.detection._arithmetic import full_precision
 from clusterguard.detection._decision import Detection, Detector, Evidence, decide
 from clusterguard.detection._loaders import Loader, Pairs, Unpack, number_of_batches
 from clusterguard.detection._metrics import Verdicts
-from clusterguard.detection._precision import full_precision
 from clusterguard.errors import ConfigurationError, InputError
 from torch import Tensor, nn
 

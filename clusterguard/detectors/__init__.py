@@ -1,4 +1,4 @@
-"""Detectors that are modules: the guard, its heads and backbones, and two detectors that it is compared with."""
+"""Detectors that are modules: the guard, its heads and backbones, and other detectors around it or beside it."""
 
 from clusterguard._support import CompiledCall
 from clusterguard.detectors._alignment import Alignment, align
@@ -15,6 +15,7 @@ from clusterguard.detectors._local_costs import LocalCosts, Windows, make_local_
 from clusterguard.detectors._model_card import CardDetails
 from clusterguard.detectors._template_guard import make_template_guard
 from clusterguard.detectors._templates import NearestTemplate
+from clusterguard.detectors._unanimity import UnanimousDetector
 
 __all__ = [
     "Alignment",
@@ -33,6 +34,7 @@ __all__ = [
     "NearestTemplate",
     "Normalize",
     "RepresentationBox",
+    "UnanimousDetector",
     "Windows",
     "WithThresholds",
     "align",

@@ -17,9 +17,9 @@ from clusterguard.training._batch_norm import single_image
 from clusterguard.training._checkpoints import EpochRecord, EpochTotals, Stateful
 from clusterguard.training._loader_state import LoaderState
 from clusterguard.training._options import TrainingOptions
-from clusterguard.training._precision import StepPrecision
 from clusterguard.training._sampling import augmented
 from clusterguard.training._step import TrainingStep, WholeStep
+from clusterguard.training._step_precision import StepPrecision
 from clusterguard.training._weights import are_equal, moved, named_tensors, usable
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer

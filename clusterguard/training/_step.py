@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from clusterguard.detectors import DetectorModule
-from clusterguard.training._precision import StepPrecision
+from clusterguard.training._step_precision import StepPrecision
 from torch import Generator, Tensor, nn
 
 

@@ -5,7 +5,7 @@ import torch
 from clusterguard import APGD, PGD, ClusterGuard, Evidence, WorstCaseSuite, decide, success_margin
 from clusterguard.attacks import FastMinimumNorm, Metered, OrthogonalPGD, _precision, get_norm, in_precision
 from clusterguard.attacks._internal import choose_precision
-from clusterguard.attacks._precision import InBfloat16
+from clusterguard.attacks._search_precision import InBfloat16
 from clusterguard.detection import Verdicts, is_broken
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from clusterguard import PGD, ClusterGuard, Evidence
 from clusterguard.attacks import Metered
-from clusterguard.attacks._precision import InBfloat16
+from clusterguard.attacks._search_precision import InBfloat16
 from clusterguard.attacks._working_copy import fold_batch_norms, working_copy
 from clusterguard.detectors import WithThresholds
 from torch import nn
