@@ -101,7 +101,8 @@ def unanimity_lines(counts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     for kind, words, threats in (("proof", "not proved", _PROVED), ("suite", "the suite breaks", _ATTACKED)):
         for norm, eps in threats:
             found = [counts.get(f"{name}/{kind}/{norm}/{eps:g}") for name in names]
-            shares = [f"{x['count'] / x['of']:.3f} ({x['count']} of {x['of']})" if x else "no bounds" for x in found]
+            missing = "no bounds" if kind == "proof" else "not run"
+            shares = [f"{x['count'] / x['of']:.3f} ({x['count']} of {x['of']})" if x else missing for x in found]
             yield f"| {words}, {_IN_WORDS[norm].format(eps)} | {' | '.join(shares)} |"
 
 

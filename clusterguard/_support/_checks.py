@@ -107,7 +107,9 @@ def check_images(images: Tensor) -> None:
     if images.ndim != 4:
         shape = tuple(images.shape)
         advice = (
-            "add the batch axis with images[None]" if images.ndim == 3 else "are images and labels in their places?"
+            "images[None] makes a batch of one image (C, H, W), and images[:, None] one of grey images (B, H, W)"
+            if images.ndim == 3
+            else "are images and labels in their places?"
         )
         raise InputError(f"expected images of shape (B, C, H, W), got {shape}; {advice}")
     if images.dtype not in _DTYPES["floating-point"] or images.layout != torch.strided or images.is_meta:

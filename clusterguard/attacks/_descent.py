@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
+from clusterguard.attacks._gradients import gradient_at
 from clusterguard.attacks._norm_base import Norm
 from clusterguard.attacks._objectives import Objective
 from clusterguard.attacks._objectives import margin as margin_objective
@@ -275,7 +276,7 @@ def backpropagate(problem: Problem, iterates: Tensor, *, with_margin: bool = Tru
         leaf = iterates.detach().requires_grad_()
         evidence = detector.evidence(leaf)
         loss = problem.objective(evidence, detector.thresholds, problem.labels, problem.targets)
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        gradient = gradient_at(leaf, loss, detector)
     loss = loss.detach()
     if problem.objective is margin_objective:
         return ObjectiveValues(loss, _judged(problem, iterates, loss, evidence), gradient)

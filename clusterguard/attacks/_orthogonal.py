@@ -5,6 +5,7 @@ from typing import Literal, final
 
 import torch
 from clusterguard.attacks._descent import Gradient, ObjectiveValues, Problem, UpdateRule
+from clusterguard.attacks._gradients import gradient_at
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective, logit
 from clusterguard.attacks._pgd import SteppedAttack
@@ -68,8 +69,8 @@ class _Alternating:
             others = evidence.class_scores.detach().scatter(1, labels[:, None], -torch.inf)
             aim = others.argmax(dim=1) if targets is None else targets
             detection = evidence.suspicion.gather(1, aim[:, None]).squeeze(1) - thresholds[aim]
-            (away,) = torch.autograd.grad(classification.sum(), leaf, retain_graph=True)
-            (below,) = torch.autograd.grad(detection.sum(), leaf)
+            away = gradient_at(leaf, classification, problem.detector, again=True)
+            below = gradient_at(leaf, detection, problem.detector)
         with torch.no_grad():
             fooled = logit(evidence, thresholds, labels, targets) < 0
             margin = success_margin(evidence, thresholds, labels, targets)

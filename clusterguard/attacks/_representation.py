@@ -9,6 +9,7 @@ import torch
 from clusterguard.attacks._base import BuiltInAttack
 from clusterguard.attacks._descent import Gradient, ObjectiveValues, OnStep, Problem, UpdateRule, backpropagate, descend
 from clusterguard.attacks._encoders import find_representation
+from clusterguard.attacks._gradients import gradient_at
 from clusterguard.attacks._norms import get_norm
 from clusterguard.attacks._objectives import Objective, margin
 from clusterguard.attacks._pgd import PGD, SteepestDescent, SteppedAttack
@@ -179,7 +180,7 @@ def _evaluate(problem: Problem, iterates: Tensor, loss_of: Callable[[Tensor], Te
     with torch.enable_grad():
         leaf = iterates.detach().requires_grad_()
         loss = loss_of(_wide(represent(leaf)))
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        gradient = gradient_at(leaf, loss, problem.detector)
     return ObjectiveValues(loss.detach(), problem.margin(iterates), gradient)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from clusterguard.attacks._base import Attack
+from clusterguard.attacks._gradients import gradient_at
 from clusterguard.attacks._working_copy import exact_evidence, fold_batch_norms, put_into_bfloat16, working_copy
 from clusterguard.detection import Detector, Evidence, success_margin
 from clusterguard.errors import ConfigurationError
@@ -219,7 +220,7 @@ def _margins_and_gradient(search: Detector, judge: Detector, images: Tensor, lab
     with torch.enable_grad():
         leaf = images.detach().requires_grad_()
         margins = success_margin(search.evidence(leaf), search.thresholds, labels)
-        (gradient,) = torch.autograd.grad(margins.sum(), leaf)
+        gradient = gradient_at(leaf, margins, search)
     if search is not judge:
         with torch.no_grad():
             margins = success_margin(judge.evidence(images), judge.thresholds, labels)

@@ -32,6 +32,7 @@ from clusterguard.cli._options import (
     SkipUnreadable,
     check_suffixes,
     find_device,
+    refuse_uncalibrated,
     say,
     show,
     stderr_is_a_terminal,
@@ -440,6 +441,7 @@ def export(
     for path in output:
         check_place(path)
     detector, config = load_named_guard(guard)
+    refuse_uncalibrated(detector, guard)
     recorded = recorded_images(config["training"])
     size, depth = image_size or recorded.get("image_size"), channels or recorded.get("channels", 3)
     example = torch.zeros(2, depth, size, size) if size else None

@@ -14,11 +14,12 @@ import torch
 from clusterguard._support import check_archive, open_ordinary, previous, write_atomically
 from clusterguard.assurance._internal import trained_radius
 from clusterguard.cli._image_folders import ImageFolder, Part, listed_paths, open_folder
+from clusterguard.cli._options import refuse_uncalibrated
 from clusterguard.deployment import fit_image, read_image
 from clusterguard.detection import Calibration, Rate
 from clusterguard.detectors import ClusterGuard, make_encoder
 from clusterguard.detectors._internal import CONFIG, check_overwritable, describe_thresholds, read_config, read_guard
-from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError, PersistenceError, in_one_line
+from clusterguard.errors import ConfigurationError, InputError, PersistenceError, in_one_line
 from clusterguard.samples import load_digits
 from PIL import Image
 from safetensors.torch import load
@@ -276,8 +277,8 @@ def open_guard(
             split the folder by other rules.
     """
     guard, config = load_named_guard(folder)
-    if part == "test" and not guard.is_calibrated:
-        raise NotCalibratedError(f"{folder} has no thresholds yet; run: clusterguard calibrate {folder} --data {data}")
+    if part == "test":
+        refuse_uncalibrated(guard, folder, data)
     recorded = recorded_images(config["training"])
     guard = guard.to(device)
     options = image_options(data, image_size or recorded.get("image_size"), channels or recorded.get("channels"))

@@ -81,9 +81,15 @@ class ImageFolder:
             where = "" if self.is_divided else f" for {part}, which is {SHARES[part]:.0%} of the files"
             raise InputError(
                 f"expected one subfolder of images per class in {self.root}{where}, got no image of "
-                f"{', '.join(empty) or 'any class'}; add images, or remove the folder"
+                f"{', '.join(empty) or 'any class'}; {self._advice()}"
             )
         return [(path, label) for label, paths in enumerate(self.parts[part].values()) for path in paths]
+
+    def _advice(self) -> str:
+        outside = self.passed_over.get("in no class", 0)
+        if outside and not any(self.parts.values()):
+            return f"{outside} images lie directly in the folder; move them into a subfolder for each class"
+        return "add images, or remove the folder"
 
 
 def open_folder(root: Path, seed: int, *, skip_unreadable: bool = False) -> ImageFolder:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from clusterguard.errors import ClusterGuardError, TrainingStoppedError
+from clusterguard.errors import ClusterGuardError, NotCalibratedError, TrainingStoppedError
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     import torch
+    from clusterguard.detectors import ClusterGuard
 
 
 class Commands(TyperGroup):
@@ -218,3 +219,18 @@ def check_suffixes(paths: list[Path], *expected: str) -> None:
     for path in paths:
         if path.suffix not in expected:
             raise typer.BadParameter(f"expected a file that ends in {' or '.join(expected)}, got {path}")
+
+
+def refuse_uncalibrated(guard: "ClusterGuard", folder: str | Path, data: str = "DATA") -> None:
+    """Refuse a guard without thresholds, with the command that fits them.
+
+    Args:
+        guard: guard that was read from a folder.
+        folder: that folder.
+        data: what the command takes as data.
+
+    Raises:
+        NotCalibratedError: it has no thresholds.
+    """
+    if not guard.is_calibrated:
+        raise NotCalibratedError(f"{folder} has no thresholds yet; run: clusterguard calibrate {folder} --data {data}")

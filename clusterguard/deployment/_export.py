@@ -293,6 +293,8 @@ def load_onnx(
         detector.class_names = json.loads(properties.get("class_names", "null"))
         if "calibration" in properties:
             detector.calibration = Calibration.from_dict(json.loads(properties["calibration"]), thresholds)
+    except FileNotFoundError as error:
+        raise PersistenceError(f"there is no file {error.filename or path}, which load_onnx needs") from error
     except Exception as error:  # errors of protobuf and onnxruntime have no common base class
         raise PersistenceError(
             f"{path} is missing, damaged, or not written by export_onnx; export the detector again. What went wrong: "
@@ -322,7 +324,8 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
     """A frozen copy in eval mode and two blank images for it. With one image, export would fix B to 1."""
     if not isinstance(detector, DetectorModule):
         raise ConfigurationError(
-            f"expected a DetectorModule, got {type(detector).__name__}; set the thresholds of the detector inside it"
+            f"expected a DetectorModule such as a guard, got {type(detector).__name__}; pass the detector itself, not "
+            "its program or a wrapper, whose thresholds can be set on the detector inside"
         )
     check_deployable(detector.thresholds)
     if example is not None:

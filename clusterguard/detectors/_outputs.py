@@ -88,9 +88,13 @@ def run_once(module: nn.Module, images: Tensor) -> Tensor:
         raise UnsupportedBackboneError(f"{expected}, got {shorten(error)}; {PASS_EXAMPLE}") from error
     if isinstance(output, Tensor) and output.is_floating_point() and output.shape[:-1] == images.shape[:1]:
         return output
-    got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    if not isinstance(output, Tensor):
+        raise UnsupportedBackboneError(
+            f"{expected}, got {type(output).__name__}; wrap the backbone in a module whose forward returns one tensor "
+            "of its output"
+        )
     raise UnsupportedBackboneError(
-        f"{expected}, got {got}; wrap the backbone so that it picks or pools its output, such as "
+        f"{expected}, got {output.dtype} {tuple(output.shape)}; wrap the backbone so that it pools its output, such as "
         "nn.Sequential(backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten())"
     )
 

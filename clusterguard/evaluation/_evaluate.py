@@ -201,7 +201,10 @@ def _digest(detector: Any) -> str | None:
 
 
 def _by_name(attacks: Attack | Mapping[str, Attack], precision: Precision | None) -> dict[str, Attack]:
-    named = dict(attacks) if isinstance(attacks, Mapping) else {type(attacks).__name__: attacks}
+    if isinstance(attacks, Mapping):
+        named = dict(attacks)
+    else:  # a function has a name of its own
+        named = {getattr(attacks, "__name__", type(attacks).__name__): attacks}
     if not named:
         raise ConfigurationError("expected at least one attack, got none")
     for name, attack in named.items():

@@ -142,7 +142,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         check_radius(self.attack, images)  # in the warm-up too, so that a wrong radius fails at once
         if not self._is_warming_up:
             detector = WithThresholds(self.guard, self.thresholds)
-            attacked = self._present_attack(detector, images, labels, generator=generator)
+            attacked = self._present_attack(detector, images.clone(), labels.clone(), generator=generator)
             with torch.no_grad(), evaluation_mode(detector) as seen:
                 detection = decide(seen.evidence(attacked), self.thresholds)
             got_through = is_broken(Verdicts(detection, labels))
@@ -164,7 +164,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         """
         figures = super().validate(images, labels, generator)
         detector = WithThresholds(self.guard, self.thresholds)
-        attacked = self.attack(detector, images, labels, generator=generator)
+        attacked = self.attack(detector, images.clone(), labels.clone(), generator=generator)
         with torch.no_grad():
             got_through = is_broken(Verdicts(decide(detector.evidence(attacked), self.thresholds), labels))
         return {**figures, "robust_accuracy": figures["accepted_accuracy"] & ~got_through}
@@ -187,7 +187,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         images, labels, generator = images.to(device), labels.to(device), Generator(device).manual_seed(0)
         states = random_states(device)  # an attack of another library may draw from a global generator
         started = time.perf_counter()
-        self.attack(WithThresholds(self.guard, self.thresholds), images, labels, generator=generator)
+        self.attack(WithThresholds(self.guard, self.thresholds), images.clone(), labels, generator=generator)
         attacking = time.perf_counter() - started
         set_random_states(states, device)
         return warmups * seconds + (epochs - warmups) * (2 * seconds + attacking)  # a step then has twice the images

@@ -116,6 +116,6 @@ def successes(
         Truth values (B,) under the name "success".
     """
     judge = WithThresholds(detector, thresholds)
-    attacked = check.attack(judge, images, labels, generator=generator)
+    attacked = check.attack(judge, images.clone(), labels.clone(), generator=generator)
     with torch.no_grad():
         return {"success": is_broken(Verdicts(decide(judge.evidence(attacked), thresholds), labels))}

@@ -193,7 +193,8 @@ def test_inspect_says_that_a_guard_is_not_calibrated_and_export_and_evaluate_ref
     told = json.loads(run("inspect", guard, "--json").stdout)
     assert (told["is_calibrated"], told["thresholds"]) == (False, [None] * 3)
     fails("run: clusterguard calibrate", "evaluate", guard, "--data", photos)
-    fails("no thresholds yet", "export", guard, "--output", guard / "guard.pt2", "--image-size", 16, "--channels", 1)
+    options = "--output", guard / "guard.pt2", "--image-size", 16, "--channels", 1
+    fails("run: clusterguard calibrate", "export", guard, *options)
 
 
 def test_calibrate_changes_thresholds_and_nothing_else(guard, photos):

@@ -134,6 +134,9 @@ def test_missing_parts_and_empty_classes_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no image of any class"):
         load_part(str(tmp_path / "empty"), "train", **OPTIONS)
+    fill(tmp_path / "flat", "", count=2)
+    with pytest.raises(InputError, match="2 images lie directly in the folder"):
+        load_part(str(tmp_path / "flat"), "train", **OPTIONS)
 
 
 def test_hidden_and_foreign_files_do_not_count_and_are_counted(tmp_path):

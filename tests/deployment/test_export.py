@@ -334,5 +334,5 @@ def test_others_read_as_ever_while_a_thread_exports():
 
 def test_what_is_no_module_of_ours_is_not_exported():
     guard = ClusterGuard(nn.Flatten(), 2, example=IMAGES)
-    with pytest.raises(ConfigurationError, match="expected a DetectorModule, got WithThresholds"):
+    with pytest.raises(ConfigurationError, match="expected a DetectorModule such as a guard, got WithThresholds"):
         export_program(WithThresholds(guard, torch.full((2,), 20.0)), IMAGES)

@@ -72,6 +72,31 @@ def test_images_outside_box_or_budget_do_not_count(small_guard, loader):
     assert report.results[1].invalid == report.results[2].invalid == 90
 
 
+def test_an_attack_that_writes_into_its_images_cheats_nobody(small_guard, loader):
+    images, labels = (part.clone() for part in loader.dataset.tensors)
+    other = images[small_guard.detect(images).labels != labels][:1]
+
+    def overwrite(detector, images, labels, *, targets=None, generator=None):
+        labels.zero_()
+        return images.copy_(other.expand_as(images))
+
+    overwrite.norm, overwrite.eps = "linf", 0.01
+    small = FGSM(eps=0.01)
+    report = evaluate(small_guard, {"overwrite": overwrite, "small": small}, [(images, labels)], sanity_images=0)
+    assert report.results[0].invalid > 0
+    assert report.results[0].success.count == 0
+    assert report.results[1].success == evaluate(small_guard, small, loader).results[0].success
+    assert torch.equal(images, loader.dataset.tensors[0])
+    assert torch.equal(labels, loader.dataset.tensors[1])
+
+
+def test_a_function_is_reported_by_its_name(small_guard, loader):
+    def brighter(detector, images, labels, *, targets=None, generator=None):
+        return (images + 0.1).clamp(0, 1)
+
+    assert [result.name for result in evaluate(small_guard, brighter, loader).results] == ["brighter"]
+
+
 def test_stages_of_a_suite_and_its_success_count_the_same_images(small_guard, loader, light_suites):
     suite = WorstCaseSuite("linf", eps=0.1, budget="quick")
     report = evaluate(small_guard, suite, loader, sanity_images=0)

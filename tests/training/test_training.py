@@ -14,7 +14,9 @@ from clusterguard.training import (
     Origin,
     Original,
     Outside,
+    OverfittingCheck,
     Separate,
+    Validation,
     negative_log_likelihood,
 )
 from clusterguard.training._losses import cluster_terms
@@ -38,6 +40,23 @@ def test_cluster_loss_of_equation_31_is_the_likelihoods_logarithm():
     nothing = torch.zeros(8, dtype=torch.bool)
     expected = -clusters.log_likelihood(z).gather(1, labels[:, None]).mean() - 3 * math.log(2 * math.pi)
     torch.testing.assert_close(negative_log_likelihood(clusters, z, labels, nothing), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_an_attack_that_writes_into_its_images_leaves_the_training_data_alone():
+    data = [part[:40].clone() for part in load_digits("train").tensors]
+    others = [part[40:80].clone() for part in load_digits("train").tensors]
+    before = [part.clone() for part in (*data, *others)]
+
+    def overwrite(detector, images, labels, *, targets=None, generator=None):
+        labels.zero_()
+        return images.zero_()
+
+    guard = ClusterGuard(nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU()), 10, example=data[0][:1])
+    loader = [tuple(data)]
+    checks = {"validation": Validation([tuple(others)]), "overfitting": OverfittingCheck([tuple(others)], overwrite)}
+    trainer = AdversarialClusterTrainer(guard, overwrite)
+    trainer.fit(loader, loader, epochs=2, calibrate=False, progress=False, **checks)
+    assert all(map(torch.equal, (*data, *others), before))
 
 
 def test_one_epoch_on_real_digits_lowers_the_loss():
