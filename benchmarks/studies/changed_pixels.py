@@ -106,6 +106,7 @@ def run_seed(seed: int, proved: int, attacked: int, progress: bool = True) -> di
         "with_refusal": count_proofs(guard, few, their),
         "without_refusal": count_proofs(accepting, few, their),
         "attacks": count_successes(guard, images[:attacked], labels[:attacked], seed),
+        "provenance": provenance(torch.device("cpu")),
     }
 
 

@@ -79,8 +79,8 @@ def certify(
         eps: radius in `norm`. In l∞ it is in [0, 1], one number or (B,); in l0 it is the number of pixels, for patches
             the side in pixels.
         norm: name of the norm, a key of `clusterguard.attacks.NORMS`. Norms other than l∞ need a network that is one
-            linear layer of the pixels, as `make_template_guard` makes it. Its bounds are exact for each linear
-            function in l1, l0 and for patches.
+            linear layer of the pixels, as `make_template_guard` makes it, whose bounds are exact for each linear
+            function in l1, l0 and for patches. In l0 and for patches there are also bounds for `make_local_guard`.
         method: "intervals", "linear" or "branching", each of which also tries what the one before it does not prove
             secure. "linear" takes linear bounds. These are tighter, and take about half a second an image for a small
             network. They need a network of ReLUs, linear layers, convolutions, batch normalisation, average pooling and
@@ -125,6 +125,7 @@ def certify(
     radii = _check_radii(ball, eps, images).to(images.device).expand(len(images))
     if not len(images):
         return Certificate(labels.bool(), labels.bool())
+    images = _as_seen(images)
     with as_in_service(guard) as guard:
         proofs = _prove(guard, images, labels, ball, radii, method, branches)
         _try_out(guard, images, labels, ball, radii, proofs)
@@ -182,12 +183,13 @@ def certified_radius(
     if not (0 < tolerance < torch.inf and 0 < largest <= most and ball.grain <= largest):
         least = f"[{ball.grain:g}" if ball.grain else "(0"
         raise ConfigurationError(
-            f"expected a positive tolerance and a largest radius in {least}, {most:g}], got {tolerance} and {largest}; "
-            f"{IN_GREY_LEVELS}"
+            f"expected a positive tolerance and a largest radius in {least}, {most:g}], got {tolerance} and {largest}"
+            f"{'' if ball.grain else f'; {IN_GREY_LEVELS}'}"
         )
     radii = images.new_full((len(images),), ball.round_radius(largest), dtype=torch.float64)
     if not len(images):
         return radii
+    images = _as_seen(images)
     proved, open_end, tried = torch.zeros_like(radii), radii, radii
     with as_in_service(guard) as guard:
         for _ in range(1 + max(0, math.ceil(math.log2(largest) - math.log2(ball.grain or tolerance)))):
@@ -300,6 +302,14 @@ def _try_out(guard: ClusterGuard, images: Tensor, labels: Tensor, norm: Norm, ra
         return
     is_proved = proofs.certificate.is_secure | proofs.certificate.is_kept
     try_out(guard, images, labels, radii, is_proved, proofs)
+
+
+def _as_seen(images: Tensor) -> Tensor:
+    """The images that a network sees of images that `detect` takes: pixels that rounding moved out of [0, 1] move back.
+
+    No norm of a change grows by that, so a ball around these images holds what the network sees of the other ball.
+    """
+    return torch.where(images.isfinite(), images.clamp(0, 1), images)
 
 
 def _find_norm(name: str, method: ProofMethod) -> Norm:

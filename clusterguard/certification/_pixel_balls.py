@@ -112,7 +112,7 @@ def linear_layer_of(guard: ClusterGuard) -> nn.Linear:
             return layer
     raise ConfigurationError(
         "no bounds are known for this network in norms other than linf; they need one linear layer of the pixels, as "
-        "make_template_guard makes it"
+        "make_template_guard makes it, or costs of windows, as make_local_guard makes them"
     )
 
 

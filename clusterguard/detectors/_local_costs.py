@@ -167,4 +167,11 @@ def _sides(layer: nn.Module) -> tuple[int, int, int, int]:
             f"expected a layer with the same whole numbers for rows and columns and zeros around, got {layer}"
         )
     kernel, stride, padding, dilation = (pair[0] for pair in pairs)
+    if isinstance(layer, nn.Conv2d) and layer.weight.shape[2:] != layer.kernel_size:
+        raise ConfigurationError(
+            f"expected weights of size {layer.kernel_size}, as {layer} says, got {tuple(layer.weight.shape[2:])}; make "
+            "a new layer with these weights"
+        )
+    if isinstance(layer, nn.MaxPool2d) and dilation > 1 and padding:
+        raise ConfigurationError(f"expected pooling without padding where it is dilated, got {layer}; leave one out")
     return kernel, stride, padding, dilation

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import benchmarks.studies.pictures.__main__ as pictures
 from benchmarks.studies.pictures.__main__ import MEASURED, PICTURES, draw_pictures
+from benchmarks.studies.pictures._templates import measure_templates
 
 ROOT = Path(__file__).parents[2]
 DRAWN = draw_pictures()
@@ -96,3 +97,12 @@ def test_what_captions_say_is_what_was_measured():
     mean, low, high = (f"{100 * at_one_percent[key]:.2f} %" for key in ("mean", "low", "high"))
     assert f"realised rates is {mean}" in page
     assert f"between {low} and {high}" in page
+
+
+@pytest.mark.slow
+def test_the_picture_of_templates_is_measured_as_it_was():
+    (first, *_), (kept, *_) = measure_templates(), json.loads(MEASURED.read_text())["templates"]["figures"]
+    assert (first["proved"], first["pixels"]) == (kept["proved"], kept["pixels"])
+    for side, old in zip(first["sides"], kept["sides"], strict=True):
+        assert side["class"] == old["class"]
+        assert side["distance"] == pytest.approx(old["distance"], rel=1e-4)

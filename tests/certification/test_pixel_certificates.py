@@ -212,3 +212,22 @@ def test_an_image_that_is_not_finite_is_not_proved():
     images = torch.rand(2, 1, 2, 2)
     images[0, 0, 0, 0] = torch.nan
     assert certify(guard, images, torch.tensor([0, 0]), eps=0, norm="l0").is_secure.tolist()[0] is False
+
+
+@pytest.mark.parametrize("norm", ["linf", "l0", "l1", "l2", "patch"])
+def test_pixels_that_rounding_moved_out_of_the_range_are_those_that_the_network_sees(norm):
+    head = NearestTemplate(2, 2)
+    guard = ClusterGuard(nn.Flatten(), head=head, mean=0.5, std=1.0, example=torch.rand(1, 1, 8, 8))
+    guard.requires_grad_(False)
+    layer = guard.encoder[1]
+    layer.weight[0], layer.weight[1] = 1.0, 0.0
+    layer.bias.copy_(torch.tensor([32.0, 64.004]))
+    guard.thresholds = torch.tensor([64.002, 0.0])
+    images, labels = torch.ones(20, 1, 8, 8), torch.zeros(20, dtype=torch.long)
+    images[1], labels[1] = 1 + 9e-5, 1
+    verdict = guard.detect(images)
+    assert (verdict.labels[1], verdict.is_adversarial[1]) == (0, False)  # so the image is broken as it is
+    assert not certify(guard, images, labels, eps=0.0, norm=norm).is_secure[1]
+    eps, seen = 0.01 if norm == "linf" else 1.0, images.clamp(0, 1)
+    assert torch.equal(*(certify(guard, part, labels, eps=eps, norm=norm).is_secure for part in (images, seen)))
+    assert torch.equal(*(certified_radius(guard, part, labels, norm=norm) for part in (images, seen)))

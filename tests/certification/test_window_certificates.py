@@ -138,3 +138,28 @@ def test_a_trained_guard_of_windows_proves_patches_and_comes_back_from_a_folder(
     again = ClusterGuard.from_pretrained(tmp_path, backbone=LocalCosts(network))
     assert torch.equal(again.distances(images[:5]), guard.distances(images[:5]))
     assert certify(again, images[200:], labels[200:], eps=1, norm="patch").is_secure.double().mean() == shares[0]
+
+
+def test_weights_of_another_size_than_the_layer_says_are_refused():
+    guard = make_local_guard(nn.Sequential(nn.Conv2d(1, 2, 3)), 2, example=torch.rand(1, 1, SIDE, SIDE))
+    guard.thresholds = torch.full((2,), 100.0)
+    guard.encoder[0].network[0].weight = nn.Parameter(torch.rand(2, 1, 7, 7))
+    with pytest.raises(ConfigurationError, match=r"expected weights of size \(3, 3\)"):
+        certify(guard, torch.rand(1, 1, SIDE, SIDE), torch.zeros(1, dtype=torch.long), eps=1, norm="patch")
+    with pytest.raises(ConfigurationError, match="dilated"):
+        LocalCosts(nn.Sequential(nn.MaxPool2d(2, stride=1, padding=1, dilation=2)))
+
+
+def test_a_window_that_can_overflow_is_not_proved_to_be_kept():
+    example = torch.zeros(1, 1, 20, 20)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1))
+    guard = make_local_guard(network, 2, example=example, mean=0.0, std=1.0).requires_grad_(False)
+    guard.thresholds = torch.full((2,), 1e6)
+    signs = torch.tensor([[1.0, -1, 1], [-1, 1, -1], [1, -1, 1]])
+    first, second = guard.encoder[0].network
+    first.weight[:], first.bias[:] = 0.9e38 * signs, torch.tensor([4e36, 0.0])
+    second.weight[:], second.bias[:] = torch.tensor([[-1.0, 1.0], [1.0, -1.0]]).view(2, 2, 1, 1), 0.0
+    changed = example.clone()
+    changed[0, 0, 5:8, 5:8] = (signs > 0).float()
+    assert guard.detect(changed).is_adversarial
+    assert not certify(guard, example, torch.tensor([0]), eps=3, norm="patch").is_kept

@@ -209,7 +209,9 @@ def foreign(path: Path) -> None:
 )
 def test_files_that_are_no_exported_detector_are_named(make, tmp_path):
     make(tmp_path / "other.onnx")
-    with pytest.raises(PersistenceError, match=r"other\.onnx is missing, damaged, or not written by export_onnx|no file .*other\.onnx"):
+    with pytest.raises(
+        PersistenceError, match=r"other\.onnx is missing, damaged, or not written by export_onnx|no file .*other\.onnx"
+    ):
         load_onnx(tmp_path / "other.onnx")
 
 

@@ -95,6 +95,7 @@ MAKERS = {
     "compiled": compiled,
     "confidence": lambda: with_thresholds(cg.detectors.ConfidenceDetector(network(CLASSES), CLASSES)),
     "consistent": lambda: with_thresholds(cg.detectors.ConsistentDetector(a_guard(), radius=0.1)),
+    "unanimous": lambda: with_thresholds(cg.detectors.UnanimousDetector(a_guard(), a_guard())),
     "subclass": lambda: with_thresholds(Brightness(CLASSES)),
     "inherited": lambda: with_thresholds(InheritedBrightness(CLASSES)),
     "borrowed": lambda: with_thresholds(Borrowed(CLASSES)),

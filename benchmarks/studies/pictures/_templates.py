@@ -25,7 +25,8 @@ def measure_templates() -> list[dict[str, Any]]:
     guard = ClusterGuard.from_pretrained(_GUARD)
     batch = load_data_set("mnist").open_test().head(1 + max(_DIGITS)).floats()
     images, labels = (part[list(_DIGITS)] for part in batch)
-    distances = guard.detect(images).distances
+    with torch.no_grad():
+        distances = guard.distances(images)
     others = distances.scatter(1, labels[:, None], torch.inf).argmin(dim=1)
     radii = certified_radius(guard, images, labels, norm=L0.name, largest=64)
     rows = []
