@@ -79,16 +79,7 @@ def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, conseque
         >>> choose_num_classes(nn.Flatten(), 10, consequence="")
         10
     """
-    if callable(backbone) and not isinstance(backbone, nn.Module):
-        raise UnsupportedBackboneError(
-            f"expected a torch.nn.Module that maps images to (B, D), got {type(backbone).__name__}; call it if it "
-            "makes a model, such as resnet18()"
-        )
-    if not isinstance(backbone, nn.Module):
-        raise UnsupportedBackboneError(
-            f"expected a torch.nn.Module that maps images to (B, D), got {type(backbone).__name__}; pass the module "
-            "inside it"
-        )
+    check_module(backbone)
     built_in = find_num_classes(backbone)
     if num_classes is None:
         if built_in is not None:
@@ -103,6 +94,21 @@ def choose_num_classes(backbone: nn.Module, num_classes: int | None, *, conseque
             stacklevel=3,
         )
     return num_classes
+
+
+def check_module(backbone: object) -> None:
+    """Check that a backbone is a module.
+
+    Raises:
+        UnsupportedBackboneError: it is something else, such as a class or a function that makes a module.
+    """
+    if not isinstance(backbone, nn.Module):
+        advice = (
+            "call it if it makes a model, such as resnet18()" if callable(backbone) else "pass the module inside it"
+        )
+        raise UnsupportedBackboneError(
+            f"expected a torch.nn.Module that maps images to (B, D), got {type(backbone).__name__}; {advice}"
+        )
 
 
 def find_normalization(backbone: nn.Module) -> Normalization:

@@ -24,6 +24,7 @@ from clusterguard.detectors._backbone_recipes import describe_backbone
 from clusterguard.detectors._backbones import (
     KeptLogits,
     adapt_backbone,
+    check_module,
     choose_normalization,
     choose_num_classes,
     find_class_names,
@@ -351,6 +352,7 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
 
         Raises:
             PersistenceError: the guard is missing, damaged, foreign, too new, or does not fit the backbone.
+            UnsupportedBackboneError: the backbone is no module.
 
         Warns:
             UserWarning: thresholds are infinite; the guard is then not calibrated.
@@ -358,6 +360,8 @@ class ClusterGuard(DetectorModule, ModelHubMixin):
         Example:
             See `save_pretrained`.
         """
+        if backbone is not None:
+            check_module(backbone)
         folder = find_folder(
             pretrained_model_name_or_path,
             revision=revision,

@@ -89,6 +89,8 @@ def test_parts_in_other_dtypes_and_tied_weights_come_back(tmp_path):
 def test_a_module_of_your_own_must_be_handed_in(saved, tmp_path):
     with pytest.raises(PersistenceError, match=r"OwnNetwork; build that module .* pass backbone=module"):
         ClusterGuard.from_pretrained(saved)
+    with pytest.raises(UnsupportedBackboneError, match="call it if it makes a model"):
+        ClusterGuard.from_pretrained(saved, backbone=OwnNetwork)
     images = torch.rand(2, 1, 6, 6)
     backbone = OwnNetwork(nn.Conv2d(1, 2, 3), nn.Flatten())
     guard = ClusterGuard(backbone, 2, example=images)
