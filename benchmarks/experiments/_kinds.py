@@ -231,7 +231,7 @@ def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) 
     per_target = 6 if over_pixels else 3 + 2 * (3 if get_norm(norm).is_sparse else 1)
     single = 9 + effort.restarts + (5 if over_pixels or norm == CarliniWagner.norm else 0)
     passes = effort.steps * (single + per_target * targets)
-    rounds = 4 * max(1, effort.steps // 20)
+    rounds = 4 * max(1, effort.steps // 20) * (1 + effort.searches)
     passes += 48 * rounds
     boundary = effort.queries if budget == "thorough" and not get_norm(norm).is_sparse else 0
     return PlannedCost(passes + effort.queries + 128 * rounds + boundary, passes)

@@ -73,21 +73,25 @@ class Effort(NamedTuple):
         restarts: number of random starts.
         targets: number of targets for each image; None takes all wrong classes.
         queries: number of queries for each image.
+        searches: number of local searches from the image itself, before that from the best image so far.
     """
 
     steps: int
     restarts: int
     targets: int | None
     queries: int
+    searches: int = 0
 
 
 EFFORTS: dict[str, Effort] = {
     "quick": Effort(steps=20, restarts=1, targets=3, queries=200),
-    "standard": Effort(steps=100, restarts=3, targets=9, queries=2000),
-    "thorough": Effort(steps=300, restarts=5, targets=None, queries=10_000),
-    "converge": Effort(steps=300, restarts=5, targets=None, queries=10_000),
+    "standard": Effort(steps=100, restarts=3, targets=9, queries=2000, searches=1),
+    "thorough": Effort(steps=300, restarts=5, targets=None, queries=10_000, searches=3),
+    "converge": Effort(steps=300, restarts=5, targets=None, queries=10_000, searches=3),
 }
-_REPEATED = ("APGD random 1", "Sparse-RS", "Sparse-RS, few pixels", "Square", "patches", "polish")  # stages of a round
+_POLISH = "polish"  # the stage that goes on from the best images; others of its kind start from the images themselves
+_FROM_IMAGE = f"{_POLISH} from the image"
+_REPEATED = ("APGD random 1", "Sparse-RS", "Sparse-RS, few pixels", "Square", "patches", f"{_FROM_IMAGE} 1", _POLISH)
 
 
 @final
@@ -103,13 +107,13 @@ class WorstCaseSuite(BuiltInAttack):
     (5) The attacks without gradients are Square, or `PatchAttack` for patches, and with the thorough budget Boundary
     for linf and l2. Balls of l2 and l1 also contain every change of a few pixels, so Sparse-RS with as many pixels runs
     second; so it does for l0, where Sparse-PGD and σ-zero follow.
-    (6) `Polish` goes on from the best images of all stages before it.
+    (6) `Polish` searches from the image itself, and then from the best images of all stages before it.
 
     Args:
         norm: norm of the ball, a name of `clusterguard.attacks.NORMS`.
         eps: radius of the ball, at least 0; for l0 a number of pixels, for patches the side.
         budget: amount of work, "quick", "standard" or "thorough". "converge" begins as "thorough" does. Then it repeats
-            a random start, the search and the polish, until two rounds in a row break nothing.
+            a random start, the search and both kinds of polish, until two rounds in a row break nothing.
         references: benign images (R, C, H, W) and their labels (R,), as starts for attacks; None takes the attacked
             images. Only images that the detector accepts are used.
         surrogates: detectors whose adversarial images are tried too.
@@ -238,7 +242,9 @@ class WorstCaseSuite(BuiltInAttack):
         stages: dict[str, Attack] = {}
         if over != "pixels":  # that search is the second stage
             stages["Square" if over == "squares" else "patches"] = make_random_search(queries=effort.queries, **options)
-        stages["polish"] = polish
+        # The search from the best images gets stuck where that from the images does not, and the other way round.
+        stages |= {f"{_FROM_IMAGE} {index + 1}": polish for index in range(EFFORTS[self.budget].searches)}
+        stages[_POLISH] = polish
         if self.budget in ("thorough", "converge") and not get_norm(self.norm).is_sparse:
             stages["boundary"] = Boundary(queries=effort.queries, references=references, stop_early=True, **options)
         return stages
@@ -351,7 +357,7 @@ class WorstCaseSuite(BuiltInAttack):
     ) -> StageRecord:
         metered = Metered(detector)
         aims = None if targets is None else targets[rows]
-        if isinstance(attack, Polish):
+        if name.partition(",")[0] == _POLISH and isinstance(attack, Polish):
             attacked = self._polish(attack, state.best[rows], metered, images[rows], labels[rows], aims, generator)
         else:
             attacked = attack_checked_images(

@@ -259,9 +259,11 @@ def _about_members(detector: UnanimousDetector, prove: Callable[[Any], _Proof]) 
     """What is proved about each member that has bounds.
 
     Raises:
+        NotCalibratedError: the detector has no thresholds.
         ConfigurationError: none has, or the detector accepts images that a member refuses.
     """
-    if is_changed(detector):
+    check_calibrated(detector.thresholds)
+    if is_changed(detector) or type(detector) is not UnanimousDetector:
         raise ConfigurationError("no bounds are known for a UnanimousDetector with hooks or methods of its own")
     if not bool((detector.thresholds <= 0).all()):
         raise ConfigurationError(

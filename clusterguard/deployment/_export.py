@@ -30,7 +30,7 @@ from clusterguard.detection import Calibration, Detection, Evidence, decide
 from clusterguard.detection._internal import check_evidence
 from clusterguard.detectors import DetectorModule
 from clusterguard.detectors._internal import drop_infinite_thresholds, guarded_evidence
-from clusterguard.errors import ConfigurationError, PersistenceError, in_one_line
+from clusterguard.errors import ConfigurationError, NotCalibratedError, PersistenceError, in_one_line
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import one_hot
@@ -328,6 +328,8 @@ def _prepare(detector: DetectorModule, example: Tensor | None) -> tuple[_Decisio
             "its program or a wrapper, whose thresholds can be set on the detector inside"
         )
     check_deployable(detector.thresholds)
+    if not detector.is_calibrated:
+        raise NotCalibratedError("expected finite thresholds of all members of the detector; fit them with Calibrator")
     if example is not None:
         check_images(example)
     with evaluation_mode(detector) as seen:  # no other thread changes the mode while it is copied

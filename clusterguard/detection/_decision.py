@@ -93,7 +93,7 @@ def decide(evidence: Evidence, thresholds: Tensor) -> Detection:
     _check_evidence(evidence, thresholds)
     labels = evidence.class_scores.argmax(dim=1)
     suspicion = evidence.suspicion.gather(1, labels[:, None]).squeeze(1)
-    accepted = (suspicion <= thresholds[labels]) & _is_finite(evidence)
+    accepted = (suspicion <= thresholds[labels]) & is_finite(evidence)
     return Detection(labels, suspicion, ~accepted)
 
 
@@ -128,7 +128,7 @@ def class_margins(evidence: Evidence, thresholds: Tensor) -> Tensor:
     runner_up = scores.masked_fill(is_label, -torch.inf).amax(dim=1, keepdim=True)
     behind = torch.where(is_label, runner_up - top, top - scores + torch.finfo(scores.dtype).tiny)
     margins = torch.maximum(suspicion - thresholds, behind)
-    refused = ~_is_finite(evidence)[:, None] | thresholds.isnan()
+    refused = ~is_finite(evidence)[:, None] | thresholds.isnan()
     return margins.masked_fill(refused, torch.inf)
 
 
@@ -193,6 +193,6 @@ def _check_evidence(evidence: Evidence, thresholds: Tensor, *, classes: int = 1)
         raise InputError(f"expected evidence for at least {classes} classes, got {scores.shape[1]}")
 
 
-def _is_finite(evidence: Evidence) -> Tensor:
+def is_finite(evidence: Evidence) -> Tensor:
     """(B,) True where every score and suspicion of the row is finite."""
     return (evidence.class_scores.isfinite() & evidence.suspicion.isfinite()).all(dim=1)

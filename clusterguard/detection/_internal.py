@@ -2,7 +2,7 @@
 
 from clusterguard.detection._arithmetic import without_autocast
 from clusterguard.detection._class_names import learn_class_names, list_classes, name_class
-from clusterguard.detection._decision import check_goal
+from clusterguard.detection._decision import check_goal, is_finite
 from clusterguard.detection._judging import check_evidence
 from clusterguard.detection._loaders import (
     check_loader,
@@ -21,6 +21,7 @@ __all__ = [
     "check_passes",
     "guessing_advice",
     "have_common_images",
+    "is_finite",
     "is_one_pass_iterator",
     "learn_class_names",
     "list_classes",

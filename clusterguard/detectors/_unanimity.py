@@ -1,10 +1,11 @@
 """A detector of several detectors, which accepts an image if each of them does and all agree on its label."""
 
-from typing import final
+from typing import cast, final
 
 import torch
 from clusterguard._support import check_calibrated
-from clusterguard.detection import Evidence, class_margins
+from clusterguard.detection import Detection, Evidence, class_margins
+from clusterguard.detection._internal import is_finite
 from clusterguard.detectors._base import DetectorModule
 from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ class UnanimousDetector(DetectorModule):
             calibrated again decides with its new thresholds here, too.
 
     Raises:
-        ConfigurationError: there are fewer than two members, or one is no `DetectorModule`, or numbers or names of
-            classes differ.
+        ConfigurationError: there are fewer than two members, or one is no `DetectorModule`, or they differ in classes,
+            in the shape of images, or in data types.
         NotCalibratedError: a member has no thresholds.
 
     Example:
@@ -51,13 +52,19 @@ class UnanimousDetector(DetectorModule):
             raise ConfigurationError(
                 f"expected members of the same classes, got {sorted(classes)} classes and the names {names}"
             )
-        for member in members:
-            check_calibrated(member.thresholds)
-        super().__init__(*classes)
+        shapes = {member.image_shape for member in members if isinstance(member.image_shape, tuple)}
+        dtypes = {weight.dtype for member in members for weight in member.parameters() if weight.is_floating_point()}
+        if len(shapes) > 1 or len(dtypes) > 1:
+            raise ConfigurationError(
+                f"expected members that take the same images, got the shapes {sorted(shapes)} and the data types "
+                f"{sorted(map(str, dtypes))}; detector.float() converts one, which must then be calibrated again"
+            )
+        super().__init__(*classes, image_shape=next(iter(shapes), None))
         self.members = nn.ModuleList(members)
+        self._check_members()
         self.class_names = next(iter(names - {None}), None)
         self.thresholds = torch.zeros_like(members[0].thresholds)
-        self.training = any(member.training for member in members)
+        self.training = self.members.training = any(member.training for member in members)
 
     @property
     def is_calibrated(self) -> bool:
@@ -67,10 +74,38 @@ class UnanimousDetector(DetectorModule):
     @property
     def detectors(self) -> tuple[DetectorModule, ...]:
         """The members, in their order."""
-        return tuple(member for member in self.members if isinstance(member, DetectorModule))
+        return tuple(cast(DetectorModule, member) for member in self.members)
 
     def evidence(self, images: Tensor) -> Evidence:
         """The class scores of the first member, and the largest margin of all members, for images (B, C, H, W)."""
         parts = [member.evidence(images) for member in self.detectors]
-        margins = [class_margins(part, member.thresholds) for part, member in zip(parts, self.detectors, strict=True)]
-        return Evidence(parts[0].class_scores, torch.stack(margins).amax(dim=0))
+        pairs = zip(parts, self.detectors, strict=True)
+        suspicion = torch.stack([class_margins(part, member.thresholds) for part, member in pairs]).amax(dim=0)
+        # A class that a member never accepts has an infinite margin, for which the image must not be refused as others.
+        is_judged = torch.stack([is_finite(part) for part in parts]).all(dim=0)
+        largest = suspicion.clamp_max(torch.finfo(suspicion.dtype).max)
+        return Evidence(parts[0].class_scores, torch.where(is_judged[:, None], largest, suspicion))
+
+    def detect(self, images: Tensor, *, check: bool = True) -> Detection:
+        """Label images and decide which to refuse, as `DetectorModule.detect` does.
+
+        Args:
+            images: (B, C, H, W) floating-point images in [0, 1].
+            check: whether to check images and thresholds first, those of members too.
+
+        Returns:
+            Labels, their suspicion, and whether the image is refused, each (B,).
+
+        Raises:
+            InputError: images have a wrong shape, dtype or range. The range is checked only with `check`.
+            NotCalibratedError: thresholds are missing, here or in a member. This is raised only with `check`.
+        """
+        if check:
+            self._check_members()
+        return super().detect(images, check=check)
+
+    def _check_members(self) -> None:
+        for member in self.detectors:
+            check_calibrated(member.thresholds)
+            if isinstance(member, UnanimousDetector):
+                member._check_members()

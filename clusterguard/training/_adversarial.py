@@ -187,7 +187,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         images, labels, generator = images.to(device), labels.to(device), Generator(device).manual_seed(0)
         states = random_states(device)  # an attack of another library may draw from a global generator
         started = time.perf_counter()
-        self.attack(WithThresholds(self.guard, self.thresholds), images.clone(), labels, generator=generator)
+        self.attack(WithThresholds(self.guard, self.thresholds), images.clone(), labels.clone(), generator=generator)
         attacking = time.perf_counter() - started
         set_random_states(states, device)
         return warmups * seconds + (epochs - warmups) * (2 * seconds + attacking)  # a step then has twice the images

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from clusterguard import PGD, WorstCaseSuite, success_margin
-from clusterguard.attacks import AtPoints, Metered, Polish, get_norm
+from clusterguard.attacks import EFFORTS, AtPoints, Metered, Polish, get_norm
 from clusterguard.errors import ConfigurationError, InputError
 
 RADII = {"linf": 0.1, "l2": 0.8, "l1": 4.0, "l0": 6}
@@ -92,6 +92,21 @@ def test_a_suite_hands_its_best_images_to_the_polish(small_guard, cases, monkeyp
     assert [len(points) for points in starts] == [8, 8, 4]
     points = torch.cat(starts)
     assert (margins_of(small_guard, points, labels) < margins_of(small_guard, images, labels)).double().mean() > 0.9
+
+
+def test_a_suite_also_polishes_from_the_images_themselves(small_guard, cases, monkeypatch):
+    images, labels = cases
+    small_guard.thresholds = torch.full((3,), 1e-3)  # nothing is ever accepted
+    monkeypatch.setitem(EFFORTS, "thorough", EFFORTS["quick"]._replace(searches=2, steps=3, targets=1, queries=10))
+    starts = []
+    monkeypatch.setattr(Polish, "__call__", lambda polish, _, images, *__, **___: starts.append(polish.start) or images)
+    result = WorstCaseSuite("l2", eps=0.05, budget="thorough").run(small_guard, images, labels, generator=seeded())
+    names = [record.name for record in result.stages if "polish" in record.name]
+    assert names == ["polish from the image 1", "polish from the image 2", "polish"]
+    assert starts[:2] == ["image", "image"]
+    assert isinstance(starts[2], AtPoints)
+    budgets = {name: effort.searches for name, effort in EFFORTS.items()}
+    assert budgets["quick"] < budgets["standard"]
 
 
 def test_points_that_are_not_one_for_each_image_are_refused(small_guard, cases):

@@ -26,7 +26,7 @@ def test_the_committed_table_is_that_of_the_committed_counts():
     counts = content["counts"]
     table = (unanimity.UNANIMITY / "table.md").read_text()
     assert table == "\n".join(unanimity.unanimity_lines(counts)) + "\n"
-    assert set(counts) == set(unanimity.planned_counts(1, 1))
+    assert {name.partition("/")[0] for name in counts} == set(unanimity.load_judges())
     for name, found in counts.items():
         judge, kind, *threat = name.split("/")
         proof = counts.get("/".join((judge, "proof", *threat)))

@@ -8,7 +8,7 @@ import torch
 from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, certify, evaluate
 from clusterguard.certification import certified_radius, certified_success_rate
 from clusterguard.deployment import export_onnx, export_program, load_onnx
-from clusterguard.detectors import ConfidenceDetector, UnanimousDetector, make_template_guard
+from clusterguard.detectors import ConfidenceDetector, UnanimousDetector, WithThresholds, make_template_guard
 from clusterguard.errors import ConfigurationError, NotCalibratedError
 from clusterguard.training import TemplateTrainer
 from hypothesis import given
@@ -42,7 +42,11 @@ def templates_of(seed):
     return guard, images, labels
 
 
-@given(st.integers(0, 99), st.sampled_from([None, [torch.inf] * 3, [9.0, -1.0, 30.0]]), st.integers(2, 3))
+@given(
+    st.integers(0, 99),
+    st.sampled_from([None, [torch.inf] * 3, [9.0, -1.0, 30.0], [-torch.inf, 20.0, 20.0]]),
+    st.integers(2, 3),
+)
 def test_it_accepts_what_all_members_accept_under_one_label(seed, thresholds, count):
     members = [guard_of(seed), *(guard_of(seed + index, thresholds=thresholds) for index in range(1, count))]
     images = images_of(100, seed)
@@ -118,6 +122,25 @@ def test_without_bounds_the_reason_of_a_member_is_given():
     with pytest.raises(ConfigurationError, match="of its own"):
         certify(spied, images, labels, eps=0.0)
 
+    class Own(UnanimousDetector):
+        def evidence(self, images):
+            return self.detectors[0].evidence(1 - images)
+
+    with pytest.raises(ConfigurationError, match="of its own"):
+        certify(Own(guard_of(0), guard_of(1)), images, labels, eps=0.0)
+
+
+def test_what_is_kept_is_accepted_also_where_a_member_never_accepts_another_class():
+    first = guard_of(0, thresholds=[99.0] * 3)
+    images = images_of(8)
+    labels = first.detect(images).labels
+    others = [-torch.inf if index != labels[0] else 99.0 for index in range(3)]
+    together = UnanimousDetector(first, guard_of(0, thresholds=others))
+    kept = certify(together, images, labels, eps=0.0).is_kept
+    verdict = together.detect(images)
+    assert kept[0]
+    assert (~verdict.is_adversarial & (verdict.labels == labels))[kept].all()
+
 
 def test_members_fit_together_and_are_calibrated():
     first = guard_of(0, names=["a", "b", "c"])
@@ -134,8 +157,29 @@ def test_members_fit_together_and_are_calibrated():
     together = UnanimousDetector(first, guard_of(1))
     assert together.class_names == ("a", "b", "c")
     assert together.is_calibrated
+    nested = UnanimousDetector(guard_of(2), together)
     first.reset_calibration()
     assert not together.is_calibrated
+    assert together.detect(images_of(20), check=False).is_adversarial.all()
+    for detector in (together, nested):
+        with pytest.raises(NotCalibratedError):
+            detector.detect(images_of(20))
+        with pytest.raises(NotCalibratedError):
+            export_program(detector, images_of(2))
+    together.reset_calibration()
+    with pytest.raises(NotCalibratedError):
+        certify(together, images_of(2), torch.tensor([0, 1]), eps=0.0)
+    with pytest.raises(ConfigurationError, match="same images"):
+        UnanimousDetector(guard_of(0), guard_of(1).double())
+    with pytest.raises(ConfigurationError, match="same images"):
+        UnanimousDetector(guard_of(0), ClusterGuard(nn.Flatten(), 3, example=images_of(1, side=3)))
+
+
+def test_a_member_that_is_replaced_still_counts_and_modes_are_those_of_members():
+    strict, lax = guard_of(0, thresholds=[0.0] * 3), guard_of(1, thresholds=[1e9] * 3)
+    together = UnanimousDetector(lax, strict)
+    assert not any(module.training for module in together.modules())
+    together.members[1] = WithThresholds(strict, torch.zeros(3))
     assert together.detect(images_of(20), check=False).is_adversarial.all()
 
 
