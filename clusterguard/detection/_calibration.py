@@ -193,8 +193,8 @@ def fit_thresholds(
     values_by_class, counts = values[by_class], torch.bincount(classes, minlength=num_classes)
     needed = minimum_examples(false_positive_rate)
     is_scarce = counts < needed
-    doubt = guessing_advice(len(values), len(labels), num_classes)
-    if is_scarce.any() and (scarce == "error" or len(values) < needed or doubt):
+    if is_scarce.any() and (scarce == "error" or len(values) < needed):
+        doubt = guessing_advice(len(values), len(labels), num_classes)
         advice = doubt or "add examples, allow a higher rate, or pass scarce='pool'"
         raise TooFewCalibrationExamplesError(
             f"a false-positive rate of {false_positive_rate} needs at least {needed} correctly classified calibration "

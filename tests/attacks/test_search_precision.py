@@ -3,7 +3,7 @@
 import pytest
 import torch
 from clusterguard import APGD, PGD, ClusterGuard, Evidence, WorstCaseSuite, decide, success_margin
-from clusterguard.attacks import FastMinimumNorm, Metered, OrthogonalPGD, _precision, get_norm, in_precision
+from clusterguard.attacks import FastMinimumNorm, Metered, OrthogonalPGD, _search_precision, get_norm, in_precision
 from clusterguard.attacks._internal import choose_precision
 from clusterguard.attacks._search_precision import InBfloat16
 from clusterguard.detection import Verdicts, is_broken
@@ -173,22 +173,22 @@ def test_evidence_in_bfloat16_is_near_and_in_float32(trained_guard, images):
 def test_what_is_faster_and_agrees_is_chosen(
     trained_guard, images, labels, monkeypatch, seconds, cosine, lowered, expected
 ):
-    monkeypatch.setattr(_precision, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(_search_precision, "has_bfloat16", lambda device: True)
 
     def try_out(search, judge, images, labels):
         assert judge is trained_guard
         is_rough = isinstance(search, InBfloat16)
         angle = torch.tensor(cosine).acos() * is_rough
         gradient = torch.stack([angle.cos(), angle.sin()]).view(1, 1, 1, 2).expand(len(images), -1, -1, -1)
-        return _precision._Trial(gradient, lowered[is_rough], seconds[is_rough])
+        return _search_precision._Trial(gradient, lowered[is_rough], seconds[is_rough])
 
-    monkeypatch.setattr(_precision, "_try_out", try_out)
+    monkeypatch.setattr(_search_precision, "_try_out", try_out)
     assert choose_precision(trained_guard, images, labels) == expected
 
 
 def test_on_a_device_without_bfloat16_nothing_is_timed(trained_guard, images, labels, monkeypatch):
-    monkeypatch.setattr(_precision, "has_bfloat16", lambda device: False)
-    monkeypatch.setattr(_precision, "_try_out", None)
+    monkeypatch.setattr(_search_precision, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(_search_precision, "_try_out", None)
     assert choose_precision(trained_guard, images, labels) == "float32"
     attack = PGD(eps=0.1, step_size=0.02, steps=5)
     exact = attack(trained_guard, images, labels)
@@ -207,8 +207,8 @@ def test_other_precisions_are_refused():
 def test_the_search_is_in_float32_whatever_a_network_raises_in_bfloat16(
     trained_guard, images, labels, monkeypatch, error
 ):
-    monkeypatch.setattr(_precision, "has_bfloat16", lambda device: True)
-    monkeypatch.setattr(_precision, "_TOO_SHORT", 0)
+    monkeypatch.setattr(_search_precision, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(_search_precision, "_TOO_SHORT", 0)
 
     class Picky(nn.Module):
         def __init__(self, guard):

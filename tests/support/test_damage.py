@@ -219,7 +219,7 @@ def test_an_exported_graph(tmp_path):
     file = export_onnx(guard, tmp_path / "guard.onnx", torch.rand(1, 1, 4, 4))
     images = torch.rand(5, 1, 4, 4)
     assert_refused_or_read(file, lambda: load_onnx(file))
-    with pytest.raises(PersistenceError, match=r"nothing\.onnx is missing"):
+    with pytest.raises(PersistenceError, match=r"no file .*nothing\.onnx"):
         load_onnx(tmp_path / "nothing.onnx")
     assert torch.equal(load_onnx(file).train().detect(images).labels, guard.detect(images).labels)
 

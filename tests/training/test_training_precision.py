@@ -2,9 +2,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard, TrainingOptions
-from clusterguard.attacks import _precision as attack_precision
+from clusterguard.attacks import _search_precision as attack_precision
 from clusterguard.errors import ConfigurationError, PersistenceError, TrainingDivergedError
-from clusterguard.training import _precision as training_precision
+from clusterguard.training import _step_precision as training_precision
 from clusterguard.training._faulty_convolutions import find_faulty_convolution
 from torch import nn
 from trainings import ATTACK, fit, weights
