@@ -242,7 +242,7 @@ class WorstCaseSuite(BuiltInAttack):
         stages: dict[str, Attack] = {}
         if over != "pixels":  # that search is the second stage
             stages["Square" if over == "squares" else "patches"] = make_random_search(queries=effort.queries, **options)
-        # The search from the best images gets stuck where that from the images does not, and the other way round.
+        # The search from the best images may be stuck where one from the images is not.
         stages |= {f"{_FROM_IMAGE} {index + 1}": polish for index in range(EFFORTS[self.budget].searches)}
         stages[_POLISH] = polish
         if self.budget in ("thorough", "converge") and not get_norm(self.norm).is_sparse:
