@@ -222,8 +222,9 @@ def _suite_cost(classes: int, *, budget: str = "standard", norm: str, **_: Any) 
 
     The stages are nine single ones, one for each random start, and five for each target, of which two take three times
     as many steps in sparse norms. In l0 six stages for each target take equal steps, and Sparse-PGD and σ-zero add five
-    single ones. Carlini & Wagner's attack adds five in its norm. Polish comes last. It may take four times its first
-    rounds for each image, and a round takes 128 forward passes for proposals and 48 steps.
+    single ones. Carlini & Wagner's attack adds five in its norm. Polish comes last, from the image and then from the
+    best image. Each time it may take four times its first rounds, and a round takes 128 forward passes for proposals
+    and 48 steps.
     """
     effort = EFFORTS[budget]
     targets = min(classes - 1, effort.targets or classes)

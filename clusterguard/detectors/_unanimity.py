@@ -77,7 +77,7 @@ class UnanimousDetector(DetectorModule):
         return tuple(cast(DetectorModule, member) for member in self.members)
 
     def evidence(self, images: Tensor) -> Evidence:
-        """The class scores of the first member, and the largest margin of all members, for images (B, C, H, W)."""
+        """The first member's class scores and the largest margins of all, (B, K), for images (B, C, H, W) in [0, 1]."""
         parts = [member.evidence(images) for member in self.detectors]
         pairs = zip(parts, self.detectors, strict=True)
         suspicion = torch.stack([class_margins(part, member.thresholds) for part, member in pairs]).amax(dim=0)

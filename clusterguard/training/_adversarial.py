@@ -142,6 +142,7 @@ class AdversarialClusterTrainer(DetectorTrainer):
         check_radius(self.attack, images)  # in the warm-up too, so that a wrong radius fails at once
         if not self._is_warming_up:
             detector = WithThresholds(self.guard, self.thresholds)
+            # A copy, because an attack of one's own may write into its images, which are trained on.
             attacked = self._present_attack(detector, images.clone(), labels.clone(), generator=generator)
             with torch.no_grad(), evaluation_mode(detector) as seen:
                 detection = decide(seen.evidence(attacked), self.thresholds)
