@@ -49,8 +49,10 @@ def build_local_network(width: int = 64) -> nn.Sequential:
     )
 
 
-def train_local_guard(seed: int, *, epochs: int, room: float, temperature: float, work: Path) -> ClusterGuard:
-    """A guard for CIFAR10, trained from the last checkpoint in a folder, if there is one.
+def train_local_guard(
+    seed: int, *, epochs: int, room: float, temperature: float, work: Path
+) -> tuple[ClusterGuard, list[str]]:
+    """A guard for CIFAR10, trained from the last checkpoint in a folder, if there is one, and the epochs' precisions.
 
     Args:
         seed: seed of weights, batches and crops.
@@ -75,12 +77,12 @@ def train_local_guard(seed: int, *, epochs: int, room: float, temperature: float
             schedule_every="step",
             average_decay=1 - 1 / max(2.0, total / 20),
             augment=crop_and_flip,
-            precision="bf16",
+            precision="auto",
             memory_format="channels_last",
         ),
     )
     work.mkdir(parents=True, exist_ok=True)
-    trainer.fit(
+    history = trainer.fit(
         loader,
         FloatBatches(data.calibration, 250),
         epochs=epochs,
@@ -88,7 +90,7 @@ def train_local_guard(seed: int, *, epochs: int, room: float, temperature: float
         checkpoint_every=_STEPS_AT_RISK,
         generator=Generator().manual_seed(seed),
     )
-    return guard
+    return guard, [record.precision for record in history]
 
 
 def count_secure(guard: ClusterGuard, images: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -150,22 +152,23 @@ def main(
     temperature: Annotated[float, typer.Option(help="Divisor of distances in the loss.")] = 10.0,
     proved: Annotated[int, typer.Option(min=1, help="Test images to prove something about, the first ones.")] = 10_000,
     attacked: Annotated[int, typer.Option(min=1, help="Test images to attack, the first ones.")] = 100,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the CPU.")] = 1,
     output: Annotated[Path, typer.Option(help="The folder for results.")] = PATCH_RESULTS,
 ) -> None:
     """Train, prove and attack."""
     keep_freed_memory()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     runs = read_study(output, {"runs": []})["runs"]
     images, labels = load_data_set("cifar10").open_test().floats()
     for seed in range(seeds):
         if seed in [run["seed"] for run in runs]:
             continue
         work = RESULTS / "work" / "patches"
-        guard = train_local_guard(seed, epochs=epochs, room=room, temperature=temperature, work=work)
+        guard, precisions = train_local_guard(seed, epochs=epochs, room=room, temperature=temperature, work=work)
         assert isinstance(guard.encoder, nn.Sequential)
         assert isinstance(guard.encoder[0], LocalCosts)
         few, their = images[:proved], labels[:proved]
-        settings = {"seed": seed, "epochs": epochs, "room": room, "temperature": temperature}
+        settings = {"seed": seed, "epochs": epochs, "room": room, "temperature": temperature, "precisions": precisions}
         results = {
             "without_refusal": count_secure(without_refusal(guard), few, their),
             "with_refusal": count_secure(guard, few, their),

@@ -7,6 +7,7 @@ from clusterguard.attacks._pgd import SteepestDescent
 from clusterguard.attacks._search_precision import (
     check_precision,
     choose_precision,
+    has_bfloat16,
     precisions_of,
     searches_in_bfloat16,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "check_radius",
     "choose_precision",
     "descend",
+    "has_bfloat16",
     "make_random_search",
     "precisions_of",
     "scale",

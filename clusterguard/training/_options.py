@@ -59,7 +59,8 @@ class TrainingOptions:
             for padded convolutions whose stride exceeds their feature map. There, "auto" takes float32, and "bf16"
             makes the training raise an error. Weights, optimizer, thresholds and the head's distances stay in float32.
             If an accelerator sets a mixed precision, that one is used. With "auto", the choice can depend on what else
-            the machine does. A resumed training keeps the first choice.
+            the machine does. A resumed training keeps the first choice, unless that is bfloat16 and the device has
+            no instructions for it.
         memory_format: layout of the images that the network gets, "channels_last", which convolutions in bfloat16 need
             to be fast, "contiguous", or "auto", which is channels_last in bfloat16 and contiguous in float32.
 

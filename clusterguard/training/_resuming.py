@@ -6,6 +6,8 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from clusterguard._support import gather
+from clusterguard.attacks import Precision
+from clusterguard.attacks._internal import has_bfloat16
 from clusterguard.detection import Calibrator
 from clusterguard.detectors import DetectorModule
 from clusterguard.training._checkpoints import (
@@ -99,11 +101,32 @@ def resume(trainer: Trainer, run: Run) -> bool:
             run.calibration.look_back()
     trainer.thresholds, trainer.history, trainer._totals = kept.thresholds, kept.history, kept.totals
     trainer._best, trainer._last_good = kept.best, kept.last_good
-    trainer.engine.steps, trainer.engine.precision.name = kept.steps, kept.precision
+    trainer.engine.steps, trainer.engine.precision.name = kept.steps, _precision_here(trainer, kept.precision)
     _warn_of_other_weights(checkpoint, {weights, trainer._first_weights})
     trainer._first_weights = checkpoint.values.get("first_weights", trainer._first_weights)
     trainer.detector.image_shape = trainer.detector.image_shape or kept.image_shape
     return True
+
+
+def _precision_here(trainer: Trainer, before: Precision) -> Precision:
+    """The precision in which a training goes on: the one before, or float32 if bfloat16 was chosen and is slow here.
+
+    Warns:
+        UserWarning: the precision changes.
+    """
+    if before != "bf16" or trainer.options.precision != "auto":
+        return before
+    engine = trainer.engine
+    suits = gather({engine.accelerator.process_index: has_bfloat16(engine.device)}, engine.shared)
+    if all(suits):
+        return before
+    warnings.warn(
+        "the training goes on in float32: it chose bfloat16 where it began, and this device has no instructions for "
+        "it. The weights will differ slightly from those of a training on one machine; the records of epochs say which "
+        "precision was used",
+        stacklevel=5,
+    )
+    return "float32"
 
 
 def _warn_of_other_weights(checkpoint: Checkpoint, weights: set[str]) -> None:

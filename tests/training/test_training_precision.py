@@ -4,6 +4,7 @@ from accelerate import Accelerator
 from clusterguard import PGD, AdversarialClusterTrainer, ClusterGuard, TrainingOptions
 from clusterguard.attacks import _search_precision as attack_precision
 from clusterguard.errors import ConfigurationError, PersistenceError, TrainingDivergedError
+from clusterguard.training import _resuming
 from clusterguard.training import _step_precision as training_precision
 from clusterguard.training._faulty_convolutions import find_faulty_convolution
 from torch import nn
@@ -26,6 +27,7 @@ def second_convolution(guard):
 def fast(monkeypatch):
     """What "auto" takes, in this order."""
     choices = ["bf16"]
+    monkeypatch.setattr(_resuming, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(training_precision, "choose_precision", lambda detector, images, labels: choices.pop(0))
     return choices
 
@@ -130,6 +132,23 @@ def test_auto_takes_one_precision_for_all_steps_and_a_resumed_training_keeps_it(
     fast[:] = ["bf16"]
     _, straight = train_for(2, blobs, tmp_path / "other", options)
     assert torch.equal(weights(guard), weights(straight))
+
+
+def test_a_choice_of_bfloat16_is_not_kept_on_a_machine_without_it(blobs, tmp_path, fast, monkeypatch):
+    options = TrainingOptions(precision="auto")
+    train_for(1, blobs, tmp_path, options)
+    monkeypatch.setattr(_resuming, "has_bfloat16", lambda device: False)
+    with pytest.warns(UserWarning, match="goes on in float32"):
+        trainer, _ = train_for(2, blobs, tmp_path, options)
+    assert [record.precision for record in trainer.history] == ["bf16", "float32"]
+
+
+def test_bfloat16_that_was_asked_for_is_kept_on_a_machine_without_it(blobs, tmp_path, monkeypatch):
+    monkeypatch.setattr(_resuming, "has_bfloat16", lambda device: False)
+    options = TrainingOptions(precision="bf16")
+    train_for(1, blobs, tmp_path, options)
+    trainer, _ = train_for(2, blobs, tmp_path, options)
+    assert [record.precision for record in trainer.history] == ["bf16", "bf16"]
 
 
 def train_for(epochs, blobs, folder, options):
