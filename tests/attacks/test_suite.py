@@ -1,3 +1,4 @@
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 import torch
 from clusterguard import PGD, ClusterGuard, Evidence, WorstCaseSuite, decide, evaluate
 from clusterguard._support import read_progress, save_progress
-from clusterguard.attacks import EFFORTS, Cost, Metered, SparseRS, Towards, _suite, get_norm
+from clusterguard.attacks import EFFORTS, NORMS, Cost, Metered, SparseRS, Towards, _suite, get_norm
 from clusterguard.detection import Verdicts, is_broken, is_eligible
 from clusterguard.detectors import WithThresholds
 from clusterguard.errors import ConfigurationError, InputError, NotCalibratedError, PersistenceError
@@ -282,6 +283,17 @@ def test_detectors_without_representations_get_orthogonal_attacks(linear_detecto
     stages = WorstCaseSuite("linf", eps=0.1).stages(linear_detector, references)
     assert "orthogonal PGD" in stages
     assert "match representations" not in stages
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_page_on_evaluation_names_every_stage(small_guard, linear_detector, norm):
+    page = (GUARDS.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for detector, side in ((small_guard, 8), (linear_detector, 4)):
+        references = Towards(torch.rand(2, 1, side, side), torch.tensor([0, 1]))
+        suite = WorstCaseSuite(norm, eps=EPS.get(norm, 3), budget="thorough", surrogates=(detector,))
+        for stage in suite.stages(detector, references):
+            first = re.sub(r"[0-9.]+$", "1", stage)  # the page shows one of the numbers
+            assert f"`{first}`" in page or f"`{first.removeprefix('multi-target ')}`" in page, stage
 
 
 @pytest.mark.parametrize("norm", EPS)
