@@ -40,8 +40,8 @@ from clusterguard.cli._options import (
 )
 
 if TYPE_CHECKING:
-    from clusterguard.cli._data import Pictures
     from clusterguard.cli._image_folders import Summary
+    from clusterguard.cli._pictures import Pictures
     from clusterguard.detectors import DetectorModule
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -101,8 +101,8 @@ def _checked_schedule(learning_rate: float, warmup_epochs: int, ramp_epochs: flo
 
 def _introduce(pictures: "Pictures", detector: "DetectorModule") -> "Summary | None":
     """Print facts about images and machine before a training, and return the summary if images are from a folder."""
-    from clusterguard.cli._data import describe_unreadable
     from clusterguard.cli._image_folders import summarise
+    from clusterguard.cli._pictures import describe_unreadable
 
     for left_out in describe_unreadable(pictures):
         say(f"warning: {left_out}")
@@ -157,7 +157,10 @@ def train(
     """
     import torch
     from clusterguard.attacks import PGD
-    from clusterguard.cli import _data as cli_data
+    from clusterguard.cli._classifiers import make_backbone
+    from clusterguard.cli._guard_folders import describe_guard
+    from clusterguard.cli._pictures import describe_images, image_options, load_pair, shuffled
+    from clusterguard.cli._runs import begin_run
     from clusterguard.detection import Calibrator
     from clusterguard.detectors import ClusterGuard
     from clusterguard.evaluation._internal import to_json_value
@@ -166,14 +169,14 @@ def train(
 
     schedule = _checked_schedule(learning_rate, warmup_epochs, ramp_epochs, epochs)
     target = find_device(device)
-    images = cli_data.image_options(data, image_size, channels)
+    images = image_options(data, image_size, channels)
     step = 2.5 * eps / steps if step_size is None else step_size
     attack = PGD(norm=norm, eps=eps, step_size=step, steps=steps, keep="last")
     calibrator = Calibrator(false_positive_rate, scarce=scarce)
-    pictures, calibration = cli_data.load_pair(data, seed=seed, skip_unreadable=skip_unreadable, **images)
+    pictures, calibration = load_pair(data, seed=seed, skip_unreadable=skip_unreadable, **images)
     depth, classes = images["channels"], pictures.classes
     record: dict[str, Any] = {
-        "data": {**cli_data.describe_images(pictures), "seed": seed, **images},
+        "data": {**describe_images(pictures), "seed": seed, **images},
         **({"skip_unreadable": True} if skip_unreadable else {}),
         "backbone": backbone,
         "pretrained": pretrained,
@@ -185,9 +188,9 @@ def train(
         "precision": precision,
     }
     torch.manual_seed(seed)
-    network = cli_data.make_backbone(backbone, num_classes=len(classes), channels=depth, pretrained=pretrained)
+    network = make_backbone(backbone, num_classes=len(classes), channels=depth, pretrained=pretrained)
     guard = ClusterGuard(network, num_classes=len(classes), class_names=classes).to(target).eval()
-    checkpoint = cli_data.begin_run(output, record, resume=resume)
+    checkpoint = begin_run(output, record, resume=resume)
     summary = _introduce(pictures, guard)
     trainer = AdversarialClusterTrainer(
         guard,
@@ -199,7 +202,7 @@ def train(
     )
     with stopped_by_signals(checkpoint, lambda: f"{len(trainer.history)} of {epochs} epochs") as is_asked_to_stop:
         history = trainer.fit(
-            cli_data.shuffled(pictures, batch_size, seed),
+            shuffled(pictures, batch_size, seed),
             DataLoader(calibration, batch_size),
             epochs=epochs,
             checkpoint=checkpoint,
@@ -209,7 +212,7 @@ def train(
         )
     done = {"precision": history[-1].precision, "epochs": len(history), "last_epoch": to_json_value(history[-1])}
     guard.save_pretrained(output, training=record | done)
-    result, text = cli_data.describe_guard(output)
+    result, text = describe_guard(output)
     show(as_json, {**result, "history": history, "images": summary}, text)
 
 
@@ -253,7 +256,10 @@ def guard(
 
     Example: clusterguard guard --model timm:resnet18 --weights mine.safetensors --data photos --output runs/guard
     """
-    from clusterguard.cli import _data as cli_data
+    from clusterguard.cli._classifiers import load_weights, make_backbone
+    from clusterguard.cli._guard_folders import describe_guard
+    from clusterguard.cli._pictures import describe_images, image_options, load_pair
+    from clusterguard.cli._runs import check_output
     from clusterguard.detection import Calibrator
     from clusterguard.detectors import ClusterGuard, align, fit_feature_gaussians
     from clusterguard.evaluation._internal import to_json_value
@@ -261,14 +267,14 @@ def guard(
 
     if (weights is None) is not pretrained:
         raise typer.BadParameter("expected either --weights FILE or --pretrained, so that the model knows something")
-    target, images = find_device(device), cli_data.image_options(data, image_size, channels)
+    target, images = find_device(device), image_options(data, image_size, channels)
     calibrator = Calibrator(false_positive_rate, scarce=scarce)
-    cli_data.check_output(output)
-    pictures, calibration = cli_data.load_pair(data, seed=seed, skip_unreadable=skip_unreadable, **images)
+    check_output(output)
+    pictures, calibration = load_pair(data, seed=seed, skip_unreadable=skip_unreadable, **images)
     depth, classes = images["channels"], pictures.classes
-    network = cli_data.make_backbone(model, num_classes=len(classes), channels=depth, pretrained=pretrained)
+    network = make_backbone(model, num_classes=len(classes), channels=depth, pretrained=pretrained)
     if weights:
-        cli_data.load_weights(network, weights)
+        load_weights(network, weights)
     values = _numbers(mean), _numbers(std)
     wrapped = ClusterGuard(network, len(classes), mean=values[0], std=values[1], class_names=classes).to(target)
     _introduce(pictures, wrapped)
@@ -278,14 +284,14 @@ def guard(
     say(str(fitted))
     calibrator.fit(wrapped, DataLoader(calibration, batch_size), progress=stderr_is_a_terminal())
     record = {
-        "data": {**cli_data.describe_images(pictures), "seed": seed, **images},
+        "data": {**describe_images(pictures), "seed": seed, **images},
         "backbone": model,
         "weights": "pretrained" if weights is None else weights.name,
         "calibrator": repr(calibrator),
         key: to_json_value(fitted),
     }
     wrapped.save_pretrained(output, training=record)
-    result, text = cli_data.describe_guard(output)
+    result, text = describe_guard(output)
     show(as_json, {**result, key: fitted}, text)
 
 
@@ -307,8 +313,9 @@ def calibrate(
 
     Example: clusterguard calibrate runs/guard --data photos --false-positive-rate 0.01
     """
-    from clusterguard.cli._data import describe_guard, describe_unreadable, open_guard
+    from clusterguard.cli._guard_folders import describe_guard, open_guard
     from clusterguard.cli._image_folders import find_copies
+    from clusterguard.cli._pictures import describe_unreadable
     from clusterguard.cli._reports import save_again
     from clusterguard.detection import Calibrator
     from torch.utils.data import DataLoader
@@ -367,8 +374,9 @@ def evaluate(
     from clusterguard._support import check_place
     from clusterguard.attacks import WorstCaseSuite
     from clusterguard.certification import certified_success_rate
-    from clusterguard.cli._data import describe_other_radius, describe_unreadable, open_guard, sample
+    from clusterguard.cli._guard_folders import describe_other_radius, open_guard
     from clusterguard.cli._image_folders import find_copies
+    from clusterguard.cli._pictures import describe_unreadable, sample
     from clusterguard.cli._reports import save_again, write_evaluation
     from clusterguard.evaluation import CertifiedBound
     from clusterguard.evaluation import evaluate as run
@@ -432,7 +440,7 @@ def export(
     """
     import torch
     from clusterguard._support import check_place
-    from clusterguard.cli._data import load_named_guard, recorded_images
+    from clusterguard.cli._guard_folders import load_named_guard, recorded_images
     from clusterguard.deployment import export_onnx, save_program
     from clusterguard.detectors._internal import read_card
     from rich.console import Console
@@ -464,6 +472,6 @@ def inspect(guard: GuardFolder, as_json: Json = False) -> None:
 
     Example: clusterguard inspect runs/guard
     """
-    from clusterguard.cli._data import describe_guard
+    from clusterguard.cli._guard_folders import describe_guard
 
     show(as_json, *describe_guard(guard))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from clusterguard._support import write_atomically
 from clusterguard.attacks import PGD, WorstCaseSuite
-from clusterguard.cli._data import check_output
+from clusterguard.cli._runs import check_output
 from clusterguard.detection import Calibrator, decide
 from clusterguard.detectors import ClusterGuard, ConfidenceDetector, DetectorModule, GaussianClusters
 from clusterguard.errors import MissingDependencyError

@@ -27,7 +27,7 @@ from clusterguard.errors import ConfigurationError
 if TYPE_CHECKING:
     from clusterguard.assurance import FailureCheck
     from clusterguard.attacks import WorstCaseSuite
-    from clusterguard.cli._data import Pictures
+    from clusterguard.cli._pictures import Pictures
     from clusterguard.detectors import ClusterGuard, DetectorModule
     from clusterguard.evaluation import Evaluation
     from torch import Tensor
@@ -82,7 +82,8 @@ def file_evidence(
     import torch
     from clusterguard.assurance import assemble_dossier, check_failing_closed
     from clusterguard.attacks import WorstCaseSuite
-    from clusterguard.cli import _data as cli_data
+    from clusterguard.cli._guard_folders import open_guard
+    from clusterguard.cli._pictures import sample
     from clusterguard.detection import judge
     from torch.utils.data import DataLoader
 
@@ -91,7 +92,7 @@ def file_evidence(
     if asked is not None and not certify:
         raise ConfigurationError("expected --certify together with --certified-at, which says where to prove")
     _check_places(output, checkpoint)
-    detector, config, pictures = cli_data.open_guard(
+    detector, config, pictures = open_guard(
         guard,
         data,
         "test",
@@ -106,7 +107,7 @@ def file_evidence(
         f"suite {budget} {norm} {eps:g}": WorstCaseSuite(norm, eps=eps, budget=budget, batch_size=batch_size)
         for norm, eps in radii
     }
-    chosen = DataLoader(cli_data.sample(pictures, images, seed), batch_size)
+    chosen = DataLoader(sample(pictures, images, seed), batch_size)
     first = next(iter(chosen))
     pair = torch.stack([pictures[index][0] for index in range(min(2, len(pictures)))])
     checks = check_failing_closed(detector, pair.to(detector.thresholds.device), guard)
@@ -144,7 +145,7 @@ def _check_places(output: Path, checkpoint: Path | None) -> None:
     """Refuse places that cannot be written to, or hold other files, before anything is measured."""
     from clusterguard._support import check_place
     from clusterguard.assurance._internal import BILL, CONTENT, PAGE, SUMS
-    from clusterguard.cli._data import check_output
+    from clusterguard.cli._runs import check_output
 
     check_output(output, PAGE, CONTENT, BILL, SUMS)
     if checkpoint is not None and output.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
@@ -154,8 +155,8 @@ def _check_places(output: Path, checkpoint: Path | None) -> None:
 
 def _warn(pictures: "Pictures", checks: "Sequence[FailureCheck]") -> None:
     """Print doubts about the images, and what the guard accepts although it cannot judge it."""
-    from clusterguard.cli._data import describe_unreadable
     from clusterguard.cli._image_folders import find_copies
+    from clusterguard.cli._pictures import describe_unreadable
 
     for doubt in (*describe_unreadable(pictures), *find_copies(pictures.folder, "test")):
         say(f"warning: {doubt}")
@@ -263,7 +264,7 @@ def _steps(stage: Any, num_classes: int) -> int:
 
 def _describe_data(pictures: "Pictures", attacked: Any) -> dict[str, Any]:
     """Digests of the attacked images as the guard saw them, and of all images of each part as they are stored."""
-    from clusterguard.cli._data import divided_by
+    from clusterguard.cli._pictures import divided_by
 
     seen = hashlib.sha256()
     for images, labels in attacked:

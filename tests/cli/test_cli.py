@@ -13,7 +13,7 @@ import torch
 from clusterguard import ClusterGuard, load_onnx
 from clusterguard.attacks import NORMS
 from clusterguard.cli import app
-from clusterguard.cli._data import load_part
+from clusterguard.cli._pictures import load_part
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 

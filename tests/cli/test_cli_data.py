@@ -4,8 +4,10 @@ import clusterguard
 import pytest
 import torch
 from clusterguard import ClusterGuard
-from clusterguard.cli._data import Pictures, begin_run, load_part, make_backbone, sample
+from clusterguard.cli._classifiers import make_backbone
 from clusterguard.cli._demo import run_demo
+from clusterguard.cli._pictures import Pictures, load_part, sample
+from clusterguard.cli._runs import begin_run
 from clusterguard.errors import ConfigurationError, InputError, PersistenceError
 from PIL import Image
 
@@ -99,6 +101,15 @@ def test_a_training_begins_in_a_new_folder_and_again_where_one_was_stopped_at_on
         begin_run(tmp_path, {"calibrator": f"Calibrator({rate})"}, resume=False)
         (tmp_path / "summary.txt").touch()
     assert "0.2" in (tmp_path / "training.json").read_text()
+
+
+def test_options_of_another_training_are_named_without_those_that_agree(tmp_path):
+    begin_run(tmp_path, {"attack": "PGD(norm='linf', eps=0.1, steps=4)", "batch_size": 8}, resume=False)
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(ConfigurationError, match=r"training\.json: attack eps=0\.1 \(got eps=0\.2\); use these"):
+        begin_run(tmp_path, {"attack": "PGD(norm='linf', eps=0.2, steps=4)", "batch_size": 8}, resume=True)
+    with pytest.raises(ConfigurationError, match=r"attack PGD\(.*\) \(got None\); batch_size 8 \(got 9\); use"):
+        begin_run(tmp_path, {"attack": None, "batch_size": 9}, resume=True)
 
 
 def test_the_demo_writes_to_no_folder_of_another_program(tmp_path):

@@ -8,7 +8,8 @@ import timm
 import torch
 from clusterguard import ClusterGuard
 from clusterguard.cli import app
-from clusterguard.cli._data import load_part, make_backbone
+from clusterguard.cli._classifiers import make_backbone
+from clusterguard.cli._pictures import load_part
 from clusterguard.detectors import FeatureGaussians
 from safetensors.torch import save_file
 from torch import nn
@@ -86,12 +87,17 @@ def test_what_does_not_fit_is_said_in_one_line_and_leaves_nothing(photos, model,
     (tmp_path / "text.safetensors").write_text("hello")
     result = run("--data", photos, "--weights", tmp_path / "code.pt", "--output", tmp_path / "guard", *OPTIONS)
     assert re.fullmatch(
-        r"error: \S*code.pt holds other things than tensors.* model.state_dict\(\) instead\n", result.stderr
+        r"error: \S*code.pt is damaged or holds other things than tensors.* model.state_dict\(\) instead\n",
+        result.stderr,
     )
-    for name in ("other.pt", "list.pt", "text.safetensors"):
+    whole = (tmp_path / "other.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    problems = {"other.pt": "does not fit ResNet", "list.pt": "does not fit ResNet"}
+    problems |= {"text.safetensors": "is damaged or holds no weights", "half.pt": "is damaged"}
+    for name, problem in problems.items():
         result = run("--data", photos, "--weights", tmp_path / name, "--output", tmp_path / "guard", *OPTIONS)
         assert result.exit_code == 1
-        assert re.fullmatch(rf"error: \S*{name} does not fit ResNet .*\n", result.stderr), result.stderr
+        assert re.fullmatch(rf"error: \S*{name} {problem}.*\n", result.stderr), result.stderr
         assert not (tmp_path / "guard").exists()
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clusterguard.cli._data import describe_unreadable, load_part
 from clusterguard.cli._image_folders import digests_by_class, find_copies, open_folder, summarise
+from clusterguard.cli._pictures import describe_unreadable, load_part
 from clusterguard.errors import InputError
 from PIL import Image
 

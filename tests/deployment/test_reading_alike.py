@@ -7,7 +7,7 @@ from pathlib import Path
 import clusterguard as cg
 import pytest
 import torch
-from clusterguard.cli._data import ImageFiles, Pictures
+from clusterguard.cli._pictures import ImageFiles, Pictures
 from clusterguard.deployment import fit_image
 from fastapi import HTTPException
 from PIL import Image

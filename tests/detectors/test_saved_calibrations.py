@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from clusterguard import Calibration, Calibrator, ClusterGuard
-from clusterguard.cli._data import describe_guard
+from clusterguard.cli._guard_folders import describe_guard
 from clusterguard.deployment import plausible_rate
 from clusterguard.errors import ConfigurationError
 from saving import assert_refused, edit_config, make_guard, network, put_weights

@@ -19,7 +19,7 @@ from clusterguard import (
 from clusterguard._support import save_progress
 from clusterguard.attacks import StageRecord
 from clusterguard.attacks._suite import SuiteState
-from clusterguard.cli._data import begin_run
+from clusterguard.cli._runs import begin_run
 from clusterguard.errors import ClusterGuardError, ConfigurationError, InputError, PersistenceError, in_one_line
 from clusterguard.training._checkpoints import read_checkpoint, save_checkpoint
 from damaging import assert_refused_or_read

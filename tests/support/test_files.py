@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from clusterguard._support import check_place, only_writer, read_archive, write_atomically
-from clusterguard.cli._data import begin_run, load_weights
+from clusterguard.cli._classifiers import load_weights
+from clusterguard.cli._runs import begin_run
 from clusterguard.deployment import load_onnx, read_image
 from clusterguard.errors import ClusterGuardError, PersistenceError
 from safetensors.torch import save_file
