@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from clusterguard.attacks import NORMS, get_norm
 
+from benchmarks._support import markdown_table
 from benchmarks.detectors import RECIPES
 from benchmarks.reporting._estimates import (
     ONE_PERCENT,
@@ -77,10 +78,9 @@ def show_threat(norm: str, eps: float) -> str:
     return f"{known.symbol} {eps:g}" if known.is_sparse else f"{known.symbol} {float(eps)}"
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table in Markdown. The first column is aligned to the left, and the others are centred."""
-    lines = [head, ["---"] + [":---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def centred_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table in Markdown, with all columns but the first centred."""
+    return "\n".join(markdown_table(head, rows, others=":---:"))
 
 
 def list_metrics(paper: Result) -> list[str]:
@@ -145,7 +145,7 @@ def comparison_table(results: Results, paper: Result, metric: str, suite: Result
         RECIPES[detector].title: estimate(_first_of_each_seed(slots[detector]), measure_accuracy)
         for detector in table.detectors
     }
-    return markdown_table(["", *learned], rows) + _warn_of_untrained(learned)
+    return centred_table(["", *learned], rows) + _warn_of_untrained(learned)
 
 
 def attack_table(results: Results) -> str:
@@ -162,7 +162,7 @@ def attack_table(results: Results) -> str:
         shares += [show_estimate(worst_per_image(slots, ONE_PERCENT)) for _ in union]
         counted = _count_images([result for slot in slots for result in slot], ONE_PERCENT)
         rows.append([name, show_estimate(estimate(clean, measure_accuracy)), counted, *shares])
-    return markdown_table(
+    return centred_table(
         ["", "accuracy", "images counted", *map(show_attack, table.attacks), *union], rows
     ) + _warn_of_untrained(learned)
 
@@ -174,7 +174,7 @@ def area_table(results: Results) -> str:
         [name, *(show_estimate(estimate(slot, measure_area())) for slot in slots)]
         for name, slots in _slots_by_name(results, attacks)
     ]
-    return markdown_table(["", *map(show_attack, attacks)], rows)
+    return centred_table(["", *map(show_attack, attacks)], rows)
 
 
 def union_table(suite: Results, every: Sequence[Results]) -> str:
@@ -192,7 +192,7 @@ def union_table(suite: Results, every: Sequence[Results]) -> str:
         unions = [worst_within(group, every) for group in [*groups, cells]]
         shown = [f"{show_estimate(share)}<br>+{left}" if left else show_estimate(share) for share, left in unions]
         rows.append([RECIPES[detector].title, *shown])
-    return markdown_table(["", *(show_threat(*suite.threat(attack)) for attack in table.attacks), "any of these"], rows)
+    return centred_table(["", *(show_threat(*suite.threat(attack)) for attack in table.attacks), "any of these"], rows)
 
 
 def stages_table(suite: Results, detector: str) -> str:
@@ -216,7 +216,7 @@ def stages_table(suite: Results, detector: str) -> str:
                 names.insert(place, name)
             place = names.index(name) + 1
     rows = [[name, *(str(counts.get(name, "")) if counts else NOT_RUN for counts in columns)] for name in names]
-    return markdown_table(["", *(show_threat(*suite.threat(attack)) for attack in table.attacks)], rows)
+    return centred_table(["", *(show_threat(*suite.threat(attack)) for attack in table.attacks)], rows)
 
 
 def _slots_by_name(results: Results, attacks: Sequence[str]) -> Iterator[tuple[str, list[Slot]]]:

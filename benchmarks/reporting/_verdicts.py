@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from benchmarks.detectors import RECIPES
 from benchmarks.reporting._estimates import ONE_PERCENT, Estimate, Result, Results, estimate, measure_success
-from benchmarks.reporting._tables import NOT_RUN, markdown_table, show_attack
+from benchmarks.reporting._tables import NOT_RUN, centred_table, show_attack
 
 TOLERANCE = 0.05
 _METRIC = "ASR-1"
@@ -21,7 +21,7 @@ def verdict_table(results: Results, paper: Result, suite: Results | None) -> str
         suite: results of the worst-case suite on the same detectors.
     """
     head = ["the paper's claim", "the paper's figure", "the same attack here", "our worst-case suite", "verdict"]
-    return markdown_table(head, _rows(results, paper, suite))
+    return centred_table(head, _rows(results, paper, suite))
 
 
 def _rows(results: Results, paper: Result, suite: Results | None) -> Iterator[list[str]]:

@@ -18,7 +18,7 @@ from clusterguard.training import initialise
 from torch import nn
 from torch.utils.data import DataLoader
 
-from benchmarks._support import keep_freed_memory
+from benchmarks._support import keep_freed_memory, markdown_table
 from benchmarks.running import RESULTS, write_study
 
 CERTIFIED_PRECISION = RESULTS / "certified-precision"
@@ -58,8 +58,7 @@ def certified_lines(runs: list[dict[str, Any]]) -> list[str]:
     """The counts as a table in Markdown."""
     names = ("seed", "precision", "images", "right", "kept", "proved")
     heads = ("seed", "precision of the training", "test digits", "right", "also accepted", f"also proved at ℓ∞ {_EPS}")
-    rows = [" | ".join(str(run[name]) for name in names) for run in runs]
-    return [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * 4, *(f"| {row} |" for row in rows)]
+    return markdown_table(heads, [[run[name] for name in names] for run in runs], others="---:")
 
 
 def main(

@@ -22,7 +22,7 @@ from clusterguard.training import TemplateTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks._support import keep_freed_memory, without_refusal
+from benchmarks._support import keep_freed_memory, markdown_table, without_refusal
 from benchmarks.data import load_data_set
 from benchmarks.running import provenance, read_study, write_study
 
@@ -142,34 +142,49 @@ def save_template_guard(folder: Path, attacked: int, progress: bool = True) -> N
 
 
 def proof_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The counts as a table in Markdown, with a column for each seed."""
+    """The counts as two tables in Markdown: of each seed, and of each kind of change with the seeds side by side."""
+    without, refusing = ([run[key] for run in runs] for key in ("without_refusal", "with_refusal"))
+    kinds = [(name, eps) for name in ("unproved_pixels", "unproved_patches", "unproved_l1") for eps in without[0][name]]
 
-    def row(name: str, values: Sequence[object]) -> str:
-        return f"| {name} | " + " | ".join(map(str, values)) + " |"
+    def unproved(results: Sequence[Mapping[str, Any]], name: str, eps: str) -> str:
+        shares = _shares([result[name][eps] for result in results], [result["eligible"] for result in results])
+        return ", ".join(shares)
 
-    def share(count: int, total: int) -> str:
-        return f"{count / total:.3f}"
+    def broken(name: str, eps: str, attack: str) -> str:
+        norm = {"unproved_pixels": L0.name, "unproved_patches": "patch"}.get(name)
+        found = [
+            f"{x['broken']} of {x['of']}"
+            for run in runs
+            for x in run["attacks"]
+            if (x["norm"], f"{x['eps']:g}", x["attack"]) == (norm, eps, attack)
+        ]
+        return ", ".join(found) or "not run"
 
-    lines = [
-        row("", [f"seed {run['seed']}" for run in runs]),
-        "|---|" + "---|" * len(runs),
-        row("accuracy", [share(run["right"], run["test_images"]) for run in runs]),
-        row("refused test images", [share(run["refused"], run["test_images"]) for run in runs]),
+    tests = [run["test_images"] for run in runs]
+    seeds = [
+        ["accuracy", *_shares([run["right"] for run in runs], tests)],
+        ["refused test images", *_shares([run["refused"] for run in runs], tests)],
+        ["proofs are about, without refusal", *(f"{result['eligible']} digits" for result in without)],
+        ["proofs are about, with refusal", *(f"{result['eligible']} digits" for result in refusing)],
+        ["median certified pixels, without refusal", *(f"{result['median_radius']:.0f}" for result in without)],
+        ["median certified pixels, with refusal", *(f"{result['median_radius']:.0f}" for result in refusing)],
     ]
-    for key, words in (("without_refusal", "without refusal"), ("with_refusal", "with refusal")):
-        results = [run[key] for run in runs]
-        lines.append(row(f"{words}: median certified radius in pixels", [f"{x['median_radius']:.0f}" for x in results]))
-        for of, unit in (("pixels", "pixels"), ("patches", ""), ("l1", "in ℓ1")):
-            for eps in results[0][f"unproved_{of}"]:
-                what = f"a patch of {eps}×{eps}" if of == "patches" else f"{eps} {unit}"
-                counts = [share(x[f"unproved_{of}"][eps], x["eligible"]) for x in results]
-                lines.append(row(f"{words}: certified ASR, {what}", counts))
-    for index, attack in enumerate(runs[0]["attacks"]):
-        side, name = f"{attack['eps']:g}", attack["attack"]
-        what = f"{side} pixels" if attack["norm"] == L0.name else f"a patch of {side}×{side}"
-        found = [run["attacks"][index] for run in runs]
-        lines.append(row(f"with refusal: {name} breaks, {what}", [f"{x['broken']} of {x['of']}" for x in found]))
-    return lines
+    words = {"unproved_pixels": "{0} pixels", "unproved_patches": "a patch of {0}×{0}", "unproved_l1": "{0} in ℓ1"}
+    changes = [
+        [words[name].format(eps), unproved(without, name, eps), unproved(refusing, name, eps)]
+        + [broken(name, eps, attack) for attack in ("suite", "sigma-zero")]
+        for name, eps in kinds
+    ]
+    head = "change", "certified ASR without refusal", "with refusal", "the suite breaks", "σ-zero breaks"
+    return [
+        *markdown_table(["", *(f"seed {run['seed']}" for run in runs)], seeds),
+        "",
+        *markdown_table(head, changes),
+    ]
+
+
+def _shares(counts: Sequence[int], totals: Sequence[int]) -> list[str]:
+    return [f"{count / total:.3f}" for count, total in zip(counts, totals, strict=True)]
 
 
 def main(

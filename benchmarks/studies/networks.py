@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from benchmarks._support import write_atomically, write_json
+from benchmarks._support import markdown_table, write_atomically, write_json
 from benchmarks.data import DataSet, FloatBatches, Images, load_data_set
 from benchmarks.detectors import RECIPES, Schedule, build_network
 from benchmarks.running import RESULTS, provenance
@@ -222,26 +222,23 @@ def describe_epochs(history: list[EpochRecord]) -> list[dict[str, Any]]:
 
 def summarise_networks(rows: list[dict[str, Any]]) -> str:
     """The table for the page on findings."""
-    lines = [
-        "| network | trained | CPU minutes | images a second | epochs | accuracy | accuracy under PGD-20 |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = "network", "trained", "CPU minutes", "images a second", "epochs", "accuracy", "accuracy under PGD-20"
+    cells = []
     for row in rows:
         shown = [
             f"{rate.value:.2f} [{rate.interval[0]:.2f}, {rate.interval[1]:.2f}]"
             for rate in (Rate(row[kind]["count"], row[kind]["total"]) for kind in ("clean", "robust"))
         ]
         passes = row["epochs"] * row["steps"] * row["batch_size"] / row["training_images"]
-        cells = [
+        facts = [
             f"`{row['network']}`",
             "classifier" if row["method"] == "madry" else "guard",
             f"{row['minutes']:g}",
             f"{row['images_per_cpu_second']:.0f}",
             f"{passes:.1f}",
-            *shown,
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells.append([*facts, *shown])
+    return "\n".join(markdown_table(head, cells))
 
 
 def main(

@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from benchmarks._support import keep_freed_memory, without_refusal
+from benchmarks._support import keep_freed_memory, markdown_table, without_refusal
 from benchmarks.data import FloatBatches, load_data_set
 from benchmarks.running import RESULTS, read_study, write_study
 
@@ -124,25 +124,22 @@ def count_broken(guard: ClusterGuard, images: Tensor, labels: Tensor, seed: int)
 def patch_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The counts as a table in Markdown, with a column for each seed."""
 
-    def row(name: str, values: Sequence[object]) -> str:
-        return f"| {name} | " + " | ".join(map(str, values)) + " |"
-
     def shares(counts: Sequence[int], totals: Sequence[int]) -> list[str]:
         return [f"{count / total:.3f}" for count, total in zip(counts, totals, strict=True)]
 
-    lines = [row("", [f"seed {run['seed']}" for run in runs]), "|---|" + "---|" * len(runs)]
+    rows: list[list[str]] = []
     for key, words in (("without_refusal", "without refusal"), ("with_refusal", "with refusal")):
         found = [run[key] for run in runs]
         totals = [one["images"] for one in found]
-        lines.append(row(f"{words}: right", shares([one["right"] for one in found], totals)))
-        lines.append(row(f"{words}: right and accepted", shares([one["eligible"] for one in found], totals)))
+        rows.append([f"{words}: right", *shares([one["right"] for one in found], totals)])
+        rows.append([f"{words}: right and accepted", *shares([one["eligible"] for one in found], totals)])
         for side in map(str, PATCH_SIDES):
             counts = [one["secure"][side] for one in found]
-            lines.append(row(f"{words}: of all images, right and proved, {side}×{side}", shares(counts, totals)))
+            rows.append([f"{words}: of all images, right and proved, {side}×{side}", *shares(counts, totals)])
     for index, attack in enumerate(runs[0]["attacks"]):
         broken = [f"{run['attacks'][index]['broken']} of {run['attacks'][index]['of']}" for run in runs]
-        lines.append(row(f"with refusal: the suite breaks, {attack['side']}×{attack['side']}", broken))
-    return lines
+        rows.append([f"with refusal: the suite breaks, {attack['side']}×{attack['side']}", *broken])
+    return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
 
 
 def main(

@@ -20,7 +20,7 @@ from clusterguard.samples import load_digits
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from benchmarks._support import keep_freed_memory
+from benchmarks._support import keep_freed_memory, markdown_table
 from benchmarks.running import RESULTS, read_study, write_study
 
 RECAPTURE = RESULTS / "recapture"
@@ -66,10 +66,16 @@ def compare_pairs(runs: Mapping[str, Sequence[int]], images: int) -> Iterator[tu
 
 def recapture_lines(results: Mapping[str, Any]) -> list[str]:
     """The table in Markdown."""
-    lines = [
-        "| guard | norm, radius | runs | broken by either | estimate | by all six | by these and the standard run |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = (
+        "guard",
+        "norm, radius",
+        "runs",
+        "broken by either",
+        "estimate",
+        "by all six",
+        "by these and the standard run",
+    )
+    rows: list[tuple[object, ...]] = []
     for threat, runs in results["runs"].items():
         guard, norm, eps = threat.split("/")
         if len(runs) <= SEEDS:
@@ -78,8 +84,8 @@ def recapture_lines(results: Mapping[str, Any]) -> list[str]:
             low, high = estimate.interval
             shown = f"{estimate.total:.1f} [{low:.1f}, {high:.1f}]"
             cells = guard, f"{get_norm(norm).symbol} {eps}", f"{2 * number} and {2 * number + 1}", estimate.either
-            lines.append(f"| {' | '.join(map(str, [*cells, shown, quick, both]))} |")
-    return lines
+            rows.append((*cells, shown, quick, both))
+    return markdown_table(head, rows)
 
 
 def main(

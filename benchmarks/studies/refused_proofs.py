@@ -5,7 +5,7 @@ the first test digits, for the guards that ship with certificates in l∞. It ta
 a table go to benchmarks/results/refused-proofs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from clusterguard.certification import certify
 from clusterguard.detection import Verdicts, is_eligible
 from torch import Tensor
 
-from benchmarks._support import keep_freed_memory, without_refusal
+from benchmarks._support import keep_freed_memory, markdown_table, without_refusal
 from benchmarks.data import FloatBatches, Images, load_data_set
 from benchmarks.running import RESULTS, write_study
 
@@ -57,16 +57,15 @@ def count_with_and_without(
     }
 
 
-def refusal_lines(counts: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+def refusal_lines(counts: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """The table in Markdown."""
     radii = [f"proved at {eps:g}, with and without refusal" for eps in _RADII]
-    yield f"| guard | benign images refused | mean threshold | accepted, label right | {' | '.join(radii)} |"
-    yield "| --- | --- | --- | --- |" + " --- |" * len(radii)
+    lines: list[tuple[object, ...]] = []
     for guard, rows in counts.items():
         for row in rows:
             pairs = [f"{row['with_refusal'][f'{eps:g}']}, {row['without_refusal'][f'{eps:g}']}" for eps in _RADII]
-            cells = f"`{guard}`", f"{row['rate']:.0%}", row["threshold"], row["accepted"], *pairs
-            yield f"| {' | '.join(map(str, cells))} |"
+            lines.append((f"`{guard}`", f"{row['rate']:.0%}", row["threshold"], row["accepted"], *pairs))
+    return markdown_table(("guard", "benign images refused", "mean threshold", "accepted, label right", *radii), lines)
 
 
 def main(

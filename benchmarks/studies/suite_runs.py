@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from benchmarks._support import markdown_table
 from benchmarks.running import RESULTS, read_study, write_study
 
 SUITE_RUNS = RESULTS / "suite-runs"
@@ -113,18 +114,25 @@ def run_lines(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for key, run in runs.items():
         guard, norm, eps, _, side = key.split("/")
         threats.setdefault((guard, norm, eps), {})[side] = run
-    lines = [
-        "| guard | norm | radius | side | images | broken | broken by it, not in float32 | the reverse | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = (
+        "guard",
+        "norm",
+        "radius",
+        "side",
+        "images",
+        "broken",
+        "broken by it, not in float32",
+        "the reverse",
+        "seconds",
+    )
+    rows = []
     for threat, sides in threats.items():
         exact = {*sides.get("float32", {}).get("broken", [])}
         for side, run in sides.items():
             broken = {*run["broken"]}
             apart = (len(broken - exact), len(exact - broken)) if "float32" in sides else ("", "")
-            cells = *threat, side, run["images"], len(broken), *apart, run["seconds"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+            rows.append((*threat, side, run["images"], len(broken), *apart, run["seconds"]))
+    return markdown_table(head, rows)
 
 
 def _python(checkout: Path, *arguments: str) -> str:

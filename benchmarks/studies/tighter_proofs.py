@@ -6,7 +6,7 @@ hundred digits take about 25 minutes on one slow core of a CPU, most of it for t
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from clusterguard.detection import Verdicts, is_broken, is_eligible
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks._support import keep_freed_memory
+from benchmarks._support import keep_freed_memory, markdown_table
 from benchmarks.data import load_data_set
 from benchmarks.running import RESULTS, read_study, write_study
 
@@ -68,16 +68,17 @@ def add_counts(rows: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[
     }
 
 
-def tighter_lines(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def tighter_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The table in Markdown."""
-    heads = "| guard | ℓ∞ | accepted, label right | broken by the suite |"
-    yield f"{heads} not proved by intervals | by linear bounds | by branches | seconds an image for branches |"
-    yield "| --- |" + " --- |" * 7
+    attacked = "guard", "ℓ∞", "accepted, label right", "broken by the suite"
+    proved = "not proved by intervals", "by linear bounds", "by branches", "seconds an image for branches"
+    table: list[tuple[object, ...]] = []
     for case, counts in rows.items():
         guard, eps = case.split("/")
         seconds = counts["branching_seconds"] / max(1, counts["intervals"])
-        cells: Iterable[object] = (counts[name] for name in ("of", "suite", *_METHODS))
-        yield f"| `{guard}` | {eps} | {' | '.join(map(str, cells))} | {seconds:.1f} |"
+        found = (counts[name] for name in ("of", "suite", *_METHODS))
+        table.append((f"`{guard}`", eps, *found, f"{seconds:.1f}"))
+    return markdown_table(attacked + proved, table)
 
 
 def main(

@@ -6,7 +6,7 @@ it proves of the first ones, and what the suite breaks of the first ones. Counts
 benchmarks/results/unanimity. It goes on where it stopped. On one core of a CPU it takes about an hour.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ from clusterguard.detectors import UnanimousDetector
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks._support import keep_freed_memory
+from benchmarks._support import keep_freed_memory, markdown_table
 from benchmarks.data import load_data_set
 from benchmarks.running import RESULTS, read_study, write_study
 
@@ -90,20 +90,21 @@ def planned_counts(proved: int, attacked: int) -> dict[str, Callable[[], dict[st
     return plan
 
 
-def unanimity_lines(counts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+def unanimity_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     """The counts as a table in Markdown, with a column for each detector."""
     names = dict.fromkeys(key.partition("/")[0] for key in counts)
-    yield f"|  | {' | '.join(name if name == 'both' else f'`{name}`' for name in names)} |"
-    yield "| --- |" + " --- |" * len(names)
     benign = [counts[f"{name}/benign"] for name in names]
-    yield "| refused benign images | " + " | ".join(f"{1 - x['accepted'] / x['images']:.3f}" for x in benign) + " |"
-    yield "| accepted under the right label | " + " | ".join(f"{x['right'] / x['images']:.3f}" for x in benign) + " |"
+    rows = [
+        ["refused benign images", *(f"{1 - x['accepted'] / x['images']:.3f}" for x in benign)],
+        ["accepted under the right label", *(f"{x['right'] / x['images']:.3f}" for x in benign)],
+    ]
     for kind, words, threats in (("proof", "not proved", _PROVED), ("suite", "the suite breaks", _ATTACKED)):
         for norm, eps in threats:
             found = [counts.get(f"{name}/{kind}/{norm}/{eps:g}") for name in names]
             missing = "no bounds" if kind == "proof" else "not run"
             shares = [f"{x['count'] / x['of']:.3f} ({x['count']} of {x['of']})" if x else missing for x in found]
-            yield f"| {words}, {_IN_WORDS[norm].format(eps)} | {' | '.join(shares)} |"
+            rows.append([f"{words}, {_IN_WORDS[norm].format(eps)}", *shares])
+    return markdown_table(["", *(name if name == "both" else f"`{name}`" for name in names)], rows)
 
 
 def main(

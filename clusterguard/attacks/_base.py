@@ -207,10 +207,11 @@ def attack_checked_images(
 ) -> Tensor:
     """Run an attack on a copy of input that `check_attack_input` has accepted. A built-in attack checks nothing again.
 
-    The arguments and the result are those of a call of the attack. An attack of one's own may write into its images,
+    The arguments and the result are those of a call of the attack. An attack of one's own may write into its arguments,
     which the caller still compares with the result, and gives to other attacks.
     """
     images, labels = images.clone(), labels.clone()
+    targets = None if targets is None else targets.clone()
     if isinstance(attack, BuiltInAttack) and type(attack).__call__ is BuiltInAttack.__call__:
         return attack._attack_checked(detector, images, labels, targets, generator)
     if targets is None:  # an attack of one's own need not take any

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.studies.chaos.__main__ import CHAOS_RESULTS, faults, rows_of_table, run
+from benchmarks.studies.chaos.__main__ import CHAOS_RESULTS, chaos_lines, faults, run
 from benchmarks.studies.chaos._damage import cut_off, exchange_files, flip_bits, kill_writers, read_meanwhile
 from benchmarks.studies.chaos._threads import share_between_threads
 from benchmarks.studies.chaos._writers import Writer
@@ -65,7 +65,7 @@ def test_threads_that_share_a_guard_get_what_each_gets_alone():
 def test_what_is_published_has_no_fault_and_is_what_was_counted():
     counts = json.loads((CHAOS_RESULTS / "chaos.json").read_text())
     assert faults(counts) == 0
-    assert (CHAOS_RESULTS / "table.md").read_text().splitlines() == [*rows_of_table(counts)]
+    assert (CHAOS_RESULTS / "table.md").read_text().splitlines() == chaos_lines(counts)
     for count in counts["flips"].values():
         assert sum(count.values()) >= 200
     counts["kills"]["guard folder"] = {"refused": 1}

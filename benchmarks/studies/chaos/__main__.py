@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks._support import markdown_table
 from benchmarks.running import RESULTS
 from benchmarks.studies.chaos._damage import cut_off, exchange_files, flip_bits, kill_writers, read_meanwhile
 from benchmarks.studies.chaos._requests import send_requests
@@ -72,10 +73,13 @@ def faults(counts: dict[str, Any]) -> int:
     return sum((silent, lost, shared, answered, unfair, missed))
 
 
-def rows_of_table(counts: dict[str, Any]) -> Iterator[str]:
-    """The lines of the table."""
-    yield "| what happens | to what | how often | noticed and refused | no effect | silent, lost or wrong |"
-    yield "|---|---|---:|---:|---:|---:|"
+def chaos_lines(counts: dict[str, Any]) -> list[str]:
+    """The counts as a table in Markdown."""
+    head = "what happens", "to what", "how often", "noticed and refused", "no effect", "silent, lost or wrong"
+    return markdown_table(head, _rows(counts), others="---:")
+
+
+def _rows(counts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for part, what in _OF_FILES.items():
         for name, count in counts.get(part, {}).items():
             refused, same = count.get("refused", 0), count.get("same", 0)
@@ -83,19 +87,17 @@ def rows_of_table(counts: dict[str, Any]) -> Iterator[str]:
             total = sum(number for outcome, number in count.items() if outcome != "left over")
             if part in _WHOLE:
                 refused, bad = 0, bad + refused
-            yield f"| {what} | {name} | {total:,} | {refused:,} | {same:,} | {bad:,} |"
+            yield what, name, f"{total:,}", f"{refused:,}", f"{same:,}", f"{bad:,}"
     for name, count in counts["threads"].items():
         bad = count["wrong"] + count["changed"]
         number = count["batches"]
-        yield f"| four threads share a guard | {name} | {number:,} batches | | {number - count['wrong']:,} | {bad:,} |"
+        yield "four threads share a guard", name, f"{number:,} batches", "", f"{number - count['wrong']:,}", f"{bad:,}"
     requests = counts["requests"]
     for kind in ("hostile", "ordinary"):
         by_status = {name[-3:]: number for name, number in requests.items() if name.startswith(kind)}
         bad = by_status.get("5xx", 0) + (requests.get("wrong", 0) if kind == "ordinary" else 0)
-        yield (
-            f"| {kind} request | example service | {sum(by_status.values()):,} | {by_status.get('4xx', 0):,} | "
-            f"{by_status.get('2xx', 0):,} | {bad:,} |"
-        )
+        numbers = sum(by_status.values()), by_status.get("4xx", 0), by_status.get("2xx", 0), bad
+        yield f"{kind} request", "example service", *(f"{number:,}" for number in numbers)
 
 
 def main() -> None:
@@ -110,7 +112,7 @@ def main() -> None:
     counts = run(**trials, seed=given.seed)
     given.to.mkdir(parents=True, exist_ok=True)
     (given.to / "chaos.json").write_text(json.dumps({"seed": given.seed, **counts}, indent=1) + "\n")
-    (given.to / "table.md").write_text("\n".join(rows_of_table(counts)) + "\n")
+    (given.to / "table.md").write_text("\n".join(chaos_lines(counts)) + "\n")
     if number := faults(counts):
         raise SystemExit(f"{number} faults")
 

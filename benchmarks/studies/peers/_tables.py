@@ -6,6 +6,7 @@ from typing import Any
 from clusterguard.attacks import get_norm
 from clusterguard.detection import Rate
 
+from benchmarks._support import markdown_table
 from benchmarks.studies.peers._attacks import OUR_ATTACKS, PLAIN, SUITE, THOROUGH
 
 ByAttack = Mapping[str, Mapping[str, Any]]
@@ -18,18 +19,24 @@ def summary_lines(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     Args:
         cases: contents of the results files, by the guard's title.
     """
-    lines = [
-        "| guard | norm, radius | seed | our PGD | strongest other | suite | others only "
-        "| left by the thorough suite |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = (
+        "guard",
+        "norm, radius",
+        "seed",
+        "our PGD",
+        "strongest other",
+        "suite",
+        "others only",
+        "left by the thorough suite",
+    )
+    rows = []
     for title, case in cases.items():
         for threat, results in case["results"].items():
             if SUITE in results:
                 norm, seed = threat.split("/")
                 radius = f"{get_norm(norm).symbol} {case['radii'][norm]:g}"
-                lines.append("| " + " | ".join([title, radius, seed, *_summarise(results)]) + " |")
-    return lines
+                rows.append((title, radius, seed, *_summarise(results)))
+    return markdown_table(head, rows)
 
 
 def _summarise(results: ByAttack) -> Iterable[str]:
@@ -69,13 +76,11 @@ def attack_lines(results: ByAttack) -> list[str]:
         results: what each attack did.
     """
     suite = set(results[SUITE]["broken"]) if SUITE in results else set()
-    lines = [
-        "| attack | broken | suite left | outside budget | gradients an image | judged an image | CPU seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = "attack", "broken", "suite left", "outside budget", "gradients an image", "judged an image", "CPU seconds"
+    rows = []
     for name, result in sorted(results.items(), key=lambda item: -len(item[1]["broken"])):
         count = len(result["attacked"])
         figures = [name, Rate(len(result["broken"]), count), len(set(result["broken"]) - suite), result["invalid"]]
         figures += [f"{result[key] / count:,.0f}" for key in ("gradients", "judged")]
-        lines.append("| " + " | ".join(map(str, [*figures, f"{result['cpu_seconds']:,.0f}"])) + " |")
-    return lines
+        rows.append([*figures, f"{result['cpu_seconds']:,.0f}"])
+    return markdown_table(head, rows)

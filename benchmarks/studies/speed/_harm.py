@@ -11,6 +11,7 @@ from clusterguard.detection import decide
 from clusterguard.samples import load_digits
 from torch import Tensor
 
+from benchmarks._support import markdown_table
 from benchmarks.studies.speed._operators import STAGES, under_autocast
 from benchmarks.studies.speed._race import write_results
 from benchmarks.studies.speed._suite import train_guard
@@ -64,8 +65,9 @@ def measure_harm(device: torch.device) -> None:
 
 def harm_lines(races: dict[str, Any]) -> Iterator[str]:
     """The rows of the table in Markdown."""
-    yield f"| guard | radius | digits | broken in {STAGES[0]} | under {STAGES[1]} | on a {STAGES[2]} |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for name, race in races.items():
-        yield f"| {name} | {race['images']} | {' | '.join(str(race['broken'][way]) for way in STAGES)} |"
+    head = "guard", "radius", "digits", f"broken in {STAGES[0]}", f"under {STAGES[1]}", f"on a {STAGES[2]}"
+    cells = [
+        [*name.split(" | "), race["images"], *(race["broken"][way] for way in STAGES)] for name, race in races.items()
+    ]
+    yield from markdown_table(head, cells)
     yield ""

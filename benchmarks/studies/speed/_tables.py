@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from benchmarks._support import markdown_table
 from benchmarks.studies.speed._harm import harm_lines
 from benchmarks.studies.speed._measure import SPEED_RESULTS, Ratio
 from benchmarks.studies.speed._memory import BATCHES
@@ -100,14 +101,16 @@ def best_peer(seconds: Seconds) -> str:
 
 
 def _targets() -> Iterator[str]:
-    yield "| what | ours | against | their time over ours | target |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield from markdown_table(("what", "ours", "against", "their time over ours", "target"), _rows_of_targets())
+
+
+def _rows_of_targets() -> Iterator[tuple[str, ...]]:
     for target in SPEED_TARGETS:
         content = _read(target.group, "cpu")
         names = [name for name, race in content["races"].items() if target.ours in race["seconds"]] if content else []
         name = next((name for name in names if name.startswith(target.race)), None)
         if name is None:
-            yield f"| {target.race} | {target.ours} | {target.theirs} | not run | ≥ {target.least:g} |"
+            yield target.race, target.ours, target.theirs, "not run", f"≥ {target.least:g}"
             continue
         seconds = content["races"][name]["seconds"]
         theirs = best_peer(seconds) if target.theirs == "best peer" else target.theirs
@@ -116,41 +119,39 @@ def _targets() -> Iterator[str]:
         lacks = target.unit and target.unit not in content["provenance"]["processor"]
         note = f", set for {target.unit}, which this processor lacks" if lacks else ""
         shown = f"{theirs} (best peer)" if target.theirs == "best peer" else theirs
-        yield f"| {name} | {target.ours} | {shown} | {_short(ratio)} | ≥ {target.least:g}: {reached}{note} |"
+        yield name, target.ours, shown, _short(ratio), f"≥ {target.least:g}: {reached}{note}"
 
 
 def _race_lines(races: dict[str, Any]) -> Iterator[str]:
     for name, race in races.items():
         seconds: Seconds = race["seconds"]
         ours = [side for side in OUR_SIDES if side in seconds]
-        ratios_to = " | ".join(f"its time over that of {side}" for side in ours)
-        yield f"| {name} | gradients/s | {ratios_to} |" + (" success |" if race["success"] else "")
-        yield "| --- | --- |" + " --- |" * (len(ours) + bool(race["success"]))
+        head = [name, "gradients/s", *(f"its time over that of {side}" for side in ours)]
+        rows = []
         for side, taken in seconds.items():
             speed = race["gradients"] / statistics.median(taken)
             ratios = ["1" if side == our else _short(ratio_of(seconds, side, our)) for our in ours]
-            success = f" {race['success'][side]:.3f} |" if side in race["success"] else " |" if race["success"] else ""
-            yield f"| {side} | {_rate(speed)} | {' | '.join(ratios)} |{success}"
+            success = [f"{race['success'][side]:.3f}" if side in race["success"] else ""] if race["success"] else []
+            rows.append([side, _rate(speed), *ratios, *success])
+        yield from markdown_table([*head, "success"] if race["success"] else head, rows)
         yield ""
 
 
 def _batch_lines(races: dict[str, Any]) -> Iterator[str]:
-    yield "| attack | gradients/s, float32 | bfloat16 | float32's time over bfloat16's |"
-    yield "| --- | --- | --- | --- |"
+    rows = []
     for name, race in races.items():
         taken = [race["seconds"][side] for side in OUR_SIDES if side in race["seconds"]]
         speeds = [_rate(race["gradients"] / statistics.median(seconds)) for seconds in taken]
         ratio = _short(ratio_of(race["seconds"], *OUR_SIDES)) if len(taken) == len(OUR_SIDES) else ""
-        yield f"| {name} | {' | '.join([*speeds, '–'][:2])} | {ratio} |"
+        rows.append([name, *[*speeds, "–"][:2], ratio])
+    yield from markdown_table(("attack", "gradients/s, float32", "bfloat16", "float32's time over bfloat16's"), rows)
     yield ""
 
 
 def _roof_lines(races: dict[str, Any]) -> Iterator[str]:
-    yield (
-        "| attack | precision | GFLOP/s of the convolutions alone | GFLOP/s of our attack | "
-        "our share of the convolutions' time | our share of the bare loop's |"
-    )
-    yield "| --- | --- | --- | --- | --- | --- |"
+    speeds = "GFLOP/s of the convolutions alone", "GFLOP/s of our attack"
+    shares_of = "our share of the convolutions' time", "our share of the bare loop's"
+    rows = []
     for name, race in races.items():
         work = race["gradients"] * race["facts"]["GFLOP of a gradient"]
         for ours, bare in zip(OUR_SIDES, BARE, strict=True):
@@ -160,62 +161,73 @@ def _roof_lines(races: dict[str, Any]) -> Iterator[str]:
             alone = f"convolutions alone, {precision}"
             rates = [work / statistics.median(race["seconds"][side]) for side in (alone, ours)]
             shares = [_short(ratio_of(race["seconds"], side, ours)) for side in (alone, bare)]
-            yield f"| {name} | {precision} | {rates[0]:.0f} | {rates[1]:.0f} | {shares[0]} | {shares[1]} |"
+            rows.append([name, precision, *(f"{rate:.0f}" for rate in rates), *shares])
+    yield from markdown_table(("attack", "precision", *speeds, *shares_of), rows)
     yield ""
 
 
 def _compiled_lines(races: dict[str, Any]) -> Iterator[str]:
-    yield "| loop in bfloat16 with channels last | eager time over compiled time | gradients agree |"
-    yield "| --- | --- | --- |"
+    rows = []
     for name, race in races.items():
         plain, compiled = race["seconds"]
         agree = "yes" if race["facts"]["gradients agree"] else "no"
-        yield f"| {name} | {_short(ratio_of(race['seconds'], plain, compiled))} | {agree} |"
+        rows.append([name, _short(ratio_of(race["seconds"], plain, compiled)), agree])
+    head = "loop in bfloat16 with channels last", "eager time over compiled time", "gradients agree"
+    yield from markdown_table(head, rows)
     yield ""
 
 
 def _plain_lines(races: dict[str, Any]) -> Iterator[str]:
-    yield "| loop | network | gradients/s | its gain over the first |"
-    yield "| --- | --- | --- | --- |"
+    rows = []
     for name, race in races.items():
         first = next(iter(race["seconds"]))
         for side, taken in race["seconds"].items():
             ratio = "1" if side == first else _short(ratio_of(race["seconds"], first, side))
-            yield f"| {name} | {side} | {_rate(race['gradients'] / statistics.median(taken))} | {ratio} |"
+            rows.append([name, side, _rate(race["gradients"] / statistics.median(taken)), ratio])
+    yield from markdown_table(("loop", "network", "gradients/s", "its gain over the first"), rows)
     yield ""
 
 
 def _kept_lines(races: dict[str, Any]) -> Iterator[str]:
-    yield "| attack | gradients/s, freed memory handed back | kept | gain |"
-    yield "| --- | --- | --- | --- |"
+    rows = []
     for name, race in races.items():
         speeds = [_rate(race["gradients"] / statistics.median(taken)) for taken in race["seconds"].values()]
-        yield f"| {name} | {' | '.join(speeds)} | {_short(ratio_of(race['seconds'], *race['seconds']))} |"
+        rows.append([name, *speeds, _short(ratio_of(race["seconds"], *race["seconds"]))])
+    yield from markdown_table(("attack", "gradients/s, freed memory handed back", "kept", "gain"), rows)
     yield ""
 
 
 def _profile_lines(races: dict[str, Any]) -> Iterator[str]:
-    yield "| attack | stage | operators of a step | MB written by a step | seconds of the attack | float32's over its |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    head = (
+        "attack",
+        "stage",
+        "operators of a step",
+        "MB written by a step",
+        "seconds of the attack",
+        "float32's over its",
+    )
+    rows = []
     for name, race in races.items():
         for stage, taken in race["seconds"].items():
             counts = race["facts"]["of one step"][stage]
             ratio = _short(ratio_of(race["seconds"], "float32", stage))
-            yield (
-                f"| {name} | {stage} | {counts['operators']:,.0f} | {counts['megabytes']:,.1f} | "
-                f"{statistics.median(taken):.2f} | {ratio} |"
-            )
+            figures = f"{counts['operators']:,.0f}", f"{counts['megabytes']:,.1f}", f"{statistics.median(taken):.2f}"
+            rows.append([name, stage, *figures, ratio])
+    yield from markdown_table(head, rows)
     yield ""
 
 
-def _paired_lines() -> Iterator[str]:
-    yield "| comparison | their time over ours | target | operators or gradients, ours and theirs | MB allocated |"
-    yield "| --- | --- | --- | --- | --- |"
+def _paired_lines() -> list[str]:
+    head = "comparison", "their time over ours", "target", "operators or gradients, ours and theirs", "MB allocated"
+    return markdown_table(head, _paired_rows())
+
+
+def _paired_rows() -> Iterator[tuple[str, ...]]:
     for device in _DEVICES:
         for name in _PAIRED:
             content = _read(name, device)
             if not content:
-                yield f"| *{name}, {device}* | not run | | | |"
+                yield f"*{name}, {device}*", "not run", "", "", ""
                 continue
             for title, row in content["rows"].items():
                 ratio = Ratio(**row["ratio"])
@@ -227,26 +239,27 @@ def _paired_lines() -> Iterator[str]:
                 )
                 megabytes = " / ".join(f"{side['megabytes']:,.0f}" for side in sides if "megabytes" in side)
                 target = f"{row['target']:.3g}: {mark}"
-                yield f"| {title}, {device} | {_short(ratio)} | {target} | {launched} | {megabytes} |"
+                yield f"{title}, {device}", _short(ratio), target, launched, megabytes
 
 
-def _memory_lines() -> Iterator[str]:
-    yield f"| peak megabytes, ResNet-50 at 224 | {' | '.join(f'batch {batch}' for batch in BATCHES)} |"
-    yield "| --- |" + " --- |" * len(BATCHES)
+def _memory_lines() -> list[str]:
+    head = "peak megabytes, ResNet-50 at 224", *(f"batch {batch}" for batch in BATCHES)
+    rows = []
     for device in _DEVICES:
         content = _read("memory", device)
         if not content:
-            yield f"| *{device}* | not run |" + " |" * (len(BATCHES) - 1)
+            rows.append([f"*{device}*", "not run", *[""] * (len(BATCHES) - 1)])
             continue
         for work, peaks in content["megabytes"].items():
-            yield f"| {work}, {device} | {' | '.join(f'{peaks[str(batch)]:,.0f}' for batch in BATCHES)} |"
+            rows.append([f"{work}, {device}", *(f"{peaks[str(batch)]:,.0f}" for batch in BATCHES)])
+    return markdown_table(head, rows)
 
 
-def _setting_lines() -> Iterator[str]:
-    yield "| file | date | processor | threads | torch | commit |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+def _setting_lines() -> list[str]:
+    rows = []
     for file in sorted(SPEED_RESULTS.glob("*.json")):
         source = json.loads(file.read_text())["provenance"]
         machine = source.get("processor", source["device"])
         cells = source.get("date", ""), machine, source["threads"], source["versions"]["torch"], source["commit"]
-        yield f"| `{file.name}` | {' | '.join(map(str, cells))} |"
+        rows.append((f"`{file.name}`", *cells))
+    return markdown_table(("file", "date", "processor", "threads", "torch", "commit"), rows)
