@@ -3,6 +3,7 @@
 from benchmarks.detectors._all_recipes import RECIPES, make_recipe
 from benchmarks.detectors._compiling import CompileChoice, CompileMode, quickest_mode
 from benchmarks.detectors._networks import MODELS, Features, build_network
+from benchmarks.detectors._one_cycle import OneCycle
 from benchmarks.detectors._recipe import Recipe, Schedule, add_classifier
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "CompileChoice",
     "CompileMode",
     "Features",
+    "OneCycle",
     "Recipe",
     "Schedule",
     "add_classifier",

@@ -1,8 +1,8 @@
 """Which network learns the most robustness on CIFAR10 in a given time of this machine's CPU.
 
 `python -m benchmarks.studies.networks --minutes 30` trains each network for so many minutes of CPU time on one thread,
-with attacks of a single step in bfloat16, and measures accuracy without and with PGD. Results go to
-benchmarks/results/networks.json after each network. A killed training goes on with `--resume`.
+with attacks of a single step, in bfloat16 where that is faster, and measures accuracy without and with PGD. Results go
+to benchmarks/results/networks.json after each network. A killed training goes on with `--resume`.
 """
 
 import json
@@ -10,24 +10,21 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
-from clusterguard import PGD, ClusterGuard, DetectorModule, DetectorTrainer, TrainingOptions, recipes
+from clusterguard import PGD, ClusterGuard, DetectorModule, DetectorTrainer, recipes
 from clusterguard.attacks import NoisyFGSM
 from clusterguard.detection import Loader, Rate, Verdicts, accuracy, judge
 from clusterguard.detectors import WithThresholds
 from clusterguard.training import EpochRecord, OverfittingCheck, crop_and_flip
 from torch import Generator, Tensor
-from torch.optim import SGD
-from torch.optim.lr_scheduler import OneCycleLR
 
 from benchmarks._support import markdown_table, write_atomically, write_json
 from benchmarks.data import DataSet, FloatBatches, Images, load_data_set
-from benchmarks.detectors import RECIPES, Schedule, build_network
+from benchmarks.detectors import RECIPES, OneCycle, Schedule, build_network
 from benchmarks.running import RESULTS, provenance
 
 NETWORKS = ("resnet18", "resnet18-half", "resnet9", "wrn-16-4")
@@ -35,7 +32,7 @@ NETWORKS_FILE = RESULTS / "networks.json"
 TrainerName = Literal["madry", "ours"]
 _EPS, _PGD_STEP = 8 / 255, 2 / 255
 _BATCH = 128
-_RATE, _DECAY = 0.2, 5e-4  # of SGD, as in the publications on training with a single step
+_RATE = 0.2  # as in the publications on training with a single step
 _TRIAL = 5  # number of steps that are timed
 _HELD_OUT = 256  # images that catastrophic overfitting is looked for on
 _CLEAN, _ATTACKED = 1000, 300  # test images
@@ -111,18 +108,12 @@ class Stopwatch:
 
 def build_classifier_trainer(name: str, loader: Loader, plan: Plan) -> DetectorTrainer:
     """The trainer of a classifier on attacked images alone, with SGD, one cycle and averaged weights."""
-    recipe, total = RECIPES["madry"], plan.epochs * plan.steps
+    recipe, cycle = RECIPES["madry"], OneCycle(_RATE, plan.epochs * plan.steps)
     schedule = Schedule(
         attack=NoisyFGSM(eps=_EPS).as_pgd(),
-        optimizer=lambda module: SGD(module.parameters(), _RATE, momentum=0.9, weight_decay=_DECAY, nesterov=True),
-        scheduler=partial(OneCycleLR, max_lr=_RATE, total_steps=total),
-        options=TrainingOptions(
-            schedule_every="step",
-            average_decay=1 - 1 / max(2.0, total / 20),
-            augment=crop_and_flip,
-            precision="bf16",
-            memory_format="channels_last",
-        ),
+        optimizer=lambda module: cycle.optimizer(module.parameters()),
+        scheduler=cycle.scheduler,
+        options=cycle.options(),
     )
     return recipe.trainer(recipe.build(build_network(name, (3, 32, 32))), schedule)
 
@@ -131,7 +122,7 @@ def build_guard_trainer(name: str, loader: Loader, plan: Plan) -> DetectorTraine
     """The trainer of a guard by the library's recipe."""
     guard = cast(ClusterGuard, RECIPES["ours"].build(build_network(name, (3, 32, 32))))
     trainer = recipes.single_step(guard, loader, epochs=plan.epochs, eps=_EPS, augment=crop_and_flip)
-    trainer.options = replace(trainer.options, precision="bf16", memory_format="channels_last")
+    trainer.options = replace(trainer.options, precision="auto", memory_format="channels_last")
     return trainer
 
 
@@ -151,9 +142,9 @@ def time_steps(name: str, method: TrainerName, data: DataSet) -> float:
 
 
 def pgd(method: TrainerName, steps: int) -> PGD:
-    """The attack that a training is judged by. Its search is in bfloat16, and the detector judges in float32."""
+    """The attack that a training is judged by. It searches in bfloat16 where that is faster, and judges in float32."""
     objective = "cross_entropy" if method == "madry" else "margin"
-    return PGD(eps=_EPS, step_size=_PGD_STEP, steps=steps, start="random", objective=objective, precision="bf16")
+    return PGD(eps=_EPS, step_size=_PGD_STEP, steps=steps, start="random", objective=objective, precision="auto")
 
 
 def train_network(
@@ -215,7 +206,7 @@ def _plain(verdicts: Verdicts) -> dict[str, Any]:
 
 def describe_epochs(history: list[EpochRecord]) -> list[dict[str, Any]]:
     """What a reader wants to know of each epoch."""
-    names = ("loss", "accuracy", "attack_success_rate", "check_success_rate", "returned_to", "seconds")
+    names = ("loss", "accuracy", "attack_success_rate", "check_success_rate", "returned_to", "seconds", "precision")
     rows = [{name: getattr(record, name) for name in names} for record in history]
     return [{name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()} for row in rows]
 
@@ -280,7 +271,7 @@ def main(
             "protocol": {
                 "eps": _EPS,
                 "training_attack": repr(NoisyFGSM(eps=_EPS)),
-                "attack": "PGD, 20 steps of 2/255 from a random start, searched in bfloat16 and judged in float32",
+                "attack": "PGD, 20 steps of 2/255 from a random start, precision auto, judged in float32",
             },
             "rows": rows,
         }

@@ -6,27 +6,25 @@ epoch takes a few minutes.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from clusterguard import Calibrator, ClusterGuard, TrainingOptions, WorstCaseSuite, evaluate
+from clusterguard import Calibrator, ClusterGuard, WorstCaseSuite, evaluate
 from clusterguard.certification import certify
 from clusterguard.detectors import LocalCosts, make_local_guard
-from clusterguard.training import TemplateTrainer, crop_and_flip
+from clusterguard.training import TemplateTrainer
 from torch import Generator, Tensor, nn
-from torch.optim import SGD
-from torch.optim.lr_scheduler import OneCycleLR
 
 from benchmarks._support import keep_freed_memory, markdown_table, without_refusal
 from benchmarks.data import FloatBatches, load_data_set
+from benchmarks.detectors import OneCycle
 from benchmarks.running import RESULTS, read_study, write_study
 
 PATCH_RESULTS = RESULTS / "patches"
 PATCH_SIDES = (2, 3, 5)
-_BATCH, _RATE, _DECAY = 128, 0.1, 5e-4
+_BATCH, _RATE = 128, 0.1
 _FALSE_POSITIVES = 0.05
 _AT_ONCE = 50
 _STEPS_AT_RISK = 100
@@ -65,21 +63,15 @@ def train_local_guard(
     data = load_data_set("cifar10")
     guard = make_local_guard(build_local_network(), 10, example=torch.zeros(1, 3, 32, 32))
     loader = FloatBatches(data.train, _BATCH, shuffle=True, generator=Generator().manual_seed(seed))
-    total = epochs * len(loader)
+    cycle = OneCycle(_RATE, epochs * len(loader))
     trainer = TemplateTrainer(
         guard,
         pixels=room,
         temperature=temperature,
-        optimizer=lambda weights: SGD(weights, _RATE, momentum=0.9, weight_decay=_DECAY, nesterov=True),
-        scheduler=partial(OneCycleLR, max_lr=_RATE, total_steps=total),
+        optimizer=cycle.optimizer,
+        scheduler=cycle.scheduler,
         calibrator=Calibrator(_FALSE_POSITIVES),
-        options=TrainingOptions(
-            schedule_every="step",
-            average_decay=1 - 1 / max(2.0, total / 20),
-            augment=crop_and_flip,
-            precision="auto",
-            memory_format="channels_last",
-        ),
+        options=cycle.options(),
     )
     work.mkdir(parents=True, exist_ok=True)
     history = trainer.fit(
