@@ -1,5 +1,14 @@
 """Running experiments: train detectors, attack them, judge the attacked images, keep results, and stop in time."""
 
+from benchmarks.running._bounds import (
+    Counts,
+    Judge,
+    SuiteBudget,
+    count_accepted,
+    count_broken,
+    count_unproved,
+    threat_in_words,
+)
 from benchmarks.running._clock import Clock, OutOfTimeError
 from benchmarks.running._guards import load_trained
 from benchmarks.running._judging import from_hex
@@ -15,12 +24,18 @@ from benchmarks.running._training import Trainings
 __all__ = [
     "RESULTS",
     "Clock",
+    "Counts",
+    "Judge",
     "OutOfTimeError",
     "Repeated",
     "Store",
+    "SuiteBudget",
     "Throughput",
     "Trainings",
     "choose_cells",
+    "count_accepted",
+    "count_broken",
+    "count_unproved",
     "find_throughput",
     "from_hex",
     "load_trained",
@@ -36,5 +51,6 @@ __all__ = [
     "run_cell",
     "run_cells",
     "save_chunk",
+    "threat_in_words",
     "write_study",
 ]

@@ -13,31 +13,29 @@ from typing import Annotated
 
 import torch
 import typer
-from clusterguard import ClusterGuard, WorstCaseSuite, evaluate
-from clusterguard.certification import certify
-from clusterguard.detection import Verdicts, is_eligible
+from clusterguard import ClusterGuard
 from clusterguard.detectors import UnanimousDetector
-from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks._support import keep_freed_memory, markdown_table
 from benchmarks.data import load_data_set
-from benchmarks.running import RESULTS, read_study, write_study
+from benchmarks.running import (
+    RESULTS,
+    Counts,
+    Judge,
+    count_accepted,
+    count_broken,
+    count_unproved,
+    read_study,
+    threat_in_words,
+    write_study,
+)
 
 UNANIMITY = RESULTS / "unanimity"
 _FOLDERS = Path(__file__).parents[2] / "guards"
 _IN_LINF = "mnist-certified"  # has no bounds in other norms
 _PROVED = (("linf", 0.3), ("l0", 5), ("l0", 10), ("l1", 10), ("patch", 3), ("patch", 5))
 _ATTACKED = (("linf", 0.3), ("l2", 2.0), ("l1", 10), ("l0", 10), ("l0", 25), ("patch", 5))
-_IN_WORDS = {
-    "linf": "ℓ∞ {:g}",
-    "l2": "ℓ2 {:g}",
-    "l1": "ℓ1 {:g}",
-    "l0": "{:g} pixels",
-    "patch": "a patch of {0:g}×{0:g}",
-}
-_AT_ONCE = 100
-Judge = ClusterGuard | UnanimousDetector
 
 
 def load_judges() -> dict[str, Judge]:
@@ -48,45 +46,18 @@ def load_judges() -> dict[str, Judge]:
     return guards | {"both": UnanimousDetector(*guards.values())}
 
 
-def count_accepted(judge: Judge, images: Tensor, labels: Tensor) -> dict[str, int]:
-    """How many benign images a detector accepts, and how many under their labels."""
-    verdict = judge.detect(images)
-    right = is_eligible(Verdicts(verdict, labels))
-    return {
-        "images": len(labels),
-        "accepted": int((~verdict.is_adversarial).sum()),
-        "right": int(right.sum()),
-    }
-
-
-def count_proofs_of(judge: Judge, images: Tensor, labels: Tensor, norm: str, eps: float) -> dict[str, int]:
-    """How many images that are accepted under their labels are not proved."""
-    rows = is_eligible(Verdicts(judge.detect(images), labels))
-    parts = zip(images[rows].split(_AT_ONCE), labels[rows].split(_AT_ONCE), strict=True)
-    unproved = sum(int((~certify(judge, *part, eps=eps, norm=norm).is_secure).sum()) for part in parts)
-    return {"count": unproved, "of": int(rows.sum())}
-
-
-def count_broken_by_suite(judge: Judge, images: Tensor, labels: Tensor, norm: str, eps: float) -> dict[str, int]:
-    """How many images that are accepted under their labels the suite breaks."""
-    suite = {"suite": WorstCaseSuite(norm, eps=eps, budget="standard")}
-    generator = torch.Generator().manual_seed(0)
-    report = evaluate(judge, suite, [(images, labels)], generator=generator, sanity_images=0)
-    return {"count": report.results[0].success.count, "of": report.results[0].success.total}
-
-
-def planned_counts(proved: int, attacked: int) -> dict[str, Callable[[], dict[str, int]]]:
+def planned_counts(proved: int, attacked: int) -> dict[str, Callable[[], Counts]]:
     """What to count, by name: accepted images of all test digits, and of the first ones those not proved and broken."""
     images, labels = load_data_set("mnist").open_test().floats()
-    plan: dict[str, Callable[[], dict[str, int]]] = {}
+    plan: dict[str, Callable[[], Counts]] = {}
     for name, judge in load_judges().items():
         plan[f"{name}/benign"] = partial(count_accepted, judge, images, labels)
         for norm, eps in _PROVED if name != _IN_LINF else _PROVED[:1]:
             batch = images[:proved], labels[:proved]
-            plan[f"{name}/proof/{norm}/{eps:g}"] = partial(count_proofs_of, judge, *batch, norm, eps)
+            plan[f"{name}/proof/{norm}/{eps:g}"] = partial(count_unproved, judge, *batch, norm, eps)
         for norm, eps in _ATTACKED:
             batch = images[:attacked], labels[:attacked]
-            plan[f"{name}/suite/{norm}/{eps:g}"] = partial(count_broken_by_suite, judge, *batch, norm, eps)
+            plan[f"{name}/suite/{norm}/{eps:g}"] = partial(count_broken, judge, *batch, norm, eps, "standard")
     return plan
 
 
@@ -96,14 +67,14 @@ def unanimity_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     benign = [counts[f"{name}/benign"] for name in names]
     rows = [
         ["refused benign images", *(f"{1 - x['accepted'] / x['images']:.3f}" for x in benign)],
-        ["accepted under the right label", *(f"{x['right'] / x['images']:.3f}" for x in benign)],
+        ["accepted under the right label", *(f"{x['eligible'] / x['images']:.3f}" for x in benign)],
     ]
     for kind, words, threats in (("proof", "not proved", _PROVED), ("suite", "the suite breaks", _ATTACKED)):
         for norm, eps in threats:
             found = [counts.get(f"{name}/{kind}/{norm}/{eps:g}") for name in names]
             missing = "no bounds" if kind == "proof" else "not run"
             shares = [f"{x['count'] / x['of']:.3f} ({x['count']} of {x['of']})" if x else missing for x in found]
-            rows.append([f"{words}, {_IN_WORDS[norm].format(eps)}", *shares])
+            rows.append([f"{words}, {threat_in_words(norm, eps)}", *shares])
     return markdown_table(["", *(name if name == "both" else f"`{name}`" for name in names)], rows)
 
 

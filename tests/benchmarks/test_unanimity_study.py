@@ -4,7 +4,7 @@ import pytest
 import torch
 from clusterguard.samples import load_digits
 
-from benchmarks.running import read_study
+from benchmarks.running import count_accepted, count_broken, count_unproved, read_study
 from benchmarks.studies import unanimity
 
 
@@ -12,10 +12,10 @@ from benchmarks.studies import unanimity
 def test_both_together_prove_what_either_proves_and_accept_what_both_accept():
     images, labels = load_digits("test")[:20]
     judges = unanimity.load_judges()
-    accepted = [unanimity.count_accepted(judge, images, labels)["accepted"] for judge in judges.values()]
+    accepted = [count_accepted(judge, images, labels)["accepted"] for judge in judges.values()]
     assert accepted[2] <= min(accepted[:2])
-    proofs = unanimity.count_proofs_of(judges["both"], images, labels, "l0", 5)
-    broken = unanimity.count_broken_by_suite(judges["both"], images[:3], labels[:3], "l0", 5)
+    proofs = count_unproved(judges["both"], images, labels, "l0", 5)
+    broken = count_broken(judges["both"], images[:3], labels[:3], "l0", 5, "standard")
     assert broken["count"] <= proofs["count"] <= proofs["of"]
     for judge in judges.values():
         assert not torch.isnan(judge.thresholds).any()
