@@ -146,6 +146,5 @@ def import_optional(*names: str) -> list[Any]:
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:
-        raise MissingDependencyError(
-            f'{" and ".join(names)} are needed for this; run: pip install "clusterguard[export]"'
-        ) from error
+        packages = " ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+        raise MissingDependencyError(f"this needs another package; run: pip install {packages}") from error

@@ -149,7 +149,7 @@ class HuggingFace(Family):
         try:
             import transformers
         except ImportError:
-            raise ConfigurationError("this needs transformers; pip install 'clusterguard[transformers]'") from None
+            raise ConfigurationError("this needs transformers; run: pip install transformers") from None
 
         kind, _, architecture = name.partition(":")
         is_classifier = re.fullmatch(r"[A-Za-z0-9]+ForImageClassification\w*", architecture) is not None

@@ -1,4 +1,4 @@
-"""Plots of a detector's representations and suspicion; they need matplotlib (`pip install "clusterguard[plots]"`)."""
+"""Plots of a detector's representations and suspicion; they need matplotlib."""
 
 import io
 import math
@@ -259,7 +259,7 @@ def _figure(columns: int, *, height: float, width: float = 4.8, rows: int = 1) -
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError('pictures need matplotlib: pip install "clusterguard[plots]"') from error
+        raise MissingDependencyError("pictures need matplotlib; run: pip install matplotlib") from error
     figure = Figure(figsize=(width * columns, height), dpi=150, layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 

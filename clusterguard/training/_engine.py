@@ -92,7 +92,7 @@ class TrainingEngine:
 
     @property
     def shared(self) -> "Accelerator | None":
-        """The accelerator whose processes share work with this one; None if this process is alone."""
+        """The accelerator whose processes share work with this one, perhaps with none; None for a training without."""
         return None if isinstance(self.accelerator, OneProcess) else self.accelerator
 
     @property

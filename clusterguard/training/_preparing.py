@@ -84,7 +84,7 @@ def check_run(trainer: CheckedTrainer, run: Run, epochs: int, calibrate: bool) -
     """Check everything that could fail after the first step."""
     trainer.engine.check(run.train.length, epochs, resumable=run.checkpoint is not None)
     if run.checkpoint is not None:
-        run.warn_of_obstacles(trainer.engine.kept.obstacles, begin=trainer.engine.shared is None)
+        run.warn_of_obstacles(trainer.engine.kept.obstacles, begin=trainer.engine.accelerator.num_processes == 1)
     if calibrate:
         with run.calibration.undisturbed():
             batches, names = _first_judged(trainer, run.calibration.loader), trainer.detector.class_names

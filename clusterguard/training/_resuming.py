@@ -96,7 +96,7 @@ def resume(trainer: Trainer, run: Run) -> bool:
         if "detector" in state:
             trainer.engine.kept.set(state["detector"])
         run.load_state_dict(state, trainer.engine.device)
-        if trainer.engine.shared is None:  # or a pass would have to be ended
+        if accelerator.num_processes == 1:  # or a pass would have to be ended
             run.train.look_back()
             run.calibration.look_back()
     trainer.thresholds, trainer.history, trainer._totals = kept.thresholds, kept.history, kept.totals

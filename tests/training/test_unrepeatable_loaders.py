@@ -5,7 +5,8 @@ from itertools import cycle
 
 import pytest
 import torch
-from clusterguard import AdversarialClusterTrainer
+from accelerate import Accelerator
+from clusterguard import AdversarialClusterTrainer, TrainingOptions
 from clusterguard.detection import Pairs
 from clusterguard.training._replay import Replay
 from timm.data.loader import MultiEpochsDataLoader
@@ -44,6 +45,27 @@ def test_a_loader_that_keeps_its_iterator_is_trained_on_with_a_warning(tmp_path)
     with pytest.warns(UserWarning, match="will not be the same as without the interruption"):
         trainer.fit(loader, [DATA[:10]], epochs=2, checkpoint=tmp_path / "run.pt", calibrate=False, progress=False)
     assert len(trainer.history) == 2
+
+
+def test_one_process_with_an_accelerator_draws_twice_as_well(tmp_path, fresh_accelerate):
+    class Noisy(Dataset):
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, index):
+            return DATA[index][0] * (1 - int.from_bytes(os.urandom(4), "big") / 2**34), DATA[index][1]
+
+    options = TrainingOptions(accelerator=Accelerator(cpu=True))
+    trainer = AdversarialClusterTrainer(new_guard(), ATTACK, warmup_epochs=9, options=options)
+    with pytest.warns(UserWarning, match="will not be the same as without the interruption|gives other batches"):
+        trainer.fit(
+            DataLoader(Noisy(), 10),
+            [DATA[:10]],
+            epochs=1,
+            checkpoint=tmp_path / "run.pt",
+            calibrate=False,
+            progress=False,
+        )
 
 
 class InBuckets(Sampler):
