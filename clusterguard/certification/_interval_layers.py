@@ -39,7 +39,9 @@ def affine(function: Callable[..., Tensor], box: Any, weight: Any, bias: Any = N
         return result(box, point, point, None)
     if box.error is not None and box.arithmetic is not None:
         error, above, rounding, size = _affine_error(layer, box, weight, bias, box.arithmetic)
-    center, radius = layer(box.center, weight, bias), layer(box.radius, weight.abs(), None)
+    center = layer(box.center, weight, bias)
+    is_point = box.arithmetic is not None and bool((box.lower == box.upper).all())
+    radius = torch.zeros_like(center) if is_point else layer(box.radius, weight.abs(), None)
     source = None
     if function is functional.linear and box.lower.ndim == 2:
         frozen = (weight, bias) if torch.is_grad_enabled() else (weight.clone(), None if bias is None else bias.clone())

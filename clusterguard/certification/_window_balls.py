@@ -55,11 +55,12 @@ class WindowBall:
         each = torch.eye(self._center.shape[1]).to(self._center).expand(len(images), -1, -1)
         self.lower = self._center - self._falls(each)
         self.upper = self._center + self._falls(-each)
-        # Numbers that overflow in a window make costs that are not in [0, 1], and the image is refused.
-        cube = bound_representations(guard, ball_in_service(guard, images, torch.ones_like(radii)))
-        overflows = ~(cube.lower + cube.upper + (0 if cube.error is None else cube.error)).isfinite()
-        self.lower = self.lower.masked_fill(overflows, -torch.inf)
-        self.upper = self.upper.masked_fill(overflows, torch.inf)
+        # Numbers that overflow in a window make costs that are not in [0, 1], and the image is refused. All images that
+        # there are lie in one ball, whose bounds serve every row; a row with NaN has an error that is not finite.
+        cube = bound_representations(guard, ball_in_service(guard, torch.full_like(images[:1], 0.5), radii.new_ones(1)))
+        may_overflow = ~(cube.lower + cube.upper + (0 if cube.error is None else cube.error) + self._error).isfinite()
+        self.lower = self.lower.masked_fill(may_overflow, -torch.inf)
+        self.upper = self.upper.masked_fill(may_overflow, torch.inf)
 
     @property
     def error(self) -> Tensor:
