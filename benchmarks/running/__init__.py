@@ -6,7 +6,7 @@ from benchmarks.running._bounds import (
     SuiteBudget,
     count_accepted,
     count_broken,
-    count_unproved,
+    count_without_proof,
     threat_in_words,
 )
 from benchmarks.running._clock import Clock, OutOfTimeError
@@ -35,7 +35,7 @@ __all__ = [
     "choose_cells",
     "count_accepted",
     "count_broken",
-    "count_unproved",
+    "count_without_proof",
     "find_throughput",
     "from_hex",
     "load_trained",

@@ -33,7 +33,7 @@ def count_accepted(judge: Judge, images: Tensor, labels: Tensor) -> Counts:
     return {"images": len(labels), "right": right, "accepted": accepted, "eligible": eligible}
 
 
-def count_unproved(judge: Judge, images: Tensor, labels: Tensor, norm: str, eps: float) -> Counts:
+def count_without_proof(judge: Judge, images: Tensor, labels: Tensor, norm: str, eps: float) -> Counts:
     """How many images that are accepted under their labels are not proved."""
     unproved = of = 0
     for part, truth in zip(images.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):

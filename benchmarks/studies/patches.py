@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from clusterguard import Calibrator, ClusterGuard
-from clusterguard.detectors import LocalCosts, make_local_guard
+from clusterguard.detectors import make_local_guard
 from clusterguard.training import TemplateTrainer
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from benchmarks.running import (
     SuiteBudget,
     count_accepted,
     count_broken,
-    count_unproved,
+    count_without_proof,
     read_study,
     threat_in_words,
     write_study,
@@ -98,7 +98,7 @@ def train_local_guard(
     return guard, [record.precision for record in history]
 
 
-def planned_counts(
+def planned_patch_counts(
     guard: ClusterGuard, images: Tensor, labels: Tensor, settings: Mapping[str, Any]
 ) -> dict[str, Callable[[], Counts]]:
     """What to count for a guard, by name, with refusal and without.
@@ -116,7 +116,7 @@ def planned_counts(
     few = images[: settings["proved"]], labels[: settings["proved"]]
     for norm, eps in PROVED:
         for name, judge in judges.items():
-            plan[f"{name}/proof/{norm}/{eps:g}"] = partial(count_unproved, judge, *few, norm, eps)
+            plan[f"{name}/proof/{norm}/{eps:g}"] = partial(count_without_proof, judge, *few, norm, eps)
     few = images[: settings["attacked"]], labels[: settings["attacked"]]
     for norm, eps in ATTACKED:
         plan[f"{REFUSING}/suite/{norm}/{eps:g}"] = partial(count_broken, guard, *few, norm, eps, settings["budget"])
@@ -164,7 +164,7 @@ def load_or_train(seed: int, settings: Mapping[str, Any], work: Path) -> tuple[C
     """The guard of a seed, and the precisions of its epochs. A finished training is not repeated."""
     folder = work / f"guard-{seed}"
     if folder.exists():
-        guard = ClusterGuard.from_pretrained(folder, backbone=LocalCosts(build_local_network()))
+        guard = ClusterGuard.from_pretrained(folder)
         return guard, json.loads((folder / "config.json").read_text())["training"]["precisions"]
     options = {name: settings[name] for name in ("epochs", "room", "temperature")}
     guard, precisions = train_local_guard(seed, work=work, **options)
@@ -195,7 +195,7 @@ def main(
     for seed in map(str, range(seeds)):
         guard, content["precisions"][seed] = load_or_train(int(seed), settings, RESULTS / "work" / "patches")
         counts = content["counts"].setdefault(seed, {})
-        for name, count in tqdm(planned_counts(guard, images, labels, settings).items(), desc=f"seed {seed}"):
+        for name, count in tqdm(planned_patch_counts(guard, images, labels, settings).items(), desc=f"seed {seed}"):
             if name not in counts:
                 counts[name] = count()
                 if f"{ACCEPTING}/benign" in counts:

@@ -25,7 +25,7 @@ from benchmarks.running import (
     Judge,
     count_accepted,
     count_broken,
-    count_unproved,
+    count_without_proof,
     read_study,
     threat_in_words,
     write_study,
@@ -54,7 +54,7 @@ def planned_counts(proved: int, attacked: int) -> dict[str, Callable[[], Counts]
         plan[f"{name}/benign"] = partial(count_accepted, judge, images, labels)
         for norm, eps in _PROVED if name != _IN_LINF else _PROVED[:1]:
             batch = images[:proved], labels[:proved]
-            plan[f"{name}/proof/{norm}/{eps:g}"] = partial(count_unproved, judge, *batch, norm, eps)
+            plan[f"{name}/proof/{norm}/{eps:g}"] = partial(count_without_proof, judge, *batch, norm, eps)
         for norm, eps in _ATTACKED:
             batch = images[:attacked], labels[:attacked]
             plan[f"{name}/suite/{norm}/{eps:g}"] = partial(count_broken, judge, *batch, norm, eps, "standard")

@@ -11,7 +11,8 @@ from clusterguard.detectors._feature_gaussians import FeatureGaussians
 from clusterguard.detectors._guard import ClusterGuard
 from clusterguard.detectors._head_bounds import Bounds, RepresentationBox
 from clusterguard.detectors._heads import GaussianClusters, Head
-from clusterguard.detectors._local_costs import LocalCosts, Windows, make_local_guard
+from clusterguard.detectors._local_costs import LocalCosts, Windows
+from clusterguard.detectors._local_guard import make_local_guard
 from clusterguard.detectors._model_card import CardDetails
 from clusterguard.detectors._template_guard import make_template_guard
 from clusterguard.detectors._templates import NearestTemplate

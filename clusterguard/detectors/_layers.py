@@ -1,9 +1,10 @@
-"""Networks of torch's layers described as plain values, so that rebuilding one runs no saved code."""
+"""Networks of torch's layers and `LocalCosts` described as plain values, so that rebuilding one runs no saved code."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from clusterguard.detectors._local_costs import LocalCosts
 from clusterguard.errors import ConfigurationError
 from torch import Tensor, nn
 
@@ -30,7 +31,6 @@ _LAYERS = {
         nn.MaxPool2d,
         nn.ReLU,
         nn.ReLU6,
-        nn.Sequential,
         nn.SiLU,
         nn.Sigmoid,
         nn.Softplus,
@@ -39,6 +39,7 @@ _LAYERS = {
         nn.ZeroPad2d,
     )
 }
+_CONTAINERS = {container.__name__: container for container in (nn.Sequential, LocalCosts)}
 _NOT_KEPT = {"self", "device", "dtype", "args", "kwargs"}
 _DEPTH, _LARGEST = 20, 2**24
 
@@ -47,7 +48,7 @@ def describe_layers(module: nn.Module) -> dict[str, Any] | None:
     """Describe a module's layers as plain values that `build_layers` takes, without weights.
 
     Args:
-        module: `nn.Sequential` of layers that this module knows, nested or not, or one such layer.
+        module: `nn.Sequential` or `LocalCosts` of layers that this module knows, nested or not, or one such layer.
 
     Returns:
         The name of the layer and its options; None if a layer is not known.
@@ -59,12 +60,10 @@ def describe_layers(module: nn.Module) -> dict[str, Any] | None:
         True
     """
     name = type(module).__name__
-    if _LAYERS.get(name) is not type(module):
-        return None
-    if isinstance(module, nn.Sequential):
+    if _CONTAINERS.get(name) is type(module):
         parts = [(key, describe_layers(part)) for key, part in module.named_children()]
         return None if any(part is None for _, part in parts) else {"layer": name, "parts": [list(p) for p in parts]}
-    return {"layer": name, "options": dict(_options(module))}
+    return {"layer": name, "options": dict(_options(module))} if _LAYERS.get(name) is type(module) else None
 
 
 def _options(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -89,13 +88,16 @@ def build_layers(description: Mapping[str, Any], *, depth: int = 0) -> nn.Module
         Linear(in_features=3, out_features=2, bias=False)
     """
     try:
-        layer = _LAYERS[description["layer"]]
-        if layer is nn.Sequential and depth < _DEPTH:
+        name = description["layer"]
+        if name in _CONTAINERS and depth < _DEPTH:
+            parts = {str(key): build_layers(part, depth=depth + 1) for key, part in description["parts"]}
+            if name == LocalCosts.__name__:
+                return LocalCosts(**parts)
             built = nn.Sequential()
-            for name, part in description["parts"]:
-                built.add_module(name, build_layers(part, depth=depth + 1))
+            for key, part in parts.items():
+                built.add_module(key, part)
             return built
-        return layer(**{name: _plain(value) for name, value in description["options"].items()})
+        return _LAYERS[name](**{name: _plain(value) for name, value in description["options"].items()})
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         shown = str(description)[:80]
         raise ConfigurationError(f"expected layers as describe_layers gives them, got {shown}") from error

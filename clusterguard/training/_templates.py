@@ -84,7 +84,10 @@ class TemplateTrainer(DetectorTrainer):
             raise ConfigurationError(
                 "expected a guard as make_template_guard or make_local_guard returns it, got one without templates"
             )
-        self.layer = None if window_parts(guard) else _find_templates(guard)
+        windows = window_parts(guard)
+        self.layer = None if windows else _find_templates(guard)
+        if windows:  # hands on the costs as they are, also in a guard that was loaded
+            windows[1].requires_grad_(False)
         super().__init__(
             guard,
             optimizer=_adam if optimizer is None else optimizer,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from clusterguard.samples import load_digits
 
-from benchmarks.running import count_accepted, count_broken, count_unproved, read_study
+from benchmarks.running import count_accepted, count_broken, count_without_proof, read_study
 from benchmarks.studies import unanimity
 
 
@@ -14,7 +14,7 @@ def test_both_together_prove_what_either_proves_and_accept_what_both_accept():
     judges = unanimity.load_judges()
     accepted = [count_accepted(judge, images, labels)["accepted"] for judge in judges.values()]
     assert accepted[2] <= min(accepted[:2])
-    proofs = count_unproved(judges["both"], images, labels, "l0", 5)
+    proofs = count_without_proof(judges["both"], images, labels, "l0", 5)
     broken = count_broken(judges["both"], images[:3], labels[:3], "l0", 5, "standard")
     assert broken["count"] <= proofs["count"] <= proofs["of"]
     for judge in judges.values():

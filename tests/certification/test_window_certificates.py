@@ -135,7 +135,9 @@ def test_a_trained_guard_of_windows_proves_patches_and_comes_back_from_a_folder(
     assert shares[0] > 0.9
     assert shares[0] >= shares[1] > shares[2]
     guard.save_pretrained(tmp_path)
-    again = ClusterGuard.from_pretrained(tmp_path, backbone=LocalCosts(network))
+    again = ClusterGuard.from_pretrained(tmp_path)
+    TemplateTrainer(again)
+    assert not any(weight.requires_grad for weight in again.encoder[1].parameters())
     assert torch.equal(again.distances(images[:5]), guard.distances(images[:5]))
     assert certify(again, images[200:], labels[200:], eps=1, norm="patch").is_secure.double().mean() == shares[0]
 

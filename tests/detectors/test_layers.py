@@ -6,6 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from clusterguard import ClusterGuard
+from clusterguard.detectors import LocalCosts
 from clusterguard.detectors._layers import _LAYERS, build_layers, describe_layers
 from clusterguard.errors import ConfigurationError
 from torch import nn
@@ -49,6 +50,15 @@ def test_every_layer_that_is_known_can_be_described(name):
     assert repr(build_layers(json.loads(json.dumps(describe_layers(layer))))) == repr(layer)
 
 
+def test_costs_of_windows_are_built_again_and_their_layers_checked():
+    local = LocalCosts(nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    description = json.loads(json.dumps(describe_layers(local)))
+    assert repr(build_layers(description)) == repr(local)
+    description["parts"][0][1] = {"layer": "Flatten", "options": {}}
+    with pytest.raises(ConfigurationError, match="expected layers"):
+        build_layers(description)
+
+
 def test_a_layer_of_another_kind_is_not_described():
     class Flatten(nn.Flatten):
         def forward(self, images):
@@ -78,6 +88,8 @@ def test_a_guard_of_such_a_network_loads_from_its_folder_alone(tmp_path):
         {"layer": "Sequential", "parts": [["0"]]},
         {"layer": "Sequential", "parts": [["a.b", {"layer": "ReLU", "options": {}}]]},
         {"layer": "Sequential", "parts": 3},
+        {"layer": "LocalCosts", "parts": []},
+        {"layer": "LocalCosts", "options": {}},
     ],
     ids=str,
 )
