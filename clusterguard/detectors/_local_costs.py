@@ -42,6 +42,7 @@ class LocalCosts(nn.Module):
         classifiers that sum bounded evidence of small windows.
 
     Example:
+        >>> import torch
         >>> local = LocalCosts(nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 2, 2)))
         >>> local.windows()
         Windows(size=5, stride=2, padding=0)

@@ -94,6 +94,7 @@ def test_training_saves_a_calibrated_guard_with_its_record(trained):
 @pytest.mark.filterwarnings("ignore:trained, but not calibrated")
 def test_the_record_of_a_training_says_which_precision_auto_took(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("clusterguard.training._step_precision.choose_precision", lambda *_: "bf16")
+    monkeypatch.setattr("clusterguard.training._resuming.has_bfloat16", lambda device: True)
     options = ["--data", photos, "--output", tmp_path, *SMALL, "--image-size", 28, "--precision", "auto", "--json"]
     for epochs in (1, 2):  # what was asked for is still the same when the training goes on
         result = run("train", *options, "--epochs", epochs, *["--resume"] * (epochs > 1))

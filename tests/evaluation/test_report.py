@@ -142,6 +142,6 @@ def test_without_matplotlib_the_page_says_what_to_install(report, tmp_path, monk
     from clusterguard.errors import MissingDependencyError
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependencyError, match="plots"):
+    with pytest.raises(MissingDependencyError, match="pip install matplotlib"):
         to_html(report, tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
