@@ -56,7 +56,8 @@ def threat_in_words(norm: str, eps: float) -> str:
     """A norm and a radius for people.
 
     Example:
-        >>> threat_in_words("patch", 5), threat_in_words("l0", 10)
-        ('a patch of 5×5', '10 pixels')
+        >>> threat_in_words("patch", 5), threat_in_words("l0", 1)
+        ('a patch of 5×5', '1 pixel')
     """
-    return _IN_WORDS[norm].format(eps)
+    words = _IN_WORDS[norm].format(eps)
+    return words.removesuffix("s") if eps == 1 else words
