@@ -137,10 +137,11 @@ def patch_lines(content: Mapping[str, Any]) -> list[str]:
     def share_proved(found: Counts) -> str:
         return f"{(found['of'] - found['count']) / proved:.3f}"
 
+    refusing = [run[f"{REFUSING}/benign"] for run in runs]
     seeds = [
         ["accuracy", *shares(f"{ACCEPTING}/benign", "right")],
         ["accepted and right", *shares(f"{REFUSING}/benign", "eligible")],
-        ["refused test images", *(f"{1 - float(share):.3f}" for share in shares(f"{REFUSING}/benign", "accepted"))],
+        ["refused test images", *(f"{1 - x['accepted'] / x['images']:.3f}" for x in refusing)],
     ]
     changes = [
         [
@@ -161,12 +162,17 @@ def patch_lines(content: Mapping[str, Any]) -> list[str]:
 
 
 def load_or_train(seed: int, settings: Mapping[str, Any], work: Path) -> tuple[ClusterGuard, list[str]]:
-    """The guard of a seed, and the precisions of its epochs. A finished training is not repeated."""
-    folder = work / f"guard-{seed}"
+    """The guard of a seed, and the precisions of its epochs. A finished training is not repeated.
+
+    Raises:
+        typer.BadParameter: the folder holds a guard that was trained with other settings.
+    """
+    folder, options = work / f"guard-{seed}", {name: settings[name] for name in ("epochs", "room", "temperature")}
     if folder.exists():
-        guard = ClusterGuard.from_pretrained(folder)
-        return guard, json.loads((folder / "config.json").read_text())["training"]["precisions"]
-    options = {name: settings[name] for name in ("epochs", "room", "temperature")}
+        record = json.loads((folder / "config.json").read_text())["training"]
+        if {name: record[name] for name in options} != options:
+            raise typer.BadParameter(f"{folder} holds a guard of another training, {record}; move it away")
+        return ClusterGuard.from_pretrained(folder), record["precisions"]
     guard, precisions = train_local_guard(seed, work=work, **options)
     guard.save_pretrained(folder, training={**settings, "seed": seed, "precisions": precisions})
     return guard, precisions

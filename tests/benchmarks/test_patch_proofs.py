@@ -51,6 +51,8 @@ def test_the_study_runs_and_resumes(tmp_path, monkeypatch, capsys):
     assert again["precisions"] == {"0": ["float32", "float32"]}
     with pytest.raises(typer.BadParameter, match="choose another --output"):
         patches.main(**options | {"epochs": 3}, output=tmp_path / "counts")
+    with pytest.raises(typer.BadParameter, match="another training"):
+        patches.main(**options | {"epochs": 3}, output=tmp_path / "third")
 
 
 def assert_bounded(content):
