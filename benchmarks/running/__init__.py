@@ -1,6 +1,7 @@
 """Running experiments: train detectors, attack them, judge the attacked images, keep results, and stop in time."""
 
-from benchmarks.running._bounds import (
+from benchmarks.running._clock import Clock, OutOfTimeError
+from benchmarks.running._counting import (
     Counts,
     Judge,
     SuiteBudget,
@@ -9,7 +10,6 @@ from benchmarks.running._bounds import (
     count_without_proof,
     threat_in_words,
 )
-from benchmarks.running._clock import Clock, OutOfTimeError
 from benchmarks.running._guards import load_trained
 from benchmarks.running._judging import from_hex
 from benchmarks.running._plan import Throughput, find_throughput, measure_throughput, print_experience, print_plan

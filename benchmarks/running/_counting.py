@@ -23,7 +23,7 @@ _IN_WORDS = {
 
 
 def count_accepted(judge: Judge, images: Tensor, labels: Tensor) -> Counts:
-    """How many benign images a detector labels correctly, how many it accepts, and how many both ("eligible")."""
+    """How many images (n, C, H, W) a detector labels as in (n,), how many it accepts, and how many both, "eligible"."""
     right = accepted = eligible = 0
     for part, truth in zip(images.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):
         verdicts = Verdicts(judge.detect(part), truth)
@@ -34,7 +34,7 @@ def count_accepted(judge: Judge, images: Tensor, labels: Tensor) -> Counts:
 
 
 def count_without_proof(judge: Judge, images: Tensor, labels: Tensor, norm: str, eps: float) -> Counts:
-    """How many images that are accepted under their labels are not proved."""
+    """How many images (n, C, H, W) that are accepted under their labels (n,) have no proof at a radius of a norm."""
     unproved = of = 0
     for part, truth in zip(images.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):
         rows = is_eligible(Verdicts(judge.detect(part), truth))
@@ -45,7 +45,7 @@ def count_without_proof(judge: Judge, images: Tensor, labels: Tensor, norm: str,
 
 
 def count_broken(judge: Judge, images: Tensor, labels: Tensor, norm: str, eps: float, budget: SuiteBudget) -> Counts:
-    """How many images that are accepted under their labels the suite breaks."""
+    """How many images (n, C, H, W) that are accepted under their labels (n,) the suite breaks at a radius of a norm."""
     suite = {"suite": WorstCaseSuite(norm, eps=eps, budget=budget)}
     generator = torch.Generator().manual_seed(0)
     report = evaluate(judge, suite, [(images, labels)], generator=generator, sanity_images=0)
